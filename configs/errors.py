@@ -1,0 +1,44 @@
+"""What a user did wrong or what the machine refused, told in one line, with the right exit code."""
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend: the message says what, where and what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A wrong command line or configuration. Exit code 2."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint naming the known word nearest to `name`: `" (did you mean 'lr_right'?)"`, or all of a short list."""
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (known: {', '.join(sorted(known))})" if len(known) <= 12 else ""
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(argv)`; a user's mistake becomes one line on stderr. `--debug` shows the traceback."""
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    try:
+        main([a for a in argv if a != "--debug"])
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,50 @@
+"""Rows → a batch whose keys are the arguments of the model's forward; prompts → the arguments of generate."""
+
+import torch
+from torch import Tensor
+
+from data.packing import Row
+from data.render import IGNORE, Document
+
+Batch = dict[str, Tensor]
+
+
+def collate(rows: list[Row], padding_id: int) -> Batch:
+    """Packed rows → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row."""
+    left = {"left_ids": [], "left_positions": [], "left_groups": [], "left_images": []}
+    right = {"right_ids": [], "right_positions": [], "right_documents": [], "right_groups": [], "labels": []}
+    for row in rows:
+        for streams in (left, right):
+            for column in streams.values():
+                column.append([])
+        images = documents = 0
+        for group, sample in enumerate(row):
+            for start in sample.documents[0].block_positions:
+                n = len(sample.block)
+                left["left_ids"][-1] += sample.block
+                left["left_positions"][-1] += range(start, start + n)
+                left["left_groups"][-1] += [group] * n
+                left["left_images"][-1] += [images] * n
+                images += 1
+            for document in sample.documents:
+                n = len(document.right_ids)
+                right["right_ids"][-1] += document.right_ids
+                right["right_positions"][-1] += document.right_positions
+                right["labels"][-1] += document.labels
+                right["right_documents"][-1] += [documents] * n
+                right["right_groups"][-1] += [group] * n
+                documents += 1
+    padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
+    batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
+    return {"tiles": torch.cat([sample.tiles for row in rows for sample in row])} | batch
+
+
+def _pad(lists: list[list[int]], value: int) -> Tensor:
+    """Ragged lists → (B, longest) int64."""
+    width = max(map(len, lists))
+    return torch.tensor([x + [value] * (width - len(x)) for x in lists], dtype=torch.int64)
+
+
+def collate_prompts(prompts: list[Document]) -> Batch:
+    """Prompts → `ids` and `positions` (B, R), padded on the right with position −1, and `block_positions`, ragged, kept apart."""
+    return {"ids": _pad([p.right_ids for p in prompts], 0), "positions": _pad([p.right_positions for p in prompts], -1)}

@@ -1,0 +1,82 @@
+"""The special-token table and the tokenizer. Ids: text and chat tokens first, then the image token, then the markers."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from configs.errors import UserError
+from configs.schema import Vocabulary
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"
+CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
+IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE)  # the placeholder, then the markers; known to the left tower alone
+
+# What the renderer does, in the form that other libraries read (ChatML).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """Text → ids and back. Special-token strings inside text are ordinary text: only the renderer places special tokens."""
+
+    def __init__(self, backend: HFTokenizer) -> None:
+        self.backend = backend
+        backend.encode_special_tokens = True
+        ids = [backend.token_to_id(token) for token in (*CHAT_TOKENS, *IMAGE_TOKENS)]
+        if None in ids or ids[2:] != list(range(backend.get_vocab_size() - len(IMAGE_TOKENS), backend.get_vocab_size())):
+            raise UserError(f"the tokenizer lacks {' '.join((*CHAT_TOKENS, *IMAGE_TOKENS))}, the last {len(IMAGE_TOKENS)} of them at its end")
+        self.turn_start, self.turn_end, self.image, self.global_image = ids
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(text_size=self.image, markers=len(IMAGE_TOKENS) - 1)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids → text; special tokens are left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of at most `vocab_size` text tokens: it can spell any string."""
+        backend = HFTokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens([*CHAT_TOKENS, *IMAGE_TOKENS])
+        return cls(backend)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": TURN_END,
+            "pad_token": TURN_END,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
+        try:
+            backend = HFTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+            raise UserError(f"{path} cannot be read as a tokenizer: {error}") from None
+        return cls(backend)

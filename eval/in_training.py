@@ -1,0 +1,75 @@
+"""Validation inside training: loss and exact-match accuracy on held-out images, and a look at some predictions."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from configs.schema import GenerationConfig
+from data.collators import collate
+from data.datasets import SampleDataset
+from data.images import open_image
+from data.packing import pack
+from eval.answering import Answerer
+
+
+class Validation:
+    """A fixed set of packed rows, and a few questions answered in words.
+
+    A question counts as right where the likeliest token at every supervised position is the true one: exactly then
+    does greedy decoding give the reference answer, and no decoding is needed to know it.
+    """
+
+    def __init__(self, dataset: SampleDataset, left_length: int, right_length: int, rows: int, padding_id: int) -> None:
+        packed = pack([sample for i in range(len(dataset)) for sample in dataset[i]], left_length, right_length)
+        self.batches = [collate(packed[i : i + rows], padding_id) for i in range(0, len(packed), rows)]
+        self.questions = [(r["images"][0], r["texts"][i % len(r["texts"])]) for i, r in enumerate(dataset.records)]
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Mean loss per supervised token, and the share of documents answered exactly."""
+        loss, tokens, right, documents = 0.0, 0, 0, 0
+        for batch in self.batches:
+            batch = {k: v.to(model.device) for k, v in batch.items()}
+            labels = batch["labels"]
+            supervised = labels != -100
+            output = model(**batch)
+            wrong = torch.zeros_like(labels)
+            wrong[supervised] = (model.logits(output.hidden[supervised]).argmax(-1) != labels[supervised]).long()
+            row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
+            document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
+            mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
+            present = document.unique()
+            loss, tokens = loss + output.loss_sum.item(), tokens + int(supervised.sum())
+            right, documents = right + int((mistakes[present] == 0).sum()), documents + len(present)
+        return {"loss": loss / tokens, "accuracy": right / documents}
+
+    def predictions(self, model: Any, dataset: SampleDataset, count: int) -> list[dict[str, str]]:
+        """Greedy answers to the first `count` questions, each on another image."""
+        answerer = Answerer(model, dataset.renderer)
+        asked = self.questions[:count]
+        answers = answerer.answer([([answerer.tiles(path)], turn["user"]) for path, turn in asked], GenerationConfig(max_new_tokens=16))
+        return [
+            {"image": str(path), "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
+            for (path, turn), a in zip(asked, answers, strict=True)
+        ]
+
+
+def save_samples(folder: Path, step: int, predictions: list[dict[str, str]]) -> None:
+    """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions), encoding="utf-8")
+    side, text, columns = 128, 64, 4
+    rows = -(-len(predictions) // columns)
+    sheet = Image.new("RGB", (columns * (side + 16), rows * (side + text + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, p in enumerate(predictions):
+        x, y = i % columns * (side + 16) + 8, i // columns * (side + text + 8) + 8
+        sheet.paste(open_image(p["image"]).resize((side, side)), (x, y))
+        good = p["prediction"] == p["answer"]
+        answer = p["prediction"] if good else f"{p['prediction']} (not {p['answer']})"
+        draw.multiline_text((x, y + side + 2), textwrap.fill(p["question"], 24), fill="black", font_size=11)
+        draw.text((x, y + side + 34), answer, fill="darkgreen" if good else "firebrick", font_size=13)
+    sheet.save(folder / f"step_{step:06d}.png")

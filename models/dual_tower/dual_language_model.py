@@ -1,0 +1,28 @@
+"""The right tower: a language model over text tokens that attends to image KV. Multi-token heads will stand here."""
+
+from torch import Tensor
+
+from models.kv_cache import ImageContext
+from models.language_model import LanguageModel
+from models.layers import Rotary
+from models.masks import right_mask
+
+
+class DualLanguageModel(LanguageModel):
+    def read(
+        self,
+        image_kv: list[tuple[Tensor, Tensor]],
+        left_positions: Tensor,
+        left_groups: Tensor,
+        right_ids: Tensor,
+        right_positions: Tensor,
+        right_documents: Tensor,
+        right_groups: Tensor,
+    ) -> Tensor:
+        """Packed text rows over the left stream's keys and values → hidden states (B, R, D).
+
+        `image_kv`: every layer's unrotated keys and values (B, G, L, E); the other arguments are the batch's.
+        """
+        mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
+        past = ImageContext(image_kv, Rotary.at(left_positions, self.config))
+        return self(right_ids, right_positions, mask, past)

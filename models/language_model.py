@@ -1,0 +1,95 @@
+"""The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import DecoderConfig
+from models.layers import MLP, Attention, Past, Rotary, init_weights, key_values
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only transformer with tied embeddings: ids → hidden states, hidden states → logits or loss."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        init_weights(self, config.layers)
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+        """`ids`, `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
+        x = self.embed_tokens(ids)
+        rotary = Rotary.at(positions, self.config)
+        for block in self.layers:
+            x = block(x, rotary, mask, past)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, D) → (…, V)"""
+        return F.linear(hidden, self.embed_tokens.weight)
+
+    def loss(self, hidden: Tensor, labels: Tensor, chunk_elements: int = 1 << 24) -> Tensor:
+        """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt.
+
+        Logits exist at supervised positions only, `chunk_elements` of them at a time, and are computed again in the
+        backward pass: memory for one more multiplication by the unembedding.
+        """
+        supervised = labels != -100
+        hidden, labels = hidden[supervised], labels[supervised]  # (S, D), (S,)
+        size = max(1, chunk_elements // self.embed_tokens.num_embeddings)
+        total = hidden.sum() * 0.0 if len(labels) == 0 else hidden.new_zeros((), dtype=torch.float32)
+        for h, y in zip(hidden.split(size), labels.split(size), strict=True):
+            total = total + checkpoint(self._chunk_loss, h, y, use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), labels, reduction="sum")
+
+
+class KeyValueLayer(nn.Module):
+    """The left tower's last layer: only keys and values are read, so nothing else is computed or kept."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary, past: Past) -> None:
+        past.extend(self.layer, *key_values(self, self.input_layernorm(x)), rotary)
+
+
+class KeyValueDecoder(nn.Module):
+    """The left tower's decoder: embeddings in, every layer's keys and values out. No final norm, no head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers - 1))
+        self.last = KeyValueLayer(config, config.layers - 1)
+        init_weights(self, config.layers)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
+        """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
+        rotary = Rotary.at(positions, self.config)
+        for block in self.layers:
+            x = block(x, rotary, mask, past)
+        self.last(x, rotary, past)

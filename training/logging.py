@@ -1,0 +1,70 @@
+"""What a run tells: lines on the terminal and in logs/, a live progress bar, and metrics.jsonl."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+class RunLog:
+    """One a run. `say` prints a line and keeps it in `logs/<run>.log`; `metrics` appends one JSON object a line."""
+
+    def __init__(self, folder: Path, logs: Path = Path("logs")) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.log_path = logs / f"{folder.name}.log"
+        self.metrics_path = folder / "metrics.jsonl"
+        self.progress: Progress | None = None
+        self.last_plain = 0.0
+
+    def say(self, text: str = "") -> None:
+        self.console.print(text, markup=False)
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write("".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
+        if not self.metrics_path.is_file():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        beside = self.metrics_path.with_name(f".metrics.{os.getpid()}")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self.metrics_path)
+
+    def start(self, step: int, max_steps: int) -> None:
+        if self.console.is_terminal:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"), TextColumn("left"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
+            self.progress.add_task("", total=max_steps, completed=step, status="")
+            self.progress.start()
+        self.first_step, self.max_steps, self.started = step, max_steps, time.perf_counter()
+        self.last_plain = self.started
+
+    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+        status = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        now = time.perf_counter()
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=step, status=status)
+        elif now - self.last_plain >= PLAIN_SECONDS:
+            self.last_plain = now
+            left = (now - self.started) / (step - self.first_step) * (self.max_steps - step)
+            self.say(f"step {step}/{self.max_steps}  {status}  {left:.0f} s left")
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,117 @@
+"""The training loop: one for every model."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Config, TrainConfig
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.logging import RunLog
+from training.optim import make_optimizer, schedule, set_learning_rates
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Task:
+    """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
+
+    batches: Iterator[Batch]
+    data_state: Callable[[], dict[str, Any]]
+    load_data_state: Callable[[dict[str, Any]], None]
+    evaluate: Callable[[int], dict[str, float]]  # step → validation metrics; may print and write samples
+    before_checkpoint: Callable[[], None]
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """`train.device`, or for "auto" cuda where there is one."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"train.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The autocast context of `train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
+    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None) -> None:
+    """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one."""
+    c, device = config.train, pick_device(config.train)
+    model.to(device).train()
+    optimizer = make_optimizer(model, c)
+    done = 0
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model, optimizer)
+        done = state["step"]
+        task.load_data_state(state["data"])
+        log.rewind(done)
+        log.say(f"resumed from {checkpoint} after step {done}")
+
+    def save(step: int) -> None:
+        task.before_checkpoint()
+        save_checkpoint(folder / "checkpoints", step, model, optimizer, {"data": task.data_state()}, c.keep_checkpoints)
+
+    log.start(done, config.max_steps)
+    try:
+        for step in range(done + 1, config.max_steps + 1):
+            started = time.perf_counter()
+            values = train_step(config, model, optimizer, task.batches, step, device)
+            values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
+            log.step(step, values["loss"], values["tokens_per_s"])
+            if step % c.log_every == 0 or step == config.max_steps:
+                log.metrics({"step": step} | values)
+            if step == config.max_steps or (c.eval_every and step % c.eval_every == 0):
+                evaluate(model, task, step, log)
+            if step == config.max_steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
+                save(step)
+    finally:
+        log.stop()
+
+
+def train_step(config: Config, model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], step: int, device: torch.device) -> dict[str, Any]:
+    """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens."""
+    c = config.train
+    micro = [next(batches) for _ in range(c.accumulation)]
+    supervised = sum(int((b["labels"] != -100).sum()) for b in micro)
+    total = torch.zeros((), device=device)
+    for batch in micro:
+        with autocast(c, device):
+            loss = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()}).loss_sum / max(1, supervised)
+        loss.backward()
+        total += loss.detach()
+    rates = set_learning_rates(optimizer, schedule(step - 1, config.max_steps, c))
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(int((b["left_groups"] >= 0).sum()) + int((b["right_documents"] >= 0).sum()) for b in micro)
+    return {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "supervised_tokens": supervised, "tokens": tokens}
+
+
+def evaluate(model: Any, task: Task, step: int, log: RunLog) -> None:
+    """Validation between two steps, in evaluation mode and without gradients; the metrics are logged."""
+    model.eval()
+    with torch.no_grad():
+        values = task.evaluate(step)
+    model.train()
+    log.metrics({"step": step} | {f"validation_{k}": v for k, v in values.items()})

@@ -1,0 +1,85 @@
+"""Run folders: where a run lives, and which run is resumed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UsageError
+from configs.schema import Config, load_json, override, to_dict
+from training.checkpoint import checkpoints
+
+CHANGEABLE = ("max_steps", "output_dir", "resume", "cache_dir", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.feature_cache_gb", "train.device")
+
+
+def open_run(config: Config, flags: dict[str, Any]) -> tuple[Config, Path, Path | None]:
+    """→ the configuration in force, the run folder (its `config.json` written), and the checkpoint to resume from.
+
+    A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
+    """
+    if not config.resume:
+        folder = _new_folder(config)
+        return _write(config, folder), folder, None
+    folder, checkpoint = _find(config)
+    if folder is None:
+        folder = _new_folder(config)
+        return _write(config, folder), folder, None
+    saved = load_json(Config, folder / "config.json")
+    wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
+    changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
+    if changed:
+        raise UsageError(f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}")
+    return _write(replace(wanted, output_dir=str(folder)), folder), folder, checkpoint
+
+
+def _new_folder(config: Config) -> Path:
+    folder = Path(config.output_dir or f"runs/{config.config}")
+    taken = (folder / "config.json").exists()
+    if taken and config.output_dir:
+        raise UsageError(f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir")
+    number = 2
+    while taken:
+        folder = Path(f"runs/{config.config}-{number}")
+        taken, number = (folder / "config.json").exists(), number + 1
+    return folder
+
+
+def _find(config: Config) -> tuple[Path | None, Path | None]:
+    """`--resume` → run folder and its newest checkpoint; "auto" finds the newest run, or nothing yet."""
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if path.name.startswith("step_") and path.parent.name == "checkpoints":
+            if path not in checkpoints(path.parent):
+                raise UsageError(f"--resume: {path} is not a complete checkpoint")
+            return path.parent.parent, path
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")
+    elif config.output_dir:
+        path = Path(config.output_dir)
+    else:
+        runs = sorted(Path("runs").glob(f"{config.config}*/config.json"), key=lambda p: p.stat().st_mtime)
+        runs = [p for p in runs if json.loads(p.read_text()).get("config") == config.config]
+        if not runs:
+            return None, None
+        path = runs[-1].parent
+    if not (path / "config.json").is_file():
+        return None, None
+    return path, next(reversed(checkpoints(path / "checkpoints")), None)
+
+
+def _write(config: Config, folder: Path) -> Config:
+    folder.mkdir(parents=True, exist_ok=True)
+    from models.pretrained import write_text
+
+    write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    return config
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    out = []
+    for key in a:
+        if isinstance(a[key], dict):
+            out += _differences(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            out.append((prefix + key, a[key], b[key]))
+    return out
