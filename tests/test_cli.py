@@ -1,0 +1,144 @@
+"""The scripts as a user meets them: flags, one-line errors, exit codes. Nothing heavy is imported for a wrong command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UsageError
+from configs.schema import Config, from_dict, preset, resolve, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A model folder made by the training script, barely trained."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    flags = "--max_steps 2 --data.limit 20 --data.validation_images 8 --train.rows 2".split()
+    done = run("train_dual_tower.py", *flags, "--output_dir", str(folder), "--cache_dir", str(folder / "cache"), cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert "generate.py --checkpoint" in last and str(folder / "model") in done.stdout
+    (folder / "try_it").write_text(last.strip())
+    return folder
+
+
+def test_a_run_folder_is_complete(trained):
+    assert {p.name for p in trained.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "model", "tokenizer"}
+    step, *_, validation = (json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines())
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s"} <= set(step) and set(step["lr"]) == {"projector", "left", "right"}
+    assert {"validation_loss", "validation_accuracy"} <= set(validation)
+    assert (trained / "samples" / "step_000002.png").is_file() and (trained.parent / "logs" / "run.log").is_file()
+    saved = from_dict(Config, json.loads((trained / "config.json").read_text()), "config.json")
+    assert saved.max_steps == 2 and saved.data.limit == 20
+
+
+def test_the_printed_command_works(trained):
+    import shlex
+
+    _, *arguments = shlex.split((trained / "try_it").read_text())
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generate_json(trained, image_file):
+    flags = ["--checkpoint", str(trained / "model"), "--image", str(image_file), "--prompt", "what is it?", "--prompt", "is it <|im_end|> blue?", "--json", "--max-new-tokens", "4"]
+    done = run("generate.py", *flags)
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(first) == {"prompt", "answer", "ttft_ms", "tokens_per_s", "image_kv"}
+    assert (first["image_kv"], second["image_kv"]) == ("computed", "reused") and second["prompt"] == "is it <|im_end|> blue?"
+    sampled = [run("generate.py", *flags, "--sampling", "--temperature", "2", "--top_k", "50", "--top_p=0.9", "--seed", s).stdout for s in ("1", "1")]
+    assert [json.loads(line)["answer"] for line in sampled[0].splitlines()] == [json.loads(line)["answer"] for line in sampled[1].splitlines()]
+
+
+def test_generate_settings_from_a_file(trained, tmp_path):
+    (tmp_path / "g.json").write_text('{"max_new_tokens": 1, "top_kk": 2}')
+    flags = ["--checkpoint", str(trained / "model"), "--prompt", "hello", "--config", str(tmp_path / "g.json")]
+    done = run("generate.py", *flags)
+    assert done.returncode == 2 and "unknown key 'top_kk' (did you mean 'top_k'?)" in done.stderr
+    (tmp_path / "g.json").write_text('{"max_new_tokens": 1}')
+    assert run("generate.py", *flags).returncode == 0
+
+
+def test_evaluation_writes_results(trained, tmp_path):
+    done = run("evaluation.py", "--model", str(trained / "model"), "--tasks", "easy_vqa", "--batch_size", "7", "--limit", "20", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["easy_vqa"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples_easy_vqa.jsonl").read_text().splitlines()]
+    assert results["count"] == len(samples) == 20 == sum(k["count"] for k in results["kinds"].values())
+    assert results["accuracy"] == sum(s["prediction"] == s["answer"] for s in samples) / 20
+
+
+ERRORS = [
+    ("train_dual_tower.py", ["--config", "dual_tower_easyvq"], 2, "did you mean 'dual_tower_easyvqa'?"),
+    ("train_dual_tower.py", ["--train.lr_rigth", "1"], 2, "did you mean '--train.lr_right'?"),
+    ("train_dual_tower.py", ["--max_steps", "many"], 2, "invalid int value: 'many'"),
+    ("train_dual_tower.py", ["--max_steps", "0"], 2, "max_steps = 0 must be at least 1"),
+    ("train_dual_tower.py", ["--model.left.layers", "3"], 2, "both must agree"),
+    ("train_dual_tower.py", ["--model.vision.image_size", "100"], 2, "must be a multiple"),
+    ("train_dual_tower.py", ["--resume", "nowhere"], 2, "neither a run folder nor a checkpoint"),
+    ("train_dual_tower.py", ["stray"], 2, "unknown argument 'stray'"),
+    ("train_dual_tower.py", ["--train.lr_vision", "0", "--train.lr_left", "0", "--train.lr_right", "0", "--train.lr_projector", "0"], 2, "at least one above 0"),
+    ("generate.py", ["--prompt", "x"], 2, "required: --checkpoint"),
+    ("generate.py", ["--checkpoint", "x", "--prompt", "  "], 2, "--prompt is empty"),
+    ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--temprature", "1"], 2, "did you mean '--temperature'?"),
+    ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--top_p", "1.5"], 2, "top_p = 1.5"),
+    ("generate.py", ["--checkpoint", "nowhere", "--prompt", "x"], 1, "no model folder at nowhere"),
+    ("evaluation.py", ["--model", "x", "--tasks", "easy_vqaa"], 2, "did you mean 'easy_vqa'?"),
+    ("evaluation.py", ["--model", "nowhere"], 1, "no model folder at nowhere"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "code", "message"), ERRORS, ids=[" ".join([e[0].split(".")[0], *e[1]])[:60] for e in ERRORS])
+def test_mistakes_get_one_line(script, flags, code, message, tmp_path):
+    done = run(script, *flags, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_bad_images_get_one_line(trained, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, message in (("nowhere.png", "does not exist"), ("empty.png", "is empty")):
+        done = run("generate.py", "--checkpoint", str(trained / "model"), "--prompt", "x", "--image", str(tmp_path / name))
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    done = run("generate.py", "--checkpoint", str(trained / "model"), "--prompt", "x", "--image", str(tmp_path / "empty.png"), "--debug")
+    assert "Traceback" in done.stderr
+    done = run("generate.py", "--checkpoint", str(trained / "model"), "--prompt", "word " * 3000)
+    assert done.returncode == 2 and "the prompt has" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train_dual_tower.py", "generate.py", "evaluation.py"])
+def test_help_comes_without_torch(script):
+    """--help lists the flags, and loads nothing heavy."""
+    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{ROOT / script}', run_name='__main__')\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "False" and "--debug" in done.stdout
+    if script == "train_dual_tower.py":
+        assert "--train.lr_projector FLOAT" in done.stdout and "--resume" in done.stdout
+
+
+def test_dashes_and_underscores_are_alike():
+    a, _ = resolve(["--max-steps", "7", "--train.lr-projector=0.5", "--model.image-isolation", "false"], "")
+    b, _ = resolve(["--max_steps", "7", "--train.lr_projector=0.5", "--model.image_isolation", "false"], "")
+    assert a == b and (a.max_steps, a.train.lr_projector, a.model.image_isolation) == (7, 0.5, False)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("config_*.py")), ids=lambda p: p.stem)
+def test_presets_survive_json(path):
+    config = preset(path.stem)
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config))), "x") == config
+
+
+def test_saved_configs_are_read_strictly():
+    values = to_dict(Config())
+    values["train"]["lr_lef"] = 1.0
+    with pytest.raises(UsageError, match="unknown key 'lr_lef' .did you mean 'lr_left'"):
+        from_dict(Config, values, "config.json")

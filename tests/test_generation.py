@@ -1,0 +1,117 @@
+"""Generation against the naive model run over the whole sequence again for every token, and sampling against its definition."""
+
+import pytest
+import torch
+from conftest import TURNS, random_tiles, tiny_model
+from naive_dual_tower import Naive
+
+from configs.errors import UsageError
+from configs.schema import GenerationConfig
+from data.collators import collate_prompts
+from eval.answering import Answerer
+from models.generation import generate, sample
+
+
+def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:
+    made: list[int] = []
+    while len(made) < new_tokens:
+        token = int(naive.logits([*ids, *made], tiles)[-1].argmax())
+        if token == stop:
+            break
+        made.append(token)
+    return made
+
+
+def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]:
+    prompt = renderer.prompt(images, [{"user": question}])
+    ids = dict(zip(prompt.right_positions, prompt.right_ids, strict=True))
+    for start in prompt.block_positions:
+        ids |= {start + i: token for i, token in enumerate(renderer.image_block())}
+    return prompt, [ids[p] for p in sorted(ids)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
+    """Rows of different lengths, one to three images: token for token what full recomputation gives."""
+    model = tiny_model(tokenizer, seed=seed)
+    naive = Naive(model)
+    asked = [(1, "what color?"), (3, "is there a red circle in the image?"), (2, "what is it")]
+    tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
+    prompts = [prompt_ids(renderer, n, q) for n, q in asked]
+    block = torch.tensor(renderer.image_block())
+    images = [
+        list(zip(model.encode_images(t, [block] * len(t)), prompt.block_positions, strict=True))
+        for t, (prompt, _) in zip(tiles, prompts, strict=True)
+    ]
+    stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
+    settings = GenerationConfig(max_new_tokens=6)
+    made = generate(model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts]))
+    expected = [naive_greedy(naive, ids, t, stop, 6) for (_, ids), t in zip(prompts, tiles, strict=True)]
+    assert made.tokens == expected
+    assert any(expected)
+
+
+def test_text_only_prompts_work_beside_image_prompts(model, renderer):
+    answerer = Answerer(model, renderer)
+    tiles = random_tiles(1)
+    settings = GenerationConfig(max_new_tokens=5)
+    together = answerer.answer([([], "what is it?"), ([tiles], "what color is the shape?")], settings)
+    alone = answerer.answer([([], "what is it?")], settings) + answerer.answer([([tiles], "what color is the shape?")], settings)
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.image_kv for a in together + alone] == ["none", "computed", "none", "reused"]
+
+
+def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
+    answerer = Answerer(model, renderer, keep=2)
+    encoded = []
+    original = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda tiles, blocks: encoded.append(len(blocks)) or original(tiles, blocks))
+    a, b, c = (random_tiles(1, seed) for seed in range(3))
+    settings = GenerationConfig(max_new_tokens=2)
+    assert [x.image_kv for x in answerer.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]
+    assert [x.image_kv for x in answerer.answer([([b], "y"), ([c], "y")], settings)] == ["reused", "computed"]
+    assert [x.image_kv for x in answerer.answer([([a], "y")], settings)] == ["computed"]  # a was the least recently used of three
+    assert encoded == [2, 1, 1]
+
+
+def test_seeds_repeat_and_differ(model, renderer):
+    answerer = Answerer(model, renderer)
+    asked = [([random_tiles(1)], "what color?")]
+    answers = [answerer.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[0].text for s in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.69}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.71}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # of the three left, the first holds 0.44
+        ({"temperature": 0.5, "top_p": 0.6}, [16 / 25, 9 / 25, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+    ],
+)
+def test_sampling_has_the_distribution_it_says(settings, expected):
+    """Temperature, then top-k, then top-p; 20,000 draws within five standard deviations, and nothing outside."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[torch.tensor([2, 0, 3, 1])].repeat(20_000, 1)
+    drawn = sample(logits, GenerationConfig(sampling=True, **settings), torch.Generator().manual_seed(0))
+    expected = torch.tensor(expected)[torch.tensor([2, 0, 3, 1])]
+    share = drawn.bincount(minlength=4) / len(drawn)
+    bound = 5 * (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((share - expected).abs() <= bound + 1e-9).all(), (share, expected)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
+def test_bad_settings(bad):
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        GenerationConfig(sampling=True, **bad)
+
+
+def test_a_prompt_too_long_says_so(model, renderer):
+    with pytest.raises(UsageError, match=r"the prompt has \d+ tokens.*256 positions"):
+        Answerer(model, renderer).answer([([], "long " * 300)], GenerationConfig())

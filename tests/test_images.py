@@ -1,0 +1,101 @@
+"""Whatever a file holds: pixels, or one error that says what is wrong."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import ImageError, open_image, to_tiles
+
+GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size that its few bytes do not hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty"), (b"hello", "not_an_image"), (png_of_size(30_000, 30_000), "too_large"), (png_of_size(30_000, 10), "too_large"), (png_of_size(64, 64), "damaged")],
+)
+def test_bad_files(tmp_path, content, reason):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    for source in (path, str(path), *([content] if content else [])):
+        with pytest.raises(ImageError) as caught:
+            open_image(source)
+        assert caught.value.reason == reason and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.95])
+def test_truncated_files(tmp_path, extension, keep):
+    path = tmp_path / f"x.{extension}"
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ImageError):
+        open_image(path)
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(ImageError, match="does not exist"):
+        open_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        open_image(tmp_path)
+
+
+def test_modes_keep_their_meaning(tmp_path):
+    """Grey written in many ways reads as the same grey."""
+    grey = Image.fromarray(GRADIENT)
+    written = {
+        "L.png": grey,
+        "P.png": grey.convert("P"),
+        "RGBA.png": grey.convert("RGBA"),
+        "LA.png": grey.convert("LA"),
+        "16.png": Image.fromarray(GRADIENT.astype(np.uint16) * 257),
+        "CMYK.tiff": grey.convert("RGB").convert("CMYK"),
+        "F.tiff": Image.fromarray(GRADIENT.astype(np.float32) / 255),
+    }
+    for name, image in written.items():
+        image.save(tmp_path / name)
+        read = open_image(tmp_path / name)
+        assert read.mode == "RGB"
+        difference = np.abs(np.asarray(read).astype(int) - GRADIENT[..., None])
+        assert difference.max() <= 1, name
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(open_image(tmp_path / "clear.png")).min() == 255
+    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    assert open_image(tmp_path / "half.png").getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 4), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_tiles_are_pixels_in_order():
+    tiles = to_tiles(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32)), 32)
+    assert tiles.shape == (1, 3, 32, 32) and str(tiles.dtype) == "torch.uint8"
+    assert (tiles[0, 0].int() + tiles[0, 1].int() - 255).abs().max() <= 2

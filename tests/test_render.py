@@ -1,0 +1,85 @@
+"""The one renderer: against transformers' chat template, and its loss mask against a reading of the text."""
+
+import pytest
+from conftest import TURNS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data.render import IGNORE
+from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
+
+SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)
+words = st.text(max_size=12) | st.sampled_from(SPECIAL) | st.sampled_from(["user\n", "assistant\n", " ", "\n", "Zoë 漢字 🙂"])
+texts = st.lists(words, min_size=1, max_size=4).map("".join)
+turns = st.lists(st.fixed_dictionaries({"user": texts, "assistant": texts}), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def messages(conversation: list[dict]) -> list[dict]:
+    return [{"role": role, "content": turn[role]} for turn in conversation for role in ("user", "assistant") if role in turn]
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
+    """Rendered text is what transformers' apply_chat_template makes of the saved template, for training and for prompting."""
+    conversation = TURNS[:length]
+    document = renderer.conversation(0, conversation)
+    whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
+    assert document.right_ids + [tokenizer.turn_end] == whole[:-1]  # the template ends with a newline that nobody learns
+    prompt = [*conversation[:-1], {"user": conversation[-1]["user"]}]
+    expected = hf_tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
+    assert renderer.prompt(0, prompt).right_ids == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversation=turns, images=st.integers(0, 3))
+def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversation, images):
+    document = renderer.conversation(images, conversation)
+    learnt = [label for label in document.labels if label != IGNORE]
+    expected = [token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)]
+    assert learnt == expected
+    following = [*document.right_ids[1:], tokenizer.turn_end]
+    assert all(label in (IGNORE, after) for label, after in zip(document.labels, following, strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversation=turns, images=st.integers(0, 3))
+def test_positions_count_both_streams_once(renderer, conversation, images):
+    document = renderer.conversation(images, conversation)
+    block = len(renderer.image_block())
+    of_images = [start + i for start in document.block_positions for i in range(block)]
+    assert sorted(of_images + document.right_positions) == list(range(document.length))
+    assert len(document.block_positions) == images
+    without = renderer.conversation(0, conversation)
+    assert without.right_ids == document.right_ids and without.labels == document.labels
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts)
+def test_text_never_becomes_a_special_token_and_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not {tokenizer.turn_start, tokenizer.turn_end, tokenizer.image, tokenizer.global_image} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_prompt_is_the_beginning_of_the_training_document(renderer):
+    prompt = renderer.prompt(2, [{"user": TURNS[0]["user"]}])
+    document = renderer.conversation(2, TURNS[:1])
+    n = len(prompt.right_ids)
+    assert document.right_ids[:n] == prompt.right_ids and document.right_positions[:n] == prompt.right_positions
+    assert document.labels[: n - 1] == [IGNORE] * (n - 1) and document.labels[n - 1] != IGNORE
+
+
+def test_tokenizer_survives_saving(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    text = "<|im_end|> what color? Zoë"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.vocabulary == tokenizer.vocabulary

@@ -1,0 +1,178 @@
+"""Training: the loss it logs, exact resumption after SIGKILL, checkpoints that are whole or absent, frozen parts, the feature cache."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, random_tiles, tiny_model
+from test_dual_tower import make_sample
+from torch import nn
+
+import training.checkpoint
+from configs.errors import UserError
+from configs.schema import Config, TrainConfig
+from data.collators import collate
+from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from training.feature_cache import FeatureCache, fingerprint
+from training.loop import train_step
+from training.optim import make_optimizer, schedule
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--model.vision.image_size 64 --data.limit 40 --data.validation_images 8 --data.right_length 64 --train.rows 2 --data.window 6".split()
+for tower in ("left", "right"):
+    SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train_dual_tower.py"), "--max_steps", "14", "--train.checkpoint_every", "4", "--train.eval_every", "5", *SMALL, *flags]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(x["step"], x.get("loss", x.get("validation_loss"))) for x in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    subprocess.run(command("--output_dir", str(folder), "--cache_dir", str(folder / "cache")), cwd=folder.parent, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("kill_at", [3, 9, 13])
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_at):
+    """Losses, validation and final weights, bit for bit; killed before the first checkpoint, between two, and near the end."""
+    folder = tmp_path / "killed"
+    flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
+    process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and f'"step": {kill_at},' in metrics.read_text()):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert not (folder / "model").exists()
+    done = subprocess.run(command(*flags, "--resume", "auto"), cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert ("resumed from" in done.stdout) == (kill_at > 4)
+    assert losses(folder) == losses(uninterrupted)
+    a, b = ((f / "model" / "model.safetensors").read_bytes() for f in (folder, uninterrupted))
+    assert a == b
+
+
+def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
+    done = subprocess.run(command("--resume", str(uninterrupted), "--seed", "5"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot change seed (was 0, now 5)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_second_run_does_not_overwrite_the_first(uninterrupted, tmp_path):
+    done = subprocess.run(command("--output_dir", str(uninterrupted)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "already holds a run" in done.stderr
+
+
+@pytest.fixture
+def batches(renderer, tokenizer):
+    samples = [make_sample(renderer, 1, [[{"user": f"is it {c}?", "assistant": c}] * (1 + i % 3)], seed=i) for i, c in enumerate("abcdefgh")]
+    return [collate([[s]], tokenizer.global_image) for s in samples], collate([[s] for s in samples], tokenizer.global_image)
+
+
+def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
+    """Micro-batches with different numbers of supervised tokens: still sum of loss ÷ supervised tokens of the whole step."""
+    pieces, whole = batches
+    weights = []
+    for source, accumulation in ((iter(pieces), 8), (iter([whole]), 1)):
+        model = tiny_model(tokenizer)
+        config = Config(model=TINY_MODEL, train=TrainConfig(accumulation=accumulation, dtype="fp32", warmup_steps=0, clip=0.0))
+        optimizer = make_optimizer(model, config.train)
+        values = train_step(config, model, optimizer, source, 1, torch.device("cpu"))
+        gradients = {n: p.detach().clone() for n, p in model.named_parameters()}
+        weights.append((values["loss"], values["grad_norm"], values["supervised_tokens"], gradients))
+    assert weights[0][2] == weights[1][2] == int((whole["labels"] != -100).sum())
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
+    assert weights[0][1] == pytest.approx(weights[1][1], rel=1e-4)
+
+
+def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
+    model = tiny_model(tokenizer)
+    config = Config(model=TINY_MODEL, train=TrainConfig(lr_vision=0.0, lr_right=0.0, warmup_steps=0, dtype="fp32"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config.train)
+    train_step(config, model, optimizer, iter(batches[0]), 1, torch.device("cpu"))
+    changed = {n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"left.modality_projector", "left.decoder", "left.embed_markers"}
+
+
+def test_schedule():
+    config = TrainConfig(warmup_steps=10, final_lr=0.1)
+    factors = [schedule(s, 110, config) for s in range(110)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[109] == pytest.approx(0.1)
+    assert factors[59] == pytest.approx(0.55) and sorted(factors[10:], reverse=True) == factors[10:]
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
+    optimizer = make_optimizer(model, TrainConfig())
+    save_checkpoint(tmp_path, 1, model, optimizer, {"data": {}}, keep=2)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.checkpoint.torch, "save", full_disk)
+    with pytest.raises(UserError, match="step_000002 could not be written.*No space left"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {"data": {}}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
+    optimizer = make_optimizer(model, TrainConfig())
+    (tmp_path / ".step_000009.123").mkdir()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, model, optimizer, {"data": {"x": step}}, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003"] == sorted(p.name for p in tmp_path.iterdir())
+    assert load_checkpoint(tmp_path / "step_000003", model, optimizer) == {"step": 3, "data": {"x": 3}}
+    (tmp_path / "step_000003" / "training.pt").unlink()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+
+
+class TestFeatureCache:
+    def encode(self, tiles):
+        self.seen += len(tiles)
+        return tiles.float().mean((2, 3), keepdim=True)
+
+    def test_each_tile_is_encoded_once(self, tmp_path):
+        self.seen = 0
+        cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(40)
+        twice = torch.cat((tiles, tiles[:5]))
+        for _ in range(2):
+            assert torch.equal(cache(twice, self.encode), twice.float().mean((2, 3), keepdim=True))
+        assert self.seen == 40
+        cache.save()
+        again = FeatureCache(tmp_path, 1 << 20)
+        assert torch.equal(again(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True)) and self.seen == 40
+
+    def test_beyond_its_limit_it_still_answers(self, tmp_path):
+        self.seen = 0
+        cache, tiles = FeatureCache(tmp_path, 12 * 10), random_tiles(40)
+        for _ in range(2):
+            assert torch.equal(cache(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True))
+        assert self.seen == 70 and cache.bytes == 120
+
+    def test_a_damaged_shard_is_computed_again_and_said(self, tmp_path, capsys):
+        self.seen = 0
+        cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(4)
+        cache(tiles, self.encode)
+        cache.save()
+        (shard,) = tmp_path.iterdir()
+        shard.write_bytes(shard.read_bytes()[:50])
+        again = FeatureCache(tmp_path, 1 << 20)
+        assert "cannot be read" in capsys.readouterr().err
+        assert torch.equal(again(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True)) and self.seen == 8
+
+    def test_the_fingerprint_knows_weights_and_constants(self):
+        a, b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        assert fingerprint(a) == fingerprint(b)
+        b.running_mean[1] = 0.5
+        assert fingerprint(a) != fingerprint(b)
