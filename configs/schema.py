@@ -93,9 +93,7 @@ class ModelConfig:
                 raise UsageError(f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)")
         v, shuffle = self.vision, self.projector.pixel_shuffle
         if v.image_size < 1 or v.stride < 1 or shuffle < 1 or v.image_size % (v.stride * shuffle):
-            raise UsageError(
-                f"model.vision.image_size = {v.image_size} must be a multiple of vision.stride × projector.pixel_shuffle = {v.stride} × {shuffle}"
-            )
+            raise UsageError(f"model.vision.image_size = {v.image_size} must be a multiple of vision.stride × projector.pixel_shuffle = {v.stride} × {shuffle}")
 
     @property
     def tokens_per_tile(self) -> int:
@@ -109,6 +107,7 @@ class DataConfig:
     limit: int = opt(0, "use only the first N training images (0: all)")
     validation_images: int = opt(200, "training images held out for validation")
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")
+    flips: bool = opt(False, "mirror training images at random, left to right and upside down (only where no question asks for sides)")
     vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text")
     left_length: int = opt(64, "L, left-stream length of a packed row")
     right_length: int = opt(512, "R, right-stream length of a packed row")
@@ -119,6 +118,7 @@ class DataConfig:
 class TrainConfig:
     rows: int = opt(8, "packed rows of a micro-batch")
     accumulation: int = opt(1, "micro-batches of an optimizer step")
+    optimizer: Literal["adamw", "muon"] = opt("adamw", "muon: Muon for the weights of linear layers, AdamW for the rest")
     lr_vision: float = opt(0.0, "learning rate of the vision encoder (0 freezes a part)")
     lr_projector: float = opt(2e-3, "learning rate of the modality projector")
     lr_left: float = opt(2e-3, "learning rate of the left decoder")

@@ -23,12 +23,14 @@ class ImageError(UserError):
         self.reason = reason
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     """A path, encoded bytes or a Pillow image → an upright RGB image; the first frame of an animation.
 
     Transparency is laid on white, 16-bit and float grey are scaled to 8 bits. Errors: `ImageError`.
     """
     where = str(source) if isinstance(source, str | Path) else "image"
+    if not isinstance(source, str | Path | bytes | Image.Image):
+        raise ImageError("missing", f"{where} is {source!r}")
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)

@@ -51,10 +51,7 @@ class Validation:
         answerer = Answerer(model, dataset.renderer)
         asked = self.questions[:count]
         answers = answerer.answer([([answerer.tiles(path)], turn["user"]) for path, turn in asked], GenerationConfig(max_new_tokens=16))
-        return [
-            {"image": str(path), "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
-            for (path, turn), a in zip(asked, answers, strict=True)
-        ]
+        return [{"image": str(path), "question": turn["user"], "answer": turn["assistant"], "prediction": a.text} for (path, turn), a in zip(asked, answers, strict=True)]
 
 
 def save_samples(folder: Path, step: int, predictions: list[dict[str, str]]) -> None:

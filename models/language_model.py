@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig
-from models.layers import MLP, Attention, Past, Rotary, init_weights, key_values
+from models.layers import MLP, Attention, Past, RMSNorm, Rotary, init_weights, key_values
 
 
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
@@ -30,7 +30,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         init_weights(self, config.layers)
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class KeyValueLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder block: rotary embedding, attention, gated MLP. RMSNorm is torch's own."""
+"""The parts of a decoder block: norm, rotary embedding, attention, gated MLP."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DecoderConfig
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm; under autocast its result is cast here, once, and not again by every projection that reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        return super().forward(x).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
 class Rotary(NamedTuple):

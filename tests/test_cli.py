@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A model folder made by the training script, barely trained."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    flags = "--max_steps 2 --data.limit 20 --data.validation_images 8 --train.rows 2".split()
+    flags = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.rows", "2"]
     done = run("train_dual_tower.py", *flags, "--output_dir", str(folder), "--cache_dir", str(folder / "cache"), cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
@@ -81,7 +81,7 @@ ERRORS = [
     ("train_dual_tower.py", ["--train.lr_rigth", "1"], 2, "did you mean '--train.lr_right'?"),
     ("train_dual_tower.py", ["--max_steps", "many"], 2, "invalid int value: 'many'"),
     ("train_dual_tower.py", ["--max_steps", "0"], 2, "max_steps = 0 must be at least 1"),
-    ("train_dual_tower.py", ["--model.left.layers", "3"], 2, "both must agree"),
+    ("train_dual_tower.py", ["--model.left.layers", "7"], 2, "both must agree"),
     ("train_dual_tower.py", ["--model.vision.image_size", "100"], 2, "must be a multiple"),
     ("train_dual_tower.py", ["--resume", "nowhere"], 2, "neither a run folder nor a checkpoint"),
     ("train_dual_tower.py", ["stray"], 2, "unknown argument 'stray'"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TURNS, random_tiles, tiny_model
+from conftest import random_tiles, tiny_model
 from naive_dual_tower import Naive
 
 from configs.errors import UsageError
@@ -39,10 +39,7 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
     prompts = [prompt_ids(renderer, n, q) for n, q in asked]
     block = torch.tensor(renderer.image_block())
-    images = [
-        list(zip(model.encode_images(t, [block] * len(t)), prompt.block_positions, strict=True))
-        for t, (prompt, _) in zip(tiles, prompts, strict=True)
-    ]
+    images = [list(zip(model.encode_images(t, [block] * len(t)), prompt.block_positions, strict=True)) for t, (prompt, _) in zip(tiles, prompts, strict=True)]
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
     settings = GenerationConfig(max_new_tokens=6)
     made = generate(model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts]))
@@ -104,9 +101,7 @@ def test_sampling_has_the_distribution_it_says(settings, expected):
     assert ((share - expected).abs() <= bound + 1e-9).all(), (share, expected)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
-)
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}])
 def test_bad_settings(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
         GenerationConfig(sampling=True, **bad)

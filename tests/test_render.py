@@ -32,7 +32,7 @@ def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
     conversation = TURNS[:length]
     document = renderer.conversation(0, conversation)
     whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
-    assert document.right_ids + [tokenizer.turn_end] == whole[:-1]  # the template ends with a newline that nobody learns
+    assert [*document.right_ids, tokenizer.turn_end] == whole[:-1]  # the template ends with a newline that nobody learns
     prompt = [*conversation[:-1], {"user": conversation[-1]["user"]}]
     expected = hf_tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
     assert renderer.prompt(0, prompt).right_ids == expected

@@ -21,10 +21,10 @@ from data.collators import collate
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.feature_cache import FeatureCache, fingerprint
 from training.loop import train_step
-from training.optim import make_optimizer, schedule
+from training.optim import make_optimizers, schedule
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--model.vision.image_size 64 --data.limit 40 --data.validation_images 8 --data.right_length 64 --train.rows 2 --data.window 6".split()
+SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
 for tower in ("left", "right"):
     SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
 
@@ -87,8 +87,8 @@ def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
     for source, accumulation in ((iter(pieces), 8), (iter([whole]), 1)):
         model = tiny_model(tokenizer)
         config = Config(model=TINY_MODEL, train=TrainConfig(accumulation=accumulation, dtype="fp32", warmup_steps=0, clip=0.0))
-        optimizer = make_optimizer(model, config.train)
-        values = train_step(config, model, optimizer, source, 1, torch.device("cpu"))
+        optimizers = make_optimizers(model, config.train)
+        values = train_step(config, model, optimizers, source, 1, torch.device("cpu"))
         gradients = {n: p.detach().clone() for n, p in model.named_parameters()}
         weights.append((values["loss"], values["grad_norm"], values["supervised_tokens"], gradients))
     assert weights[0][2] == weights[1][2] == int((whole["labels"] != -100).sum())
@@ -100,8 +100,8 @@ def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
     model = tiny_model(tokenizer)
     config = Config(model=TINY_MODEL, train=TrainConfig(lr_vision=0.0, lr_right=0.0, warmup_steps=0, dtype="fp32"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = make_optimizer(model, config.train)
-    train_step(config, model, optimizer, iter(batches[0]), 1, torch.device("cpu"))
+    optimizers = make_optimizers(model, config.train)
+    train_step(config, model, optimizers, iter(batches[0]), 1, torch.device("cpu"))
     changed = {n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"left.modality_projector", "left.decoder", "left.embed_markers"}
 
@@ -114,25 +114,25 @@ def test_schedule():
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
-    optimizer = make_optimizer(model, TrainConfig())
-    save_checkpoint(tmp_path, 1, model, optimizer, {"data": {}}, keep=2)
+    optimizers = make_optimizers(model, TrainConfig())
+    save_checkpoint(tmp_path, 1, model, optimizers, {"data": {}}, keep=2)
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training.checkpoint.torch, "save", full_disk)
     with pytest.raises(UserError, match="step_000002 could not be written.*No space left"):
-        save_checkpoint(tmp_path, 2, model, optimizer, {"data": {}}, keep=2)
+        save_checkpoint(tmp_path, 2, model, optimizers, {"data": {}}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizers = make_optimizers(model, TrainConfig())
     (tmp_path / ".step_000009.123").mkdir()
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, model, optimizer, {"data": {"x": step}}, keep=2)
+        save_checkpoint(tmp_path, step, model, optimizers, {"data": {"x": step}}, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003"] == sorted(p.name for p in tmp_path.iterdir())
-    assert load_checkpoint(tmp_path / "step_000003", model, optimizer) == {"step": 3, "data": {"x": 3}}
+    assert load_checkpoint(tmp_path / "step_000003", model, optimizers) == {"step": 3, "data": {"x": 3}}
     (tmp_path / "step_000003" / "training.pt").unlink()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
 

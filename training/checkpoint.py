@@ -16,7 +16,7 @@ from models.pretrained import load_weights
 FILES = ("model.safetensors", "training.pt", "state.json")
 
 
-def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step_000100` beside, sync it, rename it; then delete all but the newest `keep`.
 
     `state` is plain JSON (data position and whatever else the loop wants back). Errors: `UserError` where the disk
@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.
         beside.mkdir()
         save_file({n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}, beside / "model.safetensors")
         rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, beside / "training.pt")
+        torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": rng}, beside / "training.pt")
         (beside / "state.json").write_text(json.dumps({"step": step} | state))
         for path in (*beside.iterdir(), beside):
             _sync(path)
@@ -61,12 +61,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, optimizer and RNG back; → the saved state with its `step`."""
+def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Put weights, optimizers and RNG back; → the saved state with its `step`."""
     load_weights(model, folder / "model.safetensors")
     try:
         saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error

@@ -84,7 +84,7 @@ class FeatureCache:
         try:
             features = torch.stack([self.memory[key] for key in self.unsaved])
             save_file({"features": features}, beside, metadata={"keys": ",".join(self.unsaved)})
-            os.replace(beside, self.folder / f"{name}.safetensors")
+            beside.replace(self.folder / f"{name}.safetensors")
         finally:
             beside.unlink(missing_ok=True)
         self.unsaved = []

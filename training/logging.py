@@ -37,13 +37,11 @@ class RunLog:
         """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
         if not self.metrics_path.is_file():
             return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         beside = self.metrics_path.with_name(f".metrics.{os.getpid()}")
         beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self.metrics_path)
+        beside.replace(self.metrics_path)
 
     def start(self, step: int, max_steps: int) -> None:
         if self.console.is_terminal:

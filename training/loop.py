@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import Config, TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.logging import RunLog
-from training.optim import make_optimizer, schedule, set_learning_rates
+from training.optim import make_optimizers, schedule, set_learning_rates
 
 Batch = dict[str, Tensor]
 
@@ -56,10 +56,10 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one."""
     c, device = config.train, pick_device(config.train)
     model.to(device).train()
-    optimizer = make_optimizer(model, c)
+    optimizers = make_optimizers(model, c)
     done = 0
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = load_checkpoint(checkpoint, model, optimizers)
         done = state["step"]
         task.load_data_state(state["data"])
         log.rewind(done)
@@ -67,13 +67,13 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
 
     def save(step: int) -> None:
         task.before_checkpoint()
-        save_checkpoint(folder / "checkpoints", step, model, optimizer, {"data": task.data_state()}, c.keep_checkpoints)
+        save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.data_state()}, c.keep_checkpoints)
 
     log.start(done, config.max_steps)
     try:
         for step in range(done + 1, config.max_steps + 1):
             started = time.perf_counter()
-            values = train_step(config, model, optimizer, task.batches, step, device)
+            values = train_step(config, model, optimizers, task.batches, step, device)
             values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
             if not math.isfinite(values["loss"]):
                 raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
@@ -88,7 +88,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         log.stop()
 
 
-def train_step(config: Config, model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], step: int, device: torch.device) -> dict[str, Any]:
+def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimizer], batches: Iterator[Batch], step: int, device: torch.device) -> dict[str, Any]:
     """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens."""
     c = config.train
     micro = [next(batches) for _ in range(c.accumulation)]
@@ -99,11 +99,12 @@ def train_step(config: Config, model: Any, optimizer: torch.optim.Optimizer, bat
             loss = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()}).loss_sum / max(1, supervised)
         loss.backward()
         total += loss.detach()
-    rates = set_learning_rates(optimizer, schedule(step - 1, config.max_steps, c))
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    rates = set_learning_rates(optimizers, schedule(step - 1, config.max_steps, c))
+    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((b["left_groups"] >= 0).sum()) + int((b["right_documents"] >= 0).sum()) for b in micro)
     return {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "supervised_tokens": supervised, "tokens": tokens}
 

@@ -1,9 +1,10 @@
-"""AdamW with a learning rate for each part, and the schedule."""
+"""AdamW, or Muon for matrices beside it, with a learning rate for each part; and the schedule."""
 
 import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from configs.schema import TrainConfig
 
@@ -16,21 +17,34 @@ def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
     return rates
 
 
-def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """Two groups a part: matrices with weight decay, the rest (norms, biases) without. Every trained parameter is in exactly one."""
-    groups: list[dict[str, Any]] = []
+def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or with `optimizer="muon"` a Muon (https://kellerjordan.github.io/posts/muon) for the weights of linear layers and AdamW for the rest.
+
+    Groups are by part; only matrices decay. Every trained parameter is in exactly one group. Muon's updates are scaled
+    to AdamW's root mean square (arXiv 2502.16982), so that one learning rate a part serves both.
+    """
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
+    muon: list[dict[str, Any]] = []
+    adamw: list[dict[str, Any]] = []
     for name, rate in freeze(model, config).items():
-        parameters = [p for p in model.parts()[name].parameters() if p.requires_grad]
-        for decay, members in (
-            (config.weight_decay, [p for p in parameters if p.dim() >= 2]),
-            (0.0, [p for p in parameters if p.dim() < 2]),
+        trained = [p for p in model.parts()[name].parameters() if p.requires_grad]
+        rest = [p for p in trained if id(p) not in linear]
+        for groups, decay, members in (
+            (muon, config.weight_decay, [p for p in trained if id(p) in linear]),
+            (adamw, config.weight_decay, [p for p in rest if p.dim() >= 2]),
+            (adamw, 0.0, [p for p in rest if p.dim() < 2]),
         ):
             if members:
                 groups.append({"params": members, "weight_decay": decay, "lr": rate, "peak_lr": rate, "part": name})
-    grouped = [id(p) for g in groups for p in g["params"]]
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)) and set(grouped) == trained, "every trained parameter belongs to exactly one group"
-    return torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+    grouped = [id(p) for g in muon + adamw for p in g["params"]]
+    expected = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == expected, "every trained parameter belongs to exactly one group"
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, config.beta2), fused=True))
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def schedule(step: int, max_steps: int, config: TrainConfig) -> float:
@@ -41,8 +55,9 @@ def schedule(step: int, max_steps: int, config: TrainConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> dict[str, float]:
     """Scale every group's peak rate; → the rates now in force, by part."""
-    for group in optimizer.param_groups:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
         group["lr"] = group["peak_lr"] * factor
-    return {group["part"]: group["lr"] for group in optimizer.param_groups}
+    return {group["part"]: group["lr"] for group in groups}

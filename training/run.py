@@ -9,7 +9,18 @@ from configs.errors import UsageError
 from configs.schema import Config, load_json, override, to_dict
 from training.checkpoint import checkpoints
 
-CHANGEABLE = ("max_steps", "output_dir", "resume", "cache_dir", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.feature_cache_gb", "train.device")
+CHANGEABLE = (
+    "max_steps",
+    "output_dir",
+    "resume",
+    "cache_dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.feature_cache_gb",
+    "train.device",
+)
 
 
 def open_run(config: Config, flags: dict[str, Any]) -> tuple[Config, Path, Path | None]:
