@@ -8,26 +8,25 @@ from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, Proje
 DECODER = DecoderConfig(layers=3, hidden_size=128, heads=4, kv_heads=2, head_size=32, mlp_size=384, max_positions=1024)
 
 CONFIG = Config(
-    max_steps=3400,
+    max_steps=1600,
     model=ModelConfig(
-        # Stride 8, not 16: colour is nearly gone from the deeper features (a linear probe reads it at 95 % against 82 %).
-        vision=VisionConfig(image_size=128, stride=8),
-        projector=ProjectorConfig(pixel_shuffle=4),  # 16 × 16 features → 16 image tokens
+        vision=VisionConfig(image_size=128, stride=16),  # the pictures are 64 × 64: enlarged, so that 8 × 8 features come out
+        projector=ProjectorConfig(pixel_shuffle=2),  # 8 × 8 features → 16 image tokens
         left=DECODER,
         right=DECODER,
-        left_attention="bidirectional",  # every image token knows the whole image: questions that compare are learnt sooner
+        left_attention="bidirectional",  # every image token knows the whole image
     ),
     # Short rows: attention over a packed row is dense on a CPU. A row holds up to two images of 17 tokens.
-    data=DataConfig(left_length=34, right_length=128, flips=True),
+    data=DataConfig(left_length=34, right_length=128),
     train=TrainConfig(
         rows=20,
-        optimizer="muon",  # AdamW alone needs several times the steps to read colour
+        optimizer="muon",  # reads colour within the first epoch; AdamW not in four
         lr_vision=0.0,  # frozen: its features are computed once
         lr_projector=5e-3,
         lr_left=5e-3,
         lr_right=5e-3,
         warmup_steps=50,
-        eval_every=400,
+        eval_every=200,
         checkpoint_every=400,
     ),
 )

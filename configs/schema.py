@@ -107,7 +107,6 @@ class DataConfig:
     limit: int = opt(0, "use only the first N training images (0: all)")
     validation_images: int = opt(200, "training images held out for validation")
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")
-    flips: bool = opt(False, "mirror training images at random, left to right and upside down (only where no question asks for sides)")
     vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text")
     left_length: int = opt(64, "L, left-stream length of a packed row")
     right_length: int = opt(512, "R, right-stream length of a packed row")

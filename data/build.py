@@ -53,7 +53,7 @@ def build_data(config: Config, tokenizer_folder: Path) -> Data:
         return SampleDataset(records, renderer, config.model.vision.image_size, d.turns, d.left_length, d.right_length, positions)
 
     train_set, validation_set = dataset(training), dataset(validation)
-    rows = RowStream(SampleStream(train_set, config.seed, d.flips), d.left_length, d.right_length, d.window)
+    rows = RowStream(SampleStream(train_set, config.seed), d.left_length, d.right_length, d.window)
     data = Data(tokenizer, train_set, validation_set, rows, iter(()))
     data.batches = _batches(rows, config.train.rows, data.padding_id)
     return data

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from data.sources import Record
 
 @dataclass(frozen=True)
 class Sample:
-    """Images and the documents that share them. `key` = (record index, flip, part) finds it again."""
+    """Images and the documents that share them. `key` = (record index, part) finds it again."""
 
-    key: tuple[int, int, int]
+    key: tuple[int, int]
     tiles: Tensor  # (images, 3, h, w) uint8
     block: list[int]  # token ids of one image's block
     documents: list[Document]
@@ -60,11 +60,6 @@ class SampleDataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def flipped(self, index: int, flip: int) -> list[Sample]:
-        """Samples of record `index`, their images mirrored: bit 0 of `flip` left to right, bit 1 upside down."""
-        axes = [axis for bit, axis in ((1, 3), (2, 2)) if flip & bit]
-        return [replace(s, key=(index, flip, s.key[2]), tiles=s.tiles.flip(axes)) for s in self[index]] if axes else self[index]
-
     def __getitem__(self, index: int) -> list[Sample]:
         if index in self.memory:
             return self.memory[index]
@@ -101,7 +96,7 @@ class SampleDataset:
                 room = self.right_length
             parts[-1].append(document)
             room -= len(document.right_ids)
-        return [Sample((index, 0, part), tiles, block, documents) for part, documents in enumerate(parts)]
+        return [Sample((index, part), tiles, block, documents) for part, documents in enumerate(parts)]
 
     def _document(self, name: str, images: int, turns: list[dict[str, Any]]) -> Document | None:
         if not turns or not all(isinstance(t.get(k), str) and t[k].strip() for t in turns for k in ("user", "assistant")):
@@ -115,23 +110,21 @@ class SampleDataset:
 
 
 class SampleStream:
-    """Samples without end, each epoch in an order of its own, drawn from seed and epoch; with `flips`, images mirrored at random.
+    """Samples without end, each epoch in an order of its own, drawn from seed and epoch.
 
     The next sample is number `part` of record number `cursor` of epoch `epoch`: three integers are its whole state.
     """
 
-    def __init__(self, dataset: SampleDataset, seed: int, flips: bool = False) -> None:
-        self.dataset, self.seed, self.flips = dataset, seed, flips
+    def __init__(self, dataset: SampleDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
         self.epoch = self.cursor = self.part = 0
 
     def __iter__(self) -> Iterator[Sample]:
         while True:
-            random = np.random.default_rng((self.seed, self.epoch))
-            order = random.permutation(len(self.dataset))
-            flips = random.integers(0, 4 if self.flips else 1, len(order))
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
             usable = self.cursor > 0
             while self.cursor < len(order):
-                samples = self.dataset.flipped(int(order[self.cursor]), int(flips[self.cursor]))
+                samples = self.dataset[int(order[self.cursor])]
                 while self.part < len(samples):
                     usable = True
                     self.part += 1

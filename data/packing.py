@@ -65,4 +65,4 @@ class RowStream:
         self.stream.epoch, self.stream.cursor, self.stream.part = state["epoch"], state["cursor"], state["part"]
         self.pending = iter(self.stream)
         dataset.dropped.update(state["dropped"])
-        self.window = [dataset.flipped(index, flip)[part] for index, flip, part in state["window"]]
+        self.window = [dataset[index][part] for index, part in state["window"]]

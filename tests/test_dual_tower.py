@@ -13,7 +13,7 @@ from models.generation import prefill
 
 
 def make_sample(renderer, images: int, conversations: list[list[dict]], seed: int = 0) -> Sample:
-    return Sample((0, 0, 0), random_tiles(images, seed), renderer.image_block(), [renderer.conversation(images, turns) for turns in conversations])
+    return Sample((0, 0), random_tiles(images, seed), renderer.image_block(), [renderer.conversation(images, turns) for turns in conversations])
 
 
 def full_ids(renderer, sample: Sample, number: int) -> list[int]:
