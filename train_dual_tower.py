@@ -10,14 +10,14 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from configs.errors import run_script
 from configs.schema import resolve
 
 
 def main(argv: list[str]) -> None:
     config, flags = resolve(argv, str(__doc__))
+    import torch
+
     from data.build import build_data
     from eval.in_training import Validation, save_samples
     from models.dual_tower.dual_tower import DualTowerVLM

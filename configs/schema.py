@@ -130,7 +130,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "autocast type; auto: bf16 where the machine computes in it")
     device: str = opt("auto", "auto: cuda where there is one, else cpu")
     feature_cache_gb: float = opt(2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)")
-    log_every: int = opt(10, "steps between two lines of metrics.jsonl")
+    log_every: int = opt(1, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(200, "steps between two validations (0: only at the end)")
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
     keep_checkpoints: int = opt(2, "checkpoints kept")

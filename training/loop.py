@@ -62,8 +62,9 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         state = load_checkpoint(checkpoint, model, optimizers)
         done = state["step"]
         task.load_data_state(state["data"])
-        log.rewind(done)
         log.say(f"resumed from {checkpoint} after step {done}")
+
+    log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
 
     def save(step: int) -> None:
         task.before_checkpoint()
