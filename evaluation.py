@@ -50,9 +50,10 @@ def main(argv: list[str]) -> None:
             task = bar.add_task(name, total=None)
             scores, samples = TASKS[name](answerer, args.batch_size, args.limit, lambda done, total, task=task, bar=bar: bar.update(task, completed=done, total=total))
         results[name] = scores | {"seconds": round(time.perf_counter() - started, 1)}
-        table = Table("questions", "count", "accuracy", title=f"{name}: {args.model}", title_justify="left")
+        table = Table("questions", "count", "accuracy")
         for kind, score in [*scores["kinds"].items(), ("all", scores)]:
             table.add_row(kind, str(score["count"]), f"{score['accuracy']:.2%}")
+        console.print(f"{name}: {args.model}", soft_wrap=True)
         console.print(table)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,10 @@ def main(argv: list[str]) -> None:
     data.tokenizer.save(folder / "model")
     if data.dropped():
         log.say(f"training records dropped, by reason: {data.dropped()}")
-    image, question = validation.questions[0]
-    log.say(f"model: {folder / 'model'}\ntry it:\n  {Path(sys.executable)} generate.py --checkpoint {folder / 'model'} --image {image} --prompt {shlex.quote(question['user'])}")
+    path, question = validation.questions[0]
+    here = Path.cwd()
+    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(path)))
+    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'} --image {image} --prompt {shlex.quote(question['user'])}")
 
 
 if __name__ == "__main__":

@@ -46,5 +46,5 @@ def _pad(lists: list[list[int]], value: int) -> Tensor:
 
 
 def collate_prompts(prompts: list[Document]) -> Batch:
-    """Prompts → `ids` and `positions` (B, R), padded on the right with position −1, and `block_positions`, ragged, kept apart."""
+    """Prompts → `ids` and `positions` (B, R), padded on the right with position −1."""
     return {"ids": _pad([p.right_ids for p in prompts], 0), "positions": _pad([p.right_positions for p in prompts], -1)}

@@ -1,6 +1,7 @@
 """Questions about images → answers: what generate.py, evaluation.py and the validation in training have in common."""
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,14 +79,16 @@ class Answerer:
             if not question.strip():
                 raise UsageError("the prompt is empty: give a question")
         prompts = [self.renderer.prompt(len(images), [{"user": question}]) for images, question in questions]
-        timer = Timer(self.model.device)
+        started = time.perf_counter()
         kvs, computed = self.encode([tiles for images, _ in questions for tiles in images])
         rows, at = [], 0
         for prompt in prompts:
             n = len(prompt.block_positions)
             rows.append(list(zip(kvs[at : at + n], prompt.block_positions, strict=True)))
             at += n
-        encode_s = timer.seconds()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
         so_far: list[int] = []
 
@@ -103,18 +106,3 @@ class Answerer:
             text = self.renderer.tokenizer.decode(tokens)
             answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv))
         return answers
-
-
-class Timer:
-    """Seconds since it was made, the device's queue included."""
-
-    def __init__(self, device: torch.device) -> None:
-        import time
-
-        self.device, self.clock = device, time.perf_counter
-        self.started = self.clock()
-
-    def seconds(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.clock() - self.started
