@@ -20,7 +20,7 @@ CONFIG = Config(
     data=DataConfig(left_length=34, right_length=128),
     train=TrainConfig(
         rows=20,
-        optimizer="muon",  # reads colour within the first epoch; AdamW not in four
+        optimizer="muon",  # reads colour within the first epoch; AdamW not in three
         lr_vision=0.0,  # frozen: its features are computed once
         lr_projector=5e-3,
         lr_left=5e-3,
