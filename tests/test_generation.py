@@ -5,6 +5,7 @@ import torch
 from conftest import random_tiles, tiny_model
 from naive_dual_tower import Naive
 
+import models.generation
 from configs.errors import UsageError
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
@@ -46,6 +47,21 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     expected = [naive_greedy(naive, ids, t, stop, 6) for (_, ids), t in zip(prompts, tiles, strict=True)]
     assert made.tokens == expected
     assert any(expected)
+
+
+def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeypatch):
+    """Tokens can agree by luck; the logits of each decoding step cannot."""
+    model, seen = tiny_model(tokenizer), []
+    naive, tiles = Naive(model), random_tiles(2, seed=5)
+    prompt, ids = prompt_ids(renderer, 2, "what color?")
+    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), prompt.block_positions, strict=True))
+    decode = models.generation.decode
+    monkeypatch.setattr(models.generation, "decode", lambda *arguments: seen.append(decode(*arguments)) or seen[-1])
+    made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=5), **collate_prompts([prompt]))
+    assert len(seen) == 4 and len(made.tokens[0]) == 5
+    for step, logits in enumerate(seen, start=1):
+        expected = naive.logits([*ids, *made.tokens[0][:step]], tiles)[-1]
+        torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
 
 
 def test_text_only_prompts_work_beside_image_prompts(model, renderer):
