@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from configs.errors import UsageError, nearest, run_script
+from configs.files import write_text
 from configs.schema import FlagParser
 
 TASK_NAMES = ("easy_vqa",)
@@ -39,7 +40,6 @@ def main(argv: list[str]) -> None:
 
     from eval.answering import Answerer
     from eval.tasks import TASKS
-    from models.pretrained import write_text
 
     answerer = Answerer.from_pretrained(args.model)
     console = Console()

@@ -42,11 +42,11 @@ def main(argv: list[str]) -> None:
 
         def on_text(text: str) -> None:
             nonlocal shown
-            if live and not text.endswith("\ufffd"):  # a character whose bytes have not all come
+            if not text.endswith("\ufffd"):  # a character whose bytes have not all come
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
 
-        answer = answerer.answer([(images, prompt)], settings, on_text)[0]
+        answer = answerer.answer([(images, prompt)], settings, on_text if live else None)[0]
         if flags["json"]:
             fields = {"prompt": prompt, "answer": answer.text, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
             print(json.dumps(fields | {"image_kv": answer.image_kv}))

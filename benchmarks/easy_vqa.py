@@ -20,6 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs.errors import run_script
+from configs.schema import resolve
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,11 +43,12 @@ def one(seed: int, extra: list[str]) -> dict[str, float]:
     return {"seed": seed, "train_s": seconds, "validation": validation, "test": scores["accuracy"], "questions": scores["count"], **kinds}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="file for the figures")
-    args, extra = parser.parse_known_args()
+    args, extra = parser.parse_known_args(argv)
+    resolve(extra, "")  # a mistaken training flag is told now
     results = [one(seed, extra) for seed in args.seeds]
     table = Table(*results[0], title=f"easy-VQA, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")
     for r in results:
@@ -58,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

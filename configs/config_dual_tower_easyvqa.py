@@ -8,7 +8,7 @@ from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, Proje
 DECODER = DecoderConfig(layers=3, hidden_size=128, heads=4, kv_heads=2, head_size=32, mlp_size=384, max_positions=1024)
 
 CONFIG = Config(
-    max_steps=1600,
+    max_steps=3000,
     model=ModelConfig(
         vision=VisionConfig(image_size=128, stride=16),  # the pictures are 64 × 64: enlarged, so that 8 × 8 features come out
         projector=ProjectorConfig(pixel_shuffle=2),  # 8 × 8 features → 16 image tokens

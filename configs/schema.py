@@ -252,21 +252,27 @@ class FlagParser(argparse.ArgumentParser):
     """argparse whose flags take dashes and underscores alike, and whose errors are one line naming the nearest flag."""
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args([_underscores(a) for a in argv])
+        args, unknown = self.parse_known(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-            hint = nearest(flag, known) if flag.startswith("--") else ""
+            hint = nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags()) if flag.startswith("--") else ""
             raise UsageError(f"unknown argument {flag!r}{hint}; see --help")
         return args
 
+    def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        return self.parse_known_args([self._as_known(a) for a in argv])
+
+    def _flags(self) -> list[str]:
+        return [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+
+    def _as_known(self, arg: str) -> str:
+        """`--max-steps=7` → `--max_steps=7` where that is a flag; whatever else begins with dashes stays as it is."""
+        name, sep, value = arg.partition("=")
+        spelled = "--" + name[2:].replace("-", "_")
+        return spelled + sep + value if name.startswith("--") and spelled in self._flags() else arg
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
-
-
-def _underscores(arg: str) -> str:
-    name, sep, value = arg.partition("=")
-    return "--" + name[2:].replace("-", "_") + sep + value if name.startswith("--") else arg
 
 
 def _boolean(text: str) -> bool:
@@ -313,7 +319,7 @@ def resolve(argv: list[str], description: str) -> tuple[Config, dict[str, Any]]:
     """Command line → (the whole configuration, the flags that were given, dotted)."""
     early = FlagParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=DEFAULT_PRESET)
-    base = preset(early.parse_known_args([_underscores(a) for a in argv])[0].config)
+    base = preset(early.parse_known(argv)[0].config)
     parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Config, base)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -90,13 +90,7 @@ class Answerer:
             torch.cuda.synchronize(self.model.device)
         encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
-        so_far: list[int] = []
-
-        def stream(tokens: list[int]) -> None:
-            if on_text is not None and tokens[0] != self.renderer.tokenizer.turn_end:
-                so_far.append(tokens[0])
-                on_text(self.renderer.tokenizer.decode(so_far))
-
+        stream = self._stream(on_text) if on_text is not None else None
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, **batch)
         answers, at = [], 0
         for (images, _), tokens in zip(questions, made.tokens, strict=True):
@@ -106,3 +100,13 @@ class Answerer:
             text = self.renderer.tokenizer.decode(tokens)
             answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv))
         return answers
+
+    def _stream(self, on_text: Callable[[str], None]) -> Callable[[list[int]], None]:
+        so_far: list[int] = []
+
+        def on_tokens(tokens: list[int]) -> None:
+            if tokens[0] != self.renderer.tokenizer.turn_end:
+                so_far.append(tokens[0])
+                on_text(self.renderer.tokenizer.decode(so_far))
+
+        return on_tokens

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs.errors import UsageError, UserError
+from configs.files import replacing, write_text
 from configs.schema import ModelConfig, Vocabulary, load_json
 
 FORMAT = 1  # of a model folder
@@ -24,28 +24,12 @@ def save_model(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     config = {"model_type": model.model_type, "format": FORMAT, "vocabulary": asdict(model.vocabulary), "model": asdict(model.config)}
-    beside = folder / f".model.safetensors.{os.getpid()}"
     try:
-        save_file(tensors, beside)
-        beside.replace(folder / "model.safetensors")
+        with replacing(folder / "model.safetensors") as beside:
+            save_file(tensors, beside)
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its name, sync it and rename it: the name never holds half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_model(cls: Any, folder: Path) -> Any:

@@ -23,6 +23,6 @@ if command -v uv >/dev/null; then uv=uv; else
   fi
 fi
 echo "setup: installing $(grep -c '^[a-z0-9]' requirements.lock) packages (PyTorch with its CUDA libraries takes some 5 GB)"
-"$uv" pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
+"$uv" pip sync --quiet --compile-bytecode --python .venv/bin/python --require-hashes requirements.lock
 cp requirements.lock "$stamp"
 echo "setup: done"

@@ -131,6 +131,12 @@ def test_dashes_and_underscores_are_alike():
     assert a == b and (a.max_steps, a.train.lr_projector, a.model.image_isolation) == (7, 0.5, False)
 
 
+def test_a_prompt_keeps_its_dashes(trained):
+    for prompt in ("--is it so-so?", "--is-it"):
+        done = run("generate.py", "--checkpoint", str(trained / "model"), f"--prompt={prompt}", "--json", "--max_new_tokens", "1")
+        assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == prompt
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("config_*.py")), ids=lambda p: p.stem)
 def test_presets_survive_json(path):
     config = preset(path.stem)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from torch import nn
 
 import training.checkpoint
 from configs.errors import UserError
-from configs.schema import Config, TrainConfig
+from configs.schema import Config, TrainConfig, VisionConfig
 from data.collators import collate
+from models.vision_encoder import VisionEncoder
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.feature_cache import FeatureCache, fingerprint
 from training.loop import train_step
@@ -126,6 +128,20 @@ def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
+@pytest.mark.parametrize(("kilobytes", "what"), [(1, "config.json"), (6, "tokenizer.json"), (32, "feature cache"), (100, "checkpoint"), (400, "checkpoint")])
+def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
+    """Files cannot grow beyond a limit. With the last two, a checkpoint's weights are refused, and its optimizer state."""
+    folder = tmp_path / "run"
+    flags = ["--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache"), "--train.rows", "8"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+
+    done = subprocess.run(command(*flags), cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert [p.name for p in tmp_path.rglob(".*")] == [] and checkpoints(folder / "checkpoints") == []
+
+
 def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
     optimizers = make_optimizers(model, TrainConfig())
     (tmp_path / ".step_000009.123").mkdir()
@@ -139,7 +155,7 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
 
 class TestFeatureCache:
     def encode(self, tiles):
-        self.seen += len(tiles)
+        self.seen += int((tiles != 0).flatten(1).any(1).sum())  # the black ones fill up a chunk
         return tiles.float().mean((2, 3), keepdim=True)
 
     def test_each_tile_is_encoded_once(self, tmp_path):
@@ -152,6 +168,15 @@ class TestFeatureCache:
         cache.save()
         again = FeatureCache(tmp_path, 1 << 20)
         assert torch.equal(again(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True)) and self.seen == 40
+
+    def test_a_feature_does_not_depend_on_its_company(self, tmp_path):
+        """Bit for bit, alone or among others, in bf16 and in fp32, by the real encoder."""
+        encoder, tiles = VisionEncoder(VisionConfig(weights="random", image_size=64)), random_tiles(21)
+        for bf16 in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                together = FeatureCache(tmp_path, 1 << 24)(tiles, encoder.encode)
+                for part in (slice(20, 21), slice(3, 9)):
+                    assert torch.equal(FeatureCache(tmp_path, 1 << 24)(tiles[part], encoder.encode), together[part])
 
     def test_beyond_its_limit_it_still_answers(self, tmp_path):
         self.seen = 0

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import UserError
+from configs.files import sync
 from models.pretrained import load_weights
 
 FILES = ("model.safetensors", "training.pt", "state.json")
@@ -34,25 +35,17 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizers: list[torch.
         torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": rng}, beside / "training.pt")
         (beside / "state.json").write_text(json.dumps({"step": step} | state))
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         beside.rename(final)
-        _sync(folder)
+        sync(folder)
     except Exception as error:  # OSError, safetensors' and torch's own for a full disk
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written: {error} (earlier checkpoints are untouched)") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """Features of a frozen vision encoder, computed once per tile: kept in memory, then on disk, found by content."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CHUNK = 16  # tiles encoded at a time; on two AVX-512 cores faster than 1 and than 64
+from configs.errors import UserError
+from configs.files import replacing
+
+CHUNK = 16  # tiles encoded at a time, always this many; on two AVX-512 cores faster than 1 and than 64
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -26,8 +28,8 @@ def fingerprint(module: nn.Module) -> str:
 class FeatureCache:
     """Tile → features (C, h, w). The key is the tile's preprocessed bytes; `folder` is one for each encoder's weights.
 
-    The last bits of a feature depend on what it was encoded with, so `save` goes before every checkpoint: a resumed
-    run then reads exactly what the killed one had computed, and encodes the rest in the same company.
+    Tiles are encoded `CHUNK` at a time, the last chunk filled up with black ones: kernels are chosen by batch size, so a
+    feature has the same last bits whatever it is encoded with, and a run the same losses whatever the cache holds.
     Beyond `limit_bytes` nothing more is kept.
     """
 
@@ -68,7 +70,9 @@ class FeatureCache:
         fresh: dict[str, Tensor] = {}
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            for (key, _), feature in zip(part, encode(tiles[[i for _, i in part]]).cpu(), strict=True):
+            chunk = tiles.new_zeros(CHUNK, *tiles.shape[1:])
+            chunk[: len(part)] = tiles[[i for _, i in part]]
+            for (key, _), feature in zip(part, encode(chunk).cpu(), strict=False):
                 fresh[key] = feature.clone()
                 if self._keep(key, fresh[key]):
                     self.unsaved.append(key)
@@ -80,11 +84,11 @@ class FeatureCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.blake2b("".join(self.unsaved).encode(), digest_size=8).hexdigest()
-        beside = self.folder / f".{name}.{os.getpid()}"
+        shard = self.folder / f"{name}.safetensors"
+        features = torch.stack([self.memory[key] for key in self.unsaved])
         try:
-            features = torch.stack([self.memory[key] for key in self.unsaved])
-            save_file({"features": features}, beside, metadata={"keys": ",".join(self.unsaved)})
-            beside.replace(self.folder / f"{name}.safetensors")
-        finally:
-            beside.unlink(missing_ok=True)
+            with replacing(shard) as beside:
+                save_file({"features": features}, beside, metadata={"keys": ",".join(self.unsaved)})
+        except SafetensorError as error:  # a full disk, for one
+            raise UserError(f"feature cache {shard} could not be written: {error} (--cache_dir DIR puts it elsewhere, --train.feature_cache_gb 0 does without)") from error
         self.unsaved = []

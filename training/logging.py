@@ -1,13 +1,14 @@
 """What a run tells: lines on the terminal and in logs/, a live progress bar, and metrics.jsonl."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.files import append_text, write_text
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -26,12 +27,10 @@ class RunLog:
 
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False)
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
+        append_text(self.log_path, "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
 
     def metrics(self, values: dict[str, Any]) -> None:
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_text(self.metrics_path, json.dumps(values) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
@@ -39,9 +38,7 @@ class RunLog:
             return
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        beside = self.metrics_path.with_name(f".metrics.{os.getpid()}")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(self.metrics_path)
+        write_text(self.metrics_path, "".join(kept))
 
     def start(self, step: int, max_steps: int) -> None:
         if self.console.is_terminal:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UsageError
+from configs.files import write_text
 from configs.schema import Config, load_json, override, to_dict
 from training.checkpoint import checkpoints
 
@@ -80,8 +81,6 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
 
 def _write(config: Config, folder: Path) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
-    from models.pretrained import write_text
-
     write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     return config
 
