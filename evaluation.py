@@ -10,9 +10,9 @@ import json
 import time
 from pathlib import Path
 
+from configs.command_line import FlagParser
 from configs.errors import UsageError, nearest, run_script
 from configs.files import write_text
-from configs.schema import FlagParser
 
 TASK_NAMES = ("easy_vqa",)
 

@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+from configs.command_line import FlagParser, add_flags, load_json, override
 from configs.errors import UsageError, run_script
-from configs.schema import FlagParser, GenerationConfig, add_flags, load_json, override
+from configs.schema import GenerationConfig
 
 
 def main(argv: list[str]) -> None:

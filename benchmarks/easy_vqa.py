@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs.command_line import resolve
 from configs.errors import run_script
-from configs.schema import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 

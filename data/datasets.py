@@ -21,12 +21,11 @@ class Sample:
 
     key: tuple[int, int]
     tiles: Tensor  # (images, 3, h, w) uint8
-    block: list[int]  # token ids of one image's block
-    documents: list[Document]
+    documents: list[Document]  # their left streams are the same
 
     @property
     def left_length(self) -> int:
-        return len(self.block) * len(self.tiles)
+        return len(self.documents[0].left_ids)
 
     @property
     def right_length(self) -> int:
@@ -81,22 +80,20 @@ class SampleDataset:
         record = self.records[index]
         images = [open_image(image) for image in record["images"]]
         tiles = torch.cat([to_tiles(image, self.image_size) for image in images])  # (images, 3, h, w)
-        block = self.renderer.image_block()
-        if len(block) * len(images) > self.left_length:
+        conversations = enumerate(turns_of(record["texts"], self.turns))
+        documents = [d for number, turns in conversations if (d := self._document(f"{record['id']}#{number}", len(images), turns))]
+        if documents and len(documents[0].left_ids) > self.left_length:
             self.dropped[record["id"]] = "too_many_images"
             return []
         parts: list[list[Document]] = []
         room = 0
-        for number, turns in enumerate(turns_of(record["texts"], self.turns)):
-            document = self._document(f"{record['id']}#{number}", len(images), turns)
-            if document is None:
-                continue
+        for document in documents:
             if len(document.right_ids) > room:  # the images are repeated in the next part
                 parts.append([])
                 room = self.right_length
             parts[-1].append(document)
             room -= len(document.right_ids)
-        return [Sample((index, part), tiles, block, documents) for part, documents in enumerate(parts)]
+        return [Sample((index, part), tiles, documents) for part, documents in enumerate(parts)]
 
     def _document(self, name: str, images: int, turns: list[dict[str, Any]]) -> Document | None:
         if not turns or not all(isinstance(t.get(k), str) and t[k].strip() for t in turns for k in ("user", "assistant")):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from configs.errors import UsageError, UserError
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
 from data.images import open_image, to_tiles
-from data.render import Renderer
+from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import ImageKV
+from models.pretrained import model_type
+from models.vision_language_model import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,22 @@ class Answer:
     tokens: int
     ttft_ms: float  # from the question, its image read but not encoded, to the first token of its batch
     tokens_per_s: float  # of this row, over the whole call
-    image_kv: str  # "computed" or "reused"; "none" without an image
+    image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
+
+
+class Block(NamedTuple):
+    """A part of the left stream that is encoded by itself."""
+
+    tiles: Tensor  # (n, 3, h, w) uint8
+    ids: list[int]
+    images: list[int]
+    start: int  # position of its first token
 
 
 class Answerer:
-    """A model with its renderer. Image KVs are kept by image content: the last `keep` images are never encoded twice."""
+    """A model with its renderer. Image KVs are kept by content: the last `keep` blocks are never encoded twice."""
 
-    def __init__(self, model: Any, renderer: Renderer, keep: int = 256) -> None:
+    def __init__(self, model: DualTowerVLM | VisionLanguageModel, renderer: Renderer, keep: int = 256) -> None:
         if renderer.tokenizer.vocabulary != model.vocabulary:
             raise UserError(f"the tokenizer has {renderer.tokenizer.vocabulary}, the model {model.vocabulary}: they do not belong together")
         self.model, self.renderer, self.keep = model, renderer, keep
@@ -43,20 +54,21 @@ class Answerer:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Answerer":
         """Model and tokenizer of one model folder; the errors of both."""
-        model = DualTowerVLM.from_pretrained(folder)
-        return cls(model, Renderer(Tokenizer.load(Path(folder)), model.config.tokens_per_tile))
+        model = (VisionLanguageModel if model_type(Path(folder)) == "vanilla" else DualTowerVLM).from_pretrained(folder)
+        return cls(model, Renderer(Tokenizer.load(Path(folder)), model.config.tokens_per_tile, model.config.left_context))
 
     def tiles(self, image: Any) -> Tensor:
         """Path, bytes or Pillow image → tiles (1, 3, h, w) uint8. Errors: `ImageError`."""
         return to_tiles(open_image(image), self.model.config.vision.image_size)
 
-    def encode(self, images: list[Tensor]) -> tuple[list[ImageKV], list[bool]]:
-        """Tiles of several images → their image KVs, and which of them had to be computed."""
-        keys = [hashlib.blake2b(tiles.numpy().tobytes(), digest_size=16).hexdigest() for tiles in images]
-        new = {key: tiles for key, tiles in zip(keys, images, strict=True) if key not in self.image_kvs}
+    def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
+        """Blocks of the left stream → their image KVs, and which of them had to be computed."""
+        keys = [hashlib.blake2b(block.tiles.numpy().tobytes() + repr((block.ids, block.images)).encode(), digest_size=16).hexdigest() for block in blocks]
+        new = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.image_kvs}
         if new:
-            block = torch.tensor(self.renderer.image_block())
-            kvs = self.model.encode_images(torch.cat(list(new.values())), [block] * len(new))
+            assert isinstance(self.model, DualTowerVLM)
+            tiles = torch.cat([block.tiles for block in new.values()])
+            kvs = self.model.encode_images(tiles, [torch.tensor(b.ids) for b in new.values()], [torch.tensor(b.images) for b in new.values()])
             self.image_kvs.update(zip(new, kvs, strict=True))
         found = []
         for key in keys:
@@ -80,26 +92,37 @@ class Answerer:
                 raise UsageError("the prompt is empty: give a question")
         prompts = [self.renderer.prompt(len(images), [{"user": question}]) for images, question in questions]
         started = time.perf_counter()
-        kvs, computed = self.encode([tiles for images, _ in questions for tiles in images])
-        rows, at = [], 0
-        for prompt in prompts:
-            n = len(prompt.block_positions)
-            rows.append(list(zip(kvs[at : at + n], prompt.block_positions, strict=True)))
-            at += n
+        blocks = [self._blocks(prompt, images) for prompt, (images, _) in zip(prompts, questions, strict=True)]
+        kvs, computed = self.encode([block for row in blocks for block in row])
+        rows, fresh, at = [], [], 0
+        for row in blocks:
+            part = slice(at, at := at + len(row))
+            rows.append([(kv, block.start) for kv, block in zip(kvs[part], row, strict=True)])
+            fresh.append(computed[part])
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
+        if isinstance(self.model, VisionLanguageModel):  # its images stand in the prompts
+            images = [tiles for images, _ in questions for tiles in images]
+            batch["tiles"] = torch.cat(images).to(self.model.device) if images else None
         stream = self._stream(on_text) if on_text is not None else None
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, **batch)
-        answers, at = [], 0
-        for (images, _), tokens in zip(questions, made.tokens, strict=True):
-            fresh = computed[at : at + len(images)]
-            at += len(images)
-            kv = "none" if not images else "computed" if any(fresh) else "reused"
+        answers = []
+        for computed_here, tokens in zip(fresh, made.tokens, strict=True):
+            kv = "none" if not computed_here else "computed" if any(computed_here) else "reused"
             text = self.renderer.tokenizer.decode(tokens)
             answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv))
         return answers
+
+    def _blocks(self, prompt: Document, images: list[Tensor]) -> list[Block]:
+        out, at = [], 0
+        for part in prompt.blocks(self.model.config.image_isolation):
+            numbers = prompt.left_images[part]
+            count = len(set(numbers) - {-1})
+            out.append(Block(torch.cat(images[at : at + count]), prompt.left_ids[part], numbers, prompt.left_positions[part.start]))
+            at += count
+        return out
 
     def _stream(self, on_text: Callable[[str], None]) -> Callable[[list[int]], None]:
         so_far: list[int] = []

@@ -36,14 +36,14 @@ def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generato
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def prefill(model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[ImageKV, int]]], new_tokens: int) -> tuple[DecodingCache, Tensor]:
+def prefill(model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[ImageKV, int]]], new_tokens: int, tiles: Tensor | None = None) -> tuple[DecodingCache, Tensor]:
     """Fill a cache with image KVs and prompts; → the cache and the logits after each row's last token (B, V).
 
-    `ids`, `positions` (B, R), position −1 at padding; `images`: a row's image KVs and the positions where they start.
+    `ids`, `positions` (B, R), position −1 at padding; `images`: a row's image KVs and the positions where they start;
+    `tiles`: those of a vanilla model, whose images stand among `ids`.
     """
     config, (B, R) = model.right.config, ids.shape
-    widths = [sum(kv.tokens for kv, _ in row) for row in images]
-    L = max(widths)
+    L = max(sum(kv.tokens for kv, _ in row) for row in images)
     dtype = model.right.embed_tokens.weight.dtype
     cache = DecodingCache(config.layers, B, config.kv_heads, L + R + new_tokens - 1, config.head_size, dtype, ids.device)
     if L:
@@ -61,7 +61,7 @@ def prefill(model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[
             cache.extend(layer, keys[layer, 0], keys[layer, 1], rotary)
     padding = positions < 0
     cache.reserve(positions.masked_fill(padding, NEVER))
-    hidden = model.right(ids, positions.clamp(min=0), _mask(cache, positions.clamp(min=0)), cache)  # (B, R, D)
+    hidden = model.right(model.embed(ids, tiles), positions.clamp(min=0), _mask(cache, positions.clamp(min=0)), cache)  # (B, R, D)
     last = (~padding).sum(1) - 1
     return cache, model.right.logits(hidden[torch.arange(B), last])
 
@@ -69,7 +69,7 @@ def prefill(model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[
 def decode(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:
     """One more token a row: `tokens` at `positions` (B,) → logits (B, V)."""
     cache.reserve(positions[:, None])
-    hidden = model.right(tokens[:, None], positions[:, None], _mask(cache, positions[:, None]), cache)
+    hidden = model.right(model.right.embed_tokens(tokens[:, None]), positions[:, None], _mask(cache, positions[:, None]), cache)
     return model.right.logits(hidden[:, 0])
 
 
@@ -86,6 +86,7 @@ def generate(
     stop: int,
     settings: GenerationConfig,
     on_tokens: Callable[[list[int]], None] | None = None,
+    tiles: Tensor | None = None,
 ) -> Generation:
     """Answers to a ragged batch of prompts; arguments as in `prefill`, `stop` the end-of-turn token.
 
@@ -98,7 +99,7 @@ def generate(
         raise UsageError(f"the prompt has {longest} tokens (image included); with max_new_tokens = {settings.max_new_tokens} that exceeds this model's {limit} positions")
     generator = torch.Generator(ids.device).manual_seed(settings.seed) if settings.sampling else None
     next_positions = positions.max(1).values + 1  # (B,)
-    cache, logits = prefill(model, ids, positions, images, settings.max_new_tokens)
+    cache, logits = prefill(model, ids, positions, images, settings.max_new_tokens, tiles)
     steps: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     first_token_s = 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.layers import Rotary
+from models.layers import Rotary, turn
 from models.masks import NEVER
 
 
@@ -29,10 +29,10 @@ class KeyValueRecorder:
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         assert layer == len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
         self.layers.append((keys, values))
-        return rotary.turn(keys), values
+        return turn(rotary, keys), values
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class ImageContext:
     layers: list[tuple[Tensor, Tensor]]
     rotary: Rotary
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         image_keys, image_values = self.layers[layer]
-        keys = torch.cat((self.rotary.turn(image_keys), rotary.turn(keys)), dim=2)  # (B, G, L + R, E)
+        image_keys = turn(self.rotary if rotary is not None else None, image_keys)
+        keys = torch.cat((image_keys, turn(rotary, keys)), dim=2)  # (B, G, L + R, E)
         return keys, torch.cat((image_values.to(values.dtype), values), dim=2)
 
 
@@ -68,8 +69,8 @@ class DecodingCache:
         self.positions[:, self.used : end] = positions
         self.used = end
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         start = self.used - keys.shape[2]
-        self.keys[layer, :, :, start : self.used] = rotary.turn(keys)
+        self.keys[layer, :, :, start : self.used] = turn(rotary, keys)
         self.values[layer, :, :, start : self.used] = values
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]

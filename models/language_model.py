@@ -1,12 +1,21 @@
 """The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig
-from models.layers import MLP, Attention, Past, RMSNorm, Rotary, init_weights, key_values
+from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, init_weights
+
+
+class Output(NamedTuple):
+    """What a model's forward returns."""
+
+    loss_sum: Tensor | None  # sum of cross-entropy over supervised tokens; None without labels
+    hidden: Tensor  # (B, R, D)
 
 
 class Block(nn.Module):
@@ -23,7 +32,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Decoder-only transformer with tied embeddings: ids → hidden states, hidden states → logits or loss."""
+    """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -31,19 +40,25 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         init_weights(self, config.layers)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
-        """`ids`, `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
-        x = self.embed_tokens(ids)
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+        """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
         rotary = Rotary.at(positions, self.config)
         for block in self.layers:
             x = block(x, rotary, mask, past)
         return self.norm(x)
 
+    @property
+    def unembedding(self) -> Tensor:
+        """(V, D)"""
+        return self.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.embed_tokens.weight)
+        return F.linear(hidden, self.unembedding)
 
     def loss(self, hidden: Tensor, labels: Tensor, chunk_elements: int = 1 << 24) -> Tensor:
         """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt.
@@ -68,13 +83,13 @@ class KeyValueLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+        self.self_attn = KeyValue(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, past: Past) -> None:
-        past.extend(self.layer, *key_values(self, self.input_layernorm(x)), rotary)
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past) -> None:
+        rope = rotary if self.self_attn.config.has_rope(self.layer) else None
+        past.extend(self.layer, *self.self_attn.key_values(self.input_layernorm(x)), rope)
 
 
 class KeyValueDecoder(nn.Module):
@@ -83,13 +98,12 @@ class KeyValueDecoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers - 1))
-        self.last = KeyValueLayer(config, config.layers - 1)
+        last = config.layers - 1
+        self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config, last)])
         init_weights(self, config.layers)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
-        for block in self.layers:
-            x = block(x, rotary, mask, past)
-        self.last(x, rotary, past)
+        for layer in self.layers:
+            x = layer(x, rotary, mask, past)

@@ -1,5 +1,6 @@
 """The parts of a decoder block: norm, rotary embedding, attention, gated MLP."""
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,9 +26,8 @@ class Rotary(NamedTuple):
 
     @classmethod
     def at(cls, positions: Tensor, config: DecoderConfig) -> "Rotary":
-        """Angles for `positions` (B, T): position × theta^(−2i/E), computed in float32."""
-        exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
-        angles = positions[:, None, :, None].float() * config.rope_theta**-exponents  # (B, 1, T, E/2)
+        """Angles for `positions` (B, T): position × frequency, computed in float32."""
+        angles = positions[:, None, :, None].float() * frequencies(config, positions.device)  # (B, 1, T, E/2)
         angles = torch.cat((angles, angles), dim=-1)
         return cls(angles.cos(), angles.sin())
 
@@ -38,31 +38,63 @@ class Rotary(NamedTuple):
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """theta^(−2i/E), (E/2,); with `rope_scaling` the low ones are slowed down as Llama 3.1 does, smoothly in between."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size)
+    s = config.rope_scaling
+    if s.factor == 1.0:
+        return inverse
+    periods = s.original_positions * inverse / (2 * math.pi)  # turns within the original length
+    keep = ((periods - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / s.factor)
+
+
+def turn(rotary: Rotary | None, x: Tensor) -> Tensor:
+    """Rotate, or not where a layer goes without rotary embedding."""
+    return x if rotary is None else rotary.turn(x)
+
+
 class Past(Protocol):
     """What attention reads besides the tokens at hand. The implementations stand in `models/kv_cache.py`."""
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Take a layer's new unrotated keys and its values (B, G, T, E); return all rotated keys and values to attend to."""
         ...
 
 
-class Attention(nn.Module):
+class KeyValue(nn.Module):
+    """The keys and values of a layer: all that the left tower's last layer has."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def key_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` (B, T, D) → unrotated keys and values (B, G, T, E)."""
+        E = self.config.head_size
+        keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, E))).transpose(1, 2)
+        return keys, self.v_proj(x).unflatten(-1, (-1, E)).transpose(1, 2)
+
+
+class Attention(KeyValue):
     """Grouped-query attention. The mask says everything about who sees whom; nothing is added to it here."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+        super().__init__(config)
+        self.layer = layer
+        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key."""
-        E = self.config.head_size
-        queries = rotary.turn(self.q_proj(x).unflatten(-1, (-1, E)).transpose(1, 2))  # (B, H, T, E)
-        keys, values = key_values(self, x)
-        keys, values = past.extend(self.layer, keys, values, rotary) if past is not None else (rotary.turn(keys), values)
+        rope = rotary if self.config.has_rope(self.layer) else None
+        queries = turn(rope, self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.config.head_size))).transpose(1, 2))  # (B, H, T, E)
+        keys, values = self.key_values(x)
+        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
         out = attend(queries, keys, values, mask)  # (B, H, T, E)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -83,12 +115,6 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return (weights @ values).view(B, H, T, E)
 
 
-def key_values(projections: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unrotated keys and values (B, G, T, E) of `x` (B, T, D), by a module's `k_proj` and `v_proj`."""
-    E = projections.config.head_size
-    return tuple(p(x).unflatten(-1, (-1, E)).transpose(1, 2) for p in (projections.k_proj, projections.v_proj))  # type: ignore[return-value]
-
-
 class MLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv 2002.05202)."""
 
@@ -105,6 +131,8 @@ class MLP(nn.Module):
 def init_weights(module: nn.Module, layers: int) -> None:
     """Normal(0, 0.02); projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2)."""
     for name, weight in module.named_parameters():
-        if weight.dim() >= 2:
+        if name.endswith(".bias"):
+            nn.init.zeros_(weight)
+        elif weight.dim() >= 2:
             std = 0.02 / (2 * layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             nn.init.normal_(weight, std=std)

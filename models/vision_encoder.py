@@ -1,6 +1,9 @@
 """A timm backbone behind one small class: 8-bit tiles in, a feature map out; features of a frozen encoder are kept."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -10,8 +13,36 @@ from configs.errors import UsageError
 from configs.schema import VisionConfig
 
 
+def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:
+    """timm's model, with random weights or those of the Hub. Transformers that take one image size only are made for `config.image_size`."""
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
+        raise UsageError(f"model.vision.name: timm has no model '{config.name}'" + (f" (some it has: {', '.join(near)})" if near else ""))
+    try:
+        options: dict[str, Any] = json.loads(config.options or "{}")
+        if config.image_size and timm.get_pretrained_cfg(config.name).to_dict().get("fixed_input_size"):
+            options["img_size"] = config.image_size
+        return timm.create_model(config.name, pretrained=pretrained, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"model.vision: timm cannot make {config.name} of {config.image_size} pixels with options {config.options or '{}'}: {error}") from None
+
+
+def complete_vision(config: VisionConfig) -> VisionConfig:
+    """Fill in `image_size` and `grid` from the encoder; what it cannot take raises `UsageError`. Nothing is computed."""
+    with torch.device("meta"):
+        probe = VisionEncoder(config)
+        side = config.image_size or probe.own_size
+        try:
+            shape = probe.encode(torch.empty(1, 3, side, side, dtype=torch.uint8)).shape
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"model.vision.image_size = {side} does not suit {config.name}: {' '.join(str(error).split())}") from None
+    if shape[2:] != (side // probe.stride, side // probe.stride) or side % probe.stride:
+        raise UsageError(f"model.vision.image_size = {side} must be a multiple of {probe.stride}, the pixels that a feature of {config.name} stands for")
+    return replace(config, image_size=side, grid=shape[2])
+
+
 class VisionEncoder(nn.Module):
-    """Tiles (N, 3, h, w) uint8 → features (N, C, h / stride, w / stride).
+    """Tiles (N, 3, h, w) uint8 → features (N, C, grid, grid) of one of timm's feature levels.
 
     Normalisation layers stay in evaluation mode even when the encoder trains: batch statistics would let one packed
     document change another, and make features depend on what they were batched with.
@@ -20,19 +51,22 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        if not timm.is_model(config.name):
-            near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
-            raise UsageError(f"model.vision.name: timm has no model '{config.name}'" + (f" (some it has: {', '.join(near)})" if near else ""))
-        self.backbone = timm.create_model(config.name)
-        levels = [level["reduction"] for level in self.backbone.feature_info]
-        if config.stride not in levels:
-            raise UsageError(f"model.vision.stride = {config.stride}: {config.name} has feature levels at strides {levels}")
-        self.level = levels.index(config.stride)
-        self.features: int = self.backbone.feature_info[self.level]["num_chs"]
+        self.backbone = create_backbone(config)
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise UsageError(f"model.vision.name: timm's {config.name} does not give its feature maps")
+        levels: list[dict[str, Any]] = list(self.backbone.feature_info)
+        if not -len(levels) <= config.level < len(levels):
+            raise UsageError(f"model.vision.level = {config.level}: {config.name} has {len(levels)} feature levels, 0 to {len(levels) - 1}")
+        self.level = config.level % len(levels)
+        self.last = self.level == len(levels) - 1
+        self.features: int = levels[self.level]["num_chs"]
+        self.stride: int = levels[self.level]["reduction"]  # pixels that a feature stands for, along each side
         settings = self.backbone.default_cfg
-        self.backbone.prune_intermediate_layers([self.level], prune_norm=True, prune_head=True)  # layers that nothing would read
-        self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(settings["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.own_size: int = settings["input_size"][-1]
+        self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)  # layers that nothing would read
+        mean, std = (settings["mean"], settings["std"]) if config.normalize == "timm" else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self.eval()
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py
 
@@ -51,4 +85,4 @@ class VisionEncoder(nn.Module):
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             pixels = ((tiles.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            return self.backbone.forward_intermediates(pixels, indices=[self.level], stop_early=True, intermediates_only=True)[0]
+            return self.backbone.forward_intermediates(pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True)[0]

@@ -9,11 +9,14 @@ from configs.schema import DecoderConfig, ModelConfig, ProjectorConfig, VisionCo
 from data.render import Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
+from models.vision_language_model import VisionLanguageModel
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
 
-TINY = DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96, max_positions=256)
-TINY_MODEL = ModelConfig(vision=VisionConfig(weights="random", image_size=64, stride=16), projector=ProjectorConfig(2), left=TINY, right=TINY)  # 4 image tokens a tile
+TINY = DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96, rope_theta=10000.0, max_positions=256)
+TINY_MODEL = ModelConfig(
+    vision=VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4), projector=ProjectorConfig(pixel_shuffle=2, norm=True), left=TINY, right=TINY
+)  # 4 image tokens a tile
 
 TURNS = [
     {"user": "what color is the shape?", "assistant": "blue"},
@@ -37,9 +40,9 @@ def renderer(tokenizer: Tokenizer) -> Renderer:
 def tiny_model(tokenizer: Tokenizer, config: ModelConfig = TINY_MODEL, seed: int = 0) -> DualTowerVLM:
     """A dual tower with random weights, large enough for logits to tell inputs apart."""
     torch.manual_seed(seed)
-    model = DualTowerVLM(config, tokenizer.vocabulary)
+    model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(config, tokenizer.vocabulary)
     with torch.no_grad():
-        for p in [*model.right.parameters(), *model.left.decoder.parameters(), *model.left.embed_markers.parameters()]:
+        for p in [p for name, part in model.parts().items() if name in ("left", "right") for p in part.parameters()]:
             if p.dim() >= 2:
                 p.mul_(5)
     return model.eval()

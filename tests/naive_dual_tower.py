@@ -34,15 +34,15 @@ class Naive:
         self.w = {k: v.detach() for k, v in model.state_dict().items()}
         self.vocabulary = model.vocabulary
         with torch.no_grad():
-            self.image_tokens = lambda tiles: model.left.modality_projector(model.left.vision_encoder(tiles))
+            parts = model.parts()
+            self.image_tokens = lambda tiles: parts["projector"](parts["vision"](tiles))
 
     def tower(self, prefix: str, c, x: Tensor, mask: Tensor, replaced=None):
         """x (T, D), mask (T, T); → final hidden (T, D) and each layer's unrotated keys and values (T, G, E)."""
         w, kvs = self.w, []
         for layer in range(c.layers):
-            last_left = f"{prefix}last." in "".join(w) and layer == c.layers - 1
-            p = f"{prefix}last." if last_left else f"{prefix}layers.{layer}."
-            q = f"{p}" if last_left else f"{p}self_attn."
+            p, q = f"{prefix}layers.{layer}.", f"{prefix}layers.{layer}.self_attn."
+            last_left = f"{q}q_proj.weight" not in w
             h = _norm(x, w[f"{p}input_layernorm.weight"], c.norm_eps)
             k, v = ((h @ w[f"{q}{n}_proj.weight"].T).view(len(x), c.kv_heads, c.head_size) for n in "kv")
             kvs.append((k.clone(), v.clone()))
@@ -65,35 +65,44 @@ class Naive:
         return x, kvs
 
     def logits(self, ids: list[int], tiles: Tensor) -> Tensor:
-        """A document's full sequence of ids, image tokens in their places → logits at its text positions (R, V)."""
-        v, T = self.vocabulary, len(ids)
-        is_image = torch.tensor([i >= v.text_size for i in ids])
-        features = self.image_tokens(tiles).flatten(0, 1)
-        left_x = torch.zeros(T, self.config.left.hidden_size)
+        """A document's full sequence of ids, image tokens in their places → logits at the positions of its right stream (R, V)."""
+        v, T, context = self.vocabulary, len(ids), self.config.left_context
         image_of = torch.full((T,), -1)
-        used, image = 0, -1
+        image = -1
         for t, i in enumerate(ids):
-            if i == v.image_token_id:
-                left_x[t] = features[used]
-                used += 1
-            elif i > v.image_token_id:
-                image += 1
-                left_x[t] = self.w["left.embed_markers.weight"][i - v.image_token_id - 1]
-            if is_image[t]:
-                image_of[t] = image
-        mask = torch.zeros(T, T, dtype=torch.bool)
-        for q in range(T):
-            for k in range(T):
-                if not is_image[q] or not is_image[k]:
-                    mask[q, k] = q == k  # text rows of the left tower are never read
-                    continue
-                same = bool(image_of[q] == image_of[k])
-                allowed = same or not self.config.image_isolation
-                mask[q, k] = allowed and (k <= q or (same and self.config.left_attention == "bidirectional"))
-        _, left = self.tower("left.decoder.", self.config.left, left_x, mask)
-        table = self.w["right.embed_tokens.weight"]
-        x = torch.stack([table[i] if i < v.text_size else torch.randn(table.shape[1]) for i in ids])
+            image += i > v.image_token_id
+            image_of[t] = image if i >= v.text_size else -1
+        is_image = image_of >= 0
+        last = int(is_image.nonzero().max())
+        goes_left = {"image": is_image, "prefix": torch.arange(T) <= last, "none": torch.zeros(T, dtype=torch.bool)}[context]
+        features = self.image_tokens(tiles).flatten(0, 1)
+
+        def embedded(table: Tensor, first: int, where: Tensor) -> Tensor:
+            x, used = torch.randn(T, table.shape[1]), 0  # noise where nothing may be read
+            for t, i in enumerate(ids):
+                if where[t]:
+                    x[t] = features[used] if i == v.image_token_id else table[i - first]
+                    used += i == v.image_token_id
+            return x
+
+        if context == "none":
+            x = embedded(self.w["right.embed_tokens.weight"], 0, ~goes_left)
+            replaced = None
+        else:
+            mask = torch.zeros(T, T, dtype=torch.bool)
+            for q in range(T):
+                for k in range(T):
+                    if not goes_left[q] or not goes_left[k]:
+                        mask[q, k] = q == k  # what does not go left is never read
+                        continue
+                    same = bool(is_image[q] and image_of[q] == image_of[k])
+                    allowed = same or not self.config.image_isolation
+                    mask[q, k] = allowed and (k <= q or (same and self.config.left_attention == "bidirectional"))
+            left_x = embedded(self.w["left.embed_tokens.weight"], v.first_marker_id if context == "image" else 0, goes_left)
+            replaced = goes_left, self.tower("left.decoder.", self.config.left, left_x, mask)[1]
+            table = self.w["right.embed_tokens.weight"]
+            x = torch.stack([torch.randn(table.shape[1]) if goes_left[t] else table[i] for t, i in enumerate(ids)])
         causal = torch.ones(T, T, dtype=torch.bool).tril()
-        hidden, _ = self.tower("right.", self.config.right, x, causal, (is_image, left))
+        hidden, _ = self.tower("right.", self.config.right, x, causal, replaced)
         hidden = _norm(hidden, self.w["right.norm.weight"], self.config.right.norm_eps)
-        return (hidden @ table.T)[~is_image]
+        return (hidden @ self.w["right.embed_tokens.weight"].T)[~goes_left]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.command_line import from_dict, preset, resolve, to_dict
 from configs.errors import UsageError
-from configs.schema import Config, from_dict, preset, resolve, to_dict
+from configs.schema import Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,21 @@ def test_a_run_folder_is_complete(trained):
     assert (trained / "samples" / "step_000002.png").is_file() and (trained.parent / "logs" / "run.log").is_file()
     saved = from_dict(Config, json.loads((trained / "config.json").read_text()), "config.json")
     assert saved.max_steps == 2 and saved.data.limit == 20
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train_vanilla.py", []), ("train_dual_tower.py", ["--model.left_context", "prefix", "--model.image_isolation", "false", "--data.left_length", "40"])]
+)
+def test_other_routings_train_answer_and_evaluate(script, flags, tmp_path, image_file):
+    small = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.rows", "2"]
+    done = run(script, *small, *flags, "--output_dir", "run", "--cache_dir", "cache", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    asked = ["--image", str(image_file), "--prompt", "what is it?", "--prompt", "is it blue?", "--json", "--max_new_tokens", "3"]
+    done = run("generate.py", "--checkpoint", "run/model", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["image_kv"] for line in done.stdout.splitlines()] == (["none"] * 2 if "vanilla" in script else ["computed", "reused"])
+    done = run("evaluation.py", "--model", "run/model", "--limit", "20", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["results"]["easy_vqa"]["count"] == 20
 
 
 def test_the_printed_command_works(trained):
@@ -82,7 +98,13 @@ ERRORS = [
     ("train_dual_tower.py", ["--max_steps", "many"], 2, "invalid int value: 'many'"),
     ("train_dual_tower.py", ["--max_steps", "0"], 2, "max_steps = 0 must be at least 1"),
     ("train_dual_tower.py", ["--model.left.layers", "7"], 2, "both must agree"),
-    ("train_dual_tower.py", ["--model.vision.image_size", "100"], 2, "must be a multiple"),
+    ("train_dual_tower.py", ["--model.vision.image_size", "100"], 2, "must be a multiple of 16"),
+    ("train_dual_tower.py", ["--model.vision.image_size", "176"], 2, "pixel_shuffle = 2 does not divide the 11 × 11 features"),
+    ("train_dual_tower.py", ["--model.projector.kind", "linaer"], 2, "did you mean 'linear'?"),
+    ("train_dual_tower.py", ["--model.vision.level", "9"], 2, "has 5 feature levels"),
+    ("train_dual_tower.py", ["--config", "vanilla_easyvqa"], 2, "is trained by train_vanilla.py"),
+    ("train_dual_tower.py", ["--model.left_context", "prefix"], 2, "needs model.image_isolation false"),
+    ("train_vanilla.py", ["--config", "dual_tower_easyvqa"], 2, "is trained by train_dual_tower.py"),
     ("train_dual_tower.py", ["--resume", "nowhere"], 2, "neither a run folder nor a checkpoint"),
     ("train_dual_tower.py", ["stray"], 2, "unknown argument 'stray'"),
     ("train_dual_tower.py", ["--train.lr_vision", "0", "--train.lr_left", "0", "--train.lr_right", "0", "--train.lr_projector", "0"], 2, "at least one above 0"),
@@ -115,7 +137,7 @@ def test_bad_images_get_one_line(trained, tmp_path):
     assert done.returncode == 2 and "the prompt has" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train_dual_tower.py", "generate.py", "evaluation.py"])
+@pytest.mark.parametrize("script", ["train_dual_tower.py", "train_vanilla.py", "generate.py", "evaluation.py"])
 def test_help_comes_without_torch(script):
     """--help lists the flags, and loads nothing heavy."""
     code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{ROOT / script}', run_name='__main__')\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"

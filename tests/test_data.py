@@ -21,8 +21,9 @@ BUDGET = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
 
 def fake_sample(number: int, images: int, lengths: list[int], block: int = 5) -> Sample:
-    documents = [Document([1] * n, list(range(n)), [IGNORE] * n, [0] * images) for n in lengths]
-    return Sample((number, 0), torch.zeros(images, 3, 2, 2, dtype=torch.uint8), [7] * block, documents)
+    left = [7] * block * images
+    documents = [Document(left, left, left, [1] * n, list(range(n)), [IGNORE] * n) for n in lengths]
+    return Sample((number, 0), torch.zeros(images, 3, 2, 2, dtype=torch.uint8), documents)
 
 
 @settings(max_examples=100, deadline=None)

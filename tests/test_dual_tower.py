@@ -9,19 +9,23 @@ from naive_dual_tower import Naive
 
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
+from data.render import Renderer
 from models.generation import prefill
 
 
 def make_sample(renderer, images: int, conversations: list[list[dict]], seed: int = 0) -> Sample:
-    return Sample((0, 0), random_tiles(images, seed), renderer.image_block(), [renderer.conversation(images, turns) for turns in conversations])
+    return Sample((0, 0), random_tiles(images, seed), [renderer.conversation(images, turns) for turns in conversations])
+
+
+def block_starts(document) -> list[int]:
+    return [document.left_positions[block.start] for block in document.blocks(isolated=True)]
 
 
 def full_ids(renderer, sample: Sample, number: int) -> list[int]:
     """A document's tokens in one sequence, rebuilt from positions alone."""
     document = sample.documents[number]
     ids = dict(zip(document.right_positions, document.right_ids, strict=True))
-    for start in document.block_positions:
-        ids |= {start + i: token for i, token in enumerate(sample.block)}
+    ids |= dict(zip(document.left_positions, document.left_ids, strict=True))
     assert sorted(ids) == list(range(len(ids)))
     return [ids[p] for p in sorted(ids)]
 
@@ -58,6 +62,29 @@ def test_equals_the_naive_dual_tower(tokenizer, renderer, samples, isolation, at
             torch.testing.assert_close(got_packed, got_alone, atol=1e-5, rtol=0)
             if expected is not None:
                 torch.testing.assert_close(got_packed, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("context", ["prefix", "none"])
+def test_other_routings_equal_their_naive_models(tokenizer, attention, context):
+    """Everything up to the last image token goes left; or nothing does (vanilla). Packed and alone."""
+    config = replace(TINY_MODEL, left_context=context, image_isolation=False, left_attention=attention)
+    model = tiny_model(tokenizer, config)
+    renderer = Renderer(tokenizer, config.tokens_per_tile, context)
+    naive = Naive(model)
+    samples = [make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]]], seed=1), make_sample(renderer, 2, [TURNS[:2]], seed=2), make_sample(renderer, 0, [[TURNS[2]]], seed=3)]
+    packed = collate([samples], tokenizer.global_image)
+    numbers = [(s, d) for s in samples for d in range(len(s.documents))]
+    for place, (sample, d) in enumerate(numbers):
+        got, alone = document_logits(model, packed, 0, place), document_logits(model, collate([[sample]], tokenizer.global_image), 0, d)
+        torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
+        if len(sample.tiles):
+            torch.testing.assert_close(got, naive.logits(full_ids(renderer, sample, d), sample.tiles), atol=1e-5, rtol=0)
+    batch = {k: v for k, v in packed.items() if k != "labels"}
+    with torch.no_grad():
+        base = model.logits(model(**batch).hidden)[0]
+        changed = model.logits(model(**batch | {"tiles": torch.cat((255 - batch["tiles"][:1], batch["tiles"][1:]))}).hidden)[0]
+    assert torch.equal(base[batch["right_groups"][0] != 0], changed[batch["right_groups"][0] != 0]) and not torch.equal(base, changed)
 
 
 def test_the_image_changes_the_answer(model, tokenizer, renderer):
@@ -128,7 +155,7 @@ def test_image_kv_composes_at_any_position(model, tokenizer, renderer, samples):
     batch = collate([[sample]], tokenizer.global_image)
     document = sample.documents[0]
     expected = document_logits(model, batch, 0, 0)[-1]
-    block = torch.tensor(sample.block)
+    block = torch.tensor(renderer.image_block())
     kvs = [model.encode_image(sample.tiles[i : i + 1], block) for i in range(3)]
     c = model.config.right
     assert kvs[0].data.shape == (c.layers, 2, c.kv_heads, len(block), c.head_size)
@@ -137,7 +164,7 @@ def test_image_kv_composes_at_any_position(model, tokenizer, renderer, samples):
         torch.testing.assert_close(one.data, other.data, atol=1e-5, rtol=0)
     prompts = collate_prompts([document, samples[0].documents[0]])
     with torch.no_grad():
-        images = [list(zip(kvs, document.block_positions, strict=True)), [(kvs[2], 3)]]
+        images = [list(zip(kvs, block_starts(document), strict=True)), [(kvs[2], 3)]]
         _, logits = prefill(model, prompts["ids"], prompts["positions"], images, 4)
     torch.testing.assert_close(logits[0], expected, atol=1e-5, rtol=0)
 

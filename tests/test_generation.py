@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_tiles, tiny_model
 from naive_dual_tower import Naive
+from test_dual_tower import block_starts
 
 import models.generation
 from configs.errors import UsageError
@@ -26,8 +27,7 @@ def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> li
 def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]:
     prompt = renderer.prompt(images, [{"user": question}])
     ids = dict(zip(prompt.right_positions, prompt.right_ids, strict=True))
-    for start in prompt.block_positions:
-        ids |= {start + i: token for i, token in enumerate(renderer.image_block())}
+    ids |= dict(zip(prompt.left_positions, prompt.left_ids, strict=True))
     return prompt, [ids[p] for p in sorted(ids)]
 
 
@@ -40,7 +40,7 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
     prompts = [prompt_ids(renderer, n, q) for n, q in asked]
     block = torch.tensor(renderer.image_block())
-    images = [list(zip(model.encode_images(t, [block] * len(t)), prompt.block_positions, strict=True)) for t, (prompt, _) in zip(tiles, prompts, strict=True)]
+    images = [list(zip(model.encode_images(t, [block] * len(t)), block_starts(prompt), strict=True)) for t, (prompt, _) in zip(tiles, prompts, strict=True)]
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
     settings = GenerationConfig(max_new_tokens=6)
     made = generate(model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts]))
@@ -54,7 +54,7 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
     model, seen = tiny_model(tokenizer), []
     naive, tiles = Naive(model), random_tiles(2, seed=5)
     prompt, ids = prompt_ids(renderer, 2, "what color?")
-    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), prompt.block_positions, strict=True))
+    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), block_starts(prompt), strict=True))
     decode = models.generation.decode
     monkeypatch.setattr(models.generation, "decode", lambda *arguments: seen.append(decode(*arguments)) or seen[-1])
     made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=5), **collate_prompts([prompt]))
@@ -78,7 +78,7 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     answerer = Answerer(model, renderer, keep=2)
     encoded = []
     original = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda tiles, blocks: encoded.append(len(blocks)) or original(tiles, blocks))
+    monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images))
     a, b, c = (random_tiles(1, seed) for seed in range(3))
     settings = GenerationConfig(max_new_tokens=2)
     assert [x.image_kv for x in answerer.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]

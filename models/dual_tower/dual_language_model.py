@@ -25,4 +25,4 @@ class DualLanguageModel(LanguageModel):
         """
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         past = ImageContext(image_kv, Rotary.at(left_positions, self.config))
-        return self(right_ids, right_positions, mask, past)
+        return self(self.embed_tokens(right_ids), right_positions, mask, past)

@@ -1,0 +1,75 @@
+"""Vanilla: one decoder over image and text tokens in one sequence, the shape of nanoVLM. The baseline of every comparison."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import ModelConfig, Vocabulary
+from models.language_model import LanguageModel, Output
+from models.masks import right_mask
+from models.modality_projector import ModalityProjector, put_image_tokens
+from models.pretrained import load_model, save_model
+from models.vision_encoder import VisionEncoder
+
+
+class VisionLanguageModel(nn.Module):
+    """The dual tower's batch, loop and generate; the left stream is empty, image blocks stand in the right one."""
+
+    model_type = "vanilla"
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.vision_encoder = VisionEncoder(config.vision)
+        self.modality_projector = ModalityProjector(config.projector, self.vision_encoder.features, config.right.hidden_size)
+        self.right = LanguageModel(config.right, vocabulary.size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.right.embed_tokens.weight.device
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts with learning rates of their own; together they hold every parameter once."""
+        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right}
+
+    def forward(
+        self,
+        tiles: Tensor,
+        left_ids: Tensor,
+        left_positions: Tensor,
+        left_groups: Tensor,
+        left_images: Tensor,
+        right_ids: Tensor,
+        right_positions: Tensor,
+        right_documents: Tensor,
+        right_groups: Tensor,
+        labels: Tensor | None = None,
+    ) -> Output:
+        """Tiles (N, 3, h, w) uint8, an empty left stream (B, 0), right stream (B, R)."""
+        if left_ids.shape[1]:
+            raise ValueError(f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row")
+        mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
+        hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
+        return Output(self.right.loss(hidden, labels) if labels is not None else None, hidden)
+
+    def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) → (B, T, D), with the image tokens of `tiles` (N, 3, h, w) at their placeholders."""
+        x = self.right.embed_tokens(ids)
+        placeholders = ids == self.vocabulary.image_token_id
+        if tiles is None or not len(tiles):
+            return x if not placeholders.any() else put_image_tokens(x, placeholders, x.new_empty(0, self.config.tokens_per_tile, x.shape[-1]))
+        return put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (…, D) → logits over the whole vocabulary (…, V)."""
+        return self.right.logits(hidden)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; beside and renamed."""
+        save_model(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VisionLanguageModel":
+        """Load a folder written by `save_pretrained`, or a nanoVLM checkpoint. A missing, foreign or misshapen file raises `UserError`."""
+        return load_model(cls, Path(folder))

@@ -1,0 +1,63 @@
+"""What the two training scripts share: configuration → data → model → loop → exported model."""
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UsageError
+from configs.schema import Config
+from data.build import build_data
+from eval.in_training import Validation, save_samples
+from models.modality_projector import check_kind
+from models.pretrained import load_vision_weights
+from models.vision_encoder import complete_vision
+from training.feature_cache import FeatureCache, fingerprint
+from training.logging import RunLog
+from training.loop import Task, autocast, pick_device, train
+from training.run import open_run
+
+
+def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
+    """Train `model_class` and export it. `flags` are those that the command line gave."""
+    vanilla = config.model.left_context == "none"
+    if vanilla != (model_class.model_type == "vanilla"):
+        raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
+    check_kind(config.model.projector)
+    config = replace(config, model=replace(config.model, vision=complete_vision(config.model.vision)))
+    config, folder, checkpoint = open_run(config, flags)
+    log = RunLog(folder)
+    torch.manual_seed(config.seed)
+    data = build_data(config, folder / "tokenizer")
+    model = model_class(config.model, data.tokenizer.vocabulary)
+    encoder = model.parts()["vision"]
+    load_vision_weights(encoder)
+    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder), int(config.train.feature_cache_gb * 2**30))
+    encoder.cache = cache
+    validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
+    log.say(f"run {folder}: {len(data.training)} training and {len(data.validation)} validation images of {config.data.source}; parameters: {sizes}")
+
+    def evaluate(step: int) -> dict[str, float]:
+        with autocast(config.train, pick_device(config.train)):
+            scores = validation.score(model)
+        predictions = validation.predictions(model, data.validation, 8)
+        save_samples(folder / "samples", step, predictions)
+        log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
+        for p in predictions[:4]:
+            log.say(f"    {p['question']}  →  {p['prediction']}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
+        return scores
+
+    task = Task(data.batches, data.state, data.load_state, evaluate, cache.save)
+    train(config, model, task, folder, log, checkpoint)
+    model.save_pretrained(folder / "model")
+    data.tokenizer.save(folder / "model")
+    if data.dropped():
+        log.say(f"training records dropped, by reason: {data.dropped()}")
+    path, question = validation.questions[0]
+    here = Path.cwd()
+    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(path)))
+    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'} --image {image} --prompt {shlex.quote(question['user'])}")
