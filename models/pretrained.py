@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from configs.command_line import load_json
+from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import replacing, write_text
 from configs.schema import ModelConfig, Vocabulary
+from models.ancestors import is_ancestor, read_ancestor
 from models.vision_encoder import create_backbone
 
 FORMAT = 2  # of a model folder
@@ -37,11 +38,12 @@ def save_model(model: Any, folder: Path) -> None:
 
 def model_type(folder: Path) -> str:
     """Which model a folder holds: "dual_tower" or "vanilla"."""
-    return str(_head(folder)["model_type"])
+    head = _head(folder)
+    return read_ancestor(head, read_safetensors(folder / "model.safetensors"), str(folder))[0] if is_ancestor(head) else str(head["model_type"])
 
 
 def _head(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a complete model folder of this version."""
+    """The `config.json` of a complete model folder, of this version or of an ancestor."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
     for name in ("config.json", "model.safetensors"):
@@ -53,6 +55,8 @@ def _head(folder: Path) -> dict[str, Any]:
         head = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if is_ancestor(head):
+        return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
@@ -62,22 +66,36 @@ def _head(folder: Path) -> dict[str, Any]:
 
 
 def load_model(cls: Any, folder: Path) -> Any:
-    kind = model_type(folder)
+    """Our own folder or an ancestor's. What an ancestor's left tower computes for nobody is left out, and listed in `dropped_tensors`."""
+    head, tensors = _head(folder), read_safetensors(folder / "model.safetensors")
+    if is_ancestor(head):
+        kind, config, vocabulary, tensors = read_ancestor(head, tensors, str(folder))
+    else:
+        kind = head["model_type"]
+        config, vocabulary = (from_dict(c, head.get(key), f"{folder / 'config.json'}: {key}") for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
     if kind != cls.model_type:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
-    config = load_json(ModelConfig, folder / "config.json", "model")
-    model = cls(config, load_json(Vocabulary, folder / "config.json", "vocabulary"))
-    load_weights(model, folder / "model.safetensors")
+    model = cls(config, vocabulary)
+    own = model.state_dict()
+    model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
+    load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder / "model.safetensors"))
     return model.eval()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a safetensors file into `module`; a missing, extra or misshapen tensor raises `UserError` naming it."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    check_tensors(module, tensors, str(path))
+    load_tensors(module, read_safetensors(path), str(path))
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    check_tensors(module, tensors, where)
     module.load_state_dict(tensors)
 
 

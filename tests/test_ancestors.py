@@ -1,0 +1,92 @@
+"""Checkpoints of the ancestors, against what their own code computed from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from configs.errors import UserError
+from configs.schema import GenerationConfig
+from models.dual_tower.dual_tower import DualTowerVLM
+from models.generation import generate
+from models.vision_language_model import VisionLanguageModel
+
+FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no checkpoints of the ancestors at {FIXTURES}")
+
+
+@needs_fixtures
+def test_nanovlm_as_vanilla():
+    """Features, projection, logits and loss to 1e-4, greedy tokens exactly."""
+    model = VisionLanguageModel.from_pretrained(FIXTURES / "nanovlm_tiny")
+    expected = load_file(FIXTURES / "nanovlm_tiny" / "expected.safetensors")
+    tiles, ids = expected["pixel_values"] * 255, expected["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    documents, nothing = torch.zeros_like(ids), torch.empty(len(ids), 0, dtype=torch.int64)
+    with torch.no_grad():
+        features = model.vision_encoder(tiles)
+        torch.testing.assert_close(features.flatten(2).transpose(1, 2), expected["vision_features"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.modality_projector(features), expected["projected"], atol=1e-4, rtol=0)
+        output = model(tiles, nothing, nothing, nothing, nothing, ids, positions, documents, documents, expected["labels"])
+        torch.testing.assert_close(model.logits(output.hidden), expected["logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.loss_sum / (expected["labels"] != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0)
+    prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
+    settings = GenerationConfig(max_new_tokens=tokens.shape[1])
+    made = generate(model, prompt, torch.arange(prompt.shape[1]).expand_as(prompt), [[], []], -1, settings, tiles=tiles)
+    assert made.tokens == tokens.tolist()
+
+
+@needs_fixtures
+def test_the_first_dual_tower_as_prefix():
+    """Text logits and loss to 1e-4, greedy tokens exactly; the prefix is encoded once and reused."""
+    model = DualTowerVLM.from_pretrained(FIXTURES / "dualtower_tiny")
+    assert model.config.left_context == "prefix"
+    last = model.config.left.layers - 1
+    assert {"left.decoder.norm.weight", f"left.decoder.layers.{last}.self_attn.q_proj.weight", f"left.decoder.layers.{last}.mlp.up_proj.weight"} <= set(model.dropped_tensors)
+    expected = load_file(FIXTURES / "dualtower_tiny" / "expected.safetensors")
+    tiles, ids, labels = expected["pixel_values"] * 255, expected["input_ids"], expected["labels"]
+    cut = int(expected["last_image_index"]) + 1
+    positions, zeros = torch.arange(ids.shape[1]).expand_as(ids), torch.zeros_like(ids)
+    images = torch.where(ids[:, :cut] == model.vocabulary.image_token_id, 0, -1)
+    with torch.no_grad():
+        left = (ids[:, :cut], positions[:, :cut], zeros[:, :cut], images)
+        output = model(tiles, *left, ids[:, cut:], positions[:, cut:], zeros[:, cut:], zeros[:, cut:], labels[:, cut:])
+        logits = model.logits(output.hidden)
+        torch.testing.assert_close(logits, expected["text_logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.loss_sum / (labels != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), labels[:, cut:].flatten()), expected["loss"][0], atol=1e-4, rtol=0)
+    prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
+    kvs = model.encode_images(tiles, list(prompt[:, :cut]), list(images))
+    positions = torch.arange(cut, prompt.shape[1]).expand(len(prompt), -1)
+    for _ in range(2):
+        made = generate(model, prompt[:, cut:], positions, [[(kv, 0)] for kv in kvs], -1, GenerationConfig(max_new_tokens=tokens.shape[1]))
+        assert made.tokens == tokens.tolist()
+
+
+@needs_fixtures
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lm_hidden_dim": 96}, "wrong shape"),
+        ({"vit_cls_flag": True}, "vit_cls_flag = True is not supported"),
+        ({"vlm_extra_tokens": {}}, "must begin with image_token"),
+        ({"lm_vocab_size": 131}, "leaves room for 66 markers"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(change, message, tmp_path):
+    shutil.copytree(FIXTURES / "nanovlm_tiny", tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        VisionLanguageModel.from_pretrained(tmp_path / "copy")
+
+
+@needs_fixtures
+def test_the_wrong_class_says_so():
+    with pytest.raises(UserError, match="type 'vanilla', not 'dual_tower'"):
+        DualTowerVLM.from_pretrained(FIXTURES / "nanovlm_tiny")
