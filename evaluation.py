@@ -33,6 +33,13 @@ def main(argv: list[str]) -> None:
     if not names or args.batch_size < 1 or args.limit < 0:
         raise UsageError("--tasks needs a name, --batch_size at least 1, --limit 0 or more")
 
+    output = Path(args.output) if args.output else None
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output: {output} cannot be a folder: {error.strerror}") from None
+
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -43,7 +50,7 @@ def main(argv: list[str]) -> None:
 
     answerer = Answerer.from_pretrained(args.model)
     console = Console()
-    results, output = {}, Path(args.output) if args.output else None
+    results = {}
     for name in names:
         started = time.perf_counter()
         with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -56,7 +63,6 @@ def main(argv: list[str]) -> None:
         console.print(f"{name}: {args.model}", soft_wrap=True)
         console.print(table)
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             write_text(output / f"samples_{name}.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     if output is not None:
         head = {"model": str(args.model), "limit": args.limit, "batch_size": args.batch_size, "torch": torch.__version__}

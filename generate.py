@@ -30,6 +30,10 @@ def main(argv: list[str]) -> None:
     for prompt in flags["prompt"]:
         if not prompt.strip():
             raise UsageError("--prompt is empty: give a question")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UsageError("--prompt is not valid UTF-8")
+    if flags["image"] == "":
+        raise UsageError("--image is empty: give a file, or leave the flag out for text alone")
 
     from eval.answering import Answerer
 

@@ -57,8 +57,10 @@ def load_json(cls: type[T], path: Path, key: str = "") -> T:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if key:
         if not isinstance(values, dict) or key not in values:
             raise UsageError(f"{path} has no '{key}': not a file of this project?")

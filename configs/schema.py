@@ -13,12 +13,21 @@ def opt(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed = {seed} must be 0 or more and below 2^63")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Sizes that follow from the tokenizer. Ids: text (with the chat tokens), then the image token, then the markers."""
 
     text_size: int
     markers: int
+
+    def __post_init__(self) -> None:
+        if self.text_size < 1 or self.markers < 0:
+            raise UsageError(f"text_size = {self.text_size} must be at least 1, markers = {self.markers} at least 0")
 
     @property
     def image_token_id(self) -> int:
@@ -179,8 +188,9 @@ class GenerationConfig:
     seed: int = opt(0, "of the sampling")
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError(f"temperature = {self.temperature} must be above 0 (for the likeliest answer leave sampling off)")
+        if not 1e-6 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature = {self.temperature} must be at least 1e-6 (for the likeliest answer leave sampling off)")
+        check_seed(self.seed)
         if self.top_k < 0:
             raise UsageError(f"top_k = {self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
@@ -204,6 +214,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise UsageError(f"max_steps = {self.max_steps} must be at least 1")
+        check_seed(self.seed)
         d, block = self.data, 1 + self.model.tokens_per_tile
         stream = "right" if self.model.left_context == "none" else "left"
         if (length := getattr(d, f"{stream}_length")) < block:

@@ -41,7 +41,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         if not data:
             raise ImageError("empty", f"{where} is empty (0 bytes)")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below, before decoding
+            warnings.simplefilter("ignore")  # the size is checked below, before decoding; what cannot be decoded raises
             image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -59,7 +59,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float32)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
         if image.mode == "F":
             span = float(np.ptp(grey)) or 1.0
             grey = (grey - grey.min()) * (65535.0 / span)

@@ -72,10 +72,16 @@ def load_model(cls: Any, folder: Path) -> Any:
         kind, config, vocabulary, tensors = read_ancestor(head, tensors, str(folder))
     else:
         kind = head["model_type"]
-        config, vocabulary = (from_dict(c, head.get(key), f"{folder / 'config.json'}: {key}") for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
+        try:
+            config, vocabulary = (from_dict(c, head.get(key), key) for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
+        except UsageError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
     if kind != cls.model_type:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
-    model = cls(config, vocabulary)
+    try:
+        model = cls(config, vocabulary)
+    except UsageError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     own = model.state_dict()
     model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
     load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder / "model.safetensors"))
@@ -96,7 +102,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     check_tensors(module, tensors, where)
-    module.load_state_dict(tensors)
+    own = module.state_dict()  # a counter that is missing, extra or misshapen stays as it is
+    module.load_state_dict({name: tensors[name] if name in tensors and tensors[name].shape == own[name].shape else own[name] for name in own})
 
 
 def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -29,6 +29,7 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
 
 def complete_vision(config: VisionConfig) -> VisionConfig:
     """Fill in `image_size` and `grid` from the encoder; what it cannot take raises `UsageError`. Nothing is computed."""
+    config = replace(config, grid=0)
     with torch.device("meta"):
         probe = VisionEncoder(config)
         side = config.image_size or probe.own_size
@@ -61,6 +62,8 @@ class VisionEncoder(nn.Module):
         self.last = self.level == len(levels) - 1
         self.features: int = levels[self.level]["num_chs"]
         self.stride: int = levels[self.level]["reduction"]  # pixels that a feature stands for, along each side
+        if config.grid and config.image_size != config.grid * self.stride:
+            raise UsageError(f"model.vision.grid = {config.grid} does not follow from image_size = {config.image_size} and {self.stride} pixels a feature")
         settings = self.backbone.default_cfg
         self.own_size: int = settings["input_size"][-1]
         self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)  # layers that nothing would read

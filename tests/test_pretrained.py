@@ -86,13 +86,17 @@ def _cut(name, share):
         (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(heads="four")), "heads = 'four' is not of type int"),
         (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(layers=2)), "must agree"),
         (lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=7)), "wrong shape"),
+        (lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=-1)), "config.json: text_size = -1"),
+        (lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(image_size=32)), "config.json: model.vision.grid = 4 does not follow"),
+        (lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(name="resnet_18")), "config.json: model.vision.name"),
+        (lambda f: edit(f / "config.json", lambda c: c.pop("model")), "config.json: model"),
     ],
 )
 def test_damaged_folders(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         Answerer.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,37 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
 def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
     done = subprocess.run(command("--resume", str(uninterrupted), "--seed", "5"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot change seed (was 0, now 5)" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("checkpoints/step_000014/state.json", "{}", "step_000014 cannot be read"),
+        ("checkpoints/step_000014/state.json", '{"step": 14, "data": {"window": [[99999, 0]], "epoch": 0, "cursor": 0, "part": 0, "dropped": {}}}', "does not fit this data set"),
+        ("metrics.jsonl", "garbage\n", "metrics.jsonl is damaged"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl is damaged"),
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "expected an object"),
+    ],
+)
+def test_a_damaged_run_is_one_line(uninterrupted, tmp_path, name, text, message):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text)
+    done = subprocess.run(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_run_past_its_end_says_so(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    done = subprocess.run([*command("--resume", "run"), "--max_steps", "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "already past max_steps = 3: it has 14 steps" in done.stderr
+
+
+def test_auto_finds_the_newest_run_whatever_its_folder_is_called(tmp_path):
+    first = subprocess.run(command("--output_dir", "runs/short", "--max_steps", "2"), cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    done = subprocess.run(command("--resume", "auto", "--max_steps", "3"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from runs/short/checkpoints/step_000002 after step 2" in done.stdout, done.stderr
 
 
 def test_a_second_run_does_not_overwrite_the_first(uninterrupted, tmp_path):

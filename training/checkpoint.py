@@ -62,8 +62,10 @@ def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optim
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int) or not isinstance(state.get("data"), dict):
+            raise ValueError("state.json lacks 'step' or 'data'")
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
+        raise UserError(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())[:120]}); --resume an earlier one by its folder") from error
     torch.set_rng_state(saved["rng"]["torch"])
     if saved["rng"]["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["rng"]["cuda"])

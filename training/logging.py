@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.errors import UserError
 from configs.files import append_text, write_text
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -37,7 +38,10 @@ class RunLog:
         if not self.metrics_path.is_file():
             return
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.metrics_path} is damaged ({error}): mend or delete it, then resume") from None
         write_text(self.metrics_path, "".join(kept))
 
     def start(self, step: int, max_steps: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError
 from configs.schema import Config, TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.logging import RunLog
@@ -34,6 +34,8 @@ class Task:
 def pick_device(config: TrainConfig) -> torch.device:
     """`train.device`, or for "auto" cuda where there is one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"train.device = {name!r} is none of auto, cpu, cuda, mps")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -61,9 +63,14 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, optimizers)
         done = state["step"]
-        task.load_data_state(state["data"])
+        try:
+            task.load_data_state(state["data"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
         log.say(f"resumed from {checkpoint} after step {done}")
 
+    if done > config.max_steps:
+        raise UserError(f"{checkpoint} is already past max_steps = {config.max_steps}: it has {done} steps")
     log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
 
     def save(step: int) -> None:

@@ -70,8 +70,8 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
     elif config.output_dir:
         path = Path(config.output_dir)
     else:
-        runs = sorted(Path("runs").glob(f"{config.config}*/config.json"), key=lambda p: p.stat().st_mtime)
-        runs = [p for p in runs if json.loads(p.read_text()).get("config") == config.config]
+        runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+        runs = [p for p in runs if load_json(Config, p).config == config.config]
         if not runs:
             return None, None
         path = runs[-1].parent

@@ -35,7 +35,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
     load_vision_weights(encoder)
-    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder), int(config.train.feature_cache_gb * 2**30))
+    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30))
     encoder.cache = cache
     validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
