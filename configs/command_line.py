@@ -51,8 +51,8 @@ def _check(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def load_json(cls: type[T], path: Path, key: str = "") -> T:
-    """Read dataclass `cls` from a JSON file, or from its object under `key`."""
+def load_json(cls: type[T], path: Path) -> T:
+    """Read dataclass `cls` from a JSON file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -61,10 +61,6 @@ def load_json(cls: type[T], path: Path, key: str = "") -> T:
         raise UsageError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    if key:
-        if not isinstance(values, dict) or key not in values:
-            raise UsageError(f"{path} has no '{key}': not a file of this project?")
-        values = values[key]
     return from_dict(cls, values, str(path))
 
 

@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import DecoderConfig, RopeScaling
 from models.language_model import LanguageModel
-from models.pretrained import check_tensors
+from models.pretrained import check_tensors, read_safetensors
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 
 
 def decoder_config(folder: Path) -> DecoderConfig:
@@ -79,10 +77,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}: not a complete language model")
-        try:
-            tensors |= load_file(folder / name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} cannot be read as safetensors: {error}") from None
+        tensors |= read_safetensors(folder / name)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 

@@ -94,6 +94,7 @@ def test_a_run_past_its_end_says_so(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     done = subprocess.run([*command("--resume", "run"), "--max_steps", "3"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "already past max_steps = 3: it has 14 steps" in done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == 14  # nothing was touched
 
 
 def test_auto_finds_the_newest_run_whatever_its_folder_is_called(tmp_path):

@@ -69,8 +69,6 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
             raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
         log.say(f"resumed from {checkpoint} after step {done}")
 
-    if done > config.max_steps:
-        raise UserError(f"{checkpoint} is already past max_steps = {config.max_steps}: it has {done} steps")
     log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
 
     def save(step: int) -> None:

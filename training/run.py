@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.command_line import load_json, override, to_dict
-from configs.errors import UsageError
+from configs.errors import UsageError, UserError
 from configs.files import write_text
 from configs.schema import Config
 from training.checkpoint import checkpoints
@@ -42,6 +42,9 @@ def open_run(config: Config, flags: dict[str, Any]) -> tuple[Config, Path, Path 
     changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
     if changed:
         raise UsageError(f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}")
+    done = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
+    if done > wanted.max_steps:
+        raise UserError(f"{checkpoint} is already past max_steps = {wanted.max_steps}: it has {done} steps")
     return _write(replace(wanted, output_dir=str(folder)), folder), folder, checkpoint
 
 
