@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
+"""Files and folders that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,32 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to fill. When the block ends well its files are synced and it takes `path`'s name, else it is deleted.
+
+    An old `path` is moved aside first and deleted last: a kill in between leaves it whole, under a name that begins with a dot.
+    """
+    beside, old = (path.with_name(f".{path.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.new.*"):  # what a killed run left half-written
+            shutil.rmtree(stale)
+        beside.mkdir()
+        yield beside
+        for file in (*beside.iterdir(), beside):
+            sync(file)
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -110,6 +110,8 @@ class ModelConfig:
             c: DecoderConfig = getattr(self, tower)
             if min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions) < 1:
                 raise UsageError(f"model.{tower}: every size must be at least 1")
+            if not (0 < c.rope_theta < float("inf") and 0 < c.norm_eps < 1 and c.rope_scaling.factor > 0):
+                raise UsageError(f"model.{tower}: rope_theta, norm_eps and rope_scaling.factor must be above 0")
             if c.heads % c.kv_heads:
                 raise UsageError(f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}")
             if c.head_size % 2:

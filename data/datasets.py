@@ -32,6 +32,11 @@ class Sample:
         return sum(len(d.right_ids) for d in self.documents)
 
 
+def complete(turn: dict[str, Any]) -> bool:
+    """Has a turn both a question and an answer?"""
+    return all(isinstance(turn.get(k), str) and turn[k].strip() for k in ("user", "assistant"))
+
+
 class SampleDataset:
     """Record i → its samples: one, several where its conversations fill more than a row, none where it cannot be used.
 
@@ -96,7 +101,7 @@ class SampleDataset:
         return [Sample((index, part), tiles, documents) for part, documents in enumerate(parts)]
 
     def _document(self, name: str, images: int, turns: list[dict[str, Any]]) -> Document | None:
-        if not turns or not all(isinstance(t.get(k), str) and t[k].strip() for t in turns for k in ("user", "assistant")):
+        if not turns or not all(map(complete, turns)):
             self.dropped[name] = "empty_text"
             return None
         document = self.renderer.conversation(images, turns)

@@ -13,6 +13,7 @@ from configs.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
 
 
 class ImageError(UserError):
@@ -49,6 +50,8 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         image.load()
         return _to_rgb(image)
     except UnidentifiedImageError:
+        if data.startswith(SIGNATURES):
+            raise ImageError("damaged", f"{where} begins like an image but cannot be decoded: cut short or damaged") from None
         raise ImageError("not_an_image", f"{where} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ImageError("too_large", f"{where} has more than {MAX_PIXELS:,} pixels") from None

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from configs.errors import UserError
+from configs.files import replacing, write_text
 from configs.schema import GenerationConfig
 from data.collators import collate
-from data.datasets import SampleDataset
+from data.datasets import SampleDataset, complete
 from data.images import open_image
 from data.packing import pack
 from eval.answering import Answerer
@@ -24,9 +26,16 @@ class Validation:
     """
 
     def __init__(self, dataset: SampleDataset, left_length: int, right_length: int, rows: int, padding_id: int) -> None:
-        packed = pack([sample for i in range(len(dataset)) for sample in dataset[i]], left_length, right_length)
+        usable = [i for i in range(len(dataset)) if dataset[i]]
+        if not usable:
+            raise UserError(f"none of the {len(dataset)} validation records can be used: {dataset.counts()}")
+        packed = pack([sample for i in usable for sample in dataset[i]], left_length, right_length)
         self.batches = [collate(packed[i : i + rows], padding_id) for i in range(0, len(packed), rows)]
-        self.questions = [(r["images"][0], r["texts"][i % len(r["texts"])]) for i, r in enumerate(dataset.records)]
+        self.questions = []  # (images, turn): one a record, each record another of its turns
+        for i in usable:
+            record = dataset.records[i]
+            turns = [turn for turn in record["texts"] if complete(turn)]
+            self.questions.append((record["images"], turns[i % len(turns) if dataset.turns == "branch" else 0]))
 
     def score(self, model: Any) -> dict[str, float]:
         """Mean loss per supervised token, and the share of documents answered exactly."""
@@ -50,23 +59,28 @@ class Validation:
         """Greedy answers to the first `count` questions, each on another image."""
         answerer = Answerer(model, dataset.renderer)
         asked = self.questions[:count]
-        answers = answerer.answer([([answerer.tiles(path)], turn["user"]) for path, turn in asked], GenerationConfig(max_new_tokens=16))
-        return [{"image": str(path), "question": turn["user"], "answer": turn["assistant"], "prediction": a.text} for (path, turn), a in zip(asked, answers, strict=True)]
+        answers = answerer.answer([([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked], GenerationConfig(max_new_tokens=16))
+        return [
+            {"image": str(images[0]) if images else "", "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
+            for (images, turn), a in zip(asked, answers, strict=True)
+        ]
 
 
 def save_samples(folder: Path, step: int, predictions: list[dict[str, str]]) -> None:
     """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions), encoding="utf-8")
+    write_text(folder / f"step_{step:06d}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     side, text, columns = 128, 64, 4
     rows = -(-len(predictions) // columns)
     sheet = Image.new("RGB", (columns * (side + 16), rows * (side + text + 8)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, p in enumerate(predictions):
         x, y = i % columns * (side + 16) + 8, i // columns * (side + text + 8) + 8
-        sheet.paste(open_image(p["image"]).resize((side, side)), (x, y))
+        if p["image"]:
+            sheet.paste(open_image(p["image"]).resize((side, side)), (x, y))
         good = p["prediction"] == p["answer"]
         answer = p["prediction"] if good else f"{p['prediction']} (not {p['answer']})"
         draw.multiline_text((x, y + side + 2), textwrap.fill(p["question"], 24), fill="black", font_size=11)
         draw.text((x, y + side + 34), answer, fill="darkgreen" if good else "firebrick", font_size=13)
-    sheet.save(folder / f"step_{step:06d}.png")
+    with replacing(folder / f"step_{step:06d}.png") as beside:
+        sheet.save(beside, format="png")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UsageError
+from configs.errors import UsageError, UserError
 from configs.schema import GenerationConfig
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
@@ -100,6 +100,8 @@ def generate(
     generator = torch.Generator(ids.device).manual_seed(settings.seed) if settings.sampling else None
     next_positions = positions.max(1).values + 1  # (B,)
     cache, logits = prefill(model, ids, positions, images, settings.max_new_tokens, tiles)
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
     steps: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     first_token_s = 0.0

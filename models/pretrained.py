@@ -111,10 +111,14 @@ def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(own[n].shape)}" for n in sorted(own.keys() & tensors.keys()) if tensors[n].shape != own[n].shape]
-    for problem, names in (("lacks", missing), ("has unexpected", extra), ("has a wrong shape:", wrong)):
+    kinds = [f"{n} is {tensors[n].dtype}" for n in sorted(own.keys() & tensors.keys()) if own[n].is_floating_point() and not tensors[n].is_floating_point()]
+    for problem, names in (("lacks", missing), ("has unexpected", extra), ("has a wrong shape:", wrong), ("has no floating-point weights:", kinds)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{where} {problem} {', '.join(names[:3])}{more}: these weights belong to another model")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite: the file is damaged, or its training diverged")
 
 
 def load_vision_weights(encoder: Any) -> None:

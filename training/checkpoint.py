@@ -1,7 +1,6 @@
 """Checkpoints: everything a run needs to go on exactly. A folder is complete or it does not exist."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import UserError
-from configs.files import sync
+from configs.files import replacing_folder
 from models.pretrained import load_weights
 
 FILES = ("model.safetensors", "training.pt", "state.json")
@@ -24,24 +23,15 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizers: list[torch.
     refuses; what was there before is untouched.
     """
     final = folder / f"step_{step:06d}"
-    beside = folder / f".{final.name}.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".step_*"):  # what a killed run left half-written
+        for stale in folder.glob(".step_*"):  # what a killed run left, half-written or half-deleted
             shutil.rmtree(stale)
-        beside.mkdir()
-        save_file({n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}, beside / "model.safetensors")
-        rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": rng}, beside / "training.pt")
-        (beside / "state.json").write_text(json.dumps({"step": step} | state))
-        for path in (*beside.iterdir(), beside):
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        sync(folder)
+        with replacing_folder(final) as beside:
+            save_file({n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}, beside / "model.safetensors")
+            rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": rng}, beside / "training.pt")
+            (beside / "state.json").write_text(json.dumps({"step": step} | state))
     except Exception as error:  # OSError, safetensors' and torch's own for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written: {error} (earlier checkpoints are untouched)") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)

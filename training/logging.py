@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,21 @@ class RunLog:
             self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self.progress.add_task("", total=max_steps, completed=step, status="")
             self.progress.start()
-        self.first_step, self.max_steps, self.started = step, max_steps, time.perf_counter()
-        self.last_plain = self.started
+        self.max_steps, self.last_plain = max_steps, time.perf_counter()
+        self.recent = deque([(self.last_plain, step)])  # the last minute, for the time left: the first steps are slow, they encode images
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         status = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
         now = time.perf_counter()
+        self.recent.append((now, step))
+        while now - self.recent[0][0] > 60 and len(self.recent) > 2:
+            self.recent.popleft()
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=step, status=status)
         elif now - self.last_plain >= PLAIN_SECONDS:
             self.last_plain = now
-            left = (now - self.started) / (step - self.first_step) * (self.max_steps - step)
+            then, first = self.recent[0]
+            left = (now - then) / (step - first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {status}  {left:.0f} s left")
 
     def stop(self) -> None:

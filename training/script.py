@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.errors import UsageError
+from configs.files import replacing_folder
 from configs.schema import Config
 from data.build import build_data
 from eval.in_training import Validation, save_samples
@@ -40,6 +41,8 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
     log.say(f"run {folder}: {len(data.training)} training and {len(data.validation)} validation images of {config.data.source}; parameters: {sizes}")
+    if data.validation.counts():
+        log.say(f"validation records dropped, by reason: {data.validation.counts()}")
 
     def evaluate(step: int) -> dict[str, float]:
         with autocast(config.train, pick_device(config.train)):
@@ -53,11 +56,13 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
 
     task = Task(data.batches, data.state, data.load_state, evaluate, cache.save)
     train(config, model, task, folder, log, checkpoint)
-    model.save_pretrained(folder / "model")
-    data.tokenizer.save(folder / "model")
+    with replacing_folder(folder / "model") as beside:
+        model.save_pretrained(beside)
+        data.tokenizer.save(beside)
     if data.dropped():
         log.say(f"training records dropped, by reason: {data.dropped()}")
-    path, question = validation.questions[0]
+    images, question = validation.questions[0]
     here = Path.cwd()
-    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(path)))
-    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'} --image {image} --prompt {shlex.quote(question['user'])}")
+    python, *images = (p.relative_to(here) if p.is_relative_to(here) else p for p in map(Path, (sys.executable, *images)))
+    image = "".join(f" --image {shlex.quote(str(i))}" for i in images[:1])
+    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{image} --prompt {shlex.quote(question['user'])}")
