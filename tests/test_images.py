@@ -43,8 +43,30 @@ def test_truncated_files(tmp_path, extension, keep):
     Image.fromarray(noise).save(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError) as caught:
         open_image(path)
+    assert caught.value.reason == "damaged" or (extension == "bmp" and keep == 0.1)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "webp", "tiff"])
+def test_a_few_bytes_of_an_image_are_a_damaged_image(tmp_path, extension):
+    path = tmp_path / f"x.{extension}"
+    Image.new("RGB", (64, 48)).save(path)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ImageError) as caught:
+        open_image(path)
+    assert caught.value.reason == "damaged"
+
+
+def test_a_png_with_a_wrong_checksum_is_damaged(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (64, 48)).save(path)
+    data = bytearray(path.read_bytes())
+    data[29] ^= 1  # in the header's checksum
+    path.write_bytes(data)
+    with pytest.raises(ImageError) as caught:
+        open_image(path)
+    assert caught.value.reason == "damaged"
 
 
 def test_missing_and_folder(tmp_path):

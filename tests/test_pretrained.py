@@ -56,6 +56,14 @@ def _extra_tensor(folder):
     save_file(load_file(folder / "model.safetensors") | {"third_tower.weight": torch.ones(3)}, folder / "model.safetensors")
 
 
+def _set(name, value):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {name: value(tensors[name])}, folder / "model.safetensors")
+
+    return change
+
+
 def _cut(name, share):
     def cut(folder):
         data = (folder / name).read_bytes()
@@ -78,6 +86,9 @@ def _cut(name, share):
         (_drop_tensor, "lacks right.norm.weight"),
         (_reshape_tensor, r"right.norm.weight is \(3,\), expected \(48,\)"),
         (_extra_tensor, "unexpected third_tower.weight"),
+        (_set("right.norm.weight", lambda t: t.clone().index_fill_(0, torch.tensor([2]), torch.nan)), "right.norm.weight holds values that are not finite"),
+        (_set("right.norm.weight", lambda t: t.to(torch.int8)), "right.norm.weight is torch.int8"),
+        (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(rope_theta=0.0)), "rope_theta"),
         (lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")), "type 'llama', not one of"),
         (lambda f: (f / "config.json").write_text('{"vit_hidden_dim": 768}'), "type None, not one of"),
         (lambda f: (f / "config.json").write_text("[]"), "type None, not one of"),

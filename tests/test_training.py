@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, random_tiles, tiny_model
+from conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
 from test_dual_tower import make_sample
 from torch import nn
 
 import training.checkpoint
 from configs.errors import UserError
+from configs.files import replacing_folder
 from configs.schema import Config, TrainConfig, VisionConfig
 from data.collators import collate
+from data.datasets import SampleDataset
+from eval.in_training import Validation, save_samples
 from models.vision_encoder import VisionEncoder
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from training.feature_cache import FeatureCache, fingerprint
@@ -184,6 +187,38 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
     assert load_checkpoint(tmp_path / "step_000003", model, optimizers) == {"step": 3, "data": {"x": 3}}
     (tmp_path / "step_000003" / "training.pt").unlink()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
+    folder = tmp_path / "model"
+    with replacing_folder(folder) as beside:
+        (beside / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), replacing_folder(folder) as beside:
+        (beside / "config.json").write_text("new")
+        raise RuntimeError("killed")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "config.json").read_text() == "old"
+    with replacing_folder(folder) as beside:
+        (beside / "other.json").write_text("new")
+    assert [p.name for p in folder.iterdir()] == ["other.json"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_validation_records_that_cannot_be_read_are_left_out(model, renderer, tmp_path, image_file):
+    """Neither scored nor shown as predictions; counted."""
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    records = [
+        {"images": [str(tmp_path / "bad.png")], "texts": TURNS[:2], "id": "bad"},
+        {"images": [str(image_file)], "texts": [{"user": "", "assistant": "x"}, TURNS[0]], "id": "half"},
+        {"images": [str(image_file)], "texts": TURNS[:2], "id": "good"},
+    ]
+    dataset = SampleDataset(records, renderer, 64, "branch", 64, 128, 256)
+    validation = Validation(dataset, 64, 128, 2, renderer.tokenizer.global_image)
+    assert dataset.counts() == {"image_not_an_image": 1, "empty_text": 1}
+    predictions = validation.predictions(model, dataset, 8)
+    assert [p["question"] for p in predictions] == [TURNS[0]["user"], TURNS[0]["user"]]
+    save_samples(tmp_path / "samples", 1, predictions)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000001.jsonl", "step_000001.png"]
+    with pytest.raises(UserError, match="none of the 1 validation records"):
+        Validation(SampleDataset(records[:1], renderer, 64, "branch", 64, 128, 256), 64, 128, 2, renderer.tokenizer.global_image)
 
 
 class TestFeatureCache:
