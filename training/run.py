@@ -1,6 +1,7 @@
 """Run folders: where a run lives, and which run is resumed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,18 @@ CHANGEABLE = (
 )
 
 
-def open_run(config: Config, flags: dict[str, Any]) -> tuple[Config, Path, Path | None]:
+def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config], Config]) -> tuple[Config, Path, Path | None]:
     """→ the configuration in force, the run folder (its `config.json` written), and the checkpoint to resume from.
+
+    `complete` fills in a new run's configuration, before its folder is made.
 
     A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
     """
     if not config.resume:
-        folder = _new_folder(config)
-        return _write(config, folder), folder, None
+        return (*_new_run(config, complete), None)
     folder, checkpoint = _find(config)
     if folder is None:
-        folder = _new_folder(config)
-        return _write(config, folder), folder, None
+        return (*_new_run(config, complete), None)
     saved = load_json(Config, folder / "config.json")
     wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
     changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
@@ -46,6 +47,11 @@ def open_run(config: Config, flags: dict[str, Any]) -> tuple[Config, Path, Path 
     if done > wanted.max_steps:
         raise UserError(f"{checkpoint} is already past max_steps = {wanted.max_steps}: it has {done} steps")
     return _write(replace(wanted, output_dir=str(folder)), folder), folder, checkpoint
+
+
+def _new_run(config: Config, complete: Callable[[Config], Config]) -> tuple[Config, Path]:
+    folder = _new_folder(config)
+    return _write(complete(config), folder), folder
 
 
 def _new_folder(config: Config) -> Path:

@@ -12,14 +12,54 @@ from configs.errors import UsageError
 from configs.files import replacing_folder
 from configs.schema import Config
 from data.build import build_data
+from data.tokens import Tokenizer
 from eval.in_training import Validation, save_samples
+from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.modality_projector import check_kind
-from models.pretrained import load_vision_weights
+from models.pretrained import left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
 from training.feature_cache import FeatureCache, fingerprint
 from training.logging import RunLog
 from training.loop import Task, autocast, pick_device, train
 from training.run import open_run
+
+
+def complete(config: Config, flags: dict[str, Any]) -> Config:
+    """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
+    model = config.model
+    if config.init_left_from:
+        if model.left_context == "none":
+            raise UsageError("--init_left_from: a vanilla model has no left tower")
+        found = left_tower_of(config.init_left_from)[0]
+        model = replace(model, vision=replace(found.vision, weights="random"), projector=found.projector, left=replace(found.left, weights="random"))
+    for tower in model.towers:
+        settled = [name for name in flags if name.startswith(f"model.{tower}.") and name not in (f"model.{tower}.weights", f"model.{tower}.max_positions")]
+        if settled and (getattr(model, tower).weights != "random" or (tower == "left" and config.init_left_from)):
+            raise UsageError(f"--{settled[0]} follows from the pretrained weights of the {tower} tower: leave it out, or say --model.{tower}.weights random")
+    model = complete_decoders(model, Path(config.cache_dir))
+    config = replace(config, model=replace(model, vision=complete_vision(model.vision)))
+    if (source := language_model(config)) is not None:
+        Tokenizer.of_language_model(*source, impose_chatml=config.data.chat_template == "chatml")  # raises now what it would raise later
+    return config
+
+
+def language_model(config: Config) -> tuple[Path, int] | None:
+    """Where the tokenizer comes from: the right tower's pretrained model, and the length of its embedding table."""
+    if config.model.right.weights == "random":
+        return None
+    folder = find_language_model(config.model.right.weights, Path(config.cache_dir), weights=False)
+    return folder, table_rows(folder)
+
+
+def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
+    """Fill a new model's parts from where their configurations say; parts that start at random stay as they are."""
+    load_language_weights(model, Path(config.cache_dir))
+    if config.init_left_from:
+        _, vocabulary, tensors = left_tower_of(config.init_left_from)
+        dropped = load_left_tower(model.left, vocabulary, tensors, config.init_left_from)
+        log.say(f"left tower from {config.init_left_from}; {len(dropped)} tensors that it has no use for: {', '.join(dropped)}")
+    else:
+        load_vision_weights(model.parts()["vision"])
 
 
 def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
@@ -28,14 +68,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
     check_kind(config.model.projector)
-    config = replace(config, model=replace(config.model, vision=complete_vision(config.model.vision)))
-    config, folder, checkpoint = open_run(config, flags)
+    config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
     log = RunLog(folder)
     torch.manual_seed(config.seed)
-    data = build_data(config, folder / "tokenizer")
+    data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None)
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
-    load_vision_weights(encoder)
+    if checkpoint is None:
+        load_pretrained(model, config, log)
     cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30))
     encoder.cache = cache
     validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)

@@ -47,6 +47,7 @@ class DualTowerVLM(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
+        config.check_join()
         self.config, self.vocabulary = config, vocabulary
         self.left = LeftTower(config, vocabulary)
         self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size)
@@ -113,5 +114,5 @@ class DualTowerVLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DualTowerVLM":
-        """Load a folder written by `save_pretrained`. A missing, foreign or misshapen file raises `UserError`."""
-        return load_model(cls, Path(folder))
+        """Load a folder written by `save_pretrained` or the first dual tower's, or a Hub id with its files. A missing, foreign or misshapen file raises `UserError`."""
+        return load_model({cls.model_type: cls}, folder)
