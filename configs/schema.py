@@ -145,9 +145,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["easy_vqa"] = opt("easy_vqa", "where the records come from")
-    limit: int = opt(0, "use only the first N training images (0: all)")
-    validation_images: int = opt(200, "training images held out for validation")
+    sources: str = opt("easy_vqa", "where the records come from, with commas between: easy_vqa, openmoji (data/sources.py)")
+    limit: int = opt(0, "use only the first N training images of each source (0: all)")
+    validation_images: int = opt(200, "images of each source held out for validation")
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")
     vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text, where the right tower has no weights of its own")
     chat_template: Literal["auto", "chatml"] = opt("auto", "a pretrained right tower must speak ChatML (auto), or is taught it (chatml)")

@@ -40,7 +40,7 @@ class Data:
 def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None) -> Data:
     """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained."""
     d = config.data
-    training, validation = training_records(d.source, d.limit, d.validation_images)
+    training, validation = training_records(d.sources, d.limit, d.validation_images)
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:

@@ -13,6 +13,7 @@ from configs.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
+SVG_WIDTH = 256
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
 
 
@@ -41,6 +42,8 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise ImageError("empty", f"{where} is empty (0 bytes)")
+        if b"<svg" in data[:2000]:
+            data = _draw(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, before decoding; what cannot be decoded raises
             image = Image.open(io.BytesIO(data))
@@ -57,6 +60,15 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         raise ImageError("too_large", f"{where} has more than {MAX_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
         raise ImageError("damaged", f"{where} cannot be decoded: {error}") from None
+
+
+def _draw(svg: bytes) -> bytes:
+    """SVG → PNG bytes on white, `SVG_WIDTH` pixels wide. Nothing outside the file is read."""
+    try:
+        import resvg_py
+    except ModuleNotFoundError:
+        raise UserError("drawing an SVG needs the package resvg-py (pip install resvg-py)") from None
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg.decode("utf-8"), width=SVG_WIDTH, background="white", skip_system_fonts=True))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

