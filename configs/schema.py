@@ -219,6 +219,7 @@ class Config:
     max_steps: int = opt(1500, "optimizer steps")
     output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
+    dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt("cache", "folder of what is computed once: vision features")

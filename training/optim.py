@@ -9,12 +9,18 @@ from torch import nn
 from configs.schema import TrainConfig
 
 
+def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
+    """Every part's learning rate; 0 freezes it."""
+    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right}
+    return {name: rates[name] for name in model.parts()}
+
+
 def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
     """Stop gradients of the parts whose learning rate is 0; → every part's learning rate."""
-    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right}
+    rates = learning_rates(model, config)
     for name, part in model.parts().items():
         part.requires_grad_(rates[name] > 0)
-    return {name: rates[name] for name in model.parts()}
+    return rates
 
 
 def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -10,14 +10,15 @@ import torch
 
 from configs.errors import UsageError
 from configs.files import replacing_folder
-from configs.schema import Config
+from configs.schema import Config, Vocabulary
 from data.build import build_data
-from data.tokens import Tokenizer
+from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.modality_projector import check_kind
 from models.pretrained import left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
+from training.estimate import dry_run
 from training.feature_cache import FeatureCache, fingerprint
 from training.logging import RunLog
 from training.loop import Task, autocast, pick_device, train
@@ -68,6 +69,12 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
     check_kind(config.model.projector)
+    if config.dry_run:
+        config = complete(config, flags)
+        source = language_model(config)
+        tokenizer = Tokenizer.of_language_model(*source, impose_chatml=True) if source is not None else None
+        dry_run(config, model_class, tokenizer.vocabulary if tokenizer is not None else Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1))
+        return
     config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
     log = RunLog(folder)
     torch.manual_seed(config.seed)

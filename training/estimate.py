@@ -1,0 +1,170 @@
+"""`--dry_run`: what a configuration will cost, before anything is downloaded or trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
+from training.loop import autocast
+from training.optim import learning_rates, make_optimizers
+
+SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
+
+
+def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, Tensor]:
+    """A batch whose rows are filled to the brim with images and text, every image a group with one document."""
+    c, P = config.model, config.model.tokens_per_tile
+    block = torch.tensor([vocabulary.first_marker_id] + [vocabulary.image_token_id] * P)
+    vanilla = c.left_context == "none"
+    L, R = (0 if vanilla else config.data.left_length), config.data.right_length
+    images = max(1, (R // (2 * len(block))) if vanilla else L // len(block))  # vanilla: half of a row
+    text = R - images * len(block) if vanilla else R
+    groups = torch.arange(images)
+    in_document = -(-text // images)
+    left = {"ids": block.repeat(images), "groups": groups.repeat_interleave(len(block)), "positions": torch.arange(len(block)).repeat(images)}
+    document = torch.arange(in_document * images)[:text] // in_document
+    right = {"ids": torch.zeros(text, dtype=torch.int64), "documents": document, "positions": torch.arange(text) % in_document + len(block)}
+    labels = torch.where(torch.arange(text) % in_document >= in_document * (1 - SUPERVISED), 1, -100)
+    if vanilla:  # images stand in the right stream
+        right = {"ids": torch.cat((left["ids"], right["ids"])), "documents": torch.cat((left["groups"], document)), "positions": torch.cat((left["positions"], right["positions"]))}
+        labels = torch.cat((torch.full_like(left["ids"], -100), labels))
+        left = {name: column[:0] for name, column in left.items()}
+    right["groups"] = right["documents"]
+    batch = {f"left_{k}": v for k, v in (left | {"images": left["groups"]}).items()} | {f"right_{k}": v for k, v in right.items()} | {"labels": labels}
+    side = c.vision.image_size
+    return {k: v.repeat(rows, 1) for k, v in batch.items()} | {"tiles": torch.zeros(rows * images, 3, side, side, dtype=torch.uint8)}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs: two for each multiplication and addition of the matrix products, nothing else counted."""
+
+    tile: int  # vision encoder and projector, one tile
+    left_token: int  # left decoder, one token; without attention scores
+    right_token: int
+    supervised_token: int  # its logits
+    left_pair: int  # attention, all layers: one query and one key
+    right_pair: int
+
+    def forward(self, batch: dict[str, Tensor]) -> float:
+        """One batch. Attention is counted over whole rows, as it is computed where the mask is dense."""
+        (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
+        supervised = int((batch["labels"] != -100).sum())
+        return len(batch["tiles"]) * self.tile + self.text(B, L, R) + supervised * self.supervised_token
+
+    def text(self, B: int, L: int, R: int) -> float:
+        return B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
+
+    def training(self, batch: dict[str, Tensor], trained: dict[str, bool]) -> float:
+        """Forward and backward. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
+        supervised = int((batch["labels"] != -100).sum())
+        before_right = trained["vision"] or trained["projector"] or trained.get("left", False)
+        total = len(batch["tiles"]) * self.tile * (3 if trained["vision"] else 1)
+        left_attention, right_attention = B * L * L * self.left_pair, B * R * (L + R) * self.right_pair
+        total += B * L * self.left_token * (1 + (trained["vision"] or trained["projector"]) + trained.get("left", False)) + 3 * left_attention * before_right
+        total += left_attention * (not before_right)
+        total += B * R * self.right_token * (1 + 1 + trained["right"]) + 3 * right_attention
+        return total + supervised * self.supervised_token * (2 + 1 + trained["right"])
+
+
+def count_flops(model: Any) -> Flops:
+    """From the shapes alone (a model on the meta device will do); the vision encoder's by torch's counter."""
+    c: ModelConfig = model.config
+    encoder, projector = model.parts()["vision"], model.parts()["projector"]
+    device = next(encoder.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        projector(encoder.encode(torch.zeros(1, 3, c.vision.image_size, c.vision.image_size, dtype=torch.uint8, device=device)))
+    right = sum(m.weight.numel() for m in model.right.layers.modules() if isinstance(m, nn.Linear))
+    left = sum(m.weight.numel() for m in model.left.decoder.modules() if isinstance(m, nn.Linear)) if "left" in c.towers else 0
+    unembedding = model.right.unembedding.numel()
+
+    def pair(config: DecoderConfig, layers: int) -> int:
+        return 4 * config.heads * config.head_size * layers
+
+    return Flops(counter.get_total_flops(), 2 * left, 2 * right, 2 * unembedding, pair(c.left, c.left.layers - 1) if left else 0, pair(c.right, c.right.layers))
+
+
+def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int) -> int:
+    """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
+    left, right = (replace(getattr(config.model, tower), layers=layers, weights="random") for tower in ("left", "right"))
+    model = model_class(replace(config.model, left=left, right=right), vocabulary)
+    make_optimizers(model, config.train)
+    owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = full_batch(config, vocabulary, rows)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(config.train, torch.device("cpu")):
+        model(**batch).loss_sum  # noqa: B018 (its graph is what is measured)
+    return sum(seen.values())
+
+
+def estimate_activations(config: Config, measure: Callable[[int, int], int]) -> int:
+    """Bytes kept for the backward of a micro-batch. `measure(rows, layers)` on one and two of each; the rest follows, for it is linear in both."""
+    a, b, c, d = measure(1, 1), measure(2, 1), measure(1, 2), measure(2, 2)
+    rows, layers = config.train.rows - 1, config.model.right.layers - 1
+    return a + rows * (b - a) + layers * (c - a) + rows * layers * (d - c - b + a)
+
+
+def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
+    """Print parameters by part, FLOPs and memory."""
+    console = Console(highlight=False)
+    with torch.device("meta"):
+        model = model_class(config.model, vocabulary)
+    rates = learning_rates(model, config.train)
+    table = Table("part", "parameters", "trained", "dtype", "MiB", title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}")
+    total = trained = 0
+    for name, part in model.parts().items():
+        size = sum(p.numel() for p in part.parameters())
+        total, trained = total + size, trained + (size if rates[name] > 0 else 0)
+        table.add_row(name, f"{size:,}", f"{size if rates[name] > 0 else 0:,}", "float32", f"{size * 4 / 2**20:,.0f}")
+    table.add_row("all", f"{total:,}", f"{trained:,}", "float32", f"{total * 4 / 2**20:,.0f}")
+    console.print(table)
+
+    flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.rows)
+    tokens = batch["left_ids"].numel() + batch["right_ids"].numel()
+    step = flops.training(batch, {name: rate > 0 for name, rate in rates.items()})
+    table = Table("forward FLOPs of", "GFLOP")
+    for name, value in (
+        ("a tile (encoder, projector)", flops.tile),
+        ("a left token", flops.left_token),
+        ("a right token", flops.right_token),
+        ("a token's logits", flops.supervised_token),
+    ):
+        if value:
+            table.add_row(name, f"{value / 1e9:.4g}")
+    table.add_row(
+        f"a micro-batch: {config.train.rows} full rows of {batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]} tokens, {len(batch['tiles'])} tiles",
+        f"{flops.forward(batch) / 1e9:,.0f}",
+    )
+    table.add_row(f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}")
+    console.print(table)
+
+    matrices = sum(p.numel() for name, part in model.parts().items() if rates[name] > 0 for m in part.modules() if isinstance(m, nn.Linear) for p in [m.weight])
+    optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
+    activations = estimate_activations(config, lambda rows, layers: saved_bytes(config, model_class, vocabulary, rows, layers))
+    logits = 3 * 4 * min(1 << 24, int((batch["labels"] != -100).sum()) * vocabulary.size)
+    table = Table("memory of a step", "GiB")
+    parts = (
+        ("weights", 4 * total),
+        ("gradients", 4 * trained),
+        (f"optimizer ({config.train.optimizer})", optimizer),
+        ("activations, weights in bf16", activations),
+        ("logits of a chunk", logits),
+    )
+    for name, size in (*parts, ("all", sum(size for _, size in parts))):
+        table.add_row(name, f"{size / 2**30:.2f}")
+    console.print(table)
+    console.print("Rows filled to the brim, half of the text learnt; PyTorch itself takes some 0.5 GiB more.")
