@@ -193,6 +193,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraTower:
+    r: int = opt(0, "rank of the adapters (0: none); then only they are trained in this decoder, with its learning rate")
+    alpha: float = opt(32.0, "adapters are scaled by alpha ÷ r")
+    dropout: float = opt(0.0, "dropout before an adapter")
+    targets: str = opt("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "linear layers that get one, with commas between")
+    nf4: bool = opt(False, "keep the weights under the adapters in 4 bits (QLoRA; needs CUDA and bitsandbytes)")
+
+    def __post_init__(self) -> None:
+        if self.r < 0 or not 0 <= self.dropout < 1 or not self.alpha > 0:
+            raise UsageError(f"lora: r = {self.r} must be 0 or more, dropout = {self.dropout} in [0, 1), alpha = {self.alpha} above 0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    left: LoraTower = LoraTower()
+    right: LoraTower = LoraTower()
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     sampling: bool = opt(False, "sample instead of taking the likeliest token")
     temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
@@ -226,6 +245,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:

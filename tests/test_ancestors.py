@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from safetensors.torch import load_file
 
 from configs.errors import UserError
-from configs.schema import GenerationConfig
+from configs.schema import DecoderConfig, GenerationConfig, Vocabulary
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
+from models.kv_cache import KeyValueRecorder
+from models.pretrained import left_tower_of, load_left_tower
 from models.vision_language_model import VisionLanguageModel
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
@@ -90,3 +94,50 @@ def test_a_checkpoint_that_does_not_fit(change, message, tmp_path):
 def test_the_wrong_class_says_so():
     with pytest.raises(UserError, match="type 'vanilla', not 'dual_tower'"):
         DualTowerVLM.from_pretrained(FIXTURES / "nanovlm_tiny")
+
+
+def keys_and_values_of(model: VisionLanguageModel, tiles: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """(layers, 2, G, T, E): what a vanilla model's decoder makes of an image block."""
+    recorder = KeyValueRecorder()
+    places = torch.arange(len(block))[None]
+    with torch.no_grad():
+        model.right(model.embed(block[None], tiles), places, (places[:, :, None] >= places[:, None])[:, None], recorder)
+    return torch.stack([torch.stack(layer) for layer in recorder.layers])[:, :, 0]
+
+
+def left_tower_from(source: Path, right: DecoderConfig) -> tuple[DualTowerVLM, list[str]]:
+    config, vocabulary, tensors = left_tower_of(str(source))
+    config = replace(
+        config, left_context="image", image_isolation=True, right=replace(right, layers=config.left.layers, kv_heads=config.left.kv_heads, head_size=config.left.head_size)
+    )
+    model = DualTowerVLM(config, Vocabulary(text_size=300, markers=65)).eval()
+    return model, load_left_tower(model.left, vocabulary, tensors, str(source))
+
+
+@needs_fixtures
+def test_a_left_tower_from_nanovlm():
+    """The image KV is what nanoVLM's decoder makes of the image; what the left tower has no use for is listed."""
+    vanilla = VisionLanguageModel.from_pretrained(FIXTURES / "nanovlm_tiny")
+    model, dropped = left_tower_from(FIXTURES / "nanovlm_tiny", TINY)
+    v, w = vanilla.vocabulary, model.vocabulary
+    assert w.first_marker_id != v.first_marker_id
+    tiles, images = random_tiles(1), vanilla.config.tokens_per_tile
+    block = torch.tensor([v.first_marker_id] + [v.image_token_id] * images)
+    expected = keys_and_values_of(vanilla, tiles, block)
+    kv = model.encode_image(tiles, torch.tensor([w.first_marker_id] + [w.image_token_id] * images))
+    torch.testing.assert_close(kv.data, expected, atol=1e-5, rtol=0)
+    assert dropped == sorted(
+        [f"decoder.layers.2.{n}.weight" for n in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm", "self_attn.o_proj", "self_attn.q_proj")]
+        + ["decoder.norm.weight"]
+    )
+
+
+def test_a_left_tower_from_our_own_models(tokenizer, tmp_path):
+    dual, vanilla = tiny_model(tokenizer), tiny_model(tokenizer, replace(TINY_MODEL, left_context="none"), seed=1)
+    block = torch.tensor([tokenizer.global_image] + [tokenizer.image] * 4)
+    for source, expected in ((dual, dual.encode_image(random_tiles(1), block).data), (vanilla, keys_and_values_of(vanilla, random_tiles(1), block))):
+        source.save_pretrained(tmp_path / source.model_type)
+        model, _ = left_tower_from(tmp_path / source.model_type, TINY)
+        w = model.vocabulary
+        kv = model.encode_image(random_tiles(1), torch.tensor([w.first_marker_id] + [w.image_token_id] * 4))
+        torch.testing.assert_close(kv.data, expected, atol=1e-5, rtol=0)

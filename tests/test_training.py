@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
+from safetensors.torch import load_file
 from test_dual_tower import make_sample
 from torch import nn
 
@@ -22,6 +23,7 @@ from configs.files import replacing_folder
 from configs.schema import Config, TrainConfig, VisionConfig
 from data.collators import collate
 from data.datasets import SampleDataset
+from eval.answering import Answerer
 from eval.in_training import Validation, save_samples
 from models.vision_encoder import VisionEncoder
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -189,6 +191,19 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
 
 
+def test_adapters_by_flag_resume_and_end_merged(tmp_path):
+    """A run with LoRA on the right tower, continued from its checkpoint, equals the uninterrupted one; its export is an ordinary model."""
+    lora = ["--lora.right.r", "2", "--cache_dir", str(tmp_path / "cache")]
+    for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+        resume = ["--resume", "auto"] if (name, steps) == ("parts", "4") else []
+        subprocess.run(command("--output_dir", str(tmp_path / name), *lora, *resume, "--max_steps", steps, "--train.final_lr", "1"), check=True, cwd=tmp_path, capture_output=True)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0]) and not any("lora" in n for n in weights[0])
+    adapter = load_file(tmp_path / "whole" / "adapters" / "right" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 2  # layers, linear layers, A and B
+    Answerer.from_pretrained(tmp_path / "whole" / "model")
+
+
 def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
     folder = tmp_path / "model"
     with replacing_folder(folder) as beside:
@@ -245,6 +260,25 @@ class TestFeatureCache:
                 together = FeatureCache(tmp_path, 1 << 24)(tiles, encoder.encode)
                 for part in (slice(20, 21), slice(3, 9)):
                     assert torch.equal(FeatureCache(tmp_path, 1 << 24)(tiles[part], encoder.encode), together[part])
+
+    def test_features_come_back_in_their_own_type(self, tmp_path):
+        """Training computes in bf16, the shown predictions in fp32; one cache holds both."""
+        self.seen = 0
+        cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(4)
+
+        def encode(x):
+            return self.encode(x).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
+
+        kept = {}
+        for again in (cache, None):
+            if again is None:
+                cache.save()
+                again = FeatureCache(tmp_path, 1 << 20)
+            for bf16 in (True, False):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    features = again(tiles, encode)
+                assert features.dtype == (torch.bfloat16 if bf16 else torch.float32) and torch.equal(kept.setdefault(bf16, features), features)
+        assert self.seen == 8
 
     def test_beyond_its_limit_it_still_answers(self, tmp_path):
         self.seen = 0

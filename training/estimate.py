@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
+from models.adapters import add_adapters
 from training.loop import autocast
 from training.optim import learning_rates, make_optimizers
 
@@ -95,6 +96,7 @@ def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: 
     """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
     left, right = (replace(getattr(config.model, tower), layers=layers, weights="random") for tower in ("left", "right"))
     model = model_class(replace(config.model, left=left, right=right), vocabulary)
+    add_adapters(model, config.lora)
     make_optimizers(model, config.train)
     owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
@@ -120,16 +122,19 @@ def estimate_activations(config: Config, measure: Callable[[int, int], int]) -> 
 
 def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     """Print parameters by part, FLOPs and memory."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
+        add_adapters(model, config.lora)
+    make_optimizers(model, config.train)  # freezes
     rates = learning_rates(model, config.train)
     table = Table("part", "parameters", "trained", "dtype", "MiB", title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}")
     total = trained = 0
     for name, part in model.parts().items():
         size = sum(p.numel() for p in part.parameters())
-        total, trained = total + size, trained + (size if rates[name] > 0 else 0)
-        table.add_row(name, f"{size:,}", f"{size if rates[name] > 0 else 0:,}", "float32", f"{size * 4 / 2**20:,.0f}")
+        learns = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        total, trained = total + size, trained + learns
+        table.add_row(name, f"{size:,}", f"{learns:,}", "float32", f"{size * 4 / 2**20:,.0f}")
     table.add_row("all", f"{total:,}", f"{trained:,}", "float32", f"{total * 4 / 2**20:,.0f}")
     console.print(table)
 
@@ -152,7 +157,7 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     table.add_row(f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}")
     console.print(table)
 
-    matrices = sum(p.numel() for name, part in model.parts().items() if rates[name] > 0 for m in part.modules() if isinstance(m, nn.Linear) for p in [m.weight])
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
     activations = estimate_activations(config, lambda rows, layers: saved_bytes(config, model_class, vocabulary, rows, layers))
     logits = 3 * 4 * min(1 << 24, int((batch["labels"] != -100).sum()) * vocabulary.size)

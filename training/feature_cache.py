@@ -73,22 +73,21 @@ class FeatureCache:
             chunk = tiles.new_zeros(CHUNK, *tiles.shape[1:])
             chunk[: len(part)] = tiles[[i for _, i in part]]
             for (key, _), feature in zip(part, encode(chunk).cpu(), strict=False):
-                fresh[key] = feature.clone()
+                fresh[key] = feature.clone(memory_format=torch.contiguous_format)  # as it comes back from the disk
                 if self._keep(key, fresh[key]):
                     self.unsaved.append(key)
         return torch.stack([fresh[key] if key in fresh else self.memory[key] for key in keys]).to(tiles.device)
 
     def save(self) -> None:
-        """Write what is new as one more shard, beside and renamed."""
-        if not self.unsaved:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.blake2b("".join(self.unsaved).encode(), digest_size=8).hexdigest()
-        shard = self.folder / f"{name}.safetensors"
-        features = torch.stack([self.memory[key] for key in self.unsaved])
-        try:
-            with replacing(shard) as beside:
-                save_file({"features": features}, beside, metadata={"keys": ",".join(self.unsaved)})
-        except SafetensorError as error:  # a full disk, for one
-            raise UserError(f"feature cache {shard} could not be written: {error} (--cache_dir DIR puts it elsewhere, --train.feature_cache_gb 0 does without)") from error
+        """Write what is new, beside and renamed: one more shard for each type of number, so that all come back as they were."""
+        if self.unsaved:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for dtype in {self.memory[key].dtype for key in self.unsaved}:
+            keys = [key for key in self.unsaved if self.memory[key].dtype == dtype]
+            shard = self.folder / f"{hashlib.blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
+            try:
+                with replacing(shard) as beside:
+                    save_file({"features": torch.stack([self.memory[key] for key in keys])}, beside, metadata={"keys": ",".join(keys)})
+            except SafetensorError as error:  # a full disk, for one
+                raise UserError(f"feature cache {shard} could not be written: {error} (--cache_dir DIR puts it elsewhere, --train.feature_cache_gb 0 does without)") from error
         self.unsaved = []

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from configs.schema import TrainConfig
+from models.adapters import base_parameters
 
 
 def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
@@ -16,10 +17,11 @@ def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
 
 
 def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
-    """Stop gradients of the parts whose learning rate is 0; → every part's learning rate."""
-    rates = learning_rates(model, config)
+    """Stop gradients of the parts whose learning rate is 0, and of what lies under adapters; → every part's learning rate."""
+    rates, base = learning_rates(model, config), base_parameters(model)
     for name, part in model.parts().items():
-        part.requires_grad_(rates[name] > 0)
+        for parameter in part.parameters():
+            parameter.requires_grad_(rates[name] > 0 and id(parameter) not in base)
     return rates
 
 

@@ -14,9 +14,10 @@ from configs.schema import Config, Vocabulary
 from data.build import build_data
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
+from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.modality_projector import check_kind
-from models.pretrained import left_tower_of, load_left_tower, load_vision_weights
+from models.pretrained import left_tower_of, load_left_tower, load_vision_weights, load_weights
 from models.vision_encoder import complete_vision
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache, fingerprint
@@ -69,6 +70,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
     check_kind(config.model.projector)
+    check_lora(config.lora, config.model.towers)
     if config.dry_run:
         config = complete(config, flags)
         source = language_model(config)
@@ -83,6 +85,9 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     encoder = model.parts()["vision"]
     if checkpoint is None:
         load_pretrained(model, config, log)
+    add_adapters(model, config.lora)
+    if checkpoint is not None:
+        load_weights(model, checkpoint / "model.safetensors")  # now, for the feature cache goes by the encoder's weights
     cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30))
     encoder.cache = cache
     validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
@@ -104,6 +109,9 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
 
     task = Task(data.batches, data.state, data.load_state, evaluate, cache.save)
     train(config, model, task, folder, log, checkpoint)
+    for adapter in save_adapters(model, folder / "adapters"):
+        log.say(f"adapter: {adapter} (merged into the model below)")
+    merge_adapters(model)
     with replacing_folder(folder / "model") as beside:
         model.save_pretrained(beside)
         data.tokenizer.save(beside)

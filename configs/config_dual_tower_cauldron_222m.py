@@ -1,0 +1,22 @@
+"""The 222M-class pair on The Cauldron: SigLIP B/16 at 224 pixels and SmolLM2-135M-Instruct. For one GPU of 12 GB or more."""
+
+from dataclasses import replace
+
+from configs.config_dual_tower_cauldron import CONFIG as FULL
+from configs.schema import DecoderConfig, ProjectorConfig, VisionConfig
+
+SMOLLM2 = DecoderConfig(weights="HuggingFaceTB/SmolLM2-135M-Instruct")
+
+CONFIG = replace(
+    FULL,
+    model=replace(
+        FULL.model,
+        vision=VisionConfig(name="vit_base_patch16_siglip_224.webli", weights="hub"),
+        projector=ProjectorConfig(pixel_shuffle=2),  # 14 × 14 features → 49 image tokens
+        left=SMOLLM2,
+        right=SMOLLM2,
+    ),
+    # Rows of 1,024 tokens: what a small card holds.
+    data=replace(FULL.data, left_length=600, right_length=424),
+    train=replace(FULL.train, rows=8, accumulation=16),  # an effective batch of 128 rows
+)

@@ -1,0 +1,11 @@
+"""The vanilla baseline of `dual_tower_cauldron`: the same data, encoder and language model, everything through one decoder."""
+
+from dataclasses import replace
+
+from configs.config_dual_tower_cauldron import CONFIG as DUAL
+
+CONFIG = replace(
+    DUAL,
+    model=replace(DUAL.model, left_context="none"),
+    data=replace(DUAL.data, left_length=1, right_length=4096),  # both of the dual tower's budgets in one stream
+)
