@@ -62,20 +62,30 @@ class Validation:
         scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
-    def predictions(self, model: Any, dataset: SampleDataset, count: int) -> list[dict[str, str]]:
+    def predictions(self, model: Any, dataset: SampleDataset, count: int) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
         answerer = Answerer(model, dataset.renderer)
         asked = self.questions[:count]
         answers = answerer.answer([([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked], GenerationConfig(max_new_tokens=16))
         return [
-            {"image": str(images[0]) if images else "", "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
+            {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
             for (images, turn), a in zip(asked, answers, strict=True)
         ]
 
 
-def save_samples(folder: Path, step: int, predictions: list[dict[str, str]]) -> None:
-    """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth."""
+def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> None:
+    """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth.
+
+    An image that is no file is written beside them, and named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for i, p in enumerate(predictions):
+        if p["image"] is not None and not isinstance(p["image"], str | Path):
+            path = folder / f"image_{i}.png"
+            with replacing(path) as beside:
+                open_image(p["image"]).save(beside, format="png")
+            p["image"] = path
+        p["image"] = str(p["image"] or "")
     write_text(folder / f"step_{step:06d}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     side, text, columns = 128, 64, 4
     rows = -(-len(predictions) // columns)

@@ -20,11 +20,19 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
         raise UsageError(f"model.vision.name: timm has no model '{config.name}'" + (f" (some it has: {', '.join(near)})" if near else ""))
     try:
         options: dict[str, Any] = json.loads(config.options or "{}")
-        if config.image_size and timm.get_pretrained_cfg(config.name).to_dict().get("fixed_input_size"):
+        if config.image_size and _takes_one_size(config.name):
             options["img_size"] = config.image_size
         return timm.create_model(config.name, pretrained=pretrained, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"model.vision: timm cannot make {config.name} of {config.image_size} pixels with options {config.options or '{}'}: {error}") from None
+
+
+def _takes_one_size(name: str) -> bool:
+    settings = timm.get_pretrained_cfg(name)
+    if settings is not None:
+        return bool(settings.fixed_input_size)
+    with torch.device("meta"):  # a user's own model: timm knows no settings by its name
+        return bool(getattr(timm.create_model(name), "default_cfg", {}).get("fixed_input_size"))
 
 
 def complete_vision(config: VisionConfig) -> VisionConfig:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.rows", "2"]
+SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--data.window", "8"]
 
 
 def commands() -> list[str]:

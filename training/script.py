@@ -96,11 +96,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if data.validation.counts():
         log.say(f"validation records dropped, by reason: {data.validation.counts()}")
 
+    shown: list[dict[str, Any]] = []  # the last predictions
+
     def evaluate(step: int) -> dict[str, float]:
         with autocast(config.train, pick_device(config.train)):
             scores = validation.score(model)
         predictions = validation.predictions(model, data.validation, 8)
         save_samples(folder / "samples", step, predictions)
+        shown[:] = predictions
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
         log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}")
         for p in predictions[:4]:
@@ -117,8 +120,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         data.tokenizer.save(beside)
     if data.dropped():
         log.say(f"training records dropped, by reason: {data.dropped()}")
-    images, question = validation.questions[0]
     here = Path.cwd()
-    python, *images = (p.relative_to(here) if p.is_relative_to(here) else p for p in map(Path, (sys.executable, *images)))
-    image = "".join(f" --image {shlex.quote(str(i))}" for i in images[:1])
-    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{image} --prompt {shlex.quote(question['user'])}")
+    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(shown[0]["image"])))
+    with_image = f" --image {shlex.quote(str(image))}" if shown[0]["image"] else ""
+    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{with_image} --prompt {shlex.quote(shown[0]['question'])}")
