@@ -145,7 +145,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: str = opt("easy_vqa", "where the records come from, with commas between: easy_vqa, openmoji (data/sources.py)")
+    sources: str = opt("easy_vqa", "where the records come from, with commas between: easy_vqa, openmoji, the_cauldron, the_cauldron/SUBSET (data/sources.py)")
+    cauldron: str = opt("HuggingFaceM4/the_cauldron", "The Cauldron: a Hub id, or a local folder with a folder of parquet files for each sub-set")
     limit: int = opt(0, "use only the first N training images of each source (0: all)")
     validation_images: int = opt(200, "images of each source held out for validation")
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")

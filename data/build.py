@@ -1,6 +1,6 @@
 """A configuration → the data of a run: tokenizer, packed training batches with state, validation set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Data:
 def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None) -> Data:
     """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained."""
     d = config.data
-    training, validation = training_records(d.sources, d.limit, d.validation_images)
+    training, validation = training_records(d.sources, d.limit, d.validation_images, d.cauldron)
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
@@ -51,7 +51,7 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
 
-    def dataset(records: list[Record]) -> SampleDataset:
+    def dataset(records: Sequence[Record]) -> SampleDataset:
         towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
         positions = min(tower.max_positions for tower in towers)
         return SampleDataset(records, renderer, config.model.vision.image_size, d.turns, d.left_length, d.right_length, positions)
@@ -63,7 +63,7 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
     return data
 
 
-def training_text(records: list[Record]) -> Iterator[str]:
+def training_text(records: Sequence[Record]) -> Iterator[str]:
     """What the tokenizer learns from: every turn, with the role names that the chat template writes before them."""
     for record in records:
         for turn in record["texts"]:

@@ -1,7 +1,7 @@
 """Records → samples. A sample is one group: images, and the documents (conversations) that see them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class SampleDataset:
 
     def __init__(
         self,
-        records: list[Record],
+        records: Sequence[Record],
         renderer: Renderer,
         image_size: int,
         turns: str,

@@ -4,8 +4,10 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,21 +82,152 @@ def _openmoji(validation_images: int) -> tuple[list[Record], list[Record]]:
     return training, validation[:validation_images]
 
 
+THE_CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_SUBSETS = [
+    "ai2d",
+    "aokvqa",
+    "chart2text",
+    "chartqa",
+    "clevr",
+    "clevr_math",
+    "cocoqa",
+    "datikz",
+    "diagram_image_to_text",
+    "docvqa",
+    "dvqa",
+    "figureqa",
+    "finqa",
+    "geomverse",
+    "hateful_memes",
+    "hitab",
+    "iam",
+    "iconqa",
+    "infographic_vqa",
+    "intergps",
+    "localized_narratives",
+    "mapqa",
+    "mimic_cgd",
+    "multihiertt",
+    "nlvr2",
+    "ocrvqa",
+    "okvqa",
+    "plotqa",
+    "raven",
+    "rendered_text",
+    "robut_sqa",
+    "robut_wikisql",
+    "robut_wtq",
+    "scienceqa",
+    "screen2words",
+    "spot_the_diff",
+    "st_vqa",
+    "tabmwp",
+    "tallyqa",
+    "tat_qa",
+    "textcaps",
+    "textvqa",
+    "tqa",
+    "vistext",
+    "visual7w",
+    "visualmrc",
+    "vqarad",
+    "vqav2",
+    "vsr",
+    "websight",
+]
+
+
+class CauldronRecords(Sequence[Record]):
+    """Rows of one sub-set, in an order of their own; images stay encoded until they are used."""
+
+    def __init__(self, name: str, rows: Any, order: list[int]) -> None:
+        self.name, self.rows, self.order = name, rows, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return CauldronRecords(self.name, self.rows, self.order[index])
+        row = self.rows[self.order[index]]
+        images = [image["bytes"] if image and image["bytes"] is not None else image and image["path"] for image in row["images"]]
+        return {"images": images, "texts": row["texts"], "id": f"{self.name}/{self.order[index]}"}
+
+
+def cauldron_subset(root: str, name: str) -> CauldronRecords:
+    """A sub-set of The Cauldron (arXiv 2405.02246), from the Hub or from a local folder `root` with a folder of parquet files for each."""
+    import datasets
+
+    try:
+        if Path(root).is_dir():
+            shards = sorted(str(p) for p in (Path(root) / name).glob("*.parquet"))
+            if not shards:
+                raise UserError(f"{Path(root) / name} holds no parquet files")
+            rows = datasets.load_dataset("parquet", data_files=shards, split="train")
+        else:
+            rows = datasets.load_dataset(root, name, split="train")
+        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).select_columns(["images", "texts"])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} of {root} cannot be read ({reason}); --data.cauldron DIR takes a local folder with a folder of parquet files for each sub-set") from None
+    order = list(range(len(rows)))
+    random.Random(name).shuffle(order)
+    return CauldronRecords(name, rows, order)
+
+
 # name → (validation images wanted → training and validation records). Add yours here.
 SOURCES: dict[str, Callable[[int], tuple[list[Record], list[Record]]]] = {"easy_vqa": _easy_vqa, "openmoji": _openmoji}
 
 
-def training_records(sources: str, limit: int, validation_images: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation records of several sources, disjoint in images. Validation does not depend on `limit` or on the run's seed."""
-    training: list[Record] = []
-    validation: list[Record] = []
-    names = [name.strip() for name in sources.split(",")]
+def source_names(sources: str) -> list[str]:
+    """Commas apart; `the_cauldron` stands for all its sub-sets, `the_cauldron/NAME` for one. An unknown name raises `UsageError`."""
+    names: list[str] = []
+    for name in (name.strip() for name in sources.split(",")):
+        whole, _, subset = name.partition("/")
+        if name == "the_cauldron":
+            names += [f"the_cauldron/{s}" for s in CAULDRON_SUBSETS]
+        elif name in SOURCES or (whole == "the_cauldron" and subset in CAULDRON_SUBSETS):
+            names.append(name)
+        else:
+            known = [f"the_cauldron/{s}" for s in CAULDRON_SUBSETS] if whole == "the_cauldron" else [*SOURCES, "the_cauldron"]
+            raise UsageError(f"data.sources: no source '{name}'{nearest(name, known)}")
+    return names
+
+
+class Joined(Sequence[Record]):
+    """Several sequences of records, one after the other."""
+
+    def __init__(self, parts: list[Sequence[Record]]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        part = bisect_right(self.ends, index)
+        if index < 0 or part == len(self.parts):
+            raise IndexError(index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+
+
+def training_records(sources: str, limit: int, validation_images: int, cauldron: str = THE_CAULDRON) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Training and validation records of several sources, disjoint in images. Validation does not depend on `limit` or on the run's seed.
+
+    `validation_images` is for each source; The Cauldron's sub-sets share one.
+    """
+    training: list[Sequence[Record]] = []
+    validation: list[Sequence[Record]] = []
+    names = source_names(sources)
+    share = -(-validation_images // max(1, sum(name.startswith("the_cauldron/") for name in names)))
     for name in names:
-        if name not in SOURCES:
-            raise UsageError(f"data.sources: no source '{name}'{nearest(name, list(SOURCES))}")
-        train, held_out = SOURCES[name](validation_images)
+        if name in SOURCES:
+            train, held_out = SOURCES[name](validation_images)
+        else:
+            records = cauldron_subset(cauldron, name.removeprefix("the_cauldron/"))
+            train, held_out = records[share:], records[:share]
         if not train:
             raise UserError(f"data.validation_images = {validation_images} leaves none of the {len(held_out)} images of {name} for training")
-        training += train[: limit or None]
-        validation += held_out
-    return training, validation
+        training.append(train[: limit or None])
+        validation.append(held_out)
+    return Joined(training), Joined(validation)

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TURNS
@@ -10,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, SampleStream
+from data.images import open_image
 from data.packing import RowStream, pack
 from data.render import IGNORE, Document
-from data.sources import easy_vqa, training_records
+from data.sources import base_emoji, easy_vqa, openmoji, source_names, training_records
 
 BUDGET = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -135,6 +138,77 @@ def test_training_and_test_images_of_easy_vqa_are_apart():
     images = [{r["images"][0] for r in part} for part in (training, validation, easy_vqa("test"))]
     assert [len(i) for i in images] == [3800, 200, 1000]
     assert not images[0] & images[1] and not (images[0] | images[1]) & images[2]
-    assert sum(len(r["texts"]) for r in training + validation) == 38575
+    assert sum(len(r["texts"]) for r in [*training, *validation]) == 38575
     assert sum(len(r["texts"]) for r in easy_vqa("test")) == 9673
-    assert training_records("easy_vqa", 10, 200)[1] == validation
+    assert list(training_records("easy_vqa", 10, 200)[1]) == list(validation)
+
+
+@pytest.fixture(scope="module")
+def cauldron(tmp_path_factory) -> Path:
+    """Two sub-sets in the Cauldron's schema, as parquet files in local folders; one row's image is damaged."""
+    import io
+
+    import datasets
+
+    root = tmp_path_factory.mktemp("cauldron")
+    for name, rows in (("ai2d", 12), ("vqav2", 7)):
+        table = {"images": [], "texts": []}
+        for i in range(rows):
+            file = io.BytesIO()
+            Image.new("RGB", (40 + i, 30), (i * 9, 0, 99)).save(file, "PNG")
+            table["images"].append([{"bytes": b"damaged" if i == 3 else file.getvalue(), "path": None}])
+            table["texts"].append([{"user": f"{name} {i}?", "assistant": f"{i}", "source": name}, {"user": "wide?", "assistant": str(40 + i), "source": name}])
+        features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List({k: datasets.Value("string") for k in ("user", "assistant", "source")})})
+        (root / name).mkdir()
+        datasets.Dataset.from_dict(table, features=features).to_parquet(root / name / "train-00000-of-00001.parquet")
+    return root
+
+
+def test_the_cauldron_from_a_local_folder(cauldron, renderer):
+    training, validation = training_records("the_cauldron/ai2d,the_cauldron/vqav2", 0, 4, str(cauldron))
+    assert (len(training), len(validation)) == (12 + 7 - 4, 4)
+    ids = [r["id"] for part in (training, validation) for r in part]
+    assert sorted(ids) == sorted([f"ai2d/{i}" for i in range(12)] + [f"vqav2/{i}" for i in range(7)])
+    for record in training:
+        name, row = record["id"].split("/")
+        assert record["texts"][0]["user"] == f"{name} {row}?"
+        if row != "3":
+            assert open_image(record["images"][0]).size == (40 + int(row), 30)
+    dataset = SampleDataset(training, renderer, 64, "chain", 64, 128, 256)
+    usable = [i for i in range(len(dataset)) if dataset[i]]
+    bad = [r["id"] for r in training if r["id"].endswith("/3")]
+    assert len(usable) == len(training) - len(bad) and set(dataset.dropped) == set(bad)
+
+
+def test_sources_by_name(cauldron):
+    assert len(source_names("the_cauldron")) == 50
+    for names, message in (
+        ("the_cauldron/vqav3", "no source 'the_cauldron/vqav3' .did you mean 'the_cauldron/vqav2'"),
+        ("easy_vqa,opnmoji", "no source 'opnmoji' .did you mean 'openmoji'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            source_names(names)
+    with pytest.raises(UserError, match="aokvqa holds no parquet files"):
+        training_records("the_cauldron/aokvqa", 0, 4, str(cauldron))
+    (cauldron / "clevr").mkdir()
+    (cauldron / "clevr" / "train-00000.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match="clevr of .* cannot be read"):
+        training_records("the_cauldron/clevr", 0, 4, str(cauldron))
+
+
+def test_variants_of_an_emoji_stay_in_one_split():
+    splits = {split: openmoji(split) for split in ("train", "validation", "test")}
+    assert sum(map(len, splits.values())) > 3900
+    names = {r["references"][0]: split for split, records in splits.items() for r in records}
+    for group in (
+        ("waving hand", "waving hand light skin tone", "waving hand dark skin tone"),
+        ("woman firefighter", "man firefighter", "firefighter", "firefighter medium skin tone"),
+        ("man", "woman", "person", "man red hair", "woman white hair"),
+        ("women holding hands", "men holding hands", "woman and man holding hands"),
+        ("man dancing", "woman dancing"),
+    ):
+        assert len({names[name] for name in group}) == 1, group
+    bases = {split: {base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for r in records} for split, records in splits.items()}
+    assert not bases["train"] & bases["test"] and not bases["train"] & bases["validation"] and not bases["validation"] & bases["test"]
+    image = np.asarray(open_image(splits["test"][0]["images"][0]))
+    assert image.shape == (256, 256, 3) and (image[0, 0] == 255).all() and image.std() > 10
