@@ -23,6 +23,16 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return process != os.getpid()
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` to fill. When the block ends well its files are synced and it takes `path`'s name, else it is deleted.
@@ -33,7 +43,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.new.*"):  # what a killed run left half-written
-            shutil.rmtree(stale)
+            if not _alive(int(stale.name.rpartition(".")[2])):
+                shutil.rmtree(stale)
         beside.mkdir()
         yield beside
         for file in (*beside.iterdir(), beside):

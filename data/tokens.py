@@ -103,7 +103,10 @@ def _read(folder: Path) -> HFTokenizer:
     if not path.is_file():
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
     try:
-        return HFTokenizer.from_file(str(path))
+        backend = HFTokenizer.from_file(str(path))
+        backend.no_truncation()  # a length that some other use of the tokenizer has left in the file
+        backend.no_padding()
+        return backend
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
         raise UserError(f"{path} cannot be read as a tokenizer: {error}") from None
 
@@ -117,4 +120,4 @@ def _chat_template(folder: Path) -> str | None:
         template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'tokenizer_config.json'} cannot be read: {error}") from None
-    return json.dumps(template) if isinstance(template, list) else template  # several named templates
+    return template if isinstance(template, str | None) else json.dumps(template)  # several named templates

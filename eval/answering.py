@@ -19,6 +19,7 @@ from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
+from models.hub import is_hub_id
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
 from models.pretrained import ancestor_tokenizer, find_model, load_model
@@ -142,4 +143,6 @@ def _tokenizer(folder: Path) -> Tokenizer:
     if named is None:
         return Tokenizer.load(folder)
     source, rows = named
+    if not is_hub_id(source) and not Path(source).exists():
+        raise UserError(f"{folder} holds no tokenizer.json, and the language model that it names for one, '{source}', cannot be had: put its tokenizer.json there")
     return Tokenizer.of_language_model(find_language_model(source, Path("cache"), weights=False), rows, impose_chatml=True)

@@ -15,6 +15,13 @@ from configs.schema import LoraConfig, LoraTower
 PREFIX = "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _targets(config: LoraTower) -> list[str]:
+    return [name.strip() for name in config.targets.split(",")]
+
+
 def decoder_of(model: Any, tower: str) -> nn.Module:
     return model.right if tower == "right" else model.left.decoder
 
@@ -24,7 +31,11 @@ def check_lora(config: LoraConfig, towers: tuple[str, ...]) -> None:
     for tower in ("left", "right"):
         t: LoraTower = getattr(config, tower)
         if not t.r:
+            if t != LoraTower():
+                raise UsageError(f"--lora.{tower}.*: without --lora.{tower}.r there are no adapters")
             continue
+        if unknown := set(_targets(t)) - set(LINEAR):
+            raise UsageError(f"--lora.{tower}.targets: the decoder has no linear layer called {', '.join(sorted(unknown))} (it has {', '.join(LINEAR)})")
         if tower not in towers:
             raise UsageError(f"--lora.{tower}.r {t.r}: this model has no {tower} tower")
         if t.nf4 and not torch.cuda.is_available():
@@ -51,9 +62,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         if not t.r:
             continue
         peft, bitsandbytes = _packages(t)
-        decoder, targets = decoder_of(model, tower), [name.strip() for name in t.targets.split(",")]
-        if unknown := set(targets) - {name.split(".")[-1] for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}:
-            raise UsageError(f"--lora.{tower}.targets: the decoder has no linear layer called {', '.join(sorted(unknown))}")
+        decoder, targets = decoder_of(model, tower), _targets(t)
         if bitsandbytes is not None:
             _quantise(decoder, targets, bitsandbytes)
         settings = peft.LoraConfig(r=t.r, lora_alpha=t.alpha, lora_dropout=t.dropout, target_modules=targets)

@@ -50,6 +50,8 @@ def read_ancestor(config: dict[str, Any], tensors: dict[str, Tensor], where: str
         model, vocabulary = _model_config(config, dual, where), _vocabulary(config, where)
     except KeyError as error:
         raise UserError(f"{where}: the key {error} is missing") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{where}: config.json does not describe a model: {error}") from None
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("rotary_embd.inv_freq"):

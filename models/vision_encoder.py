@@ -23,8 +23,12 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
         if config.image_size and _takes_one_size(config.name):
             options["img_size"] = config.image_size
         return timm.create_model(config.name, pretrained=pretrained, **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"model.vision: timm cannot make {config.name} of {config.image_size} pixels with options {config.options or '{}'}: {error}") from None
+    except (TypeError, ValueError, AssertionError, LookupError, ArithmeticError, RuntimeError, OSError) as error:
+        if pretrained:
+            raise  # the Hub's
+        raise UsageError(
+            f"model.vision: timm cannot make {config.name} of {config.image_size} pixels with options {config.options or '{}'}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _takes_one_size(name: str) -> bool:

@@ -98,7 +98,9 @@ def test_transformers_reads_the_right_towers_adapter(tokenizer, tmp_path):
 
 def test_what_does_not_fit_says_so(tokenizer, tmp_path):
     with pytest.raises(UsageError, match="no linear layer called x_proj"):
-        add_adapters(tiny_model(tokenizer), LoraConfig(right=LoraTower(r=2, targets="q_proj,x_proj")))
+        check_lora(LoraConfig(right=LoraTower(r=2, targets="q_proj,x_proj")), ("left", "right"))
+    with pytest.raises(UsageError, match="without --lora.right.r there are no adapters"):
+        check_lora(LoraConfig(right=LoraTower(nf4=True)), ("left", "right"))
     with pytest.raises(UsageError, match="has no left tower"):
         check_lora(LORA, ("right",))
     with pytest.raises(UserError, match="cannot be read as an adapter"):

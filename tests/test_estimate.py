@@ -8,18 +8,20 @@ import torch
 from conftest import TINY, TINY_MODEL, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Config, DataConfig, TrainConfig, VisionConfig
+from configs.schema import Config, DataConfig, LoraConfig, LoraTower, TrainConfig, VisionConfig
+from models.adapters import add_adapters
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
-from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes
+from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes, trained_shares
 from training.loop import autocast
-from training.optim import learning_rates, make_optimizers
+from training.optim import make_optimizers
 
 FROZEN = {
     "none": {},
     "vision": {"lr_vision": 0.0},
     "right": {"lr_right": 0.0},
     "left": {"lr_left": 0.0, "lr_vision": 0.0},
+    "adapters on the right": {"lora": LoraConfig(right=LoraTower(r=2))},
     "all but the right tower": {"lr_left": 0.0, "lr_vision": 0.0, "lr_projector": 0.0},
 }
 
@@ -28,11 +30,11 @@ FROZEN = {
 VIT = VisionConfig("vit_base_patch16_siglip_224", "random", -1, 32, 4, "unit", '{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}')
 
 
-def make_config(context: str, **rates: float) -> Config:
+def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -> Config:  # noqa: B008
     tower = replace(TINY, layers=10)  # in a frozen right tower's first layer no gradient goes below attention: not modelled, one layer of many
     model = replace(TINY_MODEL, vision=VIT, left_context=context, left=tower, right=tower)
     data = DataConfig(left_length=30, right_length=96)
-    return Config(model=model, data=data, train=TrainConfig(rows=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)))
+    return Config(model=model, data=data, lora=lora, train=TrainConfig(rows=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)))
 
 
 @pytest.fixture
@@ -49,6 +51,7 @@ def test_flops_are_those_of_the_counter(tokenizer, context, frozen, plain_attent
     """To 2 %, forward and with backward. In bf16, where attention is plain matrix products that the counter knows."""
     config = make_config(context, **FROZEN[frozen])
     model = tiny_model(tokenizer, config.model)
+    add_adapters(model, config.lora)
     make_optimizers(model, config.train)  # freezes
     batch = full_batch(config, tokenizer.vocabulary, 3)
     flops = count_flops(model)
@@ -57,7 +60,7 @@ def test_flops_are_those_of_the_counter(tokenizer, context, frozen, plain_attent
     assert flops.forward(batch) == pytest.approx(forward.get_total_flops(), rel=0.02)
     with FlopCounterMode(display=False) as both, autocast(config.train, torch.device("cpu")):
         model(**batch).loss_sum.backward()
-    trained = {name: rate > 0 for name, rate in learning_rates(model, config.train).items()}
+    trained = trained_shares(model)
     assert flops.training(batch, trained) == pytest.approx(both.get_total_flops(), rel=0.02)
 
 

@@ -38,7 +38,7 @@ def test_there_are_commands():
     assert len(commands()) >= 9 and len({c.split()[1] for c in commands()}) >= 4
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith("bash test.sh") and "site-packages" not in c])
+@pytest.mark.parametrize("command", [c for c in commands() if c not in ("bash test.sh", "bash train.sh dual_tower_smollm2") and "site-packages" not in c])
 def test_a_command_of_the_readme(command, place):
     """`bash x.sh` stands for the script it runs: the set-up itself is not repeated."""
     words = shlex.split(command)

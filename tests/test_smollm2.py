@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import TINY_MODEL
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_dual_tower import make_sample
+from test_language_models import reference as tiny_reference
 
 from configs.errors import UserError
-from configs.schema import DecoderConfig, GenerationConfig, ProjectorConfig, TrainConfig
+from configs.schema import DecoderConfig, GenerationConfig, ProjectorConfig, TrainConfig, Vocabulary
 from data.collators import collate
 from data.render import Renderer
 from data.tokens import CHAT_TEMPLATE, Tokenizer
@@ -171,3 +173,50 @@ def test_a_damaged_config_names_the_key(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="'hidden_size' is missing"):
         decoder_config(tmp_path)
+
+
+def tiny_source(folder: Path, change) -> Path:
+    """A tiny Llama's folder after `change(tensors, config)`."""
+    tiny_reference("Llama", 0, folder, vocab_size=90, num_hidden_layers=2)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("tower", ["left", "right"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.update({"model.layers.7.foo": torch.ones(2)}), "unexpected layers.7.foo"),
+        (lambda t, c: t.pop("model.norm.weight"), "lacks norm.weight"),
+        (lambda t, c: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks layers.1.mlp.up_proj.weight"),
+        (lambda t, c: t.pop("model.embed_tokens.weight"), "lacks embed_tokens.weight"),
+        (lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(80, c["hidden_size"])}), r"embed_tokens.weight is \(80, \d+\), expected \(90, \d+\)"),
+        (lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(90)}), r"embed_tokens.weight is \(90,\)"),
+        (lambda t, c: c.update(num_hidden_layers="2"), "layers = '2' is not of type int"),
+        (lambda t, c: c.update(hidden_size=None), "config.json"),
+        (lambda t, c: c.update(vocab_size=True), "vocab_size = True"),
+    ],
+)
+def test_every_tensor_of_a_language_model_is_accounted_for_in_either_tower(tokenizer, tower, change, message, tmp_path):
+    source = tiny_source(tmp_path, change)
+    other = tiny_reference("Llama", 0, tmp_path / "other", vocab_size=90, num_hidden_layers=2)
+    whole = decoder_config(tmp_path / "other")
+    assert other.config.vocab_size == 90
+    towers = {"left": whole, "right": whole, tower: replace(whole, weights=str(source))}
+    with pytest.raises(UserError, match=message):
+        config = complete_decoders(replace(TINY_MODEL, **towers), tmp_path)
+        load_language_weights(DualTowerVLM(config, Vocabulary(100, 65)), tmp_path)
+
+
+def test_a_length_left_in_a_tokenizers_file_cuts_nothing(folder, tmp_path):
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=900)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    whole = Tokenizer.of_language_model(tmp_path, 49152, impose_chatml=True)
+    assert 60 < len(whole.encode(ENGLISH)) < 200 and whole.decode(whole.encode(ENGLISH)) == ENGLISH

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
 from models.adapters import add_adapters
 from training.loop import autocast
-from training.optim import learning_rates, make_optimizers
+from training.optim import make_optimizers
 
 SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
 
@@ -62,17 +62,27 @@ class Flops:
     def text(self, B: int, L: int, R: int) -> float:
         return B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
 
-    def training(self, batch: dict[str, Tensor], trained: dict[str, bool]) -> float:
-        """Forward and backward. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+    def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
+        """Forward and backward; `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
-        before_right = trained["vision"] or trained["projector"] or trained.get("left", False)
+        trained = {"left": 0.0} | trained
+        before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
         total = len(batch["tiles"]) * self.tile * (3 if trained["vision"] else 1)
         left_attention, right_attention = B * L * L * self.left_pair, B * R * (L + R) * self.right_pair
-        total += B * L * self.left_token * (1 + (trained["vision"] or trained["projector"]) + trained.get("left", False)) + 3 * left_attention * before_right
+        total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
         total += left_attention * (not before_right)
         total += B * R * self.right_token * (1 + 1 + trained["right"]) + 3 * right_attention
-        return total + supervised * self.supervised_token * (2 + 1 + trained["right"])
+        return total + supervised * self.supervised_token * (2 + 1 + (trained["right"] == 1))
+
+
+def trained_shares(model: Any) -> dict[str, float]:
+    """Of each part's matrices, the share that learns: 0 where a part is frozen, little where it has adapters."""
+    shares = {}
+    for name, part in model.parts().items():
+        matrices = [m.weight for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        shares[name] = sum(w.numel() for w in matrices if w.requires_grad) / sum(w.numel() for w in matrices)
+    return shares
 
 
 def count_flops(model: Any) -> Flops:
@@ -127,7 +137,6 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)
     make_optimizers(model, config.train)  # freezes
-    rates = learning_rates(model, config.train)
     table = Table("part", "parameters", "trained", "dtype", "MiB", title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}")
     total = trained = 0
     for name, part in model.parts().items():
@@ -140,7 +149,7 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
 
     flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.rows)
     tokens = batch["left_ids"].numel() + batch["right_ids"].numel()
-    step = flops.training(batch, {name: rate > 0 for name, rate in rates.items()})
+    step = flops.training(batch, trained_shares(model))
     table = Table("forward FLOPs of", "GFLOP")
     for name, value in (
         ("a tile (encoder, projector)", flops.tile),

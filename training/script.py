@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from configs.errors import UsageError
 from configs.files import replacing_folder
 from configs.schema import Config, Vocabulary
-from data.build import build_data
+from data.build import Data, build_data
+from data.sources import source_names
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
@@ -19,6 +22,7 @@ from models.language_weights import complete_decoders, find_language_model, load
 from models.modality_projector import check_kind
 from models.pretrained import left_tower_of, load_left_tower, load_vision_weights, load_weights
 from models.vision_encoder import complete_vision
+from training.checkpoint import checkpoints
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache, fingerprint
 from training.logging import RunLog
@@ -29,13 +33,17 @@ from training.run import open_run
 def complete(config: Config, flags: dict[str, Any]) -> Config:
     """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
     model = config.model
+    source_names(config.data.sources)
     if config.init_left_from:
         if model.left_context == "none":
             raise UsageError("--init_left_from: a vanilla model has no left tower")
+        for name in flags:
+            if name.startswith(("model.vision.", "model.projector.")) or name == "model.left.weights":
+                raise UsageError(f"--{name} follows from --init_left_from: leave one of them out")
         found = left_tower_of(config.init_left_from)[0]
         model = replace(model, vision=replace(found.vision, weights="random"), projector=found.projector, left=replace(found.left, weights="random"))
     for tower in model.towers:
-        settled = [name for name in flags if name.startswith(f"model.{tower}.") and name not in (f"model.{tower}.weights", f"model.{tower}.max_positions")]
+        settled = [name for name in flags if name.startswith(f"model.{tower}.") and name != f"model.{tower}.weights"]
         if settled and (getattr(model, tower).weights != "random" or (tower == "left" and config.init_left_from)):
             raise UsageError(f"--{settled[0]} follows from the pretrained weights of the {tower} tower: leave it out, or say --model.{tower}.weights random")
     model = complete_decoders(model, Path(config.cache_dir))
@@ -71,6 +79,9 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
     check_kind(config.model.projector)
     check_lora(config.lora, config.model.towers)
+    for tower in config.model.towers:
+        if getattr(config.lora, tower).r and getattr(config.train, f"lr_{tower}") == 0:
+            raise UsageError(f"--lora.{tower}.r: adapters learn with train.lr_{tower}, which is 0")
     if config.dry_run:
         config = complete(config, flags)
         source = language_model(config)
@@ -78,6 +89,28 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         dry_run(config, model_class, tokenizer.vocabulary if tokenizer is not None else Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1))
         return
     config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
+    with leaving_nothing(folder, checkpoint):
+        model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class)
+    _train_and_export(config, folder, checkpoint, model, data, validation, cache, log)
+
+
+@contextmanager
+def leaving_nothing(folder: Path, checkpoint: Path | None) -> Iterator[None]:
+    """Should the block fail, a run that has not trained yet is taken away again: its next start, or `--resume auto`, finds no half a run."""
+    try:
+        yield
+    except BaseException:
+        if checkpoint is None and not checkpoints(folder / "checkpoints") and not (folder / "metrics.jsonl").exists():
+            for name in ("config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+                (folder / name).unlink(missing_ok=True)
+            for path in (folder / "tokenizer", folder):
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        raise
+
+
+def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: Any) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
+    """Everything that training needs, loaded and checked."""
     log = RunLog(folder)
     torch.manual_seed(config.seed)
     data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None)
@@ -96,6 +129,10 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if data.validation.counts():
         log.say(f"validation records dropped, by reason: {data.validation.counts()}")
 
+    return model, data, validation, cache, log
+
+
+def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, model: Any, data: Data, validation: Validation, cache: FeatureCache, log: RunLog) -> None:
     shown: list[dict[str, Any]] = []  # the last predictions
 
     def evaluate(step: int) -> dict[str, float]:
@@ -112,6 +149,9 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
 
     task = Task(data.batches, data.state, data.load_state, evaluate, cache.save)
     train(config, model, task, folder, log, checkpoint)
+    if not shown:  # a run that was already at its end
+        shown = validation.predictions(model.eval(), data.validation, 8)
+        save_samples(folder / "samples", config.max_steps, shown)
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
     merge_adapters(model)
