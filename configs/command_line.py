@@ -6,13 +6,13 @@
 import argparse
 import dataclasses
 import importlib
-import json
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from configs.errors import UsageError, nearest
+from configs.files import read_json
 from configs.schema import DEFAULT_PRESET, Config
 
 T = TypeVar("T")
@@ -53,15 +53,7 @@ def _check(kind: Any, value: Any, where: str) -> Any:
 
 def load_json(cls: type[T], path: Path) -> T:
     """Read dataclass `cls` from a JSON file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    return from_dict(cls, values, str(path))
+    return from_dict(cls, read_json(path, UsageError), str(path))
 
 
 def preset(name: str) -> Config:

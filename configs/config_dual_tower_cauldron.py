@@ -22,7 +22,7 @@ CONFIG = Config(
         right=SMOLLM2,
         left_attention="causal",  # as the pretrained decoder has seen its tokens
     ),
-    # A mean sample has some 340 image and 193 text tokens: the budgets have their proportion, and a row fills up from a window of 2,000.
+    # On lengths like The Cauldron's a mean sample has some 340 image and 193 text tokens: the budgets have their proportion, and a row fills up from a window of 2,000.
     data=DataConfig(sources="the_cauldron", validation_images=500, turns="chain", left_length=2600, right_length=1496, window=2000),
     train=TrainConfig(
         rows=4,  # 16,384 tokens

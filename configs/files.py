@@ -1,10 +1,12 @@
 """Files and folders that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 
@@ -63,6 +65,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, error: type[UserError] = UserError) -> Any:
+    """What a JSON file holds; a missing, unreadable or damaged one raises `error`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not valid JSON: {problem}") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
 
 
 def append_text(path: Path, text: str) -> None:

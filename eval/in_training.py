@@ -44,7 +44,7 @@ class Validation:
     def score(self, model: Any) -> dict[str, float]:
         """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several."""
         loss, tokens = 0.0, 0
-        right, documents = torch.zeros(len(self.sources)), torch.zeros(len(self.sources))
+        right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
         for batch, source_of in zip(self.batches, self.source_of, strict=True):
             batch = {k: v.to(model.device) for k, v in batch.items()}
             labels = batch["labels"]
@@ -57,8 +57,8 @@ class Validation:
             mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
             good = (mistakes[document.unique()] == 0).cpu()
             loss, tokens = loss + output.loss_sum.item(), tokens + int(supervised.sum())
-            right.index_add_(0, source_of, good.float())
-            documents.index_add_(0, source_of, torch.ones(len(good)))
+            right.index_add_(0, source_of, good.double())
+            documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
         scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 

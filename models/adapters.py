@@ -13,8 +13,6 @@ from configs.files import replacing_folder
 from configs.schema import LoraConfig, LoraTower
 
 PREFIX = "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
-
-
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -5,7 +5,6 @@ A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the 
 """
 
 import importlib.metadata
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
+from configs.files import read_json
 from configs.schema import DecoderConfig, ModelConfig, RopeScaling
 from models.gguf_weights import convert_gguf
 from models.hub import fetch, is_hub_id
@@ -93,12 +93,9 @@ def load_language_weights(model: Any, cache: Path) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: not a language model's folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json: not a language model's folder")
+    hf = read_json(path)
     if not isinstance(hf, dict):
         raise UserError(f"{path} does not describe a language model: it holds {type(hf).__name__}, not an object")
     return hf
@@ -168,8 +165,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, sharded or not, without the prefix `model.`."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    except (LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is damaged: {error}") from None
     tensors: dict[str, Tensor] = {}
     for name in names:

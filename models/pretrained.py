@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
-from configs.files import replacing, write_text
+from configs.files import read_json, replacing, write_text
 from configs.schema import ModelConfig, Vocabulary
 from models.ancestors import is_ancestor, read_ancestor
 from models.hub import fetch, is_hub_id
@@ -48,10 +48,7 @@ def _head(folder: Path) -> dict[str, Any]:
             inner = folder / "model"
             hint = f"; did you mean {inner}?" if (inner / "model.safetensors").is_file() else ""
             raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
-    try:
-        head = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    head = read_json(folder / "config.json")
     if is_ancestor(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None

@@ -201,6 +201,7 @@ def test_adapters_by_flag_resume_and_end_merged(tmp_path):
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0]) and not any("lora" in n for n in weights[0])
     adapter = load_file(tmp_path / "whole" / "adapters" / "right" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # layers, linear layers, A and B
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 1  # a resumed run knows its encoder by the weights
     Answerer.from_pretrained(tmp_path / "whole" / "model")
 
 

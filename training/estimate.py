@@ -1,4 +1,4 @@
-"""`--dry_run`: what a configuration will cost, before anything is downloaded or trained."""
+"""`--dry_run`: what a configuration will cost, before any weights are fetched or trained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,10 +57,8 @@ class Flops:
         """One batch. Attention is counted over whole rows, as it is computed where the mask is dense."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
-        return len(batch["tiles"]) * self.tile + self.text(B, L, R) + supervised * self.supervised_token
-
-    def text(self, B: int, L: int, R: int) -> float:
-        return B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
+        text = B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
+        return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
         """Forward and backward; `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
