@@ -59,6 +59,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
 
 

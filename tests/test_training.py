@@ -205,7 +205,7 @@ def test_adapters_by_flag_resume_and_end_merged(tmp_path):
     Answerer.from_pretrained(tmp_path / "whole" / "model")
 
 
-def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
+def test_a_failed_export_leaves_the_old_one_whole(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     with replacing_folder(folder) as beside:
         (beside / "config.json").write_text("old")
@@ -213,6 +213,12 @@ def test_a_killed_export_leaves_the_old_one_whole(tmp_path):
         (beside / "config.json").write_text("new")
         raise RuntimeError("killed")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "config.json").read_text() == "old"
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (_ for _ in ()).throw(OSError(5, "broken")) if ".new." in self.name else rename(self, to))
+    with pytest.raises(UserError, match="model could not be written: broken"), replacing_folder(folder) as beside:
+        (beside / "config.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "config.json").read_text() == "old"
+    monkeypatch.undo()
     with replacing_folder(folder) as beside:
         (beside / "other.json").write_text("new")
     assert [p.name for p in folder.iterdir()] == ["other.json"] and [p.name for p in tmp_path.iterdir()] == ["model"]
