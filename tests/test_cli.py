@@ -1,12 +1,12 @@
 """The scripts as a user meets them: flags, one-line errors, exit codes. Nothing heavy is imported for a wrong command line."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 from configs.command_line import from_dict, preset, resolve, to_dict
 from configs.errors import UsageError
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return run_program([ROOT / script, *flags], cwd)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,6 @@ def test_saved_configs_are_read_strictly():
     ],
 )
 def test_a_start_that_fails_leaves_nothing_and_is_one_line(flags, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_dual_tower.py", "--max_steps", "2", *flags], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    done = run("train_dual_tower.py", "--max_steps", "2", *flags, cwd=tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("runs/*"))

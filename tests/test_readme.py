@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +27,7 @@ def commands() -> list[str]:
 def place(tmp_path_factory) -> Path:
     """An empty folder with a model where the README has one, and an image."""
     place = tmp_path_factory.mktemp("readme")
-    subprocess.run([sys.executable, ROOT / "train_dual_tower.py", *SHORT], cwd=place, check=True, capture_output=True)
+    run_program([ROOT / "train_dual_tower.py", *SHORT], place).check_returncode()
     from PIL import Image
 
     for name in ("FILE", "photo.png"):
@@ -54,7 +55,7 @@ def test_a_command_of_the_readme(command, place):
         words = ["evaluation.py", "--model", model, "--tasks", values.get("TASKS", "easy_vqa"), "--batch_size", values.get("BATCH_SIZE", "32"), *words[2:], "--limit", "40"]
     else:
         words = words[1:]
-    done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=place, capture_output=True, text=True)
+    done = run_program([ROOT / words[0], *words[1:]], place)
     assert done.returncode == 0, done.stderr
 
 
