@@ -1,0 +1,355 @@
+"""Data sets as files → records: every layout, where images lie, and what a broken set is told."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from data.formats import coco, jsonl, llava, ocr_vqa, without_placeholders
+
+ASK = "Describe the image."
+
+
+def lay(root: Path, *names: str) -> None:
+    """Files where images are looked for; their content is not read."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def official(*files: str) -> dict:
+    """Image 1 has two captions, any other none."""
+    captions = [{"image_id": 1, "caption": "A cat. "}, {"image_id": 1, "caption": "A grey cat."}]
+    return {"info": {}, "images": [{"id": i, "file_name": file} for i, file in enumerate(files, 1)], "annotations": captions}
+
+
+def karpathy(number: int, split: str, folder: str, *captions: str) -> dict:
+    sentences = [{"raw": caption, "tokens": []} for caption in captions]
+    return {"filepath": folder, "filename": f"COCO_{folder}_{number}.jpg", "cocoid": number, "split": split, "sentences": sentences}
+
+
+def test_coco_official(tmp_path):
+    lay(tmp_path, "train2017/1.jpg", "train2017/2.jpg")
+    path = write(tmp_path / "annotations" / "captions.json", official("1.jpg", "2.jpg", "gone.jpg"))
+    texts = [{"user": ASK, "assistant": "A cat."}, {"user": ASK, "assistant": "A grey cat."}]
+    folder = tmp_path / "train2017"
+    assert coco(path) == (
+        [
+            {"images": [str(folder / "1.jpg")], "texts": texts, "id": "coco/1", "turns": "branch", "references": ["A cat.", "A grey cat."]},
+            {"images": [str(folder / "2.jpg")], "texts": [], "id": "coco/2", "turns": "branch", "references": []},
+            {"images": [str(folder / "gone.jpg")], "texts": [], "id": "coco/3", "turns": "branch", "references": []},
+        ],
+        None,
+    )
+
+
+def test_coco_caption_that_is_no_text_is_left_to_be_counted(tmp_path):
+    lay(tmp_path, "1.jpg")
+    content = official("1.jpg") | {"annotations": [{"image_id": 1, "caption": None}, {"image_id": 1, "caption": "half \ud83d"}, {"image_id": 1, "caption": "A cat."}]}
+    [record] = coco(write(tmp_path / "c.json", content))[0]
+    assert [turn["assistant"] for turn in record["texts"]] == ["", "", "A cat."] and record["references"] == ["A cat."]
+
+
+def test_coco_karpathy(tmp_path):
+    lay(tmp_path, "images/train2014/COCO_train2014_1.jpg", "images/val2014/COCO_val2014_2.jpg")
+    entries = [
+        karpathy(9, "test", "val2014", "Left out."),
+        karpathy(1, "train", "train2014", "A cat."),
+        karpathy(2, "restval", "val2014", "A dog.", "Dogs."),
+        karpathy(3, "val", "val2014", "A cow."),
+    ]
+    training, validation = coco(write(tmp_path / "dataset_coco.json", {"images": entries, "dataset": "coco"}))
+    assert [r["images"] for r in training] == [[str(tmp_path / "images/train2014/COCO_train2014_1.jpg")], [str(tmp_path / "images/val2014/COCO_val2014_2.jpg")]]
+    assert [(r["id"], r["references"]) for r in training] == [("coco/1", ["A cat."]), ("coco/2", ["A dog.", "Dogs."])]
+    image = str(tmp_path / "images/val2014/COCO_val2014_3.jpg")
+    texts = [{"user": ASK, "assistant": "A cow."}]
+    assert validation == [{"images": [image], "texts": texts, "id": "coco/3", "turns": "branch", "references": ["A cow."]}]
+    assert coco(write(tmp_path / "train.json", {"images": entries[:3]}))[1] is None
+
+
+@pytest.mark.parametrize("folder", ["set", "set/images", ".", "images"])
+@pytest.mark.parametrize("name, inner", [("COCO_train2014_01.jpg", "train2014"), ("01.jpg", "val2014"), ("01.jpg", "val2017"), ("01.jpg", "."), ("val2014/01.jpg", ".")])
+def test_coco_finds_the_folder_of_the_images(tmp_path, folder, name, inner):
+    place = Path(folder) / inner / name
+    lay(tmp_path, str(place))
+    training, _ = coco(write(tmp_path / "set" / "captions.json", official(name)))
+    assert training[0]["images"] == [str(tmp_path / place)]
+
+
+def test_coco_folder_told_by_the_name_is_the_only_one(tmp_path):
+    lay(tmp_path, "val2014/COCO_train2014_01.jpg", "train2017/COCO_train2014_01.jpg")
+    with pytest.raises(UserError, match="their sub-folders train2014, COCO_train2014_01.jpg is in none"):
+        coco(write(tmp_path / "captions.json", official("COCO_train2014_01.jpg")))
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    lay(tmp_path, "images/1.jpg")
+    monkeypatch.chdir(tmp_path / "images")
+    write(tmp_path / "images" / "c.json", official("1.jpg"))
+    write(tmp_path / "images" / "l.json", [{"image": "1.jpg", "conversations": []}])
+    (tmp_path / "images" / "r.jsonl").write_text('{"image": "1.jpg", "texts": [{"user": "a", "assistant": "b"}]}')
+    for read, name in ((coco, "c.json"), (llava, "l.json"), (jsonl, "r.jsonl")):
+        assert read(Path(name))[0][0]["images"] == [str(tmp_path / "images/1.jpg")], name
+
+
+def test_images_that_are_missing_at_the_front_do_not_hide_the_rest(tmp_path):
+    lay(tmp_path, "val2017/150.jpg", "val2017/151.jpg")
+    training, _ = coco(write(tmp_path / "c.json", official(*(f"{i}.jpg" for i in range(200)))))
+    assert [r["images"] for r in training] == [[str(tmp_path / f"val2017/{i}.jpg")] for i in range(200)]
+
+
+def book(split: int, questions: list, answers: list, url: str = "http://x.org/I/51a.jpg") -> dict:
+    return {"imageURL": url, "questions": questions, "answers": answers, "split": split, "title": "T", "genre": "G"}
+
+
+def test_ocr_vqa(tmp_path):
+    lay(tmp_path, "images/0761183272.jpg")
+    books = {
+        "0761183272": book(1, ["Who wrote this?", "Which genre?"], ["Ann", "Poetry"]),
+        "t": book(3, ["Left out?"], ["Yes"]),
+        "v": book(2, ["Is it a comic?"], ["No"], "http://x.org/I/9.gif"),
+        "more": book(1, ["One?", "Two?"], ["1"]),
+        "none": book(1, [None], ["1", "2"]),
+    }
+    path = write(tmp_path / "dataset.json", books)
+    images = tmp_path / "images"
+    expected = (
+        [
+            {
+                "images": [str(images / "0761183272.jpg")],
+                "texts": [{"user": "Who wrote this?", "assistant": "Ann"}, {"user": "Which genre?", "assistant": "Poetry"}],
+                "id": "ocr_vqa/0761183272",
+            },
+            {"images": [str(images / "more.jpg")], "texts": [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": ""}], "id": "ocr_vqa/more"},
+            {"images": [str(images / "none.jpg")], "texts": [{"user": "", "assistant": "1"}, {"user": "", "assistant": "2"}], "id": "ocr_vqa/none"},
+        ],
+        [{"images": [str(images / "v.gif")], "texts": [{"user": "Is it a comic?", "assistant": "No"}], "id": "ocr_vqa/v"}],
+    )
+    assert ocr_vqa(path) == expected == ocr_vqa(tmp_path)
+    assert ocr_vqa(write(tmp_path / "train.json", {"0761183272": books["0761183272"]})) == (expected[0][:1], None)
+
+
+def say(*turns: tuple[str, object]) -> list[dict]:
+    return [{"from": who, "value": value} for who, value in turns]
+
+
+def test_llava(tmp_path):
+    lay(tmp_path, "coco/1.jpg", "gqa/2.jpg")
+    entries = [
+        {"id": "a", "image": "coco/1.jpg", "conversations": say(("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Where?"), ("gpt", "On a\nmat."))},
+        {"id": 7, "image": ["coco/1.jpg", "gqa/gone.jpg"], "conversations": say(("user", "<image>\n<image>\nSame?"), ("assistant", "No."))},
+        {"id": "a", "conversations": say(("human", " Hello. "), ("gpt", "Hi."))},
+        {"image": None, "conversations": say(("human", "Half \ud83d"), ("gpt", None))},
+    ]
+    assert llava(write(tmp_path / "mix.json", entries)) == (
+        [
+            {
+                "images": [str(tmp_path / "coco/1.jpg")],
+                "texts": [{"user": "What is it?", "assistant": "A cat."}, {"user": "Where?", "assistant": "On a\nmat."}],
+                "id": "llava/a",
+            },
+            {"images": [str(tmp_path / "coco/1.jpg"), str(tmp_path / "gqa/gone.jpg")], "texts": [{"user": "Same?", "assistant": "No."}], "id": "llava/7"},
+            {"images": [], "texts": [{"user": " Hello. ", "assistant": "Hi."}], "id": "llava/a@2"},
+            {"images": [], "texts": [{"user": "", "assistant": ""}], "id": "llava/3"},
+        ],
+        None,
+    )
+
+
+def test_llava_images_beside_the_file(tmp_path):
+    lay(tmp_path, "images/004/1.jpg")
+    pair = say(("human", "<image>"), ("gpt", "A cat."))
+    entries = [{"id": i, "image": f"004/{i}.jpg", "conversations": pair} for i in (1, 2)]
+    training, _ = llava(write(tmp_path / "chat.json", entries))
+    assert [r["images"] for r in training] == [[str(tmp_path / "images/004/1.jpg")], [str(tmp_path / "images/004/2.jpg")]]
+    assert training[0]["texts"] == [{"user": "", "assistant": "A cat."}]
+
+
+ASKED, ANSWERED = ("human", "<image>\nWhat?"), ("gpt", "That.")
+CLEAN = [{"user": "What?", "assistant": "That."}]
+
+
+@pytest.mark.parametrize(
+    "turns, problem, texts",
+    [
+        ([ASKED, ANSWERED], None, CLEAN),
+        ([("human", "What?"), ANSWERED], "image_count", CLEAN),
+        ([("human", "<image><image>\nWhat?"), ANSWERED], "image_count", CLEAN),
+        ([ASKED, ("gpt", "That.\n<image>")], "image_count", CLEAN),
+        ([ANSWERED, ASKED], "turn_order", []),
+        ([ASKED], "turn_order", []),
+        ([ASKED, ANSWERED, ANSWERED], "turn_order", []),
+        ([ASKED, ("tool", "7")], "turn_order", []),
+        ([], "turn_order", []),
+        ([("system", "Be kind."), ASKED, ANSWERED], "system_turn", []),
+    ],
+)
+def test_llava_problems(tmp_path, turns, problem, texts):
+    lay(tmp_path, "1.jpg")
+    [record] = llava(write(tmp_path / "chat.json", [{"id": "a", "image": "1.jpg", "conversations": say(*turns)}]))[0]
+    assert (record.get("problem"), record["texts"], record["images"]) == (problem, texts, [str(tmp_path / "1.jpg")])
+
+
+@pytest.mark.parametrize(
+    "value, clean",
+    [
+        ("What?", "What?"),
+        (" no placeholder\n", " no placeholder\n"),
+        ("<image>\nWhat?", "What?"),
+        ("What?\n<image>", "What?"),
+        ("<image>\n<image>\nWhat?", "What?"),
+        ("<image> <image>\nWhat?", "What?"),
+        ("One.\n<image>\nTwo.", "One.\nTwo."),
+        ("One.\n<image>\n<image>\nTwo.", "One.\nTwo."),
+        ("<image>", ""),
+    ],
+)
+def test_placeholders(value, clean):
+    assert without_placeholders(value) == clean
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    lines = [
+        '{"images": ["a.png", "/data/b.png"], "texts": [{"user": "Q1", "assistant": "é"}, {"user": "Q2", "assistant": ""}], "id": "first"}',
+        "",
+        '{"image": "in/a.png", "texts": [{"user": "Q", "assistant": "A"}], "references": ["A", "B"], "turns": "branch", "clip_score": 0.5}\r',
+        "  ",
+        '{"texts": [{"user": "Q", "assistant": "A \\ud83d\\ude00"}]}',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    folder, pair = tmp_path, [{"user": "Q", "assistant": "A"}]
+    assert jsonl(path) == (
+        [
+            {"images": [str(folder / "a.png"), "/data/b.png"], "texts": [{"user": "Q1", "assistant": "é"}, {"user": "Q2", "assistant": ""}], "id": "first"},
+            {"images": [str(folder / "in/a.png")], "texts": pair, "id": "jsonl/mine/3", "references": ["A", "B"], "turns": "branch", "clip_score": 0.5},
+            {"images": [], "texts": [{"user": "Q", "assistant": "A 😀"}], "id": "jsonl/mine/5"},
+        ],
+        None,
+    )
+
+
+GOOD = '{"texts": [{"user": "Q", "assistant": "A"}], '
+TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one at least, not """
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"{'texts'}", "not valid JSON: Expecting property name enclosed in double quotes at character 2"),
+        (b'{"texts": "\xe9"}', "not valid JSON: 'utf-8' codec can't decode byte 0xe9 in position 11: invalid continuation byte"),
+        (b"[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
+        (GOOD + '"id": "a\\ud83d"}', "not valid Unicode: half a character, \\ud83d"),
+        ("[1]", "expected an object with 'texts'"),
+        ('{"image": "a.png"}', "expected an object with 'texts'"),
+        (GOOD + '"imagess": []}', "no key 'imagess' (did you mean 'images'?)"),
+        (GOOD + '"relevance": 5}', "no key 'relevance' (did you mean 'references'?)"),
+        (GOOD + '"zzz": 5}', "no key 'zzz' (known: clip_score, id, image, images, references, texts, turns)"),
+        (GOOD + '"images": "a.png"}', "'images' must be a list of paths, not \"a.png\""),
+        (GOOD + '"images": [null]}', "'images' must be a list of paths, not [null]"),
+        (GOOD + '"image": ["a.png"]}', "'image' must be a path, not [\"a.png\"]"),
+        (GOOD + '"image": "a", "images": []}', "'image' and 'images' are both there; keep one"),
+        (GOOD + '"id": 3}', "'id' must be a text, not 3"),
+        (GOOD + '"references": "A"}', "'references' must be a list of texts, not \"A\""),
+        (GOOD + '"turns": "chain"}', '\'turns\' must be "branch", not "chain"'),
+        (GOOD + '"clip_score": true}', "'clip_score' must be a number, not true"),
+        (GOOD + '"clip_score": NaN}', "'clip_score' must be a number, not NaN"),
+        ('{"texts": []}', TURNS_FORM + "[]"),
+        ('{"texts": {"user": "Q", "assistant": "A"}}', TURNS_FORM + '{"user": "Q", "assistant": "A"}'),
+        ('{"texts": [{"user": "Q"}]}', TURNS_FORM + '[{"user": "Q"}]'),
+        ('{"texts": [{"user": "Q", "assistant": 1}]}', TURNS_FORM + '[{"user": "Q", "assistant": 1}]'),
+        ('{"texts": [{"user": "Q", "assistant": "A", "source": "S"}]}', TURNS_FORM + '[{"user": "Q", "assistant": "A", "source": "S"}]'),
+        (GOOD + '"id": "jsonl/bad/1"}', "line 1 has the id 'jsonl/bad/1' too"),
+    ],
+)
+def test_jsonl_names_the_line(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"texts": [{"user": "Q", "assistant": "A"}]}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\nnever read")
+    with pytest.raises(UserError, match="^" + re.escape(f"{path}:3: {message}")) as caught:
+        jsonl(path)
+    assert "\n" not in str(caught.value)
+
+
+IMAGE, SPLIT_ENTRY = {"id": 1, "file_name": "1.jpg"}, karpathy(1, "train", "train2014", "A cat.")
+BOOK, PAIR = book(1, ["Q"], ["A"]), say(ASKED, ANSWERED)
+
+
+@pytest.mark.parametrize(
+    "read, content, message",
+    [
+        (coco, [], "expected an object with a list 'images'"),
+        (coco, {"images": {}}, "expected an object with a list 'images'"),
+        (coco, {"images": [IMAGE]}, "images[0]: expected an object with a list 'sentences'"),
+        (coco, {"images": [], "annotations": []}, "expected captioned images, found none to train on among 0"),
+        (coco, {"images": [IMAGE], "annotations": {}}, "expected an object with a list 'annotations'"),
+        (coco, {"images": [IMAGE, IMAGE], "annotations": []}, "images[1]: an image before it has the id 1 too"),
+        (coco, {"images": [{"id": 1}], "annotations": []}, "images[0]: expected an object with a text 'file_name'"),
+        (coco, {"images": [IMAGE | {"id": [1]}], "annotations": []}, "images[0]: expected an object with a number or text 'id'"),
+        (coco, {"images": [IMAGE], "annotations": [{"image_id": 1, "bbox": []}]}, "annotations[0]: expected an object with 'caption'"),
+        (coco, {"images": [IMAGE], "annotations": [{"image_id": 2, "caption": "A cat."}]}, "annotations[0]: 'images' has no image with the id 2"),
+        (coco, {"images": [SPLIT_ENTRY | {"split": "trian"}]}, "images[0]: no split 'trian' (did you mean 'train'?)"),
+        (coco, {"images": [SPLIT_ENTRY | {"split": "val"}]}, "expected captioned images, found none to train on among 1"),
+        (coco, {"images": [SPLIT_ENTRY, SPLIT_ENTRY]}, "images[1]: an image before it has the cocoid 1 too"),
+        (coco, {"images": [SPLIT_ENTRY | {"sentences": [{"tokens": []}]}]}, "images[0].sentences: expected an object with 'raw'"),
+        (ocr_vqa, [], 'expected an object {image id: {"imageURL", "questions", "answers", "split"}}'),
+        (ocr_vqa, {}, "expected images with split 1, found none to train on among 0"),
+        (ocr_vqa, {"b": BOOK | {"split": 2}}, "expected images with split 1, found none to train on among 1"),
+        (ocr_vqa, {"b": BOOK | {"split": "train"}}, "'b': 'split' must be 1, 2 or 3, not \"train\""),
+        (ocr_vqa, {"b": BOOK | {"split": [1]}}, "'b': 'split' must be 1, 2 or 3, not [1]"),
+        (ocr_vqa, {"b": {"split": 1}}, "'b': expected an object with a text 'imageURL'"),
+        (ocr_vqa, {"b": BOOK | {"answers": "A"}}, "'b': expected an object with a list 'answers'"),
+        (llava, {}, 'expected a list of {"id", "image", "conversations"}, dict found'),
+        (llava, [], 'expected a list of {"id", "image", "conversations"}, empty found'),
+        (llava, ["a"], "[0]: expected an object with a list 'conversations'"),
+        (llava, [{"conversations": [{"role": "user"}]}], "[0].conversations: expected an object with a text 'from'"),
+        (llava, [{"conversations": [{"from": "human", "text": ""}]}], "[0].conversations: expected an object with 'value'"),
+        (llava, [{"conversations": PAIR, "image": 3}], "[0]: 'image' must be a path or a list of paths, not 3"),
+    ],
+)
+def test_sets_not_of_the_form(tmp_path, read, content, message):
+    path = write(tmp_path / "bad.json", content)
+    with pytest.raises(UserError, match="^" + re.escape(f"{path}: {message}") + "$"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "read, content, message",
+    [
+        (coco, official("1.jpg"), "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, val2014, train2017, val2017, 1.jpg is in none of them"),
+        (coco, {"images": [SPLIT_ENTRY]}, "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, COCO_train2014_1.jpg is in none of them"),
+        (ocr_vqa, {"b": BOOK, "c": BOOK}, "{0}/images, b.jpg is in none of them nor are 1 others"),
+        (llava, [{"conversations": PAIR, "image": "x/1.jpg"}], "{0}, {0}/images, x/1.jpg is in none of them"),
+    ],
+)
+def test_images_found_nowhere(tmp_path, read, content, message):
+    path = write(tmp_path / "set" / "bad.json", content)
+    with pytest.raises(UserError, match="^" + re.escape(f"{path}: its images are not there: looked in " + message.format(path.parent, tmp_path)) + "$"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [coco, ocr_vqa, llava, jsonl])
+def test_files_that_cannot_be_read(tmp_path, read):
+    with pytest.raises(UserError, match=f"^{tmp_path}/gone.json (does not exist|cannot be read: No such file or directory)$"):
+        read(tmp_path / "gone.json")
+    (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/latin.json(:1:)? .*'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$"):
+        read(tmp_path / "latin.json")
+    (tmp_path / "empty.json").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none| is not valid JSON: Expecting value.*)$'):
+        read(tmp_path / "empty.json")
+
+
+def test_folders_given_for_files(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/dataset.json does not exist$"):
+        ocr_vqa(tmp_path)
+    for read in (coco, llava, jsonl):
+        with pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Is a directory$"):
+            read(tmp_path)
