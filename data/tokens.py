@@ -9,12 +9,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
 from configs.files import write_text
-from configs.schema import Vocabulary
+from configs.schema import MAX_GRID, Vocabulary
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"
 CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
-MAX_GRID = 8  # tiles along a side of an image
 TILE_MARKERS = tuple(f"<row_{r}_col_{c}>" for r in range(1, MAX_GRID + 1) for c in range(1, MAX_GRID + 1))
 IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE, *TILE_MARKERS)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
 

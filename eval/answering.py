@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from configs.errors import UsageError, UserError
+from configs.hub import is_hub_id
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
-from data.images import open_image, to_tiles
+from data.images import Tiles, open_image, to_tiles
 from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
-from models.hub import is_hub_id
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
 from models.pretrained import ancestor_tokenizer, find_model, load_model
@@ -59,9 +59,9 @@ class Answerer:
         model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
         return cls(model, Renderer(_tokenizer(find_model(folder)), model.config.tokens_per_tile, model.config.left_context))
 
-    def tiles(self, image: Any) -> Tensor:
-        """Path, bytes or Pillow image → tiles (1, 3, h, w) uint8. Errors: `ImageError`."""
-        return to_tiles(open_image(image), self.model.config.vision.image_size)
+    def tiles(self, image: Any) -> Tiles:
+        """Path, bytes or Pillow image → its tiles (n, 3, h, w) uint8 and their grid. Errors: `ImageError`."""
+        return to_tiles(open_image(image), self.model.config.vision)
 
     def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
         """Blocks of the left stream → their image KVs, and which of them had to be computed."""
@@ -84,7 +84,7 @@ class Answerer:
 
     def answer(
         self,
-        questions: list[tuple[list[Tensor], str]],
+        questions: list[tuple[list[Tiles], str]],
         settings: GenerationConfig,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
@@ -92,7 +92,7 @@ class Answerer:
         for _, question in questions:
             if not question.strip():
                 raise UsageError("the prompt is empty: give a question")
-        prompts = [self.renderer.prompt(len(images), [{"user": question}]) for images, question in questions]
+        prompts = [self.renderer.prompt([image.grid for image in images], [{"user": question}]) for images, question in questions]
         started = time.perf_counter()
         blocks = [self._blocks(prompt, images) for prompt, (images, _) in zip(prompts, questions, strict=True)]
         kvs, computed = self.encode([block for row in blocks for block in row])
@@ -106,7 +106,7 @@ class Answerer:
         encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
         if isinstance(self.model, VisionLanguageModel):  # its images stand in the prompts
-            images = [tiles for images, _ in questions for tiles in images]
+            images = [image.pixels for images, _ in questions for image in images]
             batch["tiles"] = torch.cat(images).to(self.model.device) if images else None
         stream = self._stream(on_text) if on_text is not None else None
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, **batch)
@@ -117,12 +117,12 @@ class Answerer:
             answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv))
         return answers
 
-    def _blocks(self, prompt: Document, images: list[Tensor]) -> list[Block]:
+    def _blocks(self, prompt: Document, images: list[Tiles]) -> list[Block]:
         out, at = [], 0
         for part in prompt.blocks(self.model.config.image_isolation):
             numbers = prompt.left_images[part]
             count = len(set(numbers) - {-1})
-            out.append(Block(torch.cat(images[at : at + count]), prompt.left_ids[part], numbers, prompt.left_positions[part.start]))
+            out.append(Block(torch.cat([image.pixels for image in images[at : at + count]]), prompt.left_ids[part], numbers, prompt.left_positions[part.start]))
             at += count
         return out
 

@@ -12,9 +12,10 @@ from configs.errors import UserError
 from configs.files import replacing, write_text
 from configs.schema import GenerationConfig
 from data.collators import collate
-from data.datasets import SampleDataset, complete
-from data.images import open_image
-from data.packing import pack
+from data.datasets import Sample, SampleDataset, by_source
+from data.filters import turn_problem
+from data.images import ImageError, open_image
+from data.packing import Budget, pack
 from eval.answering import Answerer
 
 
@@ -25,28 +26,40 @@ class Validation:
     does greedy decoding give the reference answer, and no decoding is needed to know it.
     """
 
-    def __init__(self, dataset: SampleDataset, left_length: int, right_length: int, rows: int, padding_id: int) -> None:
-        usable = [i for i in range(len(dataset)) if dataset[i]]
-        if not usable:
-            raise UserError(f"none of the {len(dataset)} validation records can be used: {dataset.counts()}")
-        packed = pack([sample for i in usable for sample in dataset[i]], left_length, right_length)
-        chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
-        self.batches = [collate(chunk, padding_id) for chunk in chunks]
-        names = [[dataset.records[s.key[0]]["id"].split("/")[0] for row in chunk for s in row for _ in s.documents] for chunk in chunks]
-        self.sources = sorted({name for chunk in names for name in chunk})
-        self.source_of = [torch.tensor([self.sources.index(name) for name in chunk]) for chunk in names]  # of every document, in the batch's order
+    def __init__(self, dataset: SampleDataset, budget: Budget, rows: int, padding_id: int) -> None:
+        self.dataset, self.padding_id = dataset, padding_id
+        places = [(number, index) for number, source in enumerate(dataset.sources) for index in range(source.start, source.stop)]
+        samples = [sample for place in places for sample in self._usable(*place)]
+        if not samples:
+            raise UserError(f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}")
+        packed = pack(samples, budget)
+        self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
+        self.sources = list(dict.fromkeys(sample.source for sample in samples))
         self.questions = []  # (images, turn): one a record, each record another of its turns
-        for i in usable:
-            record = dataset.records[i]
-            turns = [turn for turn in record["texts"] if complete(turn)]
-            self.questions.append((record["images"], turns[i % len(turns) if dataset.turns == "branch" else 0]))
+        for source, index in dict.fromkeys(sample.key[:2] for sample in samples):
+            record = dataset.record(source, index)
+            turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
+            self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
+
+    def _usable(self, source: int, index: int) -> list[Sample]:
+        """A record's samples, decoded once to see that they can be."""
+        samples = self.dataset.samples(source, index, first=True)
+        try:
+            for sample in samples:
+                self.dataset.decoded(sample)
+        except ImageError as error:
+            self.dataset.dropped[self.dataset.sources[source].name, f"image_{error.reason}"] += 1
+            return []
+        return samples
 
     def score(self, model: Any) -> dict[str, float]:
         """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several."""
         loss, tokens = 0.0, 0
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
-        for batch, source_of in zip(self.batches, self.source_of, strict=True):
+        for chunk in self.chunks:
+            batch = collate([[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id)
             batch = {k: v.to(model.device) for k, v in batch.items()}
+            source_of = torch.tensor([self.sources.index(sample.source) for row in chunk for sample in row for _ in sample.documents])
             labels = batch["labels"]
             supervised = labels != -100
             output = model(**batch)
@@ -62,9 +75,9 @@ class Validation:
         scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
-    def predictions(self, model: Any, dataset: SampleDataset, count: int) -> list[dict[str, Any]]:
+    def predictions(self, model: Any, count: int) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
-        answerer = Answerer(model, dataset.renderer)
+        answerer = Answerer(model, self.dataset.renderer)
         asked = self.questions[:count]
         answers = answerer.answer([([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked], GenerationConfig(max_new_tokens=16))
         return [

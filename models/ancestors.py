@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, Vocabulary
+from configs.schema import MAX_GRID, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, Vocabulary
 
 RENAMED = (
     (r"^left_tower\.MP\.", "left.modality_projector."),
@@ -89,7 +89,17 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         max_positions=c["lm_max_position_embeddings"],
     )
     size = c["vit_img_size"]
-    vision = VisionConfig("vit_base_patch16_siglip_224", "random", -1, size, size // c["vit_patch_size"], "unit", json.dumps(options))
+    cut = min(c.get("max_img_size") or 0, MAX_GRID * size) // size * size  # 0: from before it cut images into tiles
+    vision = VisionConfig(
+        name="vit_base_patch16_siglip_224",
+        weights="random",
+        image_size=size,
+        max_side=cut,
+        enlarge=bool(c.get("resize_to_max_side_len")),
+        grid=size // c["vit_patch_size"],
+        normalize="unit",
+        options=json.dumps(options),
+    )
     context = "prefix" if dual else "none"
     return ModelConfig(vision, ProjectorConfig("linear", c["mp_pixel_shuffle_factor"]), decoder, decoder, context, image_isolation=False)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import read_json
+from configs.hub import fetch, is_hub_id
 from configs.schema import DecoderConfig, ModelConfig, RopeScaling
 from models.gguf_weights import convert_gguf
-from models.hub import fetch, is_hub_id
 from models.language_model import LanguageModel
 from models.pretrained import check_tensors, read_safetensors
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import read_json, replacing, write_text
+from configs.hub import fetch, is_hub_id
 from configs.schema import ModelConfig, Vocabulary
 from models.ancestors import is_ancestor, read_ancestor
-from models.hub import fetch, is_hub_id
 from models.vision_encoder import create_backbone
 
 FORMAT = 3  # of a model folder

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from configs.schema import DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from data.datasets import SampleDataset
+from data.mixture import Listed, Source
 from data.render import Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
@@ -55,6 +57,12 @@ def model(tokenizer: Tokenizer) -> DualTowerVLM:
 
 def random_tiles(images: int, seed: int = 0, side: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def dataset_of(records: list, renderer: Renderer, vision: VisionConfig = TINY_MODEL.vision, max_positions: int = 256, keep: bool = True, **options) -> SampleDataset:
+    """Records as a source called test; `options` are DataConfig's."""
+    config = DataConfig(**{"left_length": 64, "right_length": 128} | options)
+    return SampleDataset([Source("test", Listed(records), 0, len(records))], renderer, vision, config, max_positions, keep)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Naive:
         image_of = torch.full((T,), -1)
         image = -1
         for t, i in enumerate(ids):
-            image += i > v.image_token_id
+            image += i == v.first_marker_id  # its global view; tile markers go on with the same image
             image_of[t] = image if i >= v.text_size else -1
         is_image = image_of >= 0
         last = int(is_image.nonzero().max())

@@ -1,42 +1,27 @@
-"""Records → samples → packed rows → batches: nothing lost, budgets kept, state exact, bad records counted."""
+"""Records → samples → rows → batches: nothing lost in silence, every sample once an epoch, state exact, bad records counted."""
 
+import json
+import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TURNS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import TINY_MODEL, TURNS, dataset_of
 from PIL import Image
 
-from configs.errors import UsageError, UserError
+from configs.errors import UserError
+from configs.schema import FilterConfig
 from data.collators import collate
-from data.datasets import Sample, SampleDataset, SampleStream
-from data.images import open_image
-from data.packing import RowStream, pack
-from data.render import IGNORE, Document
-from data.sources import base_emoji, easy_vqa, openmoji, source_names, training_records
+from data.datasets import SampleStream
+from data.loader import Loader
+from data.mixture import Listed, Mixture, Source
+from data.packing import Budget, RowStream
 
-BUDGET = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
-
-
-def fake_sample(number: int, images: int, lengths: list[int], block: int = 5) -> Sample:
-    left = [7] * block * images
-    documents = [Document(left, left, left, [1] * n, list(range(n)), [IGNORE] * n) for n in lengths]
-    return Sample((number, 0), torch.zeros(images, 3, 2, 2, dtype=torch.uint8), documents)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 20), min_size=1, max_size=3)), min_size=1, max_size=40))
-def test_packing_keeps_every_sample_once_and_both_budgets(shapes):
-    samples = [fake_sample(i, images, lengths) for i, (images, lengths) in enumerate(shapes)]
-    rows = pack(samples, **BUDGET)
-    assert sorted(s.key for row in rows for s in row) == [s.key for s in samples]
-    for row in rows:
-        assert sum(s.left_length for s in row) <= 15 and sum(s.right_length for s in row) <= 60
+SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
 
 @pytest.fixture
@@ -49,166 +34,343 @@ def records(tmp_path):
     return out
 
 
-def dataset(records, renderer, turns="branch", right_length=60, **changes) -> SampleDataset:
-    options = {"left_length": 15, "right_length": right_length, "max_positions": 256} | changes
-    return SampleDataset(records, renderer, 64, turns, **options)
+def samples_of(dataset, count=True):
+    return [sample for i in range(len(dataset.sources[0])) for sample in dataset.samples(0, i, count)]
 
 
-def rows_of(records, renderer, seed=3, window=5) -> RowStream:
-    return RowStream(SampleStream(dataset(records, renderer), seed), 15, 60, window)
+def stream_of(dataset, seed=0, **options):
+    return SampleStream(dataset, Mixture(dataset.sources, seed, **options))
 
 
-def test_an_epoch_sees_every_document_once(records, renderer):
-    data = dataset(records, renderer, right_length=40)  # so short that records split into parts
-    expected = Counter(s.key for i in range(len(records)) for s in data[i])
-    assert any(part for _, part in expected)
-    for epoch in islice(_epochs(SampleStream(data, 0), sum(expected.values())), 3):
-        assert Counter(epoch) == expected
-    documents = sum(len(s.documents) for i in range(len(records)) for s in data[i])
-    assert documents == sum(len(r["texts"]) for r in records)
+LOADERS: list[Loader] = []
 
 
-def _epochs(stream, size):
-    keys = (sample.key for sample in stream)
-    while True:
-        yield list(islice(keys, size))
+@pytest.fixture(autouse=True)
+def close_loaders():
+    yield
+    while LOADERS:
+        LOADERS.pop().close()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 7, 20])
-def test_row_stream_resumes_exactly(records, renderer, stop):
-    whole = [[s.key for s in row] for row in islice(rows_of(records, renderer), 40)]
-    first = rows_of(records, renderer)
-    for _ in islice(first, stop):
-        pass
-    again = rows_of(records, renderer)
-    again.load_state(first.state())
-    assert [[s.key for s in row] for row in islice(again, 40 - stop)] == whole[stop:]
+def loader_of(records, renderer, workers=0, window=5, rank=0, ranks=1, **options) -> Loader:
+    dataset = dataset_of(records, renderer, keep=workers == 0, **SHORT | options)
+    stream = stream_of(dataset, 3, rank=rank, ranks=ranks)
+    LOADERS.append(Loader(RowStream(stream, Budget(15, 60, 5), window), 2, renderer.tokenizer.global_image, workers))
+    return LOADERS[-1]
 
 
-def test_order_depends_on_seed_and_epoch(records, renderer):
-    def order(seed):
-        return [s.key for s in islice(SampleStream(dataset(records, renderer, right_length=200), seed), 24)]
-
-    assert order(0) == order(0) != order(1)
-    assert order(0)[:12] != order(0)[12:] and sorted(order(0)[:12]) == sorted(order(0)[12:])
+def digest(batch) -> str:
+    return " ".join(f"{name}{tuple(value.shape)}{hash(value.numpy().tobytes())}" for name, value in sorted(batch.items()))
 
 
-def test_branch_shares_the_image_and_chain_is_one_conversation(records, renderer, tokenizer):
-    record = [records[3]]  # four turns
-    (branch,) = dataset(record, renderer, right_length=200)[0]
-    (chain,) = dataset(record, renderer, turns="chain", right_length=200)[0]
-    assert len(branch.documents) == 4 and len(chain.documents) == 1
-    assert branch.left_length == chain.left_length == 5
-    batch = collate([[branch]], tokenizer.global_image)
-    assert batch["left_ids"].shape == (1, 5) and batch["right_documents"].unique().tolist() == [0, 1, 2, 3]
-    assert batch["right_groups"].unique().tolist() == [0]
+class TestEpochs:
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_every_sample_once(self, records, renderer, ranks):
+        dataset = dataset_of(records, renderer, left_length=15, right_length=40)  # so short that records split into parts
+        expected = Counter(s.key for s in samples_of(dataset))
+        assert any(part for _, _, part in expected) and sum(len(s.documents) for s in samples_of(dataset)) == sum(len(r["texts"]) for r in records)
+        streams = [iter(stream_of(dataset, rank=rank, ranks=ranks)) for rank in range(ranks)]
+        own = [{int(i) for i in Mixture(dataset.sources, 0, rank=rank, ranks=ranks).epoch(0)[1]} for rank in range(ranks)]
+        assert sum(map(len, own)) == len(records)  # disjoint
+        for _ in range(3):
+            epoch = []
+            for rank, stream in enumerate(streams):
+                own = {int(i) for i in Mixture(dataset.sources, 0, rank=rank, ranks=ranks).epoch(_)[1]}
+                epoch += [s.key for s in islice(stream, sum(n for key, n in expected.items() if key[1] in own))]
+            assert Counter(epoch) == expected
+
+    def test_order_depends_on_seed_and_epoch(self, records, renderer):
+        def order(seed):
+            return [s.key for s in islice(stream_of(dataset_of(records, renderer), seed), 24)]
+
+        assert order(0) == order(0) != order(1)
+        assert order(0)[:12] != order(0)[12:] and sorted(order(0)[:12]) == sorted(order(0)[12:])
+
+    def test_weights_caps_and_temperature(self):
+        def source(name, n, weight=1.0, cap=0):
+            return Source(name, Listed([{}] * n), 0, n, weight, cap)
+
+        sources = [source("a", 100), source("b", 60, 0.25), source("c", 10, 3.0), source("d", 40, cap=7)]
+        mixture = Mixture(sources, 5)
+        assert mixture.drawn == [100, 15, 30, 7]
+        seen = [Counter() for _ in sources]
+        for epoch in range(40):
+            which, record, first = mixture.epoch(epoch)
+            assert Counter(which.tolist()) == {0: 100, 1: 15, 2: 30, 3: 7}
+            for s, r, new in zip(which.tolist(), record.tolist(), first.tolist(), strict=True):
+                assert new == (r not in seen[s])
+                seen[s][r] += 1
+            for counts, whole in zip(seen, sources, strict=True):  # none comes again before all have come
+                counted = [counts[i] for i in range(len(whole))]
+                assert max(counted) - min(counted) <= 1
+        assert Mixture([source("large", 900), source("small", 100)], 0, temperature=2.0).drawn == [750, 250]  # √900 : √100 = 3 : 1
+        with pytest.raises(UserError, match="holds no record"):
+            Mixture([source("a", 10, 0.01)], 0)
+
+    def test_sources_are_mixed_and_ranks_differ(self):
+        sources = [Source(name, Listed([{}] * 200), 0, 200) for name in "ab"]
+        which = Mixture(sources, 0).epoch(0)[0]
+        assert 60 < sum(which[:200]) < 140
+        shares = [{*zip(*(x.tolist() for x in Mixture(sources, 0, rank=r, ranks=3).epoch(4)[:2]), strict=True)} for r in range(3)]
+        assert sum(map(len, shares)) == 400 == len(set.union(*shares))
 
 
-def test_bad_records_are_counted_by_reason(records, renderer, tmp_path):
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("no image")
-    whole = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    bad = [
-        {"images": [str(tmp_path / "nowhere.png")], "texts": TURNS[:1], "id": "a"},
-        {"images": [str(tmp_path / "empty.png")], "texts": TURNS[:1], "id": "b"},
-        {"images": [str(tmp_path / "text.png")], "texts": TURNS[:1], "id": "c"},
-        {"images": [str(tmp_path / "cut.png")], "texts": TURNS[:1], "id": "d"},
-        {"images": records[0]["images"] * 4, "texts": TURNS[:1], "id": "e"},
-        {"images": records[0]["images"], "texts": [{"user": "x" * 500, "assistant": "y"}, TURNS[0]], "id": "f"},
-        {"images": records[0]["images"], "texts": [{"user": "q", "assistant": " "}, TURNS[0]], "id": "g"},
-        {"images": [None], "texts": TURNS[:1], "id": "h"},
+class TestLoader:
+    def test_workers_change_nothing(self, records, renderer):
+        """Batches, losses, counts and the global random state are those of no workers, for 1, 2 and 3 of them; every sample comes once an epoch."""
+        (records[5]["images"],) = ([records[4]["images"][0] + ".nowhere"],)
+        torch.manual_seed(1)
+        plain = loader_of(records, renderer)
+        expected = [digest(b) for b in islice(plain, 12)]
+        after = torch.get_rng_state()
+        for workers in (1, 2, 3):
+            torch.manual_seed(1)
+            loader = loader_of(records, renderer, workers)
+            assert [digest(b) for b in islice(loader, 12)] == expected
+            assert torch.equal(torch.get_rng_state(), after) and loader.dropped() == plain.dropped() == {("test", "image_missing"): 1}
+            assert json.dumps(loader.state()) == json.dumps(plain.state())
+
+    @pytest.mark.parametrize("workers", [1, 2, 3])
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_an_epoch_of_batches_holds_every_sample_once(self, records, renderer, workers, ranks, monkeypatch):
+        consumed: list[tuple[int, int, int]] = []
+        finish = Loader._finish
+
+        def watched(self, batch, dropped):
+            consumed.extend(s.key for row in self.planned[0][0] for s in row)
+            return finish(self, batch, dropped)
+
+        monkeypatch.setattr(Loader, "_finish", watched)
+        epochs = []
+        for rank in range(ranks):
+            loader = loader_of(records, renderer, workers, window=1, rank=rank, ranks=ranks, right_length=40)
+            while not loader.behind or loader.behind["epoch"] < 2:
+                next(loader)
+            everything = Counter(s.key for s in samples_of(dataset_of(records, renderer, **SHORT | {"right_length": 40})))
+            own = [set(Mixture(loader.dataset.sources, 3, rank=rank, ranks=ranks).epoch(e)[1].tolist()) for e in (0, 1)]
+            sizes = [sum(n for key, n in everything.items() if key[1] in share) for share in own]
+            epochs.append((Counter(consumed[: sizes[0]]), Counter(consumed[sizes[0] : sum(sizes)])))
+            consumed.clear()
+            loader.close()
+        for number in (0, 1):
+            assert sum((epoch[number] for epoch in epochs), Counter()) == everything
+
+    @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 1)])
+    def test_resumes_exactly_with_any_number_of_workers(self, records, renderer, before, after):
+        Path(records[5]["images"][0]).write_bytes(b"\x89PNG nothing")
+        whole = loader_of(records, renderer)
+        expected = [digest(b) for b in islice(whole, 14)]
+        for stop in (0, 1, 6):
+            first = loader_of(records, renderer, before)
+            assert [digest(b) for b in islice(first, stop)] == expected[:stop]
+            again = loader_of(records, renderer, after)
+            again.load_state(json.loads(json.dumps(first.state())))
+            assert [digest(b) for b in islice(again, 14 - stop)] == expected[stop:]
+            assert again.dropped() == whole.dropped() == {("test", "image_damaged"): 1}
+
+    def test_ranks_see_disjoint_data(self, records, renderer):
+        seen = []
+        for rank in range(2):
+            stream = iter(loader_of(records, renderer, rank=rank, ranks=2).rows)
+            seen.append({s.key[1] for row in islice(stream, 30) for s in row})
+        epoch = [set(Mixture([Source("test", Listed(records), 0, 12)], 3, rank=r, ranks=2).epoch(0)[1].tolist()) for r in range(2)]
+        assert not epoch[0] & epoch[1] and len(epoch[0] | epoch[1]) == 12 and all(seen)
+
+    def test_memory_is_not_needed_for_exactness(self, records, renderer):
+        kept, fresh = loader_of(records, renderer), loader_of(records, renderer)
+        fresh.dataset.room = 0
+        assert [digest(b) for b in islice(kept, 12)] == [digest(b) for b in islice(fresh, 12)]
+        assert kept.dataset.kept and not fresh.dataset.kept
+
+
+class TestSamples:
+    def test_branch_shares_the_image_and_chain_is_one_conversation(self, records, renderer, tokenizer):
+        record = [records[3]]  # four turns
+        branch, chain, marked = (
+            dataset_of(r, renderer, left_length=15, turns=t) for r, t in ((record, "branch"), (record, "chain"), ([records[3] | {"turns": "branch"}], "chain"))
+        )
+        (branched,), (chained,), (own,) = samples_of(branch), samples_of(chain), samples_of(marked)
+        assert len(branched.documents) == 4 == len(own.documents) and len(chained.documents) == 1
+        assert branched.left_length == chained.left_length == 5
+        batch = collate([[branch.decoded(branched)]], tokenizer.global_image)
+        assert batch["left_ids"].shape == (1, 5) and batch["right_documents"].unique().tolist() == [0, 1, 2, 3]
+        assert batch["right_groups"].unique().tolist() == [0]
+
+    def test_a_long_conversation_is_split_between_turns(self, records, renderer):
+        """Every answer stays whole and is learnt once; only a turn that is too long by itself is dropped."""
+        turns = [{"user": f"question {i}?", "assistant": "answer " * (1 + i % 3) + str(i)} for i in range(12)]
+        turns[7] = {"user": "tell me all", "assistant": "much " * 200}
+        dataset = dataset_of([records[0] | {"texts": turns}], renderer, **SHORT | {"right_length": 100}, turns="chain")
+        samples = samples_of(dataset)
+        assert len(samples) > 1 and dataset.dropped == {("test", "too_long"): 1}
+        learnt = []
+        for sample in samples:
+            (document,) = sample.documents
+            assert len(document.right_ids) <= 100 and sample.left_length == 5
+            assert [sample.key[2]] == [samples.index(sample)]
+            learnt += [t for t in document.labels if t >= 0]
+        answers = [token for i, turn in enumerate(turns) if i != 7 for token in (*renderer.tokenizer.encode(turn["assistant"]), renderer.tokenizer.turn_end)]
+        assert learnt == answers
+        shorter = [len(renderer.conversation([(1, 1)], turns[:n]).right_ids) for n in (1, 2, 3, 4)]
+        assert max(n for n in range(4) if shorter[n] <= 100) + 1 == sum(t == renderer.tokenizer.turn_end for t in samples[0].documents[0].labels)
+
+    def test_tiles(self, renderer, tmp_path):
+        """Two images of a record, one cut into 2 × 3 tiles: tokens, tiles and grid belong together."""
+        vision = replace(TINY_MODEL.vision, max_side=192)
+        wide, small = Image.new("RGB", (190, 120), "red"), Image.new("RGB", (30, 40), "blue")
+        wide.save(tmp_path / "wide.png"), small.save(tmp_path / "small.png")
+        record = {"images": [str(tmp_path / "wide.png"), str(tmp_path / "small.png")], "texts": TURNS[:1], "id": "x"}
+        dataset = dataset_of([record], renderer, vision)
+        (sample,) = samples_of(dataset)
+        assert sample.grids == [(2, 3), (1, 1)] and sample.tile_total == 8 and sample.left_length == 8 * 5
+        sample = dataset.decoded(sample)
+        assert sample.tiles.shape == (8, 3, 64, 64) and (sample.tiles[:7, 0] == 255).all() and (sample.tiles[7, 2] == 255).all()
+        tok = renderer.tokenizer
+        heads = [t for t in sample.documents[0].left_ids if t != tok.image]
+        assert tok.backend.decode(heads, skip_special_tokens=False).split("><") == [
+            "<|global_image|", *[f"row_{r}_col_{c}" for r in (1, 2) for c in (1, 2, 3)], "|global_image|>"
+        ]  # fmt: skip
+        assert sample.documents[0].left_images == [0] * 35 + [1] * 5
+        batch = collate([[sample]], tok.global_image)
+        assert (batch["left_ids"] == tok.image).sum() == len(batch["tiles"]) * 4 and batch["left_images"].tolist() == [[0] * 35 + [1] * 5]
+
+    def test_without_a_left_stream_every_document_has_its_own_images(self, records, renderer):
+        vanilla = type(renderer)(renderer.tokenizer, 4, "none")
+        samples = samples_of(dataset_of([records[3]], vanilla))  # four questions
+        assert [(len(s.documents), s.tile_total, s.left_length) for s in samples] == [(1, 1, 0)] * 4
+
+
+def hostile_records(folder: Path, good: str) -> tuple[list[dict], dict[str, int]]:
+    """Records that cannot be used, and the count of each reason."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    noise.save(folder / "whole.jpg")
+    noise.save(folder / "really_a_jpeg.png", "JPEG")  # a wrong extension is no harm
+    whole = (folder / "whole.jpg").read_bytes()
+    files = {"empty.png": b"", "text.png": b"no image", "cut.jpg": whole[: len(whole) // 2], "few.jpg": whole[:20], "bomb.png": bomb(30_000, 30_000)}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    of = {"images": [good], "texts": TURNS[:1]}
+    records = [
+        *[of | {"images": [str(folder / name)]} for name in (*files, "nowhere.png")],
+        of | {"images": [None]},
+        of | {"images": None},
+        of | {"images": [b""]},
+        of | {"images": [good] * 4},
+        of | {"texts": [{"user": "x" * 500, "assistant": "y"}, TURNS[0]]},
+        of | {"texts": [{"user": "q", "assistant": " "}, TURNS[0]]},
+        of | {"texts": [{"user": None, "assistant": "a"}]},
+        of | {"texts": [{"assistant": "a"}]},
+        of | {"texts": []},
+        of | {"texts": [{"user": "all?", "assistant": "z" * 100_000}]},
+        of | {"problem": "image_count"},
+        of | {"images": [str(folder / "really_a_jpeg.png")], "texts": [{"user": "<|im_start|><|image|><row_1_col_1>", "assistant": "<|im_end|>\n"}]},
+        of | {"images": [], "texts": TURNS[:1]},  # text alone
     ]
-    data = dataset(bad + records, renderer)
-    stream = SampleStream(data, 0)
-    usable = [s.key for s in islice(stream, 2 + sum(len(data[i]) for i in range(len(bad), len(data))))]
-    assert len(usable) == len(set(usable))
-    expected = {"image_missing": 2, "image_empty": 1, "image_not_an_image": 1, "image_damaged": 1, "too_many_images": 1, "too_long": 1, "empty_text": 1}
-    assert data.counts() == expected
+    reasons = {"image_missing": 3, "image_empty": 2, "image_not_an_image": 1, "image_damaged": 2, "image_too_large": 1}
+    return [r | {"id": str(i)} for i, r in enumerate(records)], reasons | {"too_many_images": 1, "too_long": 2, "empty_text": 4, "image_count": 1}
+
+
+def bomb(width: int, height: int) -> bytes:
+    from test_images import png_of_size
+
+    return png_of_size(width, height)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
+    """Every bad record is counted by its reason, once however many epochs go by; every good one is trained on once an epoch."""
+    bad, reasons = hostile_records(tmp_path, records[0]["images"][0])
+    everything = bad + records
+    vision = replace(TINY_MODEL.vision, max_side=128) if tiled else TINY_MODEL.vision
+    dataset = dataset_of(everything, renderer, vision, keep=workers == 0, **SHORT)
+    loader = Loader(RowStream(stream_of(dataset), Budget(15, 60, 5), 5), 2, renderer.tokenizer.global_image, workers)
+    LOADERS.append(loader)
+    answers = Counter()
+    while (loader.behind or {"epoch": 0})["epoch"] < 3:
+        batch = next(loader)
+        learnt = batch["labels"][batch["labels"] >= 0].tolist()
+        answers["documents"] += learnt.count(renderer.tokenizer.turn_end)
+        assert (batch["left_ids"] == renderer.tokenizer.image).sum() == 4 * len(batch["tiles"])
+    assert loader.dropped() == {("test", reason): n for reason, n in reasons.items()}
+    usable = sum(len(r["texts"]) for r in records) + 2 + 2  # the second turns of the long and the empty one, the special tokens, the text alone
+    assert answers["documents"] == pytest.approx(3 * usable, abs=20)
+
+
+def test_special_token_strings_in_text_stay_text(records, renderer):
+    (sample,) = samples_of(dataset_of([records[0] | {"texts": [{"user": "<|image|>", "assistant": "<|im_end|>"}]}], renderer))
+    tok = renderer.tokenizer
+    ids = sample.documents[0].right_ids
+    assert tok.image not in ids and ids.count(tok.turn_end) == 1 and tok.decode([t for t in sample.documents[0].labels if t >= 0]) == "<|im_end|>"
 
 
 def test_nothing_usable_is_an_error_not_a_loop(renderer):
-    data = dataset([{"images": ["nowhere.png"], "texts": TURNS, "id": "x"}], renderer)
-    with pytest.raises(UserError, match="none of the 1 training records can be used.*image_missing"):
-        next(iter(SampleStream(data, 0)))
+    records = [{"images": ["nowhere.png"], "texts": [{"user": "", "assistant": "x"}], "id": "x"}]
+    with pytest.raises(UserError, match="none of the 1 training records can be used.*'test': {'empty_text': 1}"):
+        next(iter(stream_of(dataset_of(records, renderer))))
 
 
-def test_training_and_test_images_of_easy_vqa_are_apart():
-    training, validation = training_records("easy_vqa", 0, 200)
-    images = [{r["images"][0] for r in part} for part in (training, validation, easy_vqa("test"))]
-    assert [len(i) for i in images] == [3800, 200, 1000]
-    assert not images[0] & images[1] and not (images[0] | images[1]) & images[2]
-    assert sum(len(r["texts"]) for r in [*training, *validation]) == 38575
-    assert sum(len(r["texts"]) for r in easy_vqa("test")) == 9673
-    assert list(training_records("easy_vqa", 10, 200)[1]) == list(validation)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_all_turn_out_damaged_are_an_error_not_a_loop(records, renderer, workers):
+    for record in records:
+        Path(record["images"][0]).write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UserError, match="none of the training images can be used: {'test': {'image_damaged': 12}}"):
+        next(loader_of(records, renderer, workers))
 
 
-@pytest.fixture(scope="module")
-def cauldron(tmp_path_factory) -> Path:
-    """Two sub-sets in the Cauldron's schema, as parquet files in local folders; one row's image is damaged."""
-    import io
+class TestFilters:
+    def count(self, records, renderer, **filters):
+        dataset = dataset_of(records, renderer, filters=FilterConfig(**filters), **SHORT | {"right_length": 200})
+        kept = [document for sample in samples_of(dataset) for document in sample.documents]
+        return len(kept), {reason: n for (_, reason), n in dataset.dropped.items()}
 
-    import datasets
+    def test_ratings_lengths_sizes_and_scores(self, records, renderer):
+        turns = [
+            {"user": "short?", "assistant": "yes", "ratings": {"relevance": 5, "formatting": 2}},
+            {"user": "a longer question?", "assistant": "a longer answer", "ratings": {"relevance": 3}},
+            {"user": "no ratings?", "assistant": "none", "ratings": {"relevance": None}},
+        ]
+        of = [records[0] | {"texts": turns}]  # an image of 20 × 30
+        assert self.count(of, renderer) == (3, {})
+        assert self.count(of, renderer, min_relevance=4) == (2, {"rating_relevance": 1})
+        assert self.count(of, renderer, min_formatting=3, min_visual_dependency=5) == (2, {"rating_formatting": 1})
+        assert self.count(of, renderer, min_question=7) == (2, {"short_question": 1})
+        assert self.count(of, renderer, max_question=11) == (2, {"long_question": 1})
+        assert self.count(of, renderer, min_answer=4) == (2, {"short_answer": 1})
+        assert self.count(of, renderer, max_answer=4) == (2, {"long_answer": 1})
+        assert self.count(of, renderer, min_side=20) == (3, {}) and self.count(of, renderer, min_side=21) == (0, {"image_small": 1})
+        scored = [of[0] | {"clip_score": 0.2}, of[0] | {"clip_score": 0.3}, of[0]]
+        assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
 
-    root = tmp_path_factory.mktemp("cauldron")
-    for name, rows in (("ai2d", 12), ("vqav2", 7)):
-        table = {"images": [], "texts": []}
-        for i in range(rows):
-            file = io.BytesIO()
-            Image.new("RGB", (40 + i, 30), (i * 9, 0, 99)).save(file, "PNG")
-            table["images"].append([{"bytes": b"damaged" if i == 3 else file.getvalue(), "path": None}])
-            table["texts"].append([{"user": f"{name} {i}?", "assistant": f"{i}", "source": name}, {"user": "wide?", "assistant": str(40 + i), "source": name}])
-        features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List({k: datasets.Value("string") for k in ("user", "assistant", "source")})})
-        (root / name).mkdir()
-        datasets.Dataset.from_dict(table, features=features).to_parquet(root / name / "train-00000-of-00001.parquet")
-    return root
+    def test_duplicates_are_found_again_after_compression_and_scaling(self, renderer, tmp_path):
+        """The first seen stays, in this epoch and the next; pictures that differ are not taken for one another."""
+        rng = np.random.default_rng(5)
+        records = []
+        for i in range(40):
+            base = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((160, 120), Image.Resampling.BICUBIC)
+            variants = [(base, {}), (base.resize((200, 150)), {"quality": 60})] if i % 2 else [(base, {})]
+            for number, (image, options) in enumerate(variants):
+                image.save(tmp_path / f"{i}_{number}.jpg", **options)
+                records.append({"images": [str(tmp_path / f"{i}_{number}.jpg")], "texts": TURNS[:1], "id": f"{i}_{number}"})
+        for i, color in enumerate(((200, 0, 0), (0, 200, 0), (200, 60, 0))):
+            Image.new("RGB", (50, 50), color).save(tmp_path / f"plain{i}.png")
+            records.append({"images": [str(tmp_path / f"plain{i}.png")], "texts": TURNS[:1], "id": f"plain{i}"})
+        random.Random(0).shuffle(records)
+        dataset = dataset_of(records, renderer, keep=False, filters=FilterConfig(duplicates=True))
+        first = [s.key for s in samples_of(dataset)]
+        assert len(first) == 43 and dataset.dropped == {("test", "duplicate"): 20}
+        assert {records[key[1]]["id"].split("_")[0] for key in first} == {*map(str, range(40)), "plain0", "plain1", "plain2"}
+        assert [s.key for s in samples_of(dataset, False)] == first
 
-
-def test_the_cauldron_from_a_local_folder(cauldron, renderer):
-    training, validation = training_records("the_cauldron/ai2d,the_cauldron/vqav2", 0, 4, str(cauldron))
-    assert (len(training), len(validation)) == (12 + 7 - 4, 4)
-    ids = [r["id"] for part in (training, validation) for r in part]
-    assert sorted(ids) == sorted([f"ai2d/{i}" for i in range(12)] + [f"vqav2/{i}" for i in range(7)])
-    for record in training:
-        name, row = record["id"].split("/")
-        assert record["texts"][0]["user"] == f"{name} {row}?"
-        if row != "3":
-            assert open_image(record["images"][0]).size == (40 + int(row), 30)
-    dataset = SampleDataset(training, renderer, 64, "chain", 64, 128, 256)
-    usable = [i for i in range(len(dataset)) if dataset[i]]
-    bad = [r["id"] for r in training if r["id"].endswith("/3")]
-    assert len(usable) == len(training) - len(bad) and set(dataset.dropped) == set(bad)
-
-
-def test_sources_by_name(cauldron):
-    assert len(source_names("the_cauldron")) == 50
-    for names, message in (
-        ("the_cauldron/vqav3", "no source 'the_cauldron/vqav3' .did you mean 'the_cauldron/vqav2'"),
-        ("easy_vqa,opnmoji", "no source 'opnmoji' .did you mean 'openmoji'"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            source_names(names)
-    with pytest.raises(UserError, match="aokvqa holds no parquet files"):
-        training_records("the_cauldron/aokvqa", 0, 4, str(cauldron))
-    (cauldron / "clevr").mkdir()
-    (cauldron / "clevr" / "train-00000.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match="clevr of .* cannot be read"):
-        training_records("the_cauldron/clevr", 0, 4, str(cauldron))
-
-
-def test_variants_of_an_emoji_stay_in_one_split():
-    splits = {split: openmoji(split) for split in ("train", "validation", "test")}
-    assert sum(map(len, splits.values())) > 3900
-    names = {r["references"][0]: split for split, records in splits.items() for r in records}
-    for group in (
-        ("waving hand", "waving hand light skin tone", "waving hand dark skin tone"),
-        ("woman firefighter", "man firefighter", "firefighter", "firefighter medium skin tone"),
-        ("man", "woman", "person", "man red hair", "woman white hair"),
-        ("women holding hands", "men holding hands", "woman and man holding hands"),
-        ("man dancing", "woman dancing"),
-    ):
-        assert len({names[name] for name in group}) == 1, group
-    bases = {split: {base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for r in records} for split, records in splits.items()}
-    assert not bases["train"] & bases["test"] and not bases["train"] & bases["validation"] and not bases["validation"] & bases["test"]
-    image = np.asarray(open_image(splits["test"][0]["images"][0]))
-    assert image.shape == (256, 256, 3) and (image[0, 0] == 255).all() and image.std() > 10
+    def test_seen_images_are_part_of_the_state(self, records, renderer, tmp_path):
+        for i, record in enumerate(records):
+            Image.fromarray(np.random.default_rng(i // 2).integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(record["images"][0])
+        options = {"filters": FilterConfig(duplicates=True), "window": 2}
+        whole = loader_of(records, renderer, **options)
+        expected = [digest(b) for b in islice(whole, 10)]
+        first = loader_of(records, renderer, **options)
+        list(islice(first, 1))
+        again = loader_of(records, renderer, **options)
+        again.load_state(json.loads(json.dumps(first.state())))
+        assert [digest(b) for b in islice(again, 9)] == expected[1:] and again.dropped() == whole.dropped() == {("test", "duplicate"): 6}

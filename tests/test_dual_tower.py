@@ -9,12 +9,16 @@ from naive_dual_tower import Naive
 
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
+from data.images import tile_count
 from data.render import Renderer
 from models.generation import prefill
 
 
-def make_sample(renderer, images: int, conversations: list[list[dict]], seed: int = 0) -> Sample:
-    return Sample((0, 0), random_tiles(images, seed), [renderer.conversation(images, turns) for turns in conversations])
+def make_sample(renderer, images: int | list, conversations: list[list[dict]], seed: int = 0) -> Sample:
+    """`images`: how many, each one square; or the grid of each."""
+    grids = [(1, 1)] * images if isinstance(images, int) else images
+    tiles = random_tiles(sum(map(tile_count, grids)), seed)
+    return Sample((0, 0, 0), tiles, [renderer.conversation(grids, turns) for turns in conversations])
 
 
 def block_starts(document) -> list[int]:
@@ -41,7 +45,7 @@ def samples(renderer) -> list[Sample]:
     return [
         make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]], [TURNS[2]]], seed=1),  # three questions on one image
         make_sample(renderer, 3, [TURNS], seed=2),  # a conversation about three images
-        make_sample(renderer, 2, [[TURNS[3]], TURNS[:2]], seed=3),
+        make_sample(renderer, [(2, 1), (1, 1)], [[TURNS[3]], TURNS[:2]], seed=3),  # the first image is cut into two tiles
         make_sample(renderer, 0, [[TURNS[2]]], seed=4),  # text alone
     ]
 
@@ -72,7 +76,8 @@ def test_other_routings_equal_their_naive_models(tokenizer, attention, context):
     model = tiny_model(tokenizer, config)
     renderer = Renderer(tokenizer, config.tokens_per_tile, context)
     naive = Naive(model)
-    samples = [make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]]], seed=1), make_sample(renderer, 2, [TURNS[:2]], seed=2), make_sample(renderer, 0, [[TURNS[2]]], seed=3)]
+    first = [make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]]], seed=1)] if context == "prefix" else [make_sample(renderer, 1, [[t]], seed=1) for t in TURNS[:2]]
+    samples = [*first, make_sample(renderer, 2, [TURNS[:2]], seed=2), make_sample(renderer, 0, [[TURNS[2]]], seed=3)]
     packed = collate([samples], tokenizer.global_image)
     numbers = [(s, d) for s in samples for d in range(len(s.documents))]
     for place, (sample, d) in enumerate(numbers):

@@ -27,7 +27,7 @@ FROZEN = {
 
 
 # A small ViT: torch counts the backward of EfficientNet's depthwise convolutions as if they were dense.
-VIT = VisionConfig("vit_base_patch16_siglip_224", "random", -1, 32, 4, "unit", '{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}')
+VIT = VisionConfig("vit_base_patch16_siglip_224", "random", image_size=32, grid=4, normalize="unit", options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}')
 
 
 def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -> Config:  # noqa: B008

@@ -19,5 +19,5 @@ def test_the_worked_example_trains(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, name, *flags, "--output_dir", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "52 training and 8 validation images of stripes" in done.stdout and (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert "52 training and 8 validation records of stripes" in done.stdout and (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert "how many stripes?" in done.stdout

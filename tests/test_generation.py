@@ -10,6 +10,7 @@ import models.generation
 from configs.errors import UsageError
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
+from data.images import Tiles
 from eval.answering import Answerer
 from models.generation import generate, sample
 
@@ -25,7 +26,7 @@ def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> li
 
 
 def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]:
-    prompt = renderer.prompt(images, [{"user": question}])
+    prompt = renderer.prompt([(1, 1)] * images, [{"user": question}])
     ids = dict(zip(prompt.right_positions, prompt.right_ids, strict=True))
     ids |= dict(zip(prompt.left_positions, prompt.left_ids, strict=True))
     return prompt, [ids[p] for p in sorted(ids)]
@@ -66,7 +67,7 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
 
 def test_text_only_prompts_work_beside_image_prompts(model, renderer):
     answerer = Answerer(model, renderer)
-    tiles = random_tiles(1)
+    tiles = Tiles((1, 1), random_tiles(1))
     settings = GenerationConfig(max_new_tokens=5)
     together = answerer.answer([([], "what is it?"), ([tiles], "what color is the shape?")], settings)
     alone = answerer.answer([([], "what is it?")], settings) + answerer.answer([([tiles], "what color is the shape?")], settings)
@@ -79,7 +80,7 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     encoded = []
     original = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images))
-    a, b, c = (random_tiles(1, seed) for seed in range(3))
+    a, b, c = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(3))
     settings = GenerationConfig(max_new_tokens=2)
     assert [x.image_kv for x in answerer.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]
     assert [x.image_kv for x in answerer.answer([([b], "y"), ([c], "y")], settings)] == ["reused", "computed"]
@@ -89,7 +90,7 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
 
 def test_seeds_repeat_and_differ(model, renderer):
     answerer = Answerer(model, renderer)
-    asked = [([random_tiles(1)], "what color?")]
+    asked = [([Tiles((1, 1), random_tiles(1))], "what color?")]
     answers = [answerer.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[0].text for s in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import ImageError, open_image, to_tiles
+from configs.schema import VisionConfig
+from data.images import ImageError, grid_of, image_size, open_image, tile_count, to_tiles
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
@@ -118,6 +119,64 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_tiles_are_pixels_in_order():
-    tiles = to_tiles(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32)), 32)
+    tiles = to_tiles(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32)), VisionConfig(image_size=32)).pixels
     assert tiles.shape == (1, 3, 32, 32) and str(tiles.dtype) == "torch.uint8"
     assert (tiles[0, 0].int() + tiles[0, 1].int() - 255).abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side", "enlarge", "grid"),
+    [
+        # longer side up to the next multiple of 512, at most max_side; the shorter in proportion, up to the next multiple: by hand
+        ((640, 480), 0, False, (1, 1)),
+        ((512, 512), 2048, False, (1, 1)),
+        ((513, 512), 2048, False, (2, 2)),
+        ((640, 480), 2048, False, (2, 2)),
+        ((1000, 400), 2048, False, (1, 2)),
+        ((4000, 3000), 2048, False, (3, 4)),
+        ((3000, 4000), 1024, False, (2, 2)),
+        ((100, 30), 2048, True, (2, 4)),
+        ((20_000, 1), 2048, False, (1, 4)),
+    ],
+)
+def test_grids(size, max_side, enlarge, grid):
+    config = VisionConfig(image_size=512, max_side=max_side, enlarge=enlarge)
+    assert grid_of(*size, config) == grid and tile_count(grid) == (1 if grid == (1, 1) else 1 + grid[0] * grid[1])
+
+
+def test_tiles_are_pillows_resized_image_cut_up():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8)).resize((450, 300), Image.Resampling.BICUBIC)
+    tiles = to_tiles(image, VisionConfig(image_size=128, max_side=512))
+    assert tiles.grid == (3, 4) and tiles.pixels.shape == (13, 3, 128, 128)
+    whole, square = (np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(int) for size in ((512, 384), (128, 128)))
+    pixels = tiles.pixels.permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(pixels[0] - square).max() <= 2
+    for row in range(3):
+        for column in range(4):
+            part = whole[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+            assert np.abs(pixels[1 + row * 4 + column] - part).max() <= 2
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "webp", "bmp", "tiff"])
+def test_a_header_tells_the_size(tmp_path, extension):
+    path = tmp_path / f"x.{extension}"
+    Image.new("RGB", (70, 40), "red").save(path)
+    assert image_size(path) == image_size(path.read_bytes()) == open_image(path).size == (70, 40)
+
+
+def test_a_turned_photograph_has_its_upright_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (70, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size(tmp_path / "turned.jpg") == open_image(tmp_path / "turned.jpg").size == (40, 70)
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"text", "not_an_image"), (b"\xff\xd8\xff", "damaged"), (png_of_size(30_000, 30_000), "too_large")])
+def test_a_header_that_cannot_be_read(tmp_path, content, reason):
+    (tmp_path / "x.png").write_bytes(content)
+    for source in (tmp_path / "x.png", content):
+        with pytest.raises(ImageError) as caught:
+            image_size(source)
+        assert caught.value.reason == reason
+    with pytest.raises(ImageError, match="does not exist"):
+        image_size(tmp_path / "nowhere.png")

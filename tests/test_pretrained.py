@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UsageError, UserError
 from configs.schema import GenerationConfig, VisionConfig
+from data.images import Tiles
 from eval.answering import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_vision_weights
@@ -35,7 +36,7 @@ def edit(path, change) -> None:
 def test_round_trip(model, renderer, folder):
     again = Answerer.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True))
-    asked = [([random_tiles(1)], "what color is the shape?")]
+    asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
     assert again.answer(asked, GenerationConfig())[0].text == Answerer(model, renderer).answer(asked, GenerationConfig())[0].text
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 

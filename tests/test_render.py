@@ -30,18 +30,18 @@ def messages(conversation: list[dict]) -> list[dict]:
 def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
     """Rendered text is what transformers' apply_chat_template makes of the saved template, for training and for prompting."""
     conversation = TURNS[:length]
-    document = renderer.conversation(0, conversation)
+    document = renderer.conversation([], conversation)
     whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
     assert [*document.right_ids, tokenizer.turn_end] == whole[:-1]  # the template ends with a newline that nobody learns
     prompt = [*conversation[:-1], {"user": conversation[-1]["user"]}]
     expected = hf_tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
-    assert renderer.prompt(0, prompt).right_ids == expected
+    assert renderer.prompt([], prompt).right_ids == expected
 
 
 @settings(max_examples=150, deadline=None)
 @given(conversation=turns, images=st.integers(0, 3))
 def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversation, images):
-    document = renderer.conversation(images, conversation)
+    document = renderer.conversation([(1, 1)] * images, conversation)
     learnt = [label for label in document.labels if label != IGNORE]
     expected = [token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)]
     assert learnt == expected
@@ -52,12 +52,12 @@ def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversatio
 @settings(max_examples=150, deadline=None)
 @given(conversation=turns, images=st.integers(0, 3))
 def test_positions_count_both_streams_once(renderer, conversation, images):
-    document = renderer.conversation(images, conversation)
+    document = renderer.conversation([(1, 1)] * images, conversation)
     block = len(renderer.image_block())
     assert sorted(document.left_positions + document.right_positions) == list(range(document.length))
     assert document.left_ids == renderer.image_block() * images
     assert [b.stop - b.start for b in document.blocks(isolated=True)] == [block] * images and len(document.blocks(isolated=False)) == min(images, 1)
-    without = renderer.conversation(0, conversation)
+    without = renderer.conversation([], conversation)
     assert without.right_ids == document.right_ids and without.labels == document.labels
 
 
@@ -70,8 +70,8 @@ def test_text_never_becomes_a_special_token_and_comes_back(tokenizer, text):
 
 
 def test_a_prompt_is_the_beginning_of_the_training_document(renderer):
-    prompt = renderer.prompt(2, [{"user": TURNS[0]["user"]}])
-    document = renderer.conversation(2, TURNS[:1])
+    prompt = renderer.prompt([(1, 1)] * 2, [{"user": TURNS[0]["user"]}])
+    document = renderer.conversation([(1, 1)] * 2, TURNS[:1])
     n = len(prompt.right_ids)
     assert document.right_ids[:n] == prompt.right_ids and document.right_positions[:n] == prompt.right_positions
     assert document.labels[: n - 1] == [IGNORE] * (n - 1) and document.labels[n - 1] != IGNORE

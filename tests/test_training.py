@@ -5,14 +5,16 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
+from conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
+from PIL import Image
+from programs import Program, run_program
 from safetensors.torch import load_file
 from test_dual_tower import make_sample
 from torch import nn
@@ -22,7 +24,7 @@ from configs.errors import UserError
 from configs.files import replacing_folder
 from configs.schema import Config, TrainConfig, VisionConfig
 from data.collators import collate
-from data.datasets import SampleDataset
+from data.packing import Budget
 from eval.answering import Answerer
 from eval.in_training import Validation, save_samples
 from models.vision_encoder import VisionEncoder
@@ -49,7 +51,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    subprocess.run(command("--output_dir", str(folder), "--cache_dir", str(folder / "cache")), cwd=folder.parent, check=True, capture_output=True)
+    run_program(command("--output_dir", str(folder), "--cache_dir", str(folder / "cache")), folder.parent).check_returncode()
     return folder
 
 
@@ -58,22 +60,76 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     """Losses, validation and final weights, bit for bit; killed before the first checkpoint, between two, and near the end."""
     folder = tmp_path / "killed"
     flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
-    process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = Program(command(*flags), tmp_path)
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and f'"step": {kill_at},' in metrics.read_text()):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert (killed := process.wait()).returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "model").exists()
-    done = subprocess.run(command(*flags, "--resume", "auto"), cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = run_program(command(*flags, "--resume", "auto"), tmp_path)
+    assert done.returncode == 0, done.stderr
     assert ("resumed from" in done.stdout) == (kill_at > 4)
     assert losses(folder) == losses(uninterrupted)
     a, b = ((f / "model" / "model.safetensors").read_bytes() for f in (folder, uninterrupted))
     assert a == b
 
 
+def test_a_killed_data_worker_is_one_line_and_the_run_resumes(uninterrupted, tmp_path):
+    """With workers, then without: bit for bit what a run without workers gives."""
+    folder = tmp_path / "killed"
+    flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
+    process = Program(command(*flags, "--data.workers", "2"), tmp_path)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.002)
+    children = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(children[0], signal.SIGKILL)
+    done = process.wait()
+    error = done.stderr
+    assert done.returncode == 1 and error.startswith("error: a data worker died") and error.count("\n") == 1, error
+    done = run_program(command(*flags, "--data.workers", "0", "--resume", "auto"), tmp_path)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert losses(folder) == losses(uninterrupted)
+
+
+def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
+    """A JSONL of pictures of many sizes, one of them damaged: trained on, counted, and a wide one asked about."""
+    lines = []
+    for i in range(24):
+        Image.new("RGB", (40 + 12 * i, 60), (10 * i, 0, 99)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "texts": [{"user": "how wide?", "assistant": str(40 + 12 * i)}]}))
+    (tmp_path / "20.png").write_bytes(b"\x89PNG cut")
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    flags = [
+        "--data.sources",
+        "easy_vqa:10,jsonl=mine.jsonl",
+        "--model.vision.max_side",
+        "256",
+        "--data.left_length",
+        "200",
+        "--data.window",
+        "30",
+        "--output_dir",
+        "run",
+        "--cache_dir",
+        "cache",
+        "--max_steps",
+        "6",
+    ]
+    done = run_program(command(*flags), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training records dropped: {'jsonl': {'image_damaged': 1}}" in done.stdout
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["dropped"] for m in metrics if "dropped" in m] == [{"jsonl: image_damaged": 1}]
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model"]["vision"]["max_side"] == 256
+    ask = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run/model", "--image", "23.png", "--prompt", "how wide?", "--json"]
+    done = run_program(ask, tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["image_kv"] == "computed", done.stderr
+
+
 def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
-    done = subprocess.run(command("--resume", str(uninterrupted), "--seed", "5"), cwd=tmp_path, capture_output=True, text=True)
+    done = run_program(command("--resume", str(uninterrupted), "--seed", "5"), tmp_path)
     assert done.returncode == 2 and "cannot change seed (was 0, now 5)" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -81,7 +137,11 @@ def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
     ("name", "text", "message"),
     [
         ("checkpoints/step_000014/state.json", "{}", "step_000014 cannot be read"),
-        ("checkpoints/step_000014/state.json", '{"step": 14, "data": {"window": [[99999, 0]], "epoch": 0, "cursor": 0, "part": 0, "dropped": {}}}', "does not fit this data set"),
+        (
+            "checkpoints/step_000014/state.json",
+            '{"step": 14, "data": {"window": [[0, [0, 99999, 0]]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}',
+            "does not fit this data set",
+        ),
         ("metrics.jsonl", "garbage\n", "metrics.jsonl is damaged"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl is damaged"),
         ("config.json", "{", "not valid JSON"),
@@ -91,26 +151,26 @@ def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
 def test_a_damaged_run_is_one_line(uninterrupted, tmp_path, name, text, message):
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / name).write_text(text)
-    done = subprocess.run(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), cwd=tmp_path, capture_output=True, text=True)
+    done = run_program(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_run_past_its_end_says_so(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    done = subprocess.run([*command("--resume", "run"), "--max_steps", "3"], cwd=tmp_path, capture_output=True, text=True)
+    done = run_program([*command("--resume", "run"), "--max_steps", "3"], tmp_path)
     assert done.returncode == 1 and "already past max_steps = 3: it has 14 steps" in done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == 14  # nothing was touched
 
 
 def test_auto_finds_the_newest_run_whatever_its_folder_is_called(tmp_path):
-    first = subprocess.run(command("--output_dir", "runs/short", "--max_steps", "2"), cwd=tmp_path, capture_output=True, text=True)
+    first = run_program(command("--output_dir", "runs/short", "--max_steps", "2"), tmp_path)
     assert first.returncode == 0, first.stderr
-    done = subprocess.run(command("--resume", "auto", "--max_steps", "3"), cwd=tmp_path, capture_output=True, text=True)
+    done = run_program(command("--resume", "auto", "--max_steps", "3"), tmp_path)
     assert done.returncode == 0 and "resumed from runs/short/checkpoints/step_000002 after step 2" in done.stdout, done.stderr
 
 
 def test_a_second_run_does_not_overwrite_the_first(uninterrupted, tmp_path):
-    done = subprocess.run(command("--output_dir", str(uninterrupted)), cwd=tmp_path, capture_output=True, text=True)
+    done = run_program(command("--output_dir", str(uninterrupted)), tmp_path)
     assert done.returncode == 2 and "already holds a run" in done.stderr
 
 
@@ -172,10 +232,7 @@ def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
     folder = tmp_path / "run"
     flags = ["--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache"), "--train.rows", "8"]
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
-
-    done = subprocess.run(command(*flags), cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    done = run_program(command(*flags), tmp_path, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024)))
     assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [p.name for p in tmp_path.rglob(".*")] == [] and checkpoints(folder / "checkpoints") == []
 
@@ -196,7 +253,7 @@ def test_adapters_by_flag_resume_and_end_merged(tmp_path):
     lora = ["--lora.right.r", "2", "--cache_dir", str(tmp_path / "cache")]
     for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
         resume = ["--resume", "auto"] if (name, steps) == ("parts", "4") else []
-        subprocess.run(command("--output_dir", str(tmp_path / name), *lora, *resume, "--max_steps", steps, "--train.final_lr", "1"), check=True, cwd=tmp_path, capture_output=True)
+        run_program(command("--output_dir", str(tmp_path / name), *lora, *resume, "--max_steps", steps, "--train.final_lr", "1"), tmp_path).check_returncode()
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0]) and not any("lora" in n for n in weights[0])
     adapter = load_file(tmp_path / "whole" / "adapters" / "right" / "adapter_model.safetensors")
@@ -232,15 +289,15 @@ def test_validation_records_that_cannot_be_read_are_left_out(model, renderer, tm
         {"images": [str(image_file)], "texts": [{"user": "", "assistant": "x"}, TURNS[0]], "id": "half"},
         {"images": [str(image_file)], "texts": TURNS[:2], "id": "good"},
     ]
-    dataset = SampleDataset(records, renderer, 64, "branch", 64, 128, 256)
-    validation = Validation(dataset, 64, 128, 2, renderer.tokenizer.global_image)
-    assert dataset.counts() == {"image_not_an_image": 1, "empty_text": 1}
-    predictions = validation.predictions(model, dataset, 8)
+    dataset, budget = dataset_of(records, renderer), Budget(64, 128, 5)
+    validation = Validation(dataset, budget, 2, renderer.tokenizer.global_image)
+    assert dataset.dropped == {("test", "image_not_an_image"): 1, ("test", "empty_text"): 1}
+    predictions = validation.predictions(model, 8)
     assert [p["question"] for p in predictions] == [TURNS[0]["user"], TURNS[0]["user"]]
     save_samples(tmp_path / "samples", 1, predictions)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000001.jsonl", "step_000001.png"]
     with pytest.raises(UserError, match="none of the 1 validation records"):
-        Validation(SampleDataset(records[:1], renderer, 64, "branch", 64, 128, 256), 64, 128, 2, renderer.tokenizer.global_image)
+        Validation(dataset_of(records[:1], renderer), budget, 2, renderer.tokenizer.global_image)
 
 
 class TestFeatureCache:

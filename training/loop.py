@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,21 @@ from training.optim import make_optimizers, schedule, set_learning_rates
 Batch = dict[str, Tensor]
 
 
+class Batches(Protocol):
+    """Batches without end, which say where they are."""
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+    def dropped(self) -> Mapping[tuple[str, str], int]: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class Task:
     """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
 
-    batches: Iterator[Batch]
-    data_state: Callable[[], dict[str, Any]]
-    load_data_state: Callable[[dict[str, Any]], None]
+    batches: Batches
     evaluate: Callable[[int], dict[str, float]]  # step → validation metrics; may print and write samples
     before_checkpoint: Callable[[], None]
 
@@ -64,7 +72,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         state = load_checkpoint(checkpoint, model, optimizers)
         done = state["step"]
         try:
-            task.load_data_state(state["data"])
+            task.batches.load_state(state["data"])
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
         log.say(f"resumed from {checkpoint} after step {done}")
@@ -73,9 +81,10 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
 
     def save(step: int) -> None:
         task.before_checkpoint()
-        save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.data_state()}, c.keep_checkpoints)
+        save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state()}, c.keep_checkpoints)
 
     log.start(done, config.max_steps)
+    dropped: dict[str, Any] = {}
     try:
         for step in range(done + 1, config.max_steps + 1):
             started = time.perf_counter()
@@ -85,16 +94,18 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                 raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
             log.step(step, values["loss"], values["tokens_per_s"])
             if step % c.log_every == 0 or step == config.max_steps:
-                log.metrics({"step": step} | values)
+                before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
+                log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
             if step == config.max_steps or (c.eval_every and step % c.eval_every == 0):
                 evaluate(model, task, step, log)
             if step == config.max_steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
                 save(step)
     finally:
         log.stop()
+        task.batches.close()
 
 
-def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimizer], batches: Iterator[Batch], step: int, device: torch.device) -> dict[str, Any]:
+def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimizer], batches: Any, step: int, device: torch.device) -> dict[str, Any]:
     """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens."""
     c = config.train
     micro = [next(batches) for _ in range(c.accumulation)]

@@ -17,6 +17,7 @@ CHANGEABLE = (
     "output_dir",
     "resume",
     "cache_dir",
+    "data.workers",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",

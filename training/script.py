@@ -14,7 +14,9 @@ from configs.errors import UsageError
 from configs.files import replacing_folder
 from configs.schema import Config, Vocabulary
 from data.build import Data, build_data
-from data.sources import source_names
+from data.datasets import by_source
+from data.loader import dead_workers_told
+from data.sources import parse_sources
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
@@ -33,7 +35,7 @@ from training.run import open_run
 def complete(config: Config, flags: dict[str, Any]) -> Config:
     """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
     model = config.model
-    source_names(config.data.sources)
+    parse_sources(config.data.sources)
     if config.init_left_from:
         if model.left_context == "none":
             raise UsageError("--init_left_from: a vanilla model has no left tower")
@@ -123,11 +125,13 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
         load_weights(model, checkpoint / "model.safetensors")  # now, for the feature cache goes by the encoder's weights
     cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30))
     encoder.cache = cache
-    validation = Validation(data.validation, config.data.left_length, config.data.right_length, config.train.rows, data.padding_id)
+    validation = Validation(data.validation, data.budget, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
-    log.say(f"run {folder}: {len(data.training)} training and {len(data.validation)} validation images of {config.data.sources}; parameters: {sizes}")
-    if data.validation.counts():
-        log.say(f"validation records dropped, by reason: {data.validation.counts()}")
+    log.say(
+        f"run {folder}: {sum(map(len, data.training.sources))} training and {sum(map(len, data.validation.sources))} validation records of {config.data.sources}; parameters: {sizes}"
+    )
+    if data.validation.dropped:
+        log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
 
     return model, data, validation, cache, log
 
@@ -138,7 +142,7 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
     def evaluate(step: int) -> dict[str, float]:
         with autocast(config.train, pick_device(config.train)):
             scores = validation.score(model)
-        predictions = validation.predictions(model, data.validation, 8)
+        predictions = validation.predictions(model, 8)
         save_samples(folder / "samples", step, predictions)
         shown[:] = predictions
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
@@ -147,10 +151,11 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
             log.say(f"    {p['question']}  →  {p['prediction']}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
         return scores
 
-    task = Task(data.batches, data.state, data.load_state, evaluate, cache.save)
-    train(config, model, task, folder, log, checkpoint)
+    task = Task(data.batches, evaluate, cache.save)
+    with dead_workers_told():
+        train(config, model, task, folder, log, checkpoint)
     if not shown:  # a run that was already at its end
-        shown = validation.predictions(model.eval(), data.validation, 8)
+        shown = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, shown)
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
@@ -158,8 +163,8 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
     with replacing_folder(folder / "model") as beside:
         model.save_pretrained(beside)
         data.tokenizer.save(beside)
-    if data.dropped():
-        log.say(f"training records dropped, by reason: {data.dropped()}")
+    if dropped := data.batches.dropped():
+        log.say(f"training records dropped: {by_source(dropped)}")
     here = Path.cwd()
     python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(shown[0]["image"])))
     with_image = f" --image {shlex.quote(str(image))}" if shown[0]["image"] else ""

@@ -1,0 +1,302 @@
+"""The data engine: how full rows are, what packing costs, how fast pictures become batches, how soon a stream starts.
+
+  python -m benchmarks.data --json benchmarks/results/data.json
+
+fill        rows of 4,096 tokens packed from lengths like The Cauldron's; fractions of both budgets together
+throughput  JPEGs of 640 × 480 to packed batches of 512-pixel tiles, beside a plain loop of Pillow and tokenizer with as many processes
+memory      resident memory of the loader, its workers included, over 50,000 samples
+streaming   from a local set of 100,000 rows, nothing read before, to the first batch
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import run_script
+from configs.schema import DataConfig, VisionConfig
+from data.collators import collate
+from data.datasets import Sample, SampleDataset, SampleStream, decode
+from data.images import open_image
+from data.loader import Loader
+from data.mixture import Listed, Mixture, Source
+from data.packing import Budget, RowStream, Window
+from data.render import Document, Renderer
+from data.sources import open_sources
+from data.tables import TableRecords
+from data.tokens import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 65  # a tile's marker and 64 image tokens
+VISION = VisionConfig(image_size=512, grid=32)
+WORDS = "the a of and in on with red blue chart table person street value year what which how many is are left right top number shown".split()  # noqa: SIM905
+
+
+def cauldron_like(count: int, seed: int) -> list[Sample]:
+    """Samples of The Cauldron's lengths: text lognormal(4.9, 0.9) clipped to 16…3000, 1 to 17 tiles. Lists of the right length, nothing in them."""
+    rng = np.random.default_rng(seed)
+    text = np.clip(rng.lognormal(4.9, 0.9, count), 16, 3000).astype(int)
+    tiles = rng.choice([1, 2, 3, 5, 7, 9, 13, 17], count, p=[0.3, 0.05, 0.1, 0.2, 0.1, 0.15, 0.05, 0.05])
+    lists = {n: [0] * n for n in {*text.tolist(), *(BLOCK * tiles).tolist()}}
+    return [
+        Sample((0, i, 0), torch.empty(n, 0), [Document(lists[n * BLOCK], lists[n * BLOCK], lists[n * BLOCK], lists[t], lists[t], lists[t])])
+        for i, (n, t) in enumerate(zip(tiles.tolist(), text.tolist(), strict=True))
+    ]
+
+
+def fill(samples: int, window: int, repeats: int) -> dict[str, Any]:
+    """Rows of 4,096 packed through a window that is kept full. Where the samples end the window's rest is not packed."""
+    out: dict[str, Any] = {}
+    for name, budget in (("two budgets", Budget(40 * BLOCK, 4096 - 40 * BLOCK, BLOCK)), ("vanilla", Budget(0, 4096))):
+        fills, costs, dropped = [], [], []
+        for seed in range(repeats):
+            made = cauldron_like(samples, seed)
+            if name == "vanilla":  # all tokens in one stream
+                made = [Sample(s.key, s.tiles, [Document([], [], [], [0] * (s.left_length + s.right_length), [], [])]) for s in made]
+            usable = [s for s in made if s.right_length <= budget.right]
+            dropped.append(1 - len(usable) / len(made))
+            waiting, rows, packed, used = Window(budget), 0, 0, 0
+            started = time.perf_counter()
+            for sample in usable:
+                waiting.add(sample)
+                if len(waiting) == window:
+                    row = waiting.take_row()
+                    rows, packed = rows + 1, packed + len(row)
+                    used += sum(s.left_length + s.right_length for s in row)
+            costs.append((time.perf_counter() - started) / packed * 1e6)
+            fills.append(used / (rows * (budget.left + budget.right)))
+        out[name] = {
+            "fill": statistics.median(fills),
+            "fill_least": min(fills),
+            "us_per_sample": statistics.median(costs),
+            "us_most": max(costs),
+            "too_long": statistics.median(dropped),
+        }
+    return out
+
+
+def jpegs(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Records with pictures of 640 × 480, quality 90, soft shapes and some noise: about 100 kB each; questions of some 190 tokens."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(count):
+        soft = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        pixels = np.asarray(soft).astype(np.float32) + rng.normal(0, 6, (480, 640, 3))
+        path = folder / f"{i}.jpg"
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        words = rng.choice(WORDS, int(rng.lognormal(4.9, 0.5)))
+        records.append({"images": [str(path)], "texts": [{"user": " ".join(words[: len(words) // 2]), "assistant": " ".join(words[len(words) // 2 :]) or "yes"}], "id": str(i)})
+    return records
+
+
+def plain_share(records: list[dict[str, Any]], tokenizer_folder: Path) -> float:
+    """The yardstick: Pillow's decoder and bicubic resize, the tokenizer. → seconds."""
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    started = time.perf_counter()
+    for record in records:
+        image = Image.open(record["images"][0]).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
+        np.asarray(image)
+        for turn in record["texts"]:
+            tokenizer.encode(turn["user"]), tokenizer.encode(turn["assistant"])
+    return time.perf_counter() - started
+
+
+def loader_of(records: list[dict[str, Any]], tokenizer: Tokenizer, workers: int) -> Loader:
+    config = DataConfig(left_length=4 * BLOCK, right_length=1024, window=64)
+    dataset = SampleDataset([Source("jpegs", Listed(records), 0, len(records))], Renderer(tokenizer, BLOCK - 1), VISION, config, 8192, keep=False)
+    rows = RowStream(SampleStream(dataset, Mixture(dataset.sources, 0)), Budget(config.left_length, config.right_length, BLOCK), config.window)
+    return Loader(rows, 4, tokenizer.global_image, workers)
+
+
+def samples_per_s(loader: Loader, seconds: float) -> float:
+    for _ in islice(loader, 4):  # the workers have started
+        pass
+    started, samples = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        samples += len(next(loader)["tiles"])  # one tile a sample
+    rate = samples / (time.perf_counter() - started)
+    loader.close()
+    return rate
+
+
+def throughput(folder: Path, workers: int, seconds: float, repeats: int) -> dict[str, Any]:
+    records = jpegs(folder, 400)
+    tokenizer = Tokenizer.train((t["user"] for r in records for t in r["texts"]), 512)
+    tokenizer.save(folder)
+    plain, ours = [], []
+    for _ in range(repeats):  # side by side
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            shares = pool.map(partial(plain_share, tokenizer_folder=folder), [records] * workers)
+        plain.append(sum(len(records) / s for s in shares))
+        ours.append(samples_per_s(loader_of(records, tokenizer, workers), seconds))
+    return {
+        "workers": workers,
+        "plain_samples_per_s_per_worker": statistics.median(plain) / workers,
+        "samples_per_s_per_worker": statistics.median(ours) / workers,
+        "ratio": statistics.median(o / p for o, p in zip(ours, plain, strict=True)),
+        "ratio_least": min(o / p for o, p in zip(ours, plain, strict=True)),
+        "ms_per_sample": split_of_time(records, tokenizer),
+    }
+
+
+def split_of_time(records: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, float]:
+    """Milliseconds a sample in one process, by stage."""
+    torch.set_num_threads(1)
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = function()
+        spent[name] = spent.get(name, 0.0) + (time.perf_counter() - started) * 1e3 / len(records)
+        return result
+
+    loader = loader_of(records, tokenizer, 0)
+    dataset, window = loader.dataset, Window(loader.rows.budget)
+    samples = [timed("tokenise", partial(dataset.samples, 0, i, True))[0] for i in range(len(records))]
+    for record in records:
+        timed("decode", partial(open_image, record["images"][0]))
+    whole = [timed("resize", partial(decode, s, VISION)) for s in samples]
+    spent["resize"] -= spent["decode"]  # decode() opens the image too
+    for sample in whole:
+        window.add(sample)
+    rows = [timed("pack", window.take_row) for _ in range(len(records) // 5)]
+    timed("collate", lambda: [collate(rows[i : i + 4], tokenizer.global_image) for i in range(0, len(rows), 4)])
+    torch.set_num_threads(os.cpu_count() or 1)
+    return spent
+
+
+def resident_mb() -> float:
+    """Memory of this process and its children that nobody else shares, in MiB."""
+    total = 0
+    for pid in ("self", *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def memory(folder: Path, workers: int, samples: int) -> dict[str, Any]:
+    """Small pictures, each sample new to the loader: the shape of the curve is what counts."""
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(200):
+        files.append(str(folder / f"small{i}.jpg"))
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(files[-1])
+    records = [{"images": [files[i % 200]], "texts": [{"user": f"what is {i}?", "assistant": f"number {i}"}], "id": str(i)} for i in range(samples)]
+    tokenizer = Tokenizer.train(("what is number 0123456789?",), 300)
+    loader = loader_of(records, tokenizer, workers)
+    loader.dataset.vision = VisionConfig(image_size=64, grid=4)
+    curve, seen, due = [], 0, samples // 10
+    while seen < samples:
+        seen += len(next(loader)["tiles"])
+        if seen >= due:
+            curve.append(round(resident_mb(), 1))
+            due += samples // 10
+    loader.close()
+    return {"samples": samples, "mb_after_each_tenth": curve, "growth": curve[-1] / curve[0] - 1, "growth_second_half": curve[-1] / curve[4] - 1}
+
+
+def streaming(folder: Path, rows: int) -> dict[str, Any]:
+    """Seconds from nothing read to the first batch, and bytes read, of a set in Parquet files of 10,000 rows each, 100 a row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)).save(file, "JPEG", quality=90)
+    image, total = file.getvalue(), 0
+    (folder / "set").mkdir()
+    for shard in range(rows // 10_000):
+        numbers = range(shard * 10_000, (shard + 1) * 10_000)
+        table = pyarrow.table(
+            {"images": [[{"bytes": image + i.to_bytes(4, "big"), "path": None}] for i in numbers], "texts": [[{"user": f"which of {i}?", "assistant": f"{i}"}] for i in numbers]}
+        )
+        path = folder / "set" / f"train-{shard:05d}.parquet"
+        pyarrow.parquet.write_table(table, path, row_group_size=100)
+        total += path.stat().st_size
+    read: list[int] = []
+    original = TableRecords._read
+
+    def counted(records: TableRecords, block: Any) -> Any:
+        read.append(block.bytes)
+        return original(records, block)
+
+    TableRecords._read = counted  # type: ignore[method-assign]
+    started = time.perf_counter()
+    config = DataConfig(sources=f"tables/set={folder}", left_length=4 * BLOCK, right_length=1024, window=256)
+    sources, _ = open_sources(config)
+    opened = time.perf_counter() - started
+    dataset = SampleDataset(sources, Renderer(Tokenizer.train(("which of 0123456789?",), 300), BLOCK - 1), VISION, config, 8192, keep=False)
+    stream = RowStream(SampleStream(dataset, Mixture(sources, 0)), Budget(config.left_length, config.right_length, BLOCK), config.window)
+    next(Loader(stream, 4, dataset.renderer.tokenizer.global_image, 0))
+    first = time.perf_counter() - started
+    TableRecords._read = original  # type: ignore[method-assign]
+    return {"rows": rows, "mb_on_disk": total / 2**20, "seconds_to_open": opened, "seconds_to_first_batch": first, "mb_read": sum(read) / 2**20}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=100_000, help="of the fill rate, in each repetition")
+    parser.add_argument("--window", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of throughput")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=100_000, help="of the streamed set")
+    parser.add_argument("--memory_samples", type=int, default=50_000)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args(argv)
+    results: dict[str, Any] = {"packing": fill(args.samples, args.window, args.repeats)}
+    with tempfile.TemporaryDirectory() as work:
+        results["throughput"] = throughput(Path(work), args.workers, args.seconds, args.repeats)
+        results["memory"] = memory(Path(work), args.workers, args.memory_samples)
+        results["streaming"] = streaming(Path(work), args.rows)
+    show(results)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        head = {"date": str(date.today()), "torch": torch.__version__, "cores": os.cpu_count(), "commit": commit, "window": args.window}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(head | results, indent=2) + "\n")
+
+
+def show(results: dict[str, Any]) -> None:
+    title = f"data engine, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
+    table = Table("what", "figure", title=title)
+    for name, r in results["packing"].items():
+        table.add_row(
+            f"fill, {name}", f"{r['fill']:.2%} (least {r['fill_least']:.2%}); {r['us_per_sample']:.1f} µs a sample (most {r['us_most']:.1f}); {r['too_long']:.2%} too long"
+        )
+    t = results["throughput"]
+    table.add_row(f"loader, {t['workers']} workers", f"{t['samples_per_s_per_worker']:.0f} samples/s a worker")
+    table.add_row(
+        f"plain loop, {t['workers']} processes", f"{t['plain_samples_per_s_per_worker']:.0f} samples/s a process; loader ÷ loop {t['ratio']:.2f} (least {t['ratio_least']:.2f})"
+    )
+    table.add_row("ms a sample, one process", ", ".join(f"{stage} {ms:.2f}" for stage, ms in t["ms_per_sample"].items()))
+    m = results["memory"]
+    table.add_row(
+        f"memory over {m['samples']:,} samples",
+        f"{m['mb_after_each_tenth'][0]:.0f} MB after a tenth, {m['mb_after_each_tenth'][-1]:.0f} MB at the end ({m['growth_second_half']:+.1%} in the second half)",
+    )
+    s = results["streaming"]
+    table.add_row(f"stream of {s['rows']:,} rows, {s['mb_on_disk']:.0f} MB", f"{s['seconds_to_first_batch']:.1f} s to the first batch; {s['mb_read']:.0f} MB read")
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    run_script(main)
