@@ -35,7 +35,7 @@ from configs.errors import run_script
 from configs.schema import DataConfig, VisionConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, SampleStream, decode
-from data.images import open_image
+from data.images import open_pixels
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, Window
@@ -173,7 +173,7 @@ def split_of_time(records: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[s
     dataset, window = loader.dataset, Window(loader.rows.budget)
     samples = [timed("tokenise", partial(dataset.samples, 0, i, True))[0] for i in range(len(records))]
     for record in records:
-        timed("decode", partial(open_image, record["images"][0]))
+        timed("decode", partial(open_pixels, record["images"][0]))
     whole = [timed("resize", partial(decode, s, VISION)) for s in samples]
     spent["resize"] -= spent["decode"]  # decode() opens the image too
     for sample in whole:

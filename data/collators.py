@@ -1,5 +1,8 @@
 """Rows → a batch whose keys are the arguments of the model's forward; prompts → the arguments of generate."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,8 +12,11 @@ from data.render import IGNORE, Document
 Batch = dict[str, Tensor]
 
 
-def collate(rows: list[Row], padding_id: int) -> Batch:
-    """Packed rows of decoded samples → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row."""
+def collate(rows: list[Row], padding_id: int, stack: Callable[[list[Tensor]], Tensor] = torch.stack) -> Batch:
+    """Packed rows of decoded samples → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row.
+
+    `stack` makes (N, 3, h, w) of N tiles.
+    """
     left = {"left_ids": [], "left_positions": [], "left_groups": [], "left_images": []}
     right = {"right_ids": [], "right_positions": [], "right_documents": [], "right_groups": [], "labels": []}
     for row in rows:
@@ -35,13 +41,17 @@ def collate(rows: list[Row], padding_id: int) -> Batch:
                 documents += 1
     padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
-    return {"tiles": torch.cat([sample.tiles for row in rows for sample in row])} | batch
+    samples = [sample for row in rows for sample in row]
+    tiles = [tile for sample in samples for tile in sample.tiles]  # each (3, h, w)
+    return {"tiles": stack(tiles) if tiles else samples[0].tiles} | batch
 
 
 def _pad(lists: list[list[int]], value: int) -> Tensor:
     """Ragged lists → (B, longest) int64."""
-    width = max(map(len, lists))
-    return torch.tensor([x + [value] * (width - len(x)) for x in lists], dtype=torch.int64)
+    out = np.full((len(lists), max(map(len, lists))), value, np.int64)
+    for row, numbers in zip(out, lists, strict=True):
+        row[: len(numbers)] = numbers
+    return torch.from_numpy(out)
 
 
 def collate_prompts(prompts: list[Document]) -> Batch:

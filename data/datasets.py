@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import DataConfig, VisionConfig
 from data.filters import DuplicateImages, turn_problem
-from data.images import Grid, ImageError, grid_of, image_size, open_image, tile_count, to_tiles
+from data.images import Grid, ImageError, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.render import Document, Renderer, turns_of
 from data.tables import UnreadableBlock
@@ -55,11 +55,12 @@ def decode(sample: Sample, config: VisionConfig) -> Sample:
         return sample
     tiles = []
     for image, grid in zip(sample.images, sample.grids, strict=True):
-        made = to_tiles(open_image(image), config)
+        made = to_tiles(open_pixels(image), config)
         if made.grid != grid:  # a header that promises another size
             raise ImageError("damaged", f"an image of {sample.source} is not of the size that its header says")
         tiles.append(made.pixels)
-    return replace(sample, tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8), images=[])
+    none = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    return replace(sample, tiles=tiles[0] if len(tiles) == 1 else torch.cat([none, *tiles]), images=[])
 
 
 class SampleDataset:

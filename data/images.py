@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from configs.errors import UserError
 from configs.schema import VisionConfig
@@ -19,7 +20,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
 SVG_WIDTH = 256
 EXIF_ORIENTATION = 0x0112
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
+JPEG = b"\xff\xd8\xff"
+SIGNATURES = (JPEG, b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
 
 
 class Tiles(NamedTuple):
@@ -77,10 +79,12 @@ def _name(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else "image"
 
 
-def _head(path: Path) -> bytes:
-    """A file's first bytes; none where it cannot be read."""
+def _head(source: str | Path | bytes) -> bytes:
+    """The first bytes; none where a file cannot be read."""
+    if isinstance(source, bytes):
+        return source[:16]
     try:
-        with path.open("rb") as file:
+        with Path(source).open("rb") as file:
             return file.read(16)
     except OSError:
         return b""
@@ -101,7 +105,8 @@ def _draw(svg: bytes) -> bytes:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:  # asked first, for exif_transpose copies every image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
         if image.mode == "F":
@@ -112,26 +117,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(source: str | Path | bytes | Image.Image | None) -> tuple[int, int]:
     """Width and height of an image, upright, from its header alone where it has one. Errors: `ImageError`."""
-    if isinstance(source, str | Path | bytes):
-        head = source if isinstance(source, bytes) else _head(Path(source))
-        if head.startswith(SIGNATURES):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-                with image:
-                    width, height = image.size
-                    has_exif = "exif" in image.info or image.format != "PNG"  # asked for a PNG's, Pillow would decode all of it
-                    turned = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-                _check_size(width, height, _name(source))
-                return (height, width) if turned else (width, height)
-            except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
-                pass  # open_image says what is wrong
+    if isinstance(source, str | Path | bytes) and _head(source).startswith(SIGNATURES):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            with image:
+                width, height = image.size
+                has_exif = "exif" in image.info or image.format != "PNG"  # asked for a PNG's, Pillow would decode all of it
+                turned = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            _check_size(width, height, _name(source))
+            return (height, width) if turned else (width, height)
+        except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
+            pass  # open_image says what is wrong
     return open_image(source).size
 
 
@@ -158,10 +161,27 @@ def tile_count(grid: Grid) -> int:
     return 1 + (grid[0] * grid[1] if grid != (1, 1) else 0)
 
 
-def to_tiles(image: Image.Image, config: VisionConfig) -> Tiles:
-    """RGB image → the whole picture squeezed into a square and, where `grid_of` cuts it, its parts."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory: the fast path of resizing
-    side, (rows, columns) = config.image_size, grid_of(*image.size, config)
+def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
+    """What `open_image` gives, as (3, H, W) uint8; JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
+    if isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
+        image_size(source)  # raises for bombs
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass  # open_image says what is wrong
+    return pixels_of(open_image(source))
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """RGB image → (3, H, W) uint8, channels last in memory: the fast path of resizing."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_tiles(pixels: Tensor, config: VisionConfig) -> Tiles:
+    """(3, H, W) uint8 → the whole picture squeezed into a square and, where `grid_of` cuts it, its parts."""
+    pixels = pixels[None]  # (1, 3, H, W)
+    side, (rows, columns) = config.image_size, grid_of(pixels.shape[3], pixels.shape[2], config)
     square = _resize(pixels, side, side)
     if (rows, columns) == (1, 1):
         return Tiles((1, 1), square)

@@ -15,7 +15,7 @@ from configs.errors import UsageError, UserError
 from configs.hub import is_hub_id
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
-from data.images import Tiles, open_image, to_tiles
+from data.images import Tiles, open_pixels, to_tiles
 from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
@@ -61,7 +61,7 @@ class Answerer:
 
     def tiles(self, image: Any) -> Tiles:
         """Path, bytes or Pillow image → its tiles (n, 3, h, w) uint8 and their grid. Errors: `ImageError`."""
-        return to_tiles(open_image(image), self.model.config.vision)
+        return to_tiles(open_pixels(image), self.model.config.vision)
 
     def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
         """Blocks of the left stream → their image KVs, and which of them had to be computed."""

@@ -130,6 +130,12 @@ class TestLoader:
             assert torch.equal(torch.get_rng_state(), after) and loader.dropped() == plain.dropped() == {("test", "image_missing"): 1}
             assert json.dumps(loader.state()) == json.dumps(plain.state())
 
+    def test_batches_that_are_kept_do_not_change(self, records, renderer):
+        """Workers use their shared memory again; what was given out stays as it was."""
+        plain = [batch["tiles"] for batch in islice(loader_of(records, renderer), 40)]
+        kept = [batch["tiles"] for batch in islice(loader_of(records, renderer, workers=1), 40)]
+        assert all(map(torch.equal, plain, kept)) and len({t.data_ptr() for t in kept}) == 40
+
     @pytest.mark.parametrize("workers", [1, 2, 3])
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_an_epoch_of_batches_holds_every_sample_once(self, records, renderer, workers, ranks, monkeypatch):

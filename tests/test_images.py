@@ -1,5 +1,6 @@
 """Whatever a file holds: pixels, or one error that says what is wrong."""
 
+import io
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs.schema import VisionConfig
-from data.images import ImageError, grid_of, image_size, open_image, tile_count, to_tiles
+from data.images import ImageError, grid_of, image_size, open_image, open_pixels, pixels_of, tile_count, to_tiles
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
@@ -119,7 +120,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_tiles_are_pixels_in_order():
-    tiles = to_tiles(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32)), VisionConfig(image_size=32)).pixels
+    tiles = to_tiles(pixels_of(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32))), VisionConfig(image_size=32)).pixels
     assert tiles.shape == (1, 3, 32, 32) and str(tiles.dtype) == "torch.uint8"
     assert (tiles[0, 0].int() + tiles[0, 1].int() - 255).abs().max() <= 2
 
@@ -146,7 +147,7 @@ def test_grids(size, max_side, enlarge, grid):
 
 def test_tiles_are_pillows_resized_image_cut_up():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8)).resize((450, 300), Image.Resampling.BICUBIC)
-    tiles = to_tiles(image, VisionConfig(image_size=128, max_side=512))
+    tiles = to_tiles(pixels_of(image), VisionConfig(image_size=128, max_side=512))
     assert tiles.grid == (3, 4) and tiles.pixels.shape == (13, 3, 128, 128)
     whole, square = (np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(int) for size in ((512, 384), (128, 128)))
     pixels = tiles.pixels.permute(0, 2, 3, 1).numpy().astype(int)
@@ -180,3 +181,29 @@ def test_a_header_that_cannot_be_read(tmp_path, content, reason):
         assert caught.value.reason == reason
     with pytest.raises(ImageError, match="does not exist"):
         image_size(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 40}, {"orientation": 6}, {"orientation": 2}])
+def test_jpegs_are_read_as_pillow_reads_them(tmp_path, mode, options):
+    """Bit for bit: every colour mode, sampling and orientation."""
+    orientation = options.get("orientation")
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 1
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (41, 67, 3), dtype=np.uint8)).convert(mode)
+    noise.save(tmp_path / "x.jpg", exif=exif, **{k: v for k, v in options.items() if k != "orientation"})
+    expected = np.asarray(open_image(tmp_path / "x.jpg"))
+    assert expected.shape == ((67, 41, 3) if orientation == 6 else (41, 67, 3))
+    for source in (tmp_path / "x.jpg", (tmp_path / "x.jpg").read_bytes()):
+        assert np.array_equal(open_pixels(source).permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(open_pixels(Image.open(tmp_path / "x.jpg")).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("keep", [3, 20, 0.1, 0.5, 0.999])
+def test_a_jpeg_cut_short_is_damaged(keep):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+    data = file.getvalue()
+    with pytest.raises(ImageError) as caught:
+        open_pixels(data[: int(keep if keep > 1 else len(data) * keep)])
+    assert caught.value.reason == "damaged"
