@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig
-from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, init_weights
+from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
 
 
 class Output(NamedTuple):
@@ -37,12 +37,13 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        if not config.tied_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
-        init_weights(self, config.layers)
+        with building(config):
+            self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            if not config.tied_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        init_weights(self, config)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
@@ -99,8 +100,9 @@ class KeyValueDecoder(nn.Module):
         super().__init__()
         self.config = config
         last = config.layers - 1
-        self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config, last)])
-        init_weights(self, config.layers)
+        with building(config):
+            self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config, last)])
+        init_weights(self, config)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""

@@ -128,11 +128,19 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def init_weights(module: nn.Module, layers: int) -> None:
-    """Normal(0, 0.02); projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2)."""
+def building(config: DecoderConfig) -> torch.device:
+    """Where a decoder is built: with weights that come from a file, on no device at all, for random ones would first take seconds."""
+    return torch.device("meta") if config.weights != "random" else torch.get_default_device()
+
+
+def init_weights(module: nn.Module, config: DecoderConfig) -> None:
+    """Normal(0, 0.02); projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2). Nothing, where weights come from a file."""
+    if config.weights != "random":
+        module.to_empty(device=torch.get_default_device())
+        return
     for name, weight in module.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(weight)
         elif weight.dim() >= 2:
-            std = 0.02 / (2 * layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = 0.02 / (2 * config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             nn.init.normal_(weight, std=std)

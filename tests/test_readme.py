@@ -20,7 +20,7 @@ def commands() -> list[str]:
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", README, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in lines]
-    return [line for line in lines if re.match(r"(\w+=\S+ )*(bash \w+\.sh|\.venv/bin/python \w+\.py)", line)]
+    return [line for line in lines if re.match(r"(\w+=\S+ )*(bash \w+\.sh|\.venv/bin/python (\w+\.py|-m))", line)]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,10 @@ def test_a_command_of_the_readme(command, place):
     elif words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
         words = ["evaluation.py", "--model", model, "--tasks", values.get("TASKS", "easy_vqa"), "--batch_size", values.get("BATCH_SIZE", "32"), *words[2:], "--limit", "40"]
+    elif words[1] == "-m":
+        words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
     else:
-        words = words[1:]
+        words = words[1:] + SHORT * (words[1].startswith("train_") and "--help" not in words)
     done = run_program([ROOT / words[0], *words[1:]], place)
     assert done.returncode == 0, done.stderr
 
