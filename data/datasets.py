@@ -83,7 +83,7 @@ class SampleDataset:
     def samples(self, source: int, index: int, first: bool) -> list[Sample]:
         """`first`: what is dropped is counted."""
         if (found := self.kept.get((source, index))) is not None:
-            return found
+            return [s if s.first == first else replace(s, first=first) for s in found]
         counts: Counter[str] = Counter()
         try:
             samples = self._plan(source, index, first, counts)
@@ -109,13 +109,8 @@ class SampleDataset:
         made = decode(sample, self.vision)
         place, samples = sample.key[:2], self.kept.get(sample.key[:2])
         if samples is not None and made is not sample:
-            self.keep(place, [made if s is sample else s for s in samples])
+            self.keep(place, [made if s.key == sample.key else s for s in samples])
         return made
-
-    def was_counted(self, sample: Sample) -> None:
-        """A kept sample whose images turned out damaged is not counted again."""
-        if (samples := self.kept.get(sample.key[:2])) is not None:
-            self.kept[sample.key[:2]] = [replace(s, first=False) for s in samples]
 
     def _plan(self, source: int, index: int, first: bool, counts: Counter[str]) -> list[Sample]:
         record, filters = self.record(source, index), self.config.filters
@@ -222,9 +217,9 @@ class SampleStream:
                 raise UserError(f"none of the {len(which)} training records can be used: {by_source(self.dataset.dropped)}")
             self.epoch, self.cursor = self.epoch + 1, 0
 
-    def sample(self, key: Key) -> Sample:
-        """The sample of that key, planned again. It is not counted again."""
-        return self.dataset.samples(key[0], key[1], False)[key[2]]
+    def sample(self, key: Key, first: bool) -> Sample:
+        """The sample of that key, planned again; what was dropped with it is not counted again."""
+        return replace(self.dataset.samples(key[0], key[1], False)[key[2]], first=first)
 
     def state(self) -> dict[str, Any]:
         """The images that were seen are given as their number only: they are many."""

@@ -80,7 +80,6 @@ class Loader:
             sample = plan[row][place]
             if sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
                 self.damaged[sample.source, f"image_{reason}"] += 1
-                self.dataset.was_counted(sample)
         if batch is not None:
             self.last_epoch = self.behind["epoch"]
         elif self.behind["epoch"] > self.last_epoch + 1:

@@ -180,12 +180,12 @@ class RowStream:
 
     def state(self) -> dict[str, Any]:
         """Where the next row starts from; plain JSON once `window` is listed."""
-        return self.stream.state() | {"window": [(number, sample.key) for number, (sample, _, _) in self.window.waiting.items()], "number": self.window.number}
+        return self.stream.state() | {"window": [(number, sample.key, sample.first) for number, (sample, _, _) in self.window.waiting.items()], "number": self.window.number}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.stream.load_state(state)
         self.pending = iter(self.stream)
         self.window = Window(self.budget)
         self.window.number = state["number"]
-        for number, key in state["window"]:
-            self.window.add(self.stream.sample(tuple(key)), number)
+        for number, key, first in state["window"]:
+            self.window.add(self.stream.sample(tuple(key), first), number)

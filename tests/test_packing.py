@@ -59,7 +59,7 @@ class Endless:
     def load_state(self, state):
         self.at = state["at"]
 
-    def sample(self, key):
+    def sample(self, key, first):
         return next(s for s in self.samples if s.key == key)
 
 

@@ -139,7 +139,7 @@ def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
         ("checkpoints/step_000014/state.json", "{}", "step_000014 cannot be read"),
         (
             "checkpoints/step_000014/state.json",
-            '{"step": 14, "data": {"window": [[0, [0, 99999, 0]]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}',
+            '{"step": 14, "data": {"window": [[0, [0, 99999, 0], true]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}',
             "does not fit this data set",
         ),
         ("metrics.jsonl", "garbage\n", "metrics.jsonl is damaged"),
