@@ -10,10 +10,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from configs.errors import UserError
 from configs.schema import VisionConfig
+
+try:  # deprecated since torchvision 0.29: where it is gone, Pillow gives the same pixels, some tenths of a millisecond later
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 Grid = tuple[int, int]  # rows and columns of tiles that an image is cut into; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
@@ -163,7 +167,7 @@ def tile_count(grid: Grid) -> int:
 
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
     """What `open_image` gives, as (3, H, W) uint8; JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
-    if isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
+    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
         image_size(source)  # raises for bombs
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         try:

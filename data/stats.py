@@ -186,7 +186,7 @@ def show(stats: Stats, config: Config, console: Console) -> None:
         console.print(table)
 
     table = _table("budgets", "left", "right", "left fill", "right fill", "both", "samples", "tiles", title="packed rows")
-    for name, fill in (("configured", stats.fill), ("proportional", stats.suggested)):
+    for name, fill in (("configured", stats.fill), ("suggested", stats.suggested)):
         if fill is not None:
             b, rows = fill.budget, len(fill.right)
             fills = [f"{sum(fill.left) / rows:.1%}" if b.left else "–", f"{sum(fill.right) / rows:.1%}", f"{fill.both:.1%}"]
