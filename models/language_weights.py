@@ -185,7 +185,12 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where:
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
     check_tensors(model, tensors, where)
-    model.load_state_dict(tensors)
+    _fill(model, tensors)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Tensors of a file become the parameters, as fp32: its pages are read when they are used, and copied when they are changed."""
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
 
 
 def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
@@ -206,5 +211,5 @@ def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], where: str
     """Fill a `KeyValueDecoder` from a language model's tensors; → the names that the left tower has no use for."""
     own = decoder.state_dict()
     check_tensors(decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where)
-    decoder.load_state_dict({name: tensors[name] for name in own})
+    _fill(decoder, {name: tensors[name] for name in own})
     return sorted(tensors.keys() - own.keys())
