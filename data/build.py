@@ -12,6 +12,7 @@ from data.mixture import Mixture, Source
 from data.packing import Budget, RowStream
 from data.render import Renderer
 from data.sources import open_sources
+from data.tables import UnreadableBlock
 from data.tokens import Tokenizer
 
 TOKENIZER_RECORDS = 20_000  # that a vocabulary is trained on
@@ -49,21 +50,19 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
     train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
     unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
     validation_set = SampleDataset(validation, renderer, config.model.vision, unfiltered, positions)
-    budget = budget_of(config)
+    left = 0 if config.model.left_context == "none" else d.left_length
+    budget = Budget(left, d.right_length, renderer.left_unit, d.max_tiles)
     rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, rank, ranks)), budget, d.window)
     return Data(tokenizer, train_set, validation_set, budget, Loader(rows, config.train.rows, tokenizer.global_image, d.workers))
-
-
-def budget_of(config: Config) -> Budget:
-    """What a row may hold. Where only image blocks go left, left lengths are multiples of a tile's tokens."""
-    units = {"image": 1 + config.model.tokens_per_tile, "prefix": 16, "none": 1}
-    left = 0 if config.model.left_context == "none" else config.data.left_length
-    return Budget(left, config.data.right_length, units[config.model.left_context], config.data.max_tiles)
 
 
 def training_text(sources: list[Source]) -> Iterator[str]:
     """What the tokenizer learns from: turns, with the role names that the chat template writes before them."""
     for source in sources:
         for index in islice(range(source.start, source.stop), TOKENIZER_RECORDS // len(sources)):
-            for turn in source.records[index]["texts"]:
+            try:
+                texts = source.records[index]["texts"]
+            except UnreadableBlock:
+                continue  # counted when its turn comes
+            for turn in texts:
                 yield from ("user\n", str(turn.get("user", "")), "assistant\n", str(turn.get("assistant", "")))

@@ -128,7 +128,7 @@ class SampleDataset:
         try:
             if record["images"] is None:
                 raise ImageError("missing", f"{record['id']} has no list of images")
-            if (score := record.get("clip_score")) is not None and score < filters.min_clip_score:
+            if filters.min_clip_score and isinstance(score := record.get("clip_score"), int | float) and score < filters.min_clip_score:
                 counts["clip_score"] += 1
                 return []
             grids = [self._grid(image) for image in record["images"]]
@@ -166,7 +166,8 @@ class SampleDataset:
         made: list[Document] = []
         for turns in conversations:
             document = self.renderer.conversation(grids, turns)
-            if len(document.left_ids) > self.config.left_length or (self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles):
+            unit = self.renderer.left_unit
+            if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles):
                 counts["too_many_images"] += 1
                 return []
             if self._fits(document):
@@ -199,6 +200,7 @@ class SampleStream:
         self.epoch = self.cursor = self.part = 0
 
     def __iter__(self) -> Iterator[Sample]:
+        barren = 0
         while True:
             which, record, first = self.mixture.epoch(self.epoch)
             usable, told = self.cursor > 0, self.cursor
@@ -213,13 +215,20 @@ class SampleStream:
                     self.part += 1
                     yield samples[self.part - 1]
                 self.cursor, self.part = self.cursor + 1, 0
-            if not usable:
-                raise UserError(f"none of the {len(which)} training records can be used: {by_source(self.dataset.dropped)}")
+            if not len(which):
+                raise UserError(f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks")
+            barren = 0 if usable else barren + len(which)
+            if barren >= sum(map(len, self.dataset.sources)):  # a lap, of which an epoch may be a small part
+                raise UserError(f"none of the {barren} training records can be used: {by_source(self.dataset.dropped)}")
             self.epoch, self.cursor = self.epoch + 1, 0
 
-    def sample(self, key: Key, first: bool) -> Sample:
-        """The sample of that key, planned again; what was dropped with it is not counted again."""
-        return replace(self.dataset.samples(key[0], key[1], False)[key[2]], first=first)
+    def sample(self, key: Key, first: bool) -> Sample | None:
+        """The sample of that key, planned again; what was dropped with it is not counted again. None, which is counted, where its files are gone."""
+        samples = self.dataset.samples(key[0], key[1], False)
+        if key[2] < len(samples):
+            return replace(samples[key[2]], first=first)
+        self.dataset.dropped[self.dataset.sources[key[0]].name, "gone"] += 1
+        return None
 
     def state(self) -> dict[str, Any]:
         """The images that were seen are given as their number only: they are many."""

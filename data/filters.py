@@ -22,7 +22,7 @@ def turn_problem(turn: dict[str, Any], filters: FilterConfig) -> str | None:
         return "empty_text"
     for name in RATINGS:
         least, rating = getattr(filters, f"min_{name}"), (turn.get("ratings") or {}).get(name)
-        if least and rating is not None and rating < least:
+        if least and isinstance(rating, int | float) and rating < least:
             return f"rating_{name}"
     for text, name in ((user, "question"), (assistant, "answer")):
         if len(text) < getattr(filters, f"min_{name}"):

@@ -212,13 +212,19 @@ def _texts(value: Any) -> bool:
 
 
 def _turns(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(t, dict) and t.keys() == {"user", "assistant"} and _texts([*t.values()]) for t in value)
+    """Halves that are null are left for the pipeline to count; `source` and `ratings` are what The Cauldron's and FineVision's turns have besides."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(t, dict) and {"user", "assistant"} <= t.keys() <= TURN_KEYS and _texts([t["user"] or "", t["assistant"] or ""]) for t in value)
+    )
 
 
+TURN_KEYS = {"user", "assistant", "source", "ratings"}
 # key → what it must be, and whether it is
 JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "images": ("a list of paths", _texts),
-    "image": ("a path", lambda v: isinstance(v, str)),
+    "images": ("a list of paths", lambda v: isinstance(v, list) and _texts([path or "" for path in v])),
+    "image": ("a path", lambda v: v is None or isinstance(v, str)),
     "texts": ('a list of {"user": text, "assistant": text}, one at least', _turns),
     "id": ("a text", lambda v: isinstance(v, str)),
     "references": ("a list of texts", _texts),
@@ -247,7 +253,7 @@ def _jsonl_record(line: bytes, folder: Path, where: str, default_id: str) -> Rec
         raise UserError(f"{where}: 'image' and 'images' are both there; keep one")
     images = [found["image"]] if "image" in found else found.get("images", [])
     further = {key: found[key] for key in ("references", "turns", "clip_score") if key in found}
-    return {"images": [str(folder / image) for image in images], "texts": found["texts"], "id": found.get("id", default_id)} | further
+    return {"images": [image and str(folder / image) for image in images], "texts": found["texts"], "id": found.get("id", default_id)} | further
 
 
 def jsonl(path: Path) -> Splits:

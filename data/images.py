@@ -1,6 +1,7 @@
 """Image file → 8-bit RGB tiles. Whatever a file holds, the answer is pixels or one `ImageError` that says what is wrong."""
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +61,8 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise ImageError("empty", f"{where} is empty (0 bytes)")
-        if b"<svg" in data[:2000]:
-            data = _draw(data)
+        if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
+            data = _draw(data, where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, before decoding; what cannot be decoded raises
             image = Image.open(io.BytesIO(data))
@@ -75,7 +76,9 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         raise ImageError("not_an_image", f"{where} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ImageError("too_large", f"{where} has more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they like for damaged files
         raise ImageError("damaged", f"{where} cannot be decoded: {error}") from None
 
 
@@ -88,9 +91,11 @@ def _head(source: str | Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source[:16]
     try:
+        if not Path(source).is_file():  # a pipe would be waited for
+            return b""
         with Path(source).open("rb") as file:
             return file.read(16)
-    except OSError:
+    except (OSError, ValueError):
         return b""
 
 
@@ -99,13 +104,33 @@ def _check_size(width: int, height: int, where: str) -> None:
         raise ImageError("too_large", f"{where} is {width}×{height} pixels: more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}")
 
 
-def _draw(svg: bytes) -> bytes:
-    """SVG → PNG bytes on white, `SVG_WIDTH` pixels wide. Nothing outside the file is read."""
+def _draw(svg: bytes, where: str) -> bytes:
+    """SVG → PNG bytes on white, `SVG_WIDTH` pixels wide. One that refers to other files, or is too tall, raises `ImageError` undrawn."""
     try:
         import resvg_py
     except ModuleNotFoundError:
         raise UserError("drawing an SVG needs the package resvg-py (pip install resvg-py)") from None
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg.decode("utf-8"), width=SVG_WIDTH, background="white", skip_system_fonts=True))
+    if re.search(rb"""href\s*=\s*["'](?!\s*(#|data:))""", svg):
+        raise ImageError("damaged", f"{where} refers to other files")
+    proportion = _svg_proportion(svg)
+    if not 0 < proportion <= MAX_SIDE / SVG_WIDTH:
+        raise ImageError("too_large", f"{where} is {proportion:.3g} times as tall as wide")
+    height = max(1, round(SVG_WIDTH * proportion))
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg.decode("utf-8"), width=SVG_WIDTH, height=height, background="white", skip_system_fonts=True, dpi=96.0))
+
+
+def _svg_proportion(svg: bytes) -> float:
+    """Height ÷ width, of `width` and `height` or else of `viewBox`; without both 1."""
+    root = re.search(rb"<svg\b[^>]*>", svg)
+    attributes = {name: value for name, _, value in re.findall(rb"""\b(width|height|viewBox)\s*=\s*(["'])(.*?)\2""", root[0])} if root else {}
+    number = rb"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:px|pt|mm|cm|in)?\s*"
+    sides = [re.fullmatch(number, attributes.get(name, b"")) for name in (b"width", b"height")]
+    box = attributes.get(b"viewBox", b"").replace(b",", b" ").split()
+    try:
+        width, height = (float(side[1]) for side in sides) if all(sides) else map(float, box[2:]) if len(box) == 4 else (1.0, 1.0)  # type: ignore[index]
+        return height / width
+    except (ValueError, ZeroDivisionError):
+        raise ImageError("damaged", "an SVG without a size") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -126,20 +151,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def image_size(source: str | Path | bytes | Image.Image | None) -> tuple[int, int]:
     """Width and height of an image, upright, from its header alone where it has one. Errors: `ImageError`."""
-    if isinstance(source, str | Path | bytes) and _head(source).startswith(SIGNATURES):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            with image:
-                width, height = image.size
-                has_exif = "exif" in image.info or image.format != "PNG"  # asked for a PNG's, Pillow would decode all of it
-                turned = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            _check_size(width, height, _name(source))
-            return (height, width) if turned else (width, height)
-        except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
-            pass  # open_image says what is wrong
-    return open_image(source).size
+    width, height, orientation = _header(source) or (*open_image(source).size, 1)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _header(source: Any) -> tuple[int, int, int] | None:
+    """Width, height and orientation as a JPEG's, PNG's, GIF's or WebP's header tells them; else None."""
+    if not isinstance(source, str | Path | bytes) or not _head(source).startswith(SIGNATURES[:4]):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with image:
+            width, height = image.size
+            asked = image.format != "PNG" or {"exif", "xmp"} & set(image.info)  # for a PNG without either, Pillow would decode all of it
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if asked else 1
+        _check_size(width, height, _name(source))
+        return width, height, orientation
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
+        return None  # open_image says what is wrong
 
 
 def grid_of(width: int, height: int, config: VisionConfig) -> Grid:
@@ -166,12 +197,11 @@ def tile_count(grid: Grid) -> int:
 
 
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
-    """What `open_image` gives, as (3, H, W) uint8; JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
-    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
-        image_size(source)  # raises for bombs
+    """What `open_image` gives, as (3, H, W) uint8; upright JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
+    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG) and (_header(source) or (0, 0, 0))[2] == 1:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         except RuntimeError:
             pass  # open_image says what is wrong
     return pixels_of(open_image(source))

@@ -1,5 +1,6 @@
 """Packed rows → batches, with state. Rows are planned in this process, images decoded by worker processes, or here."""
 
+import re
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -117,7 +118,7 @@ def dead_workers_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        if "DataLoader" not in reason:
+        if not re.match(r"DataLoader (worker \(pid|timed out)", reason):
             raise
         raise UserError(f"a data worker died ({reason[:200]}): out of memory? --data.workers takes fewer; --resume auto goes on from the last checkpoint") from error
 

@@ -188,4 +188,5 @@ class RowStream:
         self.window = Window(self.budget)
         self.window.number = state["number"]
         for number, key, first in state["window"]:
-            self.window.add(self.stream.sample(tuple(key), first), number)
+            if (sample := self.stream.sample(tuple(key), first)) is not None:
+                self.window.add(sample, number)

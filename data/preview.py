@@ -2,7 +2,7 @@
 
   python -m data.preview                                                     the default preset's data → preview.html
   python -m data.preview --config vanilla_easyvqa --output /tmp/vanilla.html
-  python -m data.preview --data.sources openmoji --model.vision.image_size 64 --model.vision.max_side 256
+  python -m data.preview --data.sources openmoji --model.vision.image_size 64 --model.vision.max_side 256 --data.left_length 128
 
 Takes every flag of training. Nothing is trained, no weights are loaded. Its own flags:
 """

@@ -57,6 +57,11 @@ class Renderer:
         self.newline = tokenizer.encode("\n")
         self.user, self.assistant = ([tokenizer.turn_start, *tokenizer.encode(f"{role}\n")] for role in ("user", "assistant"))
 
+    @property
+    def left_unit(self) -> int:
+        """What left lengths are counted in when rows are packed. Where only image blocks go left they are multiples of a tile's tokens."""
+        return {"image": 1 + self.tokens_per_tile, "prefix": 16, "none": 1}[self.left_context]
+
     def image_block(self, grid: Grid = (1, 1)) -> list[int]:
         """Ids of the tokens that stand for one image, cut into `grid` = (rows, columns) tiles."""
         markers = [self.tokenizer.global_image]

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -37,12 +38,22 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 UNGENDERED = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3, 0x1F478: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A}
 COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
+PERSON, CHILD, HEART, KISS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B
+SAME = {  # sequences that are variants of one emoji
+    (PERSON, HEART, KISS, PERSON): (0x1F48F,),
+    (PERSON, HEART, PERSON): (0x1F491,),
+    (PERSON, 0x1F91D, PERSON): (0x1F46B,),  # holding hands
+    (PERSON, 0x1F384): (0x1F385,),  # Mx, Mrs and Santa Claus
+    (0x1FAF1, 0x1FAF2): (0x1F91D,),  # handshake
+}
 MODIFIERS = {0x200D, 0xFE0F, 0x2640, 0x2642, *SKIN_TONES, *range(0x1F9B0, 0x1F9B4)}  # joiner, variation, gender, skin tone, hair
 
 
 def base_emoji(codes: list[int]) -> tuple[int, ...]:
     """What is left of an emoji's code points without skin tone, gender and hair: its variants have the same base."""
-    return tuple(0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS) or tuple(codes)
+    base = tuple(0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS) or tuple(codes)
+    family = len(base) > 1 and set(base) <= {PERSON, CHILD}
+    return (0x1F46A,) if family else SAME.get(base, base)
 
 
 def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
@@ -74,18 +85,6 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
     return records
 
 
-def _easy_vqa(validation_images: int) -> tuple[list[Record], list[Record]]:
-    records = easy_vqa("train")
-    random.Random("easy_vqa").shuffle(records)
-    return records[validation_images:], records[:validation_images]
-
-
-def _openmoji(validation_images: int) -> tuple[list[Record], list[Record]]:
-    training, validation = openmoji("train"), openmoji("validation")
-    random.Random("openmoji").shuffle(validation)
-    return training, validation[:validation_images]
-
-
 THE_CAULDRON = "HuggingFaceM4/the_cauldron"
 # fmt: off
 CAULDRON_SUBSETS = [
@@ -105,7 +104,7 @@ def table_record(row: dict[str, Any]) -> Record:
     """A row of The Cauldron's form, or FineVision's, which rates every turn."""
     images = row["images"]
     if images is not None:
-        images = [image if not isinstance(image, dict) else image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
+        images = [image if not isinstance(image, dict) else image["bytes"] if image.get("bytes") is not None else image.get("path") for image in images]
     texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row["texts"] or ()]
     for name in RATINGS:
         for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):
@@ -122,7 +121,7 @@ SOURCES: dict[str, Callable[[], Splits]] = {
 }
 # Sets that lie in files: NAME=PATH.
 FILES: dict[str, Callable[[Path], Splits]] = {"coco": formats.coco, "ocr_vqa": formats.ocr_vqa, "llava": formats.llava, "jsonl": formats.jsonl}
-SPEC = re.compile(r"(?P<name>[\w./-]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
+SPEC = re.compile(r"(?P<name>[^*:=]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,20 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     validation: list[Source] = []
     specs = [(spec, subset) for spec in parse_sources(config.sources) for subset in (_subsets(spec) if spec.name in TABLES else [""])]
     memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
-    for spec, subset in specs:
+    short = Counter(subset or spec.name for spec, subset in specs)
+    for number, (spec, subset) in enumerate(specs):
+        if any((s.path, part) == (spec.path, subset) and s.name == spec.name for s, part in specs[:number]):
+            raise UsageError(f"data.sources: {spec.name}/{subset} stands there twice")
         name = subset or spec.name
+        if short[name] > 1:  # two sets have sub-sets of that name, or there are two files
+            name = f"{spec.name}/{subset}={spec.path}" if subset else f"{spec.name}={spec.path}"
         if spec.name in TABLES:
             system, files = table_files(spec.path, subset, config.download)
             records: Any = TableRecords(name, files, system, table_record, memory)
             start = -(-config.validation_images // sum(other == spec for other, _ in specs))  # held out: the first rows
             held_out: Any = records
         else:
-            listed, other = SOURCES[name]() if name in SOURCES else FILES[name](Path(spec.path))
+            listed, other = SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
             shuffled = listed if other is None else other
             random.Random(spec.name).shuffle(shuffled)
             start = config.validation_images if other is None else 0

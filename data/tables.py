@@ -23,7 +23,7 @@ from configs.hub import dataset_files, fetch, is_hub_id
 Record = dict[str, Any]
 READERS = 2  # blocks of a source that are read at a time
 TRIES = 4  # of a read that fails, 1, 2, 4 seconds apart
-LOST = 5  # blocks in a row that could not be read: the rest will not be either
+LOST = 5  # blocks of the Hub in a row that could not be read: the rest will not be either
 
 
 class UnreadableBlock(Exception):
@@ -68,7 +68,7 @@ class TableRecords(Sequence[Record]):
             block = self._block(number).result()
         except UnreadableBlock as error:
             self.lost.add(number)
-            if len(self.lost) >= LOST:
+            if self.system is not None and len(self.lost) >= LOST:
                 raise UserError(f"{LOST} blocks of {self.name} in a row cannot be read, the last: {error}; --resume auto goes on once they can") from None
             raise
         self.lost.clear()

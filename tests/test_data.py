@@ -19,7 +19,7 @@ from data.collators import collate
 from data.datasets import SampleStream
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
-from data.packing import Budget, RowStream
+from data.packing import Budget, RowStream, pack
 
 SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -175,6 +175,25 @@ class TestLoader:
             assert [digest(b) for b in islice(again, 14 - stop)] == expected[stop:]
             assert again.dropped() == whole.dropped() == {("test", "image_damaged"): 4}
 
+    def test_what_is_gone_at_a_resume_is_skipped_and_counted(self, records, renderer):
+        vision = replace(TINY_MODEL.vision, max_side=128)  # sizes are read when a sample is planned
+
+        def tiled() -> Loader:
+            dataset = dataset_of(records, renderer, vision, keep=False, **SHORT | {"left_length": 60})
+            LOADERS.append(Loader(RowStream(stream_of(dataset), Budget(60, 60, 5), 8), 2, renderer.tokenizer.global_image, 0))
+            return LOADERS[-1]
+
+        first = tiled()
+        next(first)
+        state = json.loads(json.dumps(first.state()))
+        waiting = {key[1] for _, key, _ in state["window"]}
+        Path(records[min(waiting)]["images"][0]).unlink()
+        again = tiled()
+        again.load_state(state)
+        for _ in range(6):
+            next(again)
+        assert again.dropped()["test", "gone"] == sum(key[1] == min(waiting) for _, key, _ in state["window"])
+
     def test_ranks_see_disjoint_data(self, records, renderer):
         seen = []
         for rank in range(2):
@@ -326,6 +345,29 @@ def test_images_that_all_turn_out_damaged_are_an_error_not_a_loop(records, rende
         next(loader_of(records, renderer, workers))
 
 
+def test_an_epoch_that_holds_nothing_usable_is_not_the_end(records, renderer):
+    """Under a cap an epoch is a small part of the data."""
+    half = [r | {"texts": [{"user": "", "assistant": ""}]} if i % 2 else r for i, r in enumerate(records)]
+    dataset = dataset_of(half, renderer)
+    dataset.sources[0] = replace(dataset.sources[0], cap=1)
+    seen = {s.key[1] for s in islice(stream_of(dataset), 20)}
+    assert seen == set(range(0, 12, 2))
+    with pytest.raises(UserError, match="rank 2 of 3 has no record"):
+        next(iter(stream_of(dataset_of(records[:2], renderer), rank=2, ranks=3)))
+
+
+def test_prefix_routing_with_any_left_length(records, renderer):
+    """Left lengths count in steps of 16 there: what a row cannot take is dropped, not waited for."""
+    prefix = type(renderer)(renderer.tokenizer, 4, "prefix")
+    for length in range(5, 40, 3):
+        dataset = dataset_of(records, prefix, left_length=length)
+        if samples := [s for i in range(12) for s in dataset.samples(0, i, True)]:
+            rows = pack(samples, Budget(length, 128, prefix.left_unit))
+            assert sum(map(len, rows)) == len(samples)
+        else:
+            assert dataset.dropped["test", "too_many_images"] == 12
+
+
 class TestFilters:
     def count(self, records, renderer, **filters):
         dataset = dataset_of(records, renderer, filters=FilterConfig(**filters), **SHORT | {"right_length": 200})
@@ -349,6 +391,7 @@ class TestFilters:
         assert self.count(of, renderer, min_side=20) == (3, {}) and self.count(of, renderer, min_side=21) == (0, {"image_small": 1})
         scored = [of[0] | {"clip_score": 0.2}, of[0] | {"clip_score": 0.3}, of[0]]
         assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
+        assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
 
     def test_duplicates_are_found_again_after_compression_and_scaling(self, renderer, tmp_path):
         """The first seen stays, in this epoch and the next; pictures that differ are not taken for one another."""

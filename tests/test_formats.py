@@ -254,7 +254,7 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
         (GOOD + '"relevance": 5}', "no key 'relevance' (did you mean 'references'?)"),
         (GOOD + '"zzz": 5}', "no key 'zzz' (known: clip_score, id, image, images, references, texts, turns)"),
         (GOOD + '"images": "a.png"}', "'images' must be a list of paths, not \"a.png\""),
-        (GOOD + '"images": [null]}', "'images' must be a list of paths, not [null]"),
+        (GOOD + '"images": [3]}', "'images' must be a list of paths, not [3]"),
         (GOOD + '"image": ["a.png"]}', "'image' must be a path, not [\"a.png\"]"),
         (GOOD + '"image": "a", "images": []}', "'image' and 'images' are both there; keep one"),
         (GOOD + '"id": 3}', "'id' must be a text, not 3"),
@@ -266,7 +266,7 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
         ('{"texts": {"user": "Q", "assistant": "A"}}', TURNS_FORM + '{"user": "Q", "assistant": "A"}'),
         ('{"texts": [{"user": "Q"}]}', TURNS_FORM + '[{"user": "Q"}]'),
         ('{"texts": [{"user": "Q", "assistant": 1}]}', TURNS_FORM + '[{"user": "Q", "assistant": 1}]'),
-        ('{"texts": [{"user": "Q", "assistant": "A", "source": "S"}]}', TURNS_FORM + '[{"user": "Q", "assistant": "A", "source": "S"}]'),
+        ('{"texts": [{"user": "Q", "assistant": "A", "sauce": "S"}]}', TURNS_FORM + '[{"user": "Q", "assistant": "A", "sauce": "S"}]'),
         (GOOD + '"id": "jsonl/bad/1"}', "line 1 has the id 'jsonl/bad/1' too"),
     ],
 )
@@ -353,3 +353,11 @@ def test_folders_given_for_files(tmp_path):
     for read in (coco, llava, jsonl):
         with pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Is a directory$"):
             read(tmp_path)
+
+
+def test_jsonl_leaves_nulls_for_the_pipeline_to_count(tmp_path):
+    lines = ['{"image": null, "texts": [{"user": "Q", "assistant": null, "source": "S"}]}', '{"images": [null, "a.png"], "texts": [{"user": null, "assistant": "A"}]}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    first, second = jsonl(tmp_path / "x.jsonl")[0]
+    assert first["images"] == [None] and first["texts"][0]["assistant"] is None
+    assert second["images"] == [None, str(tmp_path / "a.png")] and second["texts"][0]["user"] is None

@@ -207,3 +207,52 @@ def test_a_jpeg_cut_short_is_damaged(keep):
     with pytest.raises(ImageError) as caught:
         open_pixels(data[: int(keep if keep > 1 else len(data) * keep)])
     assert caught.value.reason == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("svg", "reason"),
+    [
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="100000"/>', "too_large"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1e30"/>', "too_large"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="5"/>', "damaged"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="secret.png"/></svg>', "damaged"),
+        ("<svg", "damaged"),
+    ],
+)
+def test_drawings_that_are_refused(svg, reason):
+    with pytest.raises(ImageError) as caught:
+        open_image(svg.encode())
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"), [('width="30" height="60"', (256, 512)), ('viewBox="0 0 72 36"', (256, 128)), ('width="2in" height="1in" viewBox="0 0 9 9"', (256, 128)), ("", (256, 256))]
+)
+def test_drawings_keep_their_proportion(size, drawn):
+    assert open_image(f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="9" height="9" fill="red"/></svg>'.encode()).size == drawn
+
+
+def test_a_photograph_that_mentions_svg_is_a_photograph(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "x.jpg", comment=b"made from <svg>")
+    assert open_image(tmp_path / "x.jpg").size == (9, 9)
+
+
+def test_what_is_no_regular_file_is_missing(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", str(tmp_path / "a\0.png"), str(tmp_path / "\udcff\ud800.png")):
+        for read in (open_pixels, image_size):
+            with pytest.raises(ImageError) as caught:
+                read(path)
+            assert caught.value.reason == "missing"
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_planned_grid_is_the_decoded_one(tmp_path, extension, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (90, 40), "red").save(tmp_path / f"x.{extension}", exif=exif)
+    config = VisionConfig(image_size=16, max_side=64)
+    assert grid_of(*image_size(tmp_path / f"x.{extension}"), config) == to_tiles(open_pixels(tmp_path / f"x.{extension}"), config).grid

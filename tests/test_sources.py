@@ -153,9 +153,32 @@ def test_variants_of_an_emoji_stay_in_one_split():
         ("man", "woman", "person", "man red hair", "woman white hair"),
         ("women holding hands", "men holding hands", "woman and man holding hands"),
         ("man dancing", "woman dancing"),
+        ("kiss", "kiss man man", "kiss woman man light skin tone", "kiss person person dark skin tone medium skin tone"),
+        ("couple with heart", "couple with heart woman woman", "couple with heart man man dark skin tone"),
+        ("Santa Claus", "Mrs. Claus", "Mx Claus medium skin tone"),
+        ("handshake", "handshake light skin tone", "handshake dark skin tone light skin tone"),
+        ("people holding hands", "woman and man holding hands", "people holding hands dark skin tone light skin tone"),
+        ("family", "family man woman boy", "family woman woman girl girl", "family man boy"),
     ):
         assert len({names[name] for name in group}) == 1, group
     bases = {split: {base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for r in records} for split, records in splits.items()}
     assert not bases["train"] & bases["test"] and not bases["train"] & bases["validation"] and not bases["validation"] & bases["test"]
     image = np.asarray(open_image(splits["test"][0]["images"][0]))
     assert image.shape == (256, 256, 3) and (image[0, 0] == 255).all() and image.std() > 10
+
+
+def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)
+    training, _ = opened(f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa")
+    assert [s.name for s in training] == [f"jsonl={tmp_path}/a.jsonl", f"jsonl={tmp_path}/b.jsonl", f"the_cauldron/ai2d={cauldron}", f"tables/ai2d={cauldron}", "easy_vqa"]
+    for twice in (f"the_cauldron={cauldron},the_cauldron/ai2d={cauldron}", f"the_cauldron/all={cauldron},the_cauldron={cauldron}"):
+        with pytest.raises(UsageError, match="the_cauldron/ai2d stands there twice"):
+            opened(twice)
+
+
+def test_a_sub_set_may_have_brackets_in_its_name(cauldron, tmp_path):
+    (tmp_path / "geo170k(align)").symlink_to(cauldron / "ai2d")
+    assert parse_sources("finevision/geo170k(align)*2:7=/x")[0].subset == "geo170k(align)"
+    with pytest.raises(UserError, match="no Parquet files in a folder nothing"):
+        opened(f"tables/nothing={tmp_path}")
