@@ -15,7 +15,7 @@ from data.sources import open_sources
 from data.tables import UnreadableBlock
 from data.tokens import Tokenizer
 
-TOKENIZER_RECORDS = 20_000  # that a vocabulary is trained on
+TOKENIZER_RECORDS = 5_000  # that a vocabulary is trained on
 
 
 @dataclass

@@ -15,6 +15,7 @@ LEFT, RIGHT = 44, 20  # bits: a waiting sample is one integer, left units · rig
 NUMBER = (1 << RIGHT) - 1
 ACCEPT = 8  # tokens: a row with no more waste is good enough
 TAILS, PROBES, SHORTEST = 4, 64, 6
+NONE = np.zeros(1, np.int64)
 SLANT = 5.0  # what is left of a row's two budgets may differ this much in proportion
 
 
@@ -45,7 +46,8 @@ class Window:
         self.waiting: OrderedDict[int, tuple[Sample, int, int]] = OrderedDict()  # number → sample, its integer, its tiles; in order
         self.number = 0  # of the next sample
         self.sorted = np.empty(0, np.int64)
-        self.fresh: list[int] = []  # to be merged into `sorted`
+        self.fresh: list[int] = []  # not yet in `sorted`
+        self.gone: list[int] = []  # still there
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -60,11 +62,10 @@ class Window:
     def take_row(self) -> Row:
         """One row out of a window that is not empty."""
         head, rests = self._oldest()
-        self._merge()
-        self._remove(head)
+        self._update(head + self.gone)
         kept, end = self._best_end(rests)
         self.fresh += head[kept:]  # these wait on
-        self._remove(end)
+        self.gone = end
         keys = head[:kept] + end
         left, right, tiles = rests[kept - 1]
         for key in end:
@@ -93,15 +94,14 @@ class Window:
             rests.append((left, right, tiles))
         return head, rests
 
-    def _merge(self) -> None:
-        fresh = np.array(self.fresh, np.int64)
-        fresh.sort()
+    def _update(self, gone: list[int]) -> None:
+        """Bring `sorted` up to date: what is new goes in, `gone` goes out."""
+        keys = np.concatenate([self.sorted, np.array(self.fresh, np.int64)])
         self.fresh = []
-        self.sorted = np.insert(self.sorted, self.sorted.searchsorted(fresh), fresh)
-
-    def _remove(self, keys: list[int]) -> None:
-        if keys:
-            self.sorted = np.delete(self.sorted, self.sorted.searchsorted(keys))
+        keys.sort()
+        keep = np.ones(len(keys), bool)
+        keep[keys.searchsorted(gone)] = False
+        self.sorted = keys[keep]
 
     def _best_end(self, rests: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
         """How many of the oldest to keep, and the one or two samples that best fill what they leave."""
@@ -112,34 +112,34 @@ class Window:
             return kept, end
         first = max(0, len(rests) - TAILS)
         step = max(1, len(keys) // PROBES)
-        probe = keys[self.number % step :: step]
-        room = np.array([(left << LEFT) | (right << RIGHT) | NUMBER for left, right, _ in rests[first:]])[:, None]
-        pairs = room - (probe & ~NUMBER)
+        probe = np.concatenate([NONE, keys[self.number % step :: step]])  # for a first sample: none, or one of these
+        room = np.array([(left << LEFT) | (right << RIGHT) | NUMBER for left, right, _ in rests[first:]])
+        whole = room[:, None] - (probe & ~NUMBER)
         for short in range(min(SHORTEST, max(left for left, _, _ in rests[first:]) + 1)):  # left units that stay empty
             if waste <= max(ACCEPT, short * unit):
                 break
             # Right tokens below 0 borrow from the left units: such a difference is near no key of the same left units.
-            for wanted, used in ((room, None), (pairs, probe)):
-                wanted = wanted - (short << LEFT)
-                at = keys.searchsorted(wanted, "right") - 1
-                found = keys[at]
-                gap = wanted - found
-                gap[(at < 0) | ((found ^ wanted) >> LEFT != 0) | (found == used)] = NUMBER << RIGHT
-                for place in gap.argsort(axis=None)[:16] if self.budget.tiles else (gap.argmin(),):
-                    which, column = divmod(int(place), gap.shape[1])
-                    total = int(gap[which, column] >> RIGHT) + short * unit
-                    if total >= min(waste, NUMBER):
-                        break
-                    best = [int(found[which, column])] + ([] if used is None else [int(used[column])])
-                    if not self.budget.tiles or sum(self.waiting[key & NUMBER][2] for key in best) <= rests[first + which][2]:
-                        waste, kept, end = total, first + which + 1, best
-                        break
+            wanted = whole - (short << LEFT)
+            at = keys.searchsorted(wanted, "right") - 1
+            found = keys[at]
+            gap = wanted - found
+            gap[(at < 0) | ((found ^ wanted) >> LEFT != 0) | (found == probe)] = NUMBER << RIGHT
+            for place in gap.argsort(axis=None)[:16] if self.budget.tiles else (gap.argmin(),):
+                which, column = divmod(int(place), gap.shape[1])
+                total = int(gap[which, column] >> RIGHT) + short * unit
+                if total >= min(waste, NUMBER):
+                    break
+                best = [int(found[which, column]), int(probe[column])][: 1 + (column > 0)]
+                if not self.budget.tiles or sum(self.waiting[key & NUMBER][2] for key in best) <= rests[first + which][2]:
+                    waste, kept, end = total, first + which + 1, best
+                    break
         return kept, end
 
     def _fill_up(self, left: int, right: int, tiles: int) -> list[int]:
         """Where no good end was found: the longest that fit, one after the other."""
-        self._merge()
-        taken = []
+        self._update(self.gone)
+        self.gone = []
+        taken: list[int] = []
         while True:
             lefts, rights = self.sorted >> LEFT, self.sorted >> RIGHT & NUMBER
             fits = (lefts <= left) & (rights <= right)
@@ -148,7 +148,7 @@ class Window:
             if not fits.any():
                 return taken
             key = int(self.sorted[np.where(fits, lefts * self.budget.unit + rights, -1).argmax()])
-            self._remove([key])
+            self._update([key])
             taken.append(key)
             left, right, tiles = left - (key >> LEFT), right - (key >> RIGHT & NUMBER), tiles - self.waiting[key & NUMBER][2]
 
