@@ -2,6 +2,7 @@
 
 import re
 import signal
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -94,7 +95,17 @@ class Loader:
 
     def _in_workers(self) -> Generator[Batch, None, None]:
         decoder = _Decoder(self.dataset.vision, self.padding_id)
-        loader: Any = DataLoader(
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+            loader = self._data_loader(decoder)
+        with dead_workers_told():
+            for made in loader:
+                if (batch := self._finish(*made)) is not None:
+                    batch["tiles"] = torch.from_numpy(batch["tiles"].numpy().copy())  # the worker will use the memory again
+                    yield batch
+
+    def _data_loader(self, decoder: Dataset[Any]) -> Any:
+        return DataLoader(
             decoder,
             batch_size=None,
             sampler=self._plans(),  # type: ignore[arg-type]
@@ -104,11 +115,6 @@ class Loader:
             worker_init_fn=_leave_interrupts,
             generator=torch.Generator(),  # else the global one would be drawn from, and the run depend on `workers`
         )
-        with dead_workers_told():
-            for made in loader:
-                if (batch := self._finish(*made)) is not None:
-                    batch["tiles"] = torch.from_numpy(batch["tiles"].numpy().copy())  # the worker will use the memory again
-                    yield batch
 
 
 @contextmanager

@@ -13,10 +13,13 @@ import torch
 from conftest import TINY_MODEL, TURNS, dataset_of
 from PIL import Image
 
+from configs.command_line import resolve
 from configs.errors import UserError
 from configs.schema import FilterConfig
+from data.build import build_data
 from data.collators import collate
 from data.datasets import SampleStream
+from data.images import ImageError
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, pack
@@ -322,6 +325,35 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
     assert loader.dropped() == {("test", reason): n for reason, n in reasons.items()}
     usable = sum(len(r["texts"]) for r in records) + 2 + 2  # the second turns of the long and the empty one, the special tokens, the text alone
     assert answers["documents"] == pytest.approx(3 * usable, abs=20)
+
+
+def test_an_image_that_changes_after_it_was_planned(renderer, tmp_path):
+    vision = replace(TINY_MODEL.vision, max_side=128)
+    Image.new("RGB", (100, 100)).save(tmp_path / "x.png")
+    dataset = dataset_of([{"images": [str(tmp_path / "x.png")], "texts": TURNS[:1], "id": "x"}], renderer, vision)
+    (sample,) = samples_of(dataset)
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="not of the size"):
+        dataset.decoded(sample)
+
+
+def test_a_resume_within_a_record_does_not_count_it_again(records, renderer):
+    """One turn too long, the others more than a row holds."""
+    record = records[0] | {"texts": [{"user": "x" * 500, "assistant": "y"}, *TURNS]}
+    stream = stream_of(dataset_of([record], renderer, left_length=15, right_length=40))
+    keys = [next(iter(stream)).key, next(iter(stream)).key]
+    assert keys == [(0, 0, 0), (0, 0, 1)] and stream.dataset.dropped == {("test", "too_long"): 1}
+    again = stream_of(dataset_of([record], renderer, left_length=15, right_length=40))
+    again.load_state(json.loads(json.dumps(stream.state())))
+    assert next(iter(again)).key == (0, 0, 2) and again.dataset.dropped == {("test", "too_long"): 1}
+
+
+def test_filters_leave_validation_alone(tmp_path):
+    flags = ["--data.filters.min_question", "1000", "--data.limit", "20", "--data.validation_images", "4"]
+    config = resolve(flags, "")[0]
+    config = replace(config, model=replace(config.model, vision=replace(config.model.vision, grid=8)))
+    data = build_data(config, tmp_path)
+    assert data.validation.samples(0, 0, True) and not data.training.samples(0, 10, True)
 
 
 def test_special_token_strings_in_text_stay_text(records, renderer):
