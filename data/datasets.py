@@ -87,9 +87,9 @@ class SampleDataset:
         counts: Counter[str] = Counter()
         try:
             samples = self._plan(source, index, first, counts)
-        except UnreadableBlock:
-            counts["unreadable"] += 1
-            samples = []
+        except UnreadableBlock:  # another time it may be read: counted every time, and not kept
+            self.dropped[self.sources[source].name, "unreadable"] += 1
+            return []
         if first:
             self.count(self.sources[source].name, counts)
         self.keep((source, index), samples)

@@ -23,6 +23,7 @@ from data.images import ImageError
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, pack
+from data.tables import UnreadableBlock
 
 SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -354,6 +355,22 @@ def test_filters_leave_validation_alone(tmp_path):
     config = replace(config, model=replace(config.model, vision=replace(config.model.vision, grid=8)))
     data = build_data(config, tmp_path)
     assert data.validation.samples(0, 0, True) and not data.training.samples(0, 10, True)
+
+
+def test_rows_that_cannot_be_read_are_counted_every_time_and_tried_again(records, renderer, monkeypatch):
+    dataset = dataset_of(records, renderer)
+    readable = Listed.__getitem__
+
+    def failing(self, index):
+        if index == 3:
+            raise UnreadableBlock("gone for now")
+        return readable(self, index)
+
+    monkeypatch.setattr(Listed, "__getitem__", failing)
+    for lap in (1, 2):
+        assert not dataset.samples(0, 3, first=lap == 1) and dataset.dropped == {("test", "unreadable"): lap}
+    monkeypatch.setattr(Listed, "__getitem__", readable)
+    assert dataset.samples(0, 3, first=False)
 
 
 def test_special_token_strings_in_text_stay_text(records, renderer):
