@@ -1,7 +1,5 @@
 """Rows → a batch whose keys are the arguments of the model's forward; prompts → the arguments of generate."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,10 +10,10 @@ from data.render import IGNORE, Document
 Batch = dict[str, Tensor]
 
 
-def collate(rows: list[Row], padding_id: int, stack: Callable[[list[Tensor]], Tensor] = torch.stack) -> Batch:
-    """Packed rows of decoded samples → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row.
+def collate(rows: list[Row], padding_id: int, tiles: Tensor | None = None) -> Batch:
+    """Packed rows → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row.
 
-    `stack` makes (N, 3, h, w) of N tiles.
+    `tiles`: (N, 3, h, w) of all samples, in their order; not given, the samples hold them.
     """
     left = {"left_ids": [], "left_positions": [], "left_groups": [], "left_images": []}
     right = {"right_ids": [], "right_positions": [], "right_documents": [], "right_groups": [], "labels": []}
@@ -41,9 +39,9 @@ def collate(rows: list[Row], padding_id: int, stack: Callable[[list[Tensor]], Te
                 documents += 1
     padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
-    samples = [sample for row in rows for sample in row]
-    tiles = [tile for sample in samples for tile in sample.tiles]  # each (3, h, w)
-    return {"tiles": stack(tiles) if tiles else samples[0].tiles} | batch
+    if tiles is None:
+        tiles = torch.cat([sample.tiles for row in rows for sample in row])
+    return {"tiles": tiles} | batch
 
 
 def _pad(lists: list[list[int]], value: int) -> Tensor:

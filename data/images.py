@@ -198,12 +198,13 @@ def tile_count(grid: Grid) -> int:
 
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
     """What `open_image` gives, as (3, H, W) uint8; upright JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
-    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG) and (_header(source) or (0, 0, 0))[2] == 1:
+    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # open_image says what is wrong
+        if (_header(data) or (0, 0, 0))[2] == 1:
+            try:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # open_image says what is wrong
     return pixels_of(open_image(source))
 
 

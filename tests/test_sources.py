@@ -167,6 +167,14 @@ def test_variants_of_an_emoji_stay_in_one_split():
     assert image.shape == (256, 256, 3) and (image[0, 0] == 255).all() and image.std() > 10
 
 
+def test_an_emoji_has_several_references_and_its_group():
+    records = [r for split in ("train", "validation", "test") for r in openmoji(split)]
+    of = {r["texts"][0]["assistant"]: r["references"] for r in records}
+    assert of["dog face"] == ["dog face", "dog", "dog face, animals and nature"]
+    assert of["waving hand dark skin tone"][-1] == "waving hand dark skin tone, people and body"
+    assert sum(len(r) > 1 for r in of.values()) > 0.9 * len(of)
+
+
 def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)

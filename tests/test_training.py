@@ -100,6 +100,7 @@ def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
         Image.new("RGB", (40 + 12 * i, 60), (10 * i, 0, 99)).save(tmp_path / f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", "texts": [{"user": "how wide?", "assistant": str(40 + 12 * i)}]}))
     (tmp_path / "20.png").write_bytes(b"\x89PNG cut")
+    (tmp_path / "0.png").write_bytes(b"\x89PNG cut")  # the first records validate
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     flags = [
         "--data.sources",
@@ -122,6 +123,8 @@ def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
     assert "training records dropped: {'jsonl': {'image_damaged': 1}}" in done.stdout
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["dropped"] for m in metrics if "dropped" in m] == [{"jsonl: image_damaged": 1}]
+    validations = [m for m in metrics if "validation_loss" in m]
+    assert validations and all(m["validation_dropped"] == {"jsonl: image_damaged": 1} for m in validations)
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model"]["vision"]["max_side"] == 256
     ask = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run/model", "--image", "23.png", "--prompt", "how wide?", "--json"]
     done = run_program(ask, tmp_path)

@@ -35,7 +35,7 @@ class Task:
     """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
 
     batches: Batches
-    evaluate: Callable[[int], dict[str, float]]  # step → validation metrics; may print and write samples
+    evaluate: Callable[[int], dict[str, Any]]  # step → validation metrics; may print and write samples
     before_checkpoint: Callable[[], None]
 
 

@@ -139,7 +139,7 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
 def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, model: Any, data: Data, validation: Validation, cache: FeatureCache, log: RunLog) -> None:
     shown: list[dict[str, Any]] = []  # the last predictions
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, Any]:
         with autocast(config.train, pick_device(config.train)):
             scores = validation.score(model)
         predictions = validation.predictions(model, 8)
@@ -149,7 +149,8 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
         log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}")
         for p in predictions[:4]:
             log.say(f"    {p['question']}  →  {p['prediction']}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
-        return scores
+        dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(data.validation.dropped.items())}
+        return scores | ({"dropped": dropped} if dropped else {})
 
     task = Task(data.batches, evaluate, cache.save)
     with dead_workers_told():
