@@ -1,8 +1,10 @@
 """Ask a trained model about an image.
 
   python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --prompt "what color is the shape?"
+  python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --chat --stats
 
-Several --prompt are answered from one image KV: the image is encoded once. --json prints one object a prompt.
+Several --prompt are answered from one image KV: the image is encoded once; with --store DIR also in later calls. --json
+prints one object a prompt. In a chat `/image FILE` shows one more image, and an empty line or Ctrl-D ends it.
 """
 
 import argparse
@@ -19,15 +21,22 @@ def main(argv: list[str]) -> None:
     parser = FlagParser(description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder, as training exports it (runs/NAME/model)")
     parser.add_argument("--image", metavar="FILE", help="the image that the prompts are about; none: text only")
-    parser.add_argument("--prompt", action="append", required=True, help="a question; may be given several times")
+    parser.add_argument("--prompt", action="append", help="a question; may be given several times")
+    parser.add_argument("--chat", action="store_true", help="ask in turns, on the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--stats", action="store_true", help="show time to first token, tokens/s, and tokens per pass of the right tower")
+    parser.add_argument("--store", metavar="DIR", type=Path, help="folder that keeps image KVs: an image is not encoded again in a later call")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="of the weights; auto: bf16 where the machine multiplies in it [fp32]")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, GenerationConfig, GenerationConfig(), group="generation")
     flags = vars(parser.parse(argv))
     settings = load_json(GenerationConfig, Path(flags["config"])) if flags["config"] else GenerationConfig()
     settings = override(settings, flags)
-    for prompt in flags["prompt"]:
+    if flags["chat"] == bool(flags["prompt"]) or (flags["chat"] and flags["json"]):
+        raise UsageError("give --prompt, or --chat without --json")
+    for prompt in flags["prompt"] or ():
         if not prompt.strip():
             raise UsageError("--prompt is empty: give a question")
         if any("\ud800" <= c <= "\udfff" for c in prompt):
@@ -36,29 +45,28 @@ def main(argv: list[str]) -> None:
         raise UsageError("--image is empty: give a file, or leave the flag out for text alone")
 
     from eval.answering import Answerer
+    from eval.chat import Chat, Shown, talk, told
 
-    answerer = Answerer.from_pretrained(flags["checkpoint"])
+    answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], flags["store"])
     images = [answerer.tiles(flags["image"])] if flags["image"] else []
+    if flags["chat"]:
+        talk(answerer, Chat(answerer, settings), images, flags["stats"])
+        return
     live = sys.stdout.isatty() and not flags["json"]
     for prompt in flags["prompt"]:
         if live:
             print(f"{prompt}  →  ", end="", flush=True)
-        shown = ""
-
-        def on_text(text: str) -> None:
-            nonlocal shown
-            if not text.endswith("\ufffd"):  # a character whose bytes have not all come
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-
-        answer = answerer.answer([(images, prompt)], settings, on_text if live else None)[0]
+        show = Shown() if live else None
+        answer = answerer.answer([(images, prompt)], settings, show)[0]
         if flags["json"]:
             fields = {"prompt": prompt, "answer": answer.text, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
-            print(json.dumps(fields | {"image_kv": answer.image_kv}))
-        elif live:
-            print(answer.text[len(shown) :])
+            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | ({"logprobs": answer.logprobs} if settings.logprobs else {})))
+        elif show is not None:
+            show.end(answer.text)
         else:
             print(answer.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {answer.text}")
+        if flags["stats"]:
+            print(told(answer), file=sys.stderr)
 
 
 if __name__ == "__main__":

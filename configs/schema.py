@@ -98,6 +98,19 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class MultiTokenConfig:
+    """The right tower's multi-token heads."""
+
+    heads: int = opt(0, "K, tokens that can be drafted for one pass (0: no heads)")
+    mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
+    vocabulary: int = opt(0, "tokens that can be drafted (0: all): the fewer, the cheaper a draft")
+
+    def __post_init__(self) -> None:
+        if self.heads < 0 or self.mlp_size < 1 or self.vocabulary < 0:
+            raise UsageError(f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or more, mlp_size = {self.mlp_size} above 0")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     vision: VisionConfig = VisionConfig()
     projector: ProjectorConfig = ProjectorConfig()
@@ -108,6 +121,7 @@ class ModelConfig:
     )
     image_isolation: bool = opt(True, "each image's block is independent of other images, so that image KVs compose")
     left_attention: Literal["causal", "bidirectional"] = opt("causal", "attention within an image block")
+    multi_token: MultiTokenConfig = MultiTokenConfig()
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -209,6 +223,10 @@ class TrainConfig:
     lr_projector: float = opt(2e-3, "learning rate of the modality projector")
     lr_left: float = opt(2e-3, "learning rate of the left decoder")
     lr_right: float = opt(2e-3, "learning rate of the right decoder")
+    lr_heads: float = opt(1e-3, "learning rate of the multi-token heads")
+    head_weight: float = opt(0.3, "weight of the first multi-token head's loss beside the next token's")
+    head_decay: float = opt(0.8, "each further head's weight ÷ that of the one before")
+    head_warmup: int = opt(0, "steps after which one more head joins, over as many steps: next token first, then the first head (arXiv 2505.22757)")
     warmup_steps: int = opt(50, "steps of linear warm-up")
     final_lr: float = opt(0.0, "learning rate at the last step, as a fraction of the peak (cosine in between)")
     weight_decay: float = opt(0.05, "AdamW's, on matrices")
@@ -226,11 +244,11 @@ class TrainConfig:
         for name in ("rows", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "warmup_steps", "clip", "feature_cache_gb", "weight_decay"):
+        for name in ("eval_every", "checkpoint_every", "warmup_steps", "clip", "feature_cache_gb", "weight_decay", "head_weight", "head_decay", "head_warmup"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
         rates = [self.lr_vision, self.lr_projector, self.lr_left, self.lr_right]
-        if not all(0 <= r < 1e3 for r in rates) or not any(rates):
+        if not all(0 <= r < 1e3 for r in [*rates, self.lr_heads]) or not any(rates):
             raise UsageError("train.lr_*: every learning rate must be 0 or more, and at least one above 0 (0 freezes a part)")
         if not 0 <= self.beta2 < 1:
             raise UsageError(f"train.beta2 = {self.beta2} must be in [0, 1)")
@@ -261,6 +279,12 @@ class GenerationConfig:
     temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
     top_k: int = opt(0, "sample among the k likeliest tokens (0: all)")
     top_p: float = opt(1.0, "sample among the likeliest tokens that hold this probability")
+    min_p: float = opt(0.0, "sample among tokens that have at least this share of the likeliest one's probability")
+    repetition_penalty: float = opt(1.0, "above 1: tokens of the prompt and the answer so far become less likely")
+    stop: str = opt("", "end the answer before this string")
+    logprobs: bool = opt(False, "tell each token's log-probability")
+    speculative: Literal["auto", "on", "off"] = opt("auto", "draft with the multi-token heads, where there are any: as far as it pays, always, or never; the answer is the same")
+    draft_tokens: int = opt(0, "tokens drafted for a pass, at most (0: one for each head)")
     max_new_tokens: int = opt(64, "longest answer in tokens")
     seed: int = opt(0, "of the sampling")
 
@@ -272,6 +296,12 @@ class GenerationConfig:
             raise UsageError(f"top_k = {self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p = {self.min_p} must be in [0, 1]")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
+        if self.draft_tokens < 0:
+            raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
 

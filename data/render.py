@@ -77,6 +77,25 @@ class Renderer:
         """The same conversation up to where the last answer begins; the last turn has no "assistant"."""
         return self._render(grids, turns, open_turn=True)
 
+    def follow_up(self, grids: Sequence[Grid], text: str, last: list[int], position: int) -> Document:
+        """What follows an answer in a conversation that goes on: its end, the next user turn, and where the next answer begins.
+
+        `last`: the answer's tokens that are not behind us yet; `position`: of the first of them.
+        """
+        document = self._render(grids, [{"user": text}], open_turn=True)
+        before = [*last, self.tokenizer.turn_end, *self.newline]
+        if self.left_context == "prefix":
+            raise ValueError("with left_context = prefix the text before an image goes left: a conversation cannot go on from its cache")
+        shift = position + len(before)
+        return Document(
+            document.left_ids,
+            [shift + p for p in document.left_positions],
+            document.left_images,
+            [*before, *document.right_ids],
+            [*range(position, shift), *(shift + p for p in document.right_positions)],
+            [IGNORE] * (len(before) + len(document.right_ids)),
+        )
+
     def _render(self, grids: Sequence[Grid], turns: list[dict[str, str]], open_turn: bool) -> Document:
         tok = self.tokenizer
         ids: list[int] = []

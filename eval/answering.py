@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
+from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
+from models.layers import Packed, computes_bf16
 from models.pretrained import ancestor_tokenizer, find_model, load_model
 from models.vision_language_model import VisionLanguageModel
 
@@ -33,6 +34,8 @@ class Answer:
     ttft_ms: float  # from the question, its image read but not encoded, to the first token of its batch
     tokens_per_s: float  # of this row, over the whole call
     image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
+    passes: int  # of the right tower, prompt included
+    logprobs: list[float]  # of its tokens, where settings ask for them
 
 
 class Block(NamedTuple):
@@ -45,19 +48,29 @@ class Block(NamedTuple):
 
 
 class Answerer:
-    """A model with its renderer. Image KVs are kept by content: the last `keep` blocks are never encoded twice."""
+    """A model with its renderer. Image KVs are kept by content in `store`, by default in memory: a block that it holds is not encoded again."""
 
-    def __init__(self, model: DualTowerVLM | VisionLanguageModel, renderer: Renderer, keep: int = 256) -> None:
+    def __init__(self, model: DualTowerVLM | VisionLanguageModel, renderer: Renderer, store: ImageStore | None = None) -> None:
         if renderer.tokenizer.vocabulary != model.vocabulary:
             raise UserError(f"the tokenizer has {renderer.tokenizer.vocabulary}, the model {model.vocabulary}: they do not belong together")
-        self.model, self.renderer, self.keep = model, renderer, keep
-        self.image_kvs: OrderedDict[str, ImageKV] = OrderedDict()
+        self.model, self.renderer = model, renderer
+        self.store = store if store is not None else ImageStore()  # an empty one is false
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Answerer":
-        """Model and tokenizer of one model folder or Hub id; the errors of both."""
+    def from_pretrained(cls, folder: str | Path, dtype: str = "fp32", device: str = "cpu", store: Path | None = None) -> "Answerer":
+        """Model and tokenizer of one model folder or Hub id; the errors of both.
+
+        `dtype`: "fp32", "bf16", or "auto", bf16 where the machine multiplies in it. `store`: folder where image KVs are kept.
+        """
         model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
-        return cls(model, Renderer(_tokenizer(find_model(folder)), model.config.tokens_per_tile, model.config.left_context))
+        tokenizer = _tokenizer(find_model(folder))
+        model.to(device)
+        if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
+            model.to(torch.bfloat16)
+        if Packed.available(model.device):
+            model.right.pack()
+        kept = ImageStore(folder=store, origin=model.origin()) if store is not None and isinstance(model, DualTowerVLM) else None
+        return cls(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context), kept)
 
     def tiles(self, image: Any) -> Tiles:
         """Path, bytes or Pillow image → its tiles (n, 3, h, w) uint8 and their grid. Errors: `ImageError`."""
@@ -65,22 +78,27 @@ class Answerer:
 
     def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
         """Blocks of the left stream → their image KVs, and which of them had to be computed."""
-        keys = [hashlib.blake2b(block.tiles.numpy().tobytes() + repr((block.ids, block.images)).encode(), digest_size=16).hexdigest() for block in blocks]
-        new = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.image_kvs}
+        keys = [self._key(block) for block in blocks]
+        found = {key: kv for key in dict.fromkeys(keys) if (kv := self.store.get(key)) is not None}  # held here: the store may be too small for all of them
+        new = {key: block for key, block in zip(keys, blocks, strict=True) if key not in found}
         if new:
             assert isinstance(self.model, DualTowerVLM)
             tiles = torch.cat([block.tiles for block in new.values()])
             kvs = self.model.encode_images(tiles, [torch.tensor(b.ids) for b in new.values()], [torch.tensor(b.images) for b in new.values()])
-            self.image_kvs.update(zip(new, kvs, strict=True))
-        found = []
-        for key in keys:
-            self.image_kvs.move_to_end(key)
-            found.append(self.image_kvs[key])
-        while len(self.image_kvs) > self.keep:
-            self.image_kvs.popitem(last=False)
+            for key, kv in zip(new, kvs, strict=True):
+                found[key] = kv
+                self.store.put(key, kv)
         seen: set[str] = set()
         computed = [key in new and not (key in seen or seen.add(key)) for key in keys]  # type: ignore[func-returns-value]
-        return found, computed
+        return [found[key] for key in keys], computed
+
+    def _key(self, block: Block) -> str:
+        """All that a block's image KV depends on beside the model: its tokens, its tiles, and the type of number that autocast computes in."""
+        device = self.model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        digest = hashlib.blake2b(repr((tuple(block.tiles.shape), block.ids, block.images, dtype)).encode(), digest_size=16)
+        digest.update(block.tiles.numpy())
+        return digest.hexdigest()
 
     def answer(
         self,
@@ -94,47 +112,65 @@ class Answerer:
                 raise UsageError("the prompt is empty: give a question")
         prompts = [self.renderer.prompt([image.grid for image in images], [{"user": question}]) for images, question in questions]
         started = time.perf_counter()
-        blocks = [self._blocks(prompt, images) for prompt, (images, _) in zip(prompts, questions, strict=True)]
+        images = [images for images, _ in questions]
+        rows, fresh = self.images_of(prompts, images)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        encode_s = time.perf_counter() - started
+        batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
+        stream = None if on_text is None and not settings.stop else self.stream(on_text, settings.stop, len(questions))
+        made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, tiles=self.tiles_of(images), **batch)
+        answers = []
+        for computed_here, tokens, logprobs, passes in zip(fresh, made.tokens, made.logprobs, made.passes, strict=True):
+            kv = "none" if not computed_here else "computed" if any(computed_here) else "reused"
+            text = self.renderer.tokenizer.decode(tokens)
+            text = text.split(settings.stop)[0] if settings.stop else text
+            answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, passes, logprobs))
+        return answers
+
+    def images_of(self, prompts: list[Document], images: list[list[Tiles]]) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
+        """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""
+        blocks = [self._blocks(prompt, tiles) for prompt, tiles in zip(prompts, images, strict=True)]
         kvs, computed = self.encode([block for row in blocks for block in row])
         rows, fresh, at = [], [], 0
         for row in blocks:
             part = slice(at, at := at + len(row))
             rows.append([(kv, block.start) for kv, block in zip(kvs[part], row, strict=True)])
             fresh.append(computed[part])
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        encode_s = time.perf_counter() - started
-        batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
-        if isinstance(self.model, VisionLanguageModel):  # its images stand in the prompts
-            images = [image.pixels for images, _ in questions for image in images]
-            batch["tiles"] = torch.cat(images).to(self.model.device) if images else None
-        stream = self._stream(on_text) if on_text is not None else None
-        made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, **batch)
-        answers = []
-        for computed_here, tokens in zip(fresh, made.tokens, strict=True):
-            kv = "none" if not computed_here else "computed" if any(computed_here) else "reused"
-            text = self.renderer.tokenizer.decode(tokens)
-            answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv))
-        return answers
+        return rows, fresh
+
+    def tiles_of(self, images: list[list[Tiles]]) -> Tensor | None:
+        """The tiles that a vanilla model reads beside its prompts; None for a dual tower, and without images."""
+        tiles = [image.pixels for row in images for image in row]
+        return torch.cat(tiles).to(self.model.device) if tiles and isinstance(self.model, VisionLanguageModel) else None
 
     def _blocks(self, prompt: Document, images: list[Tiles]) -> list[Block]:
         out, at = [], 0
         for part in prompt.blocks(self.model.config.image_isolation):
-            numbers = prompt.left_images[part]
+            first = min((n for n in prompt.left_images[part] if n >= 0), default=0)
+            numbers = [n - first if n >= 0 else n for n in prompt.left_images[part]]  # an isolated image's KV is the same wherever it stands
             count = len(set(numbers) - {-1})
             out.append(Block(torch.cat([image.pixels for image in images[at : at + count]]), prompt.left_ids[part], numbers, prompt.left_positions[part.start]))
             at += count
         return out
 
-    def _stream(self, on_text: Callable[[str], None]) -> Callable[[list[int]], None]:
-        so_far: list[int] = []
+    def stream(self, on_text: Callable[[str], None] | None, stop: str, rows: int) -> Callable[[int, list[int]], bool]:
+        """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stop` whose end, have not come wait."""
 
-        def on_tokens(tokens: list[int]) -> None:
-            if tokens[0] != self.renderer.tokenizer.turn_end:
-                so_far.append(tokens[0])
-                on_text(self.renderer.tokenizer.decode(so_far))
+        def on_tokens(row: int, tokens: list[int]) -> bool:
+            text = self.renderer.tokenizer.decode(tokens)
+            ended = bool(stop) and stop in text
+            if on_text is not None and rows == 1:
+                text = text.split(stop)[0] if ended else text[: len(text) - _beginning(stop, text)] if stop else text
+                on_text(text.rstrip("\ufffd"))
+            return ended
 
         return on_tokens
+
+
+def _beginning(stop: str, text: str) -> int:
+    """Characters at the end of `text` with which `stop` may begin."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

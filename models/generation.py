@@ -1,11 +1,12 @@
-"""One generate for every model: sample, prefill, decode."""
+"""One generate for every model: prefill, then passes that verify drafts of the multi-token heads, or none, and choose one more token."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import UsageError, UserError
@@ -18,59 +19,165 @@ from models.masks import NEVER, cache_mask
 @dataclass(frozen=True)
 class Generation:
     tokens: list[list[int]]  # a row's new tokens, end-of-turn left out
+    logprobs: list[list[float]]  # of each token, before temperature and all that follows; empty unless asked for
     first_token_s: float  # seconds from the call to the first token of every row
     seconds: float  # of the whole call
+    passes: list[int]  # of the right tower over a row, prefill included
 
 
-def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Logits (B, V) → next tokens (B,): the likeliest, or drawn after temperature, then top-k, then top-p."""
+@dataclass
+class Row:
+    """An answer in the making."""
+
+    number: int  # in the caller's batch
+    position: int  # of the token that was chosen last
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    passes: int = 1
+    done: bool = False
+
+
+def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
+    """Logits (…, V) → the distribution (…, V) that tokens are drawn from; all on the likeliest where `settings.sampling` is off.
+
+    In this order: repetition penalty on tokens `seen` (…, V), temperature, top-k, top-p, min-p.
+    """
+    logits = logits.float()
+    if seen is not None and settings.repetition_penalty != 1.0:  # arXiv 1909.05858: ÷ where positive, × where negative
+        logits = torch.where(seen, torch.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty), logits)
     if not settings.sampling:
-        return logits.argmax(-1)
-    logits = logits.float() / settings.temperature
-    ranked, ids = logits.sort(dim=-1, descending=True)
-    if settings.top_k:
-        ranked[:, settings.top_k :] = -torch.inf
-    probabilities = ranked.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # the probability of all likelier tokens
-    probabilities[before >= settings.top_p] = 0  # the likeliest token always stays: before it there is nothing
-    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits / settings.temperature
+    if settings.top_k and settings.top_k < logits.shape[-1]:
+        # By rank, not by value: of equal ones no more than k stay.
+        kept = logits.topk(settings.top_k).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
+    if settings.top_p < 1:
+        ranked, ids = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens; the likeliest always stays, for before it there is nothing
+        logits = logits.masked_fill((before >= settings.top_p).gather(-1, ids.argsort(-1)), -torch.inf)
+    made = logits.softmax(-1)
+    if settings.min_p:
+        made = made.masked_fill(made < settings.min_p * made.amax(-1, keepdim=True), 0)
+        made = made / made.sum(-1, keepdim=True)
+    return made
 
 
-def prefill(model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[ImageKV, int]]], new_tokens: int, tiles: Tensor | None = None) -> tuple[DecodingCache, Tensor]:
-    """Fill a cache with image KVs and prompts; → the cache and the logits after each row's last token (B, V).
+def choose(distribution: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> Tensor:
+    """Distributions (…, V) → tokens (…): the likeliest, or drawn."""
+    if not settings.sampling:
+        return distribution.argmax(-1)
+    return torch.multinomial(distribution.flatten(0, -2), 1, generator=generator).view(distribution.shape[:-1])
+
+
+def accept(drafts: Tensor, proposed: Tensor, target: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[list[int], Tensor]:
+    """How many of each row's drafts stand, and the token after them (B,).
+
+    `drafts` (B, K) were drawn from `proposed` (B, K, V); `target` (B, K + 1, V) is the model's own distribution at each of
+    them and behind the last. A draft x stands with probability min(1, target(x) ÷ proposed(x)); at the first that
+    does not, a token is drawn from what target has more than proposed. So tokens have exactly the target's
+    distribution (arXiv 2211.17192, 2302.01318); with both distributions on one token it is: as long as they agree.
+    """
+    B, K = drafts.shape
+    if not settings.sampling:
+        wanted = target.argmax(-1)  # (B, K + 1)
+        counts = (drafts == wanted[:, :K]).long().cumprod(1).sum(1)  # (B,)
+        return counts.tolist(), wanted.gather(1, counts[:, None])[:, 0]
+    ratio = target[:, :K].gather(-1, drafts[..., None])[..., 0] / proposed.gather(-1, drafts[..., None])[..., 0]  # (B, K)
+    uniform = torch.rand(B, K, generator=generator, device=drafts.device)
+    counts = (uniform < ratio).long().cumprod(1).sum(1)
+    beyond = F.pad(proposed, (0, 0, 0, 1))  # behind the last draft nothing was proposed
+    rest = (target - beyond).clamp(min=0)[torch.arange(B), counts]  # (B, V)
+    empty = rest.sum(-1, keepdim=True) <= 0  # equal to the last bit: then rejection has probability 0, but for rounding
+    rest = torch.where(empty, target[torch.arange(B), counts], rest)
+    return counts.tolist(), torch.multinomial(rest, 1, generator=generator)[:, 0]
+
+
+class DraftLength:
+    """How many tokens to draft: what gives most tokens a second, by what was accepted and what passes took.
+
+    For each length a pass's time is measured as it goes; the k-th draft's chance is a running mean. A length that has not
+    been tried for long is tried again now and then, so that a change in the text is noticed; plain passes are what it falls
+    back to.
+    """
+
+    AGAIN = 48  # passes after which drafting is tried again where it did not pay
+
+    def __init__(self, most: int, mode: str) -> None:
+        self.most, self.adapt = (0 if mode == "off" else most), mode == "auto"
+        self.stands = [0.7] * self.most  # that the k-th draft stands where those before it do
+        self.seconds: list[float | None] = [None] * (self.most + 1)  # of a pass with that many drafts
+        self.idle = 0
+
+    def __call__(self) -> int:
+        if not self.adapt or not self.most:
+            return self.most
+        if self.seconds[self.most] is None:
+            return self.most
+        if self.seconds[0] is None:
+            return 0
+        full, plain = self.seconds[self.most], self.seconds[0]
+        best, rate, tokens, chance = 0, 1 / plain, 1.0, 1.0
+        for k, stands in enumerate(self.stands, start=1):
+            chance *= stands
+            tokens += chance
+            cost = self.seconds[k] or plain + (full - plain) * k / self.most
+            if tokens / cost > 1.02 * rate:
+                best, rate = k, tokens / cost
+        self.idle = self.idle + 1 if best == 0 else 0
+        if self.idle > self.AGAIN:
+            self.idle = 0
+            return 1
+        return best
+
+    def told(self, drafted: int, counts: Sequence[int], seconds: float) -> None:
+        """A pass over drafts, of which `counts` stood in each row."""
+        before = self.seconds[drafted]
+        self.seconds[drafted] = seconds if before is None else min(0.9 * before + 0.1 * seconds, 2 * before)  # one disturbed pass says little
+        for count in counts:
+            for k in range(min(drafted, count + 1)):
+                self.stands[k] += 0.06 * ((k < count) - self.stands[k])
+
+
+def prefill(
+    model: Any, ids: Tensor, positions: Tensor, images: list[list[tuple[ImageKV, int]]], slots: int, tiles: Tensor | None = None, cache: DecodingCache | None = None
+) -> tuple[DecodingCache, Tensor]:
+    """Fill a cache with image KVs and prompts; → the cache and the prompts' hidden states (B, R, D).
 
     `ids`, `positions` (B, R), position −1 at padding; `images`: a row's image KVs and the positions where they start;
-    `tiles`: those of a vanilla model, whose images stand among `ids`.
+    `slots`: to leave free for answers; `tiles`: those of a vanilla model, whose images stand among `ids`. With `cache`,
+    the prompts go on from what it holds.
     """
-    config, (B, R) = model.right.config, ids.shape
-    L = max(sum(kv.tokens for kv, _ in row) for row in images)
+    config, B = model.right.config, len(ids)
+    lengths = [sum(kv.tokens for kv, _ in row) for row in images]
+    L, counts = max(lengths), (positions >= 0).sum(1).tolist()
     dtype = model.right.embed_tokens.weight.dtype
-    cache = DecodingCache(config.layers, B, config.kv_heads, L + R + new_tokens - 1, config.head_size, dtype, ids.device)
+    if cache is None:
+        cache = DecodingCache(config.layers, B, config.kv_heads, L + ids.shape[1] + slots, config.head_size, dtype, ids.device)
+    else:
+        cache.grow(L + ids.shape[1] + slots)
     if L:
         keys = torch.zeros(config.layers, 2, B, config.kv_heads, L, config.head_size, dtype=dtype, device=ids.device)
         places = torch.full((B, L), NEVER, device=ids.device)
         for b, row in enumerate(images):
             at = 0
             for kv, start in row:
-                keys[:, :, b, :, at : at + kv.tokens] = kv.data.to(dtype)
+                keys[:, :, b, :, at : at + kv.tokens] = kv.data.to(ids.device, dtype)
                 places[b, at : at + kv.tokens] = torch.arange(start, start + kv.tokens, device=ids.device)
                 at += kv.tokens
         rotary = Rotary.at(places.clamp(max=config.max_positions), config)
-        cache.reserve(places)
+        cache.reserve(places, lengths)
         for layer in range(config.layers):
-            cache.extend(layer, keys[layer, 0], keys[layer, 1], rotary)
+            cache.extend(layer, keys[layer, 0], keys[layer, 1], rotary if config.has_rope(layer) else None)
     padding = positions < 0
-    cache.reserve(positions.masked_fill(padding, NEVER))
-    hidden = model.right(model.embed(ids, tiles), positions.clamp(min=0), _mask(cache, positions.clamp(min=0)), cache)  # (B, R, D)
-    last = (~padding).sum(1) - 1
-    return cache, model.right.logits(hidden[torch.arange(B), last])
+    cache.reserve(positions.masked_fill(padding, NEVER), counts)
+    return cache, model.right(model.embed(ids, tiles), positions.clamp(min=0), _mask(cache, positions.clamp(min=0)), cache)
 
 
-def decode(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """One more token a row: `tokens` at `positions` (B,) → logits (B, V)."""
-    cache.reserve(positions[:, None])
-    hidden = model.right(model.right.embed_tokens(tokens[:, None]), positions[:, None], _mask(cache, positions[:, None]), cache)
-    return model.right.logits(hidden[:, 0])
+def verify(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The right tower over `tokens` (B, T) at `positions` (B, T) → hidden states (B, T, D)."""
+    cache.reserve(positions)
+    return model.right(model.right.embed_tokens(tokens), positions, _mask(cache, positions), cache)
 
 
 def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
@@ -85,39 +192,101 @@ def generate(
     images: list[list[tuple[ImageKV, int]]],
     stop: int,
     settings: GenerationConfig,
-    on_tokens: Callable[[list[int]], None] | None = None,
+    on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     tiles: Tensor | None = None,
+    cache: DecodingCache | None = None,
 ) -> Generation:
     """Answers to a ragged batch of prompts; arguments as in `prefill`, `stop` the end-of-turn token.
 
-    `on_tokens` sees every step's tokens, one a row. A prompt that does not fit with its answer into
-    `max_positions` raises `UsageError`.
+    `on_tokens` gets a row's number and all its tokens so far, each time there are more; where it returns True the row ends. A prompt that
+    does not fit with its answer into `max_positions` raises `UsageError`. A given `cache`, which may hold earlier turns, holds
+    prompts and answers afterwards, but for an answer's last token.
     """
     started = time.perf_counter()
+    device, V = ids.device, model.right.unembedding.shape[0]
     longest, limit = int(positions.max()) + 1, model.right.config.max_positions
     if longest + settings.max_new_tokens > limit:
         raise UsageError(f"the prompt has {longest} tokens (image included); with max_new_tokens = {settings.max_new_tokens} that exceeds this model's {limit} positions")
-    generator = torch.Generator(ids.device).manual_seed(settings.seed) if settings.sampling else None
-    next_positions = positions.max(1).values + 1  # (B,)
-    cache, logits = prefill(model, ids, positions, images, settings.max_new_tokens, tiles)
+    generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
+    heads = getattr(model.right, "heads", None)
+    if settings.speculative == "on" and heads is None:
+        raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
+    length = DraftLength(min(settings.draft_tokens or heads.count, heads.count) if heads is not None else 0, settings.speculative)
+    going_on = cache is not None
+    cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + length.most, tiles, cache)
+    hidden = states[torch.arange(len(ids)), (positions >= 0).sum(1) - 1]  # (B, D), at the prompts' last tokens
+    prompt_lengths = cache.lengths
+    logits = model.right.logits(hidden)[:, None]  # (B, 1, V)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
-    steps: list[Tensor] = []
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    first_token_s = 0.0
-    for step in range(settings.max_new_tokens):
-        tokens = sample(logits, settings, generator)
-        steps.append(tokens)
-        done |= tokens == stop
-        if step == 0:
-            done.any().item()  # waits for the device
-            first_token_s = time.perf_counter() - started
-        if on_tokens is not None:
-            on_tokens(tokens.tolist())
-        if bool(done.all()) or step + 1 == settings.max_new_tokens:
+    seen = None
+    if settings.repetition_penalty != 1.0:
+        seen = torch.zeros(len(ids), V, dtype=torch.bool, device=device).scatter_(1, ids.clamp(max=V - 1), positions >= 0)
+    rows = [Row(b, p) for b, p in enumerate(positions.amax(1).tolist())]
+    active = list(rows)
+    chosen = choose(probabilities(logits, settings, seen[:, None] if seen is not None else None), settings, generator)[:, 0]  # (B,)
+    new = chosen[:, None].tolist()
+    first_token_s = time.perf_counter() - started
+    drafts = torch.empty(len(ids), 0, dtype=torch.int64, device=device)
+    while True:
+        for i, (row, tokens) in enumerate(zip(active, new, strict=True)):
+            row.position += len(tokens)
+            for at, token in enumerate(tokens):
+                if token == stop or len(row.tokens) == settings.max_new_tokens:
+                    row.done = True
+                    break
+                row.tokens.append(token)
+                if settings.logprobs:
+                    row.logprobs.append(logits[i, at].float().log_softmax(-1)[token].item())
+                if on_tokens is not None and on_tokens(row.number, row.tokens):
+                    row.done = True
+                    break
+            row.done |= len(row.tokens) == settings.max_new_tokens
+        if all(row.done for row in active):
             break
-        logits = decode(model, cache, tokens, next_positions)
-        next_positions = next_positions + 1
-    rows = torch.stack(steps, dim=1).tolist()
-    rows = [row[: row.index(stop)] if stop in row else row for row in rows]
-    return Generation(rows, first_token_s, time.perf_counter() - started)
+        if any(row.done for row in active) and not going_on:  # rows that are done cost nothing any more
+            left = [i for i, row in enumerate(active) if not row.done]
+            at = torch.tensor(left, device=device)
+            cache.keep(left)
+            active, chosen, hidden = [active[i] for i in left], chosen[at], hidden[at]
+            seen = seen[at] if seen is not None else None
+        if seen is not None:
+            for i, row in enumerate(active):
+                seen[i, row.tokens] = True
+        pass_started = time.perf_counter()
+        K = min(length(), max(settings.max_new_tokens - len(row.tokens) for row in active) - 1)
+        if K:
+            drafts, proposed = heads.draft(model.right.embed_tokens, model.right.unembedding, hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
+        else:
+            drafts = chosen.new_empty(len(active), 0)
+        tokens = torch.cat((chosen[:, None], drafts), 1)  # (B, K + 1)
+        places = torch.tensor([row.position for row in active], device=device)[:, None] + torch.arange(K + 1, device=device)
+        states = verify(model, cache, tokens, places)  # (B, K + 1, D)
+        logits = model.right.logits(states)  # (B, K + 1, V)
+        also = None
+        if seen is not None:  # and the drafts before each
+            also = seen[:, None].repeat(1, K + 1, 1)
+            for k in range(K):
+                also[:, k + 1 :].scatter_(2, drafts[:, k, None, None].expand(-1, K - k, 1), True)
+        target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
+        if K:
+            counts, chosen = accept(drafts, proposed, target, settings, generator)
+        else:
+            counts, chosen = [0] * len(active), choose(target, settings, generator)[:, 0]
+        hidden = states[torch.arange(len(active)), counts]
+        cache.lengths = [now - K + count for now, count in zip(cache.lengths, counts, strict=True)]
+        new = [[*kept_drafts[:count], last] for kept_drafts, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
+        for row in active:
+            row.passes += 1
+        length.told(K, counts, time.perf_counter() - pass_started)
+    if going_on:
+        cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
+    return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])
+
+
+def _draw(logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    """A head's logits (B, V) → drafts (B,) and the distribution that they were drawn from; none where the likeliest is taken."""
+    if not settings.sampling:
+        return logits.argmax(-1), None
+    distribution = probabilities(logits, settings)
+    return choose(distribution, settings, generator), distribution

@@ -3,13 +3,22 @@
 Keys of images are kept before rotary embedding, so that one image KV serves at any position of any document.
 """
 
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.errors import UserError
+from configs.files import replacing
 from models.layers import Rotary, turn
 from models.masks import NEVER
+
+FORMAT = 1  # of an image KV's file
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,45 @@ class ImageKV:
     @property
     def tokens(self) -> int:
         return self.data.shape[3]
+
+    def save(self, path: Path, origin: str) -> None:
+        """Write a safetensors file, beside and renamed. `origin` says what made the image KV: `DualTowerVLM.origin`. A disk that refuses raises `UserError`."""
+        data = self.data.detach().cpu().contiguous()
+        metadata = {"format": str(FORMAT), "origin": origin, "checksum": _checksum(data)}
+        try:
+            with replacing(path) as beside:
+                save_file({"data": data}, beside, metadata=metadata)
+        except (SafetensorError, OSError) as error:  # a full disk; a read-only one, where not even clearing up is allowed
+            raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def load(cls, path: Path, origin: str) -> "ImageKV":
+        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `origin`, raises `UserError`."""
+        again = "encode the image again"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != str(FORMAT):
+                    raise UserError(f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}")
+                if metadata.get("origin") != origin:
+                    raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
+                data = file.get_tensor("data").clone()  # the file is mapped: what changes on the disk later would change here
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}") from None
+        if metadata.get("checksum") != _checksum(data):
+            raise UserError(f"{path} is damaged, its checksum is another: {again}")
+        if data.dim() != 5 or data.shape[1] != 2 or not data.numel() or not data.is_floating_point():
+            raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not the keys and values of an image (layers, 2, heads, tokens, head size): {again}")
+        if not torch.isfinite(torch.stack(data.aminmax())).all():
+            raise UserError(f"{path} holds values that are not finite: {again}")
+        return cls(data)
+
+
+def _checksum(data: Tensor) -> str:
+    """Of a tensor's bytes, and of the type and shape without which they say something else."""
+    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+    digest.update(data.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -52,25 +100,55 @@ class ImageContext:
 class DecodingCache:
     """Static, preallocated cache: rotated keys and values (layers, B, G, S, E) and the position that each slot holds (B, S).
 
-    Every call of the model fills the next slots of all rows; a row's padding has position `NEVER`, which no query reaches.
+    Every row has a length of its own, and its slots are filled without gaps. Slots behind it hold nothing, or drafts that
+    were not accepted: their positions are later than every query's until they are written anew.
     """
 
     def __init__(self, layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(layers, rows, kv_heads, slots, head_size, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.positions = torch.full((rows, slots), NEVER, dtype=torch.int64, device=device)
-        self.used = 0
+        self.lengths = [0] * rows
+        self.used = 0  # slots that attention looks at
+        self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where `extend` writes
 
-    def reserve(self, positions: Tensor) -> None:
-        """Open the next slots for tokens at `positions` (B, T); every layer's `extend` then fills them."""
-        end = self.used + positions.shape[1]
-        if end > self.positions.shape[1]:
-            raise ValueError(f"the cache has {self.positions.shape[1]} slots, {end} are needed")
-        self.positions[:, self.used : end] = positions
-        self.used = end
+    def reserve(self, positions: Tensor, counts: list[int] | None = None) -> None:
+        """Open each row's next slots for tokens at `positions` (B, T); every layer's `extend` then fills them.
+
+        `counts`: how many of a row's T tokens stay, the first ones (default: all). The others' slots are the next to be
+        written.
+        """
+        T = positions.shape[1]
+        self.used = max(self.lengths) + T
+        if self.used > self.positions.shape[1]:
+            raise ValueError(f"the cache has {self.positions.shape[1]} slots, {self.used} are needed")
+        if min(self.lengths) == max(self.lengths):
+            self.slots = slice(self.lengths[0], self.used)
+            self.positions[:, self.slots] = positions
+        else:
+            rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
+            slots = torch.tensor(self.lengths, device=positions.device)[:, None] + torch.arange(T, device=positions.device)  # (B, T)
+            self.slots = (rows, slice(None), slots)
+            self.positions[rows, slots] = positions
+        self.lengths = [length + (T if counts is None else counts[b]) for b, length in enumerate(self.lengths)]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        start = self.used - keys.shape[2]
-        self.keys[layer, :, :, start : self.used] = turn(rotary, keys)
-        self.values[layer, :, :, start : self.used] = values
+        for cached, new in ((self.keys[layer], turn(rotary, keys)), (self.values[layer], values)):
+            if isinstance(self.slots, slice):
+                cached[:, :, self.slots] = new
+            else:
+                cached[self.slots] = new.transpose(1, 2)  # (B, T, G, E), as indices with a slice between them want it
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` more in every row."""
+        more = max(self.lengths) + slots - self.positions.shape[1]
+        if more > 0:
+            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+            self.positions = F.pad(self.positions, (0, more), value=NEVER)
+
+    def keep(self, rows: list[int]) -> None:
+        """Leave only `rows`: those that are done cost nothing any more."""
+        at = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values, self.positions = self.keys[:, at], self.values[:, at], self.positions[at]
+        self.lengths = [self.lengths[row] for row in rows]

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import DecoderConfig
-from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
+from configs.schema import DecoderConfig, MultiTokenConfig
+from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
+from models.multi_token import MultiTokenHeads
 
 
 class Output(NamedTuple):
@@ -16,6 +17,7 @@ class Output(NamedTuple):
 
     loss_sum: Tensor | None  # sum of cross-entropy over supervised tokens; None without labels
     hidden: Tensor  # (B, R, D)
+    head_loss_sums: Tensor | None = None  # (K,), of the multi-token heads; None without labels or heads
 
 
 class Block(nn.Module):
@@ -34,7 +36,9 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
 
-    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+    packed: Packed | None = None  # the unembedding, where weights are packed for decoding
+
+    def __init__(self, config: DecoderConfig, vocab_size: int, multi_token: MultiTokenConfig | None = None) -> None:
         super().__init__()
         self.config = config
         with building(config):
@@ -44,6 +48,11 @@ class LanguageModel(nn.Module):
             if not config.tied_embeddings:
                 self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         init_weights(self, config)
+        self.heads = MultiTokenHeads(multi_token, config, vocab_size) if multi_token is not None and multi_token.heads else None
+
+    def trunk(self) -> nn.ModuleList:
+        """Everything but the multi-token heads."""
+        return nn.ModuleList(child for name, child in self.named_children() if name != "heads")
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
@@ -59,7 +68,21 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.unembedding)
+        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed(hidden)[0]
+
+    def pack(self) -> None:
+        """Lay the weights out anew for decoding on a CPU: faster, for as much memory again. Weights that change later are not seen: `train()` refuses."""
+        for block in self.layers:
+            block.self_attn.pack()
+            block.mlp.pack()
+        self.packed = Packed(self.unembedding)
+        if self.heads is not None:
+            self.heads.pack(self.unembedding)
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        if mode and self.packed is not None:
+            raise ValueError("the weights are packed for decoding: load the model again to train it")
+        return super().train(mode)
 
     def loss(self, hidden: Tensor, labels: Tensor, chunk_elements: int = 1 << 24) -> Tensor:
         """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt.
@@ -74,6 +97,13 @@ class LanguageModel(nn.Module):
         for h, y in zip(hidden.split(size), labels.split(size), strict=True):
             total = total + checkpoint(self._chunk_loss, h, y, use_reentrant=False)
         return total
+
+    def output(self, hidden: Tensor, labels: Tensor | None, documents: Tensor) -> Output:
+        """Hidden states with their losses, the multi-token heads' included; `labels`, `documents` (B, R)."""
+        if labels is None:
+            return Output(None, hidden)
+        heads = self.heads.losses(hidden, labels, documents, self.embed_tokens, self.unembedding) if self.heads is not None else None
+        return Output(self.loss(hidden, labels), hidden, heads)
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), labels, reduction="sum")

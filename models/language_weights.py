@@ -184,13 +184,14 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where:
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
+    tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}  # ours, and at their start
     check_tensors(model, tensors, where)
     _fill(model, tensors)
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Tensors of a file become the parameters, as fp32: its pages are read when they are used, and copied when they are changed."""
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    module.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, assign=True)
 
 
 def _with_mean_rows(table: Tensor, rows: int) -> Tensor:

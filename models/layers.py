@@ -62,6 +62,31 @@ class Past(Protocol):
         ...
 
 
+class Packed:
+    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives each one's result.
+
+    On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
+    (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
+    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone.
+    """
+
+    ROWS = 8  # that the layout is made for
+
+    def __init__(self, *layers: nn.Linear | Tensor) -> None:
+        weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
+        self.bias = torch.cat(biases) if biases else None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").split(self.sizes, -1)
+
+    @staticmethod
+    def available(device: torch.device) -> bool:
+        return device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class KeyValue(nn.Module):
     """The keys and values of a layer: all that the left tower's last layer has."""
 
@@ -74,13 +99,18 @@ class KeyValue(nn.Module):
 
     def key_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` (B, T, D) → unrotated keys and values (B, G, T, E)."""
-        E = self.config.head_size
-        keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, E))).transpose(1, 2)
-        return keys, self.v_proj(x).unflatten(-1, (-1, E)).transpose(1, 2)
+        return self._heads(self.k_proj(x), self.k_norm), self._heads(self.v_proj(x))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, T, heads · E) → (B, heads, T, E)"""
+        x = x.unflatten(-1, (-1, self.config.head_size))
+        return (x if norm is None else norm(x)).transpose(1, 2)
 
 
 class Attention(KeyValue):
     """Grouped-query attention. The mask says everything about who sees whom; nothing is added to it here."""
+
+    packed: tuple[Packed, Packed] | None = None  # queries, keys and values; output
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
@@ -92,22 +122,26 @@ class Attention(KeyValue):
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key."""
         rope = rotary if self.config.has_rope(self.layer) else None
-        queries = turn(rope, self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.config.head_size))).transpose(1, 2))  # (B, H, T, E)
-        keys, values = self.key_values(x)
+        q, k, v = self.packed[0](x) if self.packed is not None else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        queries = turn(rope, self._heads(q, self.q_norm))  # (B, H, T, E)
+        keys, values = self._heads(k, self.k_norm), self._heads(v)  # (B, G, T, E)
         keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
-        out = attend(queries, keys, values, mask)  # (B, H, T, E)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        out = attend(queries, keys, values, mask).transpose(1, 2).flatten(2)  # (B, T, H · E)
+        return self.packed[1](out)[0] if self.packed is not None else self.o_proj(out)
+
+    def pack(self) -> None:
+        self.packed = (Packed(self.q_proj, self.k_proj, self.v_proj), Packed(self.o_proj))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where `mask` (B, 1, T, S) allows.
 
-    torch's fused kernel, except in bf16 on a CPU at row lengths where plain matrix products are faster, forward and
-    backward together (docs/experiments.md has the figures).
+    torch's fused kernel, except in training in bf16 on a CPU at row lengths where plain matrix products are faster,
+    forward and backward together (docs/experiments.md has the figures).
     """
     B, H, T, E = queries.shape
     G, S = keys.shape[1:3]
-    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or T * S > 1 << 20:
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or T * S > 1 << 20 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=H != G)
     bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill(~mask, torch.finfo(queries.dtype).min)
     scores = (queries * E**-0.5).reshape(B, G, H // G * T, E) @ keys.transpose(-1, -2)  # (B, G, H/G·T, S)
@@ -118,6 +152,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
 class MLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv 2002.05202)."""
 
+    packed: tuple[Packed, Packed] | None = None  # gate and up; down
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
@@ -125,7 +161,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.packed is None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.packed[0](x)
+        return self.packed[1](F.silu(gate) * up)[0]
+
+    def pack(self) -> None:
+        self.packed = (Packed(self.gate_proj, self.up_proj), Packed(self.down_proj))
 
 
 def building(config: DecoderConfig) -> torch.device:
@@ -144,3 +186,9 @@ def init_weights(module: nn.Module, config: DecoderConfig) -> None:
         elif weight.dim() >= 2:
             std = 0.02 / (2 * config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             nn.init.normal_(weight, std=std)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -88,6 +88,17 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> "VisionEncoder":
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionEncoder":
+        """What `.to` calls. Pixels are normalised in fp32 whatever the weights are: 8-bit values do not survive a subtraction in bf16."""
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
     @property
     def frozen(self) -> bool:
         return not any(p.requires_grad for p in self.parameters())
@@ -99,5 +110,5 @@ class VisionEncoder(nn.Module):
 
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pixels = ((tiles.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            pixels = ((tiles.float() - self.mean) / self.std).to(self.dtype).contiguous(memory_format=torch.channels_last)
             return self.backbone.forward_intermediates(pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True)[0]

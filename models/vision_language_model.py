@@ -23,7 +23,7 @@ class VisionLanguageModel(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.vision_encoder = VisionEncoder(config.vision)
         self.modality_projector = ModalityProjector(config.projector, self.vision_encoder.features, config.right.hidden_size)
-        self.right = LanguageModel(config.right, vocabulary.size)
+        self.right = LanguageModel(config.right, vocabulary.size, config.multi_token)
 
     @property
     def device(self) -> torch.device:
@@ -31,7 +31,9 @@ class VisionLanguageModel(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
-        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right}
+        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right.trunk()} | (
+            {"heads": self.right.heads} if self.right.heads is not None else {}
+        )
 
     def forward(
         self,
@@ -51,7 +53,7 @@ class VisionLanguageModel(nn.Module):
             raise ValueError(f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row")
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
-        return Output(self.right.loss(hidden, labels) if labels is not None else None, hidden)
+        return self.right.output(hidden, labels, right_documents)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """Token ids (B, T) → (B, T, D), with the image tokens of `tiles` (N, 3, h, w) at their placeholders."""

@@ -50,6 +50,16 @@ def tiny_model(tokenizer: Tokenizer, config: ModelConfig = TINY_MODEL, seed: int
     return model.eval()
 
 
+def lively_model(tokenizer: Tokenizer, config: ModelConfig = TINY_MODEL, seed: int = 0) -> DualTowerVLM:
+    """One that does not say the same token again and again."""
+    model = tiny_model(tokenizer, config, seed)
+    with torch.no_grad():
+        for p in model.right.layers.parameters():
+            if p.dim() >= 2:
+                p.mul_(4)
+    return model
+
+
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> DualTowerVLM:
     return tiny_model(tokenizer)

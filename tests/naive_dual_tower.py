@@ -73,9 +73,9 @@ class Naive:
             image += i == v.first_marker_id  # its global view; tile markers go on with the same image
             image_of[t] = image if i >= v.text_size else -1
         is_image = image_of >= 0
-        last = int(is_image.nonzero().max())
+        last = int(is_image.nonzero().max()) if is_image.any() else -1
         goes_left = {"image": is_image, "prefix": torch.arange(T) <= last, "none": torch.zeros(T, dtype=torch.bool)}[context]
-        features = self.image_tokens(tiles).flatten(0, 1)
+        features = self.image_tokens(tiles).flatten(0, 1) if len(tiles) else tiles
 
         def embedded(table: Tensor, first: int, where: Tensor) -> Tensor:
             x, used = torch.randn(T, table.shape[1]), 0  # noise where nothing may be read

@@ -68,10 +68,15 @@ def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] 
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     if before is not None:
         before()
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).absolute().parent))
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            sys.path.insert(0, str(Path(__file__).parent.parent))
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).absolute().parent))
+            runpy.run_path(command[0], run_name="__main__")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

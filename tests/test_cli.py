@@ -69,7 +69,7 @@ def test_generate_json(trained, image_file):
     flags = ["--checkpoint", str(trained / "model"), "--image", str(image_file), "--prompt", "what is it?", "--prompt", "is it <|im_end|> blue?", "--json", "--max-new-tokens", "4"]
     done = run("generate.py", *flags)
     first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(first) == {"prompt", "answer", "ttft_ms", "tokens_per_s", "image_kv"}
+    assert set(first) == {"prompt", "answer", "ttft_ms", "tokens_per_s", "image_kv", "passes"}
     assert (first["image_kv"], second["image_kv"]) == ("computed", "reused") and second["prompt"] == "is it <|im_end|> blue?"
     sampled = [run("generate.py", *flags, "--sampling", "--temperature", "2", "--top_k", "50", "--top_p=0.9", "--seed", s).stdout for s in ("1", "1")]
     assert [json.loads(line)["answer"] for line in sampled[0].splitlines()] == [json.loads(line)["answer"] for line in sampled[1].splitlines()]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_tiles, tiny_model
+import torch.nn.functional as F
+from conftest import lively_model, random_tiles
 from naive_dual_tower import Naive
 from test_dual_tower import block_starts
 
@@ -12,7 +13,8 @@ from configs.schema import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from eval.answering import Answerer
-from models.generation import generate, sample
+from models.generation import choose, generate, probabilities
+from models.image_store import ImageStore
 
 
 def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:
@@ -35,7 +37,7 @@ def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     """Rows of different lengths, one to three images: token for token what full recomputation gives."""
-    model = tiny_model(tokenizer, seed=seed)
+    model = lively_model(tokenizer, seed=seed)
     naive = Naive(model)
     asked = [(1, "what color?"), (3, "is there a red circle in the image?"), (2, "what is it")]
     tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
@@ -52,17 +54,17 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
 
 def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeypatch):
     """Tokens can agree by luck; the logits of each decoding step cannot."""
-    model, seen = tiny_model(tokenizer), []
+    model, seen = lively_model(tokenizer), []
     naive, tiles = Naive(model), random_tiles(2, seed=5)
     prompt, ids = prompt_ids(renderer, 2, "what color?")
     images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), block_starts(prompt), strict=True))
-    decode = models.generation.decode
-    monkeypatch.setattr(models.generation, "decode", lambda *arguments: seen.append(decode(*arguments)) or seen[-1])
+    verify = models.generation.verify
+    monkeypatch.setattr(models.generation, "verify", lambda *arguments: seen.append(verify(*arguments)) or seen[-1])
     made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=5), **collate_prompts([prompt]))
     assert len(seen) == 4 and len(made.tokens[0]) == 5
-    for step, logits in enumerate(seen, start=1):
+    for step, hidden in enumerate(seen, start=1):
         expected = naive.logits([*ids, *made.tokens[0][:step]], tiles)[-1]
-        torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(F.linear(hidden.clone(), model.right.unembedding.detach())[0, 0], expected, atol=1e-4, rtol=0)
 
 
 def test_text_only_prompts_work_beside_image_prompts(model, renderer):
@@ -76,7 +78,8 @@ def test_text_only_prompts_work_beside_image_prompts(model, renderer):
 
 
 def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
-    answerer = Answerer(model, renderer, keep=2)
+    size = model.encode_image(random_tiles(1), torch.tensor(renderer.image_block())).data.nbytes
+    answerer = Answerer(model, renderer, ImageStore(memory_bytes=2 * size))
     encoded = []
     original = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images))
@@ -106,19 +109,37 @@ def test_seeds_repeat_and_differ(model, renderer):
         ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # of the three left, the first holds 0.44
         ({"temperature": 0.5, "top_p": 0.6}, [16 / 25, 9 / 25, 0, 0]),
         ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"min_p": 0.74}, [4 / 7, 3 / 7, 0, 0]),
+        ({"min_p": 0.5, "top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 0.5, "min_p": 0.26}, [16 / 25, 9 / 25, 0, 0]),
     ],
 )
 def test_sampling_has_the_distribution_it_says(settings, expected):
     """Temperature, then top-k, then top-p; 20,000 draws within five standard deviations, and nothing outside."""
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[torch.tensor([2, 0, 3, 1])].repeat(20_000, 1)
-    drawn = sample(logits, GenerationConfig(sampling=True, **settings), torch.Generator().manual_seed(0))
+    settings = GenerationConfig(sampling=True, **settings)
+    drawn = choose(probabilities(logits, settings), settings, torch.Generator().manual_seed(0))
     expected = torch.tensor(expected)[torch.tensor([2, 0, 3, 1])]
     share = drawn.bincount(minlength=4) / len(drawn)
     bound = 5 * (expected * (1 - expected) / len(drawn)).sqrt()
     assert ((share - expected).abs() <= bound + 1e-9).all(), (share, expected)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"draft_tokens": -1},
+    ],
+)
 def test_bad_settings(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
         GenerationConfig(sampling=True, **bad)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from configs.errors import UsageError, UserError
 from configs.schema import Config, TrainConfig
+from models.layers import computes_bf16
+from models.multi_token import chains
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.logging import RunLog
-from training.optim import make_optimizers, schedule, set_learning_rates
+from training.optim import head_weights, make_optimizers, schedule, set_learning_rates
 
 Batch = dict[str, Tensor]
 
@@ -54,12 +56,6 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     """The autocast context of `train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None) -> None:
@@ -110,12 +106,20 @@ def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimize
     c = config.train
     micro = [next(batches) for _ in range(c.accumulation)]
     supervised = sum(int((b["labels"] != -100).sum()) for b in micro)
-    total = torch.zeros((), device=device)
+    heads = model.config.multi_token.heads
+    chained = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro).clamp(min=1).to(device)  # each head's targets (K,)
+    weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
+    total, of_heads = torch.zeros((), device=device), torch.zeros(heads, device=device)
     for batch in micro:
         with autocast(c, device):
-            loss = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()}).loss_sum / max(1, supervised)
-        loss.backward()
+            output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
+        loss = output.loss_sum / max(1, supervised)
         total += loss.detach()
+        if heads:
+            means = output.head_loss_sums / chained
+            of_heads += means.detach()
+            loss = loss + (weights * means).sum()
+        loss.backward()
     rates = set_learning_rates(optimizers, schedule(step - 1, config.max_steps, c))
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf)
@@ -123,7 +127,7 @@ def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimize
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((b["left_groups"] >= 0).sum()) + int((b["right_documents"] >= 0).sum()) for b in micro)
-    return {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "supervised_tokens": supervised, "tokens": tokens}
+    return {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "supervised_tokens": supervised, "tokens": tokens} | ({"head_losses": of_heads.tolist()} if heads else {})
 
 
 def evaluate(model: Any, task: Task, step: int, log: RunLog) -> None:

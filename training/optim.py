@@ -12,7 +12,7 @@ from models.adapters import base_parameters
 
 def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
     """Every part's learning rate; 0 freezes it."""
-    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right}
+    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right, "heads": config.lr_heads}
     return {name: rates[name] for name in model.parts()}
 
 
@@ -61,6 +61,12 @@ def schedule(step: int, max_steps: int, config: TrainConfig) -> float:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps + 1) / max(1, max_steps - config.warmup_steps)
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def head_weights(step: int, heads: int, config: TrainConfig) -> list[float]:
+    """λ of each multi-token head at 0-based `step`: they join one after the other, each over `head_warmup` steps."""
+    joined = [min(1.0, max(0.0, step / config.head_warmup - k)) if config.head_warmup else 1.0 for k in range(heads)]
+    return [config.head_weight * config.head_decay**k * share for k, share in enumerate(joined)]
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> dict[str, float]:

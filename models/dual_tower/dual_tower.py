@@ -1,5 +1,6 @@
 """DualTowerVLM: images through the left tower into a per-layer KV cache, text through the right tower, which reads it."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from models.masks import left_mask
 from models.modality_projector import ModalityProjector, put_image_tokens
 from models.pretrained import load_model, save_model
 from models.vision_encoder import VisionEncoder
+
+IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
 
 
 class LeftTower(nn.Module):
@@ -50,7 +53,7 @@ class DualTowerVLM(nn.Module):
         config.check_join()
         self.config, self.vocabulary = config, vocabulary
         self.left = LeftTower(config, vocabulary)
-        self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size)
+        self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size, config.multi_token)
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +62,9 @@ class DualTowerVLM(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
         left_decoder = nn.ModuleList((self.left.embed_tokens, self.left.decoder))
-        return {"vision": self.left.vision_encoder, "projector": self.left.modality_projector, "left": left_decoder, "right": self.right}
+        return {"vision": self.left.vision_encoder, "projector": self.left.modality_projector, "left": left_decoder, "right": self.right.trunk()} | (
+            {"heads": self.right.heads} if self.right.heads is not None else {}
+        )
 
     def forward(
         self,
@@ -77,7 +82,7 @@ class DualTowerVLM(nn.Module):
         """Tiles (N, 3, h, w) uint8, left stream (B, L), right stream (B, R); see DESIGN's batch table in docs/architecture.md."""
         image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
         hidden = self.right.read(image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups)
-        return Output(self.right.loss(hidden, labels) if labels is not None else None, hidden)
+        return self.right.output(hidden, labels, right_documents)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """What the right tower reads of token ids (B, T): (B, T, D). It never sees tiles."""
@@ -107,6 +112,17 @@ class DualTowerVLM(nn.Module):
     def encode_image(self, tiles: Tensor, block: Tensor) -> ImageKV:
         """Image KV of one image: its tiles (n, 3, h, w) uint8 and its block's token ids (T,)."""
         return self.encode_images(tiles, [block])[0]
+
+    def origin(self) -> str:
+        """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. 32 hex digits, computed at each call."""
+        c = self.config
+        settings = (IMAGE_KV_VERSION, c.vision, c.projector, c.left, c.left_context, c.image_isolation, c.left_attention, self.vocabulary)
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+        tensors = [*self.left.named_parameters(), *self.left.named_buffers()]  # normalisation constants are buffers that no state_dict has
+        for name, tensor in sorted(tensors, key=lambda item: item[0]):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; beside and renamed."""

@@ -1,0 +1,109 @@
+"""Conversations: turns on one or more images, and their place on a terminal."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from configs.errors import UsageError, UserError
+from configs.schema import GenerationConfig
+from data.collators import collate_prompts
+from data.images import Tiles
+from eval.answering import Answer, Answerer
+from models.generation import generate
+from models.kv_cache import DecodingCache
+
+
+class Chat:
+    """One conversation. What was said stays in the right tower's cache: a turn costs its own tokens only, an image is encoded once."""
+
+    def __init__(self, answerer: Answerer, settings: GenerationConfig) -> None:
+        if answerer.model.config.left_context == "prefix":
+            raise UsageError("this model reads the text before an image in its left tower (left_context = prefix): it cannot go on with a conversation; ask single questions")
+        config, model = answerer.model.right.config, answerer.model
+        self.answerer, self.settings = answerer, settings
+        self.cache = DecodingCache(config.layers, 1, config.kv_heads, 0, config.head_size, model.right.embed_tokens.weight.dtype, model.device)
+        self.position = 0  # of the next token that is not in the cache
+        self.last: list[int] = []  # of the last answer, and not in the cache
+
+    def ask(self, text: str, images: list[Tiles], on_text: Callable[[str], None] | None = None) -> Answer:
+        """The answer to the next turn, about `images` and all that was said and shown before."""
+        if not text.strip():
+            raise UsageError("the prompt is empty: give a question")
+        answerer, started = self.answerer, time.perf_counter()
+        renderer, grids = answerer.renderer, [image.grid for image in images]
+        prompt = renderer.follow_up(grids, text, self.last, self.position) if self.position else renderer.prompt(grids, [{"user": text}])
+        rows, fresh = answerer.images_of([prompt], [images])
+        encode_s = time.perf_counter() - started
+        batch = {k: v.to(answerer.model.device) for k, v in collate_prompts([prompt]).items()}
+        stream = answerer.stream(on_text, self.settings.stop, 1) if on_text is not None or self.settings.stop else None
+        before = self.cache.lengths
+        try:
+            made = generate(
+                answerer.model,
+                images=rows,
+                stop=renderer.tokenizer.turn_end,
+                settings=self.settings,
+                on_tokens=stream,
+                tiles=answerer.tiles_of([images]),
+                cache=self.cache,
+                **batch,
+            )
+        except BaseException:  # Ctrl-C, for one: the conversation is where it was before this turn
+            self.cache.lengths = before
+            raise
+        tokens = made.tokens[0]
+        self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
+        self.last = tokens[-1:]
+        text = renderer.tokenizer.decode(tokens)
+        text = text.split(self.settings.stop)[0] if self.settings.stop else text
+        kv = "none" if not fresh[0] else "computed" if any(fresh[0]) else "reused"
+        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, made.passes[0], made.logprobs[0])
+
+
+class Shown:
+    """Prints an answer as it grows."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self, text: str) -> None:
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+    def end(self, text: str) -> None:
+        print(text[len(self.text) :], flush=True)
+
+
+def told(answer: Answer) -> str:
+    per_pass = f"{answer.tokens / answer.passes:.2f} tokens a pass"
+    return f"[first token {answer.ttft_ms:.0f} ms, {answer.tokens_per_s:.1f} tokens/s, {per_pass}, image KV {answer.image_kv}]"
+
+
+def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> None:
+    """Turns from standard input until an empty line or its end."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if line == "/image" or line.startswith("/image "):
+            try:
+                images.append(answerer.tiles(line.removeprefix("/image").strip()))
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            continue
+        show = Shown()
+        try:
+            answer = chat.ask(line, images, show)
+        except KeyboardInterrupt:  # the answer so far stays on the screen; the conversation goes on from before it
+            print("\n[stopped: this turn is forgotten]", file=sys.stderr)
+            continue
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        show.end(answer.text)
+        images = []
+        if stats:
+            print(told(answer), file=sys.stderr)

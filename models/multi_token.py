@@ -1,0 +1,129 @@
+"""Multi-token heads: head k predicts the token k places behind the next one, from the right tower's hidden state and the tokens in between.
+
+    hidden state at t ─┐
+    token t+1 ─────────┴→ head 1 → state, token t+2 ─┐
+                          token t+2 ─────────────────┴→ head 2 → state, token t+3 …
+
+The heads are one small module that is applied again and again (a recurrent drafter, as in arXiv 2403.09919; sequential
+like DeepSeek-V3's, arXiv 2412.19437 §2.2, but without attention, so that there is no cache to keep). What else was tried,
+and what it gave, stands in docs/experiments.md.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import DecoderConfig, MultiTokenConfig
+from models.layers import Packed, RMSNorm
+
+CHUNK = 1 << 24  # logits that exist at a time in the loss
+
+
+class MultiTokenHeads(nn.Module):
+    """`config.heads` heads over hidden states (…, D). They share the right tower's embedding and unembedding.
+
+    With `config.vocabulary` they can only draft that many tokens, those in `draft_ids`: a draft is a guess, and the
+    unembedding is most of what a guess costs (arXiv 2502.14856).
+    """
+
+    packed: tuple[Packed, Packed, Packed, Packed] | None = None
+
+    def __init__(self, config: MultiTokenConfig, decoder: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.count, D, M = config.heads, decoder.hidden_size, config.mlp_size
+        self.state_norm, self.token_norm = RMSNorm(D, decoder.norm_eps), RMSNorm(D, decoder.norm_eps)
+        self.carry = nn.Linear(2 * D, D, bias=False)
+        self.gate_up = nn.Linear(2 * D, 2 * M, bias=False)
+        self.down = nn.Linear(M, D, bias=False)
+        self.norm = RMSNorm(D, decoder.norm_eps)
+        ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
+        self.register_buffer("draft_ids", ids)
+        self.rows: Tensor | None = None  # of the unembedding, gathered once for drafting
+        with torch.no_grad():  # at first a head carries the state on as it is
+            self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
+            nn.init.normal_(self.gate_up.weight, std=0.02)
+            self.down.weight.zero_()
+
+    def step(self, state: Tensor, embedding: Tensor) -> Tensor:
+        """One head: the state before it and the embedding of the token just known, (…, D) both → its own state (…, D)."""
+        token = self.token_norm(embedding)
+        both, normed = torch.cat((state, token), -1), torch.cat((self.state_norm(state), token), -1)
+        if self.packed is not None:
+            gate, up = self.packed[1](normed)[0].chunk(2, -1)
+            return self.packed[0](both)[0] + self.packed[2](F.silu(gate) * up)[0]
+        gate, up = self.gate_up(normed).chunk(2, -1)
+        return self.carry(both) + self.down(F.silu(gate) * up)
+
+    def losses(self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor) -> Tensor:
+        """Every head's cross-entropy, summed over its targets: (K,).
+
+        `hidden` (B, R, D), `labels` and `documents` (B, R) as in the batch. Head k's target is `labels` k places on, where it and
+        all before it are supervised and of one document (`chains`); one that no head can draft counts nothing. Heads come in turn and logits in chunks, computed again in
+        the backward pass: the memory is that of one head.
+        """
+        targets = chains(labels, documents, self.count)  # (S, K + 1)
+        state = hidden[labels != -100]  # (S, D)
+        place = torch.full((len(unembedding),), -100, device=labels.device)
+        place[self.draft_ids] = torch.arange(len(self.draft_ids), device=labels.device)
+        rows = unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
+        size = max(1, CHUNK // len(rows))
+        sums = []
+        for k in range(1, self.count + 1):
+            state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
+            state = self.step(state, embedding(targets[:, k - 1]))
+            wanted = place[targets[:, k]]  # −100: a token that no head can draft
+            total = state.sum() * 0.0 if not len(state) else state.new_zeros((), dtype=torch.float32)
+            for s, y in zip(state.split(size), wanted.split(size), strict=True):
+                total = total + checkpoint(self._loss, s, y, rows, use_reentrant=False)
+            sums.append(total)
+        return torch.stack(sums)
+
+    def _loss(self, state: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(self.norm(state), rows).float(), wanted, reduction="sum")
+
+    def draft(
+        self, embedding: nn.Embedding, unembedding: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → `count` drafts (B, count).
+
+        `pick` makes a token of each row's logits (B, V′), and says the distribution it was drawn from or None; these come back
+        over the whole vocabulary, (B, count, V).
+        """
+        if self.packed is None and (self.rows is None or self.rows.dtype != unembedding.dtype or self.rows.device != unembedding.device):
+            self.rows = unembedding[self.draft_ids]
+        drafts, proposed = [], []
+        for _ in range(count):
+            hidden = self.step(hidden, embedding(tokens))
+            normed = self.norm(hidden)
+            place, distribution = pick(F.linear(normed, self.rows) if self.packed is None else self.packed[3](normed)[0])
+            tokens = self.draft_ids[place]
+            drafts.append(tokens)
+            if distribution is not None:
+                proposed.append(distribution.new_zeros(len(tokens), len(unembedding)).index_copy_(1, self.draft_ids, distribution))
+        return torch.stack(drafts, 1), torch.stack(proposed, 1) if proposed else None
+
+    def pack(self, unembedding: Tensor) -> None:
+        self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(unembedding[self.draft_ids]))
+
+
+def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:
+    """For every supervised position (in the order of `labels[labels != -100]`) the next token and what the heads are to predict, (S, heads + 1).
+
+    −1 from where a chain ends: behind the document, or at a token that is not learnt.
+
+        labels     . . a b c | d .        chains of two heads:  a b c   b c −   c − −   d − −
+        documents  0 0 0 0 0 | 1 1
+    """
+    B, R = labels.shape
+    out = labels.new_full((B, R, heads + 1), -1)
+    whole = labels != -100
+    out[..., 0] = labels
+    for k in range(1, heads + 1):
+        if k >= R:
+            break
+        whole = whole[:, :-1] & (labels[:, k:] != -100) & (documents[:, k:] == documents[:, :-k])
+        out[:, : R - k, k] = labels[:, k:].masked_fill(~whole, -1)
+    return out[labels != -100]

@@ -1,0 +1,465 @@
+"""Image KVs on disk: bit for bit, refused where anything is wrong; the store's order and bytes, counted by hand; answers from the disk against a cold encode."""
+
+import os
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, random_tiles, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import eval.answering
+import models.image_store
+from configs.errors import UserError
+from configs.schema import GenerationConfig
+from data.images import Tiles
+from data.render import Renderer
+from eval.answering import Answerer, Block
+from models.dual_tower.dual_tower import DualTowerVLM
+from models.image_store import ImageStore
+from models.kv_cache import ImageKV
+
+ORIGIN, OTHER = "0a" * 16, "0b" * 16
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def kv_of(seed: int, tokens: int = 8, dtype: torch.dtype = torch.float32) -> ImageKV:
+    """2 layers, 1 head of 16: 256 bytes a token in fp32."""
+    return ImageKV(torch.randn(2, 2, 1, tokens, 16, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def same(a: ImageKV | None, b: ImageKV) -> bool:
+    return a is not None and a.data.dtype == b.data.dtype and torch.equal(a.data.view(BITS[a.data.dtype]), b.data.view(BITS[b.data.dtype]))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name.removesuffix(".safetensors") for path in folder.rglob("*") if path.is_file()}
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def as_bf16(kv: ImageKV, path: Path) -> None:
+    """The same bytes under the name of another type of number."""
+    kv.save(path, ORIGIN)
+    save_file({"data": kv.data.view(torch.bfloat16)}, path, metadata_of(path))
+
+
+class TestFile:
+    @pytest.mark.parametrize("dtype", BITS)
+    def test_comes_back_bit_for_bit(self, tmp_path, dtype):
+        data = kv_of(0, dtype=dtype).data
+        data.view(BITS[dtype])[0, 0, 0, 0, :4] = torch.tensor([torch.iinfo(BITS[dtype]).min, 1, 2, 0], dtype=BITS[dtype])  # −0, two subnormal numbers, 0
+        for number, made in enumerate((data, data.transpose(3, 4), torch.cat((data, data))[1:3])):  # as it lies in memory, and otherwise
+            path = tmp_path / f"{number}.safetensors"
+            ImageKV(made).save(path, ORIGIN)
+            read = ImageKV.load(path, ORIGIN)
+            assert same(read, ImageKV(made)) and read.tokens == made.shape[3]
+            assert torch.equal(load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype]))  # any reader of safetensors reads it
+        assert files(tmp_path) == {"0", "1", "2"}  # nothing beside them
+
+    def test_what_was_loaded_does_not_change_with_its_file(self, tmp_path):
+        path, kv = tmp_path / "a.safetensors", kv_of(0)
+        kv.save(path, ORIGIN)
+        read = ImageKV.load(path, ORIGIN)
+        with open(path, "r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(bytes(64))
+        assert same(read, kv)
+
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [
+            (lambda path: path.unlink(), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(b""), "cannot be read as an image KV"),
+            (lambda path: path.write_text("an image of a cat, in words alone"), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "cannot be read as an image KV"),
+            (lambda path: (path.unlink(), path.mkdir()), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"), "is damaged, its checksum is another"),
+            (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 1"),
+            (lambda path: save_file(load_file(path), path, {"format": "2", "origin": ORIGIN}), "has image KV format '2'; this version reads 1"),
+            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "1", "origin": ORIGIN}), "cannot be read as an image KV"),
+            (lambda path: save_file(load_file(path), path, {"format": "1", "origin": ORIGIN}), "is damaged, its checksum is another"),
+            (lambda path: save_file({"data": load_file(path)["data"].view(2, 2, 2, 8, 8)}, path, metadata_of(path)), "is damaged, its checksum is another"),
+            (lambda path: as_bf16(kv_of(0, dtype=torch.float16), path), "is damaged, its checksum is another"),
+            (lambda path: kv_of(0).save(path, OTHER), "was made by other weights or another preprocessing"),
+            (lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, ORIGIN), r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, ORIGIN), r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, ORIGIN), r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, ORIGIN), r"of torch.int32, not the keys and values"),
+            (lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(path, ORIGIN), "holds values that are not finite"),
+            (lambda path: ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)).save(path, ORIGIN), "holds values that are not finite"),
+        ],
+    )
+    def test_refusals(self, tmp_path, spoil, said):
+        path = tmp_path / "a.safetensors"
+        kv_of(0).save(path, ORIGIN)
+        assert same(ImageKV.load(path, ORIGIN), kv_of(0))
+        spoil(path)
+        with pytest.raises(UserError, match=said) as caught:
+            ImageKV.load(path, ORIGIN)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and message.endswith(": encode the image again") and "\n" not in message
+
+    def test_no_flipped_bit_gives_other_numbers(self, tmp_path):
+        """Two bits of each byte, header included: refused, or (blanks at the header's end) the same."""
+        path, kv = tmp_path / "a.safetensors", ImageKV(torch.tensor([1.0, -2.0, 3.5, 4.0], dtype=torch.bfloat16).view(1, 2, 1, 2, 1))
+        kv.save(path, ORIGIN)
+        whole, refused = path.read_bytes(), 0
+        for place in range(len(whole)):
+            for bit in (0, 5):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                try:
+                    assert same(ImageKV.load(path, ORIGIN), kv), (place, bit)
+                except UserError:
+                    refused += 1
+        assert refused > 2 * len(whole) - 16
+
+    def test_a_disk_that_refuses_says_so(self, tmp_path):
+        with pytest.raises(UserError, match=r"a\.safetensors could not be written"):
+            kv_of(0).save(tmp_path / "missing" / "a.safetensors", ORIGIN)
+
+
+class TestOrigin:
+    def test_every_tensor_of_the_left_tower_changes_it_and_none_of_the_right(self, model):
+        before = model.origin()
+        assert len(bytes.fromhex(before)) == 16
+        seen = {before}
+        for tensor in (*model.left.parameters(), *model.left.buffers()):
+            with torch.no_grad():
+                old = tensor.flatten()[-1].item()
+                tensor.view(-1)[-1] += 1
+                seen.add(model.origin())
+                tensor.view(-1)[-1] = old
+        assert len(seen) == 1 + len([*model.left.parameters(), *model.left.buffers()])
+        assert model.origin() == before
+        with torch.no_grad():
+            for parameter in model.right.parameters():
+                parameter.add_(1)
+        assert model.origin() == before
+
+    def test_settings_and_types_of_number_change_it(self, tokenizer, model):
+        c = TINY_MODEL
+        configs = [
+            replace(c, left_attention="bidirectional"),
+            replace(c, image_isolation=False),
+            replace(c, vision=replace(c.vision, normalize="unit")),
+            replace(c, vision=replace(c.vision, max_side=128)),
+            replace(c, left=replace(c.left, rope_theta=500.0)),
+        ]
+        origins = {tiny_model(tokenizer, config).origin() for config in configs}
+        assert len(origins | {model.origin(), tiny_model(tokenizer, seed=1).origin(), tiny_model(tokenizer).bfloat16().origin()}) == len(configs) + 3
+        assert tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).origin() == model.origin()
+
+    def test_a_saved_model_keeps_it(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        assert DualTowerVLM.from_pretrained(tmp_path).origin() == model.origin()
+
+
+class TestMemory:
+    def test_the_least_recently_used_goes_first(self):
+        store, kvs = ImageStore(memory_bytes=3 * 2048), {key: kv_of(i) for i, key in enumerate("abcde")}
+        for key in "abc":
+            store.put(key, kvs[key])
+        assert store.get("a") is kvs["a"]
+        store.put("d", kvs["d"])
+        assert [key for key in "abcd" if store.get(key) is kvs[key]] == ["a", "c", "d"] and store.get("b") is None and len(store) == 3
+        store.put("a", kvs["a"])  # a use, too
+        store.put("e", kvs["e"])
+        assert [key for key in "abcde" if store.get(key) is not None] == ["a", "d", "e"]
+
+    def test_bytes_are_counted_not_images(self):
+        store = ImageStore(memory_bytes=4096)
+        store.put("a", kv_of(0, tokens=4))
+        store.put("b", kv_of(1, tokens=8))
+        store.put("c", kv_of(2, tokens=4))  # 1024 + 2048 + 1024: just fits
+        assert len(store) == 3
+        store.put("d", kv_of(3, tokens=1))
+        assert len(store) == 3 and store.get("a") is None
+        store.put("b", kv_of(1, tokens=3))  # smaller than the one it replaces: 256 + 1024 + 768, so that 2048 fit
+        store.put("e", kv_of(4, tokens=8))
+        assert len(store) == 4 and store.get("b").tokens == 3
+        store.put("f", kv_of(5, tokens=8, dtype=torch.bfloat16))  # 1024 bytes: as many as c holds
+        assert [key for key in "abcdef" if store.get(key) is not None] == ["b", "d", "e", "f"]
+
+    def test_larger_than_the_cap_is_not_kept_and_drives_nobody_out(self):
+        store = ImageStore(memory_bytes=2048)
+        store.put("a", kv_of(0))
+        store.put("b", kv_of(1, tokens=9))
+        assert store.get("b") is None and store.get("a") is not None
+
+
+class TestDisk:
+    def store(self, folder, **options) -> ImageStore:
+        """Without memory, so that every hit comes from the disk; `said` collects its lines."""
+        self.said = []
+        return ImageStore(**{"memory_bytes": 0, "folder": folder, "origin": ORIGIN, "say": self.said.append} | options)
+
+    def test_another_process_finds_it(self, tmp_path):
+        kv = kv_of(0, dtype=torch.bfloat16)
+        self.store(tmp_path / "new" / "folder").put("a1", kv)
+        assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [Path("new/folder") / ORIGIN / "a1.safetensors"]
+        again = self.store(tmp_path / "new" / "folder", memory_bytes=1 << 20)
+        assert len(again) == 0 and same(again.get("a1"), kv) and len(again) == 1
+        (tmp_path / "new" / "folder" / ORIGIN / "a1.safetensors").unlink()
+        assert same(again.get("a1"), kv)  # from memory by now
+        assert again.get("b2") is None and not self.said
+
+    def test_the_least_recently_used_goes_first_and_bytes_hold(self, tmp_path):
+        cap = 3 * (2048 + 1024) + 100  # three files, not four
+        store = self.store(tmp_path, disk_bytes=cap)
+        for i, key in enumerate("abc"):
+            store.put(key, kv_of(i))
+        assert files(tmp_path) == {"a", "b", "c"}
+        assert store.get("a") is not None
+        store.put("d", kv_of(3))
+        assert files(tmp_path) == {"a", "c", "d"} and size(tmp_path) <= cap
+        store.put("b19", kv_of(4, tokens=16))  # 4096 bytes: two make room
+        assert files(tmp_path) == {"d", "b19"} and size(tmp_path) <= cap
+        store.put("fff", kv_of(5, tokens=64))  # larger than the cap
+        assert files(tmp_path) == {"d", "b19"} and store.get("fff") is None and same(store.get("b19"), kv_of(4, tokens=16))
+
+    def test_many_files_never_exceed_the_cap(self, tmp_path, monkeypatch):
+        """The folder is not looked through at every write: the count must hold in between."""
+        monkeypatch.setattr(models.image_store, "SHARE", 8)
+        cap, generator = 64 * 1024, torch.Generator().manual_seed(0)
+        store = self.store(tmp_path, disk_bytes=cap)
+        looked, look = [], store._look_through
+        monkeypatch.setattr(store, "_look_through", lambda folder: looked.append(folder) or look(folder))
+        for i in range(120):
+            store.put(f"{i:x}", kv_of(i, tokens=int(torch.randint(1, 9, (), generator=generator))))
+            assert size(tmp_path) <= cap
+        kept = sorted(int(name, 16) for name in files(tmp_path))
+        assert kept == list(range(120 - len(kept), 120)) and size(tmp_path) > cap * 0.8
+        assert len(looked) < 60
+
+    def test_a_file_used_since_the_folder_was_looked_through_stays(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(models.image_store, "SHARE", 1)
+        store = self.store(tmp_path, disk_bytes=3 * (2048 + 1024) + 100)
+        for i, key in enumerate("abcd"):
+            store.put(key, kv_of(i))
+        assert files(tmp_path) == {"b", "c", "d"}
+        store.get("b")
+        store.put("e", kv_of(4))
+        assert files(tmp_path) == {"b", "d", "e"}
+
+    def test_a_hit_in_memory_is_a_use_on_disk(self, tmp_path):
+        store = self.store(tmp_path, memory_bytes=1 << 20, disk_bytes=2 * (2048 + 1024))
+        store.put("a", kv_of(0))
+        store.put("b", kv_of(1))
+        store.get("a")
+        store.put("c", kv_of(2))
+        assert files(tmp_path) == {"a", "c"}
+
+    def test_two_stores_share_a_folder_and_its_cap(self, tmp_path):
+        cap = 3 * (2048 + 1024)
+        one, two = (self.store(tmp_path, disk_bytes=cap, origin=origin) for origin in (ORIGIN, ORIGIN))
+        other = self.store(tmp_path, disk_bytes=cap, origin=OTHER)
+        one.put("a", kv_of(0))
+        two.put("b", kv_of(1))
+        other.put("a", kv_of(2))  # another model's image KV of the same image
+        assert same(two.get("a"), kv_of(0)) and same(one.get("b"), kv_of(1)) and same(other.get("a"), kv_of(2)) and other.get("b") is None
+        assert {p.name for p in tmp_path.iterdir()} == {ORIGIN, OTHER}
+        one.get("a")
+        two.put("c", kv_of(3))  # b is the oldest, though one wrote it not
+        assert files(tmp_path / ORIGIN) == {"a", "c"} and files(tmp_path / OTHER) == {"a"}
+        two.put("d", kv_of(4))  # now it is the other model's
+        assert files(tmp_path / ORIGIN) == {"a", "c", "d"} and not files(tmp_path / OTHER)
+        assert other.get("a") is None and size(tmp_path) <= cap and not self.said
+
+    def test_vanished_files_are_misses(self, tmp_path):
+        cap = 2 * (2048 + 1024)
+        store = self.store(tmp_path, disk_bytes=cap)
+        store.put("a", kv_of(0))
+        store.put("b", kv_of(1))
+        for path in list((tmp_path / ORIGIN).iterdir()):
+            path.unlink()
+        assert store.get("a") is None
+        store.put("c", kv_of(2))
+        store.put("d", kv_of(3))
+        (tmp_path / ORIGIN / "c.safetensors").unlink()
+        (tmp_path / ORIGIN / "d.safetensors").unlink()
+        (tmp_path / ORIGIN).rmdir()
+        store.put("e", kv_of(4))
+        assert files(tmp_path) == {"e"} and not self.said
+
+    @pytest.mark.parametrize(
+        ("spoil", "why"),
+        [
+            (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read as an image KV"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]), "is damaged, its checksum is another"),
+            (lambda path: kv_of(0).save(path, OTHER), "was made by other weights"),
+        ],
+    )
+    def test_a_bad_file_is_a_miss_said_once_and_deleted(self, tmp_path, spoil, why):
+        store, path = self.store(tmp_path), tmp_path / ORIGIN / "a.safetensors"
+        for _ in range(2):
+            store.put("a", kv_of(0))
+            assert same(store.get("a"), kv_of(0))
+            spoil(path)
+            assert store.get("a") is None and store.get("a") is None and not path.exists()
+        assert len(self.said) == 1 and str(path) in self.said[0] and why in self.said[0] and "\n" not in self.said[0]
+        store.put("b", kv_of(1))
+        assert same(store.get("b"), kv_of(1))  # the disk is still in use
+
+    def test_lines_go_to_stderr_by_default(self, tmp_path, capsys):
+        store = ImageStore(0, tmp_path, origin=ORIGIN)
+        (tmp_path / ORIGIN / "a.safetensors").write_bytes(b"")
+        assert store.get("a") is None
+        assert capsys.readouterr().err.startswith(f"warning: {tmp_path}")
+
+    def test_a_folder_that_cannot_be_is_said_once(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        store = self.store(tmp_path / "file", memory_bytes=1 << 20)
+        store.put("a", kv_of(0))
+        store.put("b", kv_of(1))
+        assert len(self.said) == 1 and f"goes on without {tmp_path / 'file'}" in self.said[0]
+        assert same(store.get("a"), kv_of(0)) and store.get("c") is None  # memory still serves
+
+    def test_a_folder_that_becomes_a_file_is_said_once(self, tmp_path):
+        store = self.store(tmp_path / "folder", memory_bytes=1 << 20)
+        store.put("a", kv_of(0))
+        (tmp_path / "folder").rename(tmp_path / "away")
+        (tmp_path / "folder").write_text("in the way")
+        assert same(store.get("a"), kv_of(0)) and store.get("b") is None
+        store.put("b", kv_of(1))
+        store.put("c", kv_of(2))
+        assert len(self.said) == 1 and len(store) == 3
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+    def test_a_read_only_folder_is_read_then_said_once(self, tmp_path):
+        self.store(tmp_path).put("a", kv_of(0))
+        (tmp_path / ORIGIN).chmod(0o555)
+        try:
+            store = self.store(tmp_path)
+            assert same(store.get("a"), kv_of(0)) and not self.said
+            store.put("b", kv_of(1))
+            store.put("c", kv_of(2))
+            assert len(self.said) == 1 and files(tmp_path) == {"a"}
+        finally:
+            (tmp_path / ORIGIN).chmod(0o755)
+
+    def test_a_full_disk_is_said_once_and_leaves_nothing_behind(self, tmp_path):
+        store = self.store(tmp_path, memory_bytes=1 << 20)
+        store.put("a", kv_of(0))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            store.put("b", kv_of(1))
+            store.put("c", kv_of(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(self.said) == 1 and "could not be written" in self.said[0]
+        assert files(tmp_path) == {"a"} and len(store) == 3
+
+    def test_killed_runs_leave_nothing_and_other_files_are_let_be(self, tmp_path):
+        (tmp_path / ORIGIN).mkdir()
+        (tmp_path / "mine").mkdir()
+        old, young = [".a.safetensors.17", ".tmpA1b2C3"], [".b.safetensors.18", ".tmpD4e5F6"]
+        others = [tmp_path / "mine" / "abc.safetensors", tmp_path / ORIGIN / "model.safetensors", tmp_path / ORIGIN / ".tmp", tmp_path / ORIGIN / "notes.txt"]
+        for path in (*(tmp_path / ORIGIN / name for name in old + young), *others):
+            path.write_bytes(bytes(2000))
+            os.utime(path, (time.time() - (10 if path.name in young else 4000),) * 2)
+        store = self.store(tmp_path, disk_bytes=2 * 2000 + 2 * (2048 + 1024))
+        assert not any((tmp_path / ORIGIN / name).exists() for name in old)
+        for i, key in enumerate(("a", "b", "c")):  # beside what may still be being written there is room for two
+            store.put(key, kv_of(i))
+        assert files(tmp_path / ORIGIN) == {"b", "c", *young, "model", ".tmp", "notes.txt"}
+        assert all(path.exists() for path in others)
+
+    def test_names_that_are_not_hex_never_reach_the_disk(self, tmp_path):
+        with pytest.raises(ValueError, match="origin '' is no fingerprint"):
+            ImageStore(folder=tmp_path)
+        with pytest.raises(ValueError, match="key '../a' is not in hex"):
+            self.store(tmp_path).put("../a", kv_of(0))
+
+
+class TestAnswerer:
+    settings = GenerationConfig(max_new_tokens=8)
+
+    def asked(self) -> list:
+        a, b, c = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(3))
+        return [([a], "what color is the shape?"), ([b, c], "what is it?"), ([], "is it small?"), ([a], "is there a red circle in the image?")]
+
+    @pytest.fixture(autouse=True)
+    def watch(self, model, monkeypatch):
+        """Blocks encoded at each call, and the tokens of every answer."""
+        self.encoded, self.tokens = [], []
+        encode, generate = model.encode_images, eval.answering.generate
+        monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: self.encoded.append(len(blocks)) or encode(tiles, blocks, images))
+        monkeypatch.setattr(eval.answering, "generate", lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made)
+
+    def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
+        for store in (None, *(ImageStore(memory_bytes=0, folder=tmp_path, origin=model.origin()) for _ in range(2))):
+            answers = Answerer(model, renderer, store).answer(self.asked(), self.settings)
+            if store is None:
+                assert [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
+        assert [a.image_kv for a in answers] == ["reused", "reused", "none", "reused"]
+        assert self.encoded == [3, 3]  # not by the third
+        assert self.tokens[0] == self.tokens[1] == self.tokens[2] and all(self.tokens[0]) and len({tuple(row) for row in self.tokens[0]}) == 4
+
+    def test_changed_weights_do_not_find_the_old_ones(self, model, renderer, tmp_path):
+        asked = self.asked()[:1]
+        Answerer(model, renderer, ImageStore(folder=tmp_path, origin=model.origin())).answer(asked, self.settings)
+        with torch.no_grad():
+            model.left.modality_projector.proj.weight.mul_(-1)
+        expected = Answerer(model, renderer).answer(asked, self.settings)
+        answers = Answerer(model, renderer, ImageStore(folder=tmp_path, origin=model.origin())).answer(asked, self.settings)
+        assert [a.image_kv for a in answers] == ["computed"] and answers[0].text == expected[0].text and self.tokens[0] != self.tokens[1]
+
+    def test_a_damaged_file_costs_an_encode_and_nothing_else(self, model, renderer, tmp_path):
+        said = []
+        for _ in range(2):
+            store = ImageStore(folder=tmp_path, origin=model.origin(), say=said.append)
+            kinds = [a.image_kv for a in Answerer(model, renderer, store).answer(self.asked()[:2], self.settings)]
+            path = sorted((tmp_path / model.origin()).iterdir(), key=lambda p: p.stat().st_mtime_ns)[0]
+            path.write_bytes(path.read_bytes()[:-5])
+        assert kinds == ["computed", "reused"] and self.encoded == [3, 1] and self.tokens[0] == self.tokens[1] and len(said) == 1
+
+    def test_a_store_without_room_still_serves_the_batch(self, model, renderer):
+        asked = self.asked()
+        expected = [a.text for a in Answerer(model, renderer).answer(asked, self.settings)]
+        for room in (0, 1500):
+            store = ImageStore(memory_bytes=room)
+            answers = Answerer(model, renderer, store).answer(asked, self.settings)
+            assert [a.text for a in answers] == expected and [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
+            assert sum(kv.data.nbytes for kv in store.memory.values()) == store.bytes <= room
+        assert self.encoded == [3, 3, 3]
+
+    def test_the_key_knows_bytes_shape_ids_images_and_precision(self, model, renderer):
+        answerer = Answerer(model, renderer)
+        ids = renderer.image_block()
+        tiles, images = random_tiles(1), [0] * len(ids)
+        first = Block(tiles, ids, images, 0)
+        darker = tiles.clone()
+        darker[0, 2, 63, 63] ^= 1
+        others = [
+            Block(darker, ids, images, 0),
+            Block(tiles.view(1, 3, 32, 128), ids, images, 0),
+            Block(tiles, [ids[0] + 1, *ids[1:]], images, 0),
+            Block(tiles, ids, [1] * len(ids), 0),
+        ]
+        for block in (first, *others):
+            assert answerer.encode([block])[1] == [True]
+        assert answerer.encode([first, *others, first._replace(start=7, tiles=tiles.clone())])[1] == [False] * 6
+        with torch.autocast("cpu", torch.bfloat16):
+            assert answerer.encode([first, first])[1] == [True, False]
+        assert self.encoded == [1] * 6
+
+    def test_vanilla_models_leave_it_empty(self, tokenizer):
+        config = replace(TINY_MODEL, left_context="none")
+        store = ImageStore()
+        answers = Answerer(tiny_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, "none"), store).answer(self.asked(), self.settings)
+        assert [a.image_kv for a in answers] == ["none"] * 4 and len(store) == 0

@@ -1,0 +1,315 @@
+"""Multi-token heads and self-speculation: losses against loops over positions, answers against plain decoding, draws against the distribution itself."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
+from naive_dual_tower import Naive
+from programs import run_program
+from safetensors.torch import load_file
+from test_dual_tower import block_starts, make_sample
+from test_generation import naive_greedy, prompt_ids
+
+import models.generation
+from configs.errors import UsageError
+from configs.schema import GenerationConfig, MultiTokenConfig, TrainConfig
+from data.collators import collate, collate_prompts
+from data.datasets import Sample
+from models.generation import DraftLength, accept, generate, probabilities
+from models.multi_token import chains
+from training.optim import head_weights
+
+ROOT = Path(__file__).parent.parent
+WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))
+
+
+def batch_of(renderer) -> dict[str, torch.Tensor]:
+    return collate(
+        [[make_sample(renderer, 1, [TURNS[:2]]), make_sample(renderer, 2, [[TURNS[2]], [TURNS[3]]], seed=1)], [make_sample(renderer, 1, [TURNS], seed=2)]],
+        renderer.tokenizer.global_image,
+    )
+
+
+class TestLosses:
+    def test_chains_stop_at_a_documents_end_and_at_what_is_not_learnt(self):
+        labels = torch.tensor([[-100, 5, 6, 7, -100, 8, 9, 3, 4, -100]])
+        documents = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, -1]])
+        expected = [[5, 6, 7, -1], [6, 7, -1, -1], [7, -1, -1, -1], [8, 9, -1, -1], [9, -1, -1, -1], [3, 4, -1, -1], [4, -1, -1, -1]]
+        assert chains(labels, documents, 3).tolist() == expected
+        assert chains(labels[:, :2], documents[:, :2], 3).tolist() == [[5, -1, -1, -1]]  # more heads than the row is long
+
+    @pytest.mark.parametrize("vocabulary", [0, 151])
+    def test_losses_are_those_of_a_loop_over_positions(self, tokenizer, renderer, vocabulary):
+        """Head by head, position by position, with the whole logits; tokens that cannot be drafted count nothing."""
+        model = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, vocabulary)))
+        heads, right, batch = model.right.heads, model.right, batch_of(renderer)
+        torch.nn.init.normal_(heads.down.weight)
+        if vocabulary:
+            heads.draft_ids.copy_(torch.arange(0, 302, 2))
+        output = model(**batch)
+        expected = [0.0] * 3
+        ids, labels, documents = batch["right_ids"], batch["labels"], batch["right_documents"]
+        drafted = heads.draft_ids.tolist()
+        for b in range(len(ids)):
+            for t in range(ids.shape[1]):
+                if labels[b, t] == -100:
+                    continue
+                state, known = output.hidden[b, t], labels[b, t]
+                for k in range(3):
+                    there = t + 1 + k
+                    if there >= ids.shape[1] or documents[b, there] != documents[b, t] or labels[b, there] == -100:
+                        break
+                    state = heads.step(state, right.embed_tokens.weight[known])
+                    known = labels[b, there]
+                    if int(known) in drafted:
+                        logits = (right.embed_tokens.weight @ heads.norm(state))[drafted]
+                        expected[k] += float(-logits.log_softmax(0)[drafted.index(int(known))].detach())
+        assert expected[0] > 0 and (vocabulary or min(expected) > 0)
+        torch.testing.assert_close(output.head_loss_sums.detach(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+    def test_heads_alone_learn_where_the_rest_is_frozen(self, tokenizer, renderer):
+        model = tiny_model(tokenizer, WITH_HEADS)
+        for p in (model.right.heads.down.weight, model.right.heads.carry.weight):
+            torch.nn.init.normal_(p)  # at first parts of them are 0
+        for name, part in model.parts().items():
+            part.requires_grad_(name == "heads")
+        model(**batch_of(renderer)).head_loss_sums.sum().backward()
+        moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert moved == {name for name, _ in model.named_parameters() if ".heads." in name}
+
+    def test_heads_join_one_after_the_other(self):
+        config = TrainConfig(head_weight=0.5, head_decay=0.5, head_warmup=10)
+        assert head_weights(0, 3, config) == [0, 0, 0] and head_weights(5, 3, config) == [0.25, 0, 0]
+        assert head_weights(15, 3, config) == [0.5, 0.125, 0] and head_weights(40, 3, config) == [0.5, 0.25, 0.125] == head_weights(0, 3, replace(config, head_warmup=0))
+
+    def test_parts_hold_every_parameter_once(self, tokenizer):
+        for config in (WITH_HEADS, replace(WITH_HEADS, left_context="none")):
+            model = tiny_model(tokenizer, config)
+            held = [id(p) for part in model.parts().values() for p in part.parameters()]
+            assert sorted(held) == sorted(id(p) for p in model.parameters()) and "heads" in model.parts()
+
+
+class Oracle:
+    """Heads that know plain decoding's answers, and are wrong at every `wrong`-th draft."""
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int, rows: list) -> None:
+        self.count, self.wrong, self.drafted, self.answers, self.rows = 3, wrong, 0, answers, rows
+
+    def draft(self, embedding, unembedding, hidden, tokens, count, pick):
+        drafts = []
+        for token, row in zip(tokens.tolist(), hidden, strict=True):
+            answer, place = next((a, i) for a in self.answers for i, h in enumerate(a[1]) if torch.allclose(h, row, atol=1e-4) and i < len(a[0]) and a[0][i] == token)
+            new = [*answer[0][place + 1 : place + 1 + count], *[0] * count][:count]
+            for k in range(count):
+                self.drafted += 1
+                if self.drafted % self.wrong == 0:
+                    new[k] = (new[k] + 1) % 290
+            drafts.append(new)
+        return torch.tensor(drafts), None
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+@pytest.mark.parametrize("wrong", [2, 3, 100])
+def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong):
+    """Ragged rows with none to three images, rows that end early, drafts that are wrong here and there: the naive model's tokens, in fewer passes."""
+    model = lively_model(tokenizer)
+    naive = Naive(model)
+    asked = [(1, "what color?"), (3, "is there a red circle in the image?"), (2, "what is it"), (0, "what is it")]
+    tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
+    prompts = [prompt_ids(renderer, n, q) for n, q in asked]
+    block = torch.tensor(renderer.image_block())
+    images = [list(zip(model.encode_images(t, [block] * len(t)), block_starts(p), strict=True)) if len(t) else [] for t, (p, _) in zip(tiles, prompts, strict=True)]
+    stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])
+    expected = [naive_greedy(naive, ids, t, stop, 14) for (_, ids), t in zip(prompts, tiles, strict=True)]
+    seen: list = []
+    original = models.generation.verify
+    monkeypatch.setattr(models.generation, "verify", lambda *a: seen.append(original(*a)) or seen[-1])
+    batch = collate_prompts([p for p, _ in prompts])
+    plain = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative="off"), **batch)
+    assert plain.tokens == expected
+    answers = []
+    for (prompt, _), row in zip(prompts, images, strict=True):  # each alone: its hidden states along the answer
+        seen.clear()
+        one = collate_prompts([prompt])
+        made = generate(model, images=[row], stop=-1, settings=GenerationConfig(max_new_tokens=20, speculative="off"), **one)
+        first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
+        answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
+    model.right.heads = Oracle(answers, wrong, images)
+    made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode), **batch)
+    assert made.tokens == expected
+    if mode == "on" and wrong > 2:
+        assert sum(made.passes) < 0.7 * sum(plain.passes)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_stands_as_often_as_it_may(seed):
+    """300,000 draws: first and second token together have the target's distribution, whatever was proposed."""
+    g = torch.Generator().manual_seed(seed)
+    N, V = 300_000, 4
+    first, second = torch.rand(V, generator=g).softmax(0), (3 * torch.rand(V, V, generator=g)).softmax(-1)
+    proposed = [(2 * torch.rand(V, generator=g)).softmax(0), (2 * torch.rand(V, V, generator=g)).softmax(-1)]
+    settings = GenerationConfig(sampling=True)
+    a = torch.multinomial(proposed[0], N, replacement=True, generator=g)
+    b = torch.multinomial(proposed[1][a], 1, generator=g)[:, 0]
+    target = torch.stack([first.expand(N, V), second[a], second[b]], 1)  # behind two drafts: the chain goes on
+    counts, last = accept(torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, settings, g)
+    counts = torch.tensor(counts)
+    x = torch.where(counts > 0, a, last)
+    y = torch.where(counts > 1, b, torch.where(counts == 1, last, -1))
+    y = torch.where(y < 0, torch.multinomial(second[x], 1, generator=g)[:, 0], y)  # rows that stopped after one: what comes next is plain
+    share = torch.bincount(x * V + y, minlength=V * V) / N
+    expected = (first[:, None] * second).flatten()
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / N).sqrt()).all(), (share, expected)
+    assert counts.float().mean() > 0.5
+
+
+def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
+    """Second tokens of 20,000 answers, drafted by heads, against the exact distribution: χ² within its bound (fixed seed)."""
+    model = lively_model(tokenizer, WITH_HEADS)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    prompt = renderer.prompt([], [{"user": "what is it?"}])
+    settings = GenerationConfig(sampling=True, temperature=1.5, top_k=6, max_new_tokens=3, speculative="on", seed=5)
+    rows = 10_000
+    batch = {k: v.expand(rows, -1) for k, v in collate_prompts([prompt]).items()}
+    made = generate(model, images=[[]] * rows, stop=-1, settings=settings, **batch)
+    drawn = torch.tensor(made.tokens)  # (rows, 3)
+    ids = torch.tensor(prompt.right_ids)
+    naive = Naive(model)
+
+    def after(tokens: list[int]) -> torch.Tensor:
+        return probabilities(naive.logits([*ids.tolist(), *tokens], random_tiles(0))[-1], settings)
+
+    first = after([])
+    expected = torch.zeros(len(first), len(first))
+    for token in first.nonzero()[:, 0].tolist():
+        expected[token] = first[token] * after([token])
+    seen = torch.zeros_like(expected).index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(rows), accumulate=True)
+    cells = expected > 0
+    assert seen[~cells].sum() == 0
+    chi = ((seen - rows * expected) ** 2 / (rows * expected))[cells].sum()
+    freedom = int(cells.sum()) - 1
+    assert chi < freedom + 5 * (2 * freedom) ** 0.5, (chi, freedom)
+    assert sum(made.passes) < 3 * rows  # some drafts stood
+
+
+def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, renderer):
+    model = lively_model(tokenizer, WITH_HEADS)
+    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    prompt, ids = prompt_ids(renderer, 0, "what is it?")
+    made = [
+        generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode), **collate_prompts([prompt]))
+        for mode in ("on", "off")
+    ]
+    assert made[0].tokens == made[1].tokens
+    naive, tokens = Naive(model), made[0].tokens[0]
+    for i, (token, logprob) in enumerate(zip(tokens, made[0].logprobs[0], strict=True)):
+        logits = naive.logits([*ids, *tokens[:i]], random_tiles(0))[-1]
+        assert abs(logits.log_softmax(-1)[token] - logprob) < 1e-4 and abs(made[1].logprobs[0][i] - logprob) < 1e-4
+        for seen in {*ids, *tokens[:i]}:
+            logits[seen] = logits[seen] / 1.7 if logits[seen] > 0 else logits[seen] * 1.7
+        assert int(logits.argmax()) == token
+    free = generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12), **collate_prompts([prompt]))
+    assert free.tokens != made[0].tokens
+
+
+class TestDraftLength:
+    def run(self, chances: list[float], cost: float, tokens: int, mode: str = "auto") -> tuple[float, float]:
+        """A decoder whose drafts stand with these chances and cost so much each → tokens a second, beside plain decoding's."""
+        g, length, clock, made = torch.Generator().manual_seed(0), DraftLength(len(chances), mode), 0.0, 0
+        while made < tokens:
+            k = length()
+            stands = torch.rand(len(chances), generator=g) < torch.tensor(chances)
+            count = int(stands[:k].long().cumprod(0).sum()) if k else 0
+            length.told(k, [count], 1 + cost * k)
+            clock, made = clock + 1 + cost * k, made + 1 + count
+        return made / clock, length.stands[0]
+
+    def test_never_much_slower_than_plain_decoding(self):
+        assert self.run([0.02, 0.02, 0.02, 0.02], 0.25, 3000)[0] > 0.97
+
+    def test_takes_what_there_is_to_gain(self):
+        best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
+        assert self.run([0.8] * 4, 0.1, 3000)[0] > 0.95 * best
+
+    def test_off_and_on(self):
+        assert DraftLength(4, "off")() == 0 and DraftLength(4, "on")() == 4 and DraftLength(0, "on")() == 0
+
+
+def test_speculation_needs_heads(model, renderer):
+    with pytest.raises(UsageError, match="no multi-token heads"):
+        generate(model, images=[[]], stop=-1, settings=GenerationConfig(speculative="on"), **collate_prompts([renderer.prompt([], [{"user": "x"}])]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
+    """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
+    from models.layers import Packed
+
+    if not Packed.available(torch.device("cpu")):
+        pytest.skip("this torch has no oneDNN")
+    plain, packed = (tiny_model(tokenizer, WITH_HEADS).to(dtype) for _ in range(2))
+    packed.right.pack()
+    ids = torch.tensor([renderer.prompt([], [{"user": "what is it?"}]).right_ids])
+    positions = torch.arange(ids.shape[1])[None]
+    mask = (positions[:, None, :] <= positions[:, :, None])[:, None]
+    with torch.inference_mode():
+        a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
+        torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
+        x = torch.randn(8, 48).to(dtype)
+        for part in (*packed.right.layers[0].mlp.packed[:1], packed.right.packed):
+            assert all(torch.equal(part(x[:n])[0], part(x)[0][:n]) for n in (1, 2, 5))
+    with pytest.raises(ValueError, match="packed"):
+        packed.train()
+
+
+def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, renderer):
+    decoder = replace(TINY, no_rope_interval=2)
+    model = lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder))
+    tiles = random_tiles(2, seed=5)
+    prompt, _ = prompt_ids(renderer, 2, "what color?")
+    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), block_starts(prompt), strict=True))
+    made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=6), **collate_prompts([prompt])).tokens[0]
+    last = prompt.right_positions[-1] + 1
+    whole = replace(prompt, right_ids=[*prompt.right_ids, *made], right_positions=[*prompt.right_positions, *range(last, last + 6)], labels=[-100] * (len(prompt.labels) + 6))
+    with torch.no_grad():
+        hidden = model(**collate([[Sample((0, 0, 0), tiles, [whole])]], tokenizer.global_image)).hidden[0]
+        assert model.logits(hidden)[-7:-1].argmax(-1).tolist() == made
+
+
+SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
+for tower in ("left", "right"):
+    SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
+
+
+def test_heads_train_with_the_model_and_behind_it(tmp_path):
+    """Jointly, with their losses in the metrics; and given to a model that has none, whose other tensors stay bit for bit and whose answers do not change."""
+    train = [sys.executable, str(ROOT / "train_dual_tower.py"), "--max_steps", "6", *SMALL, "--cache_dir", "cache"]
+    done = run_program([*train, "--output_dir", "joint", "--model.multi_token.heads", "2", "--train.head_warmup", "2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "joint/metrics.jsonl").read_text().splitlines()]
+    assert all(len(m["head_losses"]) == 2 and m["head_losses"][0] > 0 for m in metrics if "loss" in m)
+    assert any(name.startswith("right.heads.") for name in load_file(tmp_path / "joint/model/model.safetensors"))
+    run_program([*train, "--output_dir", "plain"], tmp_path).check_returncode()
+    give = [sys.executable, "-m", "training.heads", "--checkpoint", "plain/model", "--output", "with_heads", "--sources", "easy_vqa:20", "--tokens", "300", "--answer_tokens", "12"]
+    done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2"], tmp_path)
+    assert done.returncode == 0 and "tokens a pass" in done.stdout, done.stderr
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) > len(before)
+    image = sorted((tmp_path / "cache").parent.rglob("*.png"))[0]
+    ask = ["--image", str(image), "--prompt", "what color is the shape?", "--json", "--max_new_tokens", "24"]
+    said = [
+        json.loads(run_program([sys.executable, str(ROOT / "generate.py"), "--checkpoint", folder, *ask, *more], tmp_path).stdout)
+        for folder, more in (("plain/model", []), ("with_heads", ["--speculative", "on"]), ("with_heads", ["--speculative", "off"]))
+    ]
+    assert said[0]["answer"] == said[1]["answer"] == said[2]["answer"] and said[1]["passes"] <= said[2]["passes"] == said[0]["passes"]
+
+
+def test_bad_heads():
+    for bad in ({"heads": -1}, {"mlp_size": 0}, {"vocabulary": -5}):
+        with pytest.raises(UsageError, match="multi_token"):
+            MultiTokenConfig(**bad)
