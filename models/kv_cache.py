@@ -145,7 +145,7 @@ class DecodingCache:
         more = max(self.lengths) + slots - self.positions.shape[1]
         if more > 0:
             self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-            self.positions = F.pad(self.positions, (0, more), value=NEVER)
+            self.positions = torch.cat((self.positions, self.positions.new_full((len(self.positions), more), NEVER)), 1)
 
     def keep(self, rows: list[int]) -> None:
         """Leave only `rows`: those that are done cost nothing any more."""

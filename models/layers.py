@@ -67,12 +67,14 @@ class Packed:
 
     On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
     (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
-    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone.
+    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone; beyond
+    `MOST` rows the old layout is the faster one.
     """
 
-    ROWS = 8  # that the layout is made for
+    ROWS, MOST = 8, 32  # rows that the layout is made for, and is used for
 
     def __init__(self, *layers: nn.Linear | Tensor) -> None:
+        self.layers = layers
         weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
         biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
         self.sizes = [len(weight) for weight in weights]
@@ -80,6 +82,8 @@ class Packed:
         self.bias = torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.shape[:-1].numel() > self.MOST:
+            return tuple(layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").split(self.sizes, -1)
 
     @staticmethod

@@ -53,11 +53,13 @@ def test_a_command_of_the_readme(command, place):
     elif words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
         words = ["evaluation.py", "--model", model, "--tasks", values.get("TASKS", "easy_vqa"), "--batch_size", values.get("BATCH_SIZE", "32"), *words[2:], "--limit", "40"]
+    elif words[2:3] == ["training.heads"]:
+        words = ["training/heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
     elif words[1] == "-m":
         words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
     else:
         words = words[1:] + SHORT * (words[1].startswith("train_") and "--help" not in words)
-    done = run_program([ROOT / words[0], *words[1:]], place)
+    done = run_program(["-m", "training.heads", *words[1:]] if words[0] == "training/heads.py" else [ROOT / words[0], *words[1:]], place)
     assert done.returncode == 0, done.stderr
 
 

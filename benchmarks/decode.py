@@ -1,0 +1,254 @@
+"""Decoding: tokens a second beside bare matrix-vector products, what drafts gain, what a kept image saves, and whether an answer changes.
+
+  python -m benchmarks.decode --checkpoint DIR --json benchmarks/results/decode.json
+  python -m benchmarks.decode --checkpoint DIR --sources openmoji        questions with images, instead of the model's own prompts
+
+DIR is a model folder, for the part on drafts with multi-token heads (python -m training.heads). All that is compared is
+measured in turn in one run; ratios are medians over the prompts or repetitions.
+
+plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
+passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
+drafts    tokens a pass and tokens/s for K drafts ÷ plain decoding of the same engine, and for the adaptive length
+same      greedy answers with and without drafts, batch 1 and 8: how many differ
+image     the first token of a second question on an image, beside a first question's
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import UserError, run_script
+from configs.schema import GenerationConfig
+from eval.answering import Answerer
+from models.generation import prefill, verify
+from training.heads import HeadsConfig, asked
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def median_s(function: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call; the first is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+@torch.inference_mode()
+def plain(answerer: Answerer, tokens: int, repeats: int) -> dict[str, float]:
+    """One step of decoding, its model part, and bare products over the same weights, in turn."""
+    model = answerer.model
+    right, device = model.right, model.device
+    weights = [m.weight for m in right.layers.modules() if isinstance(m, torch.nn.Linear)] + [right.unembedding]
+    vectors = {n: torch.randn(1, n, device=device).to(right.unembedding.dtype) for n in {w.shape[1] for w in weights}}
+    prompt = answerer.renderer.prompt([], [{"user": "Tell me a long story."}])
+    ids, positions = torch.tensor([prompt.right_ids], device=device), torch.tensor([prompt.right_positions], device=device)
+    products, step = [], []
+    for _ in range(repeats):
+        products.append(median_s(lambda: [F.linear(vectors[w.shape[1]], w) for w in weights], 5))
+        cache, states = prefill(model, ids, positions, [[]], tokens)
+        state, place = states[:, -1], ids.shape[1]
+        started = time.perf_counter()
+        for i in range(tokens):
+            token = right.logits(state).argmax(-1)
+            token.item()  # as streaming does
+            state = verify(model, cache, token[:, None], torch.full((1, 1), place + i, device=device))[:, 0]
+        step.append((time.perf_counter() - started) / tokens)
+    gigabytes = sum(w.numel() * w.element_size() for w in weights) / 1e9
+    return {
+        "tokens_per_s": 1 / statistics.median(step),
+        "bare_products_per_s": 1 / statistics.median(products),
+        "share_of_bare": statistics.median(p / s for p, s in zip(products, step, strict=True)),
+        "share_least": min(p / s for p, s in zip(products, step, strict=True)),
+        "weights_gb": gigabytes,
+        "bare_gb_per_s": gigabytes / statistics.median(products),
+    }
+
+
+@torch.inference_mode()
+def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
+    """Cost of a pass over K + 1 tokens behind 200 others ÷ of one over 1 token, and of K drafts ÷ the same; logits included."""
+    model, device = answerer.model, answerer.model.device
+    right = model.right
+    ids = torch.randint(0, 1000, (1, 200), device=device)
+    cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], most + 2)
+    lengths, state = cache.lengths, states[:, -1]
+    heads = getattr(right, "heads", None)
+
+    def run(count: int) -> None:
+        cache.lengths = lengths
+        tokens, places = ids[:, :count], torch.arange(200, 200 + count, device=device)[None]
+        right.logits(verify(model, cache, tokens, places)).argmax(-1).tolist()
+
+    def draft(count: int) -> None:
+        heads.draft(right.embed_tokens, right.unembedding, state, ids[:, 0], count, lambda logits: (logits.argmax(-1), None))[0].tolist()
+
+    out: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        one = median_s(lambda: run(1), 8)
+        for k in range(1, most + 1):
+            out.setdefault(f"verify_{k}", []).append(median_s(lambda k=k: run(k + 1), 8) / one)
+            if heads is not None:
+                out.setdefault(f"draft_{k}", []).append(median_s(lambda k=k: draft(k), 8) / one)
+    return {name: statistics.median(values) for name, values in out.items()}
+
+
+def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
+    out: list[tuple[list[Any], str]] = []
+    for batch in asked(answerer, config):
+        out += [([answerer.tiles(image) for image in images], text) for images, text in batch]
+        if len(out) >= count:
+            return out[:count]
+    raise AssertionError("asked() does not end")
+
+
+def drafts(answerer: Answerer, questions: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
+    """Every prompt answered alone, by plain decoding and with each length of drafts, in turn."""
+    base = GenerationConfig(max_new_tokens=tokens, speculative="off")
+    kinds = {"plain": base, "auto": replace(base, speculative="auto")} | {f"K={k}": replace(base, speculative="on", draft_tokens=k) for k in range(1, most + 1)}
+    answerer.answer(questions[:1], base)
+    made: dict[str, list[Any]] = {name: [] for name in kinds}
+    for question in questions:
+        for name, settings in kinds.items():
+            made[name].append(answerer.answer([question], settings)[0])
+    out = {}
+    for name, answers in made.items():
+        seconds = [a.tokens / a.tokens_per_s for a in answers if a.tokens]
+        beside = [(a.tokens_per_s / p.tokens_per_s) for a, p in zip(answers, made["plain"], strict=True) if a.tokens > 4]
+        out[name] = {
+            "tokens_per_s": sum(a.tokens for a in answers) / sum(seconds),
+            "tokens_per_pass": sum(a.tokens for a in answers) / sum(a.passes for a in answers),
+            "speedup": statistics.median(beside),
+            "speedup_least": min(beside),
+            "differ": sum(a.text != p.text for a, p in zip(answers, made["plain"], strict=True)),
+        }
+    return out
+
+
+def same(answerer: Answerer, questions: list[Any], tokens: int) -> dict[str, int]:
+    """How many of the answers differ with drafts, batch 1 and 8."""
+    out = {"prompts": len(questions)}
+    for size in (1, 8):
+        differ = 0
+        for start in range(0, len(questions), size):
+            part = questions[start : start + size]
+            on, off = (answerer.answer(part, GenerationConfig(max_new_tokens=tokens, speculative=mode)) for mode in ("on", "off"))  # type: ignore[arg-type]
+            differ += sum(a.text != b.text for a, b in zip(on, off, strict=True))
+        out[f"differ_at_batch_{size}"] = differ
+    return out
+
+
+def image(answerer: Answerer, tiles: int, repeats: int) -> dict[str, float]:
+    """First token of a first and of a second question on pictures of that many tiles; and whether a kept image changes the answer."""
+    from data.images import Tiles
+
+    side, ratios, cold_ms, warm_ms, equal = answerer.model.config.vision.image_size, [], [], [], True
+    grid = (1, 1) if tiles == 1 else (1, tiles - 1)
+    settings = GenerationConfig(max_new_tokens=8)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(repeats + 1):
+        picture = Tiles(grid, torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8, generator=generator))
+        cold = answerer.answer([([picture], "what is it?")], settings)[0]
+        warm = answerer.answer([([picture], "what is it?")], settings)[0]
+        equal &= cold.text == warm.text and (cold.image_kv, warm.image_kv) == ("computed", "reused")
+        if i:
+            ratios.append(cold.ttft_ms / warm.ttft_ms)
+            cold_ms.append(cold.ttft_ms)
+            warm_ms.append(warm.ttft_ms)
+    return {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "cold_ms": statistics.median(cold_ms), "warm_ms": statistics.median(warm_ms), "equal": equal}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sources", default="", help="questions with images of this source; none: the model's own prompts")
+    parser.add_argument("--prompts", type=int, default=200, help="that must not change with drafts; a fifth of them is timed")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tiles", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", default="plain,passes,drafts,same,image")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    parts, results = args.parts.split(","), {}
+    for dtype in args.dtypes.split(","):
+        answerer = Answerer.from_pretrained(args.checkpoint, dtype, args.device)
+        heads = getattr(answerer.model.right, "heads", None)
+        if heads is None and {"drafts", "same"} & set(parts):
+            raise UserError(f"{args.checkpoint} has no multi-token heads: python -m training.heads gives it some, or leave out --parts drafts and same")
+        r: dict[str, Any] = {}
+        if "plain" in parts:
+            r["plain"] = plain(answerer, args.tokens, args.repeats)
+        if "passes" in parts:
+            r["passes"] = passes(answerer, heads.count if heads is not None else 4, args.repeats)
+        if {"drafts", "same"} & set(parts):
+            questions = questions_of(answerer, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
+        if "drafts" in parts:
+            r["drafts"] = drafts(answerer, questions[: max(1, args.prompts // 5)], args.tokens, heads.count)
+        if "same" in parts:
+            r["same"] = same(answerer, questions, args.tokens)
+        if "image" in parts and answerer.model.config.left_context == "image":
+            r["image"] = image(answerer, args.tiles, args.repeats)
+        results[dtype] = r
+        show(dtype, r)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        head = {
+            "date": str(date.today()),
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "device": args.device,
+            "commit": commit,
+            "sources": args.sources,
+            "tokens": args.tokens,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(head | results, indent=2) + "\n")
+
+
+def show(dtype: str, r: dict[str, Any]) -> None:
+    table = Table("what", "figure", title=f"decoding, {dtype}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}")
+    if p := r.get("plain"):
+        table.add_row("plain decoding", f"{p['tokens_per_s']:.1f} tokens/s")
+        table.add_row(
+            "bare products over the same weights",
+            f"{p['bare_products_per_s']:.1f} a second, {p['bare_gb_per_s']:.1f} GB/s; decoding reaches {p['share_of_bare']:.0%} of that (least {p['share_least']:.0%})",
+        )
+    for name, cost in r.get("passes", {}).items():
+        kind, k = name.split("_")
+        table.add_row(f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else k + ' drafts'} ÷ a pass over one", f"{cost:.2f}")
+    for name, d in r.get("drafts", {}).items():
+        table.add_row(
+            name,
+            f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain (least {d['speedup_least']:.2f}); {d['differ']} answers differ",
+        )
+    if s := r.get("same"):
+        table.add_row("answers that drafts change", f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8")
+    if i := r.get("image"):
+        table.add_row(
+            "first token, image new / kept", f"{i['cold_ms']:.0f} / {i['warm_ms']:.0f} ms: {i['ratio']:.1f} times (least {i['ratio_least']:.1f}); answers equal: {i['equal']}"
+        )
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    run_script(main)
