@@ -57,7 +57,11 @@ def main(argv: list[str]) -> None:
         if live:
             print(f"{prompt}  →  ", end="", flush=True)
         show = Shown() if live else None
-        answer = answerer.answer([(images, prompt)], settings, show)[0]
+        try:
+            answer = answerer.answer([(images, prompt)], settings, show)[0]
+        except KeyboardInterrupt:  # what came stays on the screen
+            print(flush=True)
+            raise
         if flags["json"]:
             fields = {"prompt": prompt, "answer": answer.text, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
             print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | ({"logprobs": answer.logprobs} if settings.logprobs else {})))

@@ -17,11 +17,19 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A hint naming the known word nearest to `name`: `" (did you mean 'lr_right'?)"`, or all of a short list."""
-    close = get_close_matches(name, known, n=1)
-    if close:
-        return f" (did you mean '{close[0]}'?)"
+class ImageError(UserError):
+    """An image that cannot be used; `reason` is a short word for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def nearest(name: str, known: list[str], count: int = 1) -> str:
+    """A hint naming the known words nearest to `name`, at most `count`: `" (did you mean 'lr_right'?)"`, or all of a short list."""
+    *others, last = [f"'{word}'" for word in get_close_matches(name, known, n=count)] or [""]
+    if last:
+        return f" (did you mean {', '.join(others)}{' or ' * bool(others)}{last}?)"
     return f" (known: {', '.join(sorted(known))})" if len(known) <= 12 else ""
 
 

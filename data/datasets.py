@@ -82,14 +82,18 @@ class SampleDataset:
 
     def samples(self, source: int, index: int, first: bool) -> list[Sample]:
         """`first`: what is dropped is counted."""
-        if (found := self.kept.get((source, index))) is not None:
-            return [s if s.first == first else replace(s, first=first) for s in found]
-        counts: Counter[str] = Counter()
         try:
-            samples = self._plan(source, index, first, counts)
+            return self.planned(source, index, first)
         except UnreadableBlock:  # another time it may be read: counted every time, and not kept
             self.dropped[self.sources[source].name, "unreadable"] += 1
             return []
+
+    def planned(self, source: int, index: int, first: bool) -> list[Sample]:
+        """The same. Errors: `UnreadableBlock`."""
+        if (found := self.kept.get((source, index))) is not None:
+            return [s if s.first == first else replace(s, first=first) for s in found]
+        counts: Counter[str] = Counter()
+        samples = self._plan(source, index, first, counts)
         if first:
             self.count(self.sources[source].name, counts)
         self.keep((source, index), samples)
@@ -215,7 +219,7 @@ class SampleStream:
                     self.part += 1
                     yield samples[self.part - 1]
                 self.cursor, self.part = self.cursor + 1, 0
-            if not len(which):
+            if not len(which) and self.mixture.is_empty():
                 raise UserError(f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks")
             barren = 0 if usable else barren + len(which)
             if barren >= sum(map(len, self.dataset.sources)):  # a lap, of which an epoch may be a small part
@@ -223,8 +227,11 @@ class SampleStream:
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def sample(self, key: Key, first: bool) -> Sample | None:
-        """The sample of that key, planned again; what was dropped with it is not counted again. None, which is counted, where its files are gone."""
-        samples = self.dataset.samples(key[0], key[1], False)
+        """The sample of that key, planned again; what was dropped with it is not counted again. None, which is counted, where its files are gone or unreadable."""
+        try:
+            samples = self.dataset.planned(key[0], key[1], False)
+        except UnreadableBlock:
+            samples = []
         if key[2] < len(samples):
             return replace(samples[key[2]], first=first)
         self.dataset.dropped[self.dataset.sources[key[0]].name, "gone"] += 1

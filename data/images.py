@@ -1,7 +1,6 @@
 """Image file → 8-bit RGB tiles. Whatever a file holds, the answer is pixels or one `ImageError` that says what is wrong."""
 
 import io
-import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from configs.errors import UserError
+from configs.errors import ImageError, UserError
 from configs.schema import VisionConfig
+from data.drawings import draw
 
 try:  # deprecated since torchvision 0.29: where it is gone, Pillow gives the same pixels, some tenths of a millisecond later
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,7 +23,6 @@ except ImportError:
 Grid = tuple[int, int]  # rows and columns of tiles that an image is cut into; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
-SVG_WIDTH = 256
 EXIF_ORIENTATION = 0x0112
 JPEG = b"\xff\xd8\xff"
 SIGNATURES = (JPEG, b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
@@ -36,14 +35,6 @@ class Tiles(NamedTuple):
     pixels: Tensor  # (n, 3, h, w) uint8: the whole picture in a square, then its parts row by row
 
 
-class ImageError(UserError):
-    """An image that cannot be used; `reason` is a short word for counting."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     """A path, encoded bytes or a Pillow image → an upright RGB image; the first frame of an animation.
 
@@ -54,7 +45,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         raise ImageError("missing", f"{where} is {source!r}")
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source)
+            return _to_rgb(source, _orientation(source))
         if isinstance(source, str | Path) and not Path(source).is_file():
             kind = "is a folder, not an image" if Path(source).is_dir() else "does not exist"
             raise ImageError("missing", f"{where} {kind}")
@@ -62,14 +53,15 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         if not data:
             raise ImageError("empty", f"{where} is empty (0 bytes)")
         if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
-            data = _draw(data, where)
+            data = draw(data, where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, before decoding; what cannot be decoded raises
             image = Image.open(io.BytesIO(data))
         width, height = image.size
         _check_size(width, height, where)
+        orientation = _orientation(image)
         image.load()
-        return _to_rgb(image)
+        return _to_rgb(image, orientation)
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
             raise ImageError("damaged", f"{where} begins like an image but cannot be decoded: cut short or damaged") from None
@@ -104,37 +96,14 @@ def _check_size(width: int, height: int, where: str) -> None:
         raise ImageError("too_large", f"{where} is {width}×{height} pixels: more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}")
 
 
-def _draw(svg: bytes, where: str) -> bytes:
-    """SVG → PNG bytes on white, `SVG_WIDTH` pixels wide. One that refers to other files, or is too tall, raises `ImageError` undrawn."""
-    try:
-        import resvg_py
-    except ModuleNotFoundError:
-        raise UserError("drawing an SVG needs the package resvg-py (pip install resvg-py)") from None
-    if re.search(rb"""href\s*=\s*["'](?!\s*(#|data:))""", svg):
-        raise ImageError("damaged", f"{where} refers to other files")
-    proportion = _svg_proportion(svg)
-    if not 0 < proportion <= MAX_SIDE / SVG_WIDTH:
-        raise ImageError("too_large", f"{where} is {proportion:.3g} times as tall as wide")
-    height = max(1, round(SVG_WIDTH * proportion))
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg.decode("utf-8"), width=SVG_WIDTH, height=height, background="white", skip_system_fonts=True, dpi=96.0))
+def _orientation(image: Image.Image) -> int:
+    """How an image that is not decoded yet lies, 1 to 8. What a PNG says behind its pixels is not heard: to hear it, they would have to be decoded for their size."""
+    asked = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & set(image.info)
+    return image.getexif().get(EXIF_ORIENTATION, 1) if asked else 1
 
 
-def _svg_proportion(svg: bytes) -> float:
-    """Height ÷ width, of `width` and `height` or else of `viewBox`; without both 1."""
-    root = re.search(rb"<svg\b[^>]*>", svg)
-    attributes = {name: value for name, _, value in re.findall(rb"""\b(width|height|viewBox)\s*=\s*(["'])(.*?)\2""", root[0])} if root else {}
-    number = rb"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:px|pt|mm|cm|in)?\s*"
-    sides = [re.fullmatch(number, attributes.get(name, b"")) for name in (b"width", b"height")]
-    box = attributes.get(b"viewBox", b"").replace(b",", b" ").split()
-    try:
-        width, height = (float(side[1]) for side in sides) if all(sides) else map(float, box[2:]) if len(box) == 4 else (1.0, 1.0)  # type: ignore[index]
-        return height / width
-    except (ValueError, ZeroDivisionError):
-        raise ImageError("damaged", "an SVG without a size") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:  # asked first, for exif_transpose copies every image
+def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation != 1:  # asked first, for exif_transpose copies every image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
@@ -165,12 +134,13 @@ def _header(source: Any) -> tuple[int, int, int] | None:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         with image:
             width, height = image.size
-            asked = image.format != "PNG" or {"exif", "xmp"} & set(image.info)  # for a PNG without either, Pillow would decode all of it
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if asked else 1
+            orientation = _orientation(image)
         _check_size(width, height, _name(source))
         return width, height, orientation
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
-        return None  # open_image says what is wrong
+    except (UserError, MemoryError):
+        raise
+    except Exception:  # open_image says what is wrong
+        return None
 
 
 def grid_of(width: int, height: int, config: VisionConfig) -> Grid:
@@ -199,12 +169,12 @@ def tile_count(grid: Grid) -> int:
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
     """What `open_image` gives, as (3, H, W) uint8; upright JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
     if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if (_header(data) or (0, 0, 0))[2] == 1:
-            try:
+        try:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            if (_header(data) or (0, 0, 0))[2] == 1:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            except RuntimeError:
-                pass  # open_image says what is wrong
+        except (RuntimeError, OSError):
+            pass  # open_image says what is wrong
     return pixels_of(open_image(source))
 
 

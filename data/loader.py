@@ -1,15 +1,17 @@
 """Packed rows → batches, with state. Rows are planned in this process, images decoded by worker processes, or here."""
 
 import math
-import re
 import signal
 import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from data.images import ImageError
 from data.packing import Row, RowStream
 
 Decoded = tuple[Tensor | None, list[tuple[int, str]]]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
-SILENCE = 600  # seconds after which a worker that gives nothing is taken for dead
+SILENCE = 600  # seconds after which workers that give nothing are given up
+LOOK = 2  # seconds between two looks at whether they live
+DEATH = 1  # seconds that a worker whose connection broke has to be seen dead
 PREFETCH = 4  # batches that each worker is ahead
 SLOTS = PREFETCH + 12  # batches of each worker that can be in shared memory: those ahead, and those that training holds for one step
 
@@ -42,16 +46,24 @@ class Loader:
         self.planned: deque[tuple[list[Row], dict[str, Any]]] = deque()  # what the workers are at, and the state behind each
         self.damaged: Counter[tuple[str, str]] = Counter()  # found when decoding
         self.last_epoch = 0  # in which there was a batch
+        self.barren = 0  # records since, none of which could be decoded
         self.behind: dict[str, Any] | None = None
         self.batches: Generator[Batch, None, None] | None = None
+        self.failure: UserError | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if self.failure is not None:  # a generator that failed would only say that it is at its end
+            raise self.failure
         if self.batches is None:
             self.batches = self._in_workers() if self.workers else self._here()
-        return next(self.batches)
+        try:
+            return next(self.batches)
+        except UserError as error:
+            self.failure = error
+            raise
 
     def close(self) -> None:
         """End the workers now; left to the end of the process they take seconds."""
@@ -97,9 +109,10 @@ class Loader:
                     self.damaged[sample.source, f"image_{reasons[number]}"] += 1
             rows.append(whole)
         if tiles is not None:
-            self.last_epoch = self.behind["epoch"]
+            self.last_epoch, self.barren = self.behind["epoch"], 0
             return collate(rows, self.padding_id, tiles)
-        if self.behind["epoch"] > self.last_epoch + 1:
+        self.barren += sum(sample.key[2] == 0 for row in plan for sample in row)
+        if self.behind["epoch"] > self.last_epoch + 1 and self.barren >= sum(map(len, self.dataset.sources)):  # an epoch may be a small part of the data
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
         return None
 
@@ -111,43 +124,66 @@ class Loader:
                 yield batch
 
     def _in_workers(self) -> Generator[Batch, None, None]:
+        taken = torch.zeros(self.workers, SLOTS, dtype=torch.uint8).share_memory_().numpy()
+        for slot, made in self._decoded_by(_Decoder(self.dataset.vision, taken)):
+            if isinstance(made, UserError):
+                raise made
+            tiles, dropped = made
+            if tiles is not None and slot is not None:  # the worker may use the memory again when no tensor does any more
+                pixels = tiles.numpy()
+                weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
+                tiles = torch.from_numpy(pixels)
+            if (batch := self._finish(tiles, dropped)) is not None:
+                yield batch
+
+    def _decoded_by(self, decoder: Dataset[Any]) -> Iterator[Any]:
+        """What new workers make of the plans, in the plans' order."""
+        before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
-            taken = torch.zeros(self.workers, SLOTS, dtype=torch.uint8).share_memory_().numpy()
-            loader = self._data_loader(_Decoder(self.dataset.vision, taken))
-        with dead_workers_told():
-            for slot, (tiles, dropped) in loader:
-                if tiles is not None and slot is not None:  # the worker may use the memory again when no tensor does any more
-                    pixels = tiles.numpy()
-                    weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
-                    tiles = torch.from_numpy(pixels)
-                if (batch := self._finish(tiles, dropped)) is not None:
-                    yield batch
-
-    def _data_loader(self, decoder: Dataset[Any]) -> Any:
-        return DataLoader(
-            decoder,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            sampler=([replace(sample, documents=[]) for row in plan for sample in row] for plan in self._plans()),  # type: ignore[arg-type]
-            num_workers=self.workers,
-            prefetch_factor=PREFETCH,
-            timeout=SILENCE,
-            worker_init_fn=_leave_interrupts,
-            generator=torch.Generator(),  # else the global one would be drawn from, and the run depend on `workers`
-        )
+            made = iter(
+                DataLoader(
+                    decoder,
+                    batch_size=None,
+                    collate_fn=_as_it_is,
+                    sampler=([replace(sample, documents=[]) for row in plan for sample in row] for plan in self._plans()),  # type: ignore[arg-type]
+                    num_workers=self.workers,
+                    prefetch_factor=PREFETCH,
+                    timeout=LOOK,
+                    worker_init_fn=_leave_interrupts,
+                    generator=torch.Generator(),  # else the global one would be drawn from, and the run depend on `workers`
+                )
+            )
+        if handler is not None and current_thread() is main_thread():
+            signal.signal(signal.SIGCHLD, handler)  # PyTorch's raises wherever the program is: in half a checkpoint, or in a destructor, where nobody hears it
+        return _while_alive(made, set(active_children()) - before)
 
 
-@contextmanager
-def dead_workers_told() -> Iterator[None]:
-    """A worker's death as a `UserError`. PyTorch raises it wherever the program happens to be, so it belongs around all of training."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if not re.match(r"DataLoader (worker \(pid|timed out)", reason):
+def _while_alive(made: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:
+    """What `workers` make. That one died, or all are silent for too long, is a `UserError`."""
+    advice = "--data.workers takes fewer; --resume auto goes on from the last checkpoint"
+    silent = 0
+    while True:
+        try:
+            one = next(made)
+        except UserError:
             raise
-        raise UserError(f"a data worker died ({reason[:200]}): out of memory? --data.workers takes fewer; --resume auto goes on from the last checkpoint") from error
+        except Exception as error:  # a timeout, a connection that broke in the middle, PyTorch's own finding
+            late = "timed out" in str(error)
+            ended = wait([worker.sentinel for worker in workers], 0 if late else DEATH)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join()
+                    how = signal.Signals(-worker.exitcode).name if worker.exitcode and worker.exitcode < 0 else f"exit status {worker.exitcode}"
+                    raise UserError(f"a data worker died (process {worker.pid}, {how}): out of memory? {advice}") from error
+            silent += LOOK
+            if not late:
+                raise
+            if silent >= SILENCE:
+                raise UserError(f"the data workers gave nothing for {silent} s: {advice}") from error
+        else:
+            silent = 0
+            yield one
 
 
 class _Decoder(Dataset[Any]):
@@ -160,7 +196,7 @@ class _Decoder(Dataset[Any]):
         self.vision, self.taken = vision, taken
         self.slots: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * SLOTS
 
-    def __getitem__(self, samples: Any) -> tuple[tuple[int, int] | None, Decoded]:
+    def __getitem__(self, samples: Any) -> tuple[tuple[int, int] | None, Decoded | UserError]:
         worker, side = get_worker_info().id, self.vision.image_size
         free = (self.taken[worker] == 0).nonzero()[0]
         slot = int(free[0]) if len(free) else None
@@ -171,7 +207,10 @@ class _Decoder(Dataset[Any]):
             if self.slots[slot].numel() < math.prod(shape):
                 self.slots[slot] = torch.empty(math.prod(shape) * 5 // 4, dtype=torch.uint8).share_memory_()
             tiles = self.slots[slot][: math.prod(shape)].view(shape)
-        made = decode_all(samples, lambda sample: decode(sample, self.vision), tiles)
+        try:
+            made = decode_all(samples, lambda sample: decode(sample, self.vision), tiles)
+        except UserError as error:  # raised here, PyTorch would wrap it in a traceback
+            return None, error
         if slot is None or made[0] is None:
             return None, made
         self.taken[worker, slot] = 1
@@ -179,7 +218,7 @@ class _Decoder(Dataset[Any]):
 
 
 def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles: Tensor) -> Decoded:
-    """The images of a batch's samples, decoded into `tiles`."""
+    """The images of a batch's samples, decoded into `tiles`. Errors: `UserError` where the machine cannot decode, whatever the image."""
     dropped: list[tuple[int, str]] = []
     count = 0
     for number, sample in enumerate(samples):
@@ -188,6 +227,8 @@ def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles
             count += sample.tile_total
         except ImageError as error:
             dropped.append((number, error.reason))
+        except MemoryError:
+            raise UserError(f"not enough memory to decode an image of {sample.source}: --data.workers takes fewer") from None
     return (tiles[:count] if len(dropped) < len(samples) else None), dropped
 
 

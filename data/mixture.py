@@ -12,6 +12,7 @@ import numpy as np
 from configs.errors import UserError
 
 Record = dict[str, Any]
+LEAST = 10**6  # records an epoch are kept to one part in as many
 
 
 class Listed(Sequence[Record]):
@@ -59,7 +60,8 @@ class Mixture:
     """An epoch draws n·weight records of a source of n, each once; with a temperature T, in proportion to n^(1/T)·weight; capped.
 
     A source that is drawn in part goes on in the next epoch where it stopped: lap by lap, each in an order of its own, so
-    every record comes once before any comes again. Of `ranks` disjoint shares this is number `rank`'s.
+    every record comes once before any comes again. Parts of a record are carried over: of 2.5, an epoch draws 2, the next 3.
+    Of `ranks` disjoint shares this is number `rank`'s.
     """
 
     def __init__(self, sources: list[Source], seed: int, temperature: float = 1.0, rank: int = 0, ranks: int = 1) -> None:
@@ -68,15 +70,16 @@ class Mixture:
         tempered = [n ** (1 / temperature) if n else 0.0 for n in sizes]
         scale = sum(sizes) / sum(tempered) if temperature != 1 else 1.0
         wanted = [scale * t * s.weight for t, s in zip(tempered, sources, strict=True)]
-        self.drawn = [min(round(w), s.cap) if s.cap else round(w) for w, s in zip(wanted, sources, strict=True)]  # records of an epoch, of all ranks
-        if not sum(self.drawn):
+        exact = [Fraction(w).limit_denominator(LEAST) or Fraction(w) for w in wanted]  # 0.29 · 100 is 29
+        self.drawn = [min(x, Fraction(s.cap)) if s.cap else x for x, s in zip(exact, sources, strict=True)]  # records of an epoch, of all ranks
+        if sum(self.drawn) < 1:
             raise UserError("data.sources: an epoch of these sources, weights and caps holds no record")
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, record and whether it comes for the first time, of every pick of an epoch."""
         records, firsts = [], []
         for source, drawn in zip(self.sources, self.drawn, strict=True):
-            share = Fraction(drawn, len(source)) if len(source) else Fraction(0)
+            share = drawn / len(source) if len(source) else Fraction(0)
             begin, end = number * share, (number + 1) * share
             parts, new = [np.empty(0, np.int64)], 0
             for lap in range(floor(begin), floor(end) + 1):
@@ -95,3 +98,8 @@ class Mixture:
         record, first = np.empty(len(which), np.int64), np.empty(len(which), bool)
         record[place], first[place] = np.concatenate(records), np.concatenate(firsts)
         return which, record, first
+
+    def is_empty(self) -> bool:
+        """Whether this rank has no record at all, whatever the epoch."""
+        rng = np.random.default_rng(self.seed)
+        return not any(len(s.records.order(s.start, s.stop, rng, self.rank, self.ranks)) for s, drawn in zip(self.sources, self.drawn, strict=True) if drawn)

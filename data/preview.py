@@ -29,6 +29,7 @@ from data.images import Grid, tile_count
 from data.looks import Decoder, arguments, watched
 from data.packing import Budget, Row
 from data.render import IGNORE, Document
+from data.tables import UnreadableBlock
 from data.tokens import GLOBAL_IMAGE, TILE_MARKERS, Tokenizer
 
 OWN = {"output": ("preview.html", "file to write"), "samples": (12, "samples shown in full"), "rows": (3, "packed rows shown as bars")}
@@ -300,10 +301,19 @@ def head(config: Config, data: Data, drawn: int) -> str:
     return f"<h1>{_escape(config.config)}</h1><p class='quiet'>Training samples as the model sees them, in the order of training.</p><dl>{rows}</dl>{LEGEND}"
 
 
+def name_of(data: Data, sample: Sample) -> str:
+    """The id of a sample's record, or its number."""
+    number = f"record {sample.key[1]}"
+    try:
+        return str(data.training.record(*sample.key[:2]).get("id") or number)
+    except UnreadableBlock:  # it was read when the sample was drawn
+        return number
+
+
 def page(config: Config, data: Data, samples: list[Sample], rows: list[Row], drawn: int) -> str:
     """Decoded samples and packed rows → a whole HTML page. Text of the data is escaped; the policy forbids scripts and fetches besides."""
     spelling = Spelling(data.tokenizer)
-    cards = [card(i, s, str(data.training.record(*s.key[:2]).get("id") or f"record {s.key[1]}"), spelling) for i, s in enumerate(samples, 1)]
+    cards = [card(i, s, name_of(data, s), spelling) for i, s in enumerate(samples, 1)]
     bars = [row_bars(i, row, data.budget) for i, row in enumerate(rows, 1)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

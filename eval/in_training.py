@@ -16,6 +16,7 @@ from data.datasets import Sample, SampleDataset, by_source
 from data.filters import turn_problem
 from data.images import ImageError, open_image
 from data.packing import Budget, pack
+from data.tables import UnreadableBlock
 from eval.answering import Answerer
 
 
@@ -29,27 +30,32 @@ class Validation:
     def __init__(self, dataset: SampleDataset, budget: Budget, rows: int, padding_id: int) -> None:
         self.dataset, self.padding_id = dataset, padding_id
         places = [(number, index) for number, source in enumerate(dataset.sources) for index in range(source.start, source.stop)]
+        self.questions: list[tuple[list[Any], dict[str, str]]] = []  # images, turn: one a record, each record another of its turns
         samples = [sample for place in places for sample in self._usable(*place)]
         if not samples:
             raise UserError(f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}")
         packed = pack(samples, budget)
         self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
         self.sources = list(dict.fromkeys(sample.source for sample in samples))
-        self.questions = []  # (images, turn): one a record, each record another of its turns
-        for source, index in dict.fromkeys(sample.key[:2] for sample in samples):
-            record = dataset.record(source, index)
-            turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
-            self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
 
     def _usable(self, source: int, index: int) -> list[Sample]:
-        """A record's samples, decoded once to see that they can be."""
-        samples = self.dataset.samples(source, index, first=True)
+        """A record's samples, decoded once to see that they can be; one of its turns is noted as a question."""
+        dataset = self.dataset
+        samples = dataset.samples(source, index, first=True)
+        if not samples:
+            return []
         try:
             for sample in samples:
-                self.dataset.decoded(sample)
+                dataset.decoded(sample)
+            record = dataset.record(source, index)  # read a moment ago: later it might have to be read again, and be gone
         except ImageError as error:
-            self.dataset.dropped[self.dataset.sources[source].name, f"image_{error.reason}"] += 1
+            dataset.dropped[dataset.sources[source].name, f"image_{error.reason}"] += 1
             return []
+        except UnreadableBlock:
+            dataset.dropped[dataset.sources[source].name, "unreadable"] += 1
+            return []
+        turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
+        self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
         return samples
 
     def score(self, model: Any) -> dict[str, float]:

@@ -96,32 +96,30 @@ def accept(drafts: Tensor, proposed: Tensor, target: Tensor, settings: Generatio
 class DraftLength:
     """How many tokens to draft: what gives most tokens a second, by what was accepted and what passes took.
 
-    For each length a pass's time is measured as it goes; the k-th draft's chance is a running mean. A length that has not
-    been tried for long is tried again now and then, so that a change in the text is noticed; plain passes are what it falls
-    back to.
+    The k-th draft's chance, and what a pass with k drafts takes, are running means. Where no draft pays, none is made,
+    but now and then one, so that a change in the text is noticed.
     """
 
     AGAIN = 48  # passes after which drafting is tried again where it did not pay
 
-    def __init__(self, most: int, mode: str) -> None:
-        self.most, self.adapt = (0 if mode == "off" else most), mode == "auto"
-        self.stands = [0.7] * self.most  # that the k-th draft stands where those before it do
-        self.seconds: list[float | None] = [None] * (self.most + 1)  # of a pass with that many drafts
+    def __init__(self, stands: Sequence[float], mode: str) -> None:
+        """`stands`: the chance of each draft to stand where those before it do, to begin with."""
+        self.stands, self.mode = list(stands), mode
+        self.seconds: list[float | None] = [None] * (len(stands) + 1)  # of a pass with that many drafts
         self.idle = 0
 
     def __call__(self) -> int:
-        if not self.adapt or not self.most:
-            return self.most
-        if self.seconds[self.most] is None:
-            return self.most
-        if self.seconds[0] is None:
-            return 0
-        full, plain = self.seconds[self.most], self.seconds[0]
+        most = len(self.stands)
+        if self.mode != "auto" or not most:
+            return most if self.mode != "off" else 0
+        plain, full = self.seconds[0], self.seconds[most]
+        if full is None or plain is None:
+            return most if full is None else 0
         best, rate, tokens, chance = 0, 1 / plain, 1.0, 1.0
         for k, stands in enumerate(self.stands, start=1):
             chance *= stands
             tokens += chance
-            cost = self.seconds[k] or plain + (full - plain) * k / self.most
+            cost = self.seconds[k] or plain + (full - plain) * k / most
             if tokens / cost > 1.02 * rate:
                 best, rate = k, tokens / cost
         self.idle = self.idle + 1 if best == 0 else 0
@@ -137,6 +135,16 @@ class DraftLength:
         for count in counts:
             for k in range(min(drafted, count + 1)):
                 self.stands[k] += 0.06 * ((k < count) - self.stands[k])
+
+
+def draft_length(heads: Any, rows: int, settings: GenerationConfig) -> DraftLength:
+    """For greedy answers one that goes on learning from call to call. Sampled answers must depend on the seed alone: theirs begins anew."""
+    most = min(settings.draft_tokens or heads.count, heads.count)
+    new = DraftLength(heads.stands[:most].tolist(), settings.speculative)
+    return new if settings.sampling else heads.lengths.setdefault((rows, most, settings.speculative), new)
+
+
+NOMINAL = 0.15  # what a draft costs, in passes, where the clock must not count
 
 
 def prefill(
@@ -211,9 +219,9 @@ def generate(
     heads = getattr(model.right, "heads", None)
     if settings.speculative == "on" and heads is None:
         raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
-    length = DraftLength(min(settings.draft_tokens or heads.count, heads.count) if heads is not None else 0, settings.speculative)
+    length = draft_length(heads, len(ids), settings) if heads is not None else DraftLength([], "off")
     going_on = cache is not None
-    cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + length.most, tiles, cache)
+    cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + len(length.stands), tiles, cache)
     hidden = states[torch.arange(len(ids)), (positions >= 0).sum(1) - 1]  # (B, D), at the prompts' last tokens
     prompt_lengths = cache.lengths
     logits = model.right.logits(hidden)[:, None]  # (B, 1, V)
@@ -278,7 +286,7 @@ def generate(
         new = [[*kept_drafts[:count], last] for kept_drafts, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
         for row in active:
             row.passes += 1
-        length.told(K, counts, time.perf_counter() - pass_started)
+        length.told(K, counts, 1 + NOMINAL * K if settings.sampling else time.perf_counter() - pass_started)
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])

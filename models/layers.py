@@ -11,11 +11,14 @@ from configs.schema import DecoderConfig
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm; under autocast its result is cast here, once, and not again by every projection that reads it."""
+    """torch's RMSNorm; under autocast its result is cast here, once, and not again by every projection that reads it.
+
+    Its fused kernel wants input and weight of one type.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        return super().forward(x).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
 class Rotary(NamedTuple):

@@ -10,6 +10,7 @@ and what it gave, stands in docs/experiments.md.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,9 @@ class MultiTokenHeads(nn.Module):
         self.norm = RMSNorm(D, decoder.norm_eps)
         ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
         self.register_buffer("draft_ids", ids)
+        self.register_buffer("stands", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
         self.rows: Tensor | None = None  # of the unembedding, gathered once for drafting
+        self.lengths: dict[Any, Any] = {}  # models/generation.py: how many drafts pay
         with torch.no_grad():  # at first a head carries the state on as it is
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
             nn.init.normal_(self.gate_up.weight, std=0.02)

@@ -1,10 +1,17 @@
 """Records → samples → rows → batches: nothing lost in silence, every sample once an epoch, state exact, bad records counted."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import time
+import warnings
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from itertools import islice
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +20,7 @@ import torch
 from conftest import TINY_MODEL, TURNS, dataset_of
 from PIL import Image
 
+import data.loader
 from configs.command_line import resolve
 from configs.errors import UserError
 from configs.schema import FilterConfig
@@ -24,6 +32,7 @@ from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, pack
 from data.tables import UnreadableBlock
+from eval.in_training import Validation
 
 SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -110,6 +119,33 @@ class TestEpochs:
         assert Mixture([source("large", 900), source("small", 100)], 0, temperature=2.0).drawn == [750, 250]  # √900 : √100 = 3 : 1
         with pytest.raises(UserError, match="holds no record"):
             Mixture([source("a", 10, 0.01)], 0)
+        assert Mixture([source(str(n), 100, n / 100) for n in range(1, 100)], 0).drawn == [*range(1, 100)]  # 0.29 · 100 is less than 29
+
+    @pytest.mark.parametrize("ranks", [1, 3])
+    def test_parts_of_a_record_are_carried_over(self, ranks):
+        """Sources that are due less than once an epoch come in time; none of their records comes again before all have come."""
+        sources = [Source(name, Listed([{}] * n), 0, n, weight) for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))]
+        mixtures = [Mixture(sources, 5, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert mixtures[0].drawn == [30, Fraction(2, 5), Fraction(5, 2), Fraction(3, 10)]
+        seen = [Counter() for _ in sources]
+        for epoch in range(20):
+            for mixture in mixtures:
+                which, record, first = mixture.epoch(epoch)
+                for s, r, new in zip(which.tolist(), record.tolist(), first.tolist(), strict=True):
+                    assert new == (r not in seen[s])
+                    seen[s][r] += 1
+            if ranks == 1:
+                assert [sum(counts.values()) for counts in seen] == [floor((epoch + 1) * drawn) for drawn in mixtures[0].drawn]
+            if epoch % 2:
+                assert set(seen[2].values()) == {(epoch + 1) // 2}, "half of it, the other half in the next"
+        assert [sorted(counts.values()) for counts in seen] == [[20] * 30, [2] * 4, [10] * 5, [6]]
+
+    def test_an_epoch_without_a_record_is_passed_over(self, renderer):
+        sources = [Source(name, Listed([{"images": [], "texts": TURNS[:1], "id": name}] * 5), 0, 5, 0.1) for name in "ab"]
+        dataset = dataset_of([], renderer)
+        dataset.sources[:] = sources
+        stream = stream_of(dataset)
+        assert not len(stream.mixture.epoch(0)[0]) and Counter(s.key[0] for s in islice(stream, 10)) == {0: 5, 1: 5}
 
     def test_sources_are_mixed_and_ranks_differ(self):
         sources = [Source(name, Listed([{}] * 200), 0, 200) for name in "ab"]
@@ -179,6 +215,93 @@ class TestLoader:
             assert [digest(b) for b in islice(again, 14 - stop)] == expected[stop:]
             assert again.dropped() == whole.dropped() == {("test", "image_damaged"): 4}
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("error", [UserError("drawing an SVG needs a package"), MemoryError()])
+    def test_what_no_worker_can_mend_is_its_own_line(self, records, renderer, monkeypatch, workers, error):
+        def failing(_):
+            raise error
+
+        monkeypatch.setattr("data.datasets.open_pixels", failing)
+        loader = loader_of(records, renderer, workers)
+        for _ in range(2):  # the second time it is at no end
+            with pytest.raises(UserError, match="^drawing an SVG needs a package$" if str(error) else "^not enough memory to decode an image of test: "):
+                next(loader)
+
+    @pytest.mark.parametrize("end", ["killed", "exit 0"])
+    def test_a_worker_that_dies_is_one_line_within_seconds(self, records, renderer, monkeypatch, end):
+        """However it ends; and no line besides, from a destructor or PyTorch's handler of signals."""
+        made, last = data.loader.decode, Path(records[0]["images"][0]).with_name("end")
+
+        def ending(sample, vision):
+            if last.exists():
+                os._exit(0)
+            return made(sample, vision)
+
+        monkeypatch.setattr("data.loader.decode", ending)
+        handler = signal.getsignal(signal.SIGCHLD)
+        loader = loader_of(records, renderer, workers=2)
+        next(loader)
+        assert signal.getsignal(signal.SIGCHLD) == handler
+        if end == "killed":
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        else:
+            last.touch()
+        before = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"^a data worker died .process [0-9]+, {'SIGKILL' if end == 'killed' else 'exit status 0'}.: .*--resume auto"):
+                while True:
+                    next(loader)
+        assert time.monotonic() - before < 30
+
+    def test_a_connection_that_breaks_is_a_death_where_somebody_died(self, monkeypatch):
+        monkeypatch.setattr("data.loader.DEATH", 0.2)
+
+        def broken(error):
+            raise error
+            yield
+
+        dead, alive = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,)) for seconds in (0, 60))
+        dead.start(), alive.start()
+        try:
+            for error in (ConnectionResetError("reset"), EOFError(), FileNotFoundError("socket")):
+                with pytest.raises(UserError, match="a data worker died .process"):
+                    next(data.loader._while_alive(broken(error), {dead, alive}))
+                with pytest.raises(type(error)):
+                    next(data.loader._while_alive(broken(error), {alive}))
+        finally:
+            alive.kill(), alive.join()
+
+    def test_workers_that_are_silent_are_given_up(self, records, renderer, monkeypatch):
+        monkeypatch.setattr("data.loader.LOOK", 0.2)
+        monkeypatch.setattr("data.loader.SILENCE", 1.0)
+        monkeypatch.setattr("data.loader.decode", lambda *_: time.sleep(60))
+        with pytest.raises(UserError, match="the data workers gave nothing for 1.0 s"):
+            next(loader_of(records, renderer, workers=2))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    def test_slow_workers_are_waited_for(self, records, renderer, monkeypatch):
+        expected = [digest(b) for b in islice(loader_of(records, renderer), 6)]
+        made = data.loader.decode
+        monkeypatch.setattr("data.loader.LOOK", 0.01)
+        monkeypatch.setattr("data.loader.decode", lambda *a: time.sleep(0.02) or made(*a))
+        assert [digest(b) for b in islice(loader_of(records, renderer, workers=2), 6)] == expected
+
+    def test_more_workers_than_cores_are_not_warned_of(self, records, renderer, monkeypatch):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            next(loader_of(records, renderer, workers=2))
+        assert not [w for w in told if "DataLoader" in str(w.message)]
+
+    def test_images_that_are_damaged_for_some_small_epochs_are_not_the_end(self, records, renderer):
+        dataset = dataset_of(records, renderer, **SHORT)
+        dataset.sources[0] = replace(dataset.sources[0], cap=1)
+        for epoch in range(11):  # all but the last
+            Path(records[int(stream_of(dataset).mixture.epoch(epoch)[1][0])]["images"][0]).write_bytes(b"\x89PNG nothing")
+        loader = Loader(RowStream(stream_of(dataset), Budget(15, 60, 5), 1), 1, renderer.tokenizer.global_image, 0)
+        assert next(loader)["tiles"].shape[0] == 1
+
     def test_what_is_gone_at_a_resume_is_skipped_and_counted(self, records, renderer):
         vision = replace(TINY_MODEL.vision, max_side=128)  # sizes are read when a sample is planned
 
@@ -197,6 +320,22 @@ class TestLoader:
         for _ in range(6):
             next(again)
         assert again.dropped()["test", "gone"] == sum(key[1] == min(waiting) for _, key, _ in state["window"])
+
+    def test_what_cannot_be_read_at_a_resume_is_counted_once(self, records, renderer, monkeypatch):
+        first = loader_of(records, renderer, right_length=40)  # records split into parts
+        next(first)
+        state = json.loads(json.dumps(first.state()))
+        readable, lost = Listed.__getitem__, state["window"][0][1][1]
+
+        def failing(self, index):
+            if index == lost:
+                raise UnreadableBlock("gone for now")
+            return readable(self, index)
+
+        monkeypatch.setattr(Listed, "__getitem__", failing)
+        again = loader_of(records, renderer, right_length=40)
+        again.load_state(state)
+        assert again.dropped() == {("test", "gone"): sum(key[1] == lost for _, key, _ in state["window"])}
 
     def test_ranks_see_disjoint_data(self, records, renderer):
         seen = []
@@ -353,8 +492,8 @@ def test_filters_leave_validation_alone(tmp_path):
     flags = ["--data.filters.min_question", "1000", "--data.limit", "20", "--data.validation_images", "4"]
     config = resolve(flags, "")[0]
     config = replace(config, model=replace(config.model, vision=replace(config.model.vision, grid=8)))
-    data = build_data(config, tmp_path)
-    assert data.validation.samples(0, 0, True) and not data.training.samples(0, 10, True)
+    built = build_data(config, tmp_path)
+    assert built.validation.samples(0, 0, True) and not built.training.samples(0, 10, True)
 
 
 def test_rows_that_cannot_be_read_are_counted_every_time_and_tried_again(records, renderer, monkeypatch):
@@ -371,6 +510,28 @@ def test_rows_that_cannot_be_read_are_counted_every_time_and_tried_again(records
         assert not dataset.samples(0, 3, first=lap == 1) and dataset.dropped == {("test", "unreadable"): lap}
     monkeypatch.setattr(Listed, "__getitem__", readable)
     assert dataset.samples(0, 3, first=False)
+
+
+def test_rows_that_cannot_be_read_any_more_do_not_stop_validation(records, renderer, monkeypatch):
+    """Nothing is read twice; should it have to be, and fail, it is counted."""
+    readable, reads = Listed.__getitem__, Counter()
+
+    def failing(self, index):
+        reads[index] += 1
+        if validation_packed or (index == 3 and reads[index] > 1):
+            raise UnreadableBlock("gone for now")
+        return readable(self, index)
+
+    def packed(*arguments):
+        validation_packed.append(True)
+        return pack(*arguments)
+
+    validation_packed: list[bool] = []
+    monkeypatch.setattr(Listed, "__getitem__", failing)
+    monkeypatch.setattr("eval.in_training.pack", packed)
+    dataset = dataset_of(records, renderer, **SHORT)
+    validation = Validation(dataset, Budget(15, 60, 5), 2, renderer.tokenizer.global_image)
+    assert dataset.dropped == {("test", "unreadable"): 1} and len(validation.questions) == 11
 
 
 def test_special_token_strings_in_text_stay_text(records, renderer):

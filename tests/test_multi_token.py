@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,7 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int, rows: list) -> None:
         self.count, self.wrong, self.drafted, self.answers, self.rows = 3, wrong, 0, answers, rows
+        self.stands, self.lengths = torch.full((3,), 0.5), {}
 
     def draft(self, embedding, unembedding, hidden, tokens, count, pick):
         drafts = []
@@ -217,10 +219,25 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
     assert free.tokens != made[0].tokens
 
 
+def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
+    """Not on what passes took, nor on what was asked before."""
+    model = lively_model(tokenizer, WITH_HEADS)
+    batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
+    settings = GenerationConfig(sampling=True, temperature=2.0, max_new_tokens=40, speculative="auto", seed=7)
+    first = generate(model, images=[[]], stop=-1, settings=settings, **batch)
+    generate(model, images=[[]], stop=-1, settings=replace(settings, sampling=False), **batch)
+    original = models.generation.verify
+    models.generation.verify = lambda *a: (time.sleep(0.02), original(*a))[1]
+    try:
+        assert generate(model, images=[[]], stop=-1, settings=settings, **batch).tokens == first.tokens
+    finally:
+        models.generation.verify = original
+
+
 class TestDraftLength:
     def run(self, chances: list[float], cost: float, tokens: int, mode: str = "auto") -> tuple[float, float]:
         """A decoder whose drafts stand with these chances and cost so much each → tokens a second, beside plain decoding's."""
-        g, length, clock, made = torch.Generator().manual_seed(0), DraftLength(len(chances), mode), 0.0, 0
+        g, length, clock, made = torch.Generator().manual_seed(0), DraftLength([0.5] * len(chances), mode), 0.0, 0
         while made < tokens:
             k = length()
             stands = torch.rand(len(chances), generator=g) < torch.tensor(chances)
@@ -237,7 +254,7 @@ class TestDraftLength:
         assert self.run([0.8] * 4, 0.1, 3000)[0] > 0.95 * best
 
     def test_off_and_on(self):
-        assert DraftLength(4, "off")() == 0 and DraftLength(4, "on")() == 4 and DraftLength(0, "on")() == 0
+        assert DraftLength([0.5] * 4, "off")() == 0 and DraftLength([0.0] * 4, "on")() == 4 and DraftLength([], "on")() == 0
 
 
 def test_speculation_needs_heads(model, renderer):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import repeat
@@ -15,8 +16,8 @@ import pytest
 from conftest import TINY_MODEL
 from hub_server import Hub, hub
 
-import data.tables as tables
 from configs.errors import UserError
+from configs.hub import pause
 from configs.schema import DataConfig
 from data.datasets import SampleDataset, SampleStream
 from data.mixture import Mixture, Source
@@ -76,7 +77,7 @@ def without_ids(records: TableRecords, numbers) -> list[dict]:
 def waits(monkeypatch) -> list[float]:
     """Nobody waits; → how long the tables would have."""
     waits: list[float] = []
-    monkeypatch.setattr(tables, "_pause", waits.append)
+    monkeypatch.setattr("configs.hub.pause", waits.append)
     return waits
 
 
@@ -305,6 +306,35 @@ def test_a_connection_that_fails_and_comes_back(served, waits, naps, failure, ti
     assert waits == expected and len(naps) >= 1
 
 
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("request_path", ["/api/datasets/org/set", "/api/datasets/org/set/tree", "0001.parquet"])
+@pytest.mark.parametrize("failure", ["drop", "503"])
+def test_first_requests_and_downloads_that_fail_once(served, waits, naps, capfd, request_path, failure, download):
+    """Whoever repeats it, huggingface_hub or this project: only the latter says so."""
+    address, rows = served
+    address.failures[request_path] = iter([failure])
+    assert without_ids(opened("org/set", download=download), [50]) == [rows[50]]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "try" in line.lower() or "HTTP" in line]
+    assert len(lines) == len(waits) and all(line.startswith("warning: org/set: ") and line.endswith("; trying again") for line in lines)
+
+
+def test_a_connection_that_always_drops_is_one_line(served, waits, naps):
+    address, _ = served
+    address.failures["/api/datasets/org/set"] = repeat("drop")
+    with pytest.raises(UserError, match="^org/set is no folder here, and its files could not be listed on the Hub .RemoteProtocolError") as listed:
+        opened("org/set")
+    address.failures = {"0001.parquet": repeat("drop")}
+    with pytest.raises(UserError, match="^org/set is no folder here, and its files could not be fetched from the Hub") as fetched:
+        opened("org/set", download=True)
+    assert waits == [1, 2, 4] * 2 and "\n" not in f"{listed.value}{fetched.value}"
+
+
+def test_a_pause_in_the_main_thread_is_one():
+    before = time.monotonic()
+    pause(0.05)
+    assert time.monotonic() - before >= 0.05
+
+
 def test_a_file_that_fails_for_ever(served, waits, naps):
     address, rows = served
     records = opened("org/set")
@@ -334,7 +364,7 @@ def test_a_server_that_never_answers_is_given_up(served, monkeypatch, waits, nap
     records = opened("org/set")
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
-    monkeypatch.setattr(tables, "TRIES", 1)
+    monkeypatch.setattr("configs.hub.TRIES", 1)
     address.failures[silent] = repeat("silence")
     if silent == "0001.parquet":
         with pytest.raises(UnreadableBlock, match="time"):

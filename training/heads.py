@@ -238,6 +238,7 @@ def main(argv: list[str]) -> None:
     console.print(f"{config.epochs} epochs in {time.perf_counter() - started:.0f} s")
     shares, per_pass = acceptance(model, heads, held_out)
     console.print("on answers held out, head by head right where those before it are: " + ", ".join(f"{s:.1%}" for s in shares) + f"; {per_pass:.2f} tokens a pass")
+    heads.stands.copy_(torch.tensor(shares))
     model.right.heads = heads
     model.config = replace(model.config, multi_token=settings)
     with replacing_folder(output) as beside:

@@ -15,7 +15,6 @@ from configs.files import replacing_folder
 from configs.schema import Config, Vocabulary
 from data.build import Data, build_data
 from data.datasets import by_source
-from data.loader import dead_workers_told
 from data.sources import parse_sources
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
@@ -153,8 +152,7 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
         return scores | ({"dropped": dropped} if dropped else {})
 
     task = Task(data.batches, evaluate, cache.save)
-    with dead_workers_told():
-        train(config, model, task, folder, log, checkpoint)
+    train(config, model, task, folder, log, checkpoint)
     if not shown:  # a run that was already at its end
         shown = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, shown)
