@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
-        rotary = Rotary.at(positions, self.config)
+        rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         for block in self.layers:
             x = block(x, rotary, mask, past)
         return self.norm(x)
