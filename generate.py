@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--stats", action="store_true", help="show time to first token, tokens/s, and tokens per pass of the right tower")
     parser.add_argument("--store", metavar="DIR", type=Path, help="folder that keeps image KVs: an image is not encoded again in a later call")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="of the weights; auto: bf16 where the machine multiplies in it [fp32]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
     parser.add_argument("--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, GenerationConfig, GenerationConfig(), group="generation")

@@ -91,7 +91,8 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
     ids = torch.randint(0, 1000, (1, 200), device=device)
     cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], most + 2)
     lengths, state = cache.lengths, states[:, -1]
-    heads = getattr(right, "heads", None)
+    heads = right.heads
+    rows = heads.rows(right.unembedding) if heads is not None else None
 
     def run(count: int) -> None:
         cache.lengths = lengths
@@ -99,7 +100,7 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
         right.logits(verify(model, cache, tokens, places)).argmax(-1).tolist()
 
     def draft(count: int) -> None:
-        heads.draft(right.embed_tokens, right.unembedding, state, ids[:, 0], count, lambda logits: (logits.argmax(-1), None))[0].tolist()
+        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.argmax(-1), None))[0].tolist()
 
     out: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -192,7 +193,7 @@ def main(argv: list[str]) -> None:
     parts, results = args.parts.split(","), {}
     for dtype in args.dtypes.split(","):
         answerer = Answerer.from_pretrained(args.checkpoint, dtype, args.device)
-        heads = getattr(answerer.model.right, "heads", None)
+        heads = answerer.model.right.heads
         if heads is None and {"drafts", "same"} & set(parts):
             raise UserError(f"{args.checkpoint} has no multi-token heads: python -m training.heads gives it some, or leave out --parts drafts and same")
         r: dict[str, Any] = {}

@@ -18,11 +18,11 @@ from data.images import Tiles, open_pixels, to_tiles
 from data.render import Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.generation import generate
+from models.generation import Generation, generate
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
-from models.layers import Packed, computes_bf16
+from models.layers import Packed, computes_bf16, pick_device
 from models.pretrained import ancestor_tokenizer, find_model, load_model
 from models.vision_language_model import VisionLanguageModel
 
@@ -62,9 +62,9 @@ class Answerer:
 
         `dtype`: "fp32", "bf16", or "auto", bf16 where the machine multiplies in it. `store`: folder where image KVs are kept.
         """
-        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
+        place = pick_device(device, "--device")
+        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder).to(place)
         tokenizer = _tokenizer(find_model(folder))
-        model.to(device)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
         if Packed.available(model.device):
@@ -120,13 +120,15 @@ class Answerer:
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
         stream = None if on_text is None and not settings.stop else self.stream(on_text, settings.stop, len(questions))
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, tiles=self.tiles_of(images), **batch)
-        answers = []
-        for computed_here, tokens, logprobs, passes in zip(fresh, made.tokens, made.logprobs, made.passes, strict=True):
-            kv = "none" if not computed_here else "computed" if any(computed_here) else "reused"
-            text = self.renderer.tokenizer.decode(tokens)
-            text = text.split(settings.stop)[0] if settings.stop else text
-            answers.append(Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, passes, logprobs))
-        return answers
+        return [self.told(made, row, fresh[row], encode_s, settings) for row in range(len(questions))]
+
+    def told(self, made: Generation, row: int, computed: list[bool], encode_s: float, settings: GenerationConfig) -> Answer:
+        """A row of what `generate` made. `computed`: which of its image KVs had to be; `encode_s`: what that took."""
+        tokens = made.tokens[row]
+        text = self.renderer.tokenizer.decode(tokens)
+        text = text.split(settings.stop)[0] if settings.stop else text
+        kv = "none" if not computed else "computed" if any(computed) else "reused"
+        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, made.passes[row], made.logprobs[row])
 
     def images_of(self, prompts: list[Document], images: list[list[Tiles]]) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
         """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""

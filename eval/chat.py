@@ -54,10 +54,7 @@ class Chat:
         tokens = made.tokens[0]
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
         self.last = tokens[-1:]
-        text = renderer.tokenizer.decode(tokens)
-        text = text.split(self.settings.stop)[0] if self.settings.stop else text
-        kv = "none" if not fresh[0] else "computed" if any(fresh[0]) else "reused"
-        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, made.passes[0], made.logprobs[0])
+        return answerer.told(made, 0, fresh[0], encode_s, self.settings)
 
 
 class Shown:

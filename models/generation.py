@@ -36,6 +36,21 @@ class Row:
     passes: int = 1
     done: bool = False
 
+    def take(self, tokens: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> None:
+        """What a pass gave: tokens, and the logits (T, V) that each was chosen from; up to the answer's end."""
+        self.position += len(tokens)
+        for token, row in zip(tokens, logits, strict=False):  # behind the last accepted draft there are more logits
+            if token == stop:
+                self.done = True
+                return
+            self.tokens.append(token)
+            if settings.logprobs:
+                self.logprobs.append(row.float().log_softmax(-1)[token].item())
+            ended = on_tokens is not None and on_tokens(self.number, self.tokens)
+            if ended or len(self.tokens) == settings.max_new_tokens:
+                self.done = True
+                return
+
 
 def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
     """Logits (…, V) → the distribution (…, V) that tokens are drawn from; all on the likeliest where `settings.sampling` is off.
@@ -216,7 +231,7 @@ def generate(
     if longest + settings.max_new_tokens > limit:
         raise UsageError(f"the prompt has {longest} tokens (image included); with max_new_tokens = {settings.max_new_tokens} that exceeds this model's {limit} positions")
     generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
-    heads = getattr(model.right, "heads", None)
+    heads = model.right.heads
     if settings.speculative == "on" and heads is None:
         raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
     length = draft_length(heads, len(ids), settings) if heads is not None else DraftLength([], "off")
@@ -235,21 +250,10 @@ def generate(
     chosen = choose(probabilities(logits, settings, seen[:, None] if seen is not None else None), settings, generator)[:, 0]  # (B,)
     new = chosen[:, None].tolist()
     first_token_s = time.perf_counter() - started
-    drafts = torch.empty(len(ids), 0, dtype=torch.int64, device=device)
+    rows_of_heads = heads.rows(model.right.unembedding) if heads is not None and length.stands else None
     while True:
-        for i, (row, tokens) in enumerate(zip(active, new, strict=True)):
-            row.position += len(tokens)
-            for at, token in enumerate(tokens):
-                if token == stop or len(row.tokens) == settings.max_new_tokens:
-                    row.done = True
-                    break
-                row.tokens.append(token)
-                if settings.logprobs:
-                    row.logprobs.append(logits[i, at].float().log_softmax(-1)[token].item())
-                if on_tokens is not None and on_tokens(row.number, row.tokens):
-                    row.done = True
-                    break
-            row.done |= len(row.tokens) == settings.max_new_tokens
+        for row, tokens, chosen_from in zip(active, new, logits, strict=True):
+            row.take(tokens, chosen_from, stop, settings, on_tokens)
         if all(row.done for row in active):
             break
         if any(row.done for row in active) and not going_on:  # rows that are done cost nothing any more
@@ -264,18 +268,14 @@ def generate(
         pass_started = time.perf_counter()
         K = min(length(), max(settings.max_new_tokens - len(row.tokens) for row in active) - 1)
         if K:
-            drafts, proposed = heads.draft(model.right.embed_tokens, model.right.unembedding, hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
+            drafts, proposed = heads.draft(model.right.embed_tokens, rows_of_heads, hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
         else:
             drafts = chosen.new_empty(len(active), 0)
         tokens = torch.cat((chosen[:, None], drafts), 1)  # (B, K + 1)
         places = torch.tensor([row.position for row in active], device=device)[:, None] + torch.arange(K + 1, device=device)
         states = verify(model, cache, tokens, places)  # (B, K + 1, D)
         logits = model.right.logits(states)  # (B, K + 1, V)
-        also = None
-        if seen is not None:  # and the drafts before each
-            also = seen[:, None].repeat(1, K + 1, 1)
-            for k in range(K):
-                also[:, k + 1 :].scatter_(2, drafts[:, k, None, None].expand(-1, K - k, 1), True)
+        also = _seen_with(seen, drafts) if seen is not None else None
         target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
         if K:
             counts, chosen = accept(drafts, proposed, target, settings, generator)
@@ -283,13 +283,22 @@ def generate(
             counts, chosen = [0] * len(active), choose(target, settings, generator)[:, 0]
         hidden = states[torch.arange(len(active)), counts]
         cache.lengths = [now - K + count for now, count in zip(cache.lengths, counts, strict=True)]
-        new = [[*kept_drafts[:count], last] for kept_drafts, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
+        new = [[*drafted[:count], last] for drafted, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
         for row in active:
             row.passes += 1
         length.told(K, counts, 1 + NOMINAL * K if settings.sampling else time.perf_counter() - pass_started)
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])
+
+
+def _seen_with(seen: Tensor, drafts: Tensor) -> Tensor:
+    """Tokens seen (B, V) → seen before each of K + 1 places (B, K + 1, V), the drafts (B, K) before it included."""
+    K = drafts.shape[1]
+    out = seen[:, None].repeat(1, K + 1, 1)
+    for k in range(K):
+        out[:, k + 1 :].scatter_(2, drafts[:, k, None, None].expand(-1, K - k, 1), True)
+    return out
 
 
 def _draw(logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:

@@ -43,7 +43,6 @@ class MultiTokenHeads(nn.Module):
         ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
         self.register_buffer("draft_ids", ids)
         self.register_buffer("stands", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
-        self.rows: Tensor | None = None  # of the unembedding, gathered once for drafting
         self.lengths: dict[Any, Any] = {}  # models/generation.py: how many drafts pay
         with torch.no_grad():  # at first a head carries the state on as it is
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
@@ -64,14 +63,14 @@ class MultiTokenHeads(nn.Module):
         """Every head's cross-entropy, summed over its targets: (K,).
 
         `hidden` (B, R, D), `labels` and `documents` (B, R) as in the batch. Head k's target is `labels` k places on, where it and
-        all before it are supervised and of one document (`chains`); one that no head can draft counts nothing. Heads come in turn and logits in chunks, computed again in
-        the backward pass: the memory is that of one head.
+        all before it are supervised and of one document (`chains`); one that no head can draft counts nothing. Heads come in turn and
+        logits in chunks, computed again in the backward pass: the memory is that of one head.
         """
         targets = chains(labels, documents, self.count)  # (S, K + 1)
         state = hidden[labels != -100]  # (S, D)
         place = torch.full((len(unembedding),), -100, device=labels.device)
         place[self.draft_ids] = torch.arange(len(self.draft_ids), device=labels.device)
-        rows = unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
+        rows = self.rows(unembedding)
         size = max(1, CHUNK // len(rows))
         sums = []
         for k in range(1, self.count + 1):
@@ -87,29 +86,31 @@ class MultiTokenHeads(nn.Module):
     def _loss(self, state: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(self.norm(state), rows).float(), wanted, reduction="sum")
 
+    def rows(self, unembedding: Tensor) -> Tensor:
+        """What of the unembedding (V, D) drafts are made with, (V′, D): a copy, where not all tokens can be drafted."""
+        return unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
+
     def draft(
-        self, embedding: nn.Embedding, unembedding: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+        self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → `count` drafts (B, count).
+        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → `count` drafts (B, count). `rows`: see there.
 
         `pick` makes a token of each row's logits (B, V′), and says the distribution it was drawn from or None; these come back
         over the whole vocabulary, (B, count, V).
         """
-        if self.packed is None and (self.rows is None or self.rows.dtype != unembedding.dtype or self.rows.device != unembedding.device):
-            self.rows = unembedding[self.draft_ids]
         drafts, proposed = [], []
         for _ in range(count):
             hidden = self.step(hidden, embedding(tokens))
             normed = self.norm(hidden)
-            place, distribution = pick(F.linear(normed, self.rows) if self.packed is None else self.packed[3](normed)[0])
+            place, distribution = pick(F.linear(normed, rows) if self.packed is None else self.packed[3](normed)[0])
             tokens = self.draft_ids[place]
             drafts.append(tokens)
             if distribution is not None:
-                proposed.append(distribution.new_zeros(len(tokens), len(unembedding)).index_copy_(1, self.draft_ids, distribution))
+                proposed.append(distribution.new_zeros(len(tokens), embedding.num_embeddings).index_copy_(1, self.draft_ids, distribution))
         return torch.stack(drafts, 1), torch.stack(proposed, 1) if proposed else None
 
     def pack(self, unembedding: Tensor) -> None:
-        self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(unembedding[self.draft_ids]))
+        self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(self.rows(unembedding)))
 
 
 def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:

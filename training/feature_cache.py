@@ -8,21 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.files import replacing
 
 CHUNK = 16  # tiles encoded at a time, always this many; on two AVX-512 cores faster than 1 and than 64
-
-
-def fingerprint(module: nn.Module, salt: str = "") -> str:
-    """Hex digest of a module's weights and buffers, normalisation constants included; `salt` is what else its output depends on."""
-    digest = hashlib.blake2b(salt.encode(), digest_size=12)
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -12,7 +12,7 @@ import argparse
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,16 @@ from configs.errors import UsageError, UserError, run_script
 from configs.files import replacing_folder
 from configs.schema import DataConfig, GenerationConfig, MultiTokenConfig, opt
 from data.collators import collate_prompts
+from data.images import ImageError
 from data.render import Document
 from data.sources import open_sources
+from data.tables import UnreadableBlock
 from eval.answering import Answerer
 from models.generation import generate, prefill
+from models.layers import computes_bf16
 from models.multi_token import MultiTokenHeads, chains
 
+Question = tuple[list[Any], str]  # images, text
 HELD_OUT = 20  # every so many documents one is not trained on
 
 
@@ -42,6 +46,7 @@ class HeadsConfig:
     mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
     vocabulary: int = opt(8192, "tokens that can be drafted, the commonest in the answers (0: all)")
     sources: str = opt("", "where images and questions come from, as --data.sources in training; none: --prompts, or the model itself")
+    validation_images: int = opt(200, "images of each source that are left out, as in training")
     prompts: str = opt("", "file with a prompt a line")
     tokens: int = opt(250_000, "answer tokens to learn from")
     answer_tokens: int = opt(128, "longest answer")
@@ -70,29 +75,41 @@ class Told:
     tokens: Tensor  # (T,)
 
 
-def asked(answerer: Answerer, config: HeadsConfig) -> Iterator[list[tuple[list[Any], str]]]:
+def asked(answerer: Answerer, config: HeadsConfig) -> Iterator[list[Question]]:
     """Batches of (images, question) without end."""
-    if config.prompts:
-        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"{config.prompts} holds no prompt")
-        pairs: list[tuple[list[Any], str]] = [([], line) for line in lines]
-    elif config.sources:
-        training, _ = open_sources(DataConfig(sources=config.sources))
-        pairs = []
-        for source in training:
-            for index in range(source.start, source.stop):
-                record = source.records[index]
-                pairs += [(record["images"], turn["user"]) for turn in record["texts"]]
-    else:
-        generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    if not config.prompts and not config.sources:
         while True:
             yield [([], text) for text in invented(answerer, config.rows, generator)]
-    generator = torch.Generator().manual_seed(config.seed)
-    while True:
-        order = torch.randperm(len(pairs), generator=generator).tolist()
-        for start in range(0, len(order), config.rows):
-            yield [pairs[i] for i in order[start : start + config.rows]]
+    if config.prompts:
+        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found: list[Callable[[], list[Question]]] = [lambda line=line: [([], line)] for line in lines]
+    else:
+        training, _ = open_sources(DataConfig(sources=config.sources, validation_images=config.validation_images))
+        found = [lambda s=s, i=i: questions_of(s.records, i) for s in training for i in range(s.start, s.stop)]
+    if not found:
+        raise UserError(f"{config.prompts or config.sources} holds no prompt")
+    waiting: list[Question] = []
+    while True:  # a lap; records are read when their turn comes
+        before = len(waiting)
+        for place in torch.randperm(len(found), generator=generator).tolist():
+            waiting += found[place]()
+            while len(waiting) >= config.rows:
+                yield waiting[: config.rows]
+                waiting, before = waiting[config.rows :], -1
+        if len(waiting) == before:
+            raise UserError(f"{config.sources}: no record can be used")
+
+
+def questions_of(records: Any, index: int) -> list[Question]:
+    """What a record asks; nothing where it cannot be used."""
+    try:
+        record = records[index]
+    except UnreadableBlock:
+        return []
+    if record.get("problem") or record["images"] is None:
+        return []
+    return [(record["images"], turn["user"]) for turn in record["texts"] or () if isinstance(turn.get("user"), str) and turn["user"].strip()]
 
 
 def invented(answerer: Answerer, rows: int, generator: torch.Generator) -> list[str]:
@@ -115,8 +132,15 @@ def invented(answerer: Answerer, rows: int, generator: torch.Generator) -> list[
 def answers(answerer: Answerer, questions: list[tuple[list[Any], str]], config: HeadsConfig) -> list[Told]:
     """The model's greedy answers with the hidden states along them."""
     model, renderer = answerer.model, answerer.renderer
-    tiles = [[answerer.tiles(image) for image in images] for images, _ in questions]
-    prompts = [renderer.prompt([t.grid for t in images], [{"user": text}]) for images, (_, text) in zip(tiles, questions, strict=True)]
+    tiles, prompts = [], []
+    for images, text in questions:
+        try:
+            tiles.append([answerer.tiles(image) for image in images])
+        except ImageError:
+            continue  # collect() counts the answers that are missing
+        prompts.append(renderer.prompt([t.grid for t in tiles[-1]], [{"user": text}]))
+    if not prompts:
+        return []
     rows, extra = answerer.images_of(prompts, tiles)[0], answerer.tiles_of(tiles)
     batch = {name: t.to(model.device) for name, t in collate_prompts(prompts).items()}
     settings = GenerationConfig(max_new_tokens=config.answer_tokens, speculative="off")
@@ -137,6 +161,7 @@ def answers(answerer: Answerer, questions: list[tuple[list[Any], str]], config: 
 
 def collect(answerer: Answerer, config: HeadsConfig, console: Console) -> list[Told]:
     told: list[Told] = []
+    missing = 0
     with Progress(console=console, transient=True) as bar:
         task, done = bar.add_task("the model answers", total=config.tokens), 0
         for questions in asked(answerer, config):
@@ -144,9 +169,12 @@ def collect(answerer: Answerer, config: HeadsConfig, console: Console) -> list[T
             if not new:
                 raise UserError("the model's answers are empty: nothing to learn from")
             told += new
+            missing += len(questions) - len(new)
             done += sum(len(t.tokens) for t in new)
             bar.update(task, completed=done)
             if done >= config.tokens:
+                if missing:
+                    console.print(f"{missing:,} questions left out: their images cannot be used, or the answer was empty")
                 return told
     raise AssertionError("asked() does not end")
 
@@ -158,7 +186,7 @@ def fit(model: Any, heads: MultiTokenHeads, told: list[Told], config: HeadsConfi
     steps = config.epochs * max(1, sum(len(t.tokens) for t in told) // config.batch_tokens)
     weights = torch.tensor([config.head_decay**k for k in range(config.heads)], device=model.device)
     generator, step = torch.Generator().manual_seed(config.seed), 0
-    bf16 = model.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = computes_bf16(model.device)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("the heads learn", total=steps)
         while step < steps:
@@ -194,10 +222,11 @@ def as_row(batch: list[Told], device: torch.device) -> tuple[Tensor, Tensor, Ten
 def acceptance(model: Any, heads: MultiTokenHeads, told: list[Told]) -> tuple[list[float], float]:
     """On answers: how often each head is right where those before it are, and the tokens that a greedy pass would give."""
     right, reached, passes = [0] * heads.count, [0] * heads.count, 0
+    rows = heads.rows(model.right.unembedding)
     for t in told:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
-        drafts, _ = heads.draft(model.right.embed_tokens, model.right.unembedding, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.argmax(-1), None))
+        drafts, _ = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.argmax(-1), None))
         good = (drafts == targets[:, 1:]).long().cumprod(1)  # (S, K)
         passes += len(targets)
         for k in range(heads.count):

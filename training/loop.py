@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from configs.errors import UsageError, UserError
+from configs.errors import UserError
 from configs.schema import Config, TrainConfig
-from models.layers import computes_bf16
+from models.layers import computes_bf16, pick_device
 from models.multi_token import chains
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.logging import RunLog
@@ -41,17 +41,6 @@ class Task:
     before_checkpoint: Callable[[], None]
 
 
-def pick_device(config: TrainConfig) -> torch.device:
-    """`train.device`, or for "auto" cuda where there is one."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"train.device = {name!r} is none of auto, cpu, cuda, mps")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-
-
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
     """The autocast context of `train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
@@ -60,7 +49,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one."""
-    c, device = config.train, pick_device(config.train)
+    c, device = config.train, pick_device(config.train.device)
     model.to(device).train()
     optimizers = make_optimizers(model, c)
     done = 0

@@ -20,14 +20,15 @@ from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.in_training import Validation, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
+from models.layers import pick_device
 from models.modality_projector import check_kind
-from models.pretrained import left_tower_of, load_left_tower, load_vision_weights, load_weights
+from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights, load_weights
 from models.vision_encoder import complete_vision
 from training.checkpoint import checkpoints
 from training.estimate import dry_run
-from training.feature_cache import FeatureCache, fingerprint
+from training.feature_cache import FeatureCache
 from training.logging import RunLog
-from training.loop import Task, autocast, pick_device, train
+from training.loop import Task, autocast, train
 from training.run import open_run
 
 
@@ -139,7 +140,7 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
     shown: list[dict[str, Any]] = []  # the last predictions
 
     def evaluate(step: int) -> dict[str, Any]:
-        with autocast(config.train, pick_device(config.train)):
+        with autocast(config.train, pick_device(config.train.device)):
             scores = validation.score(model)
         predictions = validation.predictions(model, 8)
         save_samples(folder / "samples", step, predictions)

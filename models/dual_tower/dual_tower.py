@@ -1,6 +1,5 @@
 """DualTowerVLM: images through the left tower into a per-layer KV cache, text through the right tower, which reads it."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from models.kv_cache import ImageKV, KeyValueRecorder
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
 from models.modality_projector import ModalityProjector, put_image_tokens
-from models.pretrained import load_model, save_model
+from models.pretrained import fingerprint, load_model, save_model
 from models.vision_encoder import VisionEncoder
 
 IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
@@ -114,15 +113,10 @@ class DualTowerVLM(nn.Module):
         return self.encode_images(tiles, [block])[0]
 
     def origin(self) -> str:
-        """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. 32 hex digits, computed at each call."""
+        """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. Computed at each call."""
         c = self.config
         settings = (IMAGE_KV_VERSION, c.vision, c.projector, c.left, c.left_context, c.image_isolation, c.left_attention, self.vocabulary)
-        digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-        tensors = [*self.left.named_parameters(), *self.left.named_buffers()]  # normalisation constants are buffers that no state_dict has
-        for name, tensor in sorted(tensors, key=lambda item: item[0]):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.left, repr(settings))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; beside and renamed."""
