@@ -48,6 +48,26 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
     assert again.image_kv == ("reused" if context == "image" else "none")
 
 
+def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monkeypatch):
+    """Its last token is in the cache already, and must not be there twice."""
+    model = lively_model(tokenizer)
+    naive, settings, tiles = Naive(model), GenerationConfig(max_new_tokens=6), random_tiles(1)
+    prompt = renderer.prompt([SQUARE], [{"user": "what is it?"}])
+    ids = dict(zip([*prompt.left_positions, *prompt.right_positions], [*prompt.left_ids, *prompt.right_ids], strict=True))
+    ids = [ids[p] for p in sorted(ids)]
+    answer = naive_greedy(naive, ids, tiles, -1, 6)
+    stop = next(token for i, token in enumerate(answer) if i >= 2 and token not in answer[:i])
+    original = eval.chat.generate
+    monkeypatch.setattr(eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"stop": stop}))
+    chat = Chat(Answerer(model, renderer), settings)
+    assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
+    follow = renderer.follow_up([], "is it large?", chat.last, chat.position)
+    said = [*ids, *answer[: answer.index(stop)]]
+    assert follow.right_positions[0] == len(said) - 1 and follow.right_ids[0] == said[-1]
+    expected = naive_greedy(naive, [*said, *follow.right_ids[1:]], tiles, stop, 6)
+    assert chat.ask("is it large?", []).text == tokenizer.decode(expected)
+
+
 def test_a_turn_that_is_stopped_is_forgotten(model, renderer, monkeypatch):
     settings = GenerationConfig(max_new_tokens=5)
     chats = [Chat(Answerer(model, renderer), settings) for _ in range(2)]

@@ -91,6 +91,12 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     assert encoded == [2, 1, 1]
 
 
+def test_an_image_is_the_same_wherever_it_stands(model, renderer):
+    answerer, settings = Answerer(model, renderer), GenerationConfig(max_new_tokens=2)
+    a, b = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(2))
+    assert [answerer.answer([(images, "x")], settings)[0].image_kv for images in ([a], [b], [b, a], [a, a])] == ["computed", "computed", "reused", "reused"]
+
+
 def test_seeds_repeat_and_differ(model, renderer):
     answerer = Answerer(model, renderer)
     asked = [([Tiles((1, 1), random_tiles(1))], "what color?")]

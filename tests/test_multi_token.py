@@ -226,6 +226,17 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
     assert free.tokens != made[0].tokens
 
 
+def test_drafts_are_of_the_draft_vocabulary(tokenizer):
+    """Ids, not places in the list of what can be drafted; and the distribution lies on them alone."""
+    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(2, 32, 20))).right.heads
+    heads.draft_ids.copy_(torch.arange(200, 220))
+    embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
+    places = torch.tensor([0, 3, 19, 7, 7])
+    drafts, proposed = heads.draft(embedding, heads.rows(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
+    assert drafts.tolist() == [[200 + p] * 2 for p in places.tolist()]
+    assert proposed.shape == (5, 2, 302) and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2)) and proposed[..., :200].sum() == proposed[..., 220:].sum() == 0
+
+
 def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
     """Not on what passes took, nor on what was asked before."""
     model = lively_model(tokenizer, WITH_HEADS)
