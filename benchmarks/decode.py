@@ -68,7 +68,7 @@ def plain(answerer: Answerer, tokens: int, repeats: int) -> dict[str, float]:
         state, place = states[:, -1], ids.shape[1]
         started = time.perf_counter()
         for i in range(tokens):
-            token = right.logits(state).argmax(-1)
+            token = right.logits(state).max(-1).indices
             token.item()  # as streaming does
             state = verify(model, cache, token[:, None], torch.full((1, 1), place + i, device=device))[:, 0]
         step.append((time.perf_counter() - started) / tokens)
@@ -97,10 +97,10 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
     def run(count: int) -> None:
         cache.lengths = lengths
         tokens, places = ids[:, :count], torch.arange(200, 200 + count, device=device)[None]
-        right.logits(verify(model, cache, tokens, places)).argmax(-1).tolist()
+        right.logits(verify(model, cache, tokens, places)).max(-1).indices.tolist()
 
     def draft(count: int) -> None:
-        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.argmax(-1), None))[0].tolist()
+        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None))[0].tolist()
 
     out: dict[str, list[float]] = {}
     for _ in range(repeats):

@@ -100,8 +100,8 @@ class ImageContext:
 class DecodingCache:
     """Static, preallocated cache: rotated keys and values (layers, B, G, S, E) and the position that each slot holds (B, S).
 
-    Every row has a length of its own, and its slots are filled without gaps. Slots behind it hold nothing, or drafts that
-    were not accepted: their positions are later than every query's until they are written anew.
+    Every row has a length of its own. Slots that hold padding or nothing, and those of drafts that were not accepted, have
+    positions later than every query's; the last are written anew.
     """
 
     def __init__(self, layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -112,12 +112,8 @@ class DecodingCache:
         self.used = 0  # slots that attention looks at
         self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where `extend` writes
 
-    def reserve(self, positions: Tensor, counts: list[int] | None = None) -> None:
-        """Open each row's next slots for tokens at `positions` (B, T); every layer's `extend` then fills them.
-
-        `counts`: how many of a row's T tokens stay, the first ones (default: all). The others' slots are the next to be
-        written.
-        """
+    def reserve(self, positions: Tensor) -> None:
+        """Open each row's next slots for tokens at `positions` (B, T), NEVER at padding; every layer's `extend` then fills them."""
         T = positions.shape[1]
         self.used = max(self.lengths) + T
         if self.used > self.positions.shape[1]:
@@ -130,7 +126,7 @@ class DecodingCache:
             slots = torch.tensor(self.lengths, device=positions.device)[:, None] + torch.arange(T, device=positions.device)  # (B, T)
             self.slots = (rows, slice(None), slots)
             self.positions[rows, slots] = positions
-        self.lengths = [length + (T if counts is None else counts[b]) for b, length in enumerate(self.lengths)]
+        self.lengths = [length + T for length in self.lengths]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         for cached, new in ((self.keys[layer], turn(rotary, keys)), (self.values[layer], values)):

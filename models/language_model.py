@@ -72,9 +72,9 @@ class LanguageModel(nn.Module):
 
     def pack(self) -> None:
         """Lay the weights out anew for decoding on a CPU: faster, for as much memory again. Weights that change later are not seen: `train()` refuses."""
-        for block in self.layers:
-            block.self_attn.pack()
-            block.mlp.pack()
+        for module in self.trunk().modules():
+            if isinstance(module, Attention | MLP | RMSNorm):
+                module.pack()
         self.packed = Packed(self.unembedding)
         if self.heads is not None:
             self.heads.pack(self.unembedding)

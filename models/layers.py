@@ -17,13 +17,22 @@ class RMSNorm(nn.RMSNorm):
     Its fused kernel wants input and weight of one type.
     """
 
+    twice: Tensor | None = None  # the weight, two times in a row
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.twice is not None:
+            size = x.shape[-1]
+            return torch.layer_norm(torch.cat((x, -x), -1), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
         device = x.device.type
         return super().forward(x.to(self.weight.dtype)).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
+    def pack(self) -> None:
+        """For decoding on a CPU, where torch has no fused RMSNorm: x and −x together have mean 0 and x's mean square as variance, so LayerNorm does it in one kernel."""
+        self.twice = torch.cat((self.weight, self.weight)).detach()
+
 
 class Rotary(NamedTuple):
-    """Rotary embedding (RoFormer, arXiv 2104.09864) of a batch of positions; `cos` and `sin` are (B, 1, T, E)."""
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of a batch of positions; `cos` and `sin` are (B, 1, T, E), the first half of `sin` negated."""
 
     cos: Tensor
     sin: Tensor
@@ -32,17 +41,16 @@ class Rotary(NamedTuple):
     def at(cls, positions: Tensor, config: DecoderConfig) -> "Rotary":
         """Angles for `positions` (B, T): position × frequency, computed in float32."""
         angles = positions[:, None, :, None].float() * frequencies(config, positions.device)  # (B, 1, T, E/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return cls(angles.cos(), angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     def to(self, dtype: torch.dtype) -> "Rotary":
         return Rotary(self.cos.to(dtype), self.sin.to(dtype))
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotate `x` (B, heads, T, E); component i is paired with i + E/2 (the Llama convention)."""
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-second, first), dim=-1) * sin
+        cos, sin = self if self.cos.dtype == x.dtype else self.to(x.dtype)
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
@@ -91,7 +99,8 @@ class Packed:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape[:-1].numel() > self.MOST:
             return tuple(layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").split(self.sizes, -1)
+        out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out.split(self.sizes, -1) if len(self.sizes) > 1 else (out,)
 
     @staticmethod
     def available(device: torch.device) -> bool:
@@ -114,7 +123,7 @@ class KeyValue(nn.Module):
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, T, heads · E) → (B, heads, T, E)"""
-        x = x.unflatten(-1, (-1, self.config.head_size))
+        x = x.view(*x.shape[:-1], x.shape[-1] // self.config.head_size, self.config.head_size)
         return (x if norm is None else norm(x)).transpose(1, 2)
 
 

@@ -226,7 +226,7 @@ def acceptance(model: Any, heads: MultiTokenHeads, told: list[Told]) -> tuple[li
     for t in told:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
-        drafts, _ = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.argmax(-1), None))
+        drafts, _ = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
         good = (drafts == targets[:, 1:]).long().cumprod(1)  # (S, K)
         passes += len(targets)
         for k in range(heads.count):
