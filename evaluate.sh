@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up, then evaluates:  CHECKPOINT=runs/NAME/model TASKS=easy_vqa BATCH_SIZE=32 bash evaluate.sh [--flag value …]
+# Without TASKS it is MMStar, whose data come from the Hub, or from a copy: --data-root DIR. easy_vqa and openmoji_captions need no network.
 # Without CHECKPOINT it takes the model that was exported last.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/setup.sh
 checkpoint=${CHECKPOINT:-$(ls -td runs/*/model 2>/dev/null | head -n 1 || true)}
 if [ -z "$checkpoint" ]; then echo "error: no model under runs/: train one with 'bash train.sh', or set CHECKPOINT=DIR" >&2; exit 2; fi
-exec .venv/bin/python evaluation.py --model "$checkpoint" --tasks "${TASKS:-easy_vqa}" --batch_size "${BATCH_SIZE:-32}" --output "$(dirname "$checkpoint")/evaluation" "$@"
+exec .venv/bin/python evaluation.py --model "$checkpoint" --tasks "${TASKS:-mmstar}" --batch_size "${BATCH_SIZE:-32}" --output "$(dirname "$checkpoint")/evaluation" "$@"

@@ -1,73 +1,62 @@
 """Evaluate a trained model.
 
   python evaluation.py --model runs/dual_tower_easyvqa/model --tasks easy_vqa
+  python evaluation.py --model DIR --tasks mmstar,captions:coco=annotations/captions_val2014.json --output results
+  torchrun --nproc-per-node 2 evaluation.py --model DIR --tasks mmstar
 
-Prints a table; with --output DIR also writes DIR/results.json and DIR/samples_<task>.jsonl.
+--tasks: every task of lmms-eval by its name; easy_vqa and openmoji_captions, which need no network; captions:SOURCE and
+questions:SOURCE, SOURCE as in --data.sources. With --output DIR: DIR/results.json, DIR/samples_<task>.jsonl and their images,
+of which `python -m eval.report DIR` makes a page.
 """
 
 import argparse
-import json
-import time
+import os
 from pathlib import Path
 
 from configs.command_line import FlagParser
-from configs.errors import UsageError, nearest, run_script
-from configs.files import write_text
-
-TASK_NAMES = ("easy_vqa",)
+from configs.errors import UsageError, UserError, run_script
 
 
 def main(argv: list[str]) -> None:
     parser = FlagParser(description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, as training exports it (runs/NAME/model)")
-    parser.add_argument("--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(TASK_NAMES)} [easy_vqa]")
+    parser.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID", help="model folder, as training exports it (runs/NAME/model), or a Hub id")
+    parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions of each task (0: all)")
-    parser.add_argument("--output", metavar="DIR", help="folder for results.json and the samples")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, for tasks that say none [64]")
+    parser.add_argument("--data_root", metavar="DIR", help="copies of data sets, DIR/OWNER/NAME as on the Hub: used before the network")
+    parser.add_argument("--process_with_media", action="store_true", help="let tasks see a row's image when they score its answer; most need not")
+    parser.add_argument("--caption_metrics", default="CIDEr,BLEU-4,ROUGE-L", help="of caption tasks; METEOR and SPICE too, with Java [CIDEr,BLEU-4,ROUGE-L]")
+    parser.add_argument("--tokenizer", choices=("python", "java"), default="python", help="that splits captions into words [python]")
+    parser.add_argument("--floor", action="store_true", help="also score the same model untrained: what a score must exceed to mean anything")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    parser.add_argument("--output", metavar="DIR", help="folder for results.json, the samples and their images")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse(argv)
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    for name in names:
-        if name not in TASK_NAMES:
-            raise UsageError(f"--tasks: no task named '{name}'{nearest(name, list(TASK_NAMES))}")
-    if not names or args.batch_size < 1 or args.limit < 0:
-        raise UsageError("--tasks needs a name, --batch_size at least 1, --limit 0 or more")
-
+    args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
+    if not args.tasks or min(args.batch_size, args.max_new_tokens) < 1 or args.limit < 0:
+        raise UsageError("--tasks needs a name, --batch_size and --max_new_tokens at least 1, --limit 0 or more")
+    if args.data_root and not Path(args.data_root).is_dir():
+        raise UsageError(f"--data_root: {args.data_root} is no folder")
     output = Path(args.output) if args.output else None
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--output: {output} cannot be a folder: {error.strerror}") from None
+    try:
+        from eval.results import evaluate
+    except ModuleNotFoundError as error:
+        raise UserError(f"the package {error.name} is not installed: evaluation needs the group eval (pip install -e '.[eval]')") from None
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    evaluate(args, output, f"cuda:{rank}" if args.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and _has_cuda() else args.device)
 
+
+def _has_cuda() -> bool:
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
 
-    from eval.answering import Answerer
-    from eval.tasks import TASKS
-
-    answerer = Answerer.from_pretrained(args.model)
-    console = Console()
-    results = {}
-    for name in names:
-        started = time.perf_counter()
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(name, total=None)
-            scores, samples = TASKS[name](answerer, args.batch_size, args.limit, lambda done, total, task=task, bar=bar: bar.update(task, completed=done, total=total))
-        results[name] = scores | {"seconds": round(time.perf_counter() - started, 1)}
-        table = Table("questions", "count", "accuracy")
-        for kind, score in [*scores["kinds"].items(), ("all", scores)]:
-            table.add_row(kind, str(score["count"]), f"{score['accuracy']:.2%}")
-        console.print(f"{name}: {args.model}", soft_wrap=True)
-        console.print(table)
-        if output is not None:
-            write_text(output / f"samples_{name}.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    if output is not None:
-        head = {"model": str(args.model), "limit": args.limit, "batch_size": args.batch_size, "torch": torch.__version__}
-        write_text(output / "results.json", json.dumps(head | {"results": results}, indent=2) + "\n")
-        console.print(f"written: {output / 'results.json'}", soft_wrap=True)
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def one(seed: int, extra: list[str]) -> dict[str, float]:
         seconds = time.perf_counter() - started
         command = [sys.executable, str(ROOT / "evaluation.py"), "--model", str(run / "model"), "--tasks", "easy_vqa", "--output", f"{work}/out"]
         subprocess.run(command, cwd=work, check=True, stdout=sys.stderr)
-        scores = json.loads(Path(f"{work}/out/results.json").read_text())["results"]["easy_vqa"]
+        scores = json.loads(Path(f"{work}/out/results.json").read_text())["tasks"]["easy_vqa"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kinds = {kind: score["accuracy"] for kind, score in scores["kinds"].items()}
+    accuracies = scores["scores"]
     validation = [x["validation_accuracy"] for x in lines if "validation_accuracy" in x][-1]
-    return {"seed": seed, "train_s": seconds, "validation": validation, "test": scores["accuracy"], "questions": scores["count"], **kinds}
+    return {"seed": seed, "train_s": seconds, "validation": validation, "test": accuracies.pop("accuracy"), "questions": scores["samples"], **accuracies}
 
 
 def main(argv: list[str]) -> None:

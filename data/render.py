@@ -9,7 +9,7 @@ the image is cut into tiles, each tile's `row r, column c` marker and its P imag
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from configs.schema import MAX_GRID
@@ -95,6 +95,15 @@ class Renderer:
             [*range(position, shift), *(shift + p for p in document.right_positions)],
             [IGNORE] * (len(before) + len(document.right_ids)),
         )
+
+    def shown(self, document: Document) -> str:
+        """A document's text with its special tokens, for people; a run of image tokens is told by its length."""
+        tokens = sorted([*zip(document.left_positions, document.left_ids, strict=True), *zip(document.right_positions, document.right_ids, strict=True)])
+        parts = []
+        for is_image, run in groupby((token for _, token in tokens), key=lambda token: token == self.tokenizer.image):
+            ids = list(run)
+            parts.append(f"[{len(ids)} image tokens]" if is_image else self.tokenizer.backend.decode(ids, skip_special_tokens=False))
+        return "".join(parts)
 
     def _render(self, grids: Sequence[Grid], turns: list[dict[str, str]], open_turn: bool) -> Document:
         tok = self.tokenizer

@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,10 @@ from configs.hub import is_hub_id
 from configs.schema import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles, open_pixels, to_tiles
-from data.render import Document, Renderer
+from data.render import IGNORE, Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.generation import Generation, generate
+from models.generation import Generation, generate, prefill
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
@@ -27,8 +26,7 @@ from models.pretrained import ancestor_tokenizer, find_model, load_model
 from models.vision_language_model import VisionLanguageModel
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     text: str
     tokens: int
     ttft_ms: float  # from the question, its image read but not encoded, to the first token of its batch
@@ -121,6 +119,23 @@ class Answerer:
         stream = None if on_text is None and not settings.stop else self.stream(on_text, settings.stop, len(questions))
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, tiles=self.tiles_of(images), **batch)
         return [self.told(made, row, fresh[row], encode_s, settings) for row in range(len(questions))]
+
+    @torch.inference_mode()
+    def loglikelihoods(self, questions: list[tuple[list[Tiles], str, str]]) -> list[tuple[float, bool]]:
+        """Of a batch of (tiles of each image, question, answer): log P(answer | question), its end of turn left out, and whether greedy decoding begins so."""
+        model, images = self.model, [images for images, _, _ in questions]
+        told = [self.renderer.conversation([i.grid for i in shown], [{"user": question, "assistant": answer}]) for shown, question, answer in questions]
+        rows, _ = self.images_of(told, images)
+        batch = {k: v.to(model.device) for k, v in collate_prompts(told).items()}
+        _, hidden = prefill(model, batch["ids"], batch["positions"], rows, 0, self.tiles_of(images))
+        found = []
+        for b, document in enumerate(told):
+            labels = torch.tensor(document.labels, device=model.device)
+            places = (labels != IGNORE).nonzero()[:-1, 0]  # the last is the end of turn
+            logprobs = model.right.logits(hidden[b, places]).float().log_softmax(-1)  # (T, V)
+            wanted = labels[places]
+            found.append((logprobs.gather(1, wanted[:, None]).sum().item(), bool((logprobs.max(-1).indices == wanted).all())))
+        return found
 
     def told(self, made: Generation, row: int, computed: list[bool], encode_s: float, settings: GenerationConfig) -> Answer:
         """A row of what `generate` made. `computed`: which of its image KVs had to be; `encode_s`: what that took."""

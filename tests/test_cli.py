@@ -53,8 +53,8 @@ def test_other_routings_train_answer_and_evaluate(script, flags, tmp_path, image
     done = run("generate.py", "--checkpoint", "run/model", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["image_kv"] for line in done.stdout.splitlines()] == (["none"] * 2 if "vanilla" in script else ["computed", "reused"])
-    done = run("evaluation.py", "--model", "run/model", "--limit", "20", "--output", "out", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["results"]["easy_vqa"]["count"] == 20
+    done = run("evaluation.py", "--model", "run/model", "--tasks", "easy_vqa", "--limit", "20", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]["samples"] == 20
 
 
 def test_the_printed_command_works(trained):
@@ -87,10 +87,14 @@ def test_generate_settings_from_a_file(trained, tmp_path):
 def test_evaluation_writes_results(trained, tmp_path):
     done = run("evaluation.py", "--model", str(trained / "model"), "--tasks", "easy_vqa", "--batch_size", "7", "--limit", "20", "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["easy_vqa"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples_easy_vqa.jsonl").read_text().splitlines()]
-    assert results["count"] == len(samples) == 20 == sum(k["count"] for k in results["kinds"].values())
-    assert results["accuracy"] == sum(s["prediction"] == s["answer"] for s in samples) / 20
+    right = [s["answer"] == s["reference"][0] for s in samples]
+    assert results["samples"] == len(samples) == 20 and results["scores"]["accuracy"] == sum(right) / 20
+    yes_no = [r for r, s in zip(right, samples, strict=True) if s["reference"][0] in ("yes", "no")]
+    assert results["scores"]["yes/no"] == pytest.approx(sum(yes_no) / len(yes_no))
+    page = run_program(["-m", "eval.report", str(tmp_path / "out")], ROOT)
+    assert page.returncode == 0 and "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text()
 
 
 ERRORS = [
@@ -128,8 +132,8 @@ ERRORS = [
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--temprature", "1"], 2, "did you mean '--temperature'?"),
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--top_p", "1.5"], 2, "top_p = 1.5"),
     ("generate.py", ["--checkpoint", "nowhere", "--prompt", "x"], 1, "no model folder at nowhere"),
-    ("evaluation.py", ["--model", "x", "--tasks", "easy_vqaa"], 2, "did you mean 'easy_vqa'?"),
-    ("evaluation.py", ["--model", "nowhere"], 1, "no model folder at nowhere"),
+    ("evaluation.py", ["--model", "x", "--tasks", "easy_vqaa"], 2, "did you mean 'easy_vqa'"),
+    ("evaluation.py", ["--model", "nowhere", "--tasks", "easy_vqa"], 1, "no model folder at nowhere"),
 ]
 
 

@@ -52,9 +52,24 @@ def test_a_command_of_the_readme(command, place):
         words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *SHORT]
     elif words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
-        words = ["evaluation.py", "--model", model, "--tasks", values.get("TASKS", "easy_vqa"), "--batch_size", values.get("BATCH_SIZE", "32"), *words[2:], "--limit", "40"]
+        words = [
+            "evaluation.py",
+            "--model",
+            model,
+            "--tasks",
+            values.get("TASKS", "mmstar"),
+            "--batch_size",
+            values.get("BATCH_SIZE", "32"),
+            *words[2:],
+            "--limit",
+            "40",
+            "--output",
+            str(Path(model).parent / "evaluation"),
+        ]
     elif words[2:3] == ["training.heads"]:
         words = ["training/heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
+    elif words[2:3] == ["eval.report"]:
+        words = ["eval/report.py", *words[3:]]
     elif words[1] == "-m":
         words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
     else:

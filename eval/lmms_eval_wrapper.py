@@ -1,0 +1,223 @@
+"""The adapter between lmms-eval and this project's models, vanilla and dual tower alike.
+
+  lmms-eval --model dualtower --model_args pretrained=runs/NAME/model --tasks mmstar
+
+works where the project is installed (`pip install -e '.[eval]'`); `evaluation.py` and the validation in training use the class
+directly. Prompts go through the one renderer, images are encoded once however many questions are asked about them, and what
+goes wrong in a request is raised: nothing is scored as an empty answer.
+"""
+
+import gc
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+
+from configs.errors import ImageError, UsageError, UserError
+from configs.files import replacing
+from configs.schema import GenerationConfig
+from data.images import Tiles
+from eval.answering import Answer, Answerer
+
+MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
+OF_OTHERS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}  # settings of tasks that are read here, or speak of another model's preprocessing
+THUMBNAIL = 256
+
+
+class DualTower(lmms):
+    """A model for lmms-eval: `pretrained`, a model folder or Hub id, or an `answerer` that is in memory already.
+
+    `max_new_tokens` holds for tasks that say none. With `keep`, a folder, thumbnails of the images are written there.
+    `progress` is called with answers done and to do.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        batch_size: int | str = 32,
+        device: str = "auto",
+        dtype: str = "fp32",
+        max_new_tokens: int | str = 64,
+        speculative: str = "auto",
+        answerer: Answerer | None = None,
+        keep: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] = print,
+        max_batch_size: Any = None,  # lmms-eval gives it to every model
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise UsageError(f"--model_args: unknown {', '.join(unknown)} (known: pretrained, dtype, max_new_tokens, speculative)")
+        if answerer is None and not pretrained:
+            raise UsageError("--model_args: pretrained=DIR is needed, a model folder or Hub id")
+        self.answerer = answerer if answerer is not None else Answerer.from_pretrained(pretrained, dtype, device)
+        self.device = self.answerer.model.device
+        self.batch_size = int(batch_size)
+        self.base = GenerationConfig(max_new_tokens=int(max_new_tokens), speculative=speculative)  # type: ignore[arg-type]
+        self.keep, self.progress, self.say = keep, progress, say
+        self.first_prompts: dict[str, tuple[int, str]] = {}  # by task: of the first document that was asked about
+        self.images: dict[tuple[str, int], list[str]] = {}  # file names of the thumbnails, by task and document
+        self.cut: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
+        self.tokens, self.seconds = 0, 0.0  # of all answers
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of `requests`; like settings together, longest questions first."""
+        answers: dict[int, Answer] = {}
+        alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            if not (request.metadata or {}).get("__padding_only__"):  # lmms-eval's, to even ranks out: there is nothing to even out here
+                alike[self.settings(request.args[1])].append(number)
+        total = sum(map(len, alike.values()))
+        for (settings, ends), numbers in alike.items():
+            numbers.sort(key=lambda n: -len(self.answerer.renderer.tokenizer.encode(requests[n].args[0])))
+            while numbers:
+                part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
+                questions = [self.question(requests[n]) for n in part]
+                for n, answer in zip(part, self.answer(questions, settings), strict=True):
+                    self.cut[requests[n].args[4]] += answer.tokens == settings.max_new_tokens
+                    answers[n] = cut_at(answer, ends)
+                if self.progress is not None:
+                    self.progress(len(answers), total)
+        empty = Answer("", 0, 0.0, 0.0, "none", 0, [])
+        return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in (answers.get(n, empty) for n in range(len(requests)))]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Each request's answers, round after round; the task says what is asked next, and when it is enough."""
+        rounds: list[list[str]] = []
+        for request in requests:
+            context, arguments, visuals_of, next_round, doc_id, task, split = request.args
+            document = self.task_dict[task][split][doc_id]
+            settings, ends = self.settings(arguments)
+            images, told, info, said = visuals_of(document), [], None, []
+            while True:
+                answer = cut_at(self.answer([(self.tiles(images, task, doc_id), context)], settings)[0], ends)
+                told.append(answer.text)
+                images, context, done, said, info = next_round(document, previous_output=told, round_idx=len(told), previous_round_info=info)
+                if done:
+                    break
+            rounds.append(list(said or told))
+            if self.progress is not None:
+                self.progress(len(rounds), len(requests))
+        return rounds
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each continuation, in nats: its log-probability behind the prompt, end of turn left out, and whether it is the greedy answer's beginning."""
+        found: list[tuple[float, bool]] = []
+        for start in range(0, len(requests), self.batch_size):
+            part = requests[start : start + self.batch_size]
+            questions = [self.question(request) for request in part]
+            continuations = [r.args[1] if isinstance(r.args[1], str) else str(r.args[1](self.task_dict[r.args[4]][r.args[5]][r.args[3]])) for r in part]
+            # The answer's turn begins without a space: the one that lmms-eval puts between prompt and choice has no place there.
+            found += self.answerer.loglikelihoods([(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)])
+            if self.progress is not None:
+                self.progress(len(found), len(requests))
+        return found
+
+    def question(self, request: Instance) -> tuple[list[Tiles], str]:
+        """A request's images and text, from (text, settings or continuation, images of a document, document, task, split)."""
+        text, _, visuals_of, doc_id, task, split = request.args
+        document = self.task_dict[task][split][doc_id]
+        try:
+            images = visuals_of(document) if visuals_of is not None else []
+        except (AttributeError, KeyError, TypeError) as error:  # what tasks' own functions do where a row lacks its image
+            raise UserError(f"task {task}: row {doc_id} has no image ({type(error).__name__}: {error})") from error
+        tiles = self.tiles(images, task, doc_id)
+        if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
+            prompt = self.answerer.renderer.prompt([t.grid for t in tiles], [{"user": text}])
+            self.first_prompts[task] = doc_id, self.answerer.renderer.shown(prompt)
+        return tiles, text
+
+    def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
+        out = []
+        for image in images or ():
+            if not isinstance(image, Image.Image | bytes | Path):
+                what = "has no image" if image is None else f"has a {type(image).__name__} for an image: this model reads images alone"
+                raise UserError(f"task {task}: row {doc_id} {what}")
+            try:
+                out.append(self.answerer.tiles(image))
+            except ImageError as error:
+                raise UserError(f"task {task}: row {doc_id}: {error}") from error
+        if self.keep is not None:
+            self.images[task, doc_id] = [thumbnail(image, self.keep) for image in out]
+        return out
+
+    def answer(self, questions: list[tuple[list[Tiles], str]], settings: GenerationConfig) -> list[Answer]:
+        """A batch of answers. Where memory runs out the batch size is halved, once, and that is told."""
+        started = time.perf_counter()
+        try:
+            answers = self.answerer.answer(questions, settings)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if self.batch_size == 1 or len(questions) == 1:
+                raise UserError("out of memory for a single question: take a larger machine, or --dtype bf16") from error
+            half = self.batch_size // 2
+            self.say(f"out of memory at batch size {self.batch_size}: going on with {half}")
+            self.batch_size = half
+            error.__traceback__ = None  # it holds the batch's tensors
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                answers = [answer for i in range(0, len(questions), half) for answer in self.answerer.answer(questions[i : i + half], settings)]
+            except (torch.OutOfMemoryError, RuntimeError) as again:
+                if not out_of_memory(again):
+                    raise
+                raise UserError(f"out of memory at batch size {half} too: give a smaller --batch_size") from again
+        self.seconds += time.perf_counter() - started
+        self.tokens += sum(answer.tokens for answer in answers)
+        return answers
+
+    def settings(self, arguments: dict[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
+        """A task's generation arguments → ours, and the strings that end an answer. One that is not supported raises `UsageError`."""
+        given = {key: value for key, value in arguments.items() if value is not None}
+        known = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"}
+        if unknown := sorted(set(given) - known - OF_OTHERS):
+            raise UsageError(f"generation arguments that are not supported: {', '.join(unknown)} (known: {', '.join(sorted(known | OF_OTHERS))})")
+        if given.get("num_beams", 1) != 1:
+            raise UsageError(f"generation arguments: num_beams = {given['num_beams']} is not supported; answers are greedy or sampled, one beam")
+        ends = given.get("until", ())
+        ends = (ends,) if isinstance(ends, str) else tuple(ends)
+        sampling = bool(given.get("do_sample", given.get("temperature", 0) > 0)) and given.get("temperature", 1) > 0
+        values = {key: given[key] for key in known & set(given)} if sampling else {key: given[key] for key in known & {"max_new_tokens", "repetition_penalty"} & set(given)}
+        base = {"max_new_tokens": self.base.max_new_tokens, "speculative": self.base.speculative, "sampling": sampling, "stop": ends[0] if len(ends) == 1 else ""}
+        return GenerationConfig(**(base | values)), ends
+
+    def clean(self) -> None:
+        """lmms-eval's would delete the model, which training goes on with."""
+
+
+def cut_at(answer: Answer, ends: Sequence[str]) -> Answer:
+    """An answer up to the first of `ends`."""
+    text = answer.text
+    for end in ends:
+        text = text.split(end)[0] if end else text
+    return answer if text == answer.text else answer._replace(text=text)
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def thumbnail(tiles: Tiles, folder: Path) -> str:
+    """Write the view of the whole image, as the model sees it; → the file's name, the same for the same view."""
+    view = tiles.pixels[0]
+    name = hashlib.blake2b(view.numpy(), digest_size=8).hexdigest() + ".jpg"
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(view.permute(1, 2, 0).numpy())
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        with replacing(folder / name) as beside:
+            image.save(beside, format="jpeg", quality=85)
+    return name

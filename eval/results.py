@@ -1,0 +1,189 @@
+"""An evaluation as people read it: a table on screen, and results.json with the samples that the scores are made of."""
+
+import hashlib
+import json
+import os
+import statistics
+import time
+import tomllib
+from argparse import Namespace
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from configs.files import write_text
+from configs.schema import ModelConfig
+from eval.answering import Answerer
+from eval.cider import cider
+from eval.lmms_eval_wrapper import DualTower
+from eval.tasks import Tasks, run_tasks
+
+FORMAT = 1
+PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
+
+
+def evaluate(args: Namespace, output: Path | None, device: str) -> None:
+    """What `evaluation.py` does, its flags in `args`. Under torchrun every rank takes its share of the questions; the first one tells."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(quiet=not first)
+    tasks = Tasks(Path(args.data_root) if args.data_root else None, args.caption_metrics.split(","), args.tokenizer)
+    for name in args.tasks:  # errors before a model is loaded
+        tasks.add(name)
+    answerer = Answerer.from_pretrained(args.model, args.dtype, device)
+    keep = output / "images" if output is not None else None
+    told: dict[str, Any] = {}
+    for name in args.tasks:
+        told[name], samples = run_task(args, answerer, tasks, name, keep, output, console)
+        floor = run_task(args, untrained(answerer), tasks, name, None, output, console)[0] if args.floor else {}
+        if not first:
+            continue
+        told[name]["floor"] = floor.get("scores")
+        show(console, name, str(args.model), told[name])
+        if output is not None:
+            write_text(output / f"samples_{file_name(name)}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    if first and output is not None:
+        settings = {k: getattr(args, k) for k in ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer")} | {"device": str(answerer.model.device)}
+        head = {"format": FORMAT, "model": str(args.model), "settings": settings, "versions": versions()}
+        write_text(output / "results.json", json.dumps(head | {"tasks": told}, indent=2) + "\n")
+        console.print(f"written: {output / 'results.json'} (python -m eval.report {output} makes a page of it)", soft_wrap=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Of what a score depends on; of this project from its own file, which need not be installed."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {project["name"]: project["version"]} | {package: version(package) for package in PACKAGES}
+
+
+def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep: Path | None, output: Path | None, console: Console) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A task's entry in results.json, and its samples; nothing on all ranks but the first. A group's tasks stand in one entry."""
+    tasks.left_out.clear()
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True, quiet=console.quiet), transient=True) as bar:
+        shown = bar.add_task(name, total=None)
+        model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep, say=console.print)
+        model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
+        found = run_tasks(model, tasks, [name], args.limit, args.process_with_media, output)
+    ranks = of_all_ranks((model.images, sum(model.cut.values()), model.tokens, model.seconds))
+    if not found:
+        return {}, []
+    images = {key: names for rank in ranks for key, names in rank[0].items()}
+    cut, tokens, seconds = sum(rank[1] for rank in ranks), sum(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
+    samples = [sample_of(task, sample, images) for task, part in found["samples"].items() for sample in sorted(part, key=lambda s: s["doc_id"])]
+    warnings = [f"left out for want of Java: {', '.join(dict.fromkeys(tasks.left_out))}"] if tasks.left_out else []
+    captions = [sample for sample in samples if sample["scores"] is None]
+    if captions:
+        made = cider([sample["answer"] for sample in captions], [sample["reference"] for sample in captions], args.tokenizer)
+        warnings += [made.warning] if made.warning else []
+        for sample, score in zip(captions, made.each, strict=True):
+            sample["scores"] = {"CIDEr": score}
+    several = len(found["results"]) > 1
+    scores, better = {}, {}
+    for task, values in found["results"].items():
+        for key, value in sorted(values.items()):
+            metric = key.split(",")[0]
+            if "," in key and "stderr" not in metric and isinstance(value, int | float):
+                label = f"{task}: {metric}" if several else metric
+                scores[label] = float(value)
+                better[label] = found["higher_is_better"].get(task, {}).get(metric, True)
+    return {
+        "scores": scores,
+        "standard_errors": {} if several else standard_errors(scores, samples),
+        "floor": None,
+        "higher_is_better": better,
+        "samples": len(samples),
+        "cut": cut,
+        "first_prompt": next((text for _, text in model.first_prompts.values()), ""),
+        "task_hash": task_hash(tasks, list(found["samples"])),
+        "warnings": warnings,
+        "seconds": round(time.perf_counter() - started, 1),
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
+    }, samples
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+NOT_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
+
+
+def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], list[str]]) -> dict[str, Any]:
+    """A logged sample of lmms-eval's → what was asked, said and wanted, and its scores; None of a caption, which is scored among all."""
+    metrics = {key: value for key, value in sample.items() if key not in NOT_METRICS}
+    scores: dict[str, float] | None = {}
+    reference = sample["target"]
+    for key, value in metrics.items():
+        if isinstance(value, dict) and ("references" in value or {"pred", "answer"} <= value.keys()):
+            scores, reference = None, value.get("references", value.get("answer"))
+            break
+        number = value.get("score") if isinstance(value, dict) else value
+        if isinstance(number, bool | int | float):
+            scores[key] = float(number)  # type: ignore[index]
+    answer = sample["filtered_resps"][0]
+    return {
+        "id": sample["doc_id"],
+        "images": [f"images/{name}" for name in images.get((task, sample["doc_id"]), ())],
+        "prompt": next((argument for argument in sample["arguments"] if isinstance(argument, str)), ""),
+        "reference": reference if isinstance(reference, str | list) else str(reference),
+        "answer": answer if isinstance(answer, str) else json.dumps(answer, default=str),
+        "scores": scores,
+    }
+
+
+def standard_errors(scores: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the mean over samples, where samples have the score."""
+    out = {}
+    for name in scores:
+        values = [sample["scores"][name] for sample in samples if name in sample["scores"]]
+        if len(values) > 1:
+            out[name] = statistics.stdev(values) / len(values) ** 0.5
+    return out
+
+
+def task_hash(tasks: Tasks, names: list[str]) -> str:
+    """Of the tasks' YAML files, and of the functions and templates beside them: a changed matcher shows."""
+    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names}
+    beside = {other for path in paths for pattern in ("*.py", "_*") for other in path.parent.glob(pattern) if other.is_file()}
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(paths | beside):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def untrained(answerer: Answerer) -> Answerer:
+    """The same architecture with random weights, the same at every call."""
+    config: ModelConfig = answerer.model.config
+    towers = {tower: replace(getattr(config, tower), weights="random") for tower in config.towers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = type(answerer.model)(replace(config, vision=replace(config.vision, weights="random"), **towers), answerer.model.vocabulary)
+    return Answerer(model.to(answerer.model.device, answerer.model.right.unembedding.dtype).eval(), answerer.renderer)
+
+
+def show(console: Console, name: str, model: str, told: dict[str, Any]) -> None:
+    table = Table("score", "value", "± standard error", "untrained")
+    for metric, value in told["scores"].items():
+        error, floor = told["standard_errors"].get(metric), (told["floor"] or {}).get(metric)
+        table.add_row(metric, f"{value:.4f}", f"{error:.4f}" if error is not None else "", f"{floor:.4f}" if floor is not None else "")
+    console.print(f"{name}: {model}, {told['samples']:,} samples in {told['seconds']} s", soft_wrap=True)
+    console.print(table)
+    if told["cut"]:
+        console.print(f"{told['cut']} answers were cut at the longest length allowed", soft_wrap=True)
+    for warning in told["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True)
+
+
+def file_name(task: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-" else "_" for c in task)

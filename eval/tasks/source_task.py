@@ -1,0 +1,95 @@
+"""lmms-eval tasks on this project's own sources: what training reads can be evaluated. The YAML files beside this one name the class."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+
+from configs.errors import UserError
+from data.images import open_image
+from data.sources import FILES, SOURCES, easy_vqa, openmoji, parse_sources
+
+TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+normalise = EvalAIAnswerProcessor()  # lower case, digits for numbers, no articles, no punctuation: "The two dogs." → "2 dogs"
+
+
+def exact(answer: str, references: list[str]) -> float:
+    """1 where the answer is one of the references, letter for letter."""
+    return float(answer.strip() in [reference.strip() for reference in references])
+
+
+def normalised(answer: str, references: list[str]) -> float:
+    """1 where the answer has the normal form of a reference: OCR-VQA's accuracy, and that of most short answers."""
+    return float(normalise(answer) in [normalise(reference) for reference in references])
+
+
+def vqa(answer: str, references: list[str]) -> float:
+    """VQA's soft accuracy (arXiv 1505.00468): min(1, people who say the same ÷ 3), mean over leaving out each of the people; one reference counts whole."""
+    if len(references) == 1:
+        return normalised(answer, references)
+    same = [normalise(answer) == normalise(reference) for reference in references]
+    return sum(min(1.0, (sum(same) - left_out) / 3) for left_out in same) / len(same)
+
+
+MATCHERS = {"exact": exact, "normalised": normalised, "vqa": vqa}
+
+
+def easy_vqa_kind(answer: str) -> str:
+    """What an easy-VQA question asks for, told by its answer."""
+    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
+
+
+def records_of(source: str) -> list[dict[str, Any]]:
+    """`NAME` or `NAME=PATH` as in `data.sources` → the test records, or validation ones, or all of a set without splits."""
+    (spec,) = parse_sources(source)
+    if spec.name in TEST:
+        return TEST[spec.name]()
+    if spec.name not in {**SOURCES, **FILES}:
+        raise UserError(f"{spec.name} cannot be evaluated by itself (known: {', '.join([*SOURCES, *FILES])})")
+    training, validation = SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
+    return training if validation is None else validation
+
+
+class SourceTask(ConfigurableTask):
+    """Every turn of every record is a question; `metadata` names the source, and the matcher where it is not about captions."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.about = config["metadata"]
+        self.records = records_of(self.about["source"])
+        ours = {"test_split": "test", "doc_to_text": "question", "doc_to_target": "references", "doc_to_visual": self.images, "process_results": self.score}
+        super().__init__(config={key: value for key, value in config.items() if key != "class"} | ours)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
+        """No download: the rows, in memory; images are read when their turn comes."""
+        rows = []
+        for number, record in enumerate(self.records):
+            for turn in record["texts"] or ():
+                if record.get("problem") or not turn["user"].strip() or not turn["assistant"].strip():
+                    continue  # as in training
+                references = record.get("references") or turn.get("references") or [turn["assistant"]]
+                rows.append({"record": number, "question": turn["user"], "references": list(references)})
+        if "matcher" not in self.about:  # captions: a record's texts are references of one answer
+            first = {row["record"]: row for row in reversed(rows)}
+            for row in rows:
+                references = first[row["record"]]["references"]
+                references += [r for r in row["references"] if r not in references]
+            rows = [first[number] for number in sorted(first)]
+        if not rows:
+            raise UserError(f"{self.about['source']} holds no question with an answer")
+        self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
+        self.dataset_no_image = self.dataset
+
+    def images(self, row: dict[str, Any]) -> list[Any]:
+        return [open_image(image) for image in self.records[row["record"]]["images"] or ()]
+
+    def score(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
+        if "matcher" not in self.about:
+            return {key: {"answer": answers[0], "references": row["references"]} for key in self._metric_fn_list}
+        right = MATCHERS[self.about["matcher"]](answers[0], row["references"])
+        kind = self.about["kinds"](row["references"][0]) if "kinds" in self.about else None
+        return {"accuracy": right} | ({kind: right} if kind is not None else {})

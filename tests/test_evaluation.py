@@ -1,0 +1,396 @@
+"""lmms-eval through the adapter: against direct answers, a plain forward pass, scores worked out by hand, and the stock tasks' own data paths."""
+
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, lively_model, random_tiles
+from hub_server import hub
+from PIL import Image
+
+from configs.errors import UsageError, UserError
+from configs.schema import GenerationConfig
+from data.collators import collate
+from data.datasets import Sample
+from data.render import Renderer
+from eval.answering import Answerer
+
+pytest.importorskip("lmms_eval", reason="the group eval is not installed")
+
+from lmms_eval.api.instance import Instance
+
+from eval.lmms_eval_wrapper import DualTower
+from eval.tasks import Tasks, run_tasks
+
+ROOT = Path(__file__).parent.parent
+MMSTAR = {  # category → its l2 categories, as in MMStar
+    "coarse perception": ["image scene and topic", "image emotion"],
+    "fine-grained perception": ["object counting", "recognition"],
+    "instance reasoning": ["single-instance reasoning", "cross-instance relation reasoning"],
+    "logical reasoning": ["diagram reasoning", "common reasoning"],
+    "science & technology": ["biology & chemistry & physics", "geography & earth science & agriculture"],
+    "math": ["geometry", "statistical reasoning"],
+}
+QUESTIONS = ["what is it?", "is there a red circle in the image?", "what color is the shape?", "is it large or is it small?"]
+
+
+def png(seed: int, side: int = 64) -> bytes:
+    held = io.BytesIO()
+    Image.fromarray(random_tiles(1, seed, side)[0].permute(1, 2, 0).numpy()).save(held, "png")
+    return held.getvalue()
+
+
+def mmstar_rows(count: int) -> list[dict]:
+    rows = []
+    for i in range(count):
+        category = list(MMSTAR)[i % 6]
+        question = f"{QUESTIONS[i % 4]} \nOptions: A: red, B: blue, C: no, D: small"
+        about = {"source": "made", "split": "val", "image_path": f"{i}.png"}
+        rows.append({"index": i, "question": question, "image": {"bytes": png(i // 2, 64 + i % 3), "path": None}, "answer": "ABCD"[i * 7 % 4], "category": category})
+        rows[-1] |= {"l2_category": MMSTAR[category][i // 6 % 2], "meta_info": about}
+    return rows
+
+
+def write_mmstar(folder: Path, rows: list[dict]) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    text = Value("string")
+    about = {"source": text, "split": text, "image_path": text}
+    features = Features({"index": Value("int64"), "question": text, "image": ImageFeature(), "answer": text, "category": text, "l2_category": text, "meta_info": about})
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(folder / "data" / "val-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    import datasets
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    patch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("copies")
+    write_mmstar(root / "Lin-Chen" / "MMStar", mmstar_rows(36))
+    return root
+
+
+@pytest.fixture
+def answerer(tokenizer, renderer) -> Answerer:
+    return Answerer(lively_model(tokenizer), renderer)
+
+
+def adapter(answerer: Answerer, documents: list[dict], **options) -> DualTower:
+    made = DualTower(answerer=answerer, **options)
+    made.task_dict = {"task": {"test": documents}}
+    return made
+
+
+def request(number: int, text: str, second, visuals=lambda d: d["images"], kind: str = "generate_until", *more) -> Instance:
+    return Instance(kind, (text, second, visuals, *more, number, "task", "test"), 0, {"task": "task", "doc_id": number, "repeats": 1})
+
+
+@pytest.mark.parametrize("context", ["image", "none"])
+def test_ragged_batches_answer_as_single_questions_do(tokenizer, context):
+    """The whole small set, in fp32, dual tower and vanilla; images with another size, none and two, questions of many lengths."""
+    answerer = Answerer(lively_model(tokenizer, replace(TINY_MODEL, left_context=context)), Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context))
+    documents = [{"images": [Image.open(io.BytesIO(png(i + j, 64 + 8 * i))) for j in range(i % 3)]} for i in range(12)]
+    texts = [" ".join(QUESTIONS[: 1 + i % 4]) for i in range(12)]
+    settings = GenerationConfig(max_new_tokens=7)
+    alone = [answerer.answer([([answerer.tiles(i) for i in d["images"]], t)], settings)[0].text for d, t in zip(documents, texts, strict=True)]
+    assert len(set(alone)) > 6
+    for size in (1, 5, 12):
+        made = adapter(answerer, documents, batch_size=size, max_new_tokens=7)
+        found = made.generate_until([request(n, t, {}) for n, t in enumerate(texts)])
+        assert [f.text for f in found] == alone, size
+
+
+def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, answerer, renderer):
+    documents = [{"images": [Image.open(io.BytesIO(png(i)))] * (i % 2)} for i in range(5)]
+    question, greedy = next(  # what the model says, in so few tokens that the text is spelt with them again
+        (question, text)
+        for question in [*QUESTIONS, "blue", "red", "no", "a", "small", "circle"]
+        if tokenizer.encode(text := answerer.answer([([], question)], GenerationConfig(max_new_tokens=1))[0].text) and text == text.strip() and "\ufffd" not in text
+    )
+    answers, questions = [" blue", " a rectangle", " no", " it is small", greedy], [*QUESTIONS, question]
+    found = adapter(answerer, documents, batch_size=3).loglikelihood([request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)])
+    for n, (document, answer) in enumerate(zip(documents, answers, strict=True)):
+        tiles = [answerer.tiles(image) for image in document["images"]]
+        told = renderer.conversation([t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}])
+        batch = collate([[Sample((0, 0, 0), torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0), [told])]], tokenizer.global_image)
+        with torch.no_grad():
+            logprobs = answerer.model.logits(answerer.model(**batch).hidden[0]).log_softmax(-1)
+        labels = batch["labels"][0]
+        places = (labels != -100).nonzero()[:-1, 0]
+        assert found[n][0] == pytest.approx(logprobs[places, labels[places]].sum().item(), abs=1e-3)
+        assert found[n][1] == bool((logprobs[places].argmax(-1) == labels[places]).all())
+    assert [greedy for _, greedy in found] == [False] * 4 + [True]
+
+
+def test_multi_round(answerer):
+    """The task asks on until it has enough; each round's question is the task's."""
+    asked = []
+
+    def next_round(document, previous_output, round_idx, previous_round_info):
+        asked.append((list(previous_output), round_idx, previous_round_info))
+        return document["images"], QUESTIONS[round_idx], round_idx == 3, list(previous_output), f"after {round_idx}"
+
+    documents = [{"images": [Image.open(io.BytesIO(png(3)))]}]
+    arguments = (QUESTIONS[0], {"max_new_tokens": 4}, lambda d: d["images"], next_round, 0, "task", "test")
+    made = adapter(answerer, documents)
+    (told,) = made.generate_until_multi_round([Instance("generate_until_multi_round", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})])
+    tiles = answerer.tiles(documents[0]["images"][0])
+    assert told == [answerer.answer([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[:3]]
+    assert [(len(previous), number, info) for previous, number, info in asked] == [(1, 1, None), (2, 2, "after 1"), (3, 3, "after 2")]
+
+
+def test_an_image_is_encoded_once(answerer, monkeypatch):
+    encoded = []
+    original = answerer.model.encode_images
+    monkeypatch.setattr(answerer.model, "encode_images", lambda tiles, *more: (encoded.append(len(tiles)), original(tiles, *more))[1])
+    image = Image.open(io.BytesIO(png(1)))
+    adapter(answerer, [{"images": [image]}] * 9, batch_size=2, max_new_tokens=2).generate_until([request(n, QUESTIONS[n % 4], {}) for n in range(9)])
+    assert sum(encoded) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sampling, stop, tokens",
+    [
+        ({}, False, "", 64),
+        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, "\n\n", 5),
+        ({"temperature": 0.7, "top_p": 0.9}, True, "", 64),
+        ({"do_sample": True, "temperature": 0}, False, "", 64),
+        ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, "", 64),
+    ],
+)
+def test_generation_arguments(answerer, arguments, sampling, stop, tokens):
+    settings, ends = DualTower(answerer=answerer).settings(arguments)
+    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, stop, tokens)
+    assert list(ends) == arguments.get("until", [])
+    assert not sampling or (settings.temperature, settings.top_p) == (0.7, 0.9)
+
+
+def test_answers_end_before_any_of_the_strings(answerer):
+    documents = [{"images": []}]
+    (whole,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {})])
+    ends = [whole.text[5:7], whole.text[3:4], "never"]
+    (cut,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
+    assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(whole.text)
+
+
+@pytest.mark.parametrize(
+    "second, visuals, error",
+    [
+        ({"num_beams": 4}, lambda d: [], "num_beams = 4 is not supported"),
+        ({"grammar": "x", "penalty_alpha": 1}, lambda d: [], "not supported: grammar, penalty_alpha"),
+        ({}, lambda d: [d["image"].convert("RGB")], "task task: row 0 has no image (KeyError"),
+        ({}, lambda d: [None], "task task: row 0 has no image"),
+        ({}, lambda d: ["clip.mp4"], "has a str for an image: this model reads images alone"),
+        ({}, lambda d: [b"no image"], "task task: row 0: "),
+        ({"max_new_tokens": 500}, lambda d: [], "256 positions"),
+    ],
+)
+def test_a_request_that_fails_is_raised(answerer, second, visuals, error):
+    with pytest.raises(UserError, match=re.escape(error)):
+        adapter(answerer, [{}]).generate_until([request(0, "what is it?", second, visuals)])
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
+    original, sizes, said = answerer.answer, [], []
+    limit = 4
+
+    def answer(questions, settings):
+        sizes.append(len(questions))
+        if len(questions) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(questions, settings)
+
+    monkeypatch.setattr(answerer, "answer", answer)
+    requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]
+    plain = [f.text for f in adapter(answerer, [{"images": []}] * 12, batch_size=4, max_new_tokens=3).generate_until(requests)]
+    sizes.clear()
+    made = adapter(answerer, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
+    assert [f.text for f in made.generate_until(requests)] == plain
+    assert sizes == [8, 4, 4, 4] and said == ["out of memory at batch size 8: going on with 4"]
+    limit = 1
+    with pytest.raises(UserError, match="out of memory at batch size 2 too: give a smaller --batch_size"):
+        adapter(answerer, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append).generate_until(requests)
+
+
+def scripted(answerer: Answerer, answers: dict[str, str], monkeypatch) -> DualTower:
+    """An adapter whose model says what we want, by the letters of the question's first line."""
+    made = DualTower(answerer=answerer)
+    real = made.answer
+
+    def answer(questions, settings):
+        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1)), questions, strict=True)]
+
+    monkeypatch.setattr(made, "answer", answer)
+    return made
+
+
+def test_mmstar_of_known_answers(answerer, tmp_path, monkeypatch):
+    """Average and categories, against their definition: the mean over l2 categories of the share of right letters."""
+    rows = mmstar_rows(36)
+    for i, row in enumerate(rows):  # no two alike
+        row["question"] = f"{i}: {row['question']}"
+    write_mmstar(tmp_path / "MMStar", rows)
+    rng = random.Random(1)
+    said = {row["question"].strip() + "\nAnswer with the option's letter from the given choices directly": rng.choice("ABCD") for row in rows}
+    found = run_tasks(scripted(answerer, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"]["mmstar"]
+    for name, among in [("average", [c for l2 in MMSTAR.values() for c in l2]), *MMSTAR.items()]:
+        shares = []
+        for l2 in among:
+            right = [a == row["answer"] for row, a in zip(rows, said.values(), strict=True) if row["l2_category"] == l2]
+            shares += [sum(right) / len(right)] if right else []
+        assert found[f"{name},none"] == pytest.approx(sum(shares) / len(shares)), name
+    assert 0 < found["average,none"] < 1
+
+
+def test_random_states_and_the_model_stay_as_they_are(answerer, data_root):
+    states = random.getstate(), torch.get_rng_state()
+    weights = {name: w.clone() for name, w in answerer.model.state_dict().items()}
+    run_tasks(DualTower(answerer=answerer, max_new_tokens=2), Tasks(data_root), ["mmstar"], limit=4)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert all(torch.equal(w, weights[name]) for name, w in answerer.model.state_dict().items())
+
+
+def test_unknown_tasks():
+    with pytest.raises(UsageError, match="did you mean 'mmstar'"):
+        Tasks().add("mmstr")
+    with pytest.raises(UsageError, match="captions needs a source: captions:NAME=PATH"):
+        Tasks().add("captions")
+    with pytest.raises(UsageError, match="no source 'cocoo'"):
+        Tasks().add("captions:cocoo=x")
+
+
+def exported(folder: Path, answerer: Answerer) -> Path:
+    answerer.model.save_pretrained(folder)
+    answerer.renderer.tokenizer.save(folder)
+    return folder
+
+
+def evaluation(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "evaluation.py", *flags], cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
+    """results.json apart from times, and the samples to the byte; by one process, again, and by two."""
+    model = exported(tmp_path / "model", answerer)
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"image": f"{i}.png", "texts": [{"user": QUESTIONS[i % 4], "assistant": f"a red thing {i}"}]}) + "\n" for i in range(5)), encoding="utf-8"
+    )
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    flags = [
+        "--model",
+        str(model),
+        "--tasks",
+        "mmstar,captions:jsonl=mine.jsonl,questions:jsonl=mine.jsonl",
+        "--limit",
+        "13",
+        "--data-root",
+        str(data_root),
+        "--max_new_tokens",
+        "5",
+        "--floor",
+    ]
+    for out in "ab":
+        done = evaluation(*flags, "--output", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.randint(20000, 60000)), str(ROOT / "evaluation.py"), *flags, "--output", "c"]
+    done2 = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done2.returncode == 0, done2.stderr
+    held = []
+    for out in "abc":
+        results = json.loads((tmp_path / out / "results.json").read_text())
+        for told in results["tasks"].values():
+            assert told.pop("seconds") > 0 and told.pop("tokens_per_s") > 0
+        held.append((results, {p.name: p.read_text() for p in sorted((tmp_path / out).glob("samples_*"))}))
+    assert held[0] == held[1]
+    assert held[0] == held[2]
+    tasks = held[0][0]["tasks"]
+    assert tasks["mmstar"]["samples"] == 13 and tasks["mmstar"]["floor"].keys() == tasks["mmstar"]["scores"].keys()
+    assert tasks["captions:jsonl=mine.jsonl"]["warnings"] and "CIDEr" in tasks["captions:jsonl=mine.jsonl"]["scores"]
+    sample = json.loads(held[0][1]["samples_mmstar.jsonl"].splitlines()[0])
+    assert (tmp_path / "a" / sample["images"][0]).is_file() and sample["reference"] == "A"
+    assert tasks["mmstar"]["first_prompt"].startswith("<|im_start|>user\n<|global_image|>[4 image tokens]what is it?") and "mmstar" in done.stdout
+
+
+def test_lmms_eval_s_own_command_line(answerer, data_root, tmp_path):
+    """Through the entry point that pyproject.toml declares."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = tmp_path / "site" / "dualtowervlm-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dualtowervlm\nVersion: 0\n")
+    points = "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in project["entry-points"].items())
+    (installed / "entry_points.txt").write_text(points)
+    yaml = tmp_path / "tasks" / "mmstar_here.yaml"
+    yaml.parent.mkdir()
+    import lmms_eval
+
+    stock = Path(lmms_eval.__file__).parent / "tasks" / "mmstar" / "mmstar.yaml"
+    yaml.write_text(f"include: {stock}\ntask: mmstar_here\ndataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n")
+    flags = [
+        "--model",
+        "dualtower",
+        "--model_args",
+        f"pretrained={exported(tmp_path / 'model', answerer)},max_new_tokens=3",
+        "--tasks",
+        "mmstar_here",
+        "--limit",
+        "6",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--include_path", str(yaml.parent), "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "lmms_eval", *flags], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("*results.json")
+    expected = run_tasks(DualTower(answerer=answerer, max_new_tokens=3), Tasks(data_root), ["mmstar"], limit=6)["results"]["mmstar"]
+    assert json.loads(path.read_text())["results"]["mmstar_here"]["average,none"] == expected["average,none"]
+
+
+def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
+    """lmms-eval's mmstar as it is, its data from a Hub on loopback and no token: the scores that the local copy gives."""
+    flags = ["--model", str(exported(tmp_path / "model", answerer)), "--tasks", "mmstar", "--limit", "9", "--max_new_tokens", "4", "--output", "out"]
+    expected = run_tasks(DualTower(answerer=answerer, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9)["results"]["mmstar"]
+    with hub({"datasets/Lin-Chen/MMStar": data_root / "Lin-Chen" / "MMStar"}) as address:
+        done = evaluation(*flags, cwd=tmp_path, HF_ENDPOINT=str(address), HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "hf"))
+        assert done.returncode == 0, done.stderr
+        assert any("parquet" in path for path in address.served)
+        missing = evaluation(*flags[:3], "mme", cwd=tmp_path, HF_ENDPOINT=str(address), HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "hf"))
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mmstar"]["scores"]
+    assert scores == {key.split(",")[0]: value for key, value in expected.items() if key.endswith(",none") and "stderr" not in key}
+    assert missing.returncode == 1 and "error: mme: the data cannot be had" in missing.stderr and "--data-root" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--tasks", "mmstr"], 2, "no task named 'mmstr' (did you mean 'mmstar'"),
+        (["--tasks", "mmstar", "--data-root", "nowhere"], 2, "--data_root: nowhere is no folder"),
+        (["--tasks", "openmoji_captions", "--caption_metrics", "METEOR"], 1, "Java"),
+        (["--tasks", "openmoji_captions", "--caption_metrics", "CIDERr"], 2, "no caption metric 'CIDERr'"),
+        (["--tasks", "mmstar", "--max_new_tokens", "0"], 2, "--max_new_tokens at least 1"),
+    ],
+)
+def test_bad_flags(answerer, tmp_path, flags, code, message):
+    done = evaluation("--model", str(exported(tmp_path / "model", answerer)), *flags, cwd=tmp_path, PATH=str(tmp_path))
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert message in done.stderr
