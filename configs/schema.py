@@ -274,6 +274,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    captions: int = opt(100, "validation captions that are generated and scored by CIDEr, where records are captions (0: none)")
+    caption_tokens: int = opt(32, "longest of these captions, in tokens")
+    tasks: str = opt("", "tasks of lmms-eval that are scored too, as evaluation.py --tasks takes them, commas apart: mmstar")
+    tasks_every: int = opt(0, "steps between two runs of these tasks (0: only at the end)")
+    limit: int = opt(0, "only the first questions of each task (0: all)")
+    data_root: str = opt("", "copies of the tasks' data sets, used before the network")
+    best: str = opt("", "metric of metrics.jsonl by which the best model is kept, in best/: validation_accuracy, validation_cider, mmstar_average … (a loss: the lowest)")
+
+    def __post_init__(self) -> None:
+        for name in ("captions", "tasks_every", "limit"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"eval.{name} = {getattr(self, name)} must be 0 or more")
+        if self.caption_tokens < 1:
+            raise UsageError(f"eval.caption_tokens = {self.caption_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     sampling: bool = opt(False, "sample instead of taking the likeliest token")
     temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
@@ -320,6 +338,7 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:

@@ -1,4 +1,4 @@
-"""Validation inside training: loss and exact-match accuracy on held-out images, and a look at some predictions."""
+"""Validation inside training: loss and exact-match accuracy on held-out images, CIDEr of captions, lmms-eval's tasks, and a look at some predictions."""
 
 import json
 import textwrap
@@ -9,15 +9,17 @@ import torch
 from PIL import Image, ImageDraw
 
 from configs.errors import UserError
-from configs.files import replacing, write_text
-from configs.schema import GenerationConfig
+from configs.files import read_json, replacing, write_text
+from configs.schema import EvalConfig, GenerationConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, by_source
 from data.filters import turn_problem
 from data.images import ImageError, open_image
 from data.packing import Budget, pack
+from data.render import Renderer
 from data.tables import UnreadableBlock
 from eval.answering import Answerer
+from eval.cider import Cider, cider
 
 
 class Validation:
@@ -31,6 +33,7 @@ class Validation:
         self.dataset, self.padding_id = dataset, padding_id
         places = [(number, index) for number, source in enumerate(dataset.sources) for index in range(source.start, source.stop)]
         self.questions: list[tuple[list[Any], dict[str, str]]] = []  # images, turn: one a record, each record another of its turns
+        self.captions: list[tuple[list[Any], str, list[str]]] = []  # images, prompt, references: of records that are captions
         samples = [sample for place in places for sample in self._usable(*place)]
         if not samples:
             raise UserError(f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}")
@@ -55,6 +58,8 @@ class Validation:
             dataset.dropped[dataset.sources[source].name, "unreadable"] += 1
             return []
         turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
+        if references := record.get("references"):
+            self.captions.append((record["images"], turns[0]["user"], references))
         self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
         return samples
 
@@ -81,6 +86,18 @@ class Validation:
         scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
+    def cider(self, model: Any, count: int, tokens: int, rows: int = 32) -> Cider | None:
+        """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
+        asked = self.captions[:count]
+        if not asked:
+            return None
+        answerer, settings = Answerer(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
+        made = []
+        for start in range(0, len(asked), rows):
+            part = asked[start : start + rows]
+            made += answerer.answer([([answerer.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings)
+        return cider([a.text for a in made], [references for _, _, references in asked])
+
     def predictions(self, model: Any, count: int) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
         answerer = Answerer(model, self.dataset.renderer)
@@ -90,6 +107,50 @@ class Validation:
             {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
             for (images, turn), a in zip(asked, answers, strict=True)
         ]
+
+
+class TasksInTraining:
+    """lmms-eval's tasks on the model that is being trained: in this process, without another copy. `UserError` at once for what would fail later."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config, self.names = config, list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
+        if not self.names:
+            return
+        try:
+            from eval.tasks import Tasks
+        except ModuleNotFoundError as error:
+            raise UserError(f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')") from None
+        self.tasks = Tasks(Path(config.data_root) if config.data_root else None)
+        for name in self.names:
+            self.tasks.load(name)
+
+    def score(self, model: Any, renderer: Renderer) -> dict[str, float]:
+        """`<task>_<metric>` of every task."""
+        if not self.names:
+            return {}
+        from eval.lmms_eval_wrapper import DualTower
+        from eval.tasks import run_tasks, scores_of
+
+        found = run_tasks(DualTower(answerer=Answerer(model, renderer)), self.tasks, self.names, self.config.limit)
+        return {f"{task}_{metric}": value for task, metric, value in scores_of(found)}
+
+
+class Best:
+    """The best model so far by one metric: `best.json` says its step and value."""
+
+    def __init__(self, folder: Path, metric: str) -> None:
+        self.path, self.metric = folder / "best.json", metric
+
+    def is_beaten(self, step: int, scores: dict[str, Any]) -> bool:
+        """Whether these scores are the best until this step; a later one's, of a run that was taken up again before it, does not count."""
+        if not self.metric or self.metric not in scores:
+            return False
+        before = read_json(self.path) if self.path.is_file() else None
+        sign = -1 if self.metric.endswith("loss") else 1
+        return before is None or before["step"] >= step or sign * scores[self.metric] > sign * before["value"]
+
+    def note(self, step: int, scores: dict[str, Any]) -> None:
+        write_text(self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n")
 
 
 def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> None:

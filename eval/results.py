@@ -22,7 +22,7 @@ from configs.schema import ModelConfig
 from eval.answering import Answerer
 from eval.cider import cider
 from eval.lmms_eval_wrapper import DualTower
-from eval.tasks import Tasks, run_tasks
+from eval.tasks import Tasks, run_tasks, scores_of
 
 FORMAT = 1
 PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
@@ -86,13 +86,10 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
             sample["scores"] = {"CIDEr": score}
     several = len(found["results"]) > 1
     scores, better = {}, {}
-    for task, values in found["results"].items():
-        for key, value in sorted(values.items()):
-            metric = key.split(",")[0]
-            if "," in key and "stderr" not in metric and isinstance(value, int | float):
-                label = f"{task}: {metric}" if several else metric
-                scores[label] = float(value)
-                better[label] = found["higher_is_better"].get(task, {}).get(metric, True)
+    for task, metric, value in scores_of(found):
+        label = f"{task}: {metric}" if several else metric
+        scores[label] = value
+        better[label] = found["higher_is_better"].get(task, {}).get(metric, True)
     return {
         "scores": scores,
         "standard_errors": {} if several else standard_errors(scores, samples),

@@ -4,7 +4,8 @@ import logging
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,37 +91,60 @@ class Tasks(TaskManager):
         if name not in self.all_tasks:
             raise UsageError(f"--tasks: no task named '{name}'{nearest(name, self.all_tasks, 3)}")
 
+    def load(self, name: str) -> None:
+        """`add`, and load its data now: what fails then would fail later."""
+        self.add(name)
+        with told_plainly([name]):
+            self.load_task_or_group([name])
+
+
+@contextmanager
+def told_plainly(names: list[str]) -> Iterator[None]:
+    """Without lmms-eval's lines of progress; data that cannot be had raise `UserError`, after lmms-eval has tried five times."""
+    logger.remove()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries that tasks import
+        try:
+            yield
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            if isinstance(cause, UserError):
+                raise cause from None
+            text = " ".join(str(cause).split())[:300]
+            raise UserError(
+                f"{', '.join(names)}: the data cannot be had ({type(cause).__name__}: {text}): put a copy of the data set where --data-root finds it (DIR/OWNER/NAME), or go online"
+            ) from cause
+
+
+def scores_of(found: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(task, metric, value) of all that lmms-eval found, its own standard errors left out."""
+    return [
+        (task, key.split(",")[0], float(value))
+        for task, values in found["results"].items()
+        for key, value in sorted(values.items())
+        if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    ]
+
 
 def run_tasks(model: DualTower, tasks: Tasks, names: list[str], limit: int = 0, process_with_media: bool = False, output: Path | None = None) -> dict[str, Any]:
     """lmms-eval's results of all `names`; on all ranks but the first, nothing. Random states stay as they are."""
     for name in names:
         tasks.add(name)
-    logger.remove()  # lmms-eval's lines of progress; what goes wrong is raised
     settings = Namespace(process_with_media=process_with_media, output_path=str(output) if output is not None else None, reasoning_tags=None)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries that tasks import
-        try:
-            results = simple_evaluate(
-                model=model,
-                tasks=list(names),
-                limit=limit or None,
-                task_manager=tasks,
-                bootstrap_iters=0,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-                distributed_executor_backend="torchrun",
-                cli_args=settings,
-                process_docs_parallel=1,
-                verbosity="ERROR",
-            )
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise UserError(f"{', '.join(names)}: {_why(cause)}") from cause
+    with told_plainly(names):
+        results = simple_evaluate(
+            model=model,
+            tasks=list(names),
+            limit=limit or None,
+            task_manager=tasks,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            distributed_executor_backend="torchrun",
+            cli_args=settings,
+            process_docs_parallel=1,
+            verbosity="ERROR",
+        )
     return results or {}
-
-
-def _why(cause: BaseException | None) -> str:
-    text = " ".join(str(cause).split())
-    return f"the data cannot be had ({type(cause).__name__}: {text[:300]}): put a copy of the data set where --data-root finds it (DIR/OWNER/NAME), or go online"

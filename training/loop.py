@@ -1,6 +1,7 @@
 """The training loop: one for every model."""
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class Task:
     """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
 
     batches: Batches
-    evaluate: Callable[[int], dict[str, Any]]  # step → validation metrics; may print and write samples
+    evaluate: Callable[[int], dict[str, Any]]  # step → metrics; may print, write samples and keep the best model
     before_checkpoint: Callable[[], None]
 
 
@@ -120,9 +122,13 @@ def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimize
 
 
 def evaluate(model: Any, task: Task, step: int, log: RunLog) -> None:
-    """Validation between two steps, in evaluation mode and without gradients; the metrics are logged."""
+    """Validation between two steps, in evaluation mode and without gradients; the metrics are logged. Training goes on as if there had been none."""
     model.eval()
-    with torch.no_grad():
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (other libraries use it)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         values = task.evaluate(step)
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
     model.train()
-    log.metrics({"step": step} | {f"validation_{k}": v for k, v in values.items()})
+    log.metrics({"step": step} | values)

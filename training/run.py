@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from configs.command_line import load_json, override, to_dict
 from configs.errors import UsageError, UserError
 from configs.files import write_text
-from configs.schema import Config
+from configs.schema import Config, EvalConfig
 from training.checkpoint import checkpoints
 
 CHANGEABLE = (
@@ -24,6 +24,7 @@ CHANGEABLE = (
     "train.keep_checkpoints",
     "train.feature_cache_gb",
     "train.device",
+    *(f"eval.{field.name}" for field in fields(EvalConfig)),
 )
 
 

@@ -1,5 +1,6 @@
 """What the two training scripts share: configuration → data → model → loop → exported model."""
 
+import copy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from data.build import Data, build_data
 from data.datasets import by_source
 from data.sources import parse_sources
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from eval.in_training import Validation, save_samples
+from eval.in_training import Best, TasksInTraining, Validation, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.layers import pick_device
@@ -92,8 +93,9 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
     with leaving_nothing(folder, checkpoint):
+        tasks = TasksInTraining(config.eval)
         model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class)
-    _train_and_export(config, folder, checkpoint, model, data, validation, cache, log)
+    _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log)
 
 
 @contextmanager
@@ -136,8 +138,27 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
     return model, data, validation, cache, log
 
 
-def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, model: Any, data: Data, validation: Validation, cache: FeatureCache, log: RunLog) -> None:
+def export(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a complete model folder; adapters are merged into a copy, the model stays as it is."""
+    if any(hasattr(module, "peft_config") for module in model.modules()):
+        encoder = model.parts()["vision"]
+        cache, encoder.cache = encoder.cache, None  # gigabytes that no export needs
+        try:
+            model = copy.deepcopy(model)
+        finally:
+            encoder.cache = cache
+        merge_adapters(model)
+    with replacing_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save(beside)
+
+
+def _train_and_export(
+    config: Config, folder: Path, checkpoint: Path | None, model: Any, data: Data, validation: Validation, tasks: TasksInTraining, cache: FeatureCache, log: RunLog
+) -> None:
     shown: list[dict[str, Any]] = []  # the last predictions
+    warned: list[str] = []
+    best, e = Best(folder, config.eval.best), config.eval
 
     def evaluate(step: int) -> dict[str, Any]:
         with autocast(config.train, pick_device(config.train.device)):
@@ -146,11 +167,30 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
         save_samples(folder / "samples", step, predictions)
         shown[:] = predictions
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
+        captions = validation.cider(model, e.captions, e.caption_tokens)
+        if captions is not None:
+            scores["cider"] = captions.score
+            more += f", CIDEr {captions.score:.3f}"
+            if captions.warning and captions.warning not in warned:
+                warned.append(captions.warning)
+                log.say(f"warning: {captions.warning}")
         log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}")
         for p in predictions[:4]:
-            log.say(f"    {p['question']}  →  {p['prediction']}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
+            said = " ".join(p["prediction"].split())  # on one line
+            log.say(f"    {p['question']}  →  {said}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
         dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(data.validation.dropped.items())}
-        return scores | ({"dropped": dropped} if dropped else {})
+        logged = {f"validation_{k}": v for k, v in (scores | ({"dropped": dropped} if dropped else {})).items()}
+        if step == config.max_steps or (e.tasks_every and step % e.tasks_every == 0):
+            found = tasks.score(model, data.validation.renderer)
+            for name, value in found.items():
+                log.say(f"    {name} {value:.4f}")
+            logged |= found
+        if e.best and e.best not in logged and step == config.max_steps:
+            log.say(f"warning: eval.best = {e.best} is none of {', '.join(k for k, v in logged.items() if isinstance(v, float))}: no best model was kept")
+        if best.is_beaten(step, logged):
+            export(model, folder / "best", data.tokenizer)
+            best.note(step, logged)
+        return logged
 
     task = Task(data.batches, evaluate, cache.save)
     train(config, model, task, folder, log, checkpoint)
@@ -159,10 +199,8 @@ def _train_and_export(config: Config, folder: Path, checkpoint: Path | None, mod
         save_samples(folder / "samples", config.max_steps, shown)
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
-    merge_adapters(model)
-    with replacing_folder(folder / "model") as beside:
-        model.save_pretrained(beside)
-        data.tokenizer.save(beside)
+    merge_adapters(model)  # training is over: no copy is needed
+    export(model, folder / "model", data.tokenizer)
     if dropped := data.batches.dropped():
         log.say(f"training records dropped: {by_source(dropped)}")
     here = Path.cwd()

@@ -1,0 +1,121 @@
+"""Evaluation inside training: training must not notice it, and its figures must be those that evaluation.py gives afterwards."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import dataset_of, lively_model
+from PIL import Image
+from programs import run_program
+from test_training import ROOT, SMALL
+
+from configs.errors import UserError
+from configs.schema import EvalConfig, GenerationConfig
+from data.packing import Budget
+from eval.answering import Answerer
+from eval.cider import cider
+from eval.in_training import Best, TasksInTraining, Validation
+
+
+def captions(folder: Path, count: int) -> Path:
+    """A file of captioned pictures, half of them with a second reference."""
+    lines = []
+    for i in range(count):
+        Image.new("RGB", (64, 64), (i * 9 % 256, 40, 90)).save(folder / f"{i}.png")
+        told = {
+            "image": f"{i}.png",
+            "texts": [{"user": "what is it?", "assistant": f"a red shape {i % 7}"}],
+            "references": [f"a red shape {i % 7}", f"blue {i % 5} shapes"][: 1 + i % 2],
+        }
+        lines.append(json.dumps(told) + "\n")
+    path = folder / "captions.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def run(folder: Path, *flags: str) -> list[dict]:
+    command = [sys.executable, str(ROOT / "train_dual_tower.py"), "--max_steps", "6", *SMALL, "--data.sources", f"jsonl={folder / 'captions.jsonl'}", "--data.vocab_size", "300"]
+    done = run_program([*command, "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), *flags], folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict]) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A run that evaluates after every step all that can be: captions, and lmms-eval's tasks on a file."""
+    pytest.importorskip("lmms_eval", reason="the group eval is not installed")
+    folder = tmp_path_factory.mktemp("evaluated")
+    captions(folder, 30)
+    task = f"questions:jsonl={folder / 'captions.jsonl'}"
+    flags = ["--train.eval_every", "1", "--eval.tasks", task, "--eval.tasks_every", "2", "--eval.limit", "8", "--eval.best", "validation_loss", "--eval.caption_tokens", "6"]
+    return folder, run(folder, *flags)
+
+
+def test_training_does_not_notice(evaluated, tmp_path):
+    """Losses and gradient norms bit for bit those of a run that evaluates at its end alone; the exported model too."""
+    captions(tmp_path, 30)
+    plain = run(tmp_path, "--train.eval_every", "0", "--eval.captions", "0")
+    folder, lines = evaluated
+    assert losses(plain) == losses(lines) and len(losses(lines)) == 6
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
+    assert "validation_cider" not in plain[-1] and sum("validation_cider" in line for line in lines) == 6
+    assert [line["step"] for line in lines if any(key.startswith("questions:") for key in line)] == [2, 4, 6]
+
+
+def test_the_best_model_is_kept(evaluated):
+    folder, lines = evaluated
+    values = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    step = min(values, key=values.get)
+    assert json.loads((folder / "run" / "best.json").read_text()) == {"step": step, "metric": "validation_loss", "value": values[step]}
+    assert Answerer.from_pretrained(folder / "run" / "best").answer([([], "what is it?")], GenerationConfig(max_new_tokens=2))
+    same = (folder / "run" / "best" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
+    assert same == (step == 6)
+
+
+def test_tasks_score_as_evaluation_does_afterwards(evaluated):
+    folder, lines = evaluated
+    task = f"questions:jsonl={folder / 'captions.jsonl'}"
+    done = run_program([ROOT / "evaluation.py", "--model", "run/model", "--tasks", task, "--limit", "8", "--output", "out"], folder)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((folder / "out" / "results.json").read_text())["tasks"][task]["scores"]
+    assert {f"{task}_{key}": value for key, value in scores.items()} == {key: value for key, value in lines[-1].items() if key.startswith("questions:")}
+
+
+def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
+    """Against answers one at a time."""
+    records = [json.loads(line) for line in captions(tmp_path, 12).read_text().splitlines()]
+    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
+    model = lively_model(tokenizer)
+    validation = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0)
+    found = validation.cider(model, 10, 5)
+    answerer, made = Answerer(model, renderer), {}
+    for record in records:
+        made[record["images"][0]] = answerer.answer([([answerer.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5))[0].text
+    asked = validation.captions[:10]
+    assert len(found.each) == 10 and found.score == pytest.approx(cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score)
+    assert validation.cider(model, 0, 5) is None
+
+
+def test_best_goes_by_the_metric_s_direction(tmp_path):
+    best = Best(tmp_path, "mmstar_average")
+    told = []
+    for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]:
+        if best.is_beaten(step, {"mmstar_average": value}):
+            best.note(step, {"mmstar_average": value})
+            told.append(step)
+    assert told == [1, 3]
+    assert best.is_beaten(2, {"mmstar_average": 0.0})  # the run was taken up again before step 3
+    assert not best.is_beaten(5, {"validation_loss": 0.0})
+
+
+def test_tasks_that_cannot_be_are_told_before_training(tmp_path):
+    pytest.importorskip("lmms_eval", reason="the group eval is not installed")
+    with pytest.raises(UserError, match="no task named 'mmstr'"):
+        TasksInTraining(EvalConfig(tasks="mmstr"))
+    with pytest.raises(UserError, match="nowhere"):
+        TasksInTraining(EvalConfig(tasks="questions:jsonl=nowhere.jsonl"))
