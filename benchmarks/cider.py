@@ -15,17 +15,16 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.about import about
 from configs.errors import UserError, run_script
 from eval.cider import caption_scores, cider, tokenize
 
@@ -93,9 +92,7 @@ def main(argv: list[str]) -> None:
         results["java"] = str(problem)
     show(results, args.images, args.references)
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        head = {"date": str(date.today()), "numpy": np.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "commit": commit}
-        head |= {"captions": "coco" if FIXTURE.is_file() else "made up", "images": args.images, "references": args.references, "repeats": args.repeats}
+        head = about() | {"captions": "coco" if FIXTURE.is_file() else "made up", "images": args.images, "references": args.references, "repeats": args.repeats}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | results, indent=2) + "\n")
 

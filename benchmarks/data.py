@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.about import about
 from configs.errors import run_script
 from configs.schema import DataConfig, VisionConfig
 from data.collators import collate
@@ -269,8 +269,7 @@ def main(argv: list[str]) -> None:
         results["streaming"] = streaming(Path(work), args.rows)
     show(results)
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        head = {"date": str(date.today()), "torch": torch.__version__, "cores": os.cpu_count(), "commit": commit, "window": args.window}
+        head = about() | {"window": args.window}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | results, indent=2) + "\n")
 

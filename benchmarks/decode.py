@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.about import about
 from configs.errors import UserError, run_script
 from configs.schema import GenerationConfig
 from eval.answering import Answerer
@@ -212,16 +212,7 @@ def main(argv: list[str]) -> None:
         results[dtype] = r
         show(dtype, r)
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        head = {
-            "date": str(date.today()),
-            "torch": torch.__version__,
-            "cores": os.cpu_count(),
-            "device": args.device,
-            "commit": commit,
-            "sources": args.sources,
-            "tokens": args.tokens,
-        }
+        head = about() | {"device": args.device, "sources": args.sources, "tokens": args.tokens}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | results, indent=2) + "\n")
 

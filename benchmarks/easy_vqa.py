@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.about import about
 from configs.command_line import resolve
 from configs.errors import run_script
 
@@ -55,8 +56,7 @@ def main(argv: list[str]) -> None:
         table.add_row(*[f"{v:.2%}" if isinstance(v, float) and k != "train_s" else f"{v:.0f}" for k, v in r.items()])
     Console(width=140).print(table)
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        head = {"date": str(date.today()), "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit, "flags": extra}
+        head = about() | {"threads": torch.get_num_threads(), "flags": extra}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | {"results": results}, indent=2) + "\n")
 
