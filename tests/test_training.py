@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -71,6 +72,29 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     done = run_program(command(*flags, "--resume", "auto"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("resumed from" in done.stdout) == (kill_at > 4)
+    assert losses(folder) == losses(uninterrupted)
+    a, b = ((f / "model" / "model.safetensors").read_bytes() for f in (folder, uninterrupted))
+    assert a == b
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_the_step_and_the_printed_command_goes_on(uninterrupted, tmp_path, number):
+    """Exit status 0, no exported model yet; then the same losses and weights as without."""
+    folder = tmp_path / "stopped run"
+    flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
+    process = Program(command(*flags), tmp_path)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"step": 6,' in metrics.read_text()):
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    stopped = process.wait()
+    assert stopped.returncode == 0, stopped.stderr
+    step = losses(folder)[-1][0]
+    assert 6 <= step < 14 and checkpoints(folder / "checkpoints")[-1].name == f"step_{step:06d}" and not (folder / "model").exists()
+    assert f"{number.name}: stopped after step {step}" in stopped.stdout
+    again = stopped.stdout.strip().splitlines()[-1].strip()
+    done = run_program(shlex.split(again)[1:], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(uninterrupted)
     a, b = ((f / "model" / "model.safetensors").read_bytes() for f in (folder, uninterrupted))
     assert a == b

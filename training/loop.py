@@ -2,6 +2,8 @@
 
 import math
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -34,6 +36,29 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
+class Stopped(Exception):
+    """A signal ended training early; the message names the checkpoint."""
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. A second SIGINT interrupts at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.name = ""
+        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Task:
     """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
@@ -50,7 +75,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None) -> None:
-    """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one."""
+    """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved."""
     c, device = config.train, pick_device(config.train.device)
     model.to(device).train()
     optimizers = make_optimizers(model, c)
@@ -66,27 +91,31 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
 
     log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
 
-    def save(step: int) -> None:
+    def save(step: int) -> Path:
         task.before_checkpoint()
-        save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state()}, c.keep_checkpoints)
+        return save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state()}, c.keep_checkpoints)
 
     log.start(done, config.max_steps)
     dropped: dict[str, Any] = {}
     try:
-        for step in range(done + 1, config.max_steps + 1):
-            started = time.perf_counter()
-            values = train_step(config, model, optimizers, task.batches, step, device)
-            values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
-            log.step(step, values["loss"], values["tokens_per_s"])
-            if step % c.log_every == 0 or step == config.max_steps:
-                before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
-                log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
-            if step == config.max_steps or (c.eval_every and step % c.eval_every == 0):
-                evaluate(model, task, step, log)
-            if step == config.max_steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
-                save(step)
+        with StopSignals() as stop:
+            for step in range(done + 1, config.max_steps + 1):
+                started = time.perf_counter()
+                values = train_step(config, model, optimizers, task.batches, step, device)
+                values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
+                if not math.isfinite(values["loss"]):
+                    raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
+                log.step(step, values["loss"], values["tokens_per_s"])
+                last = step == config.max_steps
+                if step % c.log_every == 0 or last:
+                    before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
+                    log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
+                if last or (c.eval_every and step % c.eval_every == 0):
+                    evaluate(model, task, step, log)
+                if last or stop.name or (c.checkpoint_every and step % c.checkpoint_every == 0):
+                    saved = save(step)
+                if stop.name and not last:
+                    raise Stopped(f"{stop.name}: stopped after step {step}, whose checkpoint is {saved}")
     finally:
         log.stop()
         task.batches.close()

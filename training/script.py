@@ -29,7 +29,7 @@ from training.checkpoint import checkpoints
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
-from training.loop import Task, autocast, train
+from training.loop import Stopped, Task, autocast, train
 from training.run import open_run
 
 
@@ -193,7 +193,11 @@ def _train_and_export(
         return logged
 
     task = Task(data.batches, evaluate, cache.save)
-    train(config, model, task, folder, log, checkpoint)
+    try:
+        train(config, model, task, folder, log, checkpoint)
+    except Stopped as stopped:
+        log.say(f"{stopped}\ngo on with:\n  {shlex.join([sys.executable, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
+        return
     if not shown:  # a run that was already at its end
         shown = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, shown)
