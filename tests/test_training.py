@@ -164,12 +164,6 @@ def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("checkpoints/step_000014/state.json", "{}", "step_000014 cannot be read"),
-        (
-            "checkpoints/step_000014/state.json",
-            '{"step": 14, "data": {"window": [[0, [0, 99999, 0], true]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}',
-            "does not fit this data set",
-        ),
         ("metrics.jsonl", "garbage\n", "metrics.jsonl is damaged"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl is damaged"),
         ("config.json", "{", "not valid JSON"),
@@ -181,6 +175,35 @@ def test_a_damaged_run_is_one_line(uninterrupted, tmp_path, name, text, message)
     (tmp_path / "run" / name).write_text(text)
     done = run_program(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", ["state.json", "training.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
+    """One bit of it turned: the run goes on from the one before, and says so; by its name it is refused; with none left the run is not begun anew."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    path = folder / "checkpoints" / "step_000014" / name
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+    by_name = run_program(command("--resume", str(path.parent), "--cache_dir", "cache"), tmp_path)
+    assert by_name.returncode == 1 and by_name.stderr.startswith("error: checkpoint") and "is damaged" in by_name.stderr and by_name.stderr.count("\n") == 1
+    done = run_program(command("--output_dir", "run", "--resume", "auto", "--cache_dir", "cache"), tmp_path)
+    assert done.returncode == 0 and "step_000014 is damaged" in done.stderr and "step_000012 after step 12" in done.stdout, done.stderr
+    assert losses(folder) == losses(uninterrupted)
+    for checkpoint in checkpoints(folder / "checkpoints"):
+        (checkpoint / name).write_bytes(b"{}")
+    none = run_program(command("--output_dir", "run", "--resume", "auto", "--cache_dir", "cache"), tmp_path)
+    assert none.returncode == 1 and "every checkpoint in run/checkpoints is damaged" in none.stderr and (folder / "metrics.jsonl").is_file()
+
+
+def test_a_checkpoint_of_other_data_is_one_line(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_000014"
+    state = {"step": 14, "data": {"window": [[0, [0, 99999, 0], True]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": training.checkpoint._checksums(folder, state)}))
+    done = run_program(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), tmp_path)
+    assert done.returncode == 1 and "does not fit this data set" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_run_past_its_end_says_so(uninterrupted, tmp_path):

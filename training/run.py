@@ -1,6 +1,7 @@
 """Run folders: where a run lives, and which run is resumed."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from configs.command_line import load_json, override, to_dict
 from configs.errors import UsageError, UserError
 from configs.files import write_text
 from configs.schema import Config, EvalConfig
-from training.checkpoint import checkpoints
+from training.checkpoint import checkpoints, read_state
 
 CHANGEABLE = (
     "max_steps",
@@ -88,7 +89,22 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
         path = runs[-1].parent
     if not (path / "config.json").is_file():
         return None, None
-    return path, next(reversed(checkpoints(path / "checkpoints")), None)
+    return path, _newest_sound(path / "checkpoints")
+
+
+def _newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged; those passed over are named. Where all are, `UserError`: to begin anew would throw the run away."""
+    damaged = None
+    for checkpoint in reversed(checkpoints(folder)):
+        try:
+            read_state(checkpoint)
+            return checkpoint
+        except UserError as error:
+            print(f"warning: {error}: passed over", file=sys.stderr)
+            damaged = error
+    if damaged is not None:
+        raise UserError(f"every checkpoint in {folder} is damaged: delete them to train from the beginning") from damaged
+    return None
 
 
 def _write(config: Config, folder: Path) -> Config:
