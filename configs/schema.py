@@ -232,6 +232,7 @@ class TrainConfig:
     weight_decay: float = opt(0.05, "AdamW's, on matrices")
     beta2: float = opt(0.95, "AdamW's second-moment decay")
     clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
+    skips: int = opt(10, "steps in a row without a finite loss and gradient, each of them skipped, at which the run stops")
     dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "autocast type; auto: bf16 where the machine computes in it")
     device: str = opt("auto", "auto: cuda where there is one, else cpu")
     feature_cache_gb: float = opt(2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)")
@@ -241,7 +242,7 @@ class TrainConfig:
     keep_checkpoints: int = opt(2, "checkpoints kept")
 
     def __post_init__(self) -> None:
-        for name in ("rows", "accumulation", "log_every", "keep_checkpoints"):
+        for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "warmup_steps", "clip", "feature_cache_gb", "weight_decay", "head_weight", "head_decay", "head_warmup"):

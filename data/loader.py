@@ -50,6 +50,7 @@ class Loader:
         self.behind: dict[str, Any] | None = None
         self.batches: Generator[Batch, None, None] | None = None
         self.failure: UserError | None = None
+        self.last: list[str] = []
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -69,6 +70,10 @@ class Loader:
         """End the workers now; left to the end of the process they take seconds."""
         if self.batches is not None:
             self.batches.close()
+
+    def samples(self) -> list[str]:
+        """Source and record number of each sample of the last batch."""
+        return self.last
 
     def dropped(self) -> Counter[tuple[str, str]]:
         """What could not be used so far, by (source, reason)."""
@@ -109,6 +114,7 @@ class Loader:
                     self.damaged[sample.source, f"image_{reasons[number]}"] += 1
             rows.append(whole)
         if tiles is not None:
+            self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
             self.last_epoch, self.barren = self.behind["epoch"], 0
             return collate(rows, self.padding_id, tiles)
         self.barren += sum(sample.key[2] == 0 for row in plan for sample in row)

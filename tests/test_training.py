@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
 def test_a_checkpoint_of_other_data_is_one_line(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step_000014"
-    state = {"step": 14, "data": {"window": [[0, [0, 99999, 0], True]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}
+    state = {"step": 14, "skipped": 0, "data": {"window": [[0, [0, 99999, 0], True]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}
     (folder / "state.json").write_text(json.dumps(state | {"checksums": training.checkpoint._checksums(folder, state)}))
     done = run_program(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), tmp_path)
     assert done.returncode == 1 and "does not fit this data set" in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -225,6 +227,20 @@ def test_a_second_run_does_not_overwrite_the_first(uninterrupted, tmp_path):
     assert done.returncode == 2 and "already holds a run" in done.stderr
 
 
+class Given:
+    """Batches as the loop wants them."""
+
+    def __init__(self, batches: list) -> None:
+        self.batches, self.number = iter(batches), -1
+
+    def __next__(self) -> dict:
+        self.number += 1
+        return next(self.batches)
+
+    def samples(self) -> list[str]:
+        return [f"test {self.number}"]
+
+
 @pytest.fixture
 def batches(renderer, tokenizer):
     samples = [make_sample(renderer, 1, [[{"user": f"is it {c}?", "assistant": c}] * (1 + i % 3)], seed=i) for i, c in enumerate("abcdefgh")]
@@ -235,7 +251,7 @@ def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
     """Micro-batches with different numbers of supervised tokens: still sum of loss ÷ supervised tokens of the whole step."""
     pieces, whole = batches
     weights = []
-    for source, accumulation in ((iter(pieces), 8), (iter([whole]), 1)):
+    for source, accumulation in ((Given(pieces), 8), (Given([whole]), 1)):
         model = tiny_model(tokenizer)
         config = Config(model=TINY_MODEL, train=TrainConfig(accumulation=accumulation, dtype="fp32", warmup_steps=0, clip=0.0))
         optimizers = make_optimizers(model, config.train)
@@ -247,12 +263,65 @@ def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
     assert weights[0][1] == pytest.approx(weights[1][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("spoil", [lambda loss: loss * float("nan"), lambda loss: loss + float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(tokenizer, batches, monkeypatch, spoil):
+    """Four batches, the third of them spoilt: weights and optimizer are those of three."""
+    held = []
+    for poisoned in (True, False):
+        model = tiny_model(tokenizer)
+        config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32"))
+        optimizers, given, told = make_optimizers(model, config.train), Given(batches[0][:4]), []
+        for step in range(1, 5):
+            if step == 3 and not poisoned:
+                next(given)
+                continue
+            with monkeypatch.context() as patch:
+                if step == 3:
+                    loss = model.right.loss
+                    patch.setattr(model.right, "loss", lambda *arguments, loss=loss: spoil(loss(*arguments)))
+                told.append(train_step(config, model, optimizers, given, step, torch.device("cpu")))
+        held.append((model.state_dict(), optimizers[0].state_dict()["state"]))
+        assert [("skipped" in values, values.get("samples")) for values in told] == [(False, None), (False, None), *[(True, ["test 2"])] * poisoned, (False, None)]
+    for name, weight in held[0][0].items():
+        assert torch.equal(weight, held[1][0][name]), name
+    for number, state in held[0][1].items():
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(held[1][1][number][key])) for key, value in state.items())
+
+
+def spoil_losses(first: int, last: int) -> None:
+    """Of the `first` to the `last` call of the process."""
+    from models.language_model import LanguageModel
+
+    calls, whole = [0], LanguageModel.loss
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        return whole(*arguments) * (float("nan") if first <= calls[0] <= last else 1.0)
+
+    LanguageModel.loss = loss
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_in_a_row_the_end(tmp_path):
+    flags = ["--output_dir", "run", "--train.skips", "3", "--train.eval_every", "0", "--cache_dir", "cache"]
+    done = run_program(command(*flags), tmp_path, before=partial(spoil_losses, 5, 6))
+    assert done.returncode == 0 and done.stdout.count("skipped, its loss or gradient is not finite") == 2, done.stderr
+    told = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [t["step"] for t in told] == [5, 6] and all(re.fullmatch(r"easy_vqa \d+", name) for t in told for name in t["samples"]) and "loss nan" in told[0]["skipped"]
+    assert [step for step, loss in losses(tmp_path / "run") if loss is None] == [5, 6]
+    flags[1] = "run2"
+    done = run_program(command(*flags), tmp_path, before=partial(spoil_losses, 6, 99))
+    assert done.returncode == 1 and "no finite loss and gradient in 3 steps, up to 8" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert checkpoints(tmp_path / "run2" / "checkpoints")[-1].name == "step_000004"
+    resumed = run_program(command("--output_dir", "run2", "--resume", "auto", "--cache_dir", "cache"), tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+
 def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
     model = tiny_model(tokenizer)
     config = Config(model=TINY_MODEL, train=TrainConfig(lr_vision=0.0, lr_right=0.0, warmup_steps=0, dtype="fp32"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, config.train)
-    train_step(config, model, optimizers, iter(batches[0]), 1, torch.device("cpu"))
+    train_step(config, model, optimizers, Given(batches[0]), 1, torch.device("cpu"))
     changed = {n.split(".")[0] + "." + n.split(".")[1] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"left.modality_projector", "left.decoder", "left.embed_tokens"}
 

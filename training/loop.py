@@ -1,5 +1,6 @@
 """The training loop: one for every model."""
 
+import json
 import math
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.files import append_text
 from configs.schema import Config, TrainConfig
 from models.layers import computes_bf16, pick_device
 from models.multi_token import chains
@@ -33,6 +35,7 @@ class Batches(Protocol):
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
     def dropped(self) -> Mapping[tuple[str, str], int]: ...
+    def samples(self) -> list[str]: ...
     def close(self) -> None: ...
 
 
@@ -79,10 +82,10 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     c, device = config.train, pick_device(config.train.device)
     model.to(device).train()
     optimizers = make_optimizers(model, c)
-    done = 0
+    done = skipped = 0  # steps; those before this one, in a row, that were skipped
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, optimizers)
-        done = state["step"]
+        done, skipped = state["step"], state["skipped"]
         try:
             task.batches.load_state(state["data"])
         except (LookupError, TypeError, ValueError) as error:
@@ -93,7 +96,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
 
     def save(step: int) -> Path:
         task.before_checkpoint()
-        return save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state()}, c.keep_checkpoints)
+        return save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state(), "skipped": skipped}, c.keep_checkpoints)
 
     log.start(done, config.max_steps)
     dropped: dict[str, Any] = {}
@@ -103,9 +106,14 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                 started = time.perf_counter()
                 values = train_step(config, model, optimizers, task.batches, step, device)
                 values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
-                if not math.isfinite(values["loss"]):
-                    raise UserError(f"the loss is {values['loss']} at step {step}: lower the learning rates (the last checkpoint stands in {folder / 'checkpoints'})")
-                log.step(step, values["loss"], values["tokens_per_s"])
+                skipped = skipped + 1 if values.get("skipped") else 0
+                if skipped:
+                    append_text(folder / "skipped.jsonl", json.dumps({key: values.pop(key) for key in ("skipped", "samples")} | {"step": step}) + "\n")
+                    log.say(f"warning: step {step} skipped, its loss or gradient is not finite: the batch's samples stand in {folder / 'skipped.jsonl'}")
+                if skipped == c.skips:
+                    at = f"the last checkpoint stands in {folder / 'checkpoints'}"
+                    raise UserError(f"no finite loss and gradient in {skipped} steps, up to {step}: lower the learning rates, or look at skipped.jsonl ({at})")
+                log.step(step, math.nan if skipped else values["loss"], values["tokens_per_s"])
                 last = step == config.max_steps
                 if step % c.log_every == 0 or last:
                     before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
@@ -122,9 +130,15 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
 
 
 def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimizer], batches: Any, step: int, device: torch.device) -> dict[str, Any]:
-    """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens."""
+    """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens.
+
+    Where loss or gradient are not finite nothing is changed, and the values say so: "skipped", and the batch's "samples".
+    """
     c = config.train
-    micro = [next(batches) for _ in range(c.accumulation)]
+    micro, samples = [], []
+    for _ in range(c.accumulation):
+        micro.append(next(batches))
+        samples += batches.samples()
     supervised = sum(int((b["labels"] != -100).sum()) for b in micro)
     heads = model.config.multi_token.heads
     chained = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro).clamp(min=1).to(device)  # each head's targets (K,)
@@ -142,12 +156,17 @@ def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimize
         loss.backward()
     rates = set_learning_rates(optimizers, schedule(step - 1, config.max_steps, c))
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf).item()
+    loss, finite = total.item(), math.isfinite(norm) and bool(torch.isfinite(total)) and bool(torch.isfinite(of_heads).all())
     for optimizer in optimizers:
-        optimizer.step()
+        if finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((b["left_groups"] >= 0).sum()) + int((b["right_documents"] >= 0).sum()) for b in micro)
-    return {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "supervised_tokens": supervised, "tokens": tokens} | ({"head_losses": of_heads.tolist()} if heads else {})
+    values = {"loss": loss, "grad_norm": norm, "lr": rates, "supervised_tokens": supervised, "tokens": tokens} | ({"head_losses": of_heads.tolist()} if heads else {})
+    if not finite:
+        values = {"loss": None, "grad_norm": None, "tokens": tokens, "skipped": f"loss {loss}, gradient norm {norm}", "samples": samples}
+    return values
 
 
 def evaluate(model: Any, task: Task, step: int, log: RunLog) -> None:
