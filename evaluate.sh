@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Sets up, then evaluates:  CHECKPOINT=runs/NAME/model TASKS=easy_vqa BATCH_SIZE=32 bash evaluate.sh [--flag value …]
 # Without TASKS it is MMStar, whose data come from the Hub, or from a copy: --data-root DIR. easy_vqa and openmoji_captions need no network.
-# Without CHECKPOINT it takes the model that was exported last.
+# Without CHECKPOINT it takes the model that was exported last. Results: evaluation/ beside the model folder, or under runs/ for a Hub id.
 set -euo pipefail
+[ -z "${CHECKPOINT:-}" ] || [ ! -d "$CHECKPOINT" ] || CHECKPOINT=$(cd "$CHECKPOINT" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/setup.sh
 checkpoint=${CHECKPOINT:-$(ls -td runs/*/model 2>/dev/null | head -n 1 || true)}
 if [ -z "$checkpoint" ]; then echo "error: no model under runs/: train one with 'bash train.sh', or set CHECKPOINT=DIR" >&2; exit 2; fi
-exec .venv/bin/python evaluation.py --model "$checkpoint" --tasks "${TASKS:-mmstar}" --batch_size "${BATCH_SIZE:-32}" --output "$(dirname "$checkpoint")/evaluation" "$@"
+if [ -d "$checkpoint" ]; then output=$(dirname "$checkpoint")/evaluation; else output=runs/evaluation_${checkpoint//\//_}; fi
+[ "$(basename "$checkpoint")" = model ] || [ ! -d "$checkpoint" ] || output+=_$(basename "$checkpoint")
+exec .venv/bin/python evaluation.py --model "$checkpoint" --tasks "${TASKS:-mmstar}" --batch_size "${BATCH_SIZE:-32}" --output "$output" "$@"

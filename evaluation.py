@@ -10,7 +10,6 @@ of which `python -m eval.report DIR` makes a page.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from configs.command_line import FlagParser
@@ -23,11 +22,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions of each task (0: all)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, for tasks that say none [64]")
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="longest answer (0: what a task says, or 64) [0]")
     parser.add_argument("--data_root", metavar="DIR", help="copies of data sets, DIR/OWNER/NAME as on the Hub: used before the network")
     parser.add_argument("--process_with_media", action="store_true", help="let tasks see a row's image when they score its answer; most need not")
     parser.add_argument("--caption_metrics", default="CIDEr,BLEU-4,ROUGE-L", help="of caption tasks; METEOR and SPICE too, with Java [CIDEr,BLEU-4,ROUGE-L]")
     parser.add_argument("--tokenizer", choices=("python", "java"), default="python", help="that splits captions into words [python]")
+    parser.add_argument("--matcher", choices=("exact", "normalised", "vqa"), default="normalised", help="when an answer to questions:SOURCE is right [normalised]")
     parser.add_argument("--floor", action="store_true", help="also score the same model untrained: what a score must exceed to mean anything")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse(argv)
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
-    if not args.tasks or min(args.batch_size, args.max_new_tokens) < 1 or args.limit < 0:
-        raise UsageError("--tasks needs a name, --batch_size and --max_new_tokens at least 1, --limit 0 or more")
+    if not args.tasks or args.batch_size < 1 or min(args.limit, args.max_new_tokens) < 0:
+        raise UsageError("--tasks needs a name, --batch_size at least 1, --limit and --max_new_tokens 0 or more")
     if args.data_root and not Path(args.data_root).is_dir():
         raise UsageError(f"--data_root: {args.data_root} is no folder")
     output = Path(args.output) if args.output else None
@@ -49,14 +49,7 @@ def main(argv: list[str]) -> None:
         from eval.results import evaluate
     except ModuleNotFoundError as error:
         raise UserError(f"the package {error.name} is not installed: evaluation needs the group eval (pip install -e '.[eval]')") from None
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    evaluate(args, output, f"cuda:{rank}" if args.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and _has_cuda() else args.device)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    evaluate(args, output)
 
 
 if __name__ == "__main__":

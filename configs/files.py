@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -62,6 +63,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def file_name(text: str) -> str:
+    """A file's name for any text, another one for every text: what is not a letter, digit, `-` or `_` becomes `_`, and a checksum tells such names apart."""
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in text)[:80]
+    return safe if safe == text else f"{safe}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
 
 
 def write_text(path: Path, text: str) -> None:

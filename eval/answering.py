@@ -124,7 +124,12 @@ class Answerer:
     def loglikelihoods(self, questions: list[tuple[list[Tiles], str, str]]) -> list[tuple[float, bool]]:
         """Of a batch of (tiles of each image, question, answer): log P(answer | question), its end of turn left out, and whether greedy decoding begins so."""
         model, images = self.model, [images for images, _, _ in questions]
+        if any(not answer for _, _, answer in questions):
+            raise UserError("an empty answer has no likelihood")
         told = [self.renderer.conversation([i.grid for i in shown], [{"user": question, "assistant": answer}]) for shown, question, answer in questions]
+        longest, limit = max(document.length for document in told), model.right.config.max_positions
+        if longest > limit:
+            raise UsageError(f"a question with its answer has {longest} tokens (image included), which exceeds this model's {limit} positions")
         rows, _ = self.images_of(told, images)
         batch = {k: v.to(model.device) for k, v in collate_prompts(told).items()}
         _, hidden = prefill(model, batch["ids"], batch["positions"], rows, 0, self.tiles_of(images))

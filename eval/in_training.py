@@ -1,6 +1,7 @@
 """Validation inside training: loss and exact-match accuracy on held-out images, CIDEr of captions, lmms-eval's tasks, and a look at some predictions."""
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError, nearest
 from configs.files import read_json, replacing, write_text
 from configs.schema import EvalConfig, GenerationConfig
 from data.collators import collate
@@ -86,6 +87,11 @@ class Validation:
         scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
+    def metrics(self, captions: int) -> dict[str, bool]:
+        """What will be logged of this, and whether higher is better; with `captions` their CIDEr."""
+        names = ["accuracy", *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1), *(["cider"] if captions and self.captions else [])]
+        return {"validation_loss": False} | {f"validation_{name}": True for name in names}
+
     def cider(self, model: Any, count: int, tokens: int, rows: int = 32) -> Cider | None:
         """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
         asked = self.captions[:count]
@@ -113,6 +119,7 @@ class TasksInTraining:
     """lmms-eval's tasks on the model that is being trained: in this process, without another copy. `UserError` at once for what would fail later."""
 
     def __init__(self, config: EvalConfig) -> None:
+        self.metrics: dict[str, bool] = {}  # what `score` will tell, and whether higher is better
         self.config, self.names = config, list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
         if not self.names:
             return
@@ -122,7 +129,7 @@ class TasksInTraining:
             raise UserError(f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')") from None
         self.tasks = Tasks(Path(config.data_root) if config.data_root else None)
         for name in self.names:
-            self.tasks.load(name)
+            self.metrics |= dict(self.tasks.load(name))
 
     def score(self, model: Any, renderer: Renderer) -> dict[str, float]:
         """`<task>_<metric>` of every task."""
@@ -136,18 +143,20 @@ class TasksInTraining:
 
 
 class Best:
-    """The best model so far by one metric: `best.json` says its step and value."""
+    """The best model so far by one metric: `best.json` says its step and value. `known`: metrics, and whether higher is better; another one raises `UsageError`."""
 
-    def __init__(self, folder: Path, metric: str) -> None:
-        self.path, self.metric = folder / "best.json", metric
+    def __init__(self, folder: Path, metric: str, known: dict[str, bool]) -> None:
+        if metric and metric not in known:
+            raise UsageError(f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}")
+        self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
 
     def is_beaten(self, step: int, scores: dict[str, Any]) -> bool:
         """Whether these scores are the best until this step; a later one's, of a run that was taken up again before it, does not count."""
-        if not self.metric or self.metric not in scores:
+        value = scores.get(self.metric)
+        if not self.metric or value is None or not math.isfinite(value):
             return False
         before = read_json(self.path) if self.path.is_file() else None
-        sign = -1 if self.metric.endswith("loss") else 1
-        return before is None or before["step"] >= step or sign * scores[self.metric] > sign * before["value"]
+        return before is None or before["metric"] != self.metric or before["step"] >= step or self.sign * value > self.sign * before["value"]
 
     def note(self, step: int, scores: dict[str, Any]) -> None:
         write_text(self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n")

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from configs.errors import ImageError, UsageError, UserError
 from configs.files import replacing
@@ -35,7 +36,7 @@ THUMBNAIL = 256
 class DualTower(lmms):
     """A model for lmms-eval: `pretrained`, a model folder or Hub id, or an `answerer` that is in memory already.
 
-    `max_new_tokens` holds for tasks that say none. With `keep`, a folder, thumbnails of the images are written there.
+    `max_new_tokens` goes before what tasks say (0: theirs, or 64). With `keep`, a folder, thumbnails of the images are written there.
     `progress` is called with answers done and to do.
     """
 
@@ -47,7 +48,7 @@ class DualTower(lmms):
         batch_size: int | str = 32,
         device: str = "auto",
         dtype: str = "fp32",
-        max_new_tokens: int | str = 64,
+        max_new_tokens: int | str = 0,
         speculative: str = "auto",
         answerer: Answerer | None = None,
         keep: Path | None = None,
@@ -64,11 +65,13 @@ class DualTower(lmms):
         self.answerer = answerer if answerer is not None else Answerer.from_pretrained(pretrained, dtype, device)
         self.device = self.answerer.model.device
         self.batch_size = int(batch_size)
-        self.base = GenerationConfig(max_new_tokens=int(max_new_tokens), speculative=speculative)  # type: ignore[arg-type]
+        self.longest = int(max_new_tokens)
+        self.base = GenerationConfig(max_new_tokens=64, speculative=speculative)  # type: ignore[arg-type]
         self.keep, self.progress, self.say = keep, progress, say
         self.first_prompts: dict[str, tuple[int, str]] = {}  # by task: of the first document that was asked about
         self.images: dict[tuple[str, int], list[str]] = {}  # file names of the thumbnails, by task and document
         self.cut: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
+        self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # sampled answers, by task and document
         self.tokens, self.seconds = 0, 0.0  # of all answers
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -84,13 +87,22 @@ class DualTower(lmms):
             while numbers:
                 part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
                 questions = [self.question(requests[n]) for n in part]
-                for n, answer in zip(part, self.answer(questions, settings), strict=True):
-                    self.cut[requests[n].args[4]] += answer.tokens == settings.max_new_tokens
+                made = [self.sampled(q, settings, requests[n]) for n, q in zip(part, questions, strict=True)] if settings.sampling else self.answer(questions, settings)
+                for n, answer in zip(part, made, strict=True):
                     answers[n] = cut_at(answer, ends)
+                    self.cut[requests[n].args[4]] += answers[n] is answer and answer.tokens == settings.max_new_tokens
                 if self.progress is not None:
                     self.progress(len(answers), total)
-        empty = Answer("", 0, 0.0, 0.0, "none", 0, [])
-        return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in (answers.get(n, empty) for n in range(len(requests)))]
+        padding = Answer("", 0, 0.0, 0.0, "none", 0, [])  # nobody reads its answer
+        made = [padding if (r.metadata or {}).get("__padding_only__") else answers[n] for n, r in enumerate(requests)]
+        return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
+
+    def sampled(self, question: tuple[list[Tiles], str], settings: GenerationConfig, request: Instance) -> Answer:
+        """A drawn answer: alone, with a seed of its own for each document and repetition, so that no batch or rank changes it."""
+        key = (request.args[4], request.args[3])
+        self.drawn[key] += 1
+        seed = int.from_bytes(hashlib.blake2b(repr((settings.seed, key, self.drawn[key])).encode(), digest_size=4).digest())
+        return self.answer([question], replace(settings, seed=seed))[0]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Each request's answers, round after round; the task says what is asked next, and when it is enough."""
@@ -111,27 +123,31 @@ class DualTower(lmms):
                 self.progress(len(rounds), len(requests))
         return rounds
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation, in nats: its log-probability behind the prompt, end of turn left out, and whether it is the greedy answer's beginning."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Of each continuation, in nats: −log P behind the prompt, end of turn left out, and whether it is the greedy answer's beginning.
+
+        lmms-eval takes the choice whose value is least ("the actual loss"), and passes on unchanged only what a `GenerationResult` holds.
+        """
         found: list[tuple[float, bool]] = []
         for start in range(0, len(requests), self.batch_size):
             part = requests[start : start + self.batch_size]
             questions = [self.question(request) for request in part]
             continuations = [r.args[1] if isinstance(r.args[1], str) else str(r.args[1](self.task_dict[r.args[4]][r.args[5]][r.args[3]])) for r in part]
             # The answer's turn begins without a space: the one that lmms-eval puts between prompt and choice has no place there.
-            found += self.answerer.loglikelihoods([(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)])
+            found += self.in_memory([(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)], self.answerer.loglikelihoods)
             if self.progress is not None:
                 self.progress(len(found), len(requests))
-        return found
+        return [GenerationResult((-logprob, greedy)) for logprob, greedy in found]  # type: ignore[arg-type]
 
     def question(self, request: Instance) -> tuple[list[Tiles], str]:
         """A request's images and text, from (text, settings or continuation, images of a document, document, task, split)."""
         text, _, visuals_of, doc_id, task, split = request.args
-        document = self.task_dict[task][split][doc_id]
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it: half an image would be asked about
         try:
+            document = self.task_dict[task][split][doc_id]
             images = visuals_of(document) if visuals_of is not None else []
-        except (AttributeError, KeyError, TypeError) as error:  # what tasks' own functions do where a row lacks its image
-            raise UserError(f"task {task}: row {doc_id} has no image ({type(error).__name__}: {error})") from error
+        except (AttributeError, KeyError, TypeError, OSError, UserError) as error:  # what functions of tasks do where a row lacks its image
+            raise UserError(f"task {task}: row {doc_id} has no image that can be used ({type(error).__name__}: {error})") from error
         tiles = self.tiles(images, task, doc_id)
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
             prompt = self.answerer.renderer.prompt([t.grid for t in tiles], [{"user": text}])
@@ -153,35 +169,41 @@ class DualTower(lmms):
         return out
 
     def answer(self, questions: list[tuple[list[Tiles], str]], settings: GenerationConfig) -> list[Answer]:
-        """A batch of answers. Where memory runs out the batch size is halved, once, and that is told."""
+        """A batch of answers."""
         started = time.perf_counter()
+        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings))
+        self.seconds += time.perf_counter() - started
+        self.tokens += sum(answer.tokens for answer in answers)
+        return answers
+
+    def in_memory(self, questions: list[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """`work` on a batch. Where memory runs out the batch size is halved, once, and that is told."""
         try:
-            answers = self.answerer.answer(questions, settings)
+            return work(questions)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            if self.batch_size == 1 or len(questions) == 1:
+            if len(questions) == 1:
                 raise UserError("out of memory for a single question: take a larger machine, or --dtype bf16") from error
             half = self.batch_size // 2
             self.say(f"out of memory at batch size {self.batch_size}: going on with {half}")
             self.batch_size = half
             error.__traceback__ = None  # it holds the batch's tensors
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            try:
-                answers = [answer for i in range(0, len(questions), half) for answer in self.answerer.answer(questions[i : i + half], settings)]
-            except (torch.OutOfMemoryError, RuntimeError) as again:
-                if not out_of_memory(again):
-                    raise
-                raise UserError(f"out of memory at batch size {half} too: give a smaller --batch_size") from again
-        self.seconds += time.perf_counter() - started
-        self.tokens += sum(answer.tokens for answer in answers)
-        return answers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            return [one for i in range(0, len(questions), half) for one in work(questions[i : i + half])]
+        except (torch.OutOfMemoryError, RuntimeError) as again:
+            if not out_of_memory(again):
+                raise
+            raise UserError(f"out of memory at batch size {half} too: give a smaller --batch_size") from again
 
     def settings(self, arguments: dict[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
         """A task's generation arguments → ours, and the strings that end an answer. One that is not supported raises `UsageError`."""
-        given = {key: value for key, value in arguments.items() if value is not None}
+        given = {"until" if key == "stop_sequences" else key: value for key, value in arguments.items() if value is not None}
+        if self.longest:
+            given["max_new_tokens"] = self.longest
         known = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"}
         if unknown := sorted(set(given) - known - OF_OTHERS):
             raise UsageError(f"generation arguments that are not supported: {', '.join(unknown)} (known: {', '.join(sorted(known | OF_OTHERS))})")

@@ -20,7 +20,7 @@ from typing import Any
 
 from configs.command_line import FlagParser
 from configs.errors import UsageError, UserError, run_script
-from configs.files import read_json, write_text
+from configs.files import file_name, read_json, write_text
 
 FORMAT = 1  # of results.json
 BEST, LONGEST, BINS = 12, 4000, 10  # samples shown from the other end; letters of a text that are shown; bars of a histogram
@@ -40,7 +40,7 @@ class Task:
 
     @property
     def file(self) -> str:
-        return f"samples_{''.join(c if c.isalnum() or c in '_-' else '_' for c in self.name)}.jsonl"
+        return f"samples_{file_name(self.name)}.jsonl"
 
     @cached_property
     def samples(self) -> list[dict[str, Any]] | None:

@@ -12,45 +12,47 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lmms_eval.tasks
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from configs.files import write_text
+from configs.files import file_name, write_text
 from configs.schema import ModelConfig
 from eval.answering import Answerer
 from eval.cider import cider
 from eval.lmms_eval_wrapper import DualTower
-from eval.tasks import Tasks, run_tasks, scores_of
+from eval.tasks import Tasks, run_tasks, scores_of, unscored
 
 FORMAT = 1
 PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
 
 
-def evaluate(args: Namespace, output: Path | None, device: str) -> None:
+def evaluate(args: Namespace, output: Path | None) -> None:
     """What `evaluation.py` does, its flags in `args`. Under torchrun every rank takes its share of the questions; the first one tells."""
     first = int(os.environ.get("RANK", 0)) == 0
     console = Console(quiet=not first)
-    tasks = Tasks(Path(args.data_root) if args.data_root else None, args.caption_metrics.split(","), args.tokenizer)
-    for name in args.tasks:  # errors before a model is loaded
-        tasks.add(name)
-    answerer = Answerer.from_pretrained(args.model, args.dtype, device)
+    metrics = [name.strip() for name in args.caption_metrics.split(",") if name.strip()]
+    tasks = Tasks(Path(args.data_root) if args.data_root else None, metrics, args.tokenizer, args.matcher)
+    for name in args.tasks:  # errors before anything is computed
+        tasks.load(name)
+    answerer = Answerer.from_pretrained(args.model, args.dtype, args.device)
     keep = output / "images" if output is not None else None
-    told: dict[str, Any] = {}
+    shown = ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer", "caption_metrics", "matcher", "floor", "data_root")
+    settings = {key: getattr(args, key) for key in shown} | {"device": answerer.model.device.type}
+    results: dict[str, Any] = {"format": FORMAT, "model": str(args.model), "settings": settings, "versions": versions(), "tasks": {}}
     for name in args.tasks:
-        told[name], samples = run_task(args, answerer, tasks, name, keep, output, console)
+        told, samples = run_task(args, answerer, tasks, name, keep, output, console)
         floor = run_task(args, untrained(answerer), tasks, name, None, output, console)[0] if args.floor else {}
         if not first:
             continue
-        told[name]["floor"] = floor.get("scores")
-        show(console, name, str(args.model), told[name])
+        results["tasks"][name] = told | {"floor": floor.get("scores")}
+        show(console, name, str(args.model), results["tasks"][name])
         if output is not None:
             write_text(output / f"samples_{file_name(name)}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+            write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     if first and output is not None:
-        settings = {k: getattr(args, k) for k in ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer")} | {"device": str(answerer.model.device)}
-        head = {"format": FORMAT, "model": str(args.model), "settings": settings, "versions": versions()}
-        write_text(output / "results.json", json.dumps(head | {"tasks": told}, indent=2) + "\n")
         console.print(f"written: {output / 'results.json'} (python -m eval.report {output} makes a page of it)", soft_wrap=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -76,14 +78,19 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         return {}, []
     images = {key: names for rank in ranks for key, names in rank[0].items()}
     cut, tokens, seconds = sum(rank[1] for rank in ranks), sum(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
-    samples = [sample_of(task, sample, images) for task, part in found["samples"].items() for sample in sorted(part, key=lambda s: s["doc_id"])]
+    samples: list[dict[str, Any]] = []
     warnings = [f"left out for want of Java: {', '.join(dict.fromkeys(tasks.left_out))}"] if tasks.left_out else []
-    captions = [sample for sample in samples if sample["scores"] is None]
-    if captions:
-        made = cider([sample["answer"] for sample in captions], [sample["reference"] for sample in captions], args.tokenizer)
-        warnings += [made.warning] if made.warning else []
-        for sample, score in zip(captions, made.each, strict=True):
-            sample["scores"] = {"CIDEr": score}
+    warnings += [f"no score: {', '.join(none)}"] if (none := unscored(found)) else []
+    for task, part in found["samples"].items():
+        mine = [sample_of(task, sample, images, tasks.captions) for sample in sorted(part, key=lambda s: s["doc_id"])]
+        captions = [sample for sample in mine if sample["scores"] is None]
+        if captions:
+            made = cider([sample["answer"] for sample in captions], [sample["reference"] for sample in captions], args.tokenizer)
+            warnings += [made.warning] if made.warning else []
+            label = next((key.split(",")[0] for key in found["results"][task] if key.split(",")[0].endswith("CIDEr")), "CIDEr")
+            for sample, score in zip(captions, made.each, strict=True):
+                sample["scores"] = {label: score}
+        samples += mine
     several = len(found["results"]) > 1
     scores, better = {}, {}
     for task, metric, value in scores_of(found):
@@ -99,6 +106,9 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         "cut": cut,
         "first_prompt": next((text for _, text in model.first_prompts.values()), ""),
         "task_hash": task_hash(tasks, list(found["samples"])),
+        "data_hash": hashlib.blake2b(
+            "".join(s["doc_hash"] for part in found["samples"].values() for s in sorted(part, key=lambda s: s["doc_id"])).encode(), digest_size=8
+        ).hexdigest(),
         "warnings": warnings,
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
@@ -116,13 +126,13 @@ def of_all_ranks(value: Any) -> list[Any]:
 NOT_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
 
 
-def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], list[str]]) -> dict[str, Any]:
+def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], list[str]], captions: set[str]) -> dict[str, Any]:
     """A logged sample of lmms-eval's → what was asked, said and wanted, and its scores; None of a caption, which is scored among all."""
     metrics = {key: value for key, value in sample.items() if key not in NOT_METRICS}
     scores: dict[str, float] | None = {}
     reference = sample["target"]
     for key, value in metrics.items():
-        if isinstance(value, dict) and ("references" in value or {"pred", "answer"} <= value.keys()):
+        if key in captions:
             scores, reference = None, value.get("references", value.get("answer"))
             break
         number = value.get("score") if isinstance(value, dict) else value
@@ -140,19 +150,20 @@ def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], l
 
 
 def standard_errors(scores: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the mean over samples, where samples have the score."""
+    """Of scores that are the mean of their samples'. Not where all samples score the same: that they differ by nothing is not known from these."""
     out = {}
-    for name in scores:
+    for name, score in scores.items():
         values = [sample["scores"][name] for sample in samples if name in sample["scores"]]
-        if len(values) > 1:
+        if len(values) > 1 and len(set(values)) > 1 and abs(statistics.fmean(values) - score) < 1e-9:
             out[name] = statistics.stdev(values) / len(values) ** 0.5
     return out
 
 
 def task_hash(tasks: Tasks, names: list[str]) -> str:
-    """Of the tasks' YAML files, and of the functions and templates beside them: a changed matcher shows."""
+    """Of the tasks' YAML files, all that stands beside them, and what all tasks share: a changed matcher shows."""
     paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names}
-    beside = {other for path in paths for pattern in ("*.py", "_*") for other in path.parent.glob(pattern) if other.is_file()}
+    folders = {path.parent for path in paths} | {Path(lmms_eval.tasks.__file__).parent / "_task_utils"}
+    beside = {other for folder in folders for pattern in ("*.py", "*.yaml", "_*") for other in folder.glob(pattern) if other.is_file()}
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(paths | beside):
         digest.update(path.read_bytes())
@@ -177,10 +188,6 @@ def show(console: Console, name: str, model: str, told: dict[str, Any]) -> None:
     console.print(f"{name}: {model}, {told['samples']:,} samples in {told['seconds']} s", soft_wrap=True)
     console.print(table)
     if told["cut"]:
-        console.print(f"{told['cut']} answers were cut at the longest length allowed", soft_wrap=True)
+        console.print(f"{told['cut']} of {told['samples']} answers were cut at their longest length (--max_new_tokens)", soft_wrap=True)
     for warning in told["warnings"]:
         console.print(f"warning: {warning}", soft_wrap=True)
-
-
-def file_name(task: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-" else "_" for c in task)

@@ -1,6 +1,7 @@
 """The parts of a decoder block: norm, rotary embedding, attention, gated MLP."""
 
 import math
+import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -215,8 +216,10 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def pick_device(name: str, flag: str = "train.device") -> torch.device:
-    """The device of that name, or for "auto" cuda where there is one; `flag` is for the errors."""
+    """The device of that name, or for "auto" cuda where there is one, this rank's own under torchrun; `flag` is for the errors."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise UsageError(f"{flag} = {name!r} is none of auto, cpu, cuda, mps")
     try:

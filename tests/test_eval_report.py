@@ -17,6 +17,7 @@ from PIL import Image
 
 import configs.files
 from configs.errors import UsageError, UserError
+from configs.files import file_name
 from eval import report
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,7 @@ def write(folder: Path, tasks: dict, samples: dict, **parts) -> Path:
     head = {"format": 1, "model": "runs/x/model", "settings": {"batch_size": 32}, "versions": {"torch": "2.15.0"}, "tasks": tasks}
     (folder / "results.json").write_text(json.dumps(head | parts))
     for name, lines in samples.items():
-        (folder / f"samples_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / f"samples_{file_name(name)}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -175,7 +176,7 @@ def test_names_as_evaluation_writes_them(tmp_path):
     """A group's metrics are `task: metric` in results.json, and `metric` in its samples; a task's file has letters, digits, _ and - alone."""
     better = {"a: wer": False, "b: acc": True}
     folder = write(
-        tmp_path, {"x/y.z": task(higher_is_better=better, scores={"a: wer": 0.5, "b: acc": 1})}, {"x_y_z": [sample("best", {"wer": 0.1}), sample("worst", {"wer": 0.9})]}
+        tmp_path, {"x/y.z": task(higher_is_better=better, scores={"a: wer": 0.5, "b: acc": 1})}, {"x/y.z": [sample("best", {"wer": 0.1}), sample("worst", {"wer": 0.9})]}
     )
     page = read(folder)
     assert page.order == ["worst", "best"] and [row[0].split(" lower")[0] for row in page.rows[2:]] == ["a: wer", "b: acc "] and page.text.count("lower is better") == 1
@@ -223,8 +224,7 @@ def test_colours_say_full_marks_and_none(tmp_path, scores, colour):
 def test_hostile_text_is_no_markup(tmp_path):
     hostile = sample(HOSTILE, {HOSTILE: 1.0, "x": HOSTILE}, prompt=HOSTILE, reference=[HOSTILE, "b"], answer=HOSTILE, images=[HOSTILE])
     facts = task(scores={HOSTILE: HOSTILE}, floor={HOSTILE: HOSTILE}, first_prompt=HOSTILE, task_hash=HOSTILE, cut=HOSTILE, samples=HOSTILE, seconds=HOSTILE, warnings=[HOSTILE])
-    file = "".join(c if c.isalnum() or c in "_-" else "_" for c in HOSTILE)
-    page = read(write(tmp_path, {HOSTILE: facts}, {file: [hostile]}, model=HOSTILE, settings={HOSTILE: HOSTILE}, versions={HOSTILE: [HOSTILE]}))
+    page = read(write(tmp_path, {HOSTILE: facts}, {HOSTILE: [hostile]}, model=HOSTILE, settings={HOSTILE: HOSTILE}, versions={HOSTILE: [HOSTILE]}))
     ours = "html head meta title style body header section h1 h2 h3 h4 p dl dt dd div span small b em a ul li table thead tr th td article details summary figure figcaption svg rect path text"
     assert {tag for tag, _ in page.tags} <= set(ours.split())
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
@@ -332,7 +332,7 @@ def test_bars_are_as_tall_as_their_counts(tmp_path):
 def test_a_task_without_samples_or_with_too_few(tmp_path):
     tasks = {"gone": task(), "empty": task(samples=0), "few": task(samples=3), "a/b": task()}
     page = read(write(tmp_path, tasks, {"empty": [], "few": [sample(1, {"accuracy": 1})]}))
-    assert "There is no samples_gone.jsonl in this folder" in page.text and "There is no samples_a_b.jsonl" in page.text
+    assert "There is no samples_gone.jsonl in this folder" in page.text and "There is no samples_a_b-" in page.text
     assert "0 of 0" in page.text and "results.json counts 3 samples, samples_few.jsonl holds 1" in page.text and page.text.count("two runs") == 1
     assert read(write(tmp_path, {}, {})).cards == []
     assert of(tmp_path, [sample(1)] * 2).cards  # what may be missing, is

@@ -119,7 +119,11 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                     before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
                     log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
                 if last or (c.eval_every and step % c.eval_every == 0):
-                    evaluate(model, task, step, log)
+                    try:
+                        evaluate(model, task, step, log)
+                    except Exception:
+                        save(step)  # what was learnt is not lost to a task that fails
+                        raise
                 if last or stop.name or (c.checkpoint_every and step % c.checkpoint_every == 0):
                     saved = save(step)
                 if stop.name and not last:

@@ -91,6 +91,8 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         tokenizer = Tokenizer.of_language_model(*source, impose_chatml=True) if source is not None else None
         dry_run(config, model_class, tokenizer.vocabulary if tokenizer is not None else Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1))
         return
+    if any(name.startswith("eval.") for name in flags):
+        TasksInTraining(config.eval)  # raises now, before anything is written
     config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
     with leaving_nothing(folder, checkpoint):
         tasks = TasksInTraining(config.eval)
@@ -158,7 +160,8 @@ def _train_and_export(
 ) -> None:
     shown: list[dict[str, Any]] = []  # the last predictions
     warned: list[str] = []
-    best, e = Best(folder, config.eval.best), config.eval
+    e = config.eval
+    best = Best(folder, e.best, validation.metrics(e.captions) | tasks.metrics)
 
     def evaluate(step: int) -> dict[str, Any]:
         with autocast(config.train, pick_device(config.train.device)):
@@ -185,8 +188,6 @@ def _train_and_export(
             for name, value in found.items():
                 log.say(f"    {name} {value:.4f}")
             logged |= found
-        if e.best and e.best not in logged and step == config.max_steps:
-            log.say(f"warning: eval.best = {e.best} is none of {', '.join(k for k, v in logged.items() if isinstance(v, float))}: no best model was kept")
         if best.is_beaten(step, logged):
             export(model, folder / "best", data.tokenizer)
             best.note(step, logged)
