@@ -26,6 +26,7 @@ from data.sources import parse_sources
 from eval.cider import caption_scores, check_metrics
 from eval.lmms_eval_wrapper import DualTower
 
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it for the whole process: half an image is none
 OURS = Path(__file__).parent / "tasks"
 STOCK_CAPTIONS = ("coco", "flickr", "nocaps")  # tasks of lmms-eval whose metrics, all of them, start Java: PREFIX_METRIC over {"answer": references, "pred": answer}
 IN_PYTHON = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L"}  # theirs → ours, equal to 1e-4

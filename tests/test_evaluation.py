@@ -289,6 +289,7 @@ def test_half_an_image_is_refused(answerer):
     """lmms-eval lets Pillow read half images, everywhere in the process."""
     from PIL import ImageFile
 
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # after all these imports
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     half = Image.open(io.BytesIO(png(1)[:2000]))
     with pytest.raises(UserError, match="row 0"):
