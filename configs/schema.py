@@ -279,7 +279,7 @@ class EvalConfig:
     captions: int = opt(100, "validation captions that are generated and scored by CIDEr, where records are captions (0: none)")
     caption_tokens: int = opt(32, "longest of these captions, in tokens")
     tasks: str = opt("", "tasks of lmms-eval that are scored too, as evaluation.py --tasks takes them, commas apart: mmstar")
-    tasks_every: int = opt(0, "steps between two runs of these tasks (0: only at the end)")
+    tasks_every: int = opt(0, "steps between two runs of these tasks, each with a validation (0: only at the end)")
     limit: int = opt(0, "only the first questions of each task (0: all)")
     data_root: str = opt("", "copies of the tasks' data sets, used before the network")
     best: str = opt("", "metric of metrics.jsonl by which the best model is kept, in best/: validation_accuracy, validation_cider, mmstar_average … (a loss: the lowest)")

@@ -73,6 +73,7 @@ class DualTower(lmms):
         self.cut: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
         self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # sampled answers, by task and document
         self.tokens, self.seconds = 0, 0.0  # of all answers
+        self.halved = False  # the batch size, for want of memory
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of `requests`; like settings together, longest questions first."""
@@ -185,7 +186,9 @@ class DualTower(lmms):
                 raise
             if len(questions) == 1:
                 raise UserError("out of memory for a single question: take a larger machine, or --dtype bf16") from error
-            half = self.batch_size // 2
+            if self.halved:
+                raise UserError(f"out of memory at batch size {self.batch_size} too: give a smaller --batch_size") from error
+            half, self.halved = self.batch_size // 2, True
             self.say(f"out of memory at batch size {self.batch_size}: going on with {half}")
             self.batch_size = half
             error.__traceback__ = None  # it holds the batch's tensors

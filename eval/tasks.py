@@ -41,7 +41,6 @@ class Tasks(TaskManager):
     """
 
     def __init__(self, data_root: Path | None = None, caption_metrics: Sequence[str] = CAPTION_METRICS, tokenizer: str = "python", matcher: str = "normalised") -> None:
-
         check_metrics(caption_metrics)
         os.environ.setdefault("HF_HOME", HF_HOME)  # some tasks read it
         super().__init__(verbosity="ERROR", include_path=str(OURS), model_name="dualtower")

@@ -231,7 +231,10 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
     sizes.clear()
     made = adapter(answerer, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
     assert [f.text for f in made.generate_until(requests)] == plain
-    assert sizes == [8, 4, 4, 4] and said == ["out of memory at batch size 8: going on with 4"]
+    assert made.batch_size == 4 and sizes == [8, 4, 4, 4] and said == ["out of memory at batch size 8: going on with 4"]
+    limit = 3
+    with pytest.raises(UserError, match="out of memory at batch size 4 too"):  # once is enough
+        made.generate_until(requests)
     limit = 1
     with pytest.raises(UserError, match="out of memory at batch size 2 too: give a smaller --batch_size"):
         adapter(answerer, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append).generate_until(requests)

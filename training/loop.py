@@ -118,7 +118,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                 if step % c.log_every == 0 or last:
                     before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
                     log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
-                if last or (c.eval_every and step % c.eval_every == 0):
+                if last or any(every and step % every == 0 for every in (c.eval_every, config.eval.tasks_every if config.eval.tasks else 0)):
                     try:
                         evaluate(model, task, step, log)
                     except Exception:
