@@ -57,6 +57,8 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
+        if self.packed is not None:
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
         for block in self.layers:
             x = block(x, rotary, mask, past)
         return self.norm(x)
@@ -68,7 +70,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed(hidden)[0]
+        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed(hidden)
 
     def pack(self) -> None:
         """Lay the weights out anew for decoding on a CPU: faster, for as much memory again. Weights that change later are not seen: `train()` refuses."""

@@ -23,13 +23,14 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.twice is not None:
             size = x.shape[-1]
-            return torch.layer_norm(torch.cat((x, -x), -1), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
+            return torch.layer_norm((x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
         device = x.device.type
         return super().forward(x.to(self.weight.dtype)).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
     def pack(self) -> None:
         """For decoding on a CPU, where torch has no fused RMSNorm: x and −x together have mean 0 and x's mean square as variance, so LayerNorm does it in one kernel."""
         self.twice = torch.cat((self.weight, self.weight)).detach()
+        self.signs = self.weight.new_tensor(((1.0,), (-1.0,)))
 
 
 class Rotary(NamedTuple):
@@ -79,7 +80,7 @@ class Past(Protocol):
 
 
 class Packed:
-    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives each one's result.
+    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives their results side by side.
 
     On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
     (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
@@ -93,15 +94,15 @@ class Packed:
         self.layers = layers
         weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
         biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
-        self.sizes = [len(weight) for weight in weights]
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
         self.bias = torch.cat(biases) if biases else None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor) -> Tensor:
         if x.shape[:-1].numel() > self.MOST:
-            return tuple(layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers)
-        out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return out.split(self.sizes, -1) if len(self.sizes) > 1 else (out,)
+            made = [layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers]
+            return torch.cat(made, -1) if len(made) > 1 else made[0]
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out
 
     @staticmethod
     def available(device: torch.device) -> bool:
@@ -143,19 +144,32 @@ class Attention(KeyValue):
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key."""
         rope = rotary if self.config.has_rope(self.layer) else None
-        q, k, v = self.packed[0](x) if self.packed is not None else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        queries = turn(rope, self._heads(q, self.q_norm))  # (B, H, T, E)
-        keys, values = self._heads(k, self.k_norm), self._heads(v)  # (B, G, T, E)
+        if self.packed is None:
+            queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
+            keys, values = self.key_values(x)  # (B, G, T, E)
+        else:
+            queries, keys, values = self._packed_heads(x, rope)
+            rope = None  # the keys are turned already
         keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
         out = attend(queries, keys, values, mask).transpose(1, 2).flatten(2)  # (B, T, H · E)
-        return self.packed[1](out)[0] if self.packed is not None else self.o_proj(out)
+        return self.o_proj(out) if self.packed is None else self.packed[1](out)
+
+    def _packed_heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` (B, T, D) → rotated queries (B, H, T, E), rotated keys and values (B, G, T, E), with half the calls: what takes time at one token."""
+        assert self.packed is not None
+        H, G = self.config.heads, self.config.kv_heads
+        queries_keys, values = self._heads(self.packed[0](x)).split((H + G, G), 1)
+        if self.config.qk_norm:
+            queries_keys = torch.cat((self.q_norm(queries_keys[:, :H]), self.k_norm(queries_keys[:, H:])), 1)
+        queries, keys = turn(rope, queries_keys).split((H, G), 1)
+        return queries, keys, values
 
     def pack(self) -> None:
         self.packed = (Packed(self.q_proj, self.k_proj, self.v_proj), Packed(self.o_proj))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where `mask` (B, 1, T, S) allows.
+    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where `mask` (B, 1, T, S) allows, or with it added.
 
     torch's fused kernel, except in training in bf16 on a CPU at row lengths where plain matrix products are faster,
     forward and backward together (docs/experiments.md has the figures).
@@ -184,8 +198,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate, up = self.packed[0](x)
-        return self.packed[1](F.silu(gate) * up)[0]
+        gate, up = self.packed[0](x).chunk(2, -1)
+        return self.packed[1](F.silu(gate) * up)
 
     def pack(self) -> None:
         self.packed = (Packed(self.gate_proj, self.up_proj), Packed(self.down_proj))

@@ -54,8 +54,8 @@ class MultiTokenHeads(nn.Module):
         token = self.token_norm(embedding)
         both, normed = torch.cat((state, token), -1), torch.cat((self.state_norm(state), token), -1)
         if self.packed is not None:
-            gate, up = self.packed[1](normed)[0].chunk(2, -1)
-            return self.packed[0](both)[0] + self.packed[2](F.silu(gate) * up)[0]
+            gate, up = self.packed[1](normed).chunk(2, -1)
+            return self.packed[0](both) + self.packed[2](F.silu(gate) * up)
         gate, up = self.gate_up(normed).chunk(2, -1)
         return self.carry(both) + self.down(F.silu(gate) * up)
 
@@ -102,7 +102,7 @@ class MultiTokenHeads(nn.Module):
         for _ in range(count):
             hidden = self.step(hidden, embedding(tokens))
             normed = self.norm(hidden)
-            place, distribution = pick(F.linear(normed, rows) if self.packed is None else self.packed[3](normed)[0])
+            place, distribution = pick(F.linear(normed, rows) if self.packed is None else self.packed[3](normed))
             tokens = self.draft_ids[place]
             drafts.append(tokens)
             if distribution is not None:
