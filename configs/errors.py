@@ -1,5 +1,6 @@
 """What a user did wrong or what the machine refused, told in one line, with the right exit code."""
 
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -42,8 +43,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except (UserError, OSError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"error: {message}", file=sys.stderr)
+        elif not isinstance(error, UsageError):  # which all ranks find, and the first one tells
+            print(f"error: rank {rank}: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         if debug:

@@ -200,12 +200,23 @@ class DataConfig:
     right_length: int = opt(512, "R, right-stream length of a packed row")
     max_tiles: int = opt(0, "tiles of a packed row, at most: bounds the vision encoder's memory (0: as many as fit)")
     window: int = opt(256, "samples that packing may choose from")
-    workers: int = opt(0, "processes that decode images (0: the training process); they change speed alone")
+    streams: int = opt(0, "shares of the records that are read side by side; the ranks of a run take them, or parts of them (0: one a rank at the start)")
+    workers: int = opt(0, "processes that decode images (0: the training process), a rank and stream; they change speed alone")
     read_gb: float = opt(1.0, "memory for rows of Parquet and Arrow files, of which half is read ahead; the other half is what is mixed")
     download: bool = opt(False, "fetch sub-sets whole before the start, instead of reading them from the Hub bit by bit")
 
     def __post_init__(self) -> None:
-        for name, least in (("right_length", 1), ("window", 1), ("vocab_size", 256), ("validation_images", 1), ("limit", 0), ("left_length", 0), ("max_tiles", 0), ("workers", 0)):
+        for name, least in (
+            ("right_length", 1),
+            ("window", 1),
+            ("vocab_size", 256),
+            ("validation_images", 1),
+            ("limit", 0),
+            ("left_length", 0),
+            ("max_tiles", 0),
+            ("workers", 0),
+            ("streams", 0),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"data.{name} = {getattr(self, name)} must be at least {least}")
         if not 0 < self.temperature < float("inf") or not self.read_gb > 0:
@@ -217,7 +228,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     rows: int = opt(8, "packed rows of a micro-batch")
-    accumulation: int = opt(1, "micro-batches of an optimizer step")
+    accumulation: int = opt(1, "micro-batches of an optimizer step, of all ranks together")
     optimizer: Literal["adamw", "muon"] = opt("adamw", "muon: Muon for the weights of linear layers, AdamW for the rest")
     lr_vision: float = opt(0.0, "learning rate of the vision encoder (0 freezes a part)")
     lr_projector: float = opt(2e-3, "learning rate of the modality projector")
@@ -239,13 +250,26 @@ class TrainConfig:
     log_every: int = opt(1, "steps between two lines of metrics.jsonl")
     eval_every: int = opt(200, "steps between two validations (0: only at the end)")
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
+    checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
+    recompute: bool = opt(False, "keep no activations inside decoder blocks: computed again in the backward pass, a third more work for much less memory")
     keep_checkpoints: int = opt(2, "checkpoints kept")
 
     def __post_init__(self) -> None:
         for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "warmup_steps", "clip", "feature_cache_gb", "weight_decay", "head_weight", "head_decay", "head_warmup"):
+        for name in (
+            "eval_every",
+            "checkpoint_every",
+            "warmup_steps",
+            "checkpoint_minutes",
+            "clip",
+            "feature_cache_gb",
+            "weight_decay",
+            "head_weight",
+            "head_decay",
+            "head_warmup",
+        ):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
         rates = [self.lr_vision, self.lr_projector, self.lr_left, self.lr_right]
@@ -333,6 +357,7 @@ class Config:
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
     dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
+    parallel: Literal["ddp", "fsdp"] = opt("ddp", "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt("cache", "folder of what is computed once: vision features")
     model: ModelConfig = ModelConfig()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.schema import Config, FilterConfig
 from data.datasets import SampleDataset, SampleStream
-from data.loader import Loader
+from data.loader import Loader, Streams
 from data.mixture import Mixture, Source
 from data.packing import Budget, RowStream
 from data.render import Renderer
@@ -24,7 +24,7 @@ class Data:
     training: SampleDataset
     validation: SampleDataset
     budget: Budget
-    batches: Loader
+    batches: Streams
 
     @property
     def padding_id(self) -> int:
@@ -33,7 +33,10 @@ class Data:
 
 
 def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None, rank: int = 0, ranks: int = 1) -> Data:
-    """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained."""
+    """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained.
+
+    Training batches are those of rank `rank` of `ranks`: where there are fewer ranks than streams, one has several; where there are more, they share them.
+    """
     d = config.data
     training, validation = open_sources(d)
     if (tokenizer_folder / "tokenizer.json").is_file():
@@ -47,13 +50,19 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
     renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
     towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
     positions = min(tower.max_positions for tower in towers)
-    train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
     unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
     validation_set = SampleDataset(validation, renderer, config.model.vision, unfiltered, positions)
     left = 0 if config.model.left_context == "none" else d.left_length
     budget = Budget(left, d.right_length, renderer.left_unit, d.max_tiles)
-    rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, rank, ranks)), budget, d.window)
-    return Data(tokenizer, train_set, validation_set, budget, Loader(rows, config.train.rows, tokenizer.global_image, d.workers))
+    streams = d.streams or 1
+    part, parts = (0, 1) if ranks <= streams else (rank // streams, ranks // streams)
+    loaders = {}
+    for number in range(rank % streams, streams, min(ranks, streams)):
+        train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
+        rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, number, streams)), budget, d.window)
+        loaders[number] = Loader(rows, config.train.rows, tokenizer.global_image, d.workers, part, parts)
+    batches = Streams(loaders)
+    return Data(tokenizer, batches.rows.stream.dataset, validation_set, budget, batches)
 
 
 def training_text(sources: list[Source]) -> Iterator[str]:

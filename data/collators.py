@@ -38,15 +38,16 @@ def collate(rows: list[Row], padding_id: int, tiles: Tensor | None = None) -> Ba
                 right["right_groups"][-1] += [group] * n
                 documents += 1
     padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
-    batch = {name: _pad(column, padding.get(name, -1)) for name, column in (left | right).items()}
+    batch = {name: _pad(column, padding.get(name, -1)) for name, column in left.items()}
+    batch |= {name: _pad(column, padding.get(name, -1), least=1) for name, column in right.items()}  # rows of which nothing is left
     if tiles is None:
         tiles = torch.cat([sample.tiles for row in rows for sample in row])
     return {"tiles": tiles} | batch
 
 
-def _pad(lists: list[list[int]], value: int) -> Tensor:
+def _pad(lists: list[list[int]], value: int, least: int = 0) -> Tensor:
     """Ragged lists → (B, longest) int64."""
-    out = np.full((len(lists), max(map(len, lists))), value, np.int64)
+    out = np.full((len(lists), max(least, *map(len, lists))), value, np.int64)
     for row, numbers in zip(out, lists, strict=True):
         row[: len(numbers)] = numbers
     return torch.from_numpy(out)

@@ -34,14 +34,16 @@ SLOTS = PREFETCH + 12  # batches of each worker that can be in shared memory: th
 
 
 class Loader:
-    """Batches of `size` rows without end.
+    """Batches of `size` rows without end; of each `parts` in a row, which are as many ranks', number `part`.
 
-    What a batch holds depends on the data, the seed and the rank, never on the number of workers: all choices are made
-    here, workers only decode. `state()` is the place behind the last batch given out, however far the workers are ahead.
+    What a batch holds depends on the data, the seed and the stream, never on the number of workers: all choices are made
+    here, workers only decode. `state()` is the place behind the last batch given out and the other ranks' beside it, however
+    far the workers are ahead. A batch of which nothing can be used is empty: no rank gets ahead of the others.
     """
 
-    def __init__(self, rows: RowStream, size: int, padding_id: int, workers: int) -> None:
+    def __init__(self, rows: RowStream, size: int, padding_id: int, workers: int, part: int = 0, parts: int = 1) -> None:
         self.rows, self.size, self.padding_id, self.workers = rows, size, padding_id, workers
+        self.part, self.parts = part, parts
         self.dataset = rows.stream.dataset
         self.planned: deque[tuple[list[Row], dict[str, Any]]] = deque()  # what the workers are at, and the state behind each
         self.damaged: Counter[tuple[str, str]] = Counter()  # found when decoding
@@ -78,7 +80,8 @@ class Loader:
     def dropped(self) -> Counter[tuple[str, str]]:
         """What could not be used so far, by (source, reason)."""
         planned = self.rows.state() if self.behind is None else self.behind
-        return self.damaged + Counter({(source, reason): n for source, reason, n in planned["dropped"]})
+        counted = planned["dropped"] if self.part == 0 else []  # the first of those who share a stream tells what all saw
+        return self.damaged + Counter({(source, reason): n for source, reason, n in counted})
 
     def state(self) -> dict[str, Any]:
         """Plain JSON; `load_state` before the first batch goes on from there. Between the two the number of workers may change."""
@@ -88,18 +91,18 @@ class Loader:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.rows.load_state(state)
-        self.damaged = Counter({(source, reason): n for source, reason, n in state["damaged"]})
+        self.damaged = Counter({(source, reason): n for source, reason, n in state["damaged"] if self.part == 0})
         self.last_epoch = state["epoch"]
 
     def _plans(self) -> Iterator[list[Row]]:
         stream = iter(self.rows)
         while True:
-            plan = [next(stream) for _ in range(self.size)]
-            self.planned.append((plan, self.rows.state()))
-            yield plan
+            plans = [[next(stream) for _ in range(self.size)] for _ in range(self.parts)]
+            self.planned.append((plans[self.part], self.rows.state()))
+            yield plans[self.part]
 
-    def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch | None:
-        """The batch of the oldest plan without the samples whose images turned out damaged; None where nothing is left."""
+    def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch:
+        """The batch of the oldest plan without the samples whose images turned out damaged."""
         plan, self.behind = self.planned.popleft()
         reasons = dict(dropped)
         samples = iter(enumerate(sample for row in plan for sample in row))
@@ -113,21 +116,21 @@ class Loader:
                 elif sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
                     self.damaged[sample.source, f"image_{reasons[number]}"] += 1
             rows.append(whole)
+        self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
         if tiles is not None:
-            self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
             self.last_epoch, self.barren = self.behind["epoch"], 0
             return collate(rows, self.padding_id, tiles)
         self.barren += sum(sample.key[2] == 0 for row in plan for sample in row)
         if self.behind["epoch"] > self.last_epoch + 1 and self.barren >= sum(map(len, self.dataset.sources)):  # an epoch may be a small part of the data
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
-        return None
+        side = self.dataset.vision.image_size
+        return collate(rows, self.padding_id, torch.empty(0, 3, side, side, dtype=torch.uint8))
 
     def _here(self) -> Generator[Batch, None, None]:
         for plan in self._plans():
             samples, side = list(chain(*plan)), self.dataset.vision.image_size
             tiles = torch.empty(sum(s.tile_total for s in samples), 3, side, side, dtype=torch.uint8)
-            if (batch := self._finish(*decode_all(samples, self.dataset.decoded, tiles))) is not None:
-                yield batch
+            yield self._finish(*decode_all(samples, self.dataset.decoded, tiles))
 
     def _in_workers(self) -> Generator[Batch, None, None]:
         taken = torch.zeros(self.workers, SLOTS, dtype=torch.uint8).share_memory_().numpy()
@@ -139,8 +142,7 @@ class Loader:
                 pixels = tiles.numpy()
                 weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
                 tiles = torch.from_numpy(pixels)
-            if (batch := self._finish(tiles, dropped)) is not None:
-                yield batch
+            yield self._finish(tiles, dropped)
 
     def _decoded_by(self, decoder: Dataset[Any]) -> Iterator[Any]:
         """What new workers make of the plans, in the plans' order."""
@@ -163,6 +165,57 @@ class Loader:
         if handler is not None and current_thread() is main_thread():
             signal.signal(signal.SIGCHLD, handler)  # PyTorch's raises wherever the program is: in half a checkpoint, or in a destructor, where nobody hears it
         return _while_alive(made, set(active_children()) - before)
+
+
+class Streams:
+    """This rank's batches: of its streams in turn. A run has a fixed number of streams, each its share of the records; ranks share them, or one has several."""
+
+    def __init__(self, loaders: dict[int, Loader]) -> None:
+        self.loaders, self.turn, self.given = loaders, 0, next(iter(loaders.values()))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.given = list(self.loaders.values())[self.turn]
+        self.turn = (self.turn + 1) % len(self.loaders)
+        return next(self.given)
+
+    @property
+    def rows(self) -> RowStream:
+        """The first stream's packed rows."""
+        return next(iter(self.loaders.values())).rows
+
+    def close(self) -> None:
+        for loader in self.loaders.values():
+            loader.close()
+
+    def samples(self) -> list[str]:
+        return self.given.samples()
+
+    def dropped(self) -> Counter[tuple[str, str]]:
+        return sum((loader.dropped() for loader in self.loaders.values()), Counter())
+
+    def state(self) -> dict[int, Any]:
+        """Each stream's, by number; between two steps."""
+        return {number: loader.state() for number, loader in self.loaders.items()}
+
+    def load_state(self, states: list[Any]) -> None:
+        """What `merged` made of all ranks' states."""
+        for number, loader in self.loaders.items():
+            loader.load_state(states[number])
+
+
+def merged(states: list[dict[int, Any]]) -> list[Any]:
+    """All ranks' states → one of each stream; what each rank found damaged is added up."""
+    out = []
+    for number in sorted({number for rank in states for number in rank}):
+        shared = [rank[number] for rank in states if number in rank]
+        damaged: Counter[tuple[str, str]] = Counter()
+        for state in shared:
+            damaged.update({(source, reason): n for source, reason, n in state["damaged"]})
+        out.append(shared[0] | {"damaged": [[*place, n] for place, n in damaged.items()]})
+    return out
 
 
 def _while_alive(made: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from configs.errors import UsageError, UserError, nearest
 from configs.files import read_json, replacing, write_text
+from configs.ranks import ALONE, World
 from configs.schema import EvalConfig, GenerationConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, by_source
@@ -64,11 +65,11 @@ class Validation:
         self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
         return samples
 
-    def score(self, model: Any) -> dict[str, float]:
+    def score(self, model: Any, world: World = ALONE) -> dict[str, float]:
         """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several."""
-        loss, tokens = 0.0, 0
+        total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
-        for chunk in self.chunks:
+        for chunk in self.chunks[world.rank :: world.size]:
             batch = collate([[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id)
             batch = {k: v.to(model.device) for k, v in batch.items()}
             source_of = torch.tensor([self.sources.index(sample.source) for row in chunk for sample in row for _ in sample.documents])
@@ -81,10 +82,11 @@ class Validation:
             document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
             mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
             good = (mistakes[document.unique()] == 0).cpu()
-            loss, tokens = loss + output.loss_sum.item(), tokens + int(supervised.sum())
+            total += torch.tensor([output.loss_sum.item(), int(supervised.sum())])
             right.index_add_(0, source_of, good.double())
             documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
-        scores = {"loss": loss / tokens, "accuracy": (right.sum() / documents.sum()).item()}
+        world.sum(total, right, documents)
+        scores = {"loss": (total[0] / total[1]).item(), "accuracy": (right.sum() / documents.sum()).item()}
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
     def metrics(self, captions: int) -> dict[str, bool]:
@@ -92,7 +94,7 @@ class Validation:
         names = ["accuracy", *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1), *(["cider"] if captions and self.captions else [])]
         return {"validation_loss": False} | {f"validation_{name}": True for name in names}
 
-    def cider(self, model: Any, count: int, tokens: int, rows: int = 32) -> Cider | None:
+    def cider(self, model: Any, count: int, tokens: int, world: World = ALONE, rows: int = 32) -> Cider | None:
         """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
         asked = self.captions[:count]
         if not asked:
@@ -100,9 +102,11 @@ class Validation:
         answerer, settings = Answerer(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
         made = []
         for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
-            made += answerer.answer([([answerer.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings)
-        return cider([a.text for a in made], [references for _, _, references in asked])
+            part = asked[start : start + rows][world.rank :: world.size]
+            answers = answerer.answer([([answerer.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings) if part else []
+            made += list(zip(range(start + world.rank, start + rows, world.size), (a.text for a in answers), strict=False))
+        texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
+        return cider(texts, [references for _, _, references in asked])
 
     def predictions(self, model: Any, count: int) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
@@ -131,7 +135,7 @@ class TasksInTraining:
         for name in self.names:
             self.metrics |= dict(self.tasks.load(name))
 
-    def score(self, model: Any, renderer: Renderer) -> dict[str, float]:
+    def score(self, model: Any, renderer: Renderer, world: World = ALONE) -> dict[str, float]:
         """`<task>_<metric>` of every task."""
         if not self.names:
             return {}
@@ -139,7 +143,7 @@ class TasksInTraining:
         from eval.tasks import run_tasks, scores_of
 
         found = run_tasks(DualTower(answerer=Answerer(model, renderer)), self.tasks, self.names, self.config.limit)
-        return {f"{task}_{metric}": value for task, metric, value in scores_of(found)}
+        return world.shared({f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {})
 
 
 class Best:

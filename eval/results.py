@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from configs.files import file_name, write_text
+from configs.ranks import world_of_torchrun
 from configs.schema import ModelConfig
 from eval.answering import Answerer
 from eval.cider import cider
@@ -73,7 +74,7 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep, say=console.print)
         model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
         found = run_tasks(model, tasks, [name], args.limit, args.process_with_media, output)
-    ranks = of_all_ranks((model.images, sum(model.cut.values()), model.tokens, model.seconds))
+    ranks = world_of_torchrun().gather((model.images, sum(model.cut.values()), model.tokens, model.seconds))
     if not found:
         return {}, []
     images = {key: names for rank in ranks for key, names in rank[0].items()}
@@ -113,14 +114,6 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
     }, samples
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    if not torch.distributed.is_initialized():
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 NOT_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}

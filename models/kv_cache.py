@@ -78,8 +78,9 @@ class KeyValueRecorder:
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        assert layer == len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
-        self.layers.append((keys, values))
+        assert layer <= len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
+        if layer == len(self.layers):  # else computed again, in the backward pass
+            self.layers.append((keys, values))
         return turn(rotary, keys), values
 
 

@@ -21,6 +21,8 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
+    recompute = False  # in the backward pass, instead of keeping what is between input and output
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -29,6 +31,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, rotary, mask, past, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._forward(x, rotary, mask, past)
+
+    def _forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -95,7 +102,7 @@ class LanguageModel(nn.Module):
         supervised = labels != -100
         hidden, labels = hidden[supervised], labels[supervised]  # (S, D), (S,)
         size = max(1, chunk_elements // self.embed_tokens.num_embeddings)
-        total = hidden.sum() * 0.0 if len(labels) == 0 else hidden.new_zeros((), dtype=torch.float32)
+        total = hidden.new_zeros((), dtype=torch.float32)
         for h, y in zip(hidden.split(size), labels.split(size), strict=True):
             total = total + checkpoint(self._chunk_loss, h, y, use_reentrant=False)
         return total
@@ -114,15 +121,13 @@ class LanguageModel(nn.Module):
 class KeyValueLayer(nn.Module):
     """The left tower's last layer: only keys and values are read, so nothing else is computed or kept."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = KeyValue(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past) -> None:
-        rope = rotary if self.self_attn.config.has_rope(self.layer) else None
-        past.extend(self.layer, *self.self_attn.key_values(self.input_layernorm(x)), rope)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.self_attn.key_values(self.input_layernorm(x))
 
 
 class KeyValueDecoder(nn.Module):
@@ -133,11 +138,13 @@ class KeyValueDecoder(nn.Module):
         self.config = config
         last = config.layers - 1
         with building(config):
-            self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config, last)])
+            self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config)])
         init_weights(self, config)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
-        for layer in self.layers:
-            x = layer(x, rotary, mask, past)
+        *blocks, last = self.layers
+        for block in blocks:
+            x = block(x, rotary, mask, past)
+        past.extend(len(blocks), *last(x), rotary if self.config.has_rope(len(blocks)) else None)

@@ -51,6 +51,12 @@ class ModalityProjector(nn.Module):
         return self.proj(self.norm(x))
 
 
+def blank(tiles: Tensor, encoder: nn.Module, projector: nn.Module) -> Tensor:
+    """0, by way of encoder and projector, in place of no `tiles` (0, 3, h, w): all their parameters have gradients then, as on ranks that have images."""
+    zero: Tensor = 0 * projector(encoder(tiles.new_zeros(1, *tiles.shape[1:]))).sum()
+    return zero
+
+
 def put_image_tokens(x: Tensor, placeholders: Tensor, image_tokens: Tensor) -> Tensor:
     """Embeddings `x` (B, T, D) with `image_tokens` (N, P, D) in the places where `placeholders` (B, T) is True, in order."""
     needed, given = int(placeholders.sum()), image_tokens.shape[0] * image_tokens.shape[1]

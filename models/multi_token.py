@@ -77,7 +77,7 @@ class MultiTokenHeads(nn.Module):
             state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
             state = self.step(state, embedding(targets[:, k - 1]))
             wanted = place[targets[:, k]]  # −100: a token that no head can draft
-            total = state.sum() * 0.0 if not len(state) else state.new_zeros((), dtype=torch.float32)
+            total = state.new_zeros((), dtype=torch.float32)
             for s, y in zip(state.split(size), wanted.split(size), strict=True):
                 total = total + checkpoint(self._loss, s, y, rows, use_reentrant=False)
             sums.append(total)

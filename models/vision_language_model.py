@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig, Vocabulary
 from models.language_model import LanguageModel, Output
 from models.masks import right_mask
-from models.modality_projector import ModalityProjector, put_image_tokens
+from models.modality_projector import ModalityProjector, blank, put_image_tokens
 from models.pretrained import load_model, save_model
 from models.vision_encoder import VisionEncoder
 
@@ -17,6 +17,7 @@ class VisionLanguageModel(nn.Module):
     """The dual tower's batch, loop and generate; the left stream is empty, image blocks stand in the right one."""
 
     model_type = "vanilla"
+    blank_tile = False  # batches without images run the encoder too, for nothing
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -59,6 +60,8 @@ class VisionLanguageModel(nn.Module):
         """Token ids (B, T) → (B, T, D), with the image tokens of `tiles` (N, 3, h, w) at their placeholders."""
         x = self.right.embed_tokens(ids)
         placeholders = ids == self.vocabulary.image_token_id
+        if tiles is not None and not len(tiles) and self.blank_tile:
+            x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         if tiles is None or not len(tiles):
             return x if not placeholders.any() else put_image_tokens(x, placeholders, x.new_empty(0, self.config.tokens_per_tile, x.shape[-1]))
         return put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))

@@ -25,6 +25,7 @@ from torch import nn
 import training.checkpoint
 from configs.errors import UserError
 from configs.files import replacing_folder
+from configs.ranks import ALONE
 from configs.schema import Config, TrainConfig, VisionConfig
 from data.collators import collate
 from data.packing import Budget
@@ -32,7 +33,7 @@ from eval.answering import Answerer
 from eval.in_training import Validation, save_samples
 from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
-from training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
 from training.feature_cache import FeatureCache
 from training.loop import train_step
 from training.optim import make_optimizers, schedule
@@ -41,6 +42,15 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
 for tower in ("left", "right"):
     SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
+
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def save(folder: Path, step: int, model: Any, optimizers: Any, state: dict[str, Any], keep: int = 2) -> None:
+    saver = Saver(folder, keep, ALONE)
+    saver.save(step, model, optimizers, lambda: state, lambda: None)
+    saver.wait()
 
 
 def command(*flags: str) -> list[str]:
@@ -179,7 +189,7 @@ def test_a_damaged_run_is_one_line(uninterrupted, tmp_path, name, text, message)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("name", ["state.json", "training.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", SHARD])
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
     """One bit of it turned: the run goes on from the one before, and says so; by its name it is refused; with none left the run is not begun anew."""
     folder = tmp_path / "run"
@@ -202,7 +212,8 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
 def test_a_checkpoint_of_other_data_is_one_line(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step_000014"
-    state = {"step": 14, "skipped": 0, "data": {"window": [[0, [0, 99999, 0], True]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}}
+    data = {"window": [[0, [0, 99999, 0], True]], "number": 1, "epoch": 0, "cursor": 0, "part": 0, "dropped": [], "damaged": [], "images": 0}
+    state = {name: value for name, value in read_state(folder).items() if name != "checksums"} | {"data": [data]}
     (folder / "state.json").write_text(json.dumps(state | {"checksums": training.checkpoint._checksums(folder, state)}))
     done = run_program(command("--resume", "run", "--cache_dir", "cache", "--max_steps", "15"), tmp_path)
     assert done.returncode == 1 and "does not fit this data set" in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -304,7 +315,7 @@ def spoil_losses(first: int, last: int) -> None:
 def test_steps_that_are_not_finite_are_skipped_counted_and_in_a_row_the_end(tmp_path):
     flags = ["--output_dir", "run", "--train.skips", "3", "--train.eval_every", "0", "--cache_dir", "cache"]
     done = run_program(command(*flags), tmp_path, before=partial(spoil_losses, 5, 6))
-    assert done.returncode == 0 and done.stdout.count("skipped, its loss or gradient is not finite") == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count("skipped (loss nan, gradient norm nan)") == 2, done.stderr
     told = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [t["step"] for t in told] == [5, 6] and all(re.fullmatch(r"easy_vqa \d+", name) for t in told for name in t["samples"]) and "loss nan" in told[0]["skipped"]
     assert [step for step, loss in losses(tmp_path / "run") if loss is None] == [5, 6]
@@ -335,14 +346,14 @@ def test_schedule():
 
 def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     optimizers = make_optimizers(model, TrainConfig())
-    save_checkpoint(tmp_path, 1, model, optimizers, {"data": {}}, keep=2)
+    save(tmp_path, 1, model, optimizers, {"data": []})
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.checkpoint.torch, "save", full_disk)
+    monkeypatch.setattr(training.checkpoint.dcp, "save", full_disk)
     with pytest.raises(UserError, match="step_000002 could not be written.*No space left"):
-        save_checkpoint(tmp_path, 2, model, optimizers, {"data": {}}, keep=2)
+        save(tmp_path, 2, model, optimizers, {"data": []})
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
@@ -361,10 +372,14 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
     optimizers = make_optimizers(model, TrainConfig())
     (tmp_path / ".step_000009.123").mkdir()
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, model, optimizers, {"data": {"x": step}}, keep=2)
+        save(tmp_path, step, model, optimizers, {"data": [{"x": step}]})
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003"] == sorted(p.name for p in tmp_path.iterdir())
-    assert load_checkpoint(tmp_path / "step_000003", model, optimizers) == {"step": 3, "data": {"x": 3}}
-    (tmp_path / "step_000003" / "training.pt").unlink()
+    state = load_checkpoint(tmp_path / "step_000003", model, optimizers)
+    assert (state["step"], state["data"], state["format"], state["ranks"]) == (3, [{"x": 3}], FORMAT, 1)
+    (tmp_path / "step_000003" / SHARD).unlink()
+    with pytest.raises(UserError, match="step_000003 is damaged"):
+        read_state(tmp_path / "step_000003")
+    (tmp_path / "step_000003" / "state.json").unlink()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
 
 

@@ -1,85 +1,250 @@
-"""Checkpoints: everything a run needs to go on exactly. A folder is complete or it does not exist."""
+"""Checkpoints: everything a run needs to go on exactly. A folder is complete or it does not exist.
+
+Weights and optimizer state are written by torch.distributed.checkpoint as safetensors, every rank its share, while
+training goes on; another number of ranks may read them. Beside them `state.json`: where the data stands, random states, checksums.
+"""
 
 import hashlib
 import json
+import logging
 import re
 import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
-from configs.files import replacing_folder
-from models.pretrained import load_weights
+from configs.files import sync
+from configs.ranks import ALONE, World
 
-FILES = ("model.safetensors", "training.pt", "state.json")
+FORMAT = 2  # of the folder
+FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
+MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
 
 
-def save_checkpoint(folder: Path, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_000100` beside, sync it, rename it; then delete all but the newest `keep`.
+class Saver:
+    """Writes checkpoints into `folder`, one at a time, in a thread of its own.
 
-    `state` is plain JSON (data position and whatever else the loop wants back). Errors: `UserError` where the disk
-    refuses; what was there before is untouched.
+    The thread first copies what is saved: `copied()` waits for that, and is called before anything changes. `wait()` waits
+    until the checkpoint has its name. What goes wrong is raised by the next of these calls.
     """
-    final = folder / f"step_{step:06d}"
-    try:
-        for stale in folder.glob(".step_*"):  # what a killed run left, half-written or half-deleted
-            shutil.rmtree(stale)
-        with replacing_folder(final) as beside:
-            save_file({n: t.detach().contiguous().cpu() for n, t in model.state_dict().items()}, beside / "model.safetensors")
-            rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-            torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": rng}, beside / "training.pt")
-            state = {"step": step} | state
-            (beside / "state.json").write_text(json.dumps(state | {"checksums": _checksums(beside, state)}))
-    except Exception as error:  # OSError, safetensors' and torch's own for a full disk
-        raise UserError(f"checkpoint {final} could not be written: {error} (earlier checkpoints are untouched)") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
+        self.thread: threading.Thread | None = None
+        self.copies = threading.Event()
+        self.failure: BaseException | None = None
+        self.seconds = 0.0  # that the last one took
+        self.final = folder
+
+    def save(self, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: Callable[[], dict[str, Any]], before: Callable[[], None]) -> Path:
+        """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs first, in the thread. Errors: `UserError`, also of the checkpoint before this one."""
+        self.wait()
+        self.final = self.folder / f"step_{step:06d}"
+        tensors = tensors_of(model, optimizers)
+        rng = {"cpu": torch.get_rng_state().numpy().tobytes().hex(), "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else ""}
+        kept = {"step": step, "format": FORMAT, "ranks": self.world.size, "rng": self.world.gather(rng)} | state()
+        beside = self.folder / f".{self.final.name}.new"
+        problem = None
+        if self.world.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".step_*"):  # what a killed run left, half-written or half-deleted
+                    shutil.rmtree(stale)
+                self._make_room(sum(t.numel() * t.element_size() for t in tensors.values()))
+                beside.mkdir()
+            except OSError as error:
+                problem = f"checkpoint {self.final} could not be written: {error.strerror or error} (earlier checkpoints are untouched)"
+        if problem := self.world.shared(problem):
+            raise UserError(problem)
+        self.copies.clear()
+        self.thread = threading.Thread(target=self._run, args=(tensors, kept, beside, before), name="checkpoint")
+        self.thread.start()
+        return self.final
+
+    def copied(self) -> None:
+        """Wait until the state is copied: it may change then."""
+        if self.thread is not None:
+            self.copies.wait()
+            if not self.thread.is_alive():
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            if isinstance(failure, UserError):
+                raise failure
+            raise UserError(f"checkpoint {self.final} could not be written: {_first_line(failure)} (earlier checkpoints are untouched)") from failure
+
+    def _make_room(self, size: int) -> None:
+        """Where the disk is nearly full older checkpoints go now, but for the newest. Errors: `OSError`."""
+        old = checkpoints(self.folder)
+        while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
+            if len(old) < 2:
+                raise OSError(f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+            shutil.rmtree(old.pop(0))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            return DTensor.from_local(self._copy(tensor.to_local()), self.mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
+
+    def _run(self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        try:
+            try:
+                copies = {name: self._copy(t) for name, t in tensors.items()}
+            finally:
+                self.copies.set()
+            before()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one process is what is meant
+                writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
+                dcp.save(copies, storage_writer=writer, process_group=self.group)
+            if self.world.first:
+                state |= {"checksums": _checksums(beside, state)}
+                (beside / "state.json").write_text(json.dumps(state))
+                for file in (*beside.iterdir(), beside):
+                    sync(file)
+                if self.final.exists():  # a damaged one that was passed over
+                    self.final.rename(self.folder / f".{self.final.name}.old")
+                beside.rename(self.final)
+                sync(self.folder)
+                shutil.rmtree(self.folder / f".{self.final.name}.old", ignore_errors=True)
+                for old in checkpoints(self.folder)[: -self.keep]:
+                    shutil.rmtree(old)
+        except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
+            self.failure = error
+            shutil.rmtree(beside, ignore_errors=True)
+        self.seconds = time.perf_counter() - started
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch.distributed.checkpoint wraps in a traceback of every rank, in one line."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    found = [line for line in lines if re.match(r"(?:[\w.]*)(?:Error|Exception)\b", line)]
+    return (found or lines or [type(error).__name__])[-1][:200]
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Name → number of the file, 1 and so on: a gigabyte each."""
+    out, size = {}, 0
+    for name, tensor in tensors.items():
+        out[name] = 1 + size // FILE_BYTES
+        size += tensor.numel() * tensor.element_size()
+    return out
+
+
+def tensors_of(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What is saved: `model.NAME`, `optimizer.NAME.KEY` of a parameter's state; scalars have one element, as files want it."""
+    out = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    states = {id(p): values for o in optimizers for p, values in o.state.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in states.get(id(parameter), {}).items():
+            out[f"optimizer.{name}.{key}"] = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+    return out
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints under `folder`, oldest first."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and all((p / f).is_file() for f in FILES)]
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "state.json").is_file()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
-    """Of the large files, and of the state without this."""
+    """Of the tensors' files, and of the state without this."""
     sums = {"state": hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()}
-    for name in ("model.safetensors", "training.pt"):
-        with open(folder / name, "rb") as file:
-            sums[name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            sums[path.name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return sums
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state, all its files' checksums compared. Errors: `UserError` where it is damaged."""
+    """A checkpoint's state, all its files' checksums compared. Errors: `UserError` where it is damaged, or of another version."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if state.get("format") != FORMAT:
+            raise UserError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
         sums = state.pop("checksums")
         found = _checksums(folder, state)
-        wrong = [name for name in found if sums[name] != found[name]]
+        wrong = [name for name in sums if sums[name] != found.get(name)]
         if wrong:
-            raise ValueError(f"the checksum of {wrong[0]} is another")
+            raise ValueError(f"{wrong[0]} is missing or its checksum is another")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} is damaged ({' '.join(str(error).split())[:120]})") from None
     return state
 
 
-def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Put weights, optimizers and RNG back; → the saved state with its `step`."""
+def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], world: World = ALONE) -> dict[str, Any]:
+    """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`."""
     state = read_state(folder)
-    load_weights(model, folder / "model.safetensors")
-    try:
-        saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-    except Exception as error:  # torch.load raises many kinds, for a file of another version
-        raise UserError(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())[:120]}); --resume an earlier one by its folder") from error
-    torch.set_rng_state(saved["rng"]["torch"])
-    if saved["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+    _load(folder, model, optimizers)
+    rng = state["rng"][world.rank % len(state["rng"])]
+    torch.set_rng_state(_bytes(rng["cpu"]))
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(rng["cuda"]))
     return state
+
+
+def load_weights_of(folder: Path, model: Any) -> None:
+    """The weights of a checkpoint alone, into a model that this rank has for itself."""
+    _load(folder, model, [], no_dist=True)
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _load(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], no_dist: bool = False) -> None:
+    reader = HuggingFaceStorageReader(str(folder))
+    found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    wanted = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | {name for name in found if name.startswith("model.")}):
+        if name not in found or name not in wanted or found[name] != tuple(wanted[name].shape):
+            raise UserError(
+                f"checkpoint {folder} does not fit this model: {name.removeprefix('model.')} is {found.get(name, 'missing')} there, {tuple(wanted[name].shape) if name in wanted else 'unknown'} here"
+            )
+    fresh: dict[tuple[int, str], dict[str, Any]] = {}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for number, optimizer in enumerate(optimizers):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in parameters.items():
+            if id(parameter) not in own:
+                continue
+            prefix = f"optimizer.{name}."
+            for full in [n for n in found if n.startswith(prefix)]:
+                key = full.removeprefix(prefix)
+                value = torch.zeros_like(parameter, memory_format=torch.preserve_format) if found[full] == tuple(parameter.shape) and key != "step" else torch.zeros(found[full])
+                wanted[full] = value.detach()
+                fresh.setdefault((number, name), {})[key] = wanted[full]
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(wanted, storage_reader=reader, no_dist=no_dist)
+    except (Exception, CheckpointException) as error:  # torch's own, which is no Exception, wraps what safetensors says
+        raise UserError(f"checkpoint {folder} cannot be read ({_first_line(error)}); --resume an earlier one by its folder") from error
+    for (number, name), values in fresh.items():
+        parameter, group = parameters[name], optimizers[number].param_groups[0]
+        if "step" in values:
+            step = values["step"].reshape(())
+            values["step"] = step.to(parameter.device) if group.get("fused") or group.get("capturable") else step
+        optimizers[number].state[parameter] = values

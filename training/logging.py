@@ -16,9 +16,10 @@ PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
 class RunLog:
-    """One a run. `say` prints a line and keeps it in `logs/<run>.log`; `metrics` appends one JSON object a line."""
+    """One a run, the first rank's. `say` prints a line and keeps it in `logs/<run>.log`; `metrics` appends one JSON object a line."""
 
-    def __init__(self, folder: Path, logs: Path = Path("logs")) -> None:
+    def __init__(self, folder: Path, logs: Path = Path("logs"), silent: bool = False) -> None:
+        self.silent = silent  # of all ranks but the first
         folder.mkdir(parents=True, exist_ok=True)
         logs.mkdir(parents=True, exist_ok=True)
         self.console = Console(highlight=False, soft_wrap=True)
@@ -28,16 +29,20 @@ class RunLog:
         self.last_plain = 0.0
 
     def say(self, text: str = "") -> None:
+        if self.silent:
+            return
         self.console.print(text, markup=False)
         append_text(self.log_path, "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
 
     def metrics(self, values: dict[str, Any]) -> None:
         """`seconds` counts from the start of this process's training; a resumed run begins again."""
+        if self.silent:
+            return
         append_text(self.metrics_path, json.dumps(values | {"seconds": round(time.perf_counter() - self.started, 2)}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
-        if not self.metrics_path.is_file():
+        if self.silent or not self.metrics_path.is_file():
             return
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         try:
@@ -47,7 +52,7 @@ class RunLog:
         write_text(self.metrics_path, "".join(kept))
 
     def start(self, step: int, max_steps: int) -> None:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"), TextColumn("left"), TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self.progress.add_task("", total=max_steps, completed=step, status="")
@@ -64,7 +69,7 @@ class RunLog:
             self.recent.popleft()
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=step, status=status)
-        elif now - self.last_plain >= PLAIN_SECONDS:
+        elif not self.silent and now - self.last_plain >= PLAIN_SECONDS:
             self.last_plain = now
             then, first = self.recent[0]
             left = (now - then) / (step - first) * (self.max_steps - step)

@@ -3,9 +3,12 @@
 import json
 import math
 import random
+import resource
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,12 +21,16 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.files import append_text
+from configs.ranks import ALONE, World
 from configs.schema import Config, TrainConfig
+from data.loader import merged
+from models.language_model import Block
 from models.layers import computes_bf16, pick_device
 from models.multi_token import chains
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import Saver, load_checkpoint
+from training.distributed import accumulating, gathered, parallel
 from training.logging import RunLog
-from training.optim import head_weights, make_optimizers, schedule, set_learning_rates
+from training.optim import freeze, head_weights, make_optimizers, schedule, set_learning_rates
 
 Batch = dict[str, Tensor]
 
@@ -32,8 +39,8 @@ class Batches(Protocol):
     """Batches without end, which say where they are."""
 
     def __next__(self) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def state(self) -> dict[int, Any]: ...
+    def load_state(self, states: list[Any]) -> None: ...
     def dropped(self) -> Mapping[tuple[str, str], int]: ...
     def samples(self) -> list[str]: ...
     def close(self) -> None: ...
@@ -44,17 +51,21 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. A second SIGINT interrupts at once."""
+    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more interrupts at once."""
+
+    def __init__(self, patience: int = 1) -> None:
+        self.name, self.patience = "", patience
 
     def __enter__(self) -> "StopSignals":
-        self.name = ""
         main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            self.patience -= 1
+            if self.patience <= 0:
+                raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
     def __exit__(self, *error: object) -> None:
@@ -71,20 +82,28 @@ class Task:
     before_checkpoint: Callable[[], None]
 
 
+def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """`train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
+    return config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
+
+
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of `train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config, device))
 
 
-def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None) -> None:
+def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved."""
     c, device = config.train, pick_device(config.train.device)
     model.to(device).train()
+    freeze(model, c)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = c.recompute
+    run = parallel(model, config.parallel, device, computes_in_bf16(c, device), world)  # what is called
     optimizers = make_optimizers(model, c)
     done = skipped = 0  # steps; those before this one, in a row, that were skipped
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizers)
+        state = load_checkpoint(checkpoint, model, optimizers, world)
         done, skipped = state["step"], state["skipped"]
         try:
             task.batches.load_state(state["data"])
@@ -93,84 +112,144 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         log.say(f"resumed from {checkpoint} after step {done}")
 
     log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
+    saver = Saver(folder / "checkpoints", c.keep_checkpoints, world)
 
     def save(step: int) -> Path:
-        task.before_checkpoint()
-        return save_checkpoint(folder / "checkpoints", step, model, optimizers, {"data": task.batches.state(), "skipped": skipped}, c.keep_checkpoints)
+        return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped}, task.before_checkpoint)
 
     log.start(done, config.max_steps)
+    saved_at = time.monotonic()
     dropped: dict[str, Any] = {}
     try:
-        with StopSignals() as stop:
+        with StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
             for step in range(done + 1, config.max_steps + 1):
-                started = time.perf_counter()
-                values = train_step(config, model, optimizers, task.batches, step, device)
-                values["tokens_per_s"] = values.pop("tokens") / (time.perf_counter() - started)
+                values = train_step(config, run, optimizers, task.batches, step, device, world, saver.copied)
                 skipped = skipped + 1 if values.get("skipped") else 0
                 if skipped:
-                    append_text(folder / "skipped.jsonl", json.dumps({key: values.pop(key) for key in ("skipped", "samples")} | {"step": step}) + "\n")
-                    log.say(f"warning: step {step} skipped, its loss or gradient is not finite: the batch's samples stand in {folder / 'skipped.jsonl'}")
+                    _note_skipped(values, step, folder, log, world)
                 if skipped == c.skips:
+                    saver.wait()
                     at = f"the last checkpoint stands in {folder / 'checkpoints'}"
                     raise UserError(f"no finite loss and gradient in {skipped} steps, up to {step}: lower the learning rates, or look at skipped.jsonl ({at})")
                 log.step(step, math.nan if skipped else values["loss"], values["tokens_per_s"])
                 last = step == config.max_steps
+                evaluated = last or any(every and step % every == 0 for every in (c.eval_every, config.eval.tasks_every if config.eval.tasks else 0))
                 if step % c.log_every == 0 or last:
-                    before, dropped = dropped, {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(task.batches.dropped().items())}}
+                    before = dropped
+                    if world.size == 1 or evaluated:
+                        dropped = {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(sum(world.gather(task.batches.dropped()), Counter()).items())}}
                     log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
-                if last or any(every and step % every == 0 for every in (c.eval_every, config.eval.tasks_every if config.eval.tasks else 0)):
+                if evaluated:
                     try:
                         evaluate(model, task, step, log)
                     except Exception:
-                        save(step)  # what was learnt is not lost to a task that fails
+                        if world.size == 1:
+                            save(step)  # what was learnt is not lost to a task that fails
+                            saver.wait()
                         raise
-                if last or stop.name or (c.checkpoint_every and step % c.checkpoint_every == 0):
-                    saved = save(step)
-                if stop.name and not last:
-                    raise Stopped(f"{stop.name}: stopped after step {step}, whose checkpoint is {saved}")
+                due = torch.tensor([bool(stop.name), world.first and 0 < c.checkpoint_minutes * 60 <= time.monotonic() - saved_at], dtype=torch.int64)
+                world.sum(due)
+                stopped, late = due.tolist()
+                if last or stopped or late or (c.checkpoint_every and step % c.checkpoint_every == 0):
+                    saved, saved_at = save(step), time.monotonic()
+                if stopped and not last:
+                    saver.wait()
+                    raise Stopped(f"{stop.name or 'another rank was told to stop'}: stopped after step {step}, whose checkpoint is {saved}")
+            saver.wait()
     finally:
         log.stop()
         task.batches.close()
 
 
-def train_step(config: Config, model: Any, optimizers: list[torch.optim.Optimizer], batches: Any, step: int, device: torch.device) -> dict[str, Any]:
-    """One optimizer step. The loss is cross-entropy summed over all micro-batches ÷ their supervised tokens.
+def _note_skipped(values: dict[str, Any], step: int, folder: Path, log: RunLog, world: World) -> None:
+    """The samples of a skipped step, of all ranks, into `skipped.jsonl`."""
+    reason, samples = values.pop("skipped"), [sample for rank in world.gather(values.pop("samples")) for sample in rank]
+    if world.first:
+        append_text(folder / "skipped.jsonl", json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n")
+    log.say(f"warning: step {step} skipped ({reason}): the batch's samples stand in {folder / 'skipped.jsonl'}")
 
-    Where loss or gradient are not finite nothing is changed, and the values say so: "skipped", and the batch's "samples".
+
+def train_step(
+    config: Config,
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    batches: Any,
+    step: int,
+    device: torch.device,
+    world: World = ALONE,
+    before_update: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """One optimizer step. The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
+
+    `model` is what `parallel` gave. Where loss or gradient are not finite, or nothing is to be learnt, nothing is changed, and the
+    values say so: "skipped", and the "samples" of this rank's batches.
     """
-    c = config.train
+    c, started = config.train, time.perf_counter()
     micro, samples = [], []
-    for _ in range(c.accumulation):
+    for _ in range(c.accumulation // world.size):
         micro.append(next(batches))
         samples += batches.samples()
+    waited = time.perf_counter() - started
+    heads = config.model.multi_token.heads
     supervised = sum(int((b["labels"] != -100).sum()) for b in micro)
-    heads = model.config.multi_token.heads
-    chained = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro).clamp(min=1).to(device)  # each head's targets (K,)
+    left, right = (sum(int((b[name] >= 0).sum()) for b in micro) for name in ("left_groups", "right_documents"))
+    counts = torch.tensor([supervised, left + right, sum(len(b["tiles"]) for b in micro), *[0] * heads])
+    if heads:
+        counts[3:] = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro)
+    world.sum(counts)
+    supervised, tokens, tiles = counts[:3].tolist()
+    chained = counts[3:].clamp(min=1).to(device)  # each head's targets (K,)
     weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
-    total, of_heads = torch.zeros((), device=device), torch.zeros(heads, device=device)
-    for batch in micro:
-        with autocast(c, device):
-            output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
-        loss = output.loss_sum / max(1, supervised)
-        total += loss.detach()
-        if heads:
-            means = output.head_loss_sums / chained
-            of_heads += means.detach()
-            loss = loss + (weights * means).sum()
-        loss.backward()
+    losses = torch.zeros(1 + heads, device=device)
+    for number, batch in enumerate(micro, 1):
+        with accumulating(model, number == len(micro)):
+            with autocast(c, device):
+                output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
+            loss = output.loss_sum / max(1, supervised)
+            losses[0] += loss.detach()
+            if heads:
+                means = output.head_loss_sums / chained
+                losses[1:] += means.detach()
+                loss = loss + (weights * means).sum()
+            (loss * world.size).backward()  # the ranks' gradients are averaged
+    world.sum(losses)
     rates = set_learning_rates(optimizers, schedule(step - 1, config.max_steps, c))
-    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip or math.inf).item()
-    loss, finite = total.item(), math.isfinite(norm) and bool(torch.isfinite(total)) and bool(torch.isfinite(of_heads).all())
+    norms = _clip(optimizers, c.clip)
+    loss, norm = losses[0].item(), math.hypot(*norms.values())
+    finite = math.isfinite(norm) and bool(torch.isfinite(losses).all())
+    before_update()
     for optimizer in optimizers:
-        if finite:
+        if finite and supervised:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    tokens = sum(int((b["left_groups"] >= 0).sum()) + int((b["right_documents"] >= 0).sum()) for b in micro)
-    values = {"loss": loss, "grad_norm": norm, "lr": rates, "supervised_tokens": supervised, "tokens": tokens} | ({"head_losses": of_heads.tolist()} if heads else {})
-    if not finite:
-        values = {"loss": None, "grad_norm": None, "tokens": tokens, "skipped": f"loss {loss}, gradient norm {norm}", "samples": samples}
-    return values
+    seconds = time.perf_counter() - started
+    speed = {"tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds, "tiles_per_s": tiles / seconds, "data_wait": waited / seconds}
+    full = c.rows * c.accumulation * (config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0))
+    if not finite or not supervised:
+        reason = f"loss {loss}, gradient norm {norm}" if supervised else "no token to learn"
+        return {"loss": None, "grad_norm": None, "skipped": reason, "samples": samples} | speed
+    learnt = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates} | ({"head_losses": losses[1:].tolist()} if heads else {})
+    return learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
+
+
+def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, float]:
+    """Gradient norm of each part, as it was before all gradients were scaled to a norm of `most` (0: they are not)."""
+    parts: dict[str, list[Tensor]] = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
+    norms = torch.stack([gathered(torch.nn.utils.get_total_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
+    if most:
+        total = torch.linalg.vector_norm(norms)
+        for members in parts.values():
+            torch.nn.utils.clip_grads_with_norm_(members, most, total)
+    return dict(zip(parts, norms.tolist(), strict=True))
+
+
+def memory(device: torch.device) -> float:
+    """The most that was in use so far, in GB: of the device's memory, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def evaluate(model: Any, task: Task, step: int, log: RunLog) -> None:

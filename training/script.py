@@ -1,18 +1,22 @@
 """What the two training scripts share: configuration → data → model → loop → exported model."""
 
 import copy
+import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from configs.errors import UsageError
 from configs.files import replacing_folder
+from configs.ranks import World, world_of_torchrun
 from configs.schema import Config, Vocabulary
 from data.build import Data, build_data
 from data.datasets import by_source
@@ -23,9 +27,10 @@ from models.adapters import add_adapters, check_lora, merge_adapters, save_adapt
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.layers import pick_device
 from models.modality_projector import check_kind
-from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights, load_weights
+from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
-from training.checkpoint import checkpoints
+from training.checkpoint import checkpoints, load_weights_of
+from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
@@ -80,6 +85,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     vanilla = config.model.left_context == "none"
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
+    check_world(config, world_of_torchrun())
     check_kind(config.model.projector)
     check_lora(config.lora, config.model.towers)
     for tower in config.model.towers:
@@ -93,11 +99,18 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TasksInTraining(config.eval)  # raises now, before anything is written
-    config, folder, checkpoint = open_run(config, flags, lambda new: complete(new, flags))
-    with leaving_nothing(folder, checkpoint):
-        tasks = TasksInTraining(config.eval)
-        model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class)
-    _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log)
+    with opened(pick_device(config.train.device)) as world:
+        config, folder, checkpoint = world.agreed(lambda: open_run(config, flags, lambda new: _of_world(complete(new, flags), world)))
+        check_world(config, world)
+        with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
+            tasks = TasksInTraining(config.eval)
+            model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
+        _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world)
+
+
+def _of_world(config: Config, world: World) -> Config:
+    """A new run's configuration, with as many streams of data as it has ranks where nothing else is said."""
+    return replace(config, data=replace(config.data, streams=config.data.streams or world.size))
 
 
 @contextmanager
@@ -115,19 +128,19 @@ def leaving_nothing(folder: Path, checkpoint: Path | None) -> Iterator[None]:
         raise
 
 
-def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: Any) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
+def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: Any, world: World) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
     """Everything that training needs, loaded and checked."""
-    log = RunLog(folder)
+    log = RunLog(folder, silent=not world.first)
     torch.manual_seed(config.seed)
-    data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None)
+    data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None, world.rank, world.size)
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
     if checkpoint is None:
         load_pretrained(model, config, log)
     add_adapters(model, config.lora)
     if checkpoint is not None:
-        load_weights(model, checkpoint / "model.safetensors")  # now, for the feature cache goes by the encoder's weights
-    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30))
+        load_weights_of(checkpoint, model)  # now, for the feature cache goes by the encoder's weights
+    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30 / world.size))
     encoder.cache = cache
     validation = Validation(data.validation, data.budget, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
@@ -137,6 +150,8 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
     if data.validation.dropped:
         log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
 
+    if world.rank:
+        torch.manual_seed((config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63)  # dropout of its own; the weights are all ranks'
     return model, data, validation, cache, log
 
 
@@ -155,22 +170,49 @@ def export(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
         tokenizer.save(beside)
 
 
+def plain(model: Any, config: Config, model_class: Any) -> Any:
+    """The model as one process has it: itself, or, where FSDP shares it among ranks, a whole copy on each. Every rank calls it."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        whole = model_class(config.model, model.vocabulary)
+        add_adapters(whole, config.lora)
+    whole.load_state_dict({name: gathered(tensor) for name, tensor in model.state_dict().items()}, assign=True)
+    for name, buffer in model.named_buffers():
+        module, _, leaf = name.rpartition(".")
+        setattr(whole.get_submodule(module), leaf, buffer)
+    shared, own = (m.parts()["vision"] for m in (model, whole))
+    own.cache = shared.cache if shared.frozen else None
+    return whole.requires_grad_(False).eval()
+
+
 def _train_and_export(
-    config: Config, folder: Path, checkpoint: Path | None, model: Any, data: Data, validation: Validation, tasks: TasksInTraining, cache: FeatureCache, log: RunLog
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    model: Any,
+    data: Data,
+    validation: Validation,
+    tasks: TasksInTraining,
+    cache: FeatureCache,
+    log: RunLog,
+    world: World,
 ) -> None:
+    model_class, trained = type(model), model  # FSDP changes the class
     shown: list[dict[str, Any]] = []  # the last predictions
     warned: list[str] = []
     e = config.eval
     best = Best(folder, e.best, validation.metrics(e.captions) | tasks.metrics)
 
     def evaluate(step: int) -> dict[str, Any]:
+        model = plain(trained, config, model_class)
         with autocast(config.train, pick_device(config.train.device)):
-            scores = validation.score(model)
-        predictions = validation.predictions(model, 8)
-        save_samples(folder / "samples", step, predictions)
-        shown[:] = predictions
+            scores = validation.score(model, world)
+        if world.first:
+            shown[:] = validation.predictions(model, 8)
+            save_samples(folder / "samples", step, shown)
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
-        captions = validation.cider(model, e.captions, e.caption_tokens)
+        captions = validation.cider(model, e.captions, e.caption_tokens, world)
         if captions is not None:
             scores["cider"] = captions.score
             more += f", CIDEr {captions.score:.3f}"
@@ -178,26 +220,31 @@ def _train_and_export(
                 warned.append(captions.warning)
                 log.say(f"warning: {captions.warning}")
         log.say(f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}")
-        for p in predictions[:4]:
+        for p in shown[:4]:
             said = " ".join(p["prediction"].split())  # on one line
             log.say(f"    {p['question']}  →  {said}" + ("" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"))
         dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(data.validation.dropped.items())}
         logged = {f"validation_{k}": v for k, v in (scores | ({"dropped": dropped} if dropped else {})).items()}
         if step == config.max_steps or (e.tasks_every and step % e.tasks_every == 0):
-            found = tasks.score(model, data.validation.renderer)
+            found = tasks.score(model, data.validation.renderer, world)
             for name, value in found.items():
                 log.say(f"    {name} {value:.4f}")
             logged |= found
-        if best.is_beaten(step, logged):
+        if world.first and best.is_beaten(step, logged):
             export(model, folder / "best", data.tokenizer)
             best.note(step, logged)
         return logged
 
     task = Task(data.batches, evaluate, cache.save)
     try:
-        train(config, model, task, folder, log, checkpoint)
+        train(config, model, task, folder, log, checkpoint, world)
     except Stopped as stopped:
-        log.say(f"{stopped}\ngo on with:\n  {shlex.join([sys.executable, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
+        start = [sys.executable] if world.size == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        log.say(f"{stopped}\ngo on with:\n  {shlex.join([*start, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
+        return
+    dropped = sum(world.gather(data.batches.dropped()), Counter())
+    model = plain(trained, config, model_class)
+    if not world.first:
         return
     if not shown:  # a run that was already at its end
         shown = validation.predictions(model.eval(), 8)
@@ -206,7 +253,7 @@ def _train_and_export(
         log.say(f"adapter: {adapter} (merged into the model below)")
     merge_adapters(model)  # training is over: no copy is needed
     export(model, folder / "model", data.tokenizer)
-    if dropped := data.batches.dropped():
+    if dropped:
         log.say(f"training records dropped: {by_source(dropped)}")
     here = Path.cwd()
     python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(shown[0]["image"])))

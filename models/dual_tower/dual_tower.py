@@ -10,7 +10,7 @@ from models.dual_tower.dual_language_model import DualLanguageModel
 from models.kv_cache import ImageKV, KeyValueRecorder
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
-from models.modality_projector import ModalityProjector, put_image_tokens
+from models.modality_projector import ModalityProjector, blank, put_image_tokens
 from models.pretrained import fingerprint, load_model, save_model
 from models.vision_encoder import VisionEncoder
 
@@ -19,6 +19,8 @@ IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py inclu
 
 class LeftTower(nn.Module):
     """Vision encoder → modality projector → decoder. Its only product is keys and values."""
+
+    blank_tile = False  # batches without images run the encoder too, for nothing
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -37,6 +39,8 @@ class LeftTower(nn.Module):
         if len(tiles) or placeholders.any():
             x = put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
         mask = left_mask(left_positions, left_groups, left_images, self.config.image_isolation, self.config.left_attention)
+        if self.blank_tile and not len(tiles):
+            x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         recorder = KeyValueRecorder()
         self.decoder(x, left_positions, mask, recorder)
         return recorder.layers
@@ -46,6 +50,14 @@ class DualTowerVLM(nn.Module):
     """Exactly one tower per token. Batch keys are the arguments: `model(**batch)`."""
 
     model_type = "dual_tower"
+
+    @property
+    def blank_tile(self) -> bool:
+        return self.left.blank_tile
+
+    @blank_tile.setter
+    def blank_tile(self, on: bool) -> None:
+        self.left.blank_tile = on
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()

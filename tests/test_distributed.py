@@ -1,0 +1,153 @@
+"""Two ranks on one machine: the losses of one process, DDP and FSDP2; another number of ranks goes on where one stopped; lost ranks and contradictions."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from programs import Program, run_program
+from safetensors.torch import load_file
+from test_training import command
+
+from configs.errors import UsageError
+from configs.ranks import World
+from configs.schema import Config, DataConfig, TrainConfig
+from data.loader import merged
+from training.checkpoint import checkpoints
+from training.distributed import check_world
+
+# One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16, where sums differ by their order.
+SHARED = ["--data.streams", "2", "--train.accumulation", "2", "--train.optimizer", "adamw", "--train.dtype", "fp32", "--cache_dir", "cache"]
+
+
+def ranks(number: int, *flags: str) -> list[str]:
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(number), *command(*SHARED, *flags)[1:]]
+
+
+def told(folder: Path) -> dict[tuple[int, str], float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], key): line[key] for line in lines for key in ("loss", "validation_loss", "validation_accuracy") if key in line}
+
+
+def assert_near(got: dict[tuple[int, str], float], wanted: dict[tuple[int, str], float], most: float = 1e-5) -> None:
+    assert got.keys() == wanted.keys() and wanted
+    assert max(abs(got[key] - wanted[key]) for key in wanted) <= most
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    done = run_program(command(*SHARED, "--max_steps", "50", "--output_dir", "run"), folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
+    done = run_program(ranks(2, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_near(told(tmp_path / "run"), told(alone))
+    assert done.stdout.count("validation loss") == 10  # one rank tells
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone, tmp_path / "run"))
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
+
+
+def stopped_at(step: int, program: list[str], folder: Path, number: int) -> None:
+    """Start a run and send a signal when it has logged `step`; torchrun passes it on to its ranks."""
+    process, metrics = Program(program, folder), folder / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.wait()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, parallel):
+    end = ["--output_dir", "run", "--max_steps", "50"]
+    stopped_at(15, ranks(2, *end, "--parallel", parallel), tmp_path, signal.SIGTERM)
+    assert 15 <= int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_")) < 50
+    if parallel == "fsdp":  # which one process cannot be asked to do: the flag of the other kind resumes it
+        stopped_at(30, command(*SHARED, *end, "--resume", "auto", "--parallel", "ddp"), tmp_path, signal.SIGTERM)
+        last = ranks(2, *end, "--resume", "auto", "--parallel", "fsdp")
+    else:
+        stopped_at(30, command(*SHARED, *end, "--resume", "auto"), tmp_path, signal.SIGTERM)
+        last = ranks(2, *end, "--resume", "auto")
+    done = run_program(last, tmp_path)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert_near(told(tmp_path / "run"), told(alone))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_killed_and_resumed_are_bit_for_bit_what_they_had_been(tmp_path, parallel):
+    end = ["--output_dir", "run", "--parallel", parallel]
+    (tmp_path / "whole").mkdir()
+    done = run_program(ranks(2, *end), tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    process, metrics = Program(ranks(2, *end), tmp_path), tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"step": 7,' in metrics.read_text()):
+        time.sleep(0.002)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)  # one rank: torchrun ends the other
+    lost = process.wait()
+    assert lost.returncode != 0 and not (tmp_path / "run" / "model").exists(), lost.stderr
+    done = run_program(ranks(2, *end, "--resume", "auto"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert told(tmp_path / "run") == told(tmp_path / "whole" / "run")
+
+
+def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_path):
+    """Text alone, images, and damaged images; more rows than one rank's share."""
+    from PIL import Image
+
+    lines = []
+    for i in range(24):
+        record = {"texts": [{"user": f"{i} and {i}?", "assistant": str(2 * i)}]}
+        if i >= 16:
+            Image.new("RGB", (64, 64), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+            record["image"] = f"{i}.png"
+        lines.append(json.dumps(record))
+    for i in (20, 21, 22):
+        (tmp_path / f"{i}.png").write_bytes(b"\x89PNG cut")
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    data = [
+        "--data.sources",
+        "jsonl=mine.jsonl",
+        "--data.validation_images",
+        "4",
+        "--data.streams",
+        "1",
+        "--train.lr_vision",
+        "1e-4",
+        "--train.rows",
+        "1",
+        "--data.right_length",
+        "32",
+    ]
+    for number, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        flags = [*data, "--output_dir", f"run{number}{parallel}", "--parallel", parallel]
+        done = run_program(ranks(2, *flags) if number == 2 else command(*SHARED, *flags), tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_near(told(tmp_path / f"run{number}{parallel}"), told(tmp_path / "run1ddp"))
+
+
+@pytest.mark.parametrize(
+    ("size", "config", "message"),
+    [
+        (1, Config(parallel="fsdp"), "there is one: start the script with torchrun"),
+        (2, Config(), "train.accumulation = 1.*is not a multiple of the 2 ranks"),
+        (3, Config(data=DataConfig(streams=2), train=TrainConfig(accumulation=6)), "3 ranks cannot take the data's 2 streams"),
+        (2, Config(data=DataConfig(streams=4), train=TrainConfig(accumulation=6)), "not a multiple of the 4 streams"),
+    ],
+)
+def test_contradictions_are_one_line(size, config, message):
+    with pytest.raises(UsageError, match=message):
+        check_world(config, World(0, size))
+
+
+def test_states_of_all_ranks_are_one_of_each_stream():
+    """Two ranks that share a stream: what each found damaged is added up."""
+    shared = [{0: {"epoch": 1, "damaged": [["a", "image_damaged", 2]]}}, {0: {"epoch": 1, "damaged": [["a", "image_damaged", 3], ["b", "image_missing", 1]]}}]
+    assert merged(shared) == [{"epoch": 1, "damaged": [["a", "image_damaged", 5], ["b", "image_missing", 1]]}]
+    assert [state["epoch"] for state in merged([{0: {"epoch": 4, "damaged": []}, 2: {"epoch": 6, "damaged": []}}, {1: {"epoch": 5, "damaged": []}}])] == [4, 5, 6]

@@ -1,0 +1,86 @@
+"""Several processes under torchrun: their process group, and DDP or FSDP2 around a model. Alone, all of it does nothing."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.errors import UsageError, UserError
+from configs.ranks import World, world_of_torchrun
+from configs.schema import Config
+from models.language_model import Block
+
+BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "Timed out waiting", "gloo")  # how a lost rank is told
+
+
+def check_world(config: Config, world: World) -> None:
+    """What a configuration and a number of ranks cannot do together: `UsageError`."""
+    accumulation, streams = config.train.accumulation, config.data.streams or world.size
+    if config.parallel == "fsdp" and world.size == 1:
+        raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N")
+    if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
+        raise UsageError("--lora.*.nf4: 4-bit weights cannot be shared among ranks: not with --parallel fsdp")
+    if world.size % streams and streams % world.size:
+        raise UsageError(f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)")
+    for what, number in (("ranks", world.size), ("streams", streams)):
+        if accumulation % number:
+            raise UsageError(
+                f"train.accumulation = {accumulation}, micro-batches of all ranks together, is not a multiple of the {number} {what}: raise it, and lower train.rows to keep the batch"
+            )
+
+
+@contextmanager
+def opened(device: torch.device) -> Iterator[World]:
+    """The process group of torchrun's ranks: gloo on CPU, and NCCL on CUDA. That another rank was lost raises `UserError`."""
+    world = world_of_torchrun()
+    if world.size == 1:
+        yield world
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield world
+    except RuntimeError as error:
+        if any(word in str(error) for word in BROKEN):
+            raise UserError(f"another rank was lost ({' '.join(str(error).split())[:100]}): its own message says why; --resume auto goes on from the last checkpoint") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def parallel(model: Any, kind: str, device: torch.device, bf16: bool, world: World) -> Any:
+    """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `bf16`: FSDP computes in it."""
+    model.blank_tile = True  # rows without image run the encoder all the same, or other ranks would wait for it; alone too, so that the optimizer sees the same gradients
+    if world.size == 1:
+        return model
+    if kind == "ddp":
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    encoder = model.parts()["vision"]
+    frozen = set(encoder.parameters()) if encoder.frozen else set()  # its features may be known already, on some ranks: nobody must wait for it
+    blocks = [m for m in model.modules() if isinstance(m, Block)] + ([] if encoder.frozen else list(getattr(encoder.backbone, "blocks", [])))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    return model
+
+
+def accumulating(model: Any, last: bool) -> AbstractContextManager[None]:
+    """Around a micro-batch: gradients go to the other ranks behind the `last` one alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over the ranks; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,306 @@
+"""What a run tells, sent to experiment trackers too: W&B, TensorBoard, trackio. Whatever happens to one of them, the run and the others go on.
+
+A tracker is asked for by name, `"wandb,tensorboard"`; its package is imported only then, and all it writes lies in the run folder.
+"""
+
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import PackageNotFoundError, version
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from secrets import token_hex
+from shlex import quote
+from shutil import copyfile
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from configs.errors import UsageError, UserError, nearest
+from configs.files import write_text
+from data.images import open_image
+
+PROJECT = "dualtowervlm"
+PACKAGES, BESIDE = ("configs", "data", "eval", "models", "training"), ("benchmarks", "scripts", "tests")  # folders whose code is kept with a W&B run
+WAIT = 10.0  # seconds that W&B may take to answer at the start, and again to take what is left at the end
+SIDE = 512  # pixels: longest side of an image that is sent
+
+Histogram = tuple[np.ndarray, np.ndarray]  # counts (N,), edges (N + 1,)
+Say = Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """Steps may come in any order and more than once: after a resume, or from an evaluation that took long."""
+
+    def __init__(self, folder: Path, say: Say) -> None: ...
+    def start(self, config: dict[str, Any], resumed_from: int | None) -> None: ...
+    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None: ...
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None: ...
+    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None: ...
+    def close(self, exit_ok: bool) -> None: ...
+
+
+class Trackers:
+    """The trackers in `names` (commas apart; "" is none). One that fails is told of once and left out from then on."""
+
+    def __init__(self, names: str, folder: Path, config: dict[str, Any], say: Say, resumed_from: int | None) -> None:
+        self.say = say
+        self.open = {name: TRACKERS[name](folder, say) for name in self.check(names)}
+        self._each("start", config, resumed_from)
+
+    @staticmethod
+    def check(names: str) -> list[str]:
+        """The names one by one. An unknown one is a `UsageError`; `UserError` where a package is missing or too old."""
+        found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+        for name in found:
+            if name not in TRACKERS:
+                raise UsageError(f"there is no tracker '{name}'{nearest(name, list(TRACKERS))}")
+            try:
+                installed = version(name)  # not find_spec, which takes a folder of that name for the package
+            except PackageNotFoundError:
+                raise UserError(f"the package {name} is not installed: that tracker needs the group {name} (pip install -e '.[{name}]')") from None
+            if [int(n) for n in re.findall(r"\d+", installed)[:2]] < [int(n) for n in OLDEST[name].split(".")]:
+                raise UserError(f"{name} {installed} is too old, {OLDEST[name]} is needed (pip install -e '.[{name}]')")
+        return found
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl. One without a training loss comes from an evaluation."""
+        self._each("metrics", values["step"], flatten(values), "loss" not in values)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        self._each("histograms", step, histograms)
+
+    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
+        """`rows`: image (a path, or ""), question, answer, prediction; `sheet`: a picture of them all."""
+        self._each("predictions", step, rows, sheet)
+
+    def close(self, exit_ok: bool) -> None:
+        self._each("close", exit_ok)
+        self.open = {}
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self.open.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                del self.open[name]
+                with suppress(Exception):  # it is told below what went wrong first
+                    tracker.close(False)
+                self.say(f"warning: {name}: {one_line(error)} — logging to it stops, metrics.jsonl goes on")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def flatten(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a line of metrics.jsonl, save its step: `{"lr": {"left": 0.1}, "head_losses": [3.0]}` → `{"lr/left": 0.1, "head_losses/1": 3.0}`."""
+    out = {}
+    for key, value in values.items():
+        parts = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else [("", value)]
+        out |= {f"{key}/{part}".removesuffix("/"): number for part, number in parts if isinstance(number, int | float) and not isinstance(number, bool)}
+    out.pop("step", None)
+    return out
+
+
+def thumbnail(path: str) -> Image.Image | None:
+    if not path:
+        return None
+    image = open_image(path)
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+class Wandb:
+    """Weights & Biases. What decides online or offline: WANDB_MODE, whether there is an API key, and whether the server answers within `WAIT` seconds.
+
+    W&B's own steps only ever grow, so they are left to themselves: `step`, and `validation_step` for evaluations, are metrics like others, and the axes
+    of the rest. A run taken up again keeps its id, from `wandb_id`; its repeated steps are then there twice.
+    """
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.folder, self.say = folder, say
+        self.known: set[str] = set()  # metrics of evaluations, whose axis is defined
+
+    def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry calls its server in offline runs too, and waits for it at the end
+        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").absolute())  # images of tables, until they are sent
+        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")  # seconds: of what is asked in this thread, before a table is sent
+        import wandb
+
+        self.wandb = wandb
+        seen = wandb.setup(wandb.Settings(show_info=False)).settings  # these, the environment and W&B's files of settings
+        key = seen.api_key or netrc_key(seen.base_url)
+        path = self.folder / "wandb_id"
+        run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else token_hex(4)
+        mode, why = {"dryrun": "offline", "run": "online"}.get(seen.mode, seen.mode), ""
+        if mode in ("online", "shared") and not key and not seen.identity_token_file:
+            mode, why = "offline", "no API key (WANDB_API_KEY, or `wandb login`): "
+        if mode in ("online", "shared"):
+            try:
+                self.run = self._init(config, run_id, mode, key)
+            except Exception as error:
+                wandb.teardown()  # else the id is still in use
+                mode, why = "offline", f"{one_line(error)}: "
+        if mode in ("offline", "disabled"):
+            self.run = self._init(config, run_id, mode, None)
+        if mode == "disabled":
+            return self.say("wandb: disabled")
+        write_text(path, run_id + "\n")
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("validation_step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+        if not seen.disable_code:
+            with tempfile.TemporaryDirectory() as folder:
+                self.run.log_code(copy_code(Path(folder)), f"source-{run_id}", include_fn=lambda path: True)
+        offline = f"wandb: {why}kept offline; send it with: wandb sync {quote(str(self.folder))}/wandb/offline-run-*"  # with the parts before a resume
+        return self.say(offline if mode == "offline" else f"wandb: {self.run.url}")
+
+    def _init(self, config: dict[str, Any], run_id: str, mode: str, key: str | None) -> Any:
+        seen, wandb = self.wandb.setup().settings, self.wandb
+        settings = wandb.Settings(
+            api_key=key,  # given here, W&B neither asks for it nor writes it down
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WAIT)),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WAIT)),
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+            save_code=False,
+        )
+        name, project = seen.run_name or self.folder.name, seen.project or PROJECT
+        return wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config, mode=mode, settings=settings)
+
+    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
+        if evaluation:
+            for name in numbers.keys() - self.known:
+                self.run.define_metric(name, step_metric="validation_step")
+            self.known |= numbers.keys()
+        self.run.log({"step": step} | ({"validation_step": step} if evaluation else {}) | numbers)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        self.run.log({"step": step} | {name: self.wandb.Histogram(np_histogram=pair) for name, pair in histograms.items()})
+
+    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
+        table = self.wandb.Table(columns=["step", "image", "question", "answer", "prediction"])
+        for row in rows:
+            image = thumbnail(row["image"])
+            table.add_data(step, image and self.wandb.Image(image), row["question"], row["answer"], row["prediction"])
+        self.metrics(step, {"predictions": table}, True)
+
+    def close(self, exit_ok: bool) -> None:
+        try:
+            self.run.finish(exit_code=0 if exit_ok else 1)
+        except TimeoutError:
+            self.say(f"warning: wandb: not everything was sent; send it with: wandb sync {quote(str(self.run.settings.sync_dir))}")
+        finally:
+            self.wandb.teardown()
+
+
+def netrc_key(url: str) -> str | None:
+    """The API key that `wandb login` left for the server at `url`; W&B's own server has several names."""
+    host = urlsplit(url).netloc
+    hosts = [host, *(["api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [])]
+    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        try:
+            entries = netrc(Path(path).expanduser())
+        except (OSError, NetrcParseError):
+            continue
+        for found in filter(None, map(entries.authenticators, hosts)):
+            return found[2]
+    return None
+
+
+def copy_code(folder: Path) -> str:
+    """The repository's *.py and *.sh, copied to `folder`: what W&B walks through and sends must not hold a virtual environment, a run, or other packages."""
+    root = Path(__file__).parent.parent
+    repository = (root / "pyproject.toml").is_file()  # else an installed package, beside strangers
+    found = [f for name in PACKAGES + BESIDE * repository for f in (root / name).rglob("*")] + (list(root.glob("*")) if repository else [])
+    for file in found:
+        if file.suffix in (".py", ".sh") and file.is_file():
+            to = folder / file.relative_to(root)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(file, to)
+    return str(folder)
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`. What was written after the step that is resumed from is purged: TensorBoard no longer shows it."""
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.folder, self.say = folder / "tensorboard", say
+
+    def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=(resumed_from or 0) + 1, flush_secs=10)
+        self.writer.add_text("config", "    " + json.dumps(config, indent=2).replace("\n", "\n    "), resumed_from or 0)  # indented: code, in Markdown
+        self.say(f"tensorboard: tensorboard --logdir {self.folder}")
+
+    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, step)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        for name, (counts, edges) in histograms.items():
+            counts, edges = np.asarray(counts, float), np.asarray(edges, float)
+            middles = (edges[1:] + edges[:-1]) / 2
+            total, squares = (counts * middles).sum(), (counts * middles**2).sum()
+            self.writer.add_histogram_raw(name, edges[0], edges[-1], counts.sum(), total, squares, edges[1:].tolist(), counts.tolist(), step)
+
+    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
+        if sheet is not None:
+            self.writer.add_image("predictions", np.asarray(open_image(sheet)), step, dataformats="HWC")
+        cells = [[" ".join(row[key].split()).replace("|", "\\|") for key in ("question", "answer", "prediction")] for row in rows]
+        lines = ["question | answer | prediction", "--- | --- | ---", *(" | ".join(line) for line in cells)]
+        self.writer.add_text("predictions", "\n".join(lines), step)
+
+    def close(self, exit_ok: bool) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """Hugging Face's trackio: a SQLite file in `trackio/` (or in TRACKIO_DIR, for one dashboard of many runs); no network, no Space."""
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.folder, self.say = folder, say
+
+    def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str((self.folder / "trackio").absolute()))  # read when it is imported
+        import huggingface_hub.constants as hub
+        import trackio
+
+        self.trackio = trackio
+        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+            os.environ.pop(name, None)
+        online, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # it would ask the Hub for the user's name
+        try:
+            with redirect_stdout(io.StringIO()):
+                self.run = trackio.init(PROJECT, self.folder.name, config=config, resume="never" if resumed_from is None else "allow", embed=False)
+        finally:
+            hub.HF_HUB_OFFLINE = online
+        self.say(f"trackio: TRACKIO_DIR={trackio.utils.TRACKIO_DIR} trackio show --project {PROJECT}")
+
+    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
+        self.run.log(dict(numbers), step)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        self.run.log({name: self.trackio.Histogram(np_histogram=pair) for name, pair in histograms.items()}, step)
+
+    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
+        images = [thumbnail(row["image"]) for row in rows]
+        data = [row | {"image": image and self.trackio.Image(image)} for row, image in zip(rows, images, strict=True)]
+        self.run.log({"predictions": self.trackio.Table(data=data)}, step)
+
+    def close(self, exit_ok: bool) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.trackio.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
+OLDEST = {"wandb": "0.31", "tensorboard": "2.18", "trackio": "0.43"}  # as in pyproject.toml
