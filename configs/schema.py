@@ -358,6 +358,7 @@ class Config:
     dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     parallel: Literal["ddp", "fsdp"] = opt("ddp", "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)")
+    log: str = opt("", "experiment trackers that are told too, commas apart: wandb, tensorboard, trackio (metrics.jsonl is always written)")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt("cache", "folder of what is computed once: vision features")
     model: ModelConfig = ModelConfig()

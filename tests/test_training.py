@@ -344,6 +344,27 @@ def test_schedule():
     assert factors[59] == pytest.approx(0.55) and sorted(factors[10:], reverse=True) == factors[10:]
 
 
+def without_a_key() -> None:
+    os.environ |= {"HOME": os.getcwd()}
+    os.environ.pop("WANDB_API_KEY", None)
+
+
+def test_trackers_are_told_what_metrics_jsonl_holds(tmp_path):
+    """TensorBoard's events, read back; and W&B without a key, which asks nothing."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the group tensorboard is not installed")
+    pytest.importorskip("wandb", reason="the group wandb is not installed")
+    done = run_program(command("--output_dir", "run", "--log", "tensorboard,wandb", "--cache_dir", "cache"), tmp_path, before=without_a_key)
+    assert done.returncode == 0 and "wandb sync" in done.stdout, done.stderr
+    read = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"scalars": 0})
+    read.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(line["step"], pytest.approx(line["loss"])) for line in lines if "loss" in line]
+    assert [event.step for event in read.Scalars("validation_loss")] == [5, 10, 14]
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    wrong = run_program(command("--output_dir", "no", "--log", "wandbb"), tmp_path)
+    assert wrong.returncode == 2 and "wandb" in wrong.stderr and not (tmp_path / "no").exists()
+
+
 def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     optimizers = make_optimizers(model, TrainConfig())
     save(tmp_path, 1, model, optimizers, {"data": []})

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import UserError
 from configs.files import append_text, write_text
+from training.trackers import Trackers
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -27,6 +28,17 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         self.progress: Progress | None = None
         self.last_plain = 0.0
+        self.folder = folder
+        self.trackers: Trackers | None = None
+
+    def track(self, names: str, config: dict[str, Any], resumed_from: int | None) -> None:
+        """From here on the experiment trackers of `--log` are told too, until `stop`."""
+        if names and not self.silent:
+            self.trackers = Trackers(names, self.folder, config, self.say, resumed_from)
+
+    def predictions(self, step: int, rows: list[dict[str, Any]], sheet: Path) -> None:
+        if self.trackers is not None:
+            self.trackers.predictions(step, rows, sheet)
 
     def say(self, text: str = "") -> None:
         if self.silent:
@@ -38,7 +50,10 @@ class RunLog:
         """`seconds` counts from the start of this process's training; a resumed run begins again."""
         if self.silent:
             return
-        append_text(self.metrics_path, json.dumps(values | {"seconds": round(time.perf_counter() - self.started, 2)}) + "\n")
+        values = values | {"seconds": round(time.perf_counter() - self.started, 2)}
+        append_text(self.metrics_path, json.dumps(values) + "\n")
+        if self.trackers is not None:
+            self.trackers.metrics(values)
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
@@ -75,7 +90,11 @@ class RunLog:
             left = (now - then) / (step - first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {status}  {left:.0f} s left")
 
-    def stop(self) -> None:
+    def stop(self, well: bool) -> None:
+        """`well`: the run ended, or was stopped, as it should."""
+        if self.trackers is not None:
+            self.trackers.close(well)
+            self.trackers = None
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

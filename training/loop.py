@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.command_line import to_dict
 from configs.errors import UserError
 from configs.files import append_text
 from configs.ranks import ALONE, World
@@ -118,6 +119,8 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped}, task.before_checkpoint)
 
     log.start(done, config.max_steps)
+    log.track(config.log, to_dict(config), done if checkpoint is not None else None)
+    well = False  # ended as it should
     saved_at = time.monotonic()
     dropped: dict[str, Any] = {}
     try:
@@ -154,10 +157,12 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                     saved, saved_at = save(step), time.monotonic()
                 if stopped and not last:
                     saver.wait()
+                    well = True
                     raise Stopped(f"{stop.name or 'another rank was told to stop'}: stopped after step {step}, whose checkpoint is {saved}")
             saver.wait()
+            well = True
     finally:
-        log.stop()
+        log.stop(well)
         task.batches.close()
 
 

@@ -19,6 +19,7 @@ CHANGEABLE = (
     "resume",
     "cache_dir",
     "parallel",
+    "log",
     "data.workers",
     "train.log_every",
     "train.eval_every",

@@ -36,6 +36,7 @@ from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.loop import Stopped, Task, autocast, train
 from training.run import open_run
+from training.trackers import Trackers
 
 
 def complete(config: Config, flags: dict[str, Any]) -> Config:
@@ -86,6 +87,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
     check_world(config, world_of_torchrun())
+    Trackers.check(config.log)
     check_kind(config.model.projector)
     check_lora(config.lora, config.model.towers)
     for tower in config.model.towers:
@@ -211,6 +213,7 @@ def _train_and_export(
         if world.first:
             shown[:] = validation.predictions(model, 8)
             save_samples(folder / "samples", step, shown)
+            log.predictions(step, shown, folder / "samples" / f"step_{step:06d}.png")
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
         captions = validation.cider(model, e.captions, e.caption_tokens, world)
         if captions is not None:
