@@ -1,0 +1,127 @@
+"""A training step does no more work than is kept in benchmarks/results/guard.json, and more work is caught. The benchmark of a step runs, on tiny models."""
+
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import benchmarks.guard as guard
+import benchmarks.train_step as train_step
+from configs.errors import UserError
+from models.language_model import LanguageModel
+from models.layers import MLP, Attention
+
+CPU = torch.device("cpu")
+logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)  # under a failed test its lines would fill pages
+
+
+@pytest.fixture(scope="module")
+def now() -> guard.Values:
+    return guard.measure()
+
+
+def test_no_more_work_than_is_kept(now):
+    try:
+        kept = guard.read(guard.KEPT)
+    except UserError as other:
+        pytest.skip(str(other))
+    grew, shrank = guard.compare(kept, now)
+    assert not grew, "\n".join(grew)
+    for line in shrank:
+        warnings.warn(line, stacklevel=1)
+
+
+def test_the_values_are_those_that_can_be_told(now):
+    """720: logits of six answers of 60 tokens, computed again in the backward. Attention: three layers of 738 tokens, and of 6 × 16 patches; the left tower's last has none."""
+    patches = 3 * 6 * 16**2
+    assert now["vanilla"]["logits_rows"] == now["dual_tower"]["logits_rows"] == 720
+    assert now["vanilla"]["attention_pairs"] == 3 * 738**2 + patches
+    assert now["dual_tower"]["attention_pairs"] == 2 * 24**2 + 3 * 714 * 738 + patches
+    assert now["dual_tower_heads"]["logits_rows"] == 720 + 2 * 6 * (59 + 58)
+
+
+def test_more_work_is_caught(now, monkeypatch):
+    """Logits of every token, attention twice, a tensor more that is kept, a graph break, an optimizer that is not fused: every value is told."""
+    once, plain = Attention.forward, MLP.forward
+
+    def all_logits(self, hidden, labels):
+        return F.cross_entropy(self.logits(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+
+    def breaking(self, x):
+        torch._dynamo.graph_break()
+        return plain(self, x.exp().log())
+
+    monkeypatch.setattr(LanguageModel, "loss", all_logits)
+    monkeypatch.setattr(Attention, "forward", lambda self, x, rotary, mask, past: (once(self, x, rotary, mask, past) + once(self, x, rotary, mask, past)) / 2)
+    monkeypatch.setattr(MLP, "forward", breaking)
+    trial = train_step.Trial("vanilla", "tiny", "fp32", CPU)
+    for group in [g for o in trial.optimizers for g in o.param_groups]:
+        group["fused"] = False
+    grew, shrank = guard.compare({"vanilla": now["vanilla"]}, {"vanilla": guard.measure_one(trial)})
+    assert [line.split(":")[0] for line in grew] == sorted(f"vanilla {name}" for name in now["vanilla"]) and not shrank
+
+
+def test_a_run_is_like_the_one_before(now):
+    assert guard.measure_one(train_step.Trial("dual_tower", "tiny", "fp32", CPU)) == now["dual_tower"]
+
+
+def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
+    values = {"vanilla": {"flops": 1000, "graph_breaks": 0}}
+    monkeypatch.setattr(guard, "KEPT", tmp_path / "guard.json")
+    monkeypatch.setattr(guard, "measure", lambda: values)
+
+    def run(*flags: str, **found: int) -> str:
+        values["vanilla"] = {"flops": 1000, "graph_breaks": 0} | found
+        guard.main(list(flags))
+        return capsys.readouterr().out
+
+    run("--update")
+    assert "none grew" in run() and "none grew" in run(flops=1019)
+    with pytest.raises(UserError, match="1 of 2 values"):
+        run(flops=1021)
+    assert "vanilla flops: was 1,000, is 1,021, +2.1% (python -m benchmarks.guard --update, if that is meant)" in capsys.readouterr().out
+    for more in ({"graph_breaks": 1}, {"another": 5}):
+        with pytest.raises(UserError):
+            run(**more)
+    assert "to keep the gain" in run(flops=900)
+    run("--update", flops=1100)
+    assert "none grew" in run(flops=1100)
+    kept = json.loads(guard.KEPT.read_text())
+    guard.KEPT.write_text(json.dumps(kept | {"versions": {"torch": "1.0", "timm": "1.0"}}))
+    assert "nothing compared" in run(flops=5000)
+
+
+@pytest.mark.parametrize("kind", train_step.MODELS)
+def test_the_standard_row(kind):
+    trial = train_step.Trial(kind, "tiny", "bf16", CPU)
+    assert trial.tokens == 6 * (4 + 59 + 60) and int((trial.row["labels"] != -100).sum()) == 6 * 60
+    last, answered = trial.row["right_ids"][0, -2:].tolist(), trial.row["labels"][0, -2:].tolist()
+    assert answered == [last[1], -100]
+    flops = trial.flops()  # in bf16 attention is plain products: the fused kernel, which is not estimated, computes its scores once more in the backward
+    assert flops["estimate"] == pytest.approx(flops["counted"], rel=0.02)
+
+
+def test_a_step_is_measured_and_profiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_step, "apart", lambda function, *args: function(*args))
+    flags = ["--size", "tiny", "--device", "cpu", "--dtype", "bf16"]
+    train_step.main([*flags, "--repeats", "2", "--json", str(tmp_path / "step.json")])
+    assert "tokens/s" in capsys.readouterr().out
+    found = json.loads((tmp_path / "step.json").read_text())
+    for kind in train_step.MODELS:
+        seconds = {phase: s["median"] for phase, s in found[kind]["seconds"].items()}
+        assert min(seconds.values()) > 0 and sum(seconds.values()) <= 2 * seconds["step"] * 1.1
+        assert 0 < found[kind]["share_of_products"]["median"] < 1
+    assert found["ratio"]["parameters"] > 1 and found["torch"] and found["repeats"] == 2
+    train_step.main([*flags, "--model", "vanilla", "--profile", "5"])
+    assert "the 5 that take most" in capsys.readouterr().out
+
+
+def test_what_the_machine_lacks_is_told(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device = 'cuda' cannot be used"):
+            train_step.main(["--size", "tiny", "--device", "cuda"])
+    with pytest.raises(UserError, match="side by side, would take some 1048576.0 GiB"):
+        train_step.check_memory(2**50, CPU, "vanilla and dual_tower, side by side,")
