@@ -54,7 +54,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
-from training.loop import autocast, train_step
+from training.loop import autocast, keep_freed_memory, train_step
 from training.optim import make_optimizers
 
 Batch = dict[str, Tensor]
@@ -150,6 +150,8 @@ class Trial:
 
     def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0) -> None:
         self.config, self.device = make_config(kind, SIZES[size], dtype, heads), device
+        if device.type == "cpu":
+            keep_freed_memory()  # as `train` does
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
         torch.manual_seed(0)
         self.model = MODELS[kind](self.config.model, vocabulary).to(device).train()

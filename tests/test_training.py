@@ -345,7 +345,7 @@ def test_schedule():
 
 
 def without_a_key() -> None:
-    os.environ |= {"HOME": os.getcwd()}
+    os.environ |= {"HOME": str(Path.cwd())}
     os.environ.pop("WANDB_API_KEY", None)
 
 

@@ -1,5 +1,6 @@
 """The training loop: one for every model."""
 
+import ctypes
 import json
 import math
 import random
@@ -10,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +96,8 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved."""
     c, device = config.train, pick_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).train()
     freeze(model, c)
     for block in model.modules():
@@ -248,6 +251,14 @@ def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, flo
         for members in parts.values():
             torch.nn.utils.clip_grads_with_norm_(members, most, total)
     return dict(zip(parts, norms.tolist(), strict=True))
+
+
+def keep_freed_memory() -> None:
+    """Linux's glibc gives large tensors back to the system at once, and gets them again page by page: a fifth of a step on a CPU (docs/experiments.md). Elsewhere nothing."""
+    with suppress(OSError, AttributeError):  # a C library without it
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+            mallopt(option, value)
 
 
 def memory(device: torch.device) -> float:
