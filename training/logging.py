@@ -90,7 +90,7 @@ class RunLog:
             left = (now - then) / (step - first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {status}  {left:.0f} s left")
 
-    def stop(self, well: bool) -> None:
+    def stop(self, well: bool = True) -> None:
         """`well`: the run ended, or was stopped, as it should."""
         if self.trackers is not None:
             self.trackers.close(well)
