@@ -34,6 +34,7 @@ from benchmarks.train_step import Trial
 from configs.errors import UserError, run_script
 from models.kv_cache import ImageContext
 from models.layers import Rotary
+from training.estimate import kept_bytes
 
 KEPT = Path(__file__).parent / "results" / "guard.json"
 TOLERANCE = 0.02
@@ -88,22 +89,6 @@ class AttentionPairs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def saved_bytes(trial: Trial) -> int:
-    owned = {p.untyped_storage().data_ptr() for p in [*trial.model.parameters(), *trial.model.buffers()]}
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = trial.forward()
-    del loss  # until here its graph held all that was seen: no address came twice
-    return sum(seen.values())
-
-
 def graph_breaks(trial: Trial) -> int:
     c, block = trial.config.model.right, trial.model.right.layers[0]
     T, L = 8, (4 if "left" in trial.config.model.towers else 0)
@@ -118,7 +103,7 @@ def graph_breaks(trial: Trial) -> int:
 
 def measure_one(trial: Trial) -> dict[str, int]:
     trial.step()  # makes the optimizer's state
-    values = {"flops": int(trial.flops()["counted"]), "saved_bytes": saved_bytes(trial)}
+    values = {"flops": int(trial.flops()["counted"]), "saved_bytes": kept_bytes(trial.model, trial.forward)}
     ledger, attention = Ledger(len(trial.model.right.unembedding)), AttentionPairs()
     in_optimizer = 0
 

@@ -251,7 +251,7 @@ class TrainConfig:
     eval_every: int = opt(200, "steps between two validations (0: only at the end)")
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
     checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
-    recompute: bool = opt(False, "keep no activations inside decoder blocks: computed again in the backward pass, a third more work for much less memory")
+    recompute: bool = opt(False, "keep no activations inside decoder blocks: computed again in the backward pass, one more forward for less memory")
     keep_checkpoints: int = opt(2, "checkpoints kept")
 
     def __post_init__(self) -> None:

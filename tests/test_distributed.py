@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from training.checkpoint import checkpoints
 from training.distributed import check_world
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16, where sums differ by their order.
+PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 SHARED = ["--data.streams", "2", "--train.accumulation", "2", "--train.optimizer", "adamw", "--train.dtype", "fp32", "--cache_dir", "cache"]
 
 
@@ -44,7 +46,7 @@ def alone(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@PARALLEL
 def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
     done = run_program(ranks(2, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -63,7 +65,7 @@ def stopped_at(step: int, program: list[str], folder: Path, number: int) -> None
     process.wait()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@PARALLEL
 def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, parallel):
     end = ["--output_dir", "run", "--max_steps", "50"]
     stopped_at(15, ranks(2, *end, "--parallel", parallel), tmp_path, signal.SIGTERM)
@@ -79,7 +81,20 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, 
     assert_near(told(tmp_path / "run"), told(alone))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
+    """Of two ranks; it says nothing of the settings, which the run keeps."""
+    process, metrics = Program(ranks(2, "--output_dir", "run"), tmp_path), tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.002)
+    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    os.kill(int(worker), signal.SIGUSR1)  # one rank is told: both stop
+    stopped = process.wait()
+    assert stopped.returncode == 0 and "stopped after step" in stopped.stdout, stopped.stderr
+    again = run_program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
+    assert again.returncode == 0 and "resumed from" in again.stdout and (tmp_path / "run" / "model").is_dir(), again.stderr
+
+
+@PARALLEL
 def test_two_ranks_killed_and_resumed_are_bit_for_bit_what_they_had_been(tmp_path, parallel):
     end = ["--output_dir", "run", "--parallel", parallel]
     (tmp_path / "whole").mkdir()

@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from test_dual_tower import make_sample
 from torch import nn
 
 import training.checkpoint
+import training.feature_cache
 from configs.errors import UserError
 from configs.files import replacing_folder
 from configs.ranks import ALONE
@@ -31,9 +33,11 @@ from data.collators import collate
 from data.packing import Budget
 from eval.answering import Answerer
 from eval.in_training import Validation, save_samples
+from models.language_model import Block
 from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
+from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
 from training.loop import train_step
 from training.optim import make_optimizers, schedule
@@ -342,6 +346,62 @@ def test_schedule():
     factors = [schedule(s, 110, config) for s in range(110)]
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[109] == pytest.approx(0.1)
     assert factors[59] == pytest.approx(0.55) and sorted(factors[10:], reverse=True) == factors[10:]
+
+
+def test_minutes_also_save(tmp_path):
+    flags = ["--output_dir", "run", "--cache_dir", "cache", "--train.checkpoint_every", "0", "--train.checkpoint_minutes", "0.00001", "--train.keep_checkpoints", "20"]
+    done = run_program(command(*flags, "--max_steps", "4"), tmp_path)
+    assert done.returncode == 0 and [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{i:06d}" for i in (1, 2, 3, 4)], done.stderr
+
+
+def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(model, tmp_path, monkeypatch):
+    optimizers = make_optimizers(model, TrainConfig())
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, optimizers, {"data": []}, keep=3)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    free = [size // 2, 2 * size]  # the first one gone, there is enough
+    monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=free.pop(0)))
+    save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003", "step_000004"]
+    monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=size // 2))
+    with pytest.raises(UserError, match=r"step_000005 could not be written: it takes .* GiB, and .* GiB are free"):
+        save(tmp_path, 5, model, optimizers, {"data": []}, keep=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000004"]
+
+
+def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, batches):
+    grads, kept = [], []
+    for recompute in (False, True):
+        model = tiny_model(tokenizer).train()
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.recompute = recompute
+        kept.append(kept_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
+        model(**batches[0][0]).loss_sum.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_features_that_come_while_others_are_saved_are_saved_the_next_time(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, 1 << 20)
+    tiles = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+
+    def encode(pixels):
+        return pixels.float()
+
+    cache(tiles[:2], encode)
+    real = training.feature_cache.save_file
+
+    def slow(*args, **kwargs):
+        cache(tiles[2:], encode)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(training.feature_cache, "save_file", slow)
+    cache.save()
+    monkeypatch.undo()
+    cache.save()
+    assert len(FeatureCache(tmp_path, 1 << 20).memory) == 3
 
 
 def without_a_key() -> None:

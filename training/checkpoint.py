@@ -6,11 +6,9 @@ training goes on; another number of ranks may read them. Beside them `state.json
 
 import hashlib
 import json
-import logging
 import re
 import shutil
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from configs.ranks import ALONE, World
 
 FORMAT = 2  # of the folder
 FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is what is meant; once, for filters are no thread's own
 MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
 
 
@@ -47,11 +46,10 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.copies = threading.Event()
         self.failure: BaseException | None = None
-        self.seconds = 0.0  # that the last one took
         self.final = folder
 
     def save(self, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: Callable[[], dict[str, Any]], before: Callable[[], None]) -> Path:
-        """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs first, in the thread. Errors: `UserError`, also of the checkpoint before this one."""
+        """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs in the thread, behind the copies. Errors: `UserError`, also of the checkpoint before this one."""
         self.wait()
         self.final = self.folder / f"step_{step:06d}"
         tensors = tensors_of(model, optimizers)
@@ -107,17 +105,14 @@ class Saver:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
 
     def _run(self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]) -> None:
-        started = time.perf_counter()
         try:
             try:
                 copies = {name: self._copy(t) for name, t in tensors.items()}
             finally:
                 self.copies.set()
             before()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # one process is what is meant
-                writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
-                dcp.save(copies, storage_writer=writer, process_group=self.group)
+            writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
+            dcp.save(copies, storage_writer=writer, process_group=self.group)
             if self.world.first:
                 state |= {"checksums": _checksums(beside, state)}
                 (beside / "state.json").write_text(json.dumps(state))
@@ -133,7 +128,6 @@ class Saver:
         except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
             self.failure = error
             shutil.rmtree(beside, ignore_errors=True)
-        self.seconds = time.perf_counter() - started
 
 
 def _first_line(error: BaseException) -> str:
@@ -177,14 +171,14 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
     return sums
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state, all its files' checksums compared. Errors: `UserError` where it is damaged, or of another version."""
+def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """A checkpoint's state; with `verify` all its files' checksums are compared. Errors: `UserError` where it is damaged, or of another version."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if state.get("format") != FORMAT:
             raise UserError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
         sums = state.pop("checksums")
-        found = _checksums(folder, state)
+        found = _checksums(folder, state) if verify else sums
         wrong = [name for name in sums if sums[name] != found.get(name)]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or its checksum is another")
@@ -194,8 +188,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], world: World = ALONE) -> dict[str, Any]:
-    """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`."""
-    state = read_state(folder)
+    """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`; checksums were compared when the run was opened."""
+    state = read_state(folder, verify=False)
     _load(folder, model, optimizers)
     rng = state["rng"][world.rank % len(state["rng"])]
     torch.set_rng_state(_bytes(rng["cpu"]))
@@ -235,11 +229,8 @@ def _load(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], no_
                 value = torch.zeros_like(parameter, memory_format=torch.preserve_format) if found[full] == tuple(parameter.shape) and key != "step" else torch.zeros(found[full])
                 wanted[full] = value.detach()
                 fresh.setdefault((number, name), {})[key] = wanted[full]
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(wanted, storage_reader=reader, no_dist=no_dist)
+        dcp.load(wanted, storage_reader=reader, no_dist=no_dist)
     except (Exception, CheckpointException) as error:  # torch's own, which is no Exception, wraps what safetensors says
         raise UserError(f"checkpoint {folder} cannot be read ({_first_line(error)}); --resume an earlier one by its folder") from error
     for (number, name), values in fresh.items():

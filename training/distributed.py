@@ -24,7 +24,7 @@ def check_world(config: Config, world: World) -> None:
     """What a configuration and a number of ranks cannot do together: `UsageError`."""
     accumulation, streams = config.train.accumulation, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
-        raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N")
+        raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp")
     if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
         raise UsageError("--lora.*.nf4: 4-bit weights cannot be shared among ranks: not with --parallel fsdp")
     if world.size % streams and streams % world.size:

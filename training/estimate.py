@@ -106,6 +106,13 @@ def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: 
     model = model_class(replace(config.model, left=left, right=right), vocabulary)
     add_adapters(model, config.lora)
     make_optimizers(model, config.train)
+    batch = full_batch(config, vocabulary, rows)
+    with autocast(config.train, torch.device("cpu")):
+        return kept_bytes(model, lambda: model(**batch).loss_sum)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """What `forward` keeps for the backward of its result, the model's weights and buffers left out."""
     owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
 
@@ -115,9 +122,9 @@ def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: 
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = full_batch(config, vocabulary, rows)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(config.train, torch.device("cpu")):
-        model(**batch).loss_sum  # noqa: B018 (its graph is what is measured)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = forward()
+    del loss  # until here its graph held all that was seen: no address came twice
     return sum(seen.values())
 
 

@@ -80,6 +80,7 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
             if path not in checkpoints(path.parent):
                 raise UsageError(f"--resume: {path} is not a complete checkpoint")
+            read_state(path)
             return path.parent.parent, path
         if not (path / "config.json").is_file():
             raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")

@@ -86,7 +86,8 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     vanilla = config.model.left_context == "none"
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
-    check_world(config, world_of_torchrun())
+    if not config.resume:  # else by the run's own configuration, below
+        check_world(config, world_of_torchrun())
     Trackers.check(config.log)
     check_kind(config.model.projector)
     check_lora(config.lora, config.model.towers)
@@ -104,6 +105,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     with opened(pick_device(config.train.device)) as world:
         config, folder, checkpoint = world.agreed(lambda: open_run(config, flags, lambda new: _of_world(complete(new, flags), world)))
         check_world(config, world)
+        Trackers.check(config.log)
         with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
             tasks = TasksInTraining(config.eval)
             model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
@@ -242,7 +244,7 @@ def _train_and_export(
     try:
         train(config, model, task, folder, log, checkpoint, world)
     except Stopped as stopped:
-        start = [sys.executable] if world.size == 1 else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        start = [sys.executable] if world.size == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
         log.say(f"{stopped}\ngo on with:\n  {shlex.join([*start, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
         return
     dropped = sum(world.gather(data.batches.dropped()), Counter())
