@@ -373,6 +373,7 @@ def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, ba
     grads, kept = [], []
     for recompute in (False, True):
         model = tiny_model(tokenizer).train()
+        model.parts()["vision"].requires_grad_(False)  # has no decoder blocks, but most of what is kept
         for block in model.modules():
             if isinstance(block, Block):
                 block.recompute = recompute
