@@ -12,7 +12,7 @@ peak_bytes         tensors that a whole step makes, as many as are alive at a ti
 step_operations    that a whole step sends through torch's dispatcher; optimizer_operations: those in `optimizer.step()`
 logits_rows        rows multiplied by the unembedding, those computed again in the backward included
 attention_pairs    queries × keys, summed over rows and layers, the vision encoder's included
-graph_breaks       of a right-tower block under torch.compile
+graph_breaks       of a right-tower block under torch.compile: attention stands outside
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
 
 
 class AttentionPairs(TorchFunctionMode):
-    """Queries × keys of attention."""
+    """Queries × keys of attention, by torch's fused kernel or by products and a softmax."""
 
     pairs = 0
 
@@ -86,6 +86,8 @@ class AttentionPairs(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             queries, keys = args[:2]
             self.pairs += queries.shape[:-3].numel() * queries.shape[-2] * keys.shape[-2]
+        if func is Tensor.softmax:
+            self.pairs += args[0].numel() // args[0].shape[-3]
         return func(*args, **(kwargs or {}))
 
 

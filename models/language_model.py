@@ -1,5 +1,6 @@
 """The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig, MultiTokenConfig
+from models.attention import Span, planned
 from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
+from models.losses import cross_entropy_sum
 from models.multi_token import MultiTokenHeads
 
 
@@ -22,6 +25,7 @@ class Output(NamedTuple):
 
 class Block(nn.Module):
     recompute = False  # in the backward pass, instead of keeping what is between input and output
+    compiled: Callable[..., Tensor] | None = None  # `run` by torch.compile, for training alone
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -30,12 +34,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+        run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, rotary, mask, past, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._forward(x, rotary, mask, past)
+            return checkpoint(run, x, rotary, mask, past, use_reentrant=False)  # type: ignore[no-any-return]
+        return run(x, rotary, mask, past)
 
-    def _forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
+    def run(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -66,8 +71,9 @@ class LanguageModel(nn.Module):
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         if self.packed is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
+        plan = planned(mask)
         for block in self.layers:
-            x = block(x, rotary, mask, past)
+            x = block(x, rotary, plan, past)
         return self.norm(x)
 
     @property
@@ -93,19 +99,10 @@ class LanguageModel(nn.Module):
             raise ValueError("the weights are packed for decoding: load the model again to train it")
         return super().train(mode)
 
-    def loss(self, hidden: Tensor, labels: Tensor, chunk_elements: int = 1 << 24) -> Tensor:
-        """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt.
-
-        Logits exist at supervised positions only, `chunk_elements` of them at a time, and are computed again in the
-        backward pass: memory for one more multiplication by the unembedding.
-        """
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt. Logits exist at supervised positions only."""
         supervised = labels != -100
-        hidden, labels = hidden[supervised], labels[supervised]  # (S, D), (S,)
-        size = max(1, chunk_elements // self.embed_tokens.num_embeddings)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for h, y in zip(hidden.split(size), labels.split(size), strict=True):
-            total = total + checkpoint(self._chunk_loss, h, y, use_reentrant=False)
-        return total
+        return cross_entropy_sum(hidden[supervised], self.unembedding, labels[supervised])
 
     def output(self, hidden: Tensor, labels: Tensor | None, documents: Tensor) -> Output:
         """Hidden states with their losses, the multi-token heads' included; `labels`, `documents` (B, R)."""
@@ -113,9 +110,6 @@ class LanguageModel(nn.Module):
             return Output(None, hidden)
         heads = self.heads.losses(hidden, labels, documents, self.embed_tokens, self.unembedding) if self.heads is not None else None
         return Output(self.loss(hidden, labels), hidden, heads)
-
-    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), labels, reduction="sum")
 
 
 class KeyValueLayer(nn.Module):
@@ -144,7 +138,8 @@ class KeyValueDecoder(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
+        plan = planned(mask)
         *blocks, last = self.layers
         for block in blocks:
-            x = block(x, rotary, mask, past)
+            x = block(x, rotary, plan, past)
         past.extend(len(blocks), *last(x), rotary if self.config.has_rope(len(blocks)) else None)

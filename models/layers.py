@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError, UserError
 from configs.schema import DecoderConfig
+from models.attention import Span, attend
 
 
 class RMSNorm(nn.RMSNorm):
@@ -24,8 +25,7 @@ class RMSNorm(nn.RMSNorm):
         if self.twice is not None:
             size = x.shape[-1]
             return torch.layer_norm((x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
-        device = x.device.type
-        return super().forward(x.to(self.weight.dtype)).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(working_dtype(x.dtype, x.device))
 
     def pack(self) -> None:
         """For decoding on a CPU, where torch has no fused RMSNorm: x and −x together have mean 0 and x's mean square as variance, so LayerNorm does it in one kernel."""
@@ -53,6 +53,11 @@ class Rotary(NamedTuple):
         """Rotate `x` (B, heads, T, E); component i is paired with i + E/2 (the Llama convention)."""
         cos, sin = self if self.cos.dtype == x.dtype else self.to(x.dtype)
         return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def working_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that products are computed in: autocast's where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
@@ -136,23 +141,27 @@ class Attention(KeyValue):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
-        self.layer = layer
+        self.layer, self.has_rope = layer, config.has_rope(layer)
         self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, past: Past | None) -> Tensor:
-        """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key."""
-        rope = rotary if self.config.has_rope(self.layer) else None
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+        """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
+        rope = rotary if self.has_rope else None
         if self.packed is None:
             queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
             keys, values = self.key_values(x)  # (B, G, T, E)
         else:
             queries, keys, values = self._packed_heads(x, rope)
             rope = None  # the keys are turned already
-        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
-        out = attend(queries, keys, values, mask).transpose(1, 2).flatten(2)  # (B, T, H · E)
+        out = self._attend(queries, keys, values, rope, mask, past).transpose(1, 2).flatten(2)  # (B, T, H · E)
         return self.o_proj(out) if self.packed is None else self.packed[1](out)
+
+    @torch.compiler.disable  # what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
+        return attend(queries, keys, values, mask)
 
     def _packed_heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """`x` (B, T, D) → rotated queries (B, H, T, E), rotated keys and values (B, G, T, E), with half the calls: what takes time at one token."""
@@ -166,22 +175,6 @@ class Attention(KeyValue):
 
     def pack(self) -> None:
         self.packed = (Packed(self.q_proj, self.k_proj, self.v_proj), Packed(self.o_proj))
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where `mask` (B, 1, T, S) allows, or with it added.
-
-    torch's fused kernel, except in training in bf16 on a CPU at row lengths where plain matrix products are faster,
-    forward and backward together (docs/experiments.md has the figures).
-    """
-    B, H, T, E = queries.shape
-    G, S = keys.shape[1:3]
-    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or T * S > 1 << 20 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=H != G)
-    bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill(~mask, torch.finfo(queries.dtype).min)
-    scores = (queries * E**-0.5).reshape(B, G, H // G * T, E) @ keys.transpose(-1, -2)  # (B, G, H/G·T, S)
-    weights = (scores.view(B, H, T, S) + bias).softmax(-1).view(B, G, H // G * T, S)
-    return (weights @ values).view(B, H, T, E)
 
 
 class MLP(nn.Module):

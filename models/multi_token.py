@@ -15,12 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig, MultiTokenConfig
 from models.layers import Packed, RMSNorm
-
-CHUNK = 1 << 24  # logits that exist at a time in the loss
+from models.losses import cross_entropy_sum
 
 
 class MultiTokenHeads(nn.Module):
@@ -63,28 +61,20 @@ class MultiTokenHeads(nn.Module):
         """Every head's cross-entropy, summed over its targets: (K,).
 
         `hidden` (B, R, D), `labels` and `documents` (B, R) as in the batch. Head k's target is `labels` k places on, where it and
-        all before it are supervised and of one document (`chains`); one that no head can draft counts nothing. Heads come in turn and
-        logits in chunks, computed again in the backward pass: the memory is that of one head.
+        all before it are supervised and of one document (`chains`); one that no head can draft counts nothing. Heads come in turn,
+        their logits in chunks: the memory is that of one head.
         """
         targets = chains(labels, documents, self.count)  # (S, K + 1)
         state = hidden[labels != -100]  # (S, D)
         place = torch.full((len(unembedding),), -100, device=labels.device)
         place[self.draft_ids] = torch.arange(len(self.draft_ids), device=labels.device)
         rows = self.rows(unembedding)
-        size = max(1, CHUNK // len(rows))
         sums = []
         for k in range(1, self.count + 1):
             state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
             state = self.step(state, embedding(targets[:, k - 1]))
-            wanted = place[targets[:, k]]  # −100: a token that no head can draft
-            total = state.new_zeros((), dtype=torch.float32)
-            for s, y in zip(state.split(size), wanted.split(size), strict=True):
-                total = total + checkpoint(self._loss, s, y, rows, use_reentrant=False)
-            sums.append(total)
+            sums.append(cross_entropy_sum(self.norm(state), rows, place[targets[:, k]]))  # −100: a token that no head can draft
         return torch.stack(sums)
-
-    def _loss(self, state: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(self.norm(state), rows).float(), wanted, reduction="sum")
 
     def rows(self, unembedding: Tensor) -> Tensor:
         """What of the unembedding (V, D) drafts are made with, (V′, D): a copy, where not all tokens can be drafted."""

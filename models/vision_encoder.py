@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import VisionConfig
+from models.layers import working_dtype
 
 
 def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:
@@ -83,6 +84,7 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self.eval()
+        self.attentions = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -110,5 +112,8 @@ class VisionEncoder(nn.Module):
 
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            plain = torch.is_grad_enabled() and tiles.device.type == "cpu" and working_dtype(self.dtype, tiles.device) == torch.bfloat16
+            for attention in self.attentions:  # where the backward pass of torch's fused kernel takes three times as long as plain products' (docs/experiments.md)
+                attention.fused_attn = not plain
             pixels = ((tiles.float() - self.mean) / self.std).to(self.dtype).contiguous(memory_format=torch.channels_last)
             return self.backbone.forward_intermediates(pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True)[0]

@@ -11,6 +11,7 @@ from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from data.images import tile_count
 from data.render import Renderer
+from models import losses
 from models.generation import prefill
 
 
@@ -134,12 +135,13 @@ def test_padding_changes_nothing(model, tokenizer, samples):
         torch.testing.assert_close(document_logits(model, padded, 0, d), document_logits(model, alone, 0, d), atol=1e-5, rtol=0)
 
 
-def test_loss_is_cross_entropy_over_supervised_tokens(model, tokenizer, samples):
+def test_loss_is_cross_entropy_over_supervised_tokens(monkeypatch, model, tokenizer, samples):
     batch = collate([[samples[0], samples[2]], [samples[1]]], tokenizer.global_image)
     with torch.no_grad():
         output = model(**batch)
         logits = model.logits(output.hidden)
-        chunked = model.right.loss(output.hidden, batch["labels"], chunk_elements=model.vocabulary.text_size * 3)
+        monkeypatch.setattr(losses, "CHUNK", model.vocabulary.text_size * 3)
+        chunked = model.right.loss(output.hidden, batch["labels"])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=-100)
     torch.testing.assert_close(output.loss_sum, expected)
     torch.testing.assert_close(chunked, expected)

@@ -384,6 +384,28 @@ def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, ba
     assert kept[1] < 0.7 * kept[0]
 
 
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(renderer, tokenizer):
+    """Not anew for every layer, or for a row with other documents; and evaluation leaves them alone."""
+    a, b, c = (make_sample(renderer, 1, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns) for turns in (1, 2, 3))
+    rows = [collate(rows, tokenizer.global_image) for rows in ([[a, b], [c]], [[c], [b, a]])]
+    results = []
+    for compiled in (False, True):
+        model = tiny_model(tokenizer).train()
+        for block in model.modules():
+            if isinstance(block, Block) and compiled:
+                block.compiled = torch.compile(block.run)
+        losses = []
+        for number, batch in enumerate(rows):
+            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+                loss = model(**batch).loss_sum
+                loss.backward()
+            losses.append(loss.item())
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+            model(**rows[0])
+        results.append([*losses, *(p.grad.norm().item() for p in model.parameters() if p.grad is not None)])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
 def test_features_that_come_while_others_are_saved_are_saved_the_next_time(tmp_path, monkeypatch):
     cache = FeatureCache(tmp_path, 1 << 20)
     tiles = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)

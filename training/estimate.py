@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
 from models.adapters import add_adapters
+from models.attention import planned
+from models.masks import left_mask, right_mask
 from training.loop import autocast
 from training.optim import make_optimizers
 
@@ -54,20 +56,27 @@ class Flops:
     right_pair: int
 
     def forward(self, batch: dict[str, Tensor]) -> float:
-        """One batch. Attention is counted over whole rows, as it is computed where the mask is dense."""
+        """One batch, without gradients: attention is computed over whole rows."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         text = B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """Forward and backward; `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        """Forward and backward, attention as a CPU computes it (`planned`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         trained = {"left": 0.0} | trained
         before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
         total = len(batch["tiles"]) * self.tile * (3 if trained["vision"] else 1)
-        left_attention, right_attention = B * L * L * self.left_pair, B * R * (L + R) * self.right_pair
+        own = batch["left_positions"], batch["left_groups"]
+        masks = (
+            left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
+            right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
+        )
+        with torch.enable_grad():
+            pairs = [sum(span.hidden.numel() for span in planned(mask)) for mask in masks]
+        left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
         total += left_attention * (not before_right)
         total += B * R * self.right_token * (1 + 1 + trained["right"]) + 3 * right_attention

@@ -103,6 +103,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     for block in model.modules():
         if isinstance(block, Block):
             block.recompute = c.recompute
+            block.compiled = torch.compile(block.run) if c.compile else None
     run = parallel(model, config.parallel, device, computes_in_bf16(c, device), world)  # what is called
     optimizers = make_optimizers(model, c)
     done = skipped = 0  # steps; those before this one, in a row, that were skipped
@@ -246,8 +247,8 @@ def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, flo
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
     norms = torch.stack([gathered(torch.nn.utils.get_total_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
-    if most:
-        total = torch.linalg.vector_norm(norms)
+    total = torch.linalg.vector_norm(norms)
+    if most and total > most:
         for members in parts.values():
             torch.nn.utils.clip_grads_with_norm_(members, most, total)
     return dict(zip(parts, norms.tolist(), strict=True))

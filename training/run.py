@@ -26,6 +26,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.recompute",
+    "train.compile",
     "train.keep_checkpoints",
     "train.feature_cache_gb",
     "train.device",

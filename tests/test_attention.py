@@ -1,0 +1,95 @@
+"""Attention by spans, and the loss without its logits, against torch's plain operations in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import attention, losses
+from models.attention import SpanAttention, attend, planned
+from models.losses import cross_entropy_sum
+
+
+def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
+    """(B, 1, T, left + T): causal documents of these lengths, rows padded; each also sees its share of `left` keys before."""
+    T = max(map(sum, lengths))
+    mask = torch.zeros(len(lengths), 1, T, left + T, dtype=torch.bool)
+    for row, documents in enumerate(lengths):
+        padding = T - sum(documents)
+        start = 0
+        for number, length in enumerate([*documents, padding] if padding else documents):
+            mask[row, 0, start : start + length, left + start : left + start + length] = torch.ones(length, length).tril().bool()
+            share = left // len(documents)
+            mask[row, 0, start : start + length, number * share : (number + 1) * share] = True
+            start += length
+    return mask
+
+
+@pytest.mark.parametrize(("lengths", "left", "heads"), [([[5, 9, 3]], 0, (4, 2)), ([[20], [3, 3, 1]], 0, (3, 3)), ([[4, 8], [7, 2]], 40, (6, 2)), ([[1]], 0, (2, 1))])
+def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads):
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    torch.manual_seed(0)
+    mask, (H, G), E = packed_mask(lengths, left), heads, 8
+    B, _, T, S = mask.shape
+    inputs = [torch.randn(B, n, s, E, dtype=torch.float64, requires_grad=True) for n, s in ((H, T), (G, S), (G, S))]
+    plan = planned(mask)
+    assert isinstance(plan, list)
+    assert all(mask[span.row, 0, span.queries].sum() == (~span.hidden).sum() for span in plan)  # nothing that is seen is left out
+    out = attend(*inputs, plan)
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=H != G)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(out)
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_spans_leave_out_what_nobody_sees():
+    plan = planned(packed_mask([[300] * 6]))
+    scores = sum(span.hidden.numel() for span in plan)
+    assert scores < 0.3 * 1800 * 1800
+    left = planned(packed_mask([[300] * 6], left=1200))
+    assert [len(span.keys) for span in left[:2]] == [2, 2]  # its image, its own text
+
+
+def test_spans_are_for_training_alone():
+    with torch.no_grad():
+        mask = packed_mask([[3]])
+        assert planned(mask) is mask
+
+
+def test_span_attention_has_the_right_gradient():
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, n, 5, 2, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
+    assert torch.autograd.gradcheck(lambda *x: SpanAttention.apply(*x, planned(packed_mask([[2, 3]]))), inputs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * 50, 1 << 24])
+def test_cross_entropy_sum(monkeypatch, chunk):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    labels = torch.tensor([3, -100, 0, 49, -100, 7, 7])
+    loss = cross_entropy_sum(hidden, weight, labels)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    ours, theirs = (torch.autograd.grad(value * 3, (hidden, weight)) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_cross_entropy_sum_of_frozen_weights_and_of_nothing():
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(50, 6)
+    cross_entropy_sum(hidden, weight, torch.tensor([1, 2, 3, -100])).backward()
+    assert hidden.grad is not None and not hidden.grad[3].any() and weight.grad is None
+    weight.requires_grad_()
+    loss = cross_entropy_sum(hidden[:0], weight, torch.empty(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and not weight.grad.any()
+
+
+def test_cross_entropy_sum_in_bf16_keeps_its_digits():
+    """The sum is made in float32: of 300 losses of about 10, bf16 would keep two digits."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(300, 64).bfloat16(), torch.randn(5000, 64).bfloat16() * 0.1, torch.randint(0, 5000, (300,))
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum").item()
+    assert cross_entropy_sum(hidden, weight, labels).item() == pytest.approx(expected, rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cross_entropy_sum(hidden.float(), weight.float(), labels).item() == pytest.approx(expected, rel=1e-4)
