@@ -54,8 +54,9 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
-from training.loop import autocast, keep_freed_memory, train_step
+from training.loop import keep_freed_memory, train_step
 from training.optim import make_optimizers
+from training.precision import autocast
 
 Batch = dict[str, Tensor]
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}

@@ -248,6 +248,8 @@ class TrainConfig:
     device: str = opt("auto", "auto: cuda where there is one, else cpu")
     feature_cache_gb: float = opt(2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)")
     log_every: int = opt(1, "steps between two lines of metrics.jsonl")
+    detail_every: int = opt(100, "steps between two looks at updates ÷ weights by part, and for --log at histograms by layer (0: none)")
+    stall_minutes: float = opt(30.0, "minutes without a step, a validation's included, after which the stacks of all threads are printed (0: never)")
     eval_every: int = opt(200, "steps between two validations (0: only at the end)")
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
     checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
@@ -261,6 +263,8 @@ class TrainConfig:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
         for name in (
             "eval_every",
+            "detail_every",
+            "stall_minutes",
             "checkpoint_every",
             "warmup_steps",
             "checkpoint_minutes",

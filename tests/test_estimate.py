@@ -13,8 +13,8 @@ from models.adapters import add_adapters
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes, trained_shares
-from training.loop import autocast
 from training.optim import make_optimizers
+from training.precision import autocast
 
 FROZEN = {
     "none": {},

@@ -14,8 +14,8 @@ from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
 from models.adapters import add_adapters
 from models.attention import planned
 from models.masks import left_mask, right_mask
-from training.loop import autocast
 from training.optim import make_optimizers
+from training.precision import autocast
 
 SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
 

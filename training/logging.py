@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import UserError
 from configs.files import append_text, write_text
-from training.trackers import Trackers
+from training.trackers import Histogram, Trackers
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -39,6 +39,11 @@ class RunLog:
     def predictions(self, step: int, rows: list[dict[str, Any]], sheet: Path) -> None:
         if self.trackers is not None:
             self.trackers.predictions(step, rows, sheet)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Of the first rank's share; they go to the trackers alone."""
+        if self.trackers is not None:
+            self.trackers.histograms(step, histograms)
 
     def say(self, text: str = "") -> None:
         if self.silent:

@@ -1,17 +1,19 @@
 """The training loop: one for every model."""
 
 import ctypes
+import faulthandler
 import json
 import math
 import random
 import resource
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,17 +26,20 @@ from configs.command_line import to_dict
 from configs.errors import UserError
 from configs.files import append_text
 from configs.ranks import ALONE, World
-from configs.schema import Config, TrainConfig
+from configs.schema import Config
 from data.loader import merged
 from models.language_model import Block
-from models.layers import computes_bf16, pick_device
+from models.layers import pick_device
 from models.multi_token import chains
 from training.checkpoint import Saver, load_checkpoint
+from training.details import Achieved, Details
 from training.distributed import accumulating, gathered, parallel
 from training.logging import RunLog
 from training.optim import freeze, head_weights, make_optimizers, schedule, set_learning_rates
+from training.precision import autocast, computes_in_bf16
 
 Batch = dict[str, Tensor]
+SPIKE, NORMS = 5.0, 100  # a gradient norm so many times the median of the last so many is told
 
 
 class Batches(Protocol):
@@ -84,15 +89,6 @@ class Task:
     before_checkpoint: Callable[[], None]
 
 
-def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """`train.dtype`; "auto" is bf16 where the machine multiplies in it, else fp32."""
-    return config.dtype == "bf16" or (config.dtype == "auto" and computes_bf16(device))
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config, device))
-
-
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved."""
     c, device = config.train, pick_device(config.train.device)
@@ -104,12 +100,16 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         if isinstance(block, Block):
             block.recompute = c.recompute
             block.compiled = torch.compile(block.run) if c.compile else None
+    achieved = Achieved(model, device, world.size)
     run = parallel(model, config.parallel, device, computes_in_bf16(c, device), world)  # what is called
     optimizers = make_optimizers(model, c)
+    details = Details(model, optimizers)
+    norms: deque[float] = deque(maxlen=NORMS)
     done = skipped = 0  # steps; those before this one, in a row, that were skipped
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, optimizers, world)
         done, skipped = state["step"], state["skipped"]
+        norms.extend(state.get("norms", []))
         try:
             task.batches.load_state(state["data"])
         except (LookupError, TypeError, ValueError) as error:
@@ -120,7 +120,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     saver = Saver(folder / "checkpoints", c.keep_checkpoints, world)
 
     def save(step: int) -> Path:
-        return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped}, task.before_checkpoint)
+        return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped, "norms": list(norms)}, task.before_checkpoint)
 
     log.start(done, config.max_steps)
     log.track(config.log, to_dict(config), done if checkpoint is not None else None)
@@ -130,10 +130,23 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     try:
         with StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
             for step in range(done + 1, config.max_steps + 1):
-                values = train_step(config, run, optimizers, task.batches, step, device, world, saver.copied)
+                watch(c.stall_minutes)
+                looked = bool(c.detail_every) and step % c.detail_every == 0
+
+                def before_update(looked: bool = looked) -> None:
+                    saver.copied()
+                    if looked:
+                        details.look()
+
+                values = train_step(config, run, optimizers, task.batches, step, device, world, before_update, achieved)
+                if looked and not values.get("skipped"):
+                    values["update_ratios"], histograms = details.found()
+                    log.histograms(step, histograms)
                 skipped = skipped + 1 if values.get("skipped") else 0
                 if skipped:
                     _note_skipped(values, step, folder, log, world)
+                else:
+                    _tell_spike(values, norms, step, log)
                 if skipped == c.skips:
                     saver.wait()
                     at = f"the last checkpoint stands in {folder / 'checkpoints'}"
@@ -166,8 +179,25 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
             saver.wait()
             well = True
     finally:
+        watch(0)
         log.stop(well)
         task.batches.close()
+
+
+def watch(minutes: float) -> None:
+    """From now on a silence of `minutes` has the stacks of all threads printed to stderr, again and again until the next call; 0: no longer."""
+    faulthandler.cancel_dump_traceback_later()
+    if minutes:
+        faulthandler.dump_traceback_later(minutes * 60, repeat=True, file=sys.__stderr__)
+
+
+def _tell_spike(values: dict[str, Any], norms: deque[float], step: int, log: RunLog) -> None:
+    """A gradient norm far above the last ones is a line, and "spike" in the metrics."""
+    norm = values["grad_norm"]
+    if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
+        values["spike"] = norm / usual
+        log.say(f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median of the last {len(norms)} steps ({usual:.3g})")
+    norms.append(norm)
 
 
 def _note_skipped(values: dict[str, Any], step: int, folder: Path, log: RunLog, world: World) -> None:
@@ -187,6 +217,7 @@ def train_step(
     device: torch.device,
     world: World = ALONE,
     before_update: Callable[[], None] = lambda: None,
+    achieved: Achieved | None = None,
 ) -> dict[str, Any]:
     """One optimizer step. The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
 
@@ -202,12 +233,16 @@ def train_step(
     heads = config.model.multi_token.heads
     supervised = sum(int((b["labels"] != -100).sum()) for b in micro)
     left, right = (sum(int((b[name] >= 0).sum()) for b in micro) for name in ("left_groups", "right_documents"))
-    counts = torch.tensor([supervised, left + right, sum(len(b["tiles"]) for b in micro), *[0] * heads])
+    pairs = [
+        sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro) for side, name in (("left", "left_groups"), ("right", "right_documents"))
+    ]  # keys that tokens see
+    counts = torch.tensor([supervised, left, right, sum(len(b["tiles"]) for b in micro), *pairs, *[0] * heads])
     if heads:
-        counts[3:] = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro)
+        counts[6:] = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro)
     world.sum(counts)
-    supervised, tokens, tiles = counts[:3].tolist()
-    chained = counts[3:].clamp(min=1).to(device)  # each head's targets (K,)
+    count = dict(zip(("supervised", "left", "right", "tiles", "left_pairs", "right_pairs"), counts.tolist(), strict=False))
+    supervised, tokens, tiles = count["supervised"], count["left"] + count["right"], count["tiles"]
+    chained = counts[6:].clamp(min=1).to(device)  # each head's targets (K,)
     weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
     losses = torch.zeros(1 + heads, device=device)
     for number, batch in enumerate(micro, 1):
@@ -233,6 +268,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     speed = {"tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds, "tiles_per_s": tiles / seconds, "data_wait": waited / seconds}
+    speed |= achieved.of(count, seconds) if achieved is not None else {}
     full = c.rows * c.accumulation * (config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0))
     if not finite or not supervised:
         reason = f"loss {loss}, gradient norm {norm}" if supervised else "no token to learn"

@@ -22,6 +22,8 @@ CHANGEABLE = (
     "log",
     "data.workers",
     "train.log_every",
+    "train.detail_every",
+    "train.stall_minutes",
     "train.eval_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",

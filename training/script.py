@@ -3,6 +3,7 @@
 import copy
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
-from training.loop import Stopped, Task, autocast, train
+from training.loop import Stopped, Task, train
+from training.precision import autocast
 from training.run import open_run
 from training.trackers import Trackers
 
@@ -70,6 +72,13 @@ def language_model(config: Config) -> tuple[Path, int] | None:
     return folder, table_rows(folder)
 
 
+def check_compiler(config: Config) -> None:
+    """torch.compile makes C++ for a CPU: without a compiler the first step would fail."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if config.train.compile and pick_device(config.train.device).type == "cpu" and shutil.which(compiler) is None:
+        raise UsageError(f"--train.compile needs a C++ compiler on a CPU, and there is no {compiler}: install one, name another in CXX, or leave the flag out")
+
+
 def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
     """Fill a new model's parts from where their configurations say; parts that start at random stay as they are."""
     load_language_weights(model, Path(config.cache_dir))
@@ -89,6 +98,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     if not config.resume:  # else by the run's own configuration, below
         check_world(config, world_of_torchrun())
     Trackers.check(config.log)
+    check_compiler(config)
     check_kind(config.model.projector)
     check_lora(config.lora, config.model.towers)
     for tower in config.model.towers:

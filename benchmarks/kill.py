@@ -1,0 +1,131 @@
+"""A run that is killed again and again, beside one that is not: their loss logs and their models are the same, bit for bit.
+
+  python -m benchmarks.kill --times 20
+  python -m benchmarks.kill --times 20 --ranks 2 --parallel fsdp
+
+A tiny dual tower learns easy-VQA and saves a checkpoint after every step. All its processes get SIGKILL at random moments, while
+they load or in their first steps, and each time `--resume auto` goes on. The exit code is 1 where anything differs.
+
+Compared are every number of metrics.jsonl that is not a time or a memory: losses, gradient norms, rates, supervised tokens of each step,
+validation; and the bytes of the exported weights. Equal losses at every step mean equal batches: no sample lost, none seen twice.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, run_script
+
+ROOT = Path(__file__).parent.parent
+TINY = ["vision.image_size=64", *(f"{tower}.{size}" for tower in ("left", "right") for size in ("layers=2", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1"))]
+SMALL = [
+    "data.limit=40",
+    "data.validation_images=8",
+    "data.right_length=64",
+    "data.window=6",
+    "train.rows=2",
+    "train.dtype=fp32",
+    "train.checkpoint_every=1",
+    "train.eval_every=50",
+]
+TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "data_wait", "memory_gb")
+
+
+def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    settings = [f"model.{setting}" for setting in TINY] + SMALL + ([f"data.streams={ranks}", f"train.accumulation={ranks}"] if ranks > 1 else [])
+    flags = [part for setting in settings for part in ("--" + setting.split("=")[0], setting.split("=")[1])]
+    run = ["--max_steps", str(steps), "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), "--parallel", parallel]
+    return [*start, str(ROOT / "train_dual_tower.py"), *flags, *run]
+
+
+class Life:
+    """One start of the run, in a process group of its own."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.started = time.monotonic()
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def learnt(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """What a run logged, times and memory left out, and the fingerprint of its weights."""
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256((folder / "run" / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def whole(folder: Path, steps: int, ranks: int, parallel: str) -> float:
+    """The run that nobody kills → seconds until its first step."""
+    folder.mkdir()
+    life, metrics = Life(command(folder, steps, ranks, parallel), folder / "log.txt"), folder / "run" / "metrics.jsonl"
+    while life.process.poll() is None and not metrics.exists():
+        time.sleep(0.02)
+    first = time.monotonic() - life.started
+    if life.process.wait():
+        raise UserError(f"the run failed before anything was killed: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
+    return first
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    moments = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / name for name in ("whole", "killed")]
+        start = whole(folders[0], args.steps, args.ranks, args.parallel)
+        print(f"the whole run: {args.steps} steps, the first after {start:.1f} s", flush=True)
+        folders[1].mkdir()
+        run = [*command(folders[1], args.steps, args.ranks, args.parallel), "--resume", "auto"]
+        in_save, metrics, checkpoints = 0, folders[1] / "run" / "metrics.jsonl", folders[1] / "run" / "checkpoints"
+        for number in range(1, args.times + 1):
+            life, before = Life(run, folders[1] / "log.txt"), size(metrics)
+            begun = moments.random() < 0.75  # else while it loads
+            while begun and life.process.poll() is None and size(metrics) <= before:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1.5 if begun else start))
+            if life.process.poll() is not None:
+                raise UserError(
+                    f"after {number - 1} kills the run ended by itself, with code {life.process.returncode}: take more --steps, or look at its log's end: {tail(folders[1])}"
+                )
+            life.kill()
+            saving = any(checkpoints.glob(".step_*"))
+            in_save += saving
+            newest = max((path.name for path in checkpoints.glob("step_*")), default="none")
+            print(f"kill {number}: newest checkpoint {newest}{', in mid-save' if saving else ''}", flush=True)
+        if Life(run, folders[1] / "log.txt").process.wait():
+            raise UserError(f"the last start failed: {tail(folders[1])}")
+        (a, weights), (b, others) = map(learnt, folders)
+    differ = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
+    if len(a) != len(b) or differ or weights != others:
+        raise UserError(f"not the same: {len(a)} and {len(b)} rows of metrics, weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}")
+    print(f"{args.times} kills of {args.ranks} process(es), {in_save} in mid-save: {len(a)} rows of metrics and the weights are the same, bit for bit")
+
+
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def tail(folder: Path) -> str:
+    return " | ".join((folder / "log.txt").read_text().strip().splitlines()[-3:])
+
+
+if __name__ == "__main__":
+    run_script(main)
