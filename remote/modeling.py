@@ -137,9 +137,9 @@ def _settings(given: dict[str, Any]) -> tuple[GenerationConfig, int, int, list[s
     settings = from_dict(GenerationConfig, {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}, "generate")
     if settings.sampling:
         settings = from_dict(GenerationConfig, vars(settings) | {"seed": int(torch.randint(2**62, ()))}, "generate")
-    stop = given["eos_token_id"]
-    if isinstance(stop, list):
-        (stop,) = stop
+    stop = given.get("eos_token_id")
+    if not isinstance(stop, int):
+        raise UsageError(f"generate: eos_token_id = {stop!r} is not supported, only one token")
     strings = given.get("stop_strings", [])
     return settings, stop, given.get("pad_token_id", stop), [strings] if isinstance(strings, str) else strings
 

@@ -1,4 +1,4 @@
-"""configs ← {data, models} ← remote ← {training, eval} ← scripts, read from the imports."""
+"""configs ← {data, models} ← {eval, remote} ← training ← scripts, read from the imports."""
 
 import ast
 from pathlib import Path
