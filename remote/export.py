@@ -33,16 +33,20 @@ def flat(module: str) -> str:
 
 def code_files() -> dict[str, str]:
     """File name → text, of `ROOTS` and all of the project that they import."""
-    waiting, files = list(ROOTS), {}
-    while waiting:
-        module = waiting.pop()
-        if f"{flat(module)}.py" in files:
-            continue
-        path = f"{module.replace('.', '/')}.py"
-        text, needed = flattened((HOME / path).read_text(encoding="utf-8"))
-        files[f"{flat(module)}.py"] = f"# {path} of DualTowerVLM, with relative imports\n{text}"
-        waiting += needed
-    return files
+    texts, imports = {}, {}
+    for root in ROOTS:
+        reached, waiting = {root}, [root]
+        while waiting:
+            module = waiting.pop()
+            if module not in texts:
+                path = f"{module.replace('.', '/')}.py"
+                text, imports[module] = flattened((HOME / path).read_text(encoding="utf-8"))
+                texts[module] = f"# {path} of DualTowerVLM, with relative imports\n{text}"
+            waiting += set(imports[module]) - reached
+            reached |= set(imports[module])
+        if others := "".join(f"    from .{flat(module)} import *  # noqa: F403\n" for module in sorted(reached - {root})):
+            texts[root] += f"\n\nif False:  # older transformers, 5.0 to 5.8 at least, look for files in this one's own imports alone\n{others}"
+    return {f"{flat(module)}.py": text for module, text in texts.items()}
 
 
 def flattened(text: str) -> tuple[str, list[str]]:
@@ -68,7 +72,7 @@ def add_remote_code(folder: Path, tokenizer: Tokenizer) -> None:
     names = {"AutoConfig": f"configuration.{kind}Config", "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration"}
     auto_map = {auto: f"remote_{name}" for auto, name in names.items()}
     for name, text in code_files().items():
-        write_text(folder / name, text)
+        (folder / name).write_text(text, encoding="utf-8")  # config.json, written last, makes them count
     _write(folder / "processor_config.json", processor_config(model))
     _write(folder / "generation_config.json", {"max_new_tokens": GenerationConfig().max_new_tokens, "eos_token_id": tokenizer.turn_end, "pad_token_id": tokenizer.turn_end})
     _write(folder / "config.json", head | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map})

@@ -24,6 +24,28 @@ from remote.configuration import DualTowerConfig, VanillaConfig
 # Arguments of generate → this project's settings. The last two are its own.
 SETTINGS = {name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens")} | {"do_sample": "sampling"}
 FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}  # arguments that have one value here
+# What some versions of transformers write into every generation_config, and what says nothing here.
+DEFAULTS = {
+    "max_length": 20,
+    "min_length": 0,
+    "early_stopping": False,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "remove_invalid_values": False,
+    "output_scores": False,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+    "diversity_penalty": 0.0,
+    "num_beam_groups": 1,
+}
 OTHERS = ("eos_token_id", "pad_token_id", "stop_strings")
 
 
@@ -76,7 +98,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows is encoded once. `streamer` takes one row's tokens as they come; `tokenizer` is what `stop_strings` needs.
         Arguments: `SETTINGS`, `OTHERS`; all else raises `UsageError`. Sampling follows torch's random state.
         """
-        given = {**self.generation_config.to_diff_dict(), **(generation_config.to_diff_dict() if generation_config is not None else {}), **kwargs}
+        given = _said(self.generation_config) | (_said(generation_config) if generation_config is not None else {}) | kwargs
         settings, stop, padding, strings = _settings(given)
         if strings and tokenizer is None:
             raise UsageError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
@@ -124,6 +146,10 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _blocks(self, documents: list[Document], tiles: list[list[Tensor]]) -> list[list[Any]]:
         isolated = self.vlm.config.image_isolation
         return [blocks_of(d.left_ids, d.left_positions, d.left_images, d.blocks(isolated), shown) for d, shown in zip(documents, tiles, strict=True)]
+
+
+def _said(config: TransformersGenerationConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_diff_dict().items() if name not in DEFAULTS or value != DEFAULTS[name]}
 
 
 def _settings(given: dict[str, Any]) -> tuple[GenerationConfig, int, int, list[str]]:

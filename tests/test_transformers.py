@@ -263,6 +263,8 @@ def test_settings_of_generate(exported):
 
     plain = made(max_new_tokens=9)
     assert made(generation_config=TransformersGenerationConfig(max_new_tokens=9)) == plain == made(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
+    filled = TransformersGenerationConfig(max_new_tokens=9, max_length=20, typical_p=1.0, early_stopping=False)  # as some versions fill it
+    assert made(generation_config=filled) == plain
     assert made(max_new_tokens=9, eos_token_id=plain[3]) == plain[: plain.index(plain[3]) + 1]
     drawn = []
     for seed in (0, 0, 1, 2):
@@ -288,6 +290,8 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
     ("call", "message"),
     [
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), num_beams=4), "num_beams = 4 is not supported, only 1"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_length=20), "the argument max_length is not supported"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), generation_config=TransformersGenerationConfig(typical_p=0.5)), "typical_p is not"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), temprature=0.5), "temprature is not supported .did you mean 'temperature'"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), do_sample=True, temperature=0.0), "temperature = 0.0 must be at least"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens="4"), "max_new_tokens = '4' is not of type int"),
@@ -331,6 +335,8 @@ def test_code_differs_in_its_imports_alone():
     assert sum(map(len, files.values())) < 250_000
     for name, text in files.items():
         path, _, rest = text.partition("\n")
+        rest, _, others = rest.partition("\n\n\nif False:")
+        assert ("image_blocks" in others) == (name == "remote_modeling.py") and ("data_images" in others) == (name in ("remote_modeling.py", "remote_processing.py"))
         source = ROOT / path.split()[1]
         assert source.is_file() and name == str(source.relative_to(ROOT)).replace("/", "_")
         changed = [b for a, b in zip(source.read_text().splitlines(), rest.splitlines(), strict=True) if a != b]
