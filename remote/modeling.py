@@ -21,10 +21,11 @@ from models.vision_encoder import VisionEncoder
 from models.vision_language_model import VisionLanguageModel
 from remote.configuration import DualTowerConfig, VanillaConfig
 
-# Arguments of generate → this project's settings. The last two are its own.
-SETTINGS = {name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens")} | {"do_sample": "sampling"}
+# Arguments of generate → this project's settings; the last two are its own.
+SETTINGS = {"do_sample": "sampling"} | {name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens")}
 FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}  # arguments that have one value here
-# What some versions of transformers write into every generation_config, and what says nothing here.
+OTHERS = ("eos_token_id", "pad_token_id", "stop_strings")
+# What some versions of transformers write into every generation_config: it asks for nothing.
 DEFAULTS = {
     "max_length": 20,
     "min_length": 0,
@@ -46,7 +47,6 @@ DEFAULTS = {
     "diversity_penalty": 0.0,
     "num_beam_groups": 1,
 }
-OTHERS = ("eos_token_id", "pad_token_id", "stop_strings")
 
 
 class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
