@@ -9,10 +9,10 @@ the image is cut into tiles, each tile's `row r, column c` marker and its P imag
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
-from configs.schema import MAX_GRID
+from configs.schema import MAX_GRID, Vocabulary
 from data.images import Grid
 from data.tokens import Tokenizer
 
@@ -130,18 +130,33 @@ class Renderer:
                 add([*tok.encode(turn["assistant"]), tok.turn_end], learn=not open_turn)
         if not open_turn:  # the last token of a training document is learnt, never read
             spans[-1] = (spans[-1][0], spans[-1][1] - 1, -1)
-        document = Document([], [], [], [], [], [])
-        last_image = max((i for i, (_, _, image) in enumerate(spans) if image >= 0), default=-1)
-        for number, (start, end, image) in enumerate(spans):
-            if (self.left_context == "image" and image >= 0) or (self.left_context == "prefix" and number <= last_image):
-                document.left_ids.extend(ids[start:end])
-                document.left_positions.extend(range(start, end))
-                document.left_images.extend([image] * (end - start))
-            else:
-                document.right_ids.extend(ids[start:end])
-                document.right_positions.extend(range(start, end))
-                document.labels.extend(labels[start:end])
-        return document
+        return route(ids, labels, spans, self.left_context)
+
+
+def route(ids: list[int], labels: list[int], spans: list[tuple[int, int, int]], left_context: str) -> Document:
+    """A conversation's tokens and labels → its document. `spans`: start, end and image (−1: none) of the parts that go left or right as a whole."""
+    document = Document([], [], [], [], [], [])
+    last_image = max((i for i, (_, _, image) in enumerate(spans) if image >= 0), default=-1)
+    for number, (start, end, image) in enumerate(spans):
+        if (left_context == "image" and image >= 0) or (left_context == "prefix" and number <= last_image):
+            document.left_ids.extend(ids[start:end])
+            document.left_positions.extend(range(start, end))
+            document.left_images.extend([image] * (end - start))
+        else:
+            document.right_ids.extend(ids[start:end])
+            document.right_positions.extend(range(start, end))
+            document.labels.extend(labels[start:end])
+    return document
+
+
+def spans_of(ids: list[int], vocabulary: Vocabulary) -> list[tuple[int, int, int]]:
+    """Where images stand among `ids`: the spans that `route` takes. An image begins with its global-image marker, the first of the markers."""
+    started = list(accumulate(token == vocabulary.first_marker_id for token in ids))
+    images = [count - 1 if token >= vocabulary.image_token_id else -1 for token, count in zip(ids, started, strict=True)]
+    spans, start = [], 0
+    for image, run in groupby(images):
+        spans.append((start, start := start + len(list(run)), image))
+    return spans
 
 
 def turns_of(texts: list[dict[str, Any]], mode: str) -> list[list[dict[str, Any]]]:

@@ -17,9 +17,13 @@ CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
 TILE_MARKERS = tuple(f"<row_{r}_col_{c}>" for r in range(1, MAX_GRID + 1) for c in range(1, MAX_GRID + 1))
 IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE, *TILE_MARKERS)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
 
-# What the renderer does, in the form that other libraries read (ChatML).
+# What the renderer does, in the form that other libraries read (ChatML): one placeholder an image, before its turn's text.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] != 'text' %}{{ '<|image|>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -87,6 +91,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": TURN_END,
             "pad_token": TURN_END,
+            "padding_side": "left",
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
         }

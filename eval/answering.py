@@ -1,6 +1,5 @@
 """Questions about images → answers: what generate.py, evaluation.py and the validation in training have in common."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from data.render import IGNORE, Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
+from models.image_blocks import Block, blocks_of, encode_blocks, encode_rows
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
@@ -34,15 +34,6 @@ class Answer(NamedTuple):
     image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
     passes: int  # of the right tower, prompt included
     logprobs: list[float]  # of its tokens, where settings ask for them
-
-
-class Block(NamedTuple):
-    """A part of the left stream that is encoded by itself."""
-
-    tiles: Tensor  # (n, 3, h, w) uint8
-    ids: list[int]
-    images: list[int]
-    start: int  # position of its first token
 
 
 class Answerer:
@@ -76,27 +67,7 @@ class Answerer:
 
     def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
         """Blocks of the left stream → their image KVs, and which of them had to be computed."""
-        keys = [self._key(block) for block in blocks]
-        found = {key: kv for key in dict.fromkeys(keys) if (kv := self.store.get(key)) is not None}  # held here: the store may be too small for all of them
-        new = {key: block for key, block in zip(keys, blocks, strict=True) if key not in found}
-        if new:
-            assert isinstance(self.model, DualTowerVLM)
-            tiles = torch.cat([block.tiles for block in new.values()])
-            kvs = self.model.encode_images(tiles, [torch.tensor(b.ids) for b in new.values()], [torch.tensor(b.images) for b in new.values()])
-            for key, kv in zip(new, kvs, strict=True):
-                found[key] = kv
-                self.store.put(key, kv)
-        seen: set[str] = set()
-        computed = [key in new and not (key in seen or seen.add(key)) for key in keys]  # type: ignore[func-returns-value]
-        return [found[key] for key in keys], computed
-
-    def _key(self, block: Block) -> str:
-        """All that a block's image KV depends on beside the model: its tokens, its tiles, and the type of number that autocast computes in."""
-        device = self.model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        digest = hashlib.blake2b(repr((tuple(block.tiles.shape), block.ids, block.images, dtype)).encode(), digest_size=16)
-        digest.update(block.tiles.numpy())
-        return digest.hexdigest()
+        return encode_blocks(self.model, blocks, self.store)
 
     def answer(
         self,
@@ -152,29 +123,15 @@ class Answerer:
 
     def images_of(self, prompts: list[Document], images: list[list[Tiles]]) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
         """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""
-        blocks = [self._blocks(prompt, tiles) for prompt, tiles in zip(prompts, images, strict=True)]
-        kvs, computed = self.encode([block for row in blocks for block in row])
-        rows, fresh, at = [], [], 0
-        for row in blocks:
-            part = slice(at, at := at + len(row))
-            rows.append([(kv, block.start) for kv, block in zip(kvs[part], row, strict=True)])
-            fresh.append(computed[part])
-        return rows, fresh
+        isolated, blocks = self.model.config.image_isolation, []
+        for prompt, shown in zip(prompts, images, strict=True):
+            blocks.append(blocks_of(prompt.left_ids, prompt.left_positions, prompt.left_images, prompt.blocks(isolated), [image.pixels for image in shown]))
+        return encode_rows(self.model, blocks, self.store)
 
     def tiles_of(self, images: list[list[Tiles]]) -> Tensor | None:
         """The tiles that a vanilla model reads beside its prompts; None for a dual tower, and without images."""
         tiles = [image.pixels for row in images for image in row]
         return torch.cat(tiles).to(self.model.device) if tiles and isinstance(self.model, VisionLanguageModel) else None
-
-    def _blocks(self, prompt: Document, images: list[Tiles]) -> list[Block]:
-        out, at = [], 0
-        for part in prompt.blocks(self.model.config.image_isolation):
-            first = min((n for n in prompt.left_images[part] if n >= 0), default=0)
-            numbers = [n - first if n >= 0 else n for n in prompt.left_images[part]]  # an isolated image's KV is the same wherever it stands
-            count = len(set(numbers) - {-1})
-            out.append(Block(torch.cat([image.pixels for image in images[at : at + count]]), prompt.left_ids[part], numbers, prompt.left_positions[part.start]))
-            at += count
-        return out
 
     def stream(self, on_text: Callable[[str], None] | None, stop: str, rows: int) -> Callable[[int, list[int]], bool]:
         """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stop` whose end, have not come wait."""

@@ -49,7 +49,7 @@ def save_model(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _head(folder: Path) -> dict[str, Any]:
+def read_head(folder: Path) -> dict[str, Any]:
     """The `config.json` of a complete model folder, of this version or of an ancestor."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
@@ -76,7 +76,7 @@ def find_model(source: str | Path) -> Path:
 
 def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """Our own folder or an ancestor's → `config.json`, model type, configuration, vocabulary, tensors."""
-    head, tensors = _head(folder), read_safetensors(folder / "model.safetensors")
+    head, tensors = read_head(folder), read_safetensors(folder / "model.safetensors")
     if is_ancestor(head):
         return head, *read_ancestor(head, tensors, str(folder))
     try:
@@ -88,7 +88,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabul
 
 def ancestor_tokenizer(folder: Path) -> tuple[str, int] | None:
     """For an ancestor's folder: the language model whose tokenizer it takes, and that model's vocabulary size."""
-    head = _head(folder)
+    head = read_head(folder)
     return (str(head.get("lm_tokenizer")), int(head["lm_base_vocab_size"])) if is_ancestor(head) else None
 
 

@@ -81,8 +81,8 @@ class VisionEncoder(nn.Module):
         self.own_size: int = settings["input_size"][-1]
         self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)  # layers that nothing would read
         mean, std = (settings["mean"], settings["std"]) if config.normalize == "timm" else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
         self.eval()
         self.attentions = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py

@@ -1,4 +1,4 @@
-"""configs ← {data, models} ← {training, eval} ← scripts, read from the imports."""
+"""configs ← {data, models} ← {eval, remote} ← training ← scripts, read from the imports."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,8 @@ ALLOWED = {
     "configs": {"configs"},
     "data": {"configs", "data"},
     "models": {"configs", "models"},
-    "training": {"configs", "data", "models", "eval", "training"},
+    "remote": {"configs", "data", "models", "remote"},
+    "training": {"configs", "data", "models", "remote", "eval", "training"},
     "eval": {"configs", "data", "models", "eval"},
 }
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")}

@@ -1,4 +1,4 @@
-"""The README's commands run as they stand (shortened by flags), its Python block too; the set-up script does what it says."""
+"""The README's commands run as they stand (shortened by flags), its Python blocks too; the set-up script does what it says."""
 
 import os
 import re
@@ -78,11 +78,12 @@ def test_a_command_of_the_readme(command, place):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_block(place):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def test_the_python_blocks(place, tmp_path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert "image_kv='computed'" in done.stdout.splitlines()[0] and "image_kv='reused'" in done.stdout.splitlines()[1]
+    first, second, third = done.stdout.splitlines()
+    assert "image_kv='computed'" in first and "image_kv='reused'" in second and "'role': 'assistant'" in third
 
 
 def test_setup_installs_once_again_for_a_new_lock_and_after_a_failure(tmp_path):

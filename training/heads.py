@@ -35,6 +35,7 @@ from eval.answering import Answerer
 from models.generation import generate, prefill
 from models.layers import computes_bf16
 from models.multi_token import MultiTokenHeads, chains
+from remote.export import add_remote_code
 
 Question = tuple[list[Any], str]  # images, text
 HELD_OUT = 20  # every so many documents one is not trained on
@@ -273,6 +274,7 @@ def main(argv: list[str]) -> None:
     with replacing_folder(output) as beside:
         model.save_pretrained(beside)
         answerer.renderer.tokenizer.save(beside)
+        add_remote_code(beside, answerer.renderer.tokenizer)
     console.print(f"model: {output}", soft_wrap=True)
 
 

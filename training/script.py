@@ -30,6 +30,7 @@ from models.layers import pick_device
 from models.modality_projector import check_kind
 from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
+from remote.export import add_remote_code
 from training.checkpoint import checkpoints, load_weights_of
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
@@ -182,6 +183,7 @@ def export(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
     with replacing_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save(beside)
+        add_remote_code(beside, tokenizer)
 
 
 def plain(model: Any, config: Config, model_class: Any) -> Any:

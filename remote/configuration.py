@@ -1,0 +1,21 @@
+"""What `transformers.AutoConfig` makes of an exported folder's `config.json`: its keys, as they are."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class TowerConfig(PretrainedConfig):
+    """`model` and `vocabulary` hold what `ModelConfig` and `Vocabulary` of configs/schema.py hold, as dictionaries."""
+
+    def __init__(self, model: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.model, self.vocabulary = model, vocabulary
+        super().__init__(**kwargs)
+
+
+class DualTowerConfig(TowerConfig):
+    model_type = "dual_tower"
+
+
+class VanillaConfig(TowerConfig):
+    model_type = "vanilla"
