@@ -88,7 +88,7 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
 
         def do_PUT(self) -> None:
             if not self.fails():
-                self.answer(uploads.receive(self.path.removeprefix("/lfs/"), self.body()))
+                self.answer(uploads.receive(self.path.removeprefix("/put/"), self.body()))
 
         def do_GET(self) -> None:
             address = urlsplit(self.path)

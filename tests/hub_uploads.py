@@ -113,7 +113,7 @@ class Uploads:
             elif entry["oid"] in self.objects:
                 out.append(entry)
             else:
-                out.append(entry | {"actions": {"upload": {"href": f"{address}/lfs/{entry['oid']}"}, "verify": {"href": f"{address}/lfs/verify"}}})
+                out.append(entry | {"actions": {"upload": {"href": f"{address}/put/{entry['oid']}"}, "verify": {"href": f"{address}/lfs/verify"}}})
         return 200, {"transfer": "basic", "objects": out}, {}
 
     def receive(self, oid: str, body: bytes) -> int:

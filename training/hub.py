@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub.utils import disable_progress_bars
+
 from configs.errors import UserError
 from configs.hub import HubAway, open_repo, push
 from configs.schema import HubConfig
@@ -24,6 +26,7 @@ class Pusher:
         self.newest: Path | None = None
         self.repo = ""
         self.told: set[str] = set()
+        disable_progress_bars()  # the terminal has the run's own
         try:
             self.repo = self._opened()
             say(f"hub: the model will be pushed to {self.repo}")

@@ -187,7 +187,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, model_class: Any, tokenize
     with torch.device("meta"):  # nothing is drawn at random, which training would notice
         model = model_class(config.model, tokenizer.vocabulary)
         add_adapters(model, config.lora)
-    load_weights_of(checkpoint, model.to_empty(device="cpu"))
+    model.load_state_dict({name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}, assign=True)
+    load_weights_of(checkpoint, model)
     merge_adapters(model)
     export(model, folder, tokenizer, config, run)
 
