@@ -218,7 +218,10 @@ def _writing_may_pass(error: Exception) -> bool:
     for cause in _causes(error):
         if (answered := status_may_pass(cause)) is not None:
             return answered
-    return any({kind.__name__ for kind in type(cause).__mro__} & {"TransportError", "ConnectionError", "TimeoutError"} for cause in _causes(error))
+    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    return (
+        bool(kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}) and "OfflineModeIsEnabled" not in kinds
+    )  # RuntimeError: hf_xet's for a network that fails
 
 
 def _refusal(error: Exception) -> str:

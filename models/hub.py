@@ -49,6 +49,8 @@ def info(args: argparse.Namespace) -> None:
     if is_hub_id(args.source):
         state, files = repo_info(args.source)
         head = read_json(fetch(args.source, ["config.json"], "config.json") / "config.json")
+        if not isinstance(head, dict):
+            raise UserError(f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object")
     else:
         folder = Path(args.source)
         head, state = read_head(folder), f"{sum(map(_numbers, weight_files(folder))):,} numbers"

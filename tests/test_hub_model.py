@@ -28,7 +28,7 @@ from models import hub as program
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_vision_weights
 from models.vision_language_model import VisionLanguageModel
-from training.card import write_card
+from training.card import TRAINING, VALIDATION, write_card
 from training.hub import Pusher
 
 ROOT = Path(__file__).parent.parent
@@ -229,6 +229,15 @@ def test_a_hub_that_stays_away(model, served, uploads, kind):
     assert len(uploads.put) == sent and same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
+def test_offline_is_said_at_once(model, served, waits, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="me/tiny could not be pushed to: .*offline mode is enabled"):
+        model.push_to_hub("me/tiny")
+    assert not waits
+
+
 def test_a_download_that_broke_off_is_said_and_mended(model, served, go_to):
     model.push_to_hub("me/tiny")
     served.failures["/model.safetensors"] = repeat("drop")
@@ -309,7 +318,7 @@ def test_the_card_says_what_is_known(model, tmp_path):
         assert line in text.splitlines(), text
     assert "/home" not in text
     with Image.open(tmp_path / "training.png") as picture:
-        assert len(picture.convert("RGB").getcolors(100_000)) > 10
+        assert {TRAINING, VALIDATION} <= {"#" + bytes(colour).hex() for _, colour in picture.convert("RGB").getcolors(100_000)}
 
 
 def test_what_is_not_known_is_left_out(model, tmp_path):

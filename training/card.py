@@ -101,12 +101,12 @@ def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) 
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(sheet)
     small = ImageFont.load_default(18)
-    for part in range(5):
-        _, y = place(0, highest * part / 4)
-        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID if part else QUIET, width=2)
-        pen.text((LEFT - 10, y), f"{highest * part / 4:.3g}", fill=QUIET, font=small, anchor="rm")
-        x, _ = place(last * part / 4, 0)
-        pen.text((x, HEIGHT - BOTTOM + 10), f"{last * part / 4:,.0f}", fill=QUIET, font=small, anchor="ma" if part < 4 else "ra")
+    for value in _ticks(highest):
+        _, y = place(0, value)
+        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID if value else QUIET, width=2)
+        pen.text((LEFT - 10, y), f"{value:g}", fill=QUIET, font=small, anchor="rm")
+    for step in _ticks(last):
+        pen.text((place(step, 0)[0], HEIGHT - BOTTOM + 10), f"{step:,g}", fill=QUIET, font=small, anchor="ma")
     pen.text((LEFT, 14), "training loss", fill=TRAINING, font=ImageFont.load_default(22))
     pen.line([place(*point) for point in curve], fill=TRAINING, width=3, joint="curve")
     if validations:
@@ -115,3 +115,10 @@ def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) 
         pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=VALIDATION)
     pen.text((WIDTH - RIGHT, 18), "by optimizer step", fill=INK, font=small, anchor="ra")
     return sheet
+
+
+def _ticks(end: float) -> list[float]:
+    """0 and the multiples of 1, 2 or 5 · 10ⁿ up to `end`, at most six."""
+    scale = 10.0 ** math.floor(math.log10(end / 5))
+    unit = next(digit * scale for digit in (1, 2, 5, 10) if digit * scale * 5 >= end)
+    return [unit * n for n in range(int(end / unit * (1 + 1e-9)) + 1)]
