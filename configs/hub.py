@@ -1,20 +1,35 @@
-"""Repositories of the Hugging Face Hub → local folders. What goes wrong is one line that says how to do without."""
+"""Repositories of the Hugging Face Hub → local folders, and back. What goes wrong is one line that says how to do without, or what to do."""
 
 import logging
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from configs.errors import UserError
+from configs.files import read_json
 
 T = TypeVar("T")
 TRIES = 4  # of what fails, 1, 2, 4 seconds apart
 ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+REFUSALS = {
+    401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
+    402: "more storage has to be paid for",
+    403: "this token may not write there: choose a name of your own, or a token with that right",
+    404: "there is no such repository, or this token may not see it",
+    413: "a file is too large for this account",
+    429: "too many requests: try again later",
+}  # by status; the server's own words follow
+
+
+class HubAway(UserError):
+    """The Hub is out of reach, or has a bad moment: later it may work."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -22,16 +37,32 @@ def is_hub_id(source: str) -> bool:
     return not Path(source).exists() and ID.fullmatch(source) is not None and not source.startswith((".", "/"))
 
 
-def fetch(source: str, patterns: list[str], what: str, kind: str = "model") -> Path:
+def fetch(source: str, patterns: list[str], what: str, kind: str = "model", token: str | None = None) -> Path:
     """→ the local folder that holds the files of `source` matching `patterns`; `what` they are is for the errors, `kind` "model" or "dataset"."""
     from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    return _reading(source, what, lambda: Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, repo_type=kind, token=token)))
+
+
+def repo_info(source: str) -> tuple[str, list[tuple[str, int]]]:
+    """Of a model repository, without its files: "private" or "public" and the commit; each file's name and bytes."""
+    from huggingface_hub import HfApi
+
+    name, _, revision = source.partition("@")
+    info = _reading(source, "what it holds", lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True))
+    return f"{'private' if info.private else 'public'}, commit {info.sha}", [(file.rfilename, file.size or 0) for file in info.siblings or []]
+
+
+def _reading(source: str, what: str, do: Callable[[], T]) -> T:
+    """`do()`, which reads `what` of `source`: tried again where that may help. Errors: `UserError`."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, _, revision = source.partition("@")
     local = "a local folder with the same files works as well: give its path instead of the id"
     _prepare()
     try:
-        return trying(name, lambda: Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, repo_type=kind)), _may_pass)
+        return trying(name, do, _may_pass)
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its terms on the Hub and log in ('hf auth login', or HF_TOKEN); {local}") from None
     except RevisionNotFoundError:
@@ -39,6 +70,8 @@ def fetch(source: str, patterns: list[str], what: str, kind: str = "model") -> P
     except RepositoryNotFoundError:
         raise UserError(f"{name} is neither a folder here nor on the Hub, or it is private and needs a token ('hf auth login', or HF_TOKEN); {local}") from None
     except Exception as error:  # every HTTP library has its own
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise UserError(f"{name} could not be fetched: {REFUSALS[401]}; {local}") from None
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(f"{name} is no folder here, and {what} could not be fetched from the Hub ({reason}); {local}") from error
 
@@ -56,7 +89,7 @@ def trying(what: str, do: Callable[[], T], may_pass: Callable[[Exception], bool]
     raise AssertionError("TRIES is at least 1")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).split(" For more information")[0][:200]
 
 
@@ -68,7 +101,7 @@ def pause(seconds: float) -> None:
         threading.main_thread().join(seconds)
 
 
-def status_may_pass(error: Exception) -> bool | None:
+def status_may_pass(error: BaseException) -> bool | None:
     """Whether the Hub's answer, if `error` is one, may be another the next time."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return None if status is None else status in (408, 429) or status >= 500
@@ -120,3 +153,80 @@ def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[A
         raise UserError(
             f"{source} is no folder here, and its files could not be listed on the Hub ({reason_of(error)}); a local folder with the same files works as well"
         ) from error
+
+
+def open_repo(name: str, model_type: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make a model repository, unless there is one of that name for a model of this type. → OWNER/NAME; without an OWNER it is yours.
+
+    Errors: `UserError` where it cannot be had, holds a model of another type, or is public and was to be private.
+    """
+    from huggingface_hub import HfApi, get_token, hf_hub_download
+
+    if not NAME.fullmatch(name):
+        raise UserError(f"'{name}' is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
+    if not (token or get_token()):
+        raise UserError(f"{name} cannot be pushed to without a token that may write: log in ('hf auth login'), or set HF_TOKEN")
+
+    def opened() -> str:
+        api = HfApi(token=token)
+        repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+        info = api.model_info(repo)
+        if private and not info.private:
+            raise UserError(f"{repo} is there already, and public: choose another name, or make it private on the Hub")
+        if any(file.rfilename == "config.json" for file in info.siblings or []):
+            head = read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token)))
+            found = head.get("model_type") if isinstance(head, dict) else None
+            if found != model_type:
+                raise UserError(f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name")
+        return repo
+
+    return writing(name, opened)
+
+
+def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
+    """A folder's files → repository `repo`, as one commit; → its address. Weights that are there in other files go. Errors: `UserError`."""
+    from huggingface_hub import HfApi
+
+    def pushed() -> str:
+        if branch is not None:
+            HfApi().create_branch(repo, branch=branch, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message, revision=branch, delete_patterns=WEIGHTS).commit_url)
+
+    return writing(repo, pushed)
+
+
+def writing(repo: str, do: Callable[[], T]) -> T:
+    """`do()`, which writes to `repo`: tried again where the network or the Hub may have had a bad moment. Errors: `UserError`, `HubAway` where it stays so."""
+    _prepare()
+    try:
+        return trying(repo, do, _writing_may_pass)
+    except UserError:
+        raise
+    except Exception as error:  # every HTTP library has its own
+        raise (HubAway if _writing_may_pass(error) else UserError)(f"{repo} could not be pushed to: {_refusal(error)}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _writing_may_pass(error: Exception) -> bool:
+    """Unlike a first request, a long upload is worth waiting for a network that is away."""
+    for cause in _causes(error):
+        if (answered := status_may_pass(cause)) is not None:
+            return answered
+    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    return (
+        bool(kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}) and "OfflineModeIsEnabled" not in kinds
+    )  # RuntimeError: hf_xet's for a network that fails
+
+
+def _refusal(error: Exception) -> str:
+    for cause in _causes(error):
+        if (response := getattr(cause, "response", None)) is not None:
+            said = getattr(cause, "server_message", None) or reason_of(cause)
+            return " ".join(f"{REFUSALS.get(response.status_code, '')} ({response.status_code}: {said})".split())[:400]
+    return reason_of(list(_causes(error))[-1])

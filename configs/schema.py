@@ -322,6 +322,13 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    repo: str = opt("", "repository of the Hugging Face Hub, NAME or OWNER/NAME: the model is pushed there at each checkpoint, in the background, and at the end")
+    private: bool = opt(False, "make the repository private")
+    licence: str = opt("", "licence of the weights, as the Hub names it, for the model card: apache-2.0, cc-by-4.0 … (empty: the card says that none is stated)")
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     sampling: bool = opt(False, "sample instead of taking the likeliest token")
     temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
@@ -371,6 +378,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     eval: EvalConfig = EvalConfig()
+    hub: HubConfig = HubConfig()
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:

@@ -4,7 +4,7 @@ Keys of images are kept before rotary embedding, so that one image KV serves at 
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,11 +71,11 @@ def _checksum(data: Tensor) -> str:
     return digest.hexdigest()
 
 
-@dataclass
 class KeyValueRecorder:
     """The left tower's past: attends to nothing but itself, and keeps every layer's unrotated keys and values (B, G, L, E)."""
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self) -> None:  # no dataclass: FSDP hands a block a copy of one, and what it records would be lost
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         assert layer <= len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"

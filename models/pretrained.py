@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import read_json, replacing, write_text
-from configs.hub import fetch, is_hub_id
+from configs.hub import WEIGHTS, fetch, is_hub_id
 from configs.schema import ModelConfig, Vocabulary
 from models.ancestors import is_ancestor, read_ancestor
 from models.vision_encoder import create_backbone
 
 FORMAT = 3  # of a model folder
-MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks
+BESIDE = ["*.json", "*.jinja", "*.py", "*.txt"]  # what may stand beside the weights: tokenizer, preprocessing, generation settings
+INDEX = "model.safetensors.index.json"  # of weights in several files
 MODEL_TYPES = ("dual_tower", "vanilla")
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
 
@@ -38,45 +41,73 @@ def fingerprint(module: nn.Module, salt: str = "") -> str:
 
 
 def save_model(model: Any, folder: Path) -> None:
+    """`config.json`, and the weights: `model.safetensors`, or where they are more than `SHARD_SIZE` several files and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     config = {"model_type": model.model_type, "format": FORMAT, "vocabulary": asdict(model.vocabulary), "model": asdict(model.config)}
-    try:
-        with replacing(folder / "model.safetensors") as beside:
-            save_file(tensors, beside)
-    except SafetensorError as error:  # a full disk, for one
-        raise UserError(f"{folder / 'model.safetensors'} could not be written: {error}") from error
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    for file, names in shards.filename_to_tensors.items():
+        try:
+            with replacing(folder / file) as beside:
+                save_file({name: tensors[name] for name in names}, beside)
+        except SafetensorError as error:  # a full disk, for one
+            raise UserError(f"{folder / file} could not be written: {error}") from error
+    if shards.is_sharded:
+        write_text(folder / INDEX, json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=2) + "\n")
+    for old in {path for pattern in WEIGHTS for path in folder.glob(pattern)} - {folder / file for file in (*shards.filename_to_tensors, *[INDEX] * shards.is_sharded)}:
+        old.unlink()  # another model's that stood here
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights. A missing or damaged one of the list raises `UserError`."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        files = [folder / "model.safetensors"]
+    else:
+        index = read_json(folder / INDEX)
+        try:
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (LookupError, AttributeError, TypeError) as error:
+            raise UserError(f"{folder / INDEX} is damaged: {error!r}") from None
+    for path in files:
+        _check_there(folder, path.name)
+    return files
+
+
+def _check_there(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        inner = folder / "model"
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
 
 
 def read_head(folder: Path) -> dict[str, Any]:
     """The `config.json` of a complete model folder, of this version or of an ancestor."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            inner = folder / "model"
-            hint = f"; did you mean {inner}?" if (inner / "model.safetensors").is_file() else ""
-            raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
+    _check_there(folder, "config.json")
+    weight_files(folder)
     head = read_json(folder / "config.json")
     if is_ancestor(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
-    if head.get("format") != FORMAT:
-        raise UserError(f"{folder} has model format {head.get('format')!r}; this version reads {FORMAT}")
+    found = head.get("format")
+    if found != FORMAT:
+        newer = " and was written by a newer one: update this program" if type(found) is int and found > FORMAT else ""
+        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}{newer}")
     return dict(head)
 
 
-def find_model(source: str | Path) -> Path:
+def find_model(source: str | Path, token: str | None = None) -> Path:
     """A local model folder, or a Hub id, which is fetched."""
-    return fetch(str(source), MODEL_FILES, "the model") if is_hub_id(str(source)) else Path(source)
+    return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
 
 
 def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """Our own folder or an ancestor's → `config.json`, model type, configuration, vocabulary, tensors."""
-    head, tensors = read_head(folder), read_safetensors(folder / "model.safetensors")
+    head, tensors = read_head(folder), {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
     if is_ancestor(head):
         return head, *read_ancestor(head, tensors, str(folder))
     try:
@@ -119,9 +150,12 @@ def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor
     return sorted(tensors.keys() - own.keys())
 
 
-def load_model(classes: dict[str, Any], source: str | Path) -> Any:
-    """A folder or Hub id, our own or an ancestor's, as one of `classes` (by model type). What an ancestor's left tower computes for nobody is left out, and listed in `dropped_tensors`."""
-    folder = find_model(source)
+def load_model(classes: dict[str, Any], source: str | Path, token: str | None = None) -> Any:
+    """A folder or Hub id, our own or an ancestor's, as one of `classes` (by model type). What an ancestor's left tower computes for nobody is left out, and listed in `dropped_tensors`.
+
+    Small files beside the weights, tokenizer and settings, are kept in `beside`: the model is saved with them.
+    """
+    folder = find_model(source, token)
     head, kind, config, vocabulary, tensors = _read_model(folder)
     if kind not in classes:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{next(iter(classes))}'")
@@ -129,9 +163,10 @@ def load_model(classes: dict[str, Any], source: str | Path) -> Any:
         model = classes[kind](config, vocabulary)
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
+    model.beside = {path.name: path.read_bytes() for pattern in BESIDE for path in folder.glob(pattern) if path.name not in ("config.json", INDEX)}
     own = model.state_dict()
     model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
-    load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder / "model.safetensors"))
+    load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder))
     return model.eval()
 
 

@@ -1,19 +1,17 @@
 """Vanilla: one decoder over image and text tokens in one sequence, the shape of nanoVLM. The baseline of every comparison."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, Vocabulary
+from models.hub_model import HubModel
 from models.language_model import LanguageModel, Output
 from models.masks import right_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
-from models.pretrained import load_model, save_model
 from models.vision_encoder import VisionEncoder
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(HubModel):
     """The dual tower's batch, loop and generate; the left stream is empty, image blocks stand in the right one."""
 
     model_type = "vanilla"
@@ -69,12 +67,3 @@ class VisionLanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, D) → logits over the whole vocabulary (…, V)."""
         return self.right.logits(hidden)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; beside and renamed."""
-        save_model(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "VisionLanguageModel":
-        """Load a folder written by `save_pretrained` or a nanoVLM checkpoint, or a Hub id with its files. A missing, foreign or misshapen file raises `UserError`."""
-        return load_model({cls.model_type: cls}, folder)

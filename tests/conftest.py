@@ -1,5 +1,6 @@
 """Shared by the tests: tiny models, a tokenizer, and samples made by hand."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,37 @@ def image_file(tmp_path: Path) -> Path:
     path = tmp_path / "image.png"
     Image.fromarray(random_tiles(1)[0].permute(1, 2, 0).numpy()).save(path)
     return path
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """Nobody waits; → how long each would have."""
+    waits: list[float] = []
+    monkeypatch.setattr("configs.hub.pause", waits.append)
+    return waits
+
+
+@pytest.fixture
+def naps(monkeypatch) -> list[float]:
+    """The same for huggingface_hub's own repetitions."""
+    naps: list[float] = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    return naps
+
+
+@pytest.fixture
+def go_to(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
+    """Makes an address this process's Hub."""
+    from huggingface_hub import HfFileSystem, close_session, constants
+
+    def go(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", str(address))
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        HfFileSystem.clear_instance_cache()
+        close_session()
+
+    yield go
+    HfFileSystem.clear_instance_cache()
+    close_session()

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's HTTP as downloads need: `HF_ENDPOINT` points at it."""
+"""A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from hub_uploads import UNKNOWN, Uploads
+
 COMMIT = "0" * 39 + "1"
 REVISIONS = (None, "main", COMMIT, "refs/convert/parquet", "a/branch")
 API = re.compile(r"/api/(?:models|(datasets))/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
@@ -19,7 +21,7 @@ FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)")
 
 class Hub(str):
     """The address. Requests whose path holds a key of `failures` take their answer from there while it has one:
-    "drop" (the connection is closed), "503", "silence" (no answer until the server ends), "cut" (half of a file).
+    "drop" (the connection is closed; of an upload in the middle of it), a status, "silence" (no answer until the server ends), "cut" (half of a file).
     `served` counts bytes by path.
     """
 
@@ -30,8 +32,8 @@ class Hub(str):
 
 
 @contextmanager
-def hub(repos: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[Hub]:
-    """Serve `repos` (id, or datasets/id → folder) until the block ends; → the address. `gated` ids answer as the Hub does without a token."""
+def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | None = None) -> Iterator[Hub]:
+    """Serve `repos` (id, or datasets/id → folder) until the block ends; → the address. `gated` ids answer as the Hub does without a token; `uploads` takes others."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -46,38 +48,80 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[Hub]:
         def json(self, value: object) -> None:
             self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
-        def do_GET(self) -> None:
-            address = urlsplit(self.path)
-            self.failure = next((kind for part, kinds in here.failures.items() if part in address.path and (kind := next(kinds, None))), None)
+        def fails(self) -> bool:
+            """Whether this request goes wrong, as `failures` wants it; what is to be answered then has been."""
+            path = urlsplit(self.path).path
+            self.failure = next((kind for part, kinds in here.failures.items() if part in path and (kind := next(kinds, None))), None)
             if self.failure == "silence":
                 here.ended.wait()
-            if self.failure in ("drop", "silence"):
+            if self.failure == "drop" and self.command == "PUT":
+                self.rfile.read(1000)
+            if self.failure is not None and self.failure.isdigit():
+                self.answer(int(self.failure), b"{}")
+            return self.failure not in (None, "cut")
+
+        def user(self) -> str | None:
+            """Whose token came with the request: "" stands for one that nobody has."""
+            token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            return uploads.users.get(token, "") if uploads is not None and token else None
+
+        def body(self) -> bytes:
+            if self.headers["Transfer-Encoding"] != "chunked":
+                return self.rfile.read(int(self.headers["Content-Length"] or 0))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def do_POST(self) -> None:
+            if self.fails():
                 return None
-            if self.failure == "503":
-                return self.answer(503)
+            body, path = self.body(), urlsplit(self.path).path
+            if path == "/lfs/verify":
+                return self.answer(200 if json.loads(body)["oid"] in uploads.objects else 404)
+            if self.user() == "":
+                return self.answer(401, b"{}", **UNKNOWN)
+            status, found, headers = uploads.post(path, body, self.user(), str(here))
+            return self.answer(status, json.dumps(found).encode(), Content_Type="application/json", **headers)
+
+        def do_PUT(self) -> None:
+            if not self.fails():
+                self.answer(uploads.receive(self.path.removeprefix("/put/"), self.body()))
+
+        def do_GET(self) -> None:
+            address = urlsplit(self.path)
+            if self.fails():
+                return None
+            if self.user() == "":
+                return self.answer(401, b"{}", **UNKNOWN)
             match = API.fullmatch(address.path) or FILE.fullmatch(address.path)
             kind, name, route, revision, path = [unquote(group or "") for group in match.groups()] if match else [""] * 5
             name = f"{kind}/{name}" if kind else name
             if name in gated and (route == "resolve" or name not in repos):  # what files there are, everyone may know
                 return self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message=f"Access to {name} is restricted.")
-            if name not in repos:
+            written = uploads.visible(name, self.user()) if uploads is not None else None
+            if written is None and name not in repos:
                 return self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-            if (revision or None) not in REVISIONS:
+            commit = written.find(revision or "main") if written is not None else COMMIT if (revision or None) in REVISIONS else None
+            if commit is None:
                 return self.answer(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-            root, target = repos[name], repos[name] / path
+            root = written.commits[commit] if written is not None else repos[name]
+            target = root / path
             if route == "resolve" and target.is_file():
-                return self.file(target.read_bytes())
+                return self.file(target.read_bytes(), commit)
             if route == "tree" and target.is_dir():
                 found = sorted(target.rglob("*") if "recursive=true" in address.query.lower() else target.iterdir())
                 kinds = {True: "directory", False: "file"}
                 return self.json([{"type": kinds[p.is_dir()], "path": p.relative_to(root).as_posix(), "size": p.stat().st_size, "oid": COMMIT} for p in found])
             if route in ("", "revision"):
-                siblings = [{"rfilename": p.relative_to(root).as_posix()} for p in sorted(root.rglob("*")) if p.is_file()]
-                return self.json({"id": name.removeprefix("datasets/"), "sha": COMMIT, "private": False, "siblings": siblings})
-            return self.answer(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+                siblings = [{"rfilename": p.relative_to(root).as_posix(), "size": p.stat().st_size} for p in sorted(root.rglob("*")) if p.is_file()]
+                return self.json({"id": name.removeprefix("datasets/"), "sha": commit, "private": written is not None and written.private, "siblings": siblings})
+            return self.answer(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
 
-        def file(self, body: bytes) -> None:
-            headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept_Ranges": "bytes"}
+        def file(self, body: bytes, commit: str) -> None:
+            headers = {"X_Repo_Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept_Ranges": "bytes"}
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
             if asked is None:
                 return self.answer(200, body, **headers)

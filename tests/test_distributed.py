@@ -20,8 +20,24 @@ from training.checkpoint import checkpoints
 from training.distributed import check_world
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16, where sums differ by their order.
+# Three layers: with two, what FSDP does to a block's arguments does not show.
 PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-SHARED = ["--data.streams", "2", "--train.accumulation", "2", "--train.optimizer", "adamw", "--train.dtype", "fp32", "--cache_dir", "cache"]
+SHARED = [
+    "--data.streams",
+    "2",
+    "--train.accumulation",
+    "2",
+    "--train.optimizer",
+    "adamw",
+    "--train.dtype",
+    "fp32",
+    "--cache_dir",
+    "cache",
+    "--model.left.layers",
+    "3",
+    "--model.right.layers",
+    "3",
+]
 
 
 def ranks(number: int, *flags: str) -> list[str]:

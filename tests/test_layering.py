@@ -13,7 +13,7 @@ ALLOWED = {
     "eval": {"configs", "data", "models", "eval"},
 }
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")}
-PROGRAMS = {"data.preview", "data.stats", "eval.report", "training.report"}  # scripts that live beside what they show: `python -m data.preview`
+PROGRAMS = {"data.preview", "data.stats", "eval.report", "models.hub", "training.report"}  # scripts that live beside what they show: `python -m data.preview`
 
 
 def imported(path: Path) -> set[str]:

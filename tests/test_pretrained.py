@@ -38,7 +38,7 @@ def test_round_trip(model, renderer, folder):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True))
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
     assert again.answer(asked, GenerationConfig())[0].text == Answerer(model, renderer).answer(asked, GenerationConfig())[0].text
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
 def _drop_tensor(folder):

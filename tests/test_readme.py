@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import hub
+from hub_uploads import Uploads
 from programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,18 @@ def test_a_command_of_the_readme(command, place):
         ]
     elif words[2:3] == ["training.heads"]:
         words = ["training/heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
+    elif words[2:3] == ["models.hub"]:
+        with hub({}, uploads=Uploads(place / "store", {"hf_me": "me"})) as address:
+            env = os.environ | {
+                "PYTHONPATH": str(ROOT),
+                "HF_ENDPOINT": address,
+                "HF_TOKEN": "hf_me",
+                "HF_HOME": str(place / "hf"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0",
+            }
+            subprocess.run([sys.executable, *words[1:]], cwd=place, env=env, check=True)
+        return
     elif words[2:3] == ["eval.report"]:
         words = ["eval/report.py", *words[3:]]
     elif words[1] == "-m":

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 
@@ -74,46 +74,12 @@ def without_ids(records: TableRecords, numbers) -> list[dict]:
 
 
 @pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """Nobody waits; → how long the tables would have."""
-    waits: list[float] = []
-    monkeypatch.setattr("configs.hub.pause", waits.append)
-    return waits
-
-
-@pytest.fixture
-def naps(monkeypatch) -> list[float]:
-    """The same for huggingface_hub's own repetitions."""
-    naps: list[float] = []
-    monkeypatch.setattr("time.sleep", naps.append)
-    return naps
-
-
-@pytest.fixture
 def reads(monkeypatch) -> Counter:
     """→ how often each block was read."""
     reads: Counter = Counter()
     plain = TableRecords._read
     monkeypatch.setattr(TableRecords, "_read", lambda self, block: reads.update([(block.file, block.number)]) or plain(self, block))
     return reads
-
-
-@pytest.fixture
-def go_to(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
-    """Makes an address this process's Hub."""
-    from huggingface_hub import HfFileSystem, close_session, constants
-
-    def go(address: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", str(address))
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        HfFileSystem.clear_instance_cache()
-        close_session()
-
-    yield go
-    HfFileSystem.clear_instance_cache()
-    close_session()
 
 
 @pytest.fixture

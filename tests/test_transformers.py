@@ -23,7 +23,7 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 
 from configs.errors import UserError
 from configs.files import read_json
-from configs.schema import GenerationConfig, MultiTokenConfig
+from configs.schema import Config, GenerationConfig, MultiTokenConfig
 from data.collators import collate_prompts
 from data.tokens import Tokenizer
 from eval.answering import Answerer
@@ -89,7 +89,7 @@ def exported(request, tokenizer, images, modules_cache, tmp_path_factory) -> Exp
     folder = tmp_path_factory.mktemp("exported") / request.param
     model = lively_model(tokenizer, KINDS[request.param])
     torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
-    export(model, folder, tokenizer)
+    export(model, folder, tokenizer, Config(model=model.config), folder)
     loaded, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
     return Exported(folder, Answerer.from_pretrained(folder), loaded, AutoProcessor.from_pretrained(folder, trust_remote_code=True), images)
@@ -134,7 +134,7 @@ def test_greedy_tokens_are_those_of_generate(exported, settings):
 def test_outside_of_the_project(kind, tokenizer, images, tmp_path):
     """A process of its own, isolated, in another folder: `import models` fails there."""
     model = lively_model(tokenizer, KINDS[kind])
-    export(model, tmp_path / "model", tokenizer)
+    export(model, tmp_path / "model", tokenizer, Config(model=model.config), tmp_path)
     answerer = Answerer.from_pretrained(tmp_path / "model")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", "-c", OUTSIDE, str(tmp_path / "model"), json.dumps(asked(images, QUESTIONS))]
@@ -387,7 +387,7 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
 def test_the_document(tokenizer, images, tmp_path):
     """The Python blocks of docs/transformers.md, as one program."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S))
-    export(lively_model(tokenizer), tmp_path / "runs/dual_tower_easyvqa/model", tokenizer)
+    export(lively_model(tokenizer), tmp_path / "runs/dual_tower_easyvqa/model", tokenizer, Config(), tmp_path)
     Image.open(images["a"]).save(tmp_path / "photo.png")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

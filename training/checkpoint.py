@@ -36,11 +36,11 @@ class Saver:
     """Writes checkpoints into `folder`, one at a time, in a thread of its own.
 
     The thread first copies what is saved: `copied()` waits for that, and is called before anything changes. `wait()` waits
-    until the checkpoint has its name. What goes wrong is raised by the next of these calls.
+    until the checkpoint has its name. What goes wrong is raised by the next of these calls. `saved` hears of each complete one, on the first rank, in the thread.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(self, folder: Path, keep: int, world: World, saved: Callable[[Path], None] = lambda folder: None) -> None:
+        self.folder, self.keep, self.world, self.saved = folder, keep, world, saved
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
         self.thread: threading.Thread | None = None
@@ -125,6 +125,7 @@ class Saver:
                 shutil.rmtree(self.folder / f".{self.final.name}.old", ignore_errors=True)
                 for old in checkpoints(self.folder)[: -self.keep]:
                     shutil.rmtree(old)
+                self.saved(self.final)
         except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
             self.failure = error
             shutil.rmtree(beside, ignore_errors=True)

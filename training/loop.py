@@ -87,6 +87,7 @@ class Task:
     batches: Batches
     evaluate: Callable[[int], dict[str, Any]]  # step → metrics; may print, write samples and keep the best model
     before_checkpoint: Callable[[], None]
+    saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
@@ -117,7 +118,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         log.say(f"resumed from {checkpoint} after step {done}")
 
     log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
-    saver = Saver(folder / "checkpoints", c.keep_checkpoints, world)
+    saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
 
     def save(step: int) -> Path:
         return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped, "norms": list(norms)}, task.before_checkpoint)

@@ -10,7 +10,7 @@ from typing import Any
 from configs.command_line import load_json, override, to_dict
 from configs.errors import UsageError, UserError
 from configs.files import write_text
-from configs.schema import Config, EvalConfig
+from configs.schema import Config, EvalConfig, HubConfig
 from training.checkpoint import checkpoints, read_state
 
 CHANGEABLE = (
@@ -33,6 +33,7 @@ CHANGEABLE = (
     "train.feature_cache_gb",
     "train.device",
     *(f"eval.{field.name}" for field in fields(EvalConfig)),
+    *(f"hub.{field.name}" for field in fields(HubConfig)),
 )
 
 

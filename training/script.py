@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from models.modality_projector import check_kind
 from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
+from training.card import write_card
 from training.checkpoint import checkpoints, load_weights_of
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
+from training.hub import Pusher
 from training.logging import RunLog
 from training.loop import Stopped, Task, train
 from training.precision import autocast
@@ -120,7 +123,11 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
             tasks = TasksInTraining(config.eval)
             model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
-        _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world)
+            pusher = None
+            if config.hub.repo and world.first:
+                to_folder = partial(export_checkpoint, model_class=model_class, tokenizer=data.tokenizer, config=config, run=folder)
+                pusher = Pusher(config.hub, model_class.model_type, folder, to_folder, log.say)
+        _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world, pusher)
 
 
 def _of_world(config: Config, world: World) -> Config:
@@ -170,8 +177,8 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
     return model, data, validation, cache, log
 
 
-def export(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
-    """Write a complete model folder; adapters are merged into a copy, the model stays as it is."""
+def export(model: Any, folder: Path, tokenizer: Tokenizer, config: Config, run: Path, evaluated: dict[str, Any] | None = None) -> None:
+    """Write a complete model folder, with a card of what `run` tells; adapters are merged into a copy, the model stays as it is."""
     if any(hasattr(module, "peft_config") for module in model.modules()):
         encoder = model.parts()["vision"]
         cache, encoder.cache = encoder.cache, None  # gigabytes that no export needs
@@ -181,9 +188,21 @@ def export(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
             encoder.cache = cache
         merge_adapters(model)
     with replacing_folder(folder) as beside:
+        write_card(model, config, run, beside, evaluated)
         model.save_pretrained(beside)
         tokenizer.save(beside)
         add_remote_code(beside, tokenizer)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, model_class: Any, tokenizer: Tokenizer, config: Config, run: Path) -> None:
+    """A checkpoint's weights as a model folder, without a look at the model that is being trained."""
+    with torch.device("meta"):  # nothing is drawn at random, which training would notice
+        model = model_class(config.model, tokenizer.vocabulary)
+        add_adapters(model, config.lora)
+    model.load_state_dict({name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}, assign=True)
+    load_weights_of(checkpoint, model)
+    merge_adapters(model)
+    export(model, folder, tokenizer, config, run)
 
 
 def plain(model: Any, config: Config, model_class: Any) -> Any:
@@ -213,6 +232,7 @@ def _train_and_export(
     cache: FeatureCache,
     log: RunLog,
     world: World,
+    pusher: Pusher | None,
 ) -> None:
     model_class, trained = type(model), model  # FSDP changes the class
     shown: list[dict[str, Any]] = []  # the last predictions
@@ -248,11 +268,15 @@ def _train_and_export(
                 log.say(f"    {name} {value:.4f}")
             logged |= found
         if world.first and best.is_beaten(step, logged):
-            export(model, folder / "best", data.tokenizer)
+            export(model, folder / "best", data.tokenizer, config, folder, logged)
             best.note(step, logged)
         return logged
 
-    task = Task(data.batches, evaluate, cache.save)
+    def saved(checkpoint: Path) -> None:
+        if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":  # the last one's model is pushed when it is exported
+            pusher.saved(checkpoint)
+
+    task = Task(data.batches, evaluate, cache.save, saved)
     try:
         train(config, model, task, folder, log, checkpoint, world)
     except Stopped as stopped:
@@ -269,7 +293,9 @@ def _train_and_export(
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
     merge_adapters(model)  # training is over: no copy is needed
-    export(model, folder / "model", data.tokenizer)
+    export(model, folder / "model", data.tokenizer, config, folder)
+    if pusher is not None:
+        pusher.finish(folder / "model")
     if dropped:
         log.say(f"training records dropped: {by_source(dropped)}")
     here = Path.cwd()

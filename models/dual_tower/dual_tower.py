@@ -1,17 +1,16 @@
 """DualTowerVLM: images through the left tower into a per-layer KV cache, text through the right tower, which reads it."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, Vocabulary
 from models.dual_tower.dual_language_model import DualLanguageModel
+from models.hub_model import HubModel
 from models.kv_cache import ImageKV, KeyValueRecorder
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
-from models.pretrained import fingerprint, load_model, save_model
+from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
 
 IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
@@ -46,7 +45,7 @@ class LeftTower(nn.Module):
         return recorder.layers
 
 
-class DualTowerVLM(nn.Module):
+class DualTowerVLM(HubModel):
     """Exactly one tower per token. Batch keys are the arguments: `model(**batch)`."""
 
     model_type = "dual_tower"
@@ -129,12 +128,3 @@ class DualTowerVLM(nn.Module):
         c = self.config
         settings = (IMAGE_KV_VERSION, c.vision, c.projector, c.left, c.left_context, c.image_isolation, c.left_attention, self.vocabulary)
         return fingerprint(self.left, repr(settings))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; beside and renamed."""
-        save_model(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DualTowerVLM":
-        """Load a folder written by `save_pretrained` or the first dual tower's, or a Hub id with its files. A missing, foreign or misshapen file raises `UserError`."""
-        return load_model({cls.model_type: cls}, folder)

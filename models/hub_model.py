@@ -1,0 +1,64 @@
+"""What both models share as models of the Hugging Face Hub: load, save, push, and the card. Built on huggingface_hub's `PyTorchModelHubMixin`."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import nn
+
+from configs.errors import UserError
+from configs.files import replacing
+from configs.hub import WEIGHTS, is_hub_id, open_repo, writing
+from configs.schema import Config, ModelConfig
+from models.card import RunFacts, card_of
+from models.language_weights import load_language_weights
+from models.pretrained import load_model, load_vision_weights, save_model
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pipeline_tag="image-text-to-text", tags=["vision-language-model"]):
+    """`from_pretrained`, `save_pretrained`, `push_to_hub`. A subclass has `model_type`, `config`, `vocabulary` and `parts()`."""
+
+    model_type: str
+    config: ModelConfig
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside: dict[str, bytes] = {}  # tokenizer and settings of the folder that the model was loaded from: saved with it
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, load_backbone: bool = False, revision: str | None = None, token: str | None = None) -> Self:
+        """A model folder, or a Hub id (`org/name`, `org/name@revision`); an ancestor's too. Missing, foreign or damaged files raise `UserError`.
+
+        With `load_backbone` the vision encoder and the decoders have the pretrained weights that their `weights` settings name, not the
+        folder's; what no backbone has, the projector and multi-token heads, is the folder's all the same.
+        """
+        if revision is not None and ("@" in str(source) or not is_hub_id(str(source))):
+            raise UserError(f"revision = {revision!r} needs a Hub id that names none itself, and nothing of that name on this disk: {source} is something else")
+        model = load_model({cls.model_type: cls}, f"{source}@{revision}" if revision is not None else source, token)
+        if load_backbone:
+            if all(part.weights == "random" for part in (model.config.vision, *(getattr(model.config, tower) for tower in model.config.towers))):
+                raise UserError(f"load_backbone: the configuration of {source} names no pretrained weights, everything in it began at random")
+            load_language_weights(model, Path(Config.cache_dir))
+            load_vision_weights(model.parts()["vision"])
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """`config.json`, the weights, and what stood beside them; each file beside its name and renamed."""
+        save_model(self, save_directory)
+        for name, data in self.beside.items():
+            with replacing(save_directory / name) as path:
+                path.write_bytes(data)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+        """Make the repository where there is none, and push what `save_pretrained` writes as one commit; → its address.
+
+        `options` are huggingface_hub's: `branch`, `commit_message` … Errors: `UserError`: no token, a wrong one, no right to write there, a
+        repository with a model of another type, a Hub that stays out of reach.
+        """
+        repo = open_repo(repo_id, self.model_type, private, token)
+        options = {"delete_patterns": WEIGHTS} | options
+        return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))
+
+    def generate_model_card(self, run: RunFacts | None = None) -> ModelCard:
+        """README.md, from the model itself and what is known of its `run`."""
+        return card_of(self, run or RunFacts())

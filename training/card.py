@@ -1,0 +1,124 @@
+"""What a run tells of itself in the model card: data, settings, the curve of its loss, scores."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from configs.errors import UserError
+from configs.files import read_json, replacing, write_text
+from configs.hub import is_hub_id
+from configs.schema import Config
+from data.sources import parse_sources
+from models.card import RunFacts
+
+PICTURE = "training.png"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 480, 90, 30, 60, 50  # of the picture, in pixels
+POINTS = 400  # of a curve: each the mean of as many steps
+INK, QUIET, GRID, TRAINING, VALIDATION = "#2b2e34", "#6b7078", "#e6e6e3", "#4c78a8", "#c8626a"
+
+
+def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: dict[str, Any] | None = None, evaluation: Path | None = None) -> None:
+    """README.md and its picture into model folder `folder`. `evaluated`: the metrics of its step, else the run's last; `evaluation`: what evaluation.py wrote of it."""
+    lines = list(_metrics(run / "metrics.jsonl"))
+    losses = [(line["step"], line["loss"]) for line in lines if _finite(line.get("loss"))]
+    validations = [line for line in lines if _finite(line.get("validation_loss"))]
+    drawn = len(losses) > 1
+    if drawn:
+        with replacing(folder / PICTURE) as beside:
+            draw(losses, [(line["step"], line["validation_loss"]) for line in validations]).save(beside, format="png", optimize=True)
+    scores = evaluated if evaluated is not None else validations[-1] if validations else {}
+    specs = parse_sources(config.data.sources)
+    facts = RunFacts(
+        name=config.hub.repo.rpartition("/")[2] or run.resolve().name,
+        licence=config.hub.licence,
+        base_models=(config.init_left_from.partition("@")[0],) if is_hub_id(config.init_left_from) else (),
+        datasets=tuple(dict.fromkeys(spec.path.partition("@")[0] for spec in specs if is_hub_id(spec.path))),
+        data=(("sources", ", ".join(spec.full_name for spec in specs)), ("held out for validation", f"{config.data.validation_images:,} records")),
+        training=tuple(_training(config, lines)),
+        scores=(*_validation(scores), *(_evaluation(evaluation) if evaluation is not None else ())),
+        picture=PICTURE if drawn else "",
+    )
+    write_text(folder / "README.md", str(model.generate_model_card(facts)))
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; half a last one is being written. Errors: `UserError` where it is damaged."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else (), 1):
+        if line.endswith("\n"):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is damaged ({error}): mend or delete it") from None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    c, steps = config.train, [line for line in lines if "loss" in line]
+    if steps:
+        yield "optimizer steps", f"{steps[-1]['step']:,} of {config.max_steps:,}"
+    if steps and len(steps) == steps[-1]["step"]:  # every one is known
+        yield "tokens learnt from", f"{sum(line.get('supervised_tokens', 0) for line in steps):,}"
+    length = config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
+    yield "a step's batch", f"{c.rows * c.accumulation} packed rows of {length:,} tokens"
+    rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {tower: getattr(c, f"lr_{tower}") for tower in config.model.towers}
+    yield "optimizer", f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}"
+    if adapted := [f"{tower} of rank {getattr(config.lora, tower).r}" for tower in config.model.towers if getattr(config.lora, tower).r]:
+        yield "adapters, merged", ", ".join(adapted)
+
+
+def _validation(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for name, value in scores.items():
+        if name not in ("step", "seconds") and _finite(value):
+            yield name.replace("_", " "), f"{value:.4f}", "", ""
+
+
+def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    for task, told in read_json(path)["tasks"].items():
+        for metric, value in told["scores"].items():
+            error, floor = told["standard_errors"].get(metric), (told["floor"] or {}).get(metric)
+            shown = (f"{number:.4f}" if _finite(number) else "" for number in (error, floor))
+            yield (f"{task}: {metric} ({told['samples']:,} samples)", f"{value:.4f}", *shown)  # type: ignore[misc]
+
+
+def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) -> Image.Image:
+    """Training loss, each point the mean of some steps, and validation loss over the steps."""
+    size = -(-len(losses) // POINTS)
+    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
+    curve = [(sum(step for step, _ in g) / len(g), sum(loss for _, loss in g) / len(g)) for g in groups]
+    highest = max(value for _, value in (*curve, *validations)) or 1.0
+    last = losses[-1][0]
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        return LEFT + step / last * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - value / highest * (HEIGHT - BOTTOM - TOP)
+
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(sheet)
+    small = ImageFont.load_default(18)
+    for value in _ticks(highest):
+        _, y = place(0, value)
+        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID if value else QUIET, width=2)
+        pen.text((LEFT - 10, y), f"{value:g}", fill=QUIET, font=small, anchor="rm")
+    for step in _ticks(last):
+        pen.text((place(step, 0)[0], HEIGHT - BOTTOM + 10), f"{step:,g}", fill=QUIET, font=small, anchor="ma")
+    pen.text((LEFT, 14), "training loss", fill=TRAINING, font=ImageFont.load_default(22))
+    pen.line([place(*point) for point in curve], fill=TRAINING, width=3, joint="curve")
+    if validations:
+        pen.text((LEFT + 170, 14), "validation loss", fill=VALIDATION, font=ImageFont.load_default(22))
+    for x, y in (place(*point) for point in validations):
+        pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=VALIDATION)
+    pen.text((WIDTH - RIGHT, 18), "by optimizer step", fill=INK, font=small, anchor="ra")
+    return sheet
+
+
+def _ticks(end: float) -> list[float]:
+    """0 and the multiples of 1, 2 or 5 · 10ⁿ up to `end`, at most six."""
+    scale = 10.0 ** math.floor(math.log10(end / 5))
+    unit = next(digit * scale for digit in (1, 2, 5, 10) if digit * scale * 5 >= end)
+    return [unit * n for n in range(int(end / unit * (1 + 1e-9)) + 1)]
