@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,22 @@ def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
 
 
 class Life:
-    """One start of the run, in a process group of its own."""
+    """One start of the run."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.started = time.monotonic()
         with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """All processes at once, those that torchrun put into sessions of their own too."""
+        found = [self.process.pid]
+        for pid in found:  # grows
+            with suppress(FileNotFoundError):
+                found += [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -124,7 +132,9 @@ def size(file: Path) -> int:
 
 
 def tail(folder: Path) -> str:
-    return " | ".join((folder / "log.txt").read_text().strip().splitlines()[-3:])
+    """The last start's own error lines, else the log's end."""
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return " | ".join([line for line in lines[-200:] if line.startswith("error:")][-2:] or lines[-3:])
 
 
 if __name__ == "__main__":

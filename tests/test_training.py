@@ -93,6 +93,23 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     assert a == b
 
 
+def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
+    """As by ranks that outlive the torchrun that started them: the second start is refused, the first one is not disturbed."""
+    folder = tmp_path / "run"
+    flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
+    process = Program(command(*flags), tmp_path)
+    while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        second = run_program(command(*flags, "--resume", "auto"), tmp_path)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert second.returncode == 1 and f"error: {folder} is in use: another process trains in it" in second.stderr
+    assert process.wait().returncode == 0
+    assert losses(folder) == losses(uninterrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_step_and_the_printed_command_goes_on(uninterrupted, tmp_path, number):
     """Exit status 0, no exported model yet; then the same losses and weights as without."""

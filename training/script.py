@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from configs.errors import UsageError
-from configs.files import replacing_folder
+from configs.files import locked, replacing_folder
 from configs.ranks import World, world_of_torchrun
 from configs.schema import Config, Vocabulary
 from data.build import Data, build_data
@@ -116,8 +116,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TasksInTraining(config.eval)  # raises now, before anything is written
-    with opened(pick_device(config.train.device)) as world:
-        config, folder, checkpoint = world.agreed(lambda: open_run(config, flags, lambda new: _of_world(complete(new, flags), world)))
+    with ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
+
+        def open_and_lock() -> tuple[Config, Path, Path | None]:
+            found = open_run(config, flags, lambda new: _of_world(complete(new, flags), world))
+            until_the_end.enter_context(locked(found[1]))
+            return found
+
+        config, folder, checkpoint = world.agreed(open_and_lock)
         check_world(config, world)
         Trackers.check(config.log)
         with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
@@ -142,7 +148,7 @@ def leaving_nothing(folder: Path, checkpoint: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if checkpoint is None and not checkpoints(folder / "checkpoints") and not (folder / "metrics.jsonl").exists():
-            for name in ("config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+            for name in (".lock", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
                 (folder / name).unlink(missing_ok=True)
             for path in (folder / "tokenizer", folder):
                 if path.is_dir() and not any(path.iterdir()):
