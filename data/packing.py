@@ -107,7 +107,8 @@ class Window:
         """How many of the oldest to keep, and the one or two samples that best fill what they leave."""
         keys, unit = self.sorted, self.budget.unit
         left, right, _ = rests[-1]
-        waste, kept, end = left * unit + right, len(rests), []
+        waste, kept = left * unit + right, len(rests)
+        end: list[int] = []
         if not len(keys):
             return kept, end
         first = max(0, len(rests) - TAILS)

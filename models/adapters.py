@@ -20,7 +20,8 @@ def _targets(config: LoraTower) -> list[str]:
     return [name.strip() for name in config.targets.split(",")]
 
 
-def decoder_of(model: Any, tower: str) -> nn.Module:
+def decoder_of(model: Any, tower: str) -> Any:
+    """A tower's decoder, an `nn.Module` to which peft may have given attributes of its own."""
     return model.right if tower == "right" else model.left.decoder
 
 
@@ -131,7 +132,7 @@ def merge_adapters(model: Any) -> None:
             del decoder.peft_config
 
 
-def _dequantised(layer: nn.Module) -> nn.Module:
+def _dequantised(layer: Any) -> nn.Module:
     if type(layer) is nn.Linear:
         return layer
     import bitsandbytes

@@ -100,8 +100,7 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         normalize="unit",
         options=json.dumps(options),
     )
-    context = "prefix" if dual else "none"
-    return ModelConfig(vision, ProjectorConfig("linear", c["mp_pixel_shuffle_factor"]), decoder, decoder, context, image_isolation=False)
+    return ModelConfig(vision, ProjectorConfig("linear", c["mp_pixel_shuffle_factor"]), decoder, decoder, "prefix" if dual else "none", image_isolation=False)
 
 
 def _vocabulary(c: dict[str, Any], where: str) -> Vocabulary:

@@ -47,7 +47,7 @@ class RunFacts:
 def card_of(model: Any, run: RunFacts) -> ModelCard:
     """The card of a `HubModel`. A front matter that the Hub would not take raises `ValueError`."""
     found = {*run.base_models, *_base_models(model)}
-    known = {"license": run.licence, "base_model": sorted(found), "datasets": list(run.datasets)}
+    known: dict[str, Any] = {"license": run.licence, "base_model": sorted(found), "datasets": list(run.datasets)}
     data = ModelCardData(**model._hub_mixin_info.model_card_data.to_dict(), **{key: value for key, value in known.items() if value})
     parts = [f"# {run.name or 'A model of DualTowerVLM'}", f"This is {KINDS[model.model_type]}", f"## Model\n\n{_model(model)}"]
     if run.data:

@@ -26,7 +26,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         self.beside: dict[str, bytes] = {}  # tokenizer and settings of the folder that the model was loaded from: saved with it
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, load_backbone: bool = False, revision: str | None = None, token: str | None = None) -> Self:
+    def from_pretrained(  # type: ignore[override]  # the mixin's other options say nothing here, and are refused
+        cls, source: str | Path, *, load_backbone: bool = False, revision: str | None = None, token: str | None = None
+    ) -> Self:
         """A model folder, or a Hub id (`org/name`, `org/name@revision`); an ancestor's too. Missing, foreign or damaged files raise `UserError`.
 
         With `load_backbone` the vision encoder and the decoders have the pretrained weights that their `weights` settings name, not the

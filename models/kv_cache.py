@@ -67,7 +67,7 @@ class ImageKV:
 def _checksum(data: Tensor) -> str:
     """Of a tensor's bytes, and of the type and shape without which they say something else."""
     digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
-    digest.update(data.flatten().view(torch.uint8).numpy())
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

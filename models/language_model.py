@@ -37,7 +37,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
         run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, x, rotary, mask, past, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
         return run(x, rotary, mask, past)
 
     def run(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
@@ -142,4 +142,5 @@ class KeyValueDecoder(nn.Module):
         *blocks, last = self.layers
         for block in blocks:
             x = block(x, rotary, plan, past)
-        past.extend(len(blocks), *last(x), rotary if self.config.has_rope(len(blocks)) else None)
+        keys, values = last(x)
+        past.extend(len(blocks), keys, values, rotary if self.config.has_rope(len(blocks)) else None)

@@ -66,7 +66,8 @@ def complete_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
         wanted: DecoderConfig = getattr(config, tower)
         if wanted.weights != "random":
             found = decoder_config(find_language_model(wanted.weights, cache, weights=False))
-            config = replace(config, **{tower: replace(found, weights=wanted.weights)})
+            changed: dict[str, Any] = {tower: replace(found, weights=wanted.weights)}
+            config = replace(config, **changed)
     config.check_join()
     return config
 

@@ -19,6 +19,7 @@ class RMSNorm(nn.RMSNorm):
     Its fused kernel wants input and weight of one type.
     """
 
+    eps: float  # never torch's None: every norm here is given one
     twice: Tensor | None = None  # the weight, two times in a row
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class Attention(KeyValue):
         out = self._attend(queries, keys, values, rope, mask, past).transpose(1, 2).flatten(2)  # (B, T, H · E)
         return self.o_proj(out) if self.packed is None else self.packed[1](out)
 
-    @torch.compiler.disable  # what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Tensor | list[Span], past: Past | None) -> Tensor:
         keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
         return attend(queries, keys, values, mask)

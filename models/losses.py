@@ -38,7 +38,7 @@ class CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         h, w, labels, logs = ctx.saved_tensors
         d_hidden = torch.empty_like(h)
         d_weight: Tensor | None = None

@@ -29,6 +29,8 @@ class MultiTokenHeads(nn.Module):
     """
 
     packed: tuple[Packed, Packed, Packed, Packed] | None = None
+    draft_ids: Tensor  # (V′,)
+    stands: Tensor  # (K,)
 
     def __init__(self, config: MultiTokenConfig, decoder: DecoderConfig, vocab_size: int) -> None:
         super().__init__()

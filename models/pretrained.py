@@ -36,7 +36,7 @@ def fingerprint(module: nn.Module, salt: str = "") -> str:
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -111,7 +111,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabul
     if is_ancestor(head):
         return head, *read_ancestor(head, tensors, str(folder))
     try:
-        config, vocabulary = (from_dict(c, head.get(key), key) for c, key in ((ModelConfig, "model"), (Vocabulary, "vocabulary")))
+        config, vocabulary = from_dict(ModelConfig, head.get("model"), "model"), from_dict(Vocabulary, head.get("vocabulary"), "vocabulary")
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     return head, head["model_type"], config, vocabulary, tensors

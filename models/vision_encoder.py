@@ -62,6 +62,10 @@ class VisionEncoder(nn.Module):
     document change another, and make features depend on what they were batched with.
     """
 
+    backbone: Any  # timm's module, with attributes of its own
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -84,7 +88,7 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
         self.eval()
-        self.attentions = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
+        self.attentions: list[Any] = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -93,7 +97,7 @@ class VisionEncoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionEncoder":
         """What `.to` calls. Pixels are normalised in fp32 whatever the weights are: 8-bit values do not survive a subtraction in bf16."""
         mean, std = self.mean, self.std
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
         return self
 

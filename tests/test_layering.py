@@ -45,3 +45,14 @@ def test_models_take_tensors():
 
 def test_scripts_are_wiring():
     assert {p.stem: len(p.read_text().splitlines()) for p in ROOT.glob("*.py") if len(p.read_text().splitlines()) > 90} == {}
+
+
+def test_nothing_from_outside_is_executed():
+    """No `eval`, no `exec`, no pickle, and `torch.load` of weights alone. (`model.eval()` is a method.)"""
+    for path in (p for folder in ("", *ALLOWED, "benchmarks") for p in ((ROOT / folder).rglob("*.py") if folder else ROOT.glob("*.py"))):
+        assert not imported(path) & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}, path
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name, options = ast.unparse(call.func), {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert name not in ("eval", "exec", "builtins.eval", "builtins.exec"), f"{path}:{call.lineno}"
+            assert name != "torch.load" or options.get("weights_only") == "True", f"{path}:{call.lineno}"
+            assert name not in ("np.load", "numpy.load") or options.get("allow_pickle", "False") == "False", f"{path}:{call.lineno}"

@@ -449,6 +449,25 @@ def without_a_key() -> None:
     os.environ.pop("WANDB_API_KEY", None)
 
 
+SECRETS = {"HF_TOKEN": "hf_" + "s3cret" * 6, "WANDB_API_KEY": "5ec0" * 10}
+
+
+def with_secrets() -> None:
+    os.environ |= SECRETS | {"HOME": str(Path.cwd()), "WANDB_MODE": "offline"}
+
+
+def test_secrets_are_written_nowhere(tmp_path):
+    """Neither the Hub's token nor W&B's key stands in anything that a run prints or writes, the trackers' own files included."""
+    pytest.importorskip("wandb", reason="the group wandb is not installed")
+    done = run_program(command("--output_dir", "run", "--log", "wandb", "--cache_dir", "cache", "--max_steps", "2"), tmp_path, before=with_secrets)
+    assert done.returncode == 0, done.stderr
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    names = {str(path.relative_to(tmp_path)) for path in written}
+    assert {"run/config.json", "run/metrics.jsonl", "run/model/README.md", "logs/run.log"} <= names and any(name.startswith("run/wandb/") for name in names)
+    for secret in map(str.encode, SECRETS.values()):
+        assert secret not in (done.stdout + done.stderr).encode() and not [path for path, data in written.items() if secret in data]
+
+
 def test_trackers_are_told_what_metrics_jsonl_holds(tmp_path):
     """TensorBoard's events, read back; and W&B without a key, which asks nothing."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the group tensorboard is not installed")
