@@ -1,0 +1,57 @@
+"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves. `e2e_dual_tower.ipynb` shows them."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from data.stats import GRID, INK, PALETTE, QUIET, nice_step
+
+EMPTY = "#f1f0ec"
+
+
+def cells(title: str, numbers: Tensor, width: int = 4, height: int = 4) -> Image.Image:
+    """Integers (rows, columns) as boxes of `width` × `height` pixels under a title: a number's colour is PALETTE's, again and again; −1 is no colour."""
+    colours = np.array([tuple(bytes.fromhex(colour[1:])) for colour in (*PALETTE, EMPTY)], np.uint8)  # the last one, where −1 points
+    grid = numbers.cpu().numpy()
+    boxes = colours[np.where(grid < 0, -1, grid % len(PALETTE))]  # (rows, columns, 3)
+    picture = Image.fromarray(boxes.repeat(height, 0).repeat(width, 1))
+    return _titled(title, picture)
+
+
+def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: int = 640, height: int = 240) -> Image.Image:
+    """Name → (x, y), drawn over one pair of axes; y starts at 0 and ends at the next whole number above the highest value. Values must be finite and not below 0."""
+    xs, ys = ([value for line in lines.values() for value in line[axis]] for axis in (0, 1))
+    if not ys or not all(0 <= y < math.inf for y in ys):
+        raise ValueError(f"{title}: curves need values, none of them below 0 or infinite")
+    first, last, top = min(xs), max(xs), math.ceil(max(ys)) or 1
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    left, upper, right, lower = 44, 12, width - 16, height - 24
+    across, down = (right - left) / (last - first or 1), (lower - upper) / top
+    for i in range(5):
+        y = lower - down * top * i / 4
+        draw.line((left, y, right, y), fill=GRID if i else QUIET)
+        draw.text((left - 6, y), f"{top * i / 4:g}", fill=QUIET, font_size=12, anchor="rm")
+    step = nice_step(last - first, 8)
+    for x in range(-(-math.ceil(first) // step) * step, math.floor(last) + 1, step):
+        draw.text((left + across * (x - first), lower + 6), f"{x:,}", fill=QUIET, font_size=12, anchor="ma")
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        points = [(left + across * (a - first), lower - down * b) for a, b in zip(x, y, strict=True)]
+        draw.line(points, fill=colour, width=2)
+        for a, b in points if len(points) <= 40 else ():
+            draw.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
+        draw.text((right - 4, upper + 4 + 16 * i), name, fill=colour, font_size=13, anchor="ra")
+    return _titled(title, picture)
+
+
+def _titled(title: str, picture: Image.Image) -> Image.Image:
+    """A white line of text over a picture; as wide as either needs."""
+    text = math.ceil(ImageDraw.Draw(picture).textlength(title, font_size=14))
+    sheet = Image.new("RGB", (max(picture.width, text), picture.height + 24), "white")
+    ImageDraw.Draw(sheet).text((0, 2), title, fill=INK, font_size=14)
+    sheet.paste(picture, (0, 24))
+    return sheet
