@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data.stats import GRID, INK, PALETTE, QUIET, nice_step
-
+PALETTE = ["#4c78a8", "#f2a154", "#6aa56f", "#c8626a", "#8f78b5", "#8c6d5a", "#d98bb3", "#8a8f98"]  # the last: all further sources
+INK, QUIET, GRID = "#2b2e34", "#6b7078", "#e6e6e3"
 EMPTY = "#f1f0ec"
 
 
@@ -46,6 +46,16 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
             draw.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
         draw.text((right - 4, upper + 4 + 16 * i), name, fill=colour, font_size=13, anchor="ra")
     return _titled(title, picture)
+
+
+def nice_step(span: float, steps: int) -> int:
+    """The least of 1, 2, 5, 10, 20, … that divides `span` into at most `steps`."""
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * scale * steps >= span:
+                return digit * scale
+        scale *= 10
 
 
 def _titled(title: str, picture: Image.Image) -> Image.Image:

@@ -27,6 +27,7 @@ from data.datasets import Sample, SampleDataset, by_source
 from data.images import image_size, tile_count
 from data.looks import Decoder, arguments, watched
 from data.packing import Budget, Row, RowStream
+from data.pictures import GRID, INK, PALETTE, QUIET, nice_step
 
 OWN = {"output": ("stats.png", "picture to write"), "samples": (2000, "samples that are counted")}
 
@@ -215,8 +216,6 @@ def _three(values: Sequence[float]) -> list[str]:
     return [f"{np.mean(values):,.1f}", f"{np.median(values):,.0f}", f"{np.percentile(values, 95):,.0f}"] if len(values) else ["–"] * 3
 
 
-PALETTE = ["#4c78a8", "#f2a154", "#6aa56f", "#c8626a", "#8f78b5", "#8c6d5a", "#d98bb3", "#8a8f98"]  # the last: all further sources
-INK, QUIET, GRID = "#2b2e34", "#6b7078", "#e6e6e3"
 WIDTH, PANEL, MARGIN = 1640, 470, 40
 
 
@@ -275,16 +274,6 @@ def _legend(draw: ImageDraw.ImageDraw, x: int, y: int, names: list[str], colours
 def _empty(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], title: str, text: str) -> None:
     draw.text(box[:2], title, fill=INK, font=_font(23))
     draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, fill=QUIET, font=_font(20), anchor="mm")
-
-
-def nice_step(span: float, steps: int) -> int:
-    """The least of 1, 2, 5, 10, 20, … that divides `span` into at most `steps`."""
-    scale = 1
-    while True:
-        for digit in (1, 2, 5):
-            if digit * scale * steps >= span:
-                return digit * scale
-        scale *= 10
 
 
 def _histogram(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], title: str, groups: list[list[float]], colours: list[str], stacked: bool = True, end: int = 0) -> None:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.pictures import EMPTY, cells, curves
-from data.stats import PALETTE
+from data.pictures import EMPTY, PALETTE, cells, curves
 
 
 def rgb(colour: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The right tower: a language model over text tokens that attends to image KV. Multi-token heads will stand here."""
+"""The right tower: a language model over text tokens that attends to image KV."""
 
 from torch import Tensor
 
