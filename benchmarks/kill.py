@@ -38,7 +38,7 @@ SMALL = [
     "train.checkpoint_every=1",
     "train.eval_every=50",
 ]
-TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "data_wait", "memory_gb")
+TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "data_wait", "memory_gb", "tflops_per_s", "mfu")
 
 
 def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
@@ -53,7 +53,6 @@ class Life:
     """One start of the run."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        self.started = time.monotonic()
         with log.open("ab") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -69,19 +68,20 @@ class Life:
         self.process.wait()
 
 
-def learnt(folder: Path) -> tuple[list[dict[str, Any]], str]:
+def learnt(run: Path) -> tuple[list[dict[str, Any]], str]:
     """What a run logged, times and memory left out, and the fingerprint of its weights."""
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256((folder / "run" / "model" / "model.safetensors").read_bytes()).hexdigest()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def whole(folder: Path, steps: int, ranks: int, parallel: str) -> float:
     """The run that nobody kills → seconds until its first step."""
     folder.mkdir()
+    started = time.monotonic()
     life, metrics = Life(command(folder, steps, ranks, parallel), folder / "log.txt"), folder / "run" / "metrics.jsonl"
     while life.process.poll() is None and not metrics.exists():
         time.sleep(0.02)
-    first = time.monotonic() - life.started
+    first = time.monotonic() - started
     if life.process.wait():
         raise UserError(f"the run failed before anything was killed: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
     return first
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
             print(f"kill {number}: newest checkpoint {newest}{', in mid-save' if saving else ''}", flush=True)
         if Life(run, folders[1] / "log.txt").process.wait():
             raise UserError(f"the last start failed: {tail(folders[1])}")
-        (a, weights), (b, others) = map(learnt, folders)
+        (a, weights), (b, others) = (learnt(folder / "run") for folder in folders)
     differ = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
     if len(a) != len(b) or differ or weights != others:
         raise UserError(f"not the same: {len(a)} and {len(b)} rows of metrics, weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}")

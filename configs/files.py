@@ -1,6 +1,5 @@
 """Files and folders that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,30 +34,6 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass
     return process != os.getpid()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
-    path = folder / ".lock"
-    while True:
-        try:
-            file = path.open("w")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise UserError(f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)") from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # of one that ended a moment ago
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

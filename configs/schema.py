@@ -254,7 +254,7 @@ class TrainConfig:
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
     checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
     recompute: bool = opt(False, "keep no activations inside decoder blocks: computed again in the backward pass, one more forward for less memory")
-    compile: bool = opt(False, "compile decoder blocks (torch.compile): half a minute at the start, a tenth less a step; needs a C++ compiler on a CPU")
+    compile: bool = opt(False, "compile decoder blocks (torch.compile): a quarter of a minute at the start, steps a little shorter; needs a C++ compiler on a CPU")
     keep_checkpoints: int = opt(2, "checkpoints kept")
 
     def __post_init__(self) -> None:

@@ -1,8 +1,11 @@
 """Run folders: where a run lives, and which run is resumed."""
 
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,27 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
         elif a[key] != b[key]:
             out.append((prefix + key, a[key], b[key]))
     return out
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
+    path = folder / ".lock"
+    while True:
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to: {error.strerror or error}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # of one that ended a moment ago
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from configs.errors import UsageError
-from configs.files import locked, replacing_folder
+from configs.files import replacing_folder
 from configs.ranks import World, world_of_torchrun
 from configs.schema import Config, Vocabulary
 from data.build import Data, build_data
@@ -41,7 +41,7 @@ from training.hub import Pusher
 from training.logging import RunLog
 from training.loop import Stopped, Task, train
 from training.precision import autocast
-from training.run import open_run
+from training.run import locked, open_run
 from training.trackers import Trackers
 
 
