@@ -62,6 +62,7 @@ def run_program(command: list[str], cwd: Path, before: Callable[[], None] | None
 
 
 def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] | None) -> None:
+    multiprocessing.set_start_method(None, force=True)  # as in a program from a shell: its data workers are its own children
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)

@@ -141,7 +141,9 @@ def test_a_killed_data_worker_is_one_line_and_the_run_resumes(uninterrupted, tmp
     while process.poll() is None and not (metrics.is_file() and '"step": 2,' in metrics.read_text()):  # more steps are left than batches are ahead
         time.sleep(0.002)
     children = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(children[0], signal.SIGKILL)
+    workers = [child for child in children if Path(f"/proc/{child}/comm").read_text() == "pt_data_worker\n"]
+    assert len(workers) == 2, children
+    os.kill(workers[0], signal.SIGKILL)
     done = process.wait()
     error = done.stderr
     assert done.returncode == 1 and error.startswith("error: a data worker died") and error.count("\n") == 1, error
