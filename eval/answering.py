@@ -56,7 +56,7 @@ class Answerer:
         tokenizer = _tokenizer(find_model(folder))
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
-        if Packed.available(model.device):
+        if Packed.available(model.right.unembedding):
             model.right.pack()
         kept = ImageStore(folder=store, origin=model.origin()) if store is not None and isinstance(model, DualTowerVLM) else None
         return cls(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context), kept)

@@ -111,8 +111,11 @@ class Packed:
         return out
 
     @staticmethod
-    def available(device: torch.device) -> bool:
-        return device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    def available(weight: Tensor) -> bool:
+        """Are there kernels for this device and type? Those of bf16 need a CPU with AVX-512 or better."""
+        ops = torch.ops.mkldnn
+        there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+        return there and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
 
 
 class KeyValue(nn.Module):

@@ -285,8 +285,8 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
     from models.layers import Packed
 
-    if not Packed.available(torch.device("cpu")):
-        pytest.skip("this torch has no oneDNN")
+    if not Packed.available(torch.empty(1, dtype=dtype)):
+        pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
     plain, packed = (tiny_model(tokenizer, WITH_HEADS).to(dtype) for _ in range(2))
     packed.right.pack()
     ids = torch.tensor([renderer.prompt([], [{"user": "what is it?"}]).right_ids])
@@ -301,6 +301,19 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     with pytest.raises(ValueError, match="packed"):
         packed.train()
 
+
+@pytest.mark.parametrize("kernels", ["own", "none"])
+def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_path, monkeypatch, kernels):
+    """What this CPU has, and what one without bf16 instructions has; with drafts and without. Nothing is packed where nothing could compute it."""
+    tiny_model(tokenizer, WITH_HEADS).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    if kernels == "none":
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    answerer = Answerer.from_pretrained(tmp_path, dtype="bf16")
+    assert (answerer.model.right.packed is None) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    for mode in ("on", "off"):
+        answer = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode))[0]
+        assert answer.tokens == 8 or answer.text
 
 def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, renderer):
     decoder = replace(TINY, no_rope_interval=2)
