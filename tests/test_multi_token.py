@@ -315,6 +315,7 @@ def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_pa
         answer = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode))[0]
         assert answer.tokens == 8 or answer.text
 
+
 def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, renderer):
     decoder = replace(TINY, no_rope_interval=2)
     model = lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder))
