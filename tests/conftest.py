@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import hub_constants
 
 from configs.schema import DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from data.datasets import SampleDataset
@@ -107,10 +108,8 @@ def go_to(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
     from huggingface_hub import HfFileSystem, close_session, constants
 
     def go(address: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", str(address))
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in hub_constants(address, str(tmp_path / "hf")).items():
+            monkeypatch.setattr(constants, name, value)
         HfFileSystem.clear_instance_cache()
         close_session()
 

@@ -31,6 +31,16 @@ class Hub(str):
         self.ended = threading.Event()
 
 
+def hub_constants(address: str, cache: str) -> dict[str, object]:
+    """What huggingface_hub has read from the environment at its import."""
+    return {
+        "ENDPOINT": str(address),
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": cache,
+        "HF_HUB_OFFLINE": False,
+    }
+
+
 @contextmanager
 def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | None = None) -> Iterator[Hub]:
     """Serve `repos` (id, or datasets/id → folder) until the block ends; → the address. `gated` ids answer as the Hub does without a token; `uploads` takes others."""

@@ -56,6 +56,17 @@ class Program:
         return subprocess.CompletedProcess(self.command, self.process.exitcode, out, err)
 
 
+def at_hub(address: str, cache: str) -> None:
+    """For `before`: makes an address the program's Hub, as HF_ENDPOINT would have when huggingface_hub was imported."""
+    from hub_server import hub_constants
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    for name, value in hub_constants(address, cache).items():
+        setattr(constants, name, value)
+
+
 def run_program(command: list[str], cwd: Path, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess:
     """`command` to its end; `before` is called in its process first."""
     return Program(command, cwd, before).wait()

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import TURNS
 from hub_server import hub
+from programs import at_hub, run_program
 from test_language_models import reference
 
 from data.tokens import Tokenizer
@@ -33,21 +35,28 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def train(tmp_path: Path, endpoint: str, source: str, *flags: str) -> subprocess.CompletedProcess:
+def command(tmp_path: Path, source: str, *flags: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "train_dual_tower.py"), *FLAGS, "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
+    return [*command, "--model.left.weights", source, "--model.right.weights", source, *flags]
+
+
+def train_from_a_shell(tmp_path: Path, endpoint: str, *flags: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, str(ROOT / "train_dual_tower.py"), *FLAGS, "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
-    command += ["--model.left.weights", source, "--model.right.weights", source, *flags]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(tmp_path, "org/tiny", *flags), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train(tmp_path: Path, endpoint: str, source: str) -> subprocess.CompletedProcess:
+    return run_program(command(tmp_path, source), tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf")))
 
 
 def test_a_language_model_by_its_id(folder, tmp_path):
     """Fetched, trained in both towers, exported; the run goes on with the Hub out of reach."""
     with hub({"org/tiny": folder}) as endpoint:
-        done = train(tmp_path, endpoint, "org/tiny")
+        done = train_from_a_shell(tmp_path, endpoint)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    again = train(tmp_path, "http://127.0.0.1:9", "org/tiny", "--resume", "auto", "--max_steps", "3")
+    again = train_from_a_shell(tmp_path, "http://127.0.0.1:9", "--resume", "auto", "--max_steps", "3")
     assert again.returncode == 0 and "resumed from" in again.stdout, again.stderr
 
 
