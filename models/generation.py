@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +86,10 @@ def choose(distribution: Tensor, settings: GenerationConfig, generator: torch.Ge
     return torch.multinomial(distribution.flatten(0, -2), 1, generator=generator).view(distribution.shape[:-1])
 
 
-def accept(drafts: Tensor, proposed: Tensor, target: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[list[int], Tensor]:
+def accept(drafts: Tensor, proposed: Tensor | None, target: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[list[int], Tensor]:
     """How many of each row's drafts stand, and the token after them (B,).
 
-    `drafts` (B, K) were drawn from `proposed` (B, K, V); `target` (B, K + 1, V) is the model's own distribution at each of
+    `drafts` (B, K) were drawn from `proposed` (B, K, V), None where all is greedy; `target` (B, K + 1, V) is the model's own distribution at each of
     them and behind the last. A draft x stands with probability min(1, target(x) ÷ proposed(x)); at the first that
     does not, a token is drawn from what target has more than proposed. So tokens have exactly the target's
     distribution (arXiv 2211.17192, 2302.01318); with both distributions on one token it is: as long as they agree.
@@ -98,6 +99,7 @@ def accept(drafts: Tensor, proposed: Tensor, target: Tensor, settings: Generatio
         wanted = target.max(-1).indices  # (B, K + 1)
         counts = (drafts == wanted[:, :K]).long().cumprod(1).sum(1)  # (B,)
         return counts.tolist(), wanted.gather(1, counts[:, None])[:, 0]
+    assert proposed is not None, "sampled drafts come with their distribution"
     ratio = target[:, :K].gather(-1, drafts[..., None])[..., 0] / proposed.gather(-1, drafts[..., None])[..., 0]  # (B, K)
     uniform = torch.rand(B, K, generator=generator, device=drafts.device)
     counts = (uniform < ratio).long().cumprod(1).sum(1)
@@ -207,6 +209,51 @@ def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
     return cache_mask(positions, cache.positions[:, : cache.used])
 
 
+class Passed(NamedTuple):
+    """What a pass over B rows with K drafts gave."""
+
+    logits: Tensor  # (B, K + 1, V)
+    tokens: list[list[int]]  # of each row: the drafts that stand, and one more
+    counts: list[int]  # of each row: the drafts that stand
+    chosen: Tensor  # (B,), the one more
+    hidden: Tensor  # (B, D), what it was chosen from
+
+
+def one_pass(
+    model: Any,
+    cache: DecodingCache,
+    positions: list[int],
+    hidden: Tensor,
+    chosen: Tensor,
+    K: int,
+    draft: Callable[..., tuple[Tensor, Tensor | None]] | None,
+    seen: Tensor | None,
+    settings: GenerationConfig,
+    generator: torch.Generator | None,
+) -> Passed:
+    """Draft K tokens behind those `chosen` (B,) from `hidden` (B, D), verify them, keep in the cache what stands.
+
+    `positions`: of the chosen tokens; `draft`: `MultiTokenHeads.draft` with its tables; `seen` (B, V): tokens that the repetition penalty counts.
+    """
+    if draft is not None:
+        drafts, proposed = draft(hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
+    else:
+        drafts, proposed = chosen.new_empty(len(chosen), 0), None
+    tokens = torch.cat((chosen[:, None], drafts), 1)  # (B, K + 1)
+    places = torch.tensor(positions, device=chosen.device)[:, None] + torch.arange(K + 1, device=chosen.device)
+    states = verify(model, cache, tokens, places)  # (B, K + 1, D)
+    logits = model.right.logits(states)  # (B, K + 1, V)
+    also = _seen_with(seen, drafts) if seen is not None else None
+    target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
+    if K:
+        counts, chosen = accept(drafts, proposed, target, settings, generator)
+    else:
+        counts, chosen = [0] * len(chosen), choose(target, settings, generator)[:, 0]
+    cache.lengths = [now - K + count for now, count in zip(cache.lengths, counts, strict=True)]
+    kept = [[*drafted[:count], last] for drafted, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
+    return Passed(logits, kept, counts, chosen, states[torch.arange(len(counts)), counts])
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -267,23 +314,8 @@ def generate(
                 seen[i, row.tokens] = True
         pass_started = time.perf_counter()
         K = min(length(), max(settings.max_new_tokens - len(row.tokens) for row in active) - 1)
-        if K:
-            drafts, proposed = heads.draft(model.right.embed_tokens, rows_of_heads, hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
-        else:
-            drafts = chosen.new_empty(len(active), 0)
-        tokens = torch.cat((chosen[:, None], drafts), 1)  # (B, K + 1)
-        places = torch.tensor([row.position for row in active], device=device)[:, None] + torch.arange(K + 1, device=device)
-        states = verify(model, cache, tokens, places)  # (B, K + 1, D)
-        logits = model.right.logits(states)  # (B, K + 1, V)
-        also = _seen_with(seen, drafts) if seen is not None else None
-        target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
-        if K:
-            counts, chosen = accept(drafts, proposed, target, settings, generator)
-        else:
-            counts, chosen = [0] * len(active), choose(target, settings, generator)[:, 0]
-        hidden = states[torch.arange(len(active)), counts]
-        cache.lengths = [now - K + count for now, count in zip(cache.lengths, counts, strict=True)]
-        new = [[*drafted[:count], last] for drafted, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
+        draft = partial(heads.draft, model.right.embed_tokens, rows_of_heads) if K else None
+        logits, new, counts, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, K, draft, seen, settings, generator)
         for row in active:
             row.passes += 1
         length.told(K, counts, 1 + NOMINAL * K if settings.sampling else time.perf_counter() - pass_started)
