@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import Trial
+from benchmarks.trial import Trial
 from configs.errors import UserError, run_script
 from models.kv_cache import ImageContext
 from models.layers import Rotary

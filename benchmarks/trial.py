@@ -1,0 +1,198 @@
+"""What the benchmarks of training measure: models with random weights, and one packed row of six documents.
+
+222m       SigLIP-B/16 at 224 pixels, 49 tokens an image, and decoders of SmolLM2-135M's sizes, over 49,152 text tokens
+450m       SigLIP 2 B/16 at 512 pixels, 64 tokens an image, and decoders of SmolLM2-360M's sizes
+tiny       what tests and the guard run
+
+A document is an image, 59 tokens of question and 60 of answer, all of it supervised; no padding, no markers. Vanilla has the images in its
+one decoder, the dual tower in its left one. Every part is trained with AdamW, through `training.loop.train_step`.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.errors import UserError
+from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, TrainConfig, VisionConfig, Vocabulary
+from models.dual_tower.dual_tower import DualTowerVLM
+from models.vision_language_model import VisionLanguageModel
+from training.estimate import count_flops, trained_shares
+from training.loop import keep_freed_memory, train_step
+from training.optim import make_optimizers
+from training.precision import autocast
+
+Batch = dict[str, Tensor]
+MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
+DOCUMENTS, QUESTION, ANSWER = 6, 59, 60  # of the standard row
+MARKERS = 65  # the global image's and 8 × 8 tiles': rows of the embedding tables, as in a real model
+
+
+@dataclass(frozen=True)
+class Size:
+    vision: VisionConfig
+    shuffle: int
+    decoder: DecoderConfig
+    text: int  # tokens of the text vocabulary
+
+
+SIZES = {
+    "tiny": Size(
+        VisionConfig("vit_base_patch16_siglip_224", "random", image_size=32, grid=4, options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}'),
+        2,
+        DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96),
+        499,
+    ),
+    "222m": Size(VisionConfig("vit_base_patch16_siglip_224", "random", image_size=224, grid=14), 2, DecoderConfig(), 49152),
+    "450m": Size(
+        VisionConfig("vit_base_patch16_siglip_512.v2_webli", "random", image_size=512, grid=32),
+        4,
+        DecoderConfig(layers=32, hidden_size=960, heads=15, kv_heads=5, head_size=64, mlp_size=2560),
+        49152,
+    ),
+}
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])  # scores once more, then a gradient for each factor
+
+
+# Counters before torch 2.15 know neither the kernel of CPUs nor grouped queries.
+KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]
+ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {getattr(torch.ops.aten, f"{op.__name__}_backward"): _backward_flops for op in KERNELS}
+
+
+def make_config(kind: str, size: Size, dtype: str, heads: int = 0) -> Config:
+    model = ModelConfig(
+        vision=size.vision,
+        projector=ProjectorConfig(pixel_shuffle=size.shuffle),
+        left=size.decoder,
+        right=size.decoder,
+        left_context="image" if kind == "dual_tower" else "none",
+        multi_token=MultiTokenConfig(heads, mlp_size=size.decoder.mlp_size),
+    )
+    rates = {f"lr_{part}": 1e-5 for part in ("vision", "projector", "left", "right", "heads")}
+    return Config(model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(rows=1, dtype=dtype, warmup_steps=0, **rates))
+
+
+def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
+    """One packed row, the same at every call. In a document the image comes first, then the question, then the answer."""
+    length = model.tokens_per_tile + QUESTION + ANSWER
+    generator = torch.Generator().manual_seed(0)
+    positions, documents = torch.arange(length).repeat(DOCUMENTS), torch.arange(DOCUMENTS).repeat_interleave(length)
+    image = positions < model.tokens_per_tile
+    ids = torch.randint(0, vocabulary.text_size, image.shape, generator=generator).masked_fill(image, vocabulary.image_token_id)
+    labels = ids.roll(-1).masked_fill((positions < length - ANSWER - 1) | (positions == length - 1), -100)
+    left = image if model.left_context != "none" else torch.zeros_like(image)
+    columns = {"ids": ids, "positions": positions, "groups": documents}
+    batch = {f"left_{name}": column[left] for name, column in (columns | {"images": documents}).items()}
+    batch |= {f"right_{name}": column[~left] for name, column in (columns | {"documents": documents}).items()} | {"labels": labels[~left]}
+    side = model.vision.image_size
+    tiles = torch.randint(0, 256, (DOCUMENTS, 3, side, side), dtype=torch.uint8, generator=generator)
+    return {name: column[None] for name, column in batch.items()} | {"tiles": tiles}
+
+
+class Again:
+    """Batches without end, as the loop reads them: the same one each time."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def samples(self) -> list[str]:
+        return []
+
+
+class Trial:
+    """A model with its optimizers and the standard row."""
+
+    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0) -> None:
+        self.config, self.device = make_config(kind, SIZES[size], dtype, heads), device
+        if device.type == "cpu":
+            keep_freed_memory()  # as `train` does
+        vocabulary = Vocabulary(SIZES[size].text, MARKERS)
+        torch.manual_seed(0)
+        self.model = MODELS[kind](self.config.model, vocabulary).to(device).train()
+        self.optimizers = make_optimizers(self.model, self.config.train)
+        self.row = standard_row(self.config.model, vocabulary)
+        self.batches, self.steps = Again(self.row), 0
+        self.tokens = self.row["left_ids"].numel() + self.row["right_ids"].numel()
+        self.marks: dict[str, Any] = {}
+        self.model.register_forward_pre_hook(lambda *_: self.mark("called"))
+        self.model.register_forward_hook(lambda model, args, output: self._after_forward(output.loss_sum))
+
+    def mark(self, name: str) -> None:
+        """Note the time: on CUDA as an event among the device's work, so that nothing has to wait."""
+        if self.device.type == "cuda":
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name].record()
+        else:
+            self.marks[name] = time.perf_counter()
+
+    def between(self, first: str, last: str) -> float:
+        a, b = self.marks[first], self.marks[last]
+        return a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a
+
+    def _after_forward(self, loss: Tensor) -> None:
+        self.mark("forward")
+        if loss.requires_grad:  # called at the start of the backward pass, to be called again at its end
+            loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(lambda: self.mark("backward")))
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step → its seconds, and those of its phases."""
+        self.steps += 1
+        self.mark("start")
+        values = train_step(self.config, self.model, self.optimizers, self.batches, self.steps, self.device)
+        self.mark("end")
+        synchronize(self.device)
+        if "skipped" in values:
+            raise UserError(f"a step that cannot be measured: {values['skipped']}")
+        return {
+            "step": self.between("start", "end"),
+            "forward": self.between("called", "forward"),
+            "backward": self.between("forward", "backward"),
+            "optimizer": self.between("backward", "end"),
+        }
+
+    def forward(self) -> Tensor:
+        """As in `train_step` → the sum of the losses."""
+        with autocast(self.config.train, self.device):
+            output = self.model(**{name: column.to(self.device) for name, column in self.row.items()})
+        loss: Tensor = output.loss_sum if output.head_loss_sums is None else output.loss_sum + output.head_loss_sums.sum()
+        return loss
+
+    def flops(self) -> dict[str, float]:
+        """FLOPs of forward and backward: as estimated, and counted."""
+        estimate = count_flops(self.model).training(self.row, trained_shares(self.model))
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            self.forward().backward()
+        self.model.zero_grad(set_to_none=True)
+        return {"estimate": estimate, "counted": counter.get_total_flops()}
+
+    def products(self) -> Counter[tuple[int, int, int]]:
+        """(rows, inputs, outputs) of the linear layers and of the logits, each with how often it comes in a forward."""
+        shapes: Counter[tuple[int, int, int]] = Counter()
+        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        hooks = [m.register_forward_pre_hook(lambda m, x: shapes.update([(x[0].numel() // m.in_features, m.in_features, m.out_features)])) for m in linear]
+        with torch.no_grad():
+            self.forward()
+        for hook in hooks:
+            hook.remove()
+        V, D = self.model.right.unembedding.shape
+        shapes[int((self.row["labels"] != -100).sum()), D, V] += 1
+        return shapes
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
