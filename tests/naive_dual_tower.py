@@ -16,16 +16,11 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:
-    """x (T, heads, E) at positions 0…T−1, pair by pair as complex numbers."""
+    """x (T, heads, E) at positions 0…T−1: components i and i + E/2 as one complex number, turned by t · theta^(−2i/E)."""
     T, _, E = x.shape
-    out = torch.empty_like(x)
-    for t in range(T):
-        for i in range(E // 2):
-            angle = t * theta ** (-2 * i / E)
-            c, s = math.cos(angle), math.sin(angle)
-            a, b = x[t, :, i], x[t, :, i + E // 2]
-            out[t, :, i], out[t, :, i + E // 2] = a * c - b * s, a * s + b * c
-    return out
+    angles = torch.tensor([[t * theta ** (-2 * i / E) for i in range(E // 2)] for t in range(T)])
+    turned = torch.complex(x[..., : E // 2], x[..., E // 2 :]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), -1)
 
 
 class Naive:
