@@ -17,10 +17,15 @@ def test_citation():
     assert {"type", "title", "authors"} <= set(nanovlm) and nanovlm["url"] == "https://github.com/huggingface/nanoVLM"
 
 
-def test_hooks_before_a_commit_use_the_locked_ruff():
+def test_hooks_before_a_commit_are_what_ci_runs():
+    """Local ones, with the locked tools of .venv: nothing is fetched from elsewhere, and both say the same."""
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    (ruff,) = (repo["rev"] for repo in hooks["repos"] if repo["repo"].endswith("ruff-pre-commit"))
-    assert ruff == "v" + re.search(r"^ruff==(\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.M)[1]
+    entries = {hook["id"]: hook["entry"] for repo in hooks["repos"] for hook in repo["hooks"] if repo["repo"] == "local" and hook["language"] == "system"}
+    assert sum(len(repo["hooks"]) for repo in hooks["repos"]) == len(entries) == 4
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for name, command in {"ruff-check": ".venv/bin/ruff check", "ruff-format": ".venv/bin/ruff format --check", "mypy": ".venv/bin/mypy"}.items():
+        assert entries[name].startswith(command) and f"\n{command}" in ci
+    assert (ROOT / entries["layering"].split()[-1]).is_file()
 
 
 def test_contributing_names_what_there_is():
