@@ -181,9 +181,8 @@ class _Undrawn(TorchFunctionMode):
     SKIPPED = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.__name__ in self.SKIPPED and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        target = args[0] if args else (kwargs or {}).get("tensor")  # nn.init's functions name it
+        return target if func.__name__ in self.SKIPPED and isinstance(target, Tensor) and target.is_meta else func(*args, **(kwargs or {}))
 
 
 @contextmanager

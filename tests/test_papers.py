@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from scripts.pictures import PICTURES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -15,6 +17,20 @@ def test_citation():
     assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (nanovlm,) = citation["references"]
     assert {"type", "title", "authors"} <= set(nanovlm) and nanovlm["url"] == "https://github.com/huggingface/nanoVLM"
+
+
+def test_pictures_are_what_the_script_draws():
+    for name, draw in PICTURES.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), f"python -m scripts.pictures draws another {name}"
+    named = {name for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) for name in re.findall(r"(\w+\.svg)", page.read_text(encoding="utf-8"))}
+    assert named == {*PICTURES} == {path.name for path in (ROOT / "docs").glob("*.svg")}
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_hooks_before_a_commit_are_what_ci_runs():
