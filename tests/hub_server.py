@@ -1,6 +1,6 @@
 """A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it.
 
-  python tests/hub_server.py      serve an empty Hub until Ctrl-C; prints what to set in another terminal
+python tests/hub_server.py      serve an empty Hub until Ctrl-C; prints what to set in another terminal
 """
 
 import hashlib
