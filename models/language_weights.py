@@ -19,7 +19,7 @@ from configs.hub import fetch, is_hub_id
 from configs.schema import DecoderConfig, ModelConfig, RopeScaling
 from models.gguf_weights import convert_gguf
 from models.language_model import LanguageModel
-from models.pretrained import check_tensors, read_safetensors
+from models.pretrained import check_tensors, load_tensors, read_safetensors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
@@ -186,13 +186,7 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where:
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}  # ours, and at their start
-    check_tensors(model, tensors, where)
-    _fill(model, tensors)
-
-
-def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Tensors of a file become the parameters, as fp32: its pages are read when they are used, and copied when they are changed."""
-    module.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, assign=True)
+    load_tensors(model, tensors, where, assign=True)
 
 
 def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
@@ -212,6 +206,5 @@ def table_rows(folder: Path) -> int:
 def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], where: str) -> list[str]:
     """Fill a `KeyValueDecoder` from a language model's tensors; → the names that the left tower has no use for."""
     own = decoder.state_dict()
-    check_tensors(decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where)
-    _fill(decoder, {name: tensors[name] for name in own})
+    load_tensors(decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where, assign=True)
     return sorted(tensors.keys() - own.keys())

@@ -5,6 +5,9 @@ import importlib.metadata
 import json
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
@@ -160,14 +164,43 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
     if kind not in classes:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not '{next(iter(classes))}'")
     try:
-        model = classes[kind](config, vocabulary)
+        with without_values():
+            model = classes[kind](config, vocabulary)
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     model.beside = {path.name: path.read_bytes() for pattern in BESIDE for path in folder.glob(pattern) if path.name not in ("config.json", INDEX)}
     own = model.state_dict()
     model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
-    load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder))
+    load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder), assign=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory, which takes torch some milliseconds each."""
+
+    SKIPPED = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        target = args[0] if args else (kwargs or {}).get("tensor")  # nn.init's functions name it
+        return target if func.__name__ in self.SKIPPED and isinstance(target, Tensor) and target.is_meta else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Parameters of modules that this thread makes here have a shape and no memory, so that nothing is drawn for what a file will fill. Buffers are as ever: not all stand in files."""
+    register, here = nn.Module.register_parameter, threading.get_ident()
+
+    def shape_alone(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == here:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = shape_alone  # type: ignore[method-assign, assignment]
+    try:
+        with _Undrawn():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -182,10 +215,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
     load_tensors(module, read_safetensors(path), str(path))
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str, assign: bool = False) -> None:
+    """Fill `module`. With `assign` a file's tensors become the parameters, as fp32: its pages are read when they are used, and copied when they are changed."""
     check_tensors(module, tensors, where)
     own = module.state_dict()  # a counter that is missing, extra or misshapen stays as it is
-    module.load_state_dict({name: tensors[name] if name in tensors and tensors[name].shape == own[name].shape else own[name] for name in own})
+    found = {name: tensors[name] if name in tensors and tensors[name].shape == own[name].shape else own[name] for name in own}
+    module.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()} if assign else found, assign=assign)
 
 
 def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -199,7 +234,7 @@ def check_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{where} {problem} {', '.join(names[:3])}{more}: these weights belong to another model")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # a seventh of the time of looking at each
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():  # a sum is soon made; it may overflow
             raise UserError(f"{where}: {name} holds values that are not finite: the file is damaged, or its training diverged")
 
 

@@ -1,4 +1,7 @@
-"""A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it."""
+"""A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it.
+
+python tests/hub_server.py      serve an empty Hub until Ctrl-C; prints what to set in another terminal
+"""
 
 import hashlib
 import json
@@ -155,3 +158,11 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as store, hub({}, uploads=Uploads(Path(store), {"hf_me": "me"})) as served:
+        print(f"export HF_ENDPOINT={served} HF_TOKEN=hf_me HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()

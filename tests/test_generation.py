@@ -52,6 +52,15 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     assert any(expected)
 
 
+def test_an_answer_may_be_empty(model, renderer):
+    """Where the first token is the end of turn, and in a row beside one that goes on."""
+    prompts = [prompt_ids(renderer, 0, question)[0] for question in ("what is it?", "is it large or is it small?")]
+    free = generate(model, images=[[], []], stop=-1, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts)).tokens
+    for row, (first, *_) in enumerate(free):
+        made = generate(model, images=[[], []], stop=first, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts))
+        assert made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free] and made.tokens[row] == [] and made.passes[row] == 1
+
+
 def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeypatch):
     """Tokens can agree by luck; the logits of each decoding step cannot."""
     model, seen = lively_model(tokenizer), []
@@ -129,6 +138,13 @@ def test_sampling_has_the_distribution_it_says(settings, expected):
     share = drawn.bincount(minlength=4) / len(drawn)
     bound = 5 * (expected * (1 - expected) / len(drawn)).sqrt()
     assert ((share - expected).abs() <= bound + 1e-9).all(), (share, expected)
+
+
+def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
+    """arXiv 1909.05858: a positive logit is divided, a negative one multiplied; unseen ones stay."""
+    logits, seen = torch.tensor([2.0, -2.0, 0.5, -0.5]), torch.tensor([True, True, False, False])
+    settings = GenerationConfig(sampling=True, repetition_penalty=1.6)
+    torch.testing.assert_close(probabilities(logits, settings, seen), torch.tensor([1.25, -3.2, 0.5, -0.5]).softmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -20,19 +20,22 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--model.vision.image_size", "64", "--train.eval_every", "0"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def tiny_llama(folder: Path, **changes: int) -> Path:
     """A tiny Llama with a tokenizer of 90 … tokens, as the Hub would hold it."""
-    folder = tmp_path_factory.mktemp("llama")
     tokenizer = Tokenizer.train([t for turn in TURNS for t in turn.values()], 300)
     text = tokenizer.vocabulary.text_size
-    reference("Llama", 0, folder, vocab_size=text, head_dim=16, num_hidden_layers=2)
+    reference("Llama", 0, folder, vocab_size=text, head_dim=16, num_hidden_layers=2, **changes)
     tokenizer.save(folder)
     backend = tokenizer.backend.to_str()
     values = json.loads(backend)
     values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < text]
     (folder / "tokenizer.json").write_text(json.dumps(values))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
 def command(tmp_path: Path, source: str, *flags: str) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from pathlib import Path
 
 import pytest
@@ -202,6 +202,14 @@ def test_a_bad_moment(model, served, uploads, path, kind):
     model.push_to_hub("me/tiny")
     assert next(served.failures[path], None) is None  # both happened
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
+
+
+@pytest.mark.parametrize(("path", "kind"), [*product(("/api/models/me/tiny", "/config.json", "/model.safetensors"), ("429", "500", "drop")), ("/model.safetensors", "cut")])
+def test_a_bad_moment_when_reading(model, served, path, kind):
+    model.push_to_hub("me/tiny")
+    served.failures[path] = iter([kind, kind])
+    assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
+    assert next(served.failures[path], None) is None  # both happened
 
 
 def test_a_connection_that_breaks_in_mid_upload(model, served, uploads, waits, monkeypatch):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from scripts.pictures import PICTURES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,10 +19,29 @@ def test_citation():
     assert {"type", "title", "authors"} <= set(nanovlm) and nanovlm["url"] == "https://github.com/huggingface/nanoVLM"
 
 
-def test_hooks_before_a_commit_use_the_locked_ruff():
+def test_pictures_are_what_the_script_draws():
+    for name, draw in PICTURES.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), f"python -m scripts.pictures draws another {name}"
+    named = {name for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) for name in re.findall(r"(\w+\.svg)", page.read_text(encoding="utf-8"))}
+    assert named == {*PICTURES} == {path.name for path in (ROOT / "docs").glob("*.svg")}
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_hooks_before_a_commit_are_what_ci_runs():
+    """Local ones, with the locked tools of .venv: nothing is fetched from elsewhere, and both say the same."""
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    (ruff,) = (repo["rev"] for repo in hooks["repos"] if repo["repo"].endswith("ruff-pre-commit"))
-    assert ruff == "v" + re.search(r"^ruff==(\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.M)[1]
+    entries = {hook["id"]: hook["entry"] for repo in hooks["repos"] for hook in repo["hooks"] if repo["repo"] == "local" and hook["language"] == "system"}
+    assert sum(len(repo["hooks"]) for repo in hooks["repos"]) == len(entries) == 4
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for name, command in {"ruff-check": ".venv/bin/ruff check", "ruff-format": ".venv/bin/ruff format --check", "mypy": ".venv/bin/mypy"}.items():
+        assert entries[name].startswith(command) and f"\n{command}" in ci
+    assert (ROOT / entries["layering"].split()[-1]).is_file()
 
 
 def test_contributing_names_what_there_is():

@@ -1,8 +1,13 @@
-"""The README's commands run as they stand (shortened by flags), its Python blocks too; the set-up script does what it says."""
+"""The commands of the README and of `docs/` run as they stand (shortened by flags), the README's Python blocks too; the set-up script does what it says.
 
+Elsewhere: the Python of docs/transformers.md in test_transformers.py, docs/extending.md in test_extending.py, docs/hub.md in test_hub_model.py.
+"""
+
+import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +17,27 @@ from hub_server import hub
 from hub_uploads import Uploads
 from programs import run_program
 
+from configs.command_line import resolve
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TORCHRUN = ("nproc-per-node", "max-restarts")
 SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--data.window", "8"]
 
 
-def commands() -> list[str]:
-    """Every command of the README's shell blocks, continued lines joined."""
-    blocks = re.findall(r"```(?:bash)?\n(.*?)```", README, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
+NOT_HERE = ("bash test.sh", "bash .ci/run", "bash train.sh dual_tower_smollm2")  # these very tests; tests/test_smollm2.py
+
+
+def commands(page: str) -> list[str]:
+    """Every command of a page's shell blocks, continued lines joined."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M)
+    lines = "\n".join(block for language, block in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
     lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in lines]
-    return [line for line in lines if re.match(r"(\w+=\S+ )*(bash \w+\.sh|\.venv/bin/python (\w+\.py|-m))", line)]
+    return [line for line in lines if re.match(r"(\w+=\S+ )*(bash \S+|\.venv/bin/(python|torchrun) )", line)]
+
+
+ALL = [(name, command) for name, page in PAGES.items() for command in commands(page) if not command.startswith(NOT_HERE[:2]) and command != NOT_HERE[2]]
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +49,39 @@ def place(tmp_path_factory) -> Path:
 
     for name in ("FILE", "photo.png"):
         Image.new("RGB", (64, 64), "red").save(place / name, format="PNG")
+    for name in "ab":
+        shutil.copytree(place / "runs/dual_tower_easyvqa", place / "runs" / name)
     return place
 
 
+def in_a_hub(command: list[str], place: Path) -> None:
+    """A process whose Hub is a server on loopback, where it is logged in."""
+    with hub({}, uploads=Uploads(place / "store", {"hf_me": "me"})) as address:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": address, "HF_TOKEN": "hf_me", "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        subprocess.run([sys.executable, *command], cwd=place, env=env, check=True)
+
+
 def test_there_are_commands():
-    assert len(commands()) >= 9 and len({c.split()[1] for c in commands()}) >= 4
+    assert len(commands(README)) >= 9 and len({c.split()[1] for c in commands(README)}) >= 4 and len({name for name, _ in ALL}) >= 6
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c not in ("bash test.sh", "bash train.sh dual_tower_smollm2") and "site-packages" not in c])
-def test_a_command_of_the_readme(command, place):
+@pytest.mark.parametrize(("page", "command"), [(page, c) for page, c in ALL if "site-packages" not in c and page != "extending.md"])
+def test_a_command_of_a_page(page, command, place):
     """`bash x.sh` stands for the script it runs: the set-up itself is not repeated."""
     words = shlex.split(command)
     values = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
     words = [w for w in words if not re.match(r"[A-Z_]+=", w)]
+    if words[0].endswith("torchrun"):  # several GPUs, weights from the Hub: the flags are read, no more
+        assert words[1:5] == ["--nproc-per-node", "8", "--", "train_dual_tower.py"]
+        resolve(words[5:], "")
+        return None
     if words[1] == "train.sh":
         script = "train_vanilla.py" if "vanilla" in command else "train_dual_tower.py"
         config = ["--config", words[2]] if len(words) > 2 and not words[2].startswith("-") else []
         flags = words[2 + len(config) // 2 :]
         words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *SHORT]
+        if any(flag.startswith("--hub.") for flag in flags):
+            return in_a_hub([str(ROOT / words[0]), *words[1:], "--output_dir", "runs/pushed"], place)
     elif words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
         words = [
@@ -71,25 +101,51 @@ def test_a_command_of_the_readme(command, place):
     elif words[2:3] == ["training.heads"]:
         words = ["training/heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
     elif words[2:3] == ["models.hub"]:
-        with hub({}, uploads=Uploads(place / "store", {"hf_me": "me"})) as address:
-            env = os.environ | {
-                "PYTHONPATH": str(ROOT),
-                "HF_ENDPOINT": address,
-                "HF_TOKEN": "hf_me",
-                "HF_HOME": str(place / "hf"),
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_OFFLINE": "0",
-            }
-            subprocess.run([sys.executable, *words[1:]], cwd=place, env=env, check=True)
-        return
+        return in_a_hub(words[1:], place)
     elif words[2:3] == ["eval.report"]:
         words = ["eval/report.py", *words[3:]]
+    elif words[2:3] == ["training.report"]:
+        words = ["training/report.py", *words[3:]]
     elif words[1] == "-m":
         words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
+    elif words[1] == "evaluation.py":
+        words = [*words[1:], "--limit", "8"]
     else:
         words = words[1:] + SHORT * (words[1].startswith("train_") and "--help" not in words)
     done = run_program(["-m", "training.heads", *words[1:]] if words[0] == "training/heads.py" else [ROOT / words[0], *words[1:]], place)
     assert done.returncode == 0, done.stderr
+    return None
+
+
+def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """`--help` of a program by its module's name; of `models.hub` with that of its commands."""
+    main, texts = importlib.import_module(name).main, []
+    for command in [[], ["push"], ["pull"], ["info"], ["card"]] if name == "models.hub" else [[]]:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code in (0, None)
+        texts.append(capsys.readouterr().out)
+    return " ".join(texts)
+
+
+def test_every_flag_and_program_in_a_sentence_exists(capsys):
+    """`code` outside of blocks: a flag that no program has, or that the program named beside it has not, is a mistake in the page."""
+    programs = [".".join(p.relative_to(ROOT).with_suffix("").parts) for folder in (".", "*") for p in ROOT.glob(f"{folder}/*.py") if "run_script(main)" in p.read_text()]
+    known = {name: set(re.findall(r"--([\w.]+)", help_of(name, capsys))) for name in programs if not name.startswith("tests.")}
+    every = set().union(*known.values())
+    wrong, looked_at = [], 0
+    for page, text in PAGES.items():
+        for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+            if code.startswith(("lmms-eval", "pip", "hf ")):
+                continue
+            named = re.search(r"(?:-m |(?<!/)\b)((?:training|data|eval|models|remote|benchmarks)\.\w+|\w+(?=\.py ))", code)
+            flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]*)(?![\w.*-])", code.split("torchrun")[-1]) if flag not in TORCHRUN and not flag.endswith(".")]
+            if "-m " in code and named and named[1] not in known:
+                wrong.append(f"{page}: no program {named[1]}")
+            has = known.get(named[1], every) if named and "--" in code else every
+            wrong += [f"{page}: {named[1] if named else 'no program'} has no --{flag}" for flag in flags if flag not in has]
+            looked_at += len(flags)
+    assert not wrong and looked_at > 80
 
 
 def test_the_python_blocks(place, tmp_path):
