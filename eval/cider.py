@@ -6,7 +6,6 @@ CIDEr (arXiv 1411.5726) weighs words by how few images' references have them. So
 `tokenize` answers as the Java tokenizer that pycocoevalcap runs. Its rules were read off that program's answers.
 """
 
-import math
 import re
 import shutil
 import subprocess
@@ -173,19 +172,24 @@ def _ngrams(tokens: list[str]) -> list[Counter[tuple[str, ...]]]:
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, ORDERS + 1)]
 
 
-def _bleu_4(candidates: list[str], references: list[list[str]]) -> float:
-    """Over the corpus, with each image's reference of the nearest length (aclanthology.org/P02-1040). 0 to 1."""
-    right, made, length, nearest_length = [0] * ORDERS, [0] * ORDERS, 0, 0
+def _bleu_counts(candidates: list[str], references: list[list[str]]) -> np.ndarray:
+    """What BLEU is made of, of each image (images, 2 · ORDERS + 2): right n-grams, n-grams, words, words of the reference of the nearest length."""
+    out = []
     for candidate, texts in zip(map(str.split, candidates), references, strict=True):
         split = [text.split() for text in texts]
-        length += len(candidate)
-        nearest_length += min((abs(len(tokens) - len(candidate)), len(tokens)) for tokens in split)[1]
         counted = [_ngrams(tokens) for tokens in split]
-        for i, grams in enumerate(_ngrams(candidate)):
-            made[i] += grams.total()
-            right[i] += sum(min(times, max(reference[i][gram] for reference in counted)) for gram, times in grams.items())
-    precision = math.prod((r + 1e-15) / (m + 1e-9) for r, m in zip(right, made, strict=True)) ** (1 / ORDERS)
-    return precision * math.exp(min(0.0, 1 - (nearest_length + 1e-9) / (length + 1e-15)))
+        ours = _ngrams(candidate)
+        right = [sum(min(times, max(reference[i][gram] for reference in counted)) for gram, times in grams.items()) for i, grams in enumerate(ours)]
+        nearest_length = min((abs(len(tokens) - len(candidate)), len(tokens)) for tokens in split)[1]
+        out.append([*right, *(grams.total() for grams in ours), len(candidate), nearest_length])
+    return np.array(out, np.float64)
+
+
+def _bleu(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1 to BLEU-4 (…, ORDERS) over corpora whose `_bleu_counts` sum to `counts` (aclanthology.org/P02-1040). 0 to 1."""
+    right, made, length, nearest_length = counts[..., :ORDERS], counts[..., ORDERS:-2], counts[..., -2:-1], counts[..., -1:]
+    precision = np.cumprod((right + 1e-15) / (made + 1e-9), -1) ** (1 / np.arange(1, ORDERS + 1))
+    return precision * np.exp(np.minimum(0.0, 1 - (nearest_length + 1e-9) / (length + 1e-15)))
 
 
 def _common(a: list[str], b: list[str]) -> int:
@@ -198,16 +202,15 @@ def _common(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def _rouge_l(candidates: list[str], references: list[list[str]]) -> float:
-    """Mean over images, recall weighing 1.2² (aclanthology.org/W04-1013); the best precision and the best recall may be of two references. 0 to 1."""
-    total = 0.0
+def _rouge_l_each(candidates: list[str], references: list[list[str]]) -> np.ndarray:
+    """Of each image (images,), recall weighing 1.2² (aclanthology.org/W04-1013); the best precision and the best recall may be of two references. 0 to 1."""
+    out = []
     for candidate, texts in zip(candidates, references, strict=True):
         tokens = candidate.split(" ")  # of no words: one empty word, as in the published code
         common = [(_common(text.split(" "), tokens), len(text.split(" "))) for text in texts]
         precision, recall = max(n for n, _ in common) / len(tokens), max(n / length for n, length in common)
-        if precision:
-            total += (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
-    return total / len(candidates)
+        out.append((1 + 1.44) * precision * recall / (recall + 1.44 * precision) if precision else 0.0)
+    return np.array(out)
 
 
 # --- what other modules call ---
@@ -259,8 +262,9 @@ def _warning(images: int, heaviest: float, longest: int) -> str | None:
     return None
 
 
+BLEU = tuple(f"BLEU-{n}" for n in range(1, ORDERS + 1))
 JAVA_METRICS = ("METEOR", "SPICE")
-METRICS = ("CIDEr", "BLEU-4", "ROUGE-L", *JAVA_METRICS)
+METRICS = ("CIDEr", *BLEU, "ROUGE-L", *JAVA_METRICS)
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -276,8 +280,37 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     """Each of `metrics` over the corpus. Errors: those of `cider` and `check_metrics`."""
     check_metrics(metrics)
     written, truths = _prepare(candidates, references, tokenizer)
-    ours = {"CIDEr": lambda *texts: float(_cider_each(*texts)[0].mean()), "BLEU-4": _bleu_4, "ROUGE-L": _rouge_l}
-    return {name: ours[name](written, truths) if name in ours else _java_score(name, written, truths) for name in metrics}
+    return {name: _score(name, written, truths) for name in metrics}
+
+
+def _score(name: str, candidates: list[str], references: list[list[str]]) -> float:
+    if name in BLEU:
+        return float(_bleu(_bleu_counts(candidates, references).sum(0))[BLEU.index(name)])
+    if name in JAVA_METRICS:
+        return _java_score(name, candidates, references)
+    return float(_each(name, candidates, references).mean())
+
+
+def _each(name: str, candidates: list[str], references: list[list[str]]) -> np.ndarray:
+    """CIDEr or ROUGE-L of each image (images,): the score is their mean."""
+    return _rouge_l_each(candidates, references) if name == "ROUGE-L" else _cider_each(candidates, references)[0]
+
+
+def caption_errors(candidates: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str], tokenizer: str = "python") -> dict[str, float]:
+    """Standard errors: of means over images by their spread (CIDEr's words weighed as they are), BLEU's by leaving out each image in turn (jackknife).
+
+    METEOR's and SPICE's are not known here, nor is one of fewer than two images, or of images that all score the same.
+    """
+    written, truths = _prepare(candidates, references, tokenizer)
+    out, images = {}, len(written)
+    for name in metrics if images > 1 else ():
+        if name in BLEU:
+            counts = _bleu_counts(written, truths)
+            without = _bleu(counts.sum(0) - counts)[:, BLEU.index(name)]  # (images,)
+            out[name] = (images - 1) ** 0.5 * float(without.std())
+        elif name not in JAVA_METRICS:
+            out[name] = float(_each(name, written, truths).std(ddof=1)) / images**0.5
+    return {name: error for name, error in out.items() if error > 1e-12}
 
 
 def _java_score(name: str, candidates: list[str], references: list[list[str]]) -> float:

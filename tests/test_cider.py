@@ -3,13 +3,14 @@
 import json
 import random
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
 from configs.errors import UsageError, UserError
-from eval.cider import caption_scores, cider, tokenize
+from eval.cider import caption_errors, caption_scores, cider, tokenize
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "coco_captions"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no captions of COCO at {FIXTURES}")
@@ -199,8 +200,29 @@ def test_scores_are_those_of_pycocoevalcap():
     score, each = Cider().compute_score(truths, results)
     found = cider(first, references)
     assert found.score == pytest.approx(score, abs=1e-9) and found.each == pytest.approx(list(each), abs=1e-9)
-    expected = {"BLEU-4": Bleu(4).compute_score(truths, results, verbose=0)[0][3], "ROUGE-L": Rouge().compute_score(truths, results)[0]}
-    assert caption_scores(first, references, ["BLEU-4", "ROUGE-L"]) == pytest.approx(expected, abs=1e-9)
+    expected = dict(zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(truths, results, verbose=0)[0], strict=True))
+    expected["ROUGE-L"] = Rouge().compute_score(truths, results)[0]
+    assert caption_scores(first, references, list(expected)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_standard_errors_are_the_spread_over_samples_of_images():
+    """Against scores of corpora drawn anew, with replacement; CIDEr's against its definition, for its weights change with the corpus."""
+    rng = random.Random(0)
+    words = "a red blue cat dog bus street on the in park runs sits two".split()
+    references = [[" ".join(rng.choices(words, k=rng.randint(4, 9))) for _ in range(3)] for _ in range(80)]
+    candidates = [" ".join(word if rng.random() < 0.7 else rng.choice(words) for word in texts[0].split()) for texts in references]
+    names = ["CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L", "METEOR"]
+    errors = caption_errors(candidates, references, names)
+    each = cider(candidates, references).each
+    assert list(errors) == names[:-1] and errors["CIDEr"] == pytest.approx(statistics.stdev(each) / 80**0.5)
+    drawn = {name: [] for name in names[1:-1]}
+    for _ in range(300):
+        images = rng.choices(range(80), k=80)
+        for name, score in caption_scores([candidates[i] for i in images], [references[i] for i in images], list(drawn)).items():
+            drawn[name].append(score)
+    for name, scores in drawn.items():
+        assert errors[name] == pytest.approx(statistics.stdev(scores), rel=0.2), name
+    assert caption_errors(["a"], [["a"]], names) == caption_errors(["a cat"] * 3, [["a cat"]] * 3, names) == {}
 
 
 def test_rouge_by_hand():  # two of three words of the caption, all of the reference: 2.44 · ⅔ · 1 / (1 + 1.44 · ⅔)
