@@ -1,11 +1,17 @@
-"""Softmax attention, and the one place that chooses how it is computed: torch's fused kernel, or in training on a CPU span by span."""
+"""Softmax attention, and the one place that chooses how it is computed: torch's fused kernel, or in training FlexAttention on CUDA and span by span on a CPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 CHUNK = 128  # queries at a time
 
@@ -20,13 +26,38 @@ class Span:
     hidden: Tensor  # (queries, keys) bool: True where a query may not look
 
 
-def planned(mask: Tensor) -> Tensor | list[Span]:
-    """What `attend` shall be given for a mask (B, 1, T, S), the same in every layer: spans where gradients are computed on a CPU.
+Plan = Union[Tensor, list[Span], "BlockMask"]
+
+
+def planned(mask: Tensor) -> Plan:
+    """What `attend` shall be given for a mask (B, 1, T, S), the same in every layer: where gradients are computed, spans on a CPU, FlexAttention's blocks on CUDA.
 
     A packed row's documents see nothing of one another, and no token sees a later one: most scores need not be computed.
     """
-    if mask.device.type != "cpu" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return mask
+    if mask.device.type == "cuda" and find_spec("triton") is not None:  # in which its kernels are written
+        return blocks_of(mask)
+    return spans_of(mask) if mask.device.type == "cpu" else mask
+
+
+def blocks_of(mask: Tensor) -> "BlockMask":
+    """Of a mask (B, 1, T, S): blocks of 128 × 128 of which nothing is seen are left out, those that are seen in part look the mask up."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, _, T, S = mask.shape
+    return create_block_mask(lambda b, h, query, key: mask[b, 0, query, key], B, None, T, S, device=str(mask.device))
+
+
+@cache
+def flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled once for all layers and both towers, whose numbers of queries and keys differ and change from batch to batch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def spans_of(mask: Tensor) -> list[Span]:
     out = []
     for row, seen in enumerate(mask[:, 0]):
         for start in range(0, seen.shape[0], CHUNK):
@@ -39,10 +70,12 @@ def planned(mask: Tensor) -> Tensor | list[Span]:
     return out
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | list[Span]) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Plan) -> Tensor:
     """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where the mask (B, 1, T, S), or what was `planned` of it, allows; a float mask is added."""
     if isinstance(mask, list):
         return SpanAttention.apply(queries, keys, values, mask)
+    if not isinstance(mask, Tensor):
+        return flex()(queries, keys.to(queries.dtype), values.to(queries.dtype), block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import DecoderConfig, MultiTokenConfig
-from models.attention import Span, planned
+from models.attention import Plan, planned
 from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
 from models.losses import cross_entropy_sum
 from models.multi_token import MultiTokenHeads
@@ -34,13 +34,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
         return run(x, rotary, mask, past)
 
-    def run(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+    def run(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 

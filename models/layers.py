@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError, UserError
 from configs.schema import DecoderConfig
-from models.attention import Span, attend
+from models.attention import Plan, attend
 
 
 class RMSNorm(nn.RMSNorm):
@@ -150,7 +150,7 @@ class Attention(KeyValue):
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
         rope = rotary if self.has_rope else None
         if self.packed is None:
@@ -163,7 +163,7 @@ class Attention(KeyValue):
         return self.o_proj(out) if self.packed is None else self.packed[1](out)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Tensor | list[Span], past: Past | None) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Plan, past: Past | None) -> Tensor:
         keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
         return attend(queries, keys, values, mask)
 

@@ -1,12 +1,16 @@
 """Attention by spans, and the loss without its logits, against torch's plain operations in double precision."""
 
+import random
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models import attention, losses
-from models.attention import SpanAttention, attend, planned
+from models.attention import SpanAttention, attend, blocks_of, planned
 from models.losses import cross_entropy_sum
+from models.masks import left_mask, right_mask
 
 
 def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
@@ -54,6 +58,75 @@ def test_spans_are_for_training_alone():
     with torch.no_grad():
         mask = packed_mask([[3]])
         assert planned(mask) is mask
+
+
+@pytest.fixture
+def plain_flex(monkeypatch):
+    """FlexAttention as plain operations: kernels for a CPU would take a minute to compile."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "flex", lambda: flex_attention)
+
+
+def random_batch(seed: int, left_length: int, right_length: int, rows: int = 3) -> dict[str, torch.Tensor]:
+    """The fields of a packed batch that masks are made of: groups of images, each with documents that may share it, and padding."""
+    draw = random.Random(seed)
+    batch: dict[str, list[list[int]]] = {name: [] for name in FIELDS}
+    for _ in range(rows):
+        left: list[tuple[int, ...]] = []
+        right: list[tuple[int, ...]] = []
+        document = 0
+        for group in range(draw.randint(1, 4)):
+            tokens = draw.randint(1, left_length // 5)
+            left += [(at, group, group) for at in range(tokens)]
+            for _ in range(draw.randint(1, 2)):
+                right += [(tokens + at, document, group) for at in range(draw.randint(1, right_length // 9))]
+                document += 1
+        left += [(0, -1, -1)] * (left_length - len(left))
+        right += [(0, -1, -1)] * (right_length - len(right))
+        for name, column in zip(FIELDS, [*zip(*left, strict=True), *zip(*right, strict=True)], strict=True):
+            batch[name].append(list(column))
+    return {name: torch.tensor(columns) for name, columns in batch.items()}
+
+
+FIELDS = ("left_positions", "left_groups", "left_images", "right_positions", "right_documents", "right_groups")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("left", "right"), [(40, 60), (300, 200), (128, 256)])
+def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
+    """Forward, for FlexAttention has no backward on a CPU; both towers, rows of other lengths than its blocks', heads that share keys. Its mask is that of models/masks.py, pair by pair."""
+    torch.manual_seed(0)
+    b = random_batch(left, left, right)
+    masks_of = {
+        "left": left_mask(b["left_positions"], b["left_groups"], b["left_images"], True, "causal"),
+        "right": right_mask(b["right_positions"], b["right_documents"], b["right_groups"], b["left_positions"], b["left_groups"]),
+    }
+    for mask in masks_of.values():
+        B, _, T, S = mask.shape
+        plan = blocks_of(mask)
+        every = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(S), indexing="ij")
+        assert torch.equal(plan.mask_mod(every[0], torch.tensor(0), every[1], every[2]), mask[:, 0])
+        whole = F.pad(mask[:, 0], (0, -S % 128, 0, -T % 128)).unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)  # blocks of which something is seen
+        assert torch.equal(plan.to_dense()[:, 0].bool(), whole)
+        queries, keys, values = torch.randn(B, 6, T, 16), torch.randn(B, 2, S, 16), torch.randn(B, 2, S, 16)
+        with torch.no_grad():
+            expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+            torch.testing.assert_close(attend(queries, keys, values, plan), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_function_chooses(plain_flex, monkeypatch):
+    """Spans on a CPU, blocks on CUDA where its compiler is, the mask itself elsewhere and where nothing is learnt."""
+    mask = packed_mask([[3]])
+    asked = Mock(spec=torch.Tensor, device=torch.device("cuda"))
+    monkeypatch.setattr(attention, "blocks_of", lambda mask: "blocks")
+    monkeypatch.setattr(attention, "find_spec", lambda name: name == "triton")
+    assert isinstance(planned(mask), list) and planned(asked) == "blocks"
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert planned(asked) is asked
+    with torch.no_grad():
+        monkeypatch.undo()
+        assert planned(asked) is asked and planned(mask) is mask
 
 
 def test_span_attention_has_the_right_gradient():
