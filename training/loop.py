@@ -35,7 +35,7 @@ from training.checkpoint import Saver, load_checkpoint
 from training.details import Achieved, Details
 from training.distributed import accumulating, gathered, parallel
 from training.logging import RunLog
-from training.optim import freeze, head_weights, make_optimizers, schedule, set_learning_rates
+from training.optim import freeze, head_weights, make_optimizers, set_learning_rates
 from training.precision import autocast, computes_in_bf16
 
 Batch = dict[str, Tensor]
@@ -258,7 +258,7 @@ def train_step(
                 loss = loss + (weights * means).sum()
             (loss * world.size).backward()  # the ranks' gradients are averaged
     world.sum(losses)
-    rates = set_learning_rates(optimizers, schedule(step - 1, config.max_steps, c))
+    rates = set_learning_rates(optimizers, step - 1, config.max_steps, c)
     norms = _clip(optimizers, c.clip)
     loss, norm = losses[0].item(), math.hypot(*norms.values())
     finite = math.isfinite(norm) and bool(torch.isfinite(losses).all())
