@@ -41,8 +41,8 @@ from models.vision_encoder import VisionEncoder
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
-from training.loop import train_step
 from training.optim import make_optimizers, schedule
+from training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
@@ -270,6 +270,9 @@ class Given:
     def __next__(self) -> dict:
         self.number += 1
         return next(self.batches)
+
+    def sources(self) -> list[str]:
+        return []
 
     def samples(self) -> list[str]:
         return [f"test {self.number}"]
