@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from benchmarks.train_step import SIZES, make_config
+from benchmarks.trial import SIZES, make_config
 from configs.errors import UserError, run_script
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM

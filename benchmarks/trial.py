@@ -5,7 +5,7 @@
 tiny       what tests and the guard run
 
 A document is an image, 59 tokens of question and 60 of answer, all of it supervised; no padding, no markers. Vanilla has the images in its
-one decoder, the dual tower in its left one. Every part is trained with AdamW, through `training.loop.train_step`.
+one decoder, the dual tower in its left one. Every part is trained with AdamW, through `training.step.train_step`.
 """
 
 import time
@@ -22,9 +22,10 @@ from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, Multi
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
-from training.loop import keep_freed_memory, train_step
+from training.loop import keep_freed_memory
 from training.optim import make_optimizers
 from training.precision import autocast
+from training.step import train_step
 
 Batch = dict[str, Tensor]
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
@@ -108,6 +109,9 @@ class Again:
 
     def __next__(self) -> Batch:
         return self.batch
+
+    def sources(self) -> list[str]:
+        return []
 
     def samples(self) -> list[str]:
         return []

@@ -188,13 +188,14 @@ def test_hostile_text_is_no_markup_and_the_latest_predictions_are_shown(tmp_path
     (folder / "samples").mkdir()
     for step, colour in (("000900", 1), ("1000000", 2), ("000200", 3)):  # the latest has more digits, and comes first by name
         (folder / "samples" / f"step_{step}.png").write_bytes(png(colour))
+    (folder / "samples" / "step_000700_tokens.png").write_bytes(png(4))
     for page in (read(folder), read(folder, write(tmp_path / "b", [{"step": 1, "lr": 1}], {"name": "x", HOSTILE: 2}))):
         assert {element.tag for element in page.root.iter()} <= {"html", "head", "meta", "title", "style", "body", "h2", "p", "div", "table", "tr", "th", "td", "img"}
         assert not [name for element in page.root.iter() for name in element.attrib if name.startswith("on") or name == "href"]
         assert page.heads[0] == HOSTILE and HOSTILE in page.charts and page.warnings == [f"1 skipped: step 0: {HOSTILE}"]
         assert "\u202e" not in page.text + "".join(page.charts.values()) and any(f"{HOSTILE}\\u202e\\u001b漢" in cell for row in page.rows for cell in row)
         assert not [svg for svg in page.charts.values() if "<script" in svg]
-        assert page.pictures == {f"{HOSTILE}: predictions at step 1,000,000": png(2)}
+        assert page.pictures == {f"{HOSTILE}: predictions at step 1,000,000": png(2), f"{HOSTILE}: predicted tokens, and the true ones at step 700": png(4)}
         assert next(meta.get("content") for meta in page.root.iter("meta") if meta.get("http-equiv")) == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert [HOSTILE, "1", "2"] in page.rows and "\n" not in "".join(page.heads)
 

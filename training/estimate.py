@@ -189,6 +189,7 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         ("weights", 4 * total),
         ("gradients", 4 * trained),
         (f"optimizer ({config.train.optimizer})", optimizer),
+        *([("averaged weights (ema)", 4 * trained)] if config.train.ema else []),
         ("activations, weights in bf16", activations),
         ("logits of a chunk", logits),
     )

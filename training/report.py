@@ -260,13 +260,19 @@ def heading(run: Run) -> str:
     return f"<h2>{escape(run.name)}</h2><p>{escape(told)}</p>" + "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
 
 
-def predictions(run: Run) -> str:
-    """The latest sheet of them."""
-    sheets = {int(path.stem[5:]): path for path in (run.folder / "samples").glob("step_*.png") if path.stem[5:].isdecimal()}
-    if not sheets:
-        return ""
-    told = f"{run.name}: predictions at step {max(sheets):,}"
-    return f"<h2>{escape(told)}</h2>{image('png', sheets[max(sheets)].read_bytes(), told)}"
+SHEETS = {"": "predictions", "_tokens": "predicted tokens, and the true ones"}  # how the names of sheets end → what they show
+
+
+def sheets(run: Run) -> str:
+    """The latest picture of each kind in samples/."""
+    out = ""
+    for suffix, what in SHEETS.items():
+        named = ((path.stem[5:].removesuffix(suffix), path) for path in (run.folder / "samples").glob(f"step_*{suffix}.png"))
+        step, path = max(((int(number), path) for number, path in named if number.isdecimal()), default=(0, None))
+        if path is not None:
+            told = f"{run.name}: {what} at step {step:,}"
+            out += f"<h2>{escape(told)}</h2>{image('png', path.read_bytes(), told)}"
+    return out
 
 
 STYLE = """
@@ -294,7 +300,7 @@ def page(runs: list[Run]) -> tuple[str, int]:
 {"".join(map(heading, runs))}
 {differences(runs)}
 {f'<div class="charts">{drawn}</div>' if drawn else '<p class="warn">No finite number in any line: nothing to draw.</p>'}
-{"".join(map(predictions, runs))}
+{"".join(map(sheets, runs))}
 <h2>Values</h2>{value_table(found)}
 </body></html>
 """
