@@ -26,7 +26,7 @@ from configs.command_line import to_dict
 from configs.errors import UserError
 from configs.files import append_text
 from configs.ranks import ALONE, World
-from configs.schema import Config
+from configs.schema import Config, TrainConfig
 from data.loader import merged
 from models.language_model import Block
 from models.layers import pick_device
@@ -87,6 +87,7 @@ class Task:
     batches: Batches
     evaluate: Callable[[int], dict[str, Any]]  # step → metrics; may print, write samples and keep the best model
     before_checkpoint: Callable[[], None]
+    tokenizer: str = ""  # its fingerprint, kept with each checkpoint
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
 
 
@@ -97,10 +98,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         keep_freed_memory()
     model.to(device).train()
     freeze(model, c)
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recompute = c.recompute
-            block.compiled = torch.compile(block.run) if c.compile else None
+    set_blocks(model, c)
     achieved = Achieved(model, device, world.size)
     run = parallel(model, config.parallel, device, computes_in_bf16(c, device), world)  # what is called
     optimizers = make_optimizers(model, c)
@@ -121,7 +119,13 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
 
     def save(step: int) -> Path:
-        return saver.save(step, model, optimizers, lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped, "norms": list(norms)}, task.before_checkpoint)
+        return saver.save(
+            step,
+            model,
+            optimizers,
+            lambda: {"data": merged(world.gather(task.batches.state())), "skipped": skipped, "norms": list(norms), "tokenizer": task.tokenizer},
+            task.before_checkpoint,
+        )
 
     log.start(done, config.max_steps)
     log.track(config.log, to_dict(config), done if checkpoint is not None else None)
@@ -183,6 +187,13 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         watch(0)
         log.stop(well)
         task.batches.close()
+
+
+def set_blocks(model: Any, config: TrainConfig) -> None:
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = config.recompute
+            block.compiled = torch.compile(block.run) if config.compile else None
 
 
 def watch(minutes: float) -> None:
