@@ -143,6 +143,9 @@ class Again:
     def __next__(self) -> Batch:
         return self.batch
 
+    def sources(self) -> list[str]:
+        return []
+
     def samples(self) -> list[str]:
         return []
 

@@ -239,13 +239,20 @@ class TrainConfig:
     head_weight: float = opt(0.3, "weight of the first multi-token head's loss beside the next token's")
     head_decay: float = opt(0.8, "each further head's weight ÷ that of the one before")
     head_warmup: int = opt(0, "steps after which one more head joins, over as many steps: next token first, then the first head (arXiv 2505.22757)")
+    schedule: Literal["cosine", "wsd"] = opt("cosine", "how rates fall: from the warm-up on, or (wsd: warm-up, stable, decay) over the last steps alone")
     warmup_steps: int = opt(50, "steps of linear warm-up")
-    final_lr: float = opt(0.0, "learning rate at the last step, as a fraction of the peak (cosine in between)")
+    warmup_vision: int = opt(-1, "those of the vision encoder (−1: warmup_steps)")
+    warmup_projector: int = opt(-1, "those of the modality projector")
+    warmup_left: int = opt(-1, "those of the left decoder: many, and the projector learns first")
+    warmup_right: int = opt(-1, "those of the right decoder")
+    decay_share: float = opt(0.2, "wsd: share of the steps over which rates fall, at the end")
+    final_lr: float = opt(0.0, "learning rate at the last step, as a fraction of the peak")
     weight_decay: float = opt(0.05, "AdamW's, on matrices")
     beta2: float = opt(0.95, "AdamW's second-moment decay")
+    ema: float = opt(0.0, "decay of a moving average of the trained weights, which is validated and exported: 0.999; as much memory as they (0: none)")
     clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
     skips: int = opt(10, "steps in a row without a finite loss and gradient, each of them skipped, at which the run stops")
-    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "autocast type; auto: bf16 where the machine computes in it")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "autocast type; auto: bf16 where the machine computes in it; fp16: with scaled gradients")
     device: str = opt("auto", "auto: cuda where there is one, else cpu")
     feature_cache_gb: float = opt(2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)")
     log_every: int = opt(1, "steps between two lines of metrics.jsonl")
@@ -281,8 +288,14 @@ class TrainConfig:
         rates = [self.lr_vision, self.lr_projector, self.lr_left, self.lr_right]
         if not all(0 <= r < 1e3 for r in [*rates, self.lr_heads]) or not any(rates):
             raise UsageError("train.lr_*: every learning rate must be 0 or more, and at least one above 0 (0 freezes a part)")
-        if not 0 <= self.beta2 < 1:
-            raise UsageError(f"train.beta2 = {self.beta2} must be in [0, 1)")
+        for part in ("vision", "projector", "left", "right"):
+            if getattr(self, f"warmup_{part}") < -1:
+                raise UsageError(f"train.warmup_{part} = {getattr(self, f'warmup_{part}')} must be 0 or more, or −1 (as many as warmup_steps)")
+        if not 0 < self.decay_share <= 1 or not 0 <= self.final_lr <= 1:
+            raise UsageError(f"train.decay_share = {self.decay_share} must be in (0, 1], final_lr = {self.final_lr} in [0, 1]")
+        for name in ("beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,10 @@ class Streams:
         self.turn = (self.turn + 1) % len(self.loaders)
         return next(self.given)
 
+    def sources(self) -> list[str]:
+        """The names of all sources, the same on every rank."""
+        return [source.name for source in self.rows.stream.dataset.sources]
+
     @property
     def rows(self) -> RowStream:
         """The first stream's packed rows."""

@@ -1,4 +1,4 @@
-"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves. `e2e_dual_tower.ipynb` shows them."""
+"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves, tokens. `e2e_dual_tower.ipynb` shows them, validation writes them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 PALETTE = ["#4c78a8", "#f2a154", "#6aa56f", "#c8626a", "#8f78b5", "#8c6d5a", "#d98bb3", "#8a8f98"]  # the last: all further sources
 INK, QUIET, GRID = "#2b2e34", "#6b7078", "#e6e6e3"
-EMPTY = "#f1f0ec"
+EMPTY, RIGHT, WRONG = "#f1f0ec", "#cfe8d2", "#f4cccc"
 
 
 def cells(title: str, numbers: Tensor, width: int = 4, height: int = 4) -> Image.Image:
@@ -46,6 +46,51 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
             draw.ellipse((a - 3, b - 3, a + 3, b + 3), fill=colour)
         draw.text((right - 4, upper + 4 + 16 * i), name, fill=colour, font_size=13, anchor="ra")
     return _titled(title, picture)
+
+
+def agreement(answers: Sequence[tuple[str, list[str], list[list[str | None]]]], names: list[str], width: int = 960) -> Image.Image:
+    """Answers token by token: question, true tokens, and below each what `names` said: green where it is the true one, red where not, nothing where it is None. Long answers are broken into lines."""
+    high, left, pad = 20, 60, 4
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    drawn: list[tuple[str, list[list[tuple[int, int]]], list[str], list[list[str | None]]]] = []  # question, lines of (token, width), truth, said
+    for question, truth, said in answers:
+        lines: list[list[tuple[int, int]]] = [[]]
+        for i, token in enumerate(truth):
+            wide = 2 * pad + math.ceil(max(ruler.textlength(text, font_size=12) for text in (token, *(row[i] or "" for row in said))))
+            if lines[-1] and left + sum(w for _, w in lines[-1]) + wide > width:
+                lines.append([])
+            lines[-1].append((i, min(wide, width - left)))
+        drawn.append((question, lines, truth, said))
+    block = high * (1 + len(names)) + 6
+    sheet = Image.new("RGB", (width, 8 + sum(24 + block * len(lines) for _, lines, _, _ in drawn)), "white")
+    draw, y = ImageDraw.Draw(sheet), 8
+    for question, lines, truth, said in drawn:
+        draw.text((4, y), question if len(question) < 140 else question[:137] + "…", fill=INK, font_size=13)
+        y += 20
+        for line in lines:
+            for row, name in enumerate(["true", *names]):
+                draw.text((4, y + row * high + 3), name, fill=QUIET, font_size=12)
+                x = left
+                for i, wide in line:
+                    text = truth[i] if row == 0 else said[row - 1][i]
+                    if text is not None:
+                        fill = EMPTY if row == 0 else RIGHT if text == truth[i] else WRONG
+                        draw.rectangle((x, y + row * high, x + wide - 2, y + (row + 1) * high - 2), fill=fill)
+                        draw.text((x + pad, y + row * high + 3), text, fill=INK, font_size=12)
+                    x += wide
+            y += block
+        y += 4
+    return sheet
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One below the other, on white."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    y = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, y))
+        y += picture.height
+    return sheet
 
 
 def nice_step(span: float, steps: int) -> int:

@@ -56,6 +56,11 @@ class Tokenizer:
         """Ids → text; special tokens are left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def show(self, token: int) -> str:
+        """One token for a reader: spaces as ·, line ends as \\n, special tokens by their names."""
+        text = self.backend.decode([token], skip_special_tokens=False)
+        return text.replace(" ", "·").replace("\n", "\\n") or "∅"
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """A byte-level BPE of at most `vocab_size` text tokens: it can spell any string."""

@@ -22,6 +22,7 @@ from data.render import Renderer
 from data.tables import UnreadableBlock
 from eval.answering import Answerer
 from eval.cider import Cider, cider
+from eval.token_agreement import Agreement
 
 
 class Validation:
@@ -65,8 +66,9 @@ class Validation:
         self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
         return samples
 
-    def score(self, model: Any, world: World = ALONE) -> dict[str, float]:
-        """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several."""
+    def score(self, model: Any, world: World = ALONE) -> dict[str, Any]:
+        """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several. `agreement` tells more of it."""
+        self.agreement = Agreement(model.config.multi_token.heads)
         total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
         for chunk in self.chunks[world.rank :: world.size]:
@@ -77,7 +79,9 @@ class Validation:
             supervised = labels != -100
             output = model(**batch)
             wrong = torch.zeros_like(labels)
-            wrong[supervised] = (model.logits(output.hidden[supervised]).argmax(-1) != labels[supervised]).long()
+            predicted = model.logits(output.hidden[supervised]).argmax(-1)
+            wrong[supervised] = (predicted != labels[supervised]).long()
+            self.agreement.add(model, batch, output.hidden, predicted, self.dataset.renderer.tokenizer if world.first else None)
             row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
             document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
             mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
@@ -86,7 +90,8 @@ class Validation:
             right.index_add_(0, source_of, good.double())
             documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
         world.sum(total, right, documents)
-        scores = {"loss": (total[0] / total[1]).item(), "accuracy": (right.sum() / documents.sum()).item()}
+        self.agreement.share(world)
+        scores = {"loss": (total[0] / total[1]).item(), "accuracy": (right.sum() / documents.sum()).item()} | self.agreement.scores()
         return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
 
     def metrics(self, captions: int) -> dict[str, bool]:
@@ -192,5 +197,10 @@ def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> 
         answer = p["prediction"] if good else f"{p['prediction']} (not {p['answer']})"
         draw.multiline_text((x, y + side + 2), textwrap.fill(p["question"], 24), fill="black", font_size=11)
         draw.text((x, y + side + 34), answer, fill="darkgreen" if good else "firebrick", font_size=13)
-    with replacing(folder / f"step_{step:06d}.png") as beside:
+    save_picture(sheet, folder / f"step_{step:06d}.png")
+
+
+def save_picture(sheet: Image.Image, path: Path) -> Path:
+    with replacing(path) as beside:
         sheet.save(beside, format="png")
+    return path

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import DecoderConfig, MultiTokenConfig
 from models.attention import Plan, planned
 from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
-from models.losses import cross_entropy_sum
+from models.losses import cross_entropy
 from models.multi_token import MultiTokenHeads
 
 
@@ -21,6 +21,7 @@ class Output(NamedTuple):
     loss_sum: Tensor | None  # sum of cross-entropy over supervised tokens; None without labels
     hidden: Tensor  # (B, R, D)
     head_loss_sums: Tensor | None = None  # (K,), of the multi-token heads; None without labels or heads
+    losses: Tensor | None = None  # (S,), of each supervised token, without gradient; None without labels
 
 
 class Block(nn.Module):
@@ -100,16 +101,17 @@ class LanguageModel(nn.Module):
         return super().train(mode)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropy over supervised tokens; `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt. Logits exist at supervised positions only."""
+        """The cross-entropy of each supervised token, (S,); `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt. Logits exist at supervised positions only."""
         supervised = labels != -100
-        return cross_entropy_sum(hidden[supervised], self.unembedding, labels[supervised])
+        return cross_entropy(hidden[supervised], self.unembedding, labels[supervised])
 
     def output(self, hidden: Tensor, labels: Tensor | None, documents: Tensor) -> Output:
         """Hidden states with their losses, the multi-token heads' included; `labels`, `documents` (B, R)."""
         if labels is None:
             return Output(None, hidden)
         heads = self.heads.losses(hidden, labels, documents, self.embed_tokens, self.unembedding) if self.heads is not None else None
-        return Output(self.loss(hidden, labels), hidden, heads)
+        losses = self.loss(hidden, labels)
+        return Output(losses.sum(), hidden, heads, losses.detach())
 
 
 class KeyValueLayer(nn.Module):

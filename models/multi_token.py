@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.schema import DecoderConfig, MultiTokenConfig
 from models.layers import Packed, RMSNorm
-from models.losses import cross_entropy_sum
+from models.losses import cross_entropy
 
 
 class MultiTokenHeads(nn.Module):
@@ -75,8 +75,20 @@ class MultiTokenHeads(nn.Module):
         for k in range(1, self.count + 1):
             state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
             state = self.step(state, embedding(targets[:, k - 1]))
-            sums.append(cross_entropy_sum(self.norm(state), rows, place[targets[:, k]]))  # −100: a token that no head can draft
+            sums.append(cross_entropy(self.norm(state), rows, place[targets[:, k]]).sum())  # −100: a token that no head can draft
         return torch.stack(sums)
+
+    def predictions(self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor) -> tuple[Tensor, Tensor]:
+        """What every head says at each supervised position where all tokens before are the true ones, and its targets: (S, K) both, −1 where there is none. Arguments as of `losses`."""
+        every = targets = chains(labels, documents, self.count)
+        said, at = torch.full_like(every[:, 1:], -1), torch.arange(len(every), device=labels.device)
+        state, rows = hidden[labels != -100], self.rows(unembedding)
+        for k in range(1, self.count + 1):
+            known = targets[:, k] >= 0
+            state, targets, at = state[known], targets[known], at[known]
+            state = self.step(state, embedding(targets[:, k - 1]))
+            said[at, k - 1] = self.draft_ids[F.linear(self.norm(state), rows).argmax(-1)]
+        return said, every[:, 1:]
 
     def rows(self, unembedding: Tensor) -> Tensor:
         """What of the unembedding (V, D) drafts are made with, (V′, D): a copy, where not all tokens can be drafted."""

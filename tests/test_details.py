@@ -19,9 +19,9 @@ from data.collators import collate
 from models.masks import left_mask, right_mask
 from training.details import Achieved, Details
 from training.estimate import count_flops, trained_shares
-from training.loop import train_step
 from training.optim import make_optimizers
 from training.script import check_compiler
+from training.step import train_step
 
 
 @pytest.fixture
@@ -38,6 +38,9 @@ class Given:
 
     def __next__(self):
         return self.batch
+
+    def sources(self):
+        return []
 
     def samples(self):
         return []

@@ -31,6 +31,8 @@ SHARED = [
     "adamw",
     "--train.dtype",
     "fp32",
+    "--train.ema",  # validation and the exported model show the averages
+    "0.9",
     "--cache_dir",
     "cache",
     "--model.left.layers",
@@ -46,7 +48,8 @@ def ranks(number: int, *flags: str) -> list[str]:
 
 def told(folder: Path) -> dict[tuple[int, str], float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], key): line[key] for line in lines for key in ("loss", "validation_loss", "validation_accuracy") if key in line}
+    found = {(line["step"], key): line[key] for line in lines for key in ("loss", "validation_loss", "validation_accuracy") if key in line}
+    return found | {(line["step"], name): value for line in lines for name, value in line.get("source_losses", {}).items()}
 
 
 def assert_near(got: dict[tuple[int, str], float], wanted: dict[tuple[int, str], float], most: float = 1e-5) -> None:
@@ -144,7 +147,7 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     data = [
         "--data.sources",
-        "jsonl=mine.jsonl",
+        "jsonl=mine.jsonl,easy_vqa:8",
         "--data.validation_images",
         "4",
         "--data.streams",
@@ -161,6 +164,7 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
         done = run_ranks(number, command(*SHARED, *flags), tmp_path)
         assert done.returncode == 0, done.stderr
         assert_near(told(tmp_path / f"run{number}{parallel}"), told(tmp_path / "run1ddp"))
+    assert {"jsonl", "easy_vqa"} <= {key for _, key in told(tmp_path / "run1ddp")}  # losses by source
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "") -> None:
-    """A run's life with trackers: five steps, a validation, a histogram, predictions. `now` is done after the first half: a URL is called, "kill" ends W&B's process."""
+    """A run's life with trackers: five steps, a validation, a histogram, predictions, a picture. `now` is done after the first half: a URL is called, "kill" ends W&B's process."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (900, 600), "red").save(path / "image.png")
@@ -66,6 +66,7 @@ def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "
     began = time.monotonic()
     told.predictions(3, rows, path / "sheet.png")
     assert time.monotonic() - began < 12  # W&B asks its server about tables, and waits
+    told.picture(3, "tokens", path / "sheet.png")
     told.close(True)
 
 
@@ -162,7 +163,7 @@ class Failing(Recorder):
     pass
 
 
-@pytest.mark.parametrize("fails", ["start", "metrics", "histograms", "predictions", "close"])
+@pytest.mark.parametrize("fails", ["start", "metrics", "histograms", "predictions", "picture", "close"])
 def test_one_that_fails_is_left_out(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(trackers, "TRACKERS", {"bad": Failing, "good": Recorder})
     monkeypatch.setattr(trackers, "OLDEST", {"bad": "1.0", "good": "1.0"})
@@ -175,10 +176,11 @@ def test_one_that_fails_is_left_out(tmp_path, monkeypatch, fails):
         told.metrics({"step": step, "loss": 1.0})
         told.histograms(step, {})
         told.predictions(step, [], None)
+        told.picture(step, "tokens", tmp_path)
     told.close(True)
     told.close(True)
     assert said == ["warning: bad: no space left — logging to it stops, metrics.jsonl goes on"]
-    assert good.calls == ["start", *["metrics", "histograms", "predictions"] * 2, "close"]
+    assert good.calls == ["start", *["metrics", "histograms", "predictions", "picture"] * 2, "close"]
 
 
 def test_code_is_the_repository_s_alone(tmp_path):
@@ -209,8 +211,9 @@ def test_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("mmstar.v1_average")] == [(3, 0.25)]
     histogram = events.Histograms("gates")[0].histogram_value
     assert (histogram.min, histogram.max, histogram.num, histogram.bucket, histogram.bucket_limit) == (-1, 2, 8, [1, 5, 2], [0, 1, 2])
-    image = events.Images("predictions")[0]
-    assert (image.step, image.width, image.height) == (3, 80, 40)
+    for name in ("predictions", "tokens"):
+        image = events.Images(name)[0]
+        assert (image.step, image.width, image.height) == (3, 80, 40)
     text = {tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode() for tag in ("config", "predictions")}
     assert json.loads(text["config"]) == CONFIG
     assert text["predictions"].split("\n")[2:] == ["what \\| is it? | red | blue", "1+1? | 2 | 2"]
@@ -248,11 +251,12 @@ def test_trackio(tmp_path):
         rows = [(step, name, run_id, json.loads(told)) for step, name, run_id, told in database.execute("SELECT step, run_name, run_id, metrics FROM metrics ORDER BY id")]
         config = json.loads(database.execute("SELECT config FROM configs").fetchone()[0])
     assert {(name, run_id) for _, name, run_id, _ in rows} == {("first", rows[0][2])}  # one run, resumed
-    assert len(rows) == 2 * (len(LINES) + 3) and config.items() >= CONFIG.items()
+    assert len(rows) == 2 * (len(LINES) + 4) and config.items() >= CONFIG.items()
     assert [(step, told) for step, *_, told in rows[: len(LINES)]] == [(line["step"], flatten(line)) for line in LINES]
     assert rows[len(LINES) + 1][3]["gates"] == {"_type": "trackio.histogram", "values": COUNTS.tolist(), "bins": EDGES.tolist()}
     first, second = rows[len(LINES) + 2][3]["predictions"]["_value"]
     assert (first["prediction"], second["image"]) == ("blue", None)
+    assert rows[len(LINES) + 3][3]["tokens"]["_type"] == "trackio.image"
     assert Image.open(tmp_path / "first" / "trackio" / "media" / first["image"]["file_path"]).size == (512, 341)
 
 
@@ -298,9 +302,10 @@ def test_wandb_offline(tmp_path):
     assert rows[6] == {"step": 6, "loss": 0.1}
     assert rows[7] == {"step": 3, "gates._type": "histogram", "gates.values": COUNTS.tolist(), "gates.bins": EDGES.tolist()}
     assert rows[8].items() >= {"validation_step": 3, "predictions._type": "table-file", "predictions.nrows": 2}.items()
+    assert rows[9].items() >= {"validation_step": 3, "tokens._type": "image-file", "tokens.width": 80, "tokens.height": 40}.items()
     found = list(records(before))
     axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in found if r.HasField("metric")}
-    late = dict.fromkeys([*flatten(LINES[5]), "predictions"], "validation_step")
+    late = dict.fromkeys([*flatten(LINES[5]), "predictions", "tokens"], "validation_step")
     assert axes == {"step": "", "validation_step": "", "*": "step"} | late
     (start,) = [r.run for r in found if r.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in start.config.update}
@@ -401,7 +406,7 @@ def test_wandb_out_of_reach(tmp_path, refused):
     assert len(wandb.seen) == 0 if refused else len(wandb.seen) > 0
     assert re.fullmatch(f"wandb: Failed .*: kept offline; send it with: wandb sync {tmp_path}/run/wandb/offline-run-\\*\n", text)
     (path,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
-    assert len(history(path)) == 9
+    assert len(history(path)) == 10
 
 
 @needs("wandb")
@@ -411,7 +416,7 @@ def test_wandb_online(tmp_path):
     assert text.startswith(f"wandb: {wandb.address}/e/p/runs/{(tmp_path / 'run' / 'wandb_id').read_text()}") and "warning:" not in text
     streamed = [json.loads(body)["files"]["wandb-history.jsonl"]["content"] for path, _, body in wandb.seen if path.endswith("/file_stream") and "wandb-history.jsonl" in body]
     rows = [json.loads(row) for rows in streamed for row in rows]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 3, 6, 3, 3] and [row["_step"] for row in rows] == list(range(9))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 3, 6, 3, 3, 3] and [row["_step"] for row in rows] == list(range(10))
     assert {"CreateArtifact", "CreateRunFiles"} <= wandb.operations()
     assert not (tmp_path / "home" / ".netrc").exists() and KEY not in "".join(body for *_, body in wandb.seen)
 
@@ -423,7 +428,7 @@ def test_wandb_server_falls_silent(tmp_path):
         text = run(tmp_path / "run", "wandb", None, f"{wandb.address}/silence", seconds=50, WANDB_BASE_URL=wandb.address, WANDB_API_KEY=KEY)
     (path,) = tmp_path.glob("run/wandb/run-*/*.wandb")
     assert f"warning: wandb: not everything was sent; send it with: wandb sync {path.parent}\n" in text
-    assert len(history(path)) == 9
+    assert len(history(path)) == 10
 
 
 @needs("wandb")

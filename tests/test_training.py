@@ -27,7 +27,8 @@ from torch import nn
 import training.checkpoint
 import training.feature_cache
 from benchmarks.kill import learnt
-from configs.errors import UserError
+from configs.command_line import resolve
+from configs.errors import UsageError, UserError
 from configs.files import replacing_folder
 from configs.ranks import ALONE
 from configs.schema import Config, TrainConfig, VisionConfig
@@ -41,8 +42,8 @@ from models.vision_encoder import VisionEncoder
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
-from training.loop import train_step
 from training.optim import make_optimizers, schedule
+from training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
@@ -295,6 +296,9 @@ class Given:
         self.number += 1
         return next(self.batches)
 
+    def sources(self) -> list[str]:
+        return []
+
     def samples(self) -> list[str]:
         return [f"test {self.number}"]
 
@@ -384,11 +388,42 @@ def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
     assert changed == {"left.modality_projector", "left.decoder", "left.embed_tokens"}
 
 
-def test_schedule():
+def test_cosine_schedule():
     config = TrainConfig(warmup_steps=10, final_lr=0.1)
-    factors = [schedule(s, 110, config) for s in range(110)]
+    factors = [schedule(s, 110, config, "right") for s in range(110)]
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[109] == pytest.approx(0.1)
     assert factors[59] == pytest.approx(0.55) and sorted(factors[10:], reverse=True) == factors[10:]
+
+
+def test_wsd_schedule_knows_its_end_in_the_decay_alone():
+    """So a run that is taken up again before the decay with more steps is the longer run from its first step on."""
+    config = TrainConfig(schedule="wsd", warmup_steps=10, final_lr=0.1, decay_share=0.25)
+    factors = [schedule(s, 100, config, "right") for s in range(100)]
+    assert factors[0] == 0.1 and set(factors[9:75]) == {1.0} and factors[99] == pytest.approx(0.1)
+    assert factors[75] == pytest.approx(0.1 + 0.9 * (1 - 0.2)) and factors[83] == pytest.approx(0.1 + 0.9 * (1 - 0.6))  # progress 1/25, 9/25
+    assert sorted(factors[75:], reverse=True) == factors[75:]
+    assert [schedule(s, 1000, config, "right") for s in range(75)] == factors[:75]
+    short = [schedule(s, 8, config, "right") for s in range(8)]  # shorter than its warm-up
+    assert max(short) < 0.7 and short[-1] == pytest.approx(0.8 * 0.1)
+
+
+def test_parts_warm_up_for_as_long_as_each_is_told(tokenizer, batches):
+    """Right's own number, left's none, the rest as by default; and what is logged is what the optimizer used."""
+    train = TrainConfig(dtype="fp32", warmup_steps=4, warmup_right=8, warmup_left=0, lr_vision=1e-3, lr_projector=1e-3, lr_left=1e-3, lr_right=1e-3, schedule="wsd")
+    config = Config(model=TINY_MODEL, max_steps=100, train=train)
+    model = tiny_model(tokenizer)
+    optimizers, given = make_optimizers(model, train), Given(batches[0])
+    told = [train_step(config, model, optimizers, given, step, torch.device("cpu"))["lr"] for step in (1, 2, 6)]
+    assert told[0] == pytest.approx({"vision": 0.25e-3, "projector": 0.25e-3, "left": 1e-3, "right": 0.125e-3})
+    assert told[1]["projector"] == pytest.approx(0.5e-3) and told[2] == pytest.approx({"vision": 1e-3, "projector": 1e-3, "left": 1e-3, "right": 0.75e-3})
+    assert {group["part"]: group["lr"] for group in optimizers[0].param_groups} == told[2]
+
+
+@pytest.mark.parametrize("wrong", [{"warmup_left": -2}, {"decay_share": 0.0}, {"decay_share": 1.5}, {"final_lr": -0.1}, {"schedule": "linear"}])
+def test_schedules_that_cannot_be_are_one_line(wrong):
+    flags = [part for name, value in wrong.items() for part in (f"--train.{name}", str(value))]
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        resolve(flags, "")
 
 
 def test_minutes_also_save(tmp_path):

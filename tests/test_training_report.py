@@ -475,6 +475,9 @@ def test_the_latest_predictions_are_embedded(tmp_path):
     (image,) = read(folder).images
     small = base64.b64decode(image["src"].removeprefix("data:image/webp;base64,"))
     assert len(small) <= report.PICTURES and Image.open(io.BytesIO(small)).size == (700, 700)
+    (folder / "samples" / "step_000700_tokens.png").write_bytes(png(6))
+    assert [image["alt"] for image in read(folder).images] == ["a: predictions at step 1,000,000", "a: predicted tokens, and the true ones at step 700"]
+    (folder / "samples" / "step_000700_tokens.png").unlink()
     for damaged in (b"", b"not an image", b"<svg onload=alert(1)>"):
         (folder / "samples" / "step_1000000.png").write_bytes(damaged)
         page = read(folder)

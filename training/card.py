@@ -69,6 +69,8 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
     yield "a step's batch", f"{c.rows * c.accumulation} packed rows of {length:,} tokens"
     rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {tower: getattr(c, f"lr_{tower}") for tower in config.model.towers}
     yield "optimizer", f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}"
+    if c.ema:
+        yield "weights", f"a moving average, decay {c.ema:g}"
     if adapted := [f"{tower} of rank {getattr(config.lora, tower).r}" for tower in config.model.towers if getattr(config.lora, tower).r]:
         yield "adapters, merged", ", ".join(adapted)
 

@@ -63,6 +63,15 @@ def _histogram(tensors: list[Tensor]) -> Histogram:
     return np.histogram(torch.cat(tensors).cpu().numpy(), bins=64)
 
 
+def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -> Tensor:
+    """Which of `names` each supervised token of a batch comes from, (S,); `samples`: source and record number of each of its groups, row by row."""
+    groups, supervised = batch["right_groups"], batch["labels"] != -100  # (B, R), groups in each row from 0 on
+    counts = groups.amax(1) + 1
+    number = {name: i for i, name in enumerate(names)}
+    numbers = torch.tensor([number[sample.rpartition(" ")[0]] for sample in samples], dtype=torch.int64)
+    return numbers[groups[supervised] + (counts.cumsum(0) - counts).repeat_interleave(supervised.sum(1))]
+
+
 class Achieved:
     """FLOP/s of training: the products of every token, tile and supervised position, padding left out. Tiles whose features are cached count nothing."""
 

@@ -56,15 +56,15 @@ def opened(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def parallel(model: Any, kind: str, device: torch.device, bf16: bool, world: World) -> Any:
-    """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `bf16`: FSDP computes in it."""
+def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: World) -> Any:
+    """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `dtype`: what FSDP computes in."""
     model.blank_tile = True  # rows without image run the encoder all the same, or other ranks would wait for it; alone too, so that the optimizer sees the same gradients
     if world.size == 1:
         return model
     if kind == "ddp":
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
     encoder = model.parts()["vision"]
     frozen = set(encoder.parameters()) if encoder.frozen else set()  # its features may be known already, on some ranks: nobody must wait for it
     blocks = [m for m in model.modules() if isinstance(m, Block)] + ([] if encoder.frozen else list(getattr(encoder.backbone, "blocks", [])))

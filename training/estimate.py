@@ -20,7 +20,7 @@ from models.language_model import Block
 from models.losses import CHUNK as LOGITS
 from models.masks import left_mask, right_mask
 from training.optim import freeze
-from training.precision import autocast, computes_in_bf16
+from training.precision import autocast, computed_in
 
 SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
 
@@ -193,7 +193,8 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
             "weights": 4 * total // ranks,
             "gradients": 4 * trained // ranks,
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
-            f"activations, weights in {'bf16' if computes_in_bf16(config.train, torch.device('cpu')) else 'fp32'}": estimate_activations(rows, config.model.right.layers, measure),
+            **({"averaged weights (ema)": 4 * trained // ranks} if config.train.ema else {}),
+            f"activations, weights in {str(computed_in(config.train, torch.device('cpu'))).removeprefix('torch.')}": estimate_activations(rows, config.model.right.layers, measure),
             "logits of a chunk": 3 * 4 * min(LOGITS, rows * supervised * vocabulary.size),
         }
         if config.train.recompute:

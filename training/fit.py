@@ -19,8 +19,9 @@ from configs.ranks import ALONE, World
 from configs.schema import Config, Vocabulary
 from models.layers import pick_device
 from training.estimate import full_batch, step_memory, trial_model
-from training.loop import set_blocks, train_step
+from training.loop import set_blocks
 from training.optim import make_optimizers
+from training.step import train_step
 
 BESIDE = 0.7e9  # bytes that PyTorch takes by itself: its code, on a GPU its context
 MARGIN = 1.05  # for what is allocated in pieces that do not fit into one another
@@ -87,6 +88,9 @@ class Full:
     def __next__(self) -> dict[str, torch.Tensor]:
         return self.batch
 
+    def sources(self) -> list[str]:
+        return []
+
     def samples(self) -> list[str]:
         return []
 
@@ -100,11 +104,12 @@ def peak(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, de
             model = trial_model(config, model_class, vocabulary).to(device)
             set_blocks(model, config.train)
             optimizers, batches = make_optimizers(model, config.train), Full(config, vocabulary, rows)
+            scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.dtype == "fp16")  # nothing overflows
 
             def steps() -> None:
                 for step in (1, 2):
-                    values = train_step(config, model, optimizers, batches, step, device)
-                    assert "skipped" not in values, values["skipped"]  # the optimizer's state would be missing
+                    values = train_step(config, model, optimizers, batches, step, device, scaler=scaler)
+                    assert values["grad_norm"] is not None, values  # else the optimizer's state would be missing
 
             return _watched_by_cuda(steps, device) if watched is None else watched(steps)
     except torch.OutOfMemoryError:

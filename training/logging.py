@@ -40,6 +40,10 @@ class RunLog:
         if self.trackers is not None:
             self.trackers.predictions(step, rows, sheet)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if self.trackers is not None:
+            self.trackers.picture(step, name, path)
+
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         """Of the first rank's share; they go to the trackers alone."""
         if self.trackers is not None:

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for matrices beside it, with a learning rate for each part; and the schedule."""
+"""AdamW, or Muon for matrices beside it, with a learning rate for each part; and the schedules."""
 
 import math
 from typing import Any
@@ -55,11 +55,22 @@ def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimiz
     return optimizers
 
 
-def schedule(step: int, max_steps: int, config: TrainConfig) -> float:
-    """Factor on the peak learning rate at 0-based `step`: linear warm-up, then cosine to `final_lr` at the last step."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps + 1) / max(1, max_steps - config.warmup_steps)
+def schedule(step: int, max_steps: int, config: TrainConfig, part: str) -> float:
+    """Factor on a part's peak learning rate at 0-based `step`: linear warm-up, then down to `final_lr` at the last step.
+
+    "cosine" falls from the end of the warm-up on. "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays at the peak until the
+    last `decay_share` of the steps, and falls there by 1 − √progress (arXiv 2405.18392): what goes before depends on no `max_steps`.
+    """
+    own = getattr(config, f"warmup_{part}", -1)
+    warmup = own if own >= 0 else config.warmup_steps
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if config.schedule == "wsd":
+        last = max(1, round(config.decay_share * max_steps))
+        progress = max(0, step + 1 - (max_steps - last)) / last
+        return warm * (config.final_lr + (1 - config.final_lr) * (1 - math.sqrt(progress)))
+    if step < warmup:
+        return warm
+    progress = (step - warmup + 1) / max(1, max_steps - warmup)
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -69,9 +80,9 @@ def head_weights(step: int, heads: int, config: TrainConfig) -> list[float]:
     return [config.head_weight * config.head_decay**k * share for k, share in enumerate(joined)]
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> dict[str, float]:
-    """Scale every group's peak rate; → the rates now in force, by part."""
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, max_steps: int, config: TrainConfig) -> dict[str, float]:
+    """Every group's rate at 0-based `step`; → the rates now in force, by part."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * schedule(step, max_steps, config, group["part"])
     return {group["part"]: group["lr"] for group in groups}

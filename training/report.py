@@ -498,13 +498,15 @@ def heading(run: Run, colour: int) -> str:
     return f"<section>{out}{''.join(f'<p class=warn>{escape(note)}</p>' for note in run.notes)}</section>"
 
 
-def picture(run: Run, most: int) -> str:
-    """The latest predictions as a data URI: the file itself, or where that has more than `most` bytes a smaller copy; or a text in its place."""
-    sheets = {int(path.stem[5:]): path for path in (run.folder / "samples").glob("step_*.png") if path.stem[5:].isdecimal()}
-    if not sheets:
-        return ""
-    step, path = max(sheets.items())
-    told = f"{escape(run.name, 60)}: predictions at step {step:,}"
+def latest(run: Run, suffix: str) -> tuple[int, Path] | None:
+    """The step and path of the latest samples/step_N`suffix`.png."""
+    found = ((path.stem[5:].removesuffix(suffix), path) for path in (run.folder / "samples").glob(f"step_*{suffix}.png"))
+    return max(((int(number), path) for number, path in found if number.isdecimal()), default=None)
+
+
+def picture(run: Run, what: str, step: int, path: Path, most: int) -> str:
+    """A picture as a data URI: the file itself, or where that has more than `most` bytes a smaller copy; or a text in its place."""
+    told = f"{escape(run.name, 60)}: {what} at step {step:,}"
     try:
         data, kind = path.read_bytes(), "png"
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -542,7 +544,9 @@ def page(runs: list[Run]) -> tuple[str, int]:
     charts = Charts(runs, sum(len(lines) for group in groups.values() for _, _, lines in group))
     title = escape(", ".join(run.name for run in runs))
     sections = "".join(f'<h2>{group}</h2><div class="charts">{"".join(charts.chart(key, name, lines) for key, name, lines in members)}</div>' for group, members in groups.items())
-    pictures = "".join(picture(run, PICTURES // len(runs)) for run in runs)
+    kinds = {"": "predictions", "_tokens": "predicted tokens, and the true ones"}
+    sheets = [(run, what, *found) for run in runs for suffix, what in kinds.items() if (found := latest(run, suffix)) is not None]
+    pictures = "".join(picture(*sheet, PICTURES // len(sheets)) for sheet in sheets)
     out = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">

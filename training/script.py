@@ -24,7 +24,7 @@ from data.build import Data, build_data
 from data.datasets import by_source
 from data.sources import parse_sources
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from eval.in_training import Best, TasksInTraining, Validation, save_samples
+from eval.in_training import Best, TasksInTraining, Validation, save_picture, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.layers import pick_device
@@ -32,6 +32,7 @@ from models.modality_projector import check_kind
 from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
+from training.averages import load_averages
 from training.card import write_card
 from training.checkpoint import checkpoints, load_weights_of, read_state
 from training.distributed import check_world, gathered, opened
@@ -220,12 +221,14 @@ def export(model: Any, folder: Path, tokenizer: Tokenizer, config: Config, run: 
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, model_class: Any, tokenizer: Tokenizer, config: Config, run: Path) -> None:
-    """A checkpoint's weights as a model folder, without a look at the model that is being trained."""
+    """A checkpoint's weights, or their averages, as a model folder, without a look at the model that is being trained."""
     with torch.device("meta"):  # nothing is drawn at random, which training would notice
         model = model_class(config.model, tokenizer.vocabulary)
         add_adapters(model, config.lora)
     model.load_state_dict({name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}, assign=True)
     load_weights_of(checkpoint, model)
+    if config.train.ema:
+        load_averages(checkpoint, model)
     merge_adapters(model)
     export(model, folder, tokenizer, config, run)
 
@@ -273,6 +276,7 @@ def _train_and_export(
             shown[:] = validation.predictions(model, 8)
             save_samples(folder / "samples", step, shown)
             log.predictions(step, shown, folder / "samples" / f"step_{step:06d}.png")
+            log.picture(step, "tokens", save_picture(validation.agreement.picture(), folder / "samples" / f"step_{step:06d}_tokens.png"))
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
         captions = validation.cider(model, e.captions, e.caption_tokens, world)
         if captions is not None:

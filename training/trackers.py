@@ -43,6 +43,7 @@ class Tracker(Protocol):
     def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None: ...
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None: ...
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None: ...
     def close(self, exit_ok: bool) -> None: ...
 
 
@@ -79,6 +80,10 @@ class Trackers:
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
         """`rows`: image (a path, or ""), question, answer, prediction; `sheet`: a picture of them all."""
         self._each("predictions", step, rows, sheet)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """A picture of an evaluation, as it is."""
+        self._each("picture", step, name, path)
 
     def close(self, exit_ok: bool) -> None:
         self._each("close", exit_ok)
@@ -176,7 +181,7 @@ class Wandb:
         name, project = seen.run_name or self.folder.name, seen.project or PROJECT
         return wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config, mode=mode, settings=settings)
 
-    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
+    def metrics(self, step: int, numbers: dict[str, Any], evaluation: bool) -> None:
         if evaluation:
             for name in numbers.keys() - self.known:
                 self.run.define_metric(name, step_metric="validation_step")
@@ -192,6 +197,9 @@ class Wandb:
             image = thumbnail(row["image"])
             table.add_data(step, image and self.wandb.Image(image), row["question"], row["answer"], row["prediction"])
         self.metrics(step, {"predictions": table}, True)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.metrics(step, {name: self.wandb.Image(open_image(path))}, True)
 
     def close(self, exit_ok: bool) -> None:
         try:
@@ -260,6 +268,9 @@ class TensorBoard:
         lines = ["question | answer | prediction", "--- | --- | ---", *(" | ".join(line) for line in cells)]
         self.writer.add_text("predictions", "\n".join(lines), step)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.writer.add_image(name, np.asarray(open_image(path)), step, dataformats="HWC")
+
     def close(self, exit_ok: bool) -> None:
         self.writer.close()
 
@@ -296,6 +307,9 @@ class Trackio:
         images = [thumbnail(row["image"]) for row in rows]
         data = [row | {"image": image and self.trackio.Image(image)} for row, image in zip(rows, images, strict=True)]
         self.run.log({"predictions": self.trackio.Table(data=data)}, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self.run.log({name: self.trackio.Image(open_image(path))}, step)
 
     def close(self, exit_ok: bool) -> None:
         with redirect_stdout(io.StringIO()):
