@@ -44,6 +44,7 @@ from benchmarks.trial import MARKERS, MODELS, SIZES, Trial, make_config, synchro
 from configs.errors import UserError, run_script
 from configs.schema import Vocabulary
 from models.layers import computes_bf16, pick_device
+from training.fit import free_memory
 
 WARM_UP = 2
 
@@ -107,14 +108,8 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def check_memory(needed: float, device: torch.device, what: str) -> None:
     """More than is free raises `UserError`: on a CPU the system would end some process, perhaps another's."""
-    info = Path("/proc/meminfo")
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif info.exists() and (found := re.search(r"MemAvailable:\s+(\d+)", info.read_text())):
-        free = int(found[1]) * 1024
-    else:
-        return
-    if needed > free:
+    free = free_memory(device)
+    if free is not None and needed > free:
         raise UserError(f"{what} would take some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: take a smaller --size, or one --model at a time")
 
 

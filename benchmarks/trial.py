@@ -22,12 +22,12 @@ from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, Multi
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
+from training.fit import Again
 from training.loop import keep_freed_memory
 from training.optim import make_optimizers
 from training.precision import autocast
-from training.step import train_step
+from training.step import Batch, train_step
 
-Batch = dict[str, Tensor]
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
 DOCUMENTS, QUESTION, ANSWER = 6, 59, 60  # of the standard row
 MARKERS = 65  # the global image's and 8 × 8 tiles': rows of the embedding tables, as in a real model
@@ -99,22 +99,6 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
     side = model.vision.image_size
     tiles = torch.randint(0, 256, (DOCUMENTS, 3, side, side), dtype=torch.uint8, generator=generator)
     return {name: column[None] for name, column in batch.items()} | {"tiles": tiles}
-
-
-class Again:
-    """Batches without end, as the loop reads them: the same one each time."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __next__(self) -> Batch:
-        return self.batch
-
-    def sources(self) -> list[str]:
-        return []
-
-    def samples(self) -> list[str]:
-        return []
 
 
 class Trial:

@@ -115,6 +115,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str
             options |= {"choices": typing.get_args(kind)}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
+            if f.metadata["bare"] is not None:
+                options |= {"nargs": "?", "const": f.metadata["bare"]}
         section.add_argument(f"--{prefix}{f.name}", **options)
 
 

@@ -1,5 +1,6 @@
 """Every setting of a run: frozen dataclasses, resolved once, saved whole with every run. `command_line.py` reads and writes them."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -9,9 +10,9 @@ MAX_GRID = 8  # tiles along a side of an image
 DEFAULT_PRESET = "dual_tower_easyvqa"
 
 
-def opt(default: Any, help: str) -> Any:
-    """A field with a default and the line that `--help` prints for it."""
-    return field(default=default, metadata={"help": help})
+def opt(default: Any, help: str, bare: Any = None) -> Any:
+    """A field with a default and the line that `--help` prints for it; `bare` is what its flag means without a value."""
+    return field(default=default, metadata={"help": help, "bare": bare})
 
 
 def check_seed(seed: int) -> None:
@@ -383,6 +384,9 @@ class Config:
     dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     parallel: Literal["ddp", "fsdp"] = opt("ddp", "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)")
+    fit_memory: str = opt(
+        "", "GB of memory (alone: what is free) that train.rows and train.accumulation are chosen to fit at a run's start; their product, the batch, stays", bare="auto"
+    )
     log: str = opt("", "experiment trackers that are told too, commas apart: wandb, tensorboard, trackio (metrics.jsonl is always written)")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt("cache", "folder of what is computed once: vision features")
@@ -397,6 +401,8 @@ class Config:
         if self.max_steps < 1:
             raise UsageError(f"max_steps = {self.max_steps} must be at least 1")
         check_seed(self.seed)
+        if self.fit_memory not in ("", "auto") and not (re.fullmatch(r"\d+(\.\d+)?", self.fit_memory) and float(self.fit_memory) > 0):
+            raise UsageError(f"fit_memory = {self.fit_memory!r} must be a number of GB, or auto: what is free")
         d, block = self.data, 1 + self.model.tokens_per_tile
         stream = "right" if self.model.left_context == "none" else "left"
         if (length := getattr(d, f"{stream}_length")) < block:

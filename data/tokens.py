@@ -1,5 +1,6 @@
 """The special-token table and the tokenizer. Ids: text and chat tokens first, then the image token, then the markers."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,10 @@ class Tokenizer:
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(text_size=self.image, markers=len(IMAGE_TOKENS) - 1)
+
+    def fingerprint(self) -> str:
+        """32 hex digits of all that it makes of text."""
+        return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

@@ -7,11 +7,13 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import timm  # noqa: F401
@@ -70,6 +72,26 @@ def at_hub(address: str, cache: str) -> None:
 def run_program(command: list[str], cwd: Path, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess:
     """`command` to its end; `before` is called in its process first."""
     return Program(command, cwd, before).wait()
+
+
+def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """`command` as the ranks of one run, with what torchrun tells its workers, which would each import everything anew. → the outputs of all, one after the other; the first status that is not 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [Program(command, cwd, partial(_as_rank, rank, number, port)) for rank in range(number)]
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):  # the others would wait for it
+            for rank in ranks:
+                rank.process.kill()
+        time.sleep(0.01)
+    done = [rank.wait() for rank in ranks]
+    return subprocess.CompletedProcess(command, next((d.returncode for d in done if d.returncode), 0), "".join(d.stdout for d in done), "".join(d.stderr for d in done))
+
+
+def _as_rank(rank: int, number: int, port: int) -> None:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()}
 
 
 def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] | None) -> None:

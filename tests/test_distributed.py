@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import Program, run_program
+from programs import Program, run_program, run_ranks
 from safetensors.torch import load_file
 from test_training import command
 
@@ -67,7 +67,7 @@ def alone(tmp_path_factory) -> Path:
 
 @PARALLEL
 def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
-    done = run_program(ranks(2, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path)
+    done = run_ranks(2, command(*SHARED, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path)
     assert done.returncode == 0, done.stderr
     assert_near(told(tmp_path / "run"), told(alone))
     assert done.stdout.count("validation loss") == 10  # one rank tells
@@ -91,11 +91,11 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, 
     assert 15 <= int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_")) < 50
     if parallel == "fsdp":  # which one process cannot be asked to do: the flag of the other kind resumes it
         stopped_at(30, command(*SHARED, *end, "--resume", "auto", "--parallel", "ddp"), tmp_path, signal.SIGTERM)
-        last = ranks(2, *end, "--resume", "auto", "--parallel", "fsdp")
+        last = command(*SHARED, *end, "--resume", "auto", "--parallel", "fsdp")
     else:
         stopped_at(30, command(*SHARED, *end, "--resume", "auto"), tmp_path, signal.SIGTERM)
-        last = ranks(2, *end, "--resume", "auto")
-    done = run_program(last, tmp_path)
+        last = command(*SHARED, *end, "--resume", "auto")
+    done = run_ranks(2, last, tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert_near(told(tmp_path / "run"), told(alone))
 
@@ -117,7 +117,7 @@ def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
 def test_two_ranks_killed_and_resumed_are_bit_for_bit_what_they_had_been(tmp_path, parallel):
     end = ["--output_dir", "run", "--parallel", parallel]
     (tmp_path / "whole").mkdir()
-    done = run_program(ranks(2, *end), tmp_path / "whole")
+    done = run_ranks(2, command(*SHARED, *end), tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     process, metrics = Program(ranks(2, *end), tmp_path), tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and '"step": 7,' in metrics.read_text()):
@@ -161,7 +161,7 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
     ]
     for number, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
         flags = [*data, "--output_dir", f"run{number}{parallel}", "--parallel", parallel]
-        done = run_program(ranks(2, *flags) if number == 2 else command(*SHARED, *flags), tmp_path)
+        done = run_ranks(number, command(*SHARED, *flags), tmp_path)
         assert done.returncode == 0, done.stderr
         assert_near(told(tmp_path / f"run{number}{parallel}"), told(tmp_path / "run1ddp"))
     assert {"jsonl", "easy_vqa"} <= {key for _, key in told(tmp_path / "run1ddp")}  # losses by source

@@ -77,7 +77,7 @@ def test_activations_follow_from_one_and_two_layers_and_rows(tokenizer, model_cl
     def measure(rows: int, layers: int) -> int:
         return saved_bytes(config, model_class, tokenizer.vocabulary, rows, layers)
 
-    assert estimate_activations(config, measure) == pytest.approx(measure(config.train.rows, config.model.right.layers), rel=0.02)
+    assert estimate_activations(config.train.rows, config.model.right.layers, measure) == pytest.approx(measure(config.train.rows, config.model.right.layers), rel=0.02)
 
 
 def test_a_full_batch_is_full(tokenizer):

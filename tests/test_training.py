@@ -1,5 +1,6 @@
 """Training: the loss it logs, exact resumption after SIGKILL, checkpoints that are whole or absent, frozen parts, the feature cache."""
 
+import ctypes
 import json
 import os
 import re
@@ -194,6 +195,30 @@ def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
 def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
     done = run_program(command("--resume", str(uninterrupted), "--seed", "5"), tmp_path)
     assert done.returncode == 2 and "cannot change seed (was 0, now 5)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted, tmp_path):
+    """Of the same size, which no shape would tell; and a configuration whose shapes the checkpoint has not."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    whole = path.read_text()
+    tokenizer = json.loads(whole)
+    a, b = "a", "b"
+    tokenizer["model"]["vocab"] |= {a: tokenizer["model"]["vocab"][b], b: tokenizer["model"]["vocab"][a]}
+    path.write_text(json.dumps(tokenizer))
+    flags = ("--resume", "run", "--cache_dir", "cache", "--max_steps", "15")
+    done = run_program(command(*flags), tmp_path)
+    assert done.returncode == 1 and "was made with another tokenizer than run/tokenizer holds" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    path.write_text(whole)
+    other = run_program(command(*flags, "--model.left.layers", "3", "--model.right.layers", "3", "--data.vocab_size", "300"), tmp_path)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
+    for told in ("model.left.layers (was 2, now 3)", "model.right.layers (was 2, now 3)", "data.vocab_size (was 512, now 300)"):
+        assert told in other.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["left"]["mlp_size"] = 48
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    wide = run_program(command("--resume", "run", "--cache_dir", "cache", "--model.left.mlp_size", "48"), tmp_path)
+    assert wide.returncode == 1 and "does not fit this model: left.decoder.layers.0.mlp.down_proj.weight is (32, 64) there, (32, 48) here" in wide.stderr, wide.stderr
 
 
 @pytest.mark.parametrize(
@@ -542,6 +567,64 @@ def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
     done = run_program(command(*flags), tmp_path, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024)))
     assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [p.name for p in tmp_path.rglob(".*")] == [] and checkpoints(folder / "checkpoints") == []
+
+
+CLONE_NEWNS, CLONE_NEWUSER, MS_REMOUNT, MS_BIND, MS_RDONLY = 0x20000, 0x10000000, 32, 4096, 1
+
+
+def own_mounts() -> bool:
+    """This process mounts for itself alone from here on; where it may not, False."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return sys.platform == "linux" and libc.unshare(CLONE_NEWNS if os.geteuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER) == 0
+
+
+def make_read_only(folder: Path) -> None:
+    """A mount that refuses root, too."""
+    libc, at = ctypes.CDLL(None, use_errno=True), str(folder.absolute()).encode()
+    for flags in (MS_BIND, MS_BIND | MS_REMOUNT | MS_RDONLY):
+        assert libc.mount(at, at, None, flags, None) == 0, os.strerror(ctypes.get_errno())
+
+
+def on_a_disk_that_turns_read_only(step: int) -> None:
+    """The run folder's after `step`, or at once everything below the working folder."""
+    assert own_mounts()
+    if not step:
+        make_read_only(Path.cwd())
+        os.chdir(Path.cwd())  # into what is mounted now
+        return
+    from training.logging import RunLog
+
+    whole = RunLog.step
+
+    def step_of(self: Any, number: int, *values: float) -> None:
+        whole(self, number, *values)
+        while number == step and not checkpoints(Path("run/checkpoints")):
+            time.sleep(0.01)
+        if number == step:
+            make_read_only(Path("run"))
+
+    RunLog.step = step_of
+
+
+def can_mount() -> None:
+    sys.exit(0 if own_mounts() else 1)
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_a_read_only_disk_is_one_line_and_keeps_what_was_saved(uninterrupted, tmp_path, step):
+    """From the start, when nothing is left behind, or in the middle of a run, which goes on from its last checkpoint when the disk takes files again."""
+    if run_program(["-c"], tmp_path, before=can_mount).returncode:
+        pytest.skip("this process may not mount")
+    flags = ("--output_dir", "run", "--cache_dir", str(uninterrupted / "cache"))
+    done = run_program(command(*flags), tmp_path, before=partial(on_a_disk_that_turns_read_only, step))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Read-only file system" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    if not step:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000004"]
+    done = run_program(command(*flags, "--resume", "auto"), tmp_path)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert losses(tmp_path / "run") == losses(uninterrupted) and learnt(tmp_path / "run") == learnt(uninterrupted)
 
 
 def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):

@@ -6,8 +6,10 @@ training goes on; another number of ranks may read them. Beside them `state.json
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -35,7 +37,7 @@ MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
 class Saver:
     """Writes checkpoints into `folder`, one at a time, in a thread of its own.
 
-    The thread first copies what is saved: `copied()` waits for that, and is called before anything changes. `wait()` waits
+    The thread first copies what is saved, into memory that it keeps for the next time, for new pages take longer than copies: `copied()` waits for that, and is called before anything changes. `wait()` waits
     until the checkpoint has its name. What goes wrong is raised by the next of these calls. `saved` hears of each complete one, on the first rank, in the thread.
     """
 
@@ -45,6 +47,7 @@ class Saver:
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
         self.thread: threading.Thread | None = None
         self.copies = threading.Event()
+        self.memory: dict[str, Tensor] = {}  # of the copies
         self.failure: BaseException | None = None
         self.final = folder
 
@@ -99,17 +102,22 @@ class Saver:
                 raise OSError(f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
             shutil.rmtree(old.pop(0))
 
-    def _copy(self, tensor: Tensor) -> Tensor:
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
-            return DTensor.from_local(self._copy(tensor.to_local()), self.mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
+            return DTensor.from_local(self._copy(name, tensor.to_local()), self.mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+        kept = self.memory.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self.memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor)
 
     def _run(self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]) -> None:
         try:
             try:
-                copies = {name: self._copy(t) for name, t in tensors.items()}
+                copies = {name: self._copy(name, t) for name, t in tensors.items()}
             finally:
                 self.copies.set()
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread's: training goes first
             before()
             writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
             dcp.save(copies, storage_writer=writer, process_group=self.group)

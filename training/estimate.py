@@ -2,20 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
 from models.adapters import add_adapters
-from models.attention import planned
+from models.attention import spans_of
+from models.language_model import Block
+from models.losses import CHUNK as LOGITS
 from models.masks import left_mask, right_mask
-from training.optim import make_optimizers
-from training.precision import autocast
+from training.optim import freeze
+from training.precision import autocast, computed_in
 
 SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
 
@@ -63,7 +68,7 @@ class Flops:
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """Forward and backward, attention as a CPU computes it (`planned`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        """Forward and backward, attention as a CPU computes it (`spans_of`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         trained = {"left": 0.0} | trained
@@ -74,8 +79,7 @@ class Flops:
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
-        with torch.enable_grad():
-            pairs = [sum(span.hidden.numel() for span in planned(mask)) for mask in masks]
+        pairs = [sum(span.hidden.numel() for span in spans_of(mask)) for mask in masks]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
         total += left_attention * (not before_right)
@@ -109,14 +113,37 @@ def count_flops(model: Any) -> Flops:
     return Flops(counter.get_total_flops(), 2 * left, 2 * right, 2 * unembedding, pair(c.left, c.left.layers - 1) if left else 0, pair(c.right, c.right.layers))
 
 
+class WithoutProducts(TorchDispatchMode):
+    """Matrix products and convolutions give zeros of the right shape at once: enough where only memory is counted."""
+
+    SKIPPED = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in self.SKIPPED or "out" in kwargs:
+            return func(*args, **kwargs)
+        shapes = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **tree_map_only(Tensor, lambda t: t.to("meta"), kwargs))
+        return tree_map_only(Tensor, lambda t: torch.zeros(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype).as_strided(t.shape, t.stride()), shapes)
+
+
+def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers: int = 0) -> Any:
+    """A model of `config` with random weights, adapters and frozen parts included; `layers` in each decoder (0: its own number). The random state stays as it is."""
+    left, right = (replace(getattr(config.model, tower), weights="random", **({"layers": layers} if layers else {})) for tower in ("left", "right"))
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(replace(config.model, left=left, right=right), vocabulary)
+        add_adapters(model, config.lora)
+    freeze(model, config.train)
+    return model.train()
+
+
 def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int) -> int:
     """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
-    left, right = (replace(getattr(config.model, tower), layers=layers, weights="random") for tower in ("left", "right"))
-    model = model_class(replace(config.model, left=left, right=right), vocabulary)
-    add_adapters(model, config.lora)
-    make_optimizers(model, config.train)
+    model = trial_model(config, model_class, vocabulary, layers)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = config.train.recompute
     batch = full_batch(config, vocabulary, rows)
-    with autocast(config.train, torch.device("cpu")):
+    with autocast(config.train, torch.device("cpu")), WithoutProducts():
         return kept_bytes(model, lambda: model(**batch).loss_sum)
 
 
@@ -137,11 +164,45 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(seen.values())
 
 
-def estimate_activations(config: Config, measure: Callable[[int, int], int]) -> int:
+def estimate_activations(rows: int, layers: int, measure: Callable[[int, int], int]) -> int:
     """Bytes kept for the backward of a micro-batch. `measure(rows, layers)` on one and two of each; the rest follows, for it is linear in both."""
     a, b, c, d = measure(1, 1), measure(2, 1), measure(1, 2), measure(2, 2)
-    rows, layers = config.train.rows - 1, config.model.right.layers - 1
+    rows, layers = rows - 1, layers - 1
     return a + rows * (b - a) + layers * (c - a) + rows * layers * (d - c - b + a)
+
+
+def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1) -> Callable[[int], dict[str, int]]:
+    """→ rows of a micro-batch → bytes of a step, by what holds them. `ranks` share weights, gradients and optimizer."""
+    with torch.device("meta"):
+        model = model_class(config.model, vocabulary)
+        add_adapters(model, config.lora)
+    freeze(model, config.train)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+    optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
+    whole = replace(config, train=replace(config.train, recompute=False))
+    supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
+
+    @cache
+    def measure(rows: int, layers: int, recompute: bool = config.train.recompute) -> int:
+        return saved_bytes(config if recompute else whole, model_class, vocabulary, rows, layers)
+
+    def of(rows: int) -> dict[str, int]:
+        parts = {
+            "weights": 4 * total // ranks,
+            "gradients": 4 * trained // ranks,
+            f"optimizer ({config.train.optimizer})": optimizer // ranks,
+            **({"averaged weights (ema)": 4 * trained // ranks} if config.train.ema else {}),
+            f"activations, weights in {str(computed_in(config.train, torch.device('cpu'))).removeprefix('torch.')}": estimate_activations(rows, config.model.right.layers, measure),
+            "logits of a chunk": 3 * 4 * min(LOGITS, rows * supervised * vocabulary.size),
+        }
+        if config.train.recompute:
+            two, one = (estimate_activations(rows, layers, lambda r, n: measure(r, n, False)) for layers in (2, 1))
+            parts["a block of each tower, computed again"] = two - one
+        return parts
+
+    return of
 
 
 def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
@@ -150,7 +211,7 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)
-    make_optimizers(model, config.train)  # freezes
+    freeze(model, config.train)
     table = Table("part", "parameters", "trained", "dtype", "MiB", title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}")
     total = trained = 0
     for name, part in model.parts().items():
@@ -180,20 +241,9 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     table.add_row(f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}")
     console.print(table)
 
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
-    optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
-    activations = estimate_activations(config, lambda rows, layers: saved_bytes(config, model_class, vocabulary, rows, layers))
-    logits = 3 * 4 * min(1 << 24, int((batch["labels"] != -100).sum()) * vocabulary.size)
     table = Table("memory of a step", "GiB")
-    parts = (
-        ("weights", 4 * total),
-        ("gradients", 4 * trained),
-        (f"optimizer ({config.train.optimizer})", optimizer),
-        *([("averaged weights (ema)", 4 * trained)] if config.train.ema else []),
-        ("activations, weights in bf16", activations),
-        ("logits of a chunk", logits),
-    )
-    for name, size in (*parts, ("all", sum(size for _, size in parts))):
+    parts = step_memory(config, model_class, vocabulary)(config.train.rows)
+    for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")
     console.print(table)
     console.print("Rows filled to the brim, half of the text learnt; PyTorch itself takes some 0.5 GiB more.")

@@ -24,7 +24,7 @@ from configs.command_line import to_dict
 from configs.errors import UserError
 from configs.files import append_text
 from configs.ranks import ALONE, World
-from configs.schema import Config
+from configs.schema import Config, TrainConfig
 from data.loader import merged
 from models.language_model import Block
 from models.layers import pick_device
@@ -86,114 +86,159 @@ class Task:
     batches: Batches
     evaluate: Callable[[int], dict[str, Any]]  # step → metrics; may print, write samples and keep the best model
     before_checkpoint: Callable[[], None]
+    tokenizer: str = ""  # its fingerprint, kept with each checkpoint
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved. At the end the model has the averages of `train.ema`."""
-    c, device = config.train, pick_device(config.train.device)
+    device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device).train()
-    freeze(model, c)
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recompute = c.recompute
-            block.compiled = torch.compile(block.run) if c.compile else None
-    achieved = Achieved(model, device, world.size)
-    run = parallel(model, config.parallel, device, computed_in(c, device), world)  # what is called
-    optimizers = make_optimizers(model, c)
-    scaler = grad_scaler(c, device)
-    details = Details(model, optimizers)
-    norms: deque[float] = deque(maxlen=NORMS)
-    done = skipped = 0  # steps; those before this one, in a row, that were skipped
+    run = Run(config, model, task, folder, log, device, world)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizers, world)
-        done, skipped = state["step"], state["skipped"]
-        norms.extend(state.get("norms", []))
-        scaler.load_state_dict(state.get("scaler", {}))
-        try:
-            task.batches.load_state(state["data"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
-        log.say(f"resumed from {checkpoint} after step {done}")
-
-    log.rewind(done)  # to nothing, where a run was killed before its first checkpoint
-    saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
-
-    def save(step: int) -> Path:
-        def state() -> dict[str, Any]:
-            return {"data": merged(world.gather(task.batches.state())), "skipped": skipped, "norms": list(norms), "scaler": scaler.state_dict()}
-
-        return saver.save(step, model, optimizers, state, task.before_checkpoint)
-
-    log.start(done, config.max_steps)
-    log.track(config.log, to_dict(config), done if checkpoint is not None else None)
-    if c.ema:
-        log.say(f"validated and exported: a moving average of the weights (train.ema = {c.ema:g})")
+        run.go_on_from(checkpoint)
+    log.rewind(run.step)  # to nothing, where a run was killed before its first checkpoint
+    log.start(run.step, config.max_steps)
+    log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
+    if config.train.ema:
+        log.say(f"validated and exported: a moving average of the weights (train.ema = {config.train.ema:g})")
     well = False  # ended as it should
-    saved_at = time.monotonic()
-    dropped: dict[str, Any] = {}
     try:
         with StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
-            for step in range(done + 1, config.max_steps + 1):
-                watch(c.stall_minutes)
-                looked = bool(c.detail_every) and step % c.detail_every == 0
-
-                def before_update(looked: bool = looked) -> None:
-                    saver.copied()
-                    if looked:
-                        details.look()
-
-                values = train_step(config, run, optimizers, task.batches, step, device, world, before_update, achieved, scaler)
-                failed = "skipped" in values or "overflow" in values
-                if looked and not failed:
-                    values["update_ratios"], histograms = details.found()
-                    log.histograms(step, histograms)
-                skipped = skipped + 1 if failed else 0
-                if "overflow" in values:
-                    log.say(f"step {step} skipped: its gradients overflow fp16 at a loss scale of {values['overflow']:g}, which is halved")
-                elif failed:
-                    _note_skipped(values, step, folder, log, world)
-                else:
-                    _tell_spike(values, norms, step, log)
-                if skipped == c.skips:
-                    saver.wait()
-                    at = f"the last checkpoint stands in {folder / 'checkpoints'}"
-                    raise UserError(f"no finite loss and gradient in {skipped} steps, up to {step}: lower the learning rates, or look at skipped.jsonl ({at})")
-                log.step(step, math.nan if values["loss"] is None else values["loss"], values["tokens_per_s"])
-                last = step == config.max_steps
-                evaluated = last or any(every and step % every == 0 for every in (c.eval_every, config.eval.tasks_every if config.eval.tasks else 0))
-                if step % c.log_every == 0 or last:
-                    before = dropped
-                    if world.size == 1 or evaluated:
-                        dropped = {"dropped": {f"{source}: {reason}": n for (source, reason), n in sorted(sum(world.gather(task.batches.dropped()), Counter()).items())}}
-                    log.metrics({"step": step} | values | (dropped if dropped != before and any(dropped.values()) else {}))
-                if evaluated:
-                    saver.copied()  # averages change places with weights
-                    try:
-                        evaluate(model, optimizers, task, step, log)
-                    except Exception:
-                        if world.size == 1:
-                            save(step)  # what was learnt is not lost to a task that fails
-                            saver.wait()
-                        raise
-                due = torch.tensor([bool(stop.name), world.first and 0 < c.checkpoint_minutes * 60 <= time.monotonic() - saved_at], dtype=torch.int64)
-                world.sum(due)
-                stopped, late = due.tolist()
-                if last or stopped or late or (c.checkpoint_every and step % c.checkpoint_every == 0):
-                    saved, saved_at = save(step), time.monotonic()
-                if stopped and not last:
-                    saver.wait()
+            while run.step < config.max_steps:
+                watch(config.train.stall_minutes)
+                values = run.learn()
+                run.tell(values)
+                if run.evaluates:
+                    run.evaluate()
+                saved, stopped = run.save_if_due(stop.name)
+                if stopped and run.step < config.max_steps:
+                    run.saver.wait()
                     well = True
-                    raise Stopped(f"{stop.name or 'another rank was told to stop'}: stopped after step {step}, whose checkpoint is {saved}")
-            saver.wait()
-            swap_averages(optimizers)
+                    raise Stopped(f"{stop.name or 'another rank was told to stop'}: stopped after step {run.step}, whose checkpoint is {saved}")
+            run.saver.wait()
+            swap_averages(run.optimizers)
             well = True
     finally:
         watch(0)
         log.stop(well)
         task.batches.close()
+
+
+class Run:
+    """A model in training: optimizers, what happens after each step, and what a checkpoint holds of it."""
+
+    def __init__(self, config: Config, model: Any, task: Task, folder: Path, log: RunLog, device: torch.device, world: World) -> None:
+        c = config.train
+        self.config, self.task, self.folder, self.log, self.device, self.world = config, task, folder, log, device, world
+        self.model = model.to(device).train()
+        freeze(model, c)
+        set_blocks(model, c)
+        self.achieved = Achieved(model, device, world.size)
+        self.called = parallel(model, config.parallel, device, computed_in(c, device), world)
+        self.optimizers = make_optimizers(model, c)
+        self.scaler = grad_scaler(c, device)
+        self.details = Details(model, self.optimizers)
+        self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
+        self.saved_at = time.monotonic()
+        self.step = 0  # steps that are done
+        self.failed = 0  # steps in a row, up to this one, from which nothing was learnt
+        self.norms: deque[float] = deque(maxlen=NORMS)
+        self.dropped: dict[str, int] = {}  # as it was told last
+
+    @property
+    def evaluates(self) -> bool:
+        """Is there a validation, or a task, after this step?"""
+        c, e = self.config.train, self.config.eval
+        return self.step == self.config.max_steps or any(every and self.step % every == 0 for every in (c.eval_every, e.tasks_every if e.tasks else 0))
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
+        self.step, self.failed = state["step"], state["skipped"]
+        self.norms.extend(state.get("norms", []))
+        self.scaler.load_state_dict(state.get("scaler", {}))
+        try:
+            self.task.batches.load_state(state["data"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
+        self.log.say(f"resumed from {checkpoint} after step {self.step}")
+
+    def save(self) -> Path:
+        def state() -> dict[str, Any]:
+            data = merged(self.world.gather(self.task.batches.state()))
+            return {"data": data, "skipped": self.failed, "norms": list(self.norms), "scaler": self.scaler.state_dict(), "tokenizer": self.task.tokenizer}
+
+        self.saved_at = time.monotonic()
+        return self.saver.save(self.step, self.model, self.optimizers, state, self.task.before_checkpoint)
+
+    def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
+        """→ the checkpoint, and whether a rank was told to stop."""
+        c = self.config.train
+        late = self.world.first and 0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
+        due = torch.tensor([bool(signal), late], dtype=torch.int64)
+        self.world.sum(due)
+        stopped = bool(due[0])
+        if due.any() or self.step == self.config.max_steps or (c.checkpoint_every and self.step % c.checkpoint_every == 0):
+            return self.save(), stopped
+        return None, stopped
+
+    def learn(self) -> dict[str, Any]:
+        """One step → its values for the log. After too many in a row from which nothing was learnt `UserError`."""
+        c, self.step = self.config.train, self.step + 1
+        looked = bool(c.detail_every) and self.step % c.detail_every == 0
+
+        def before_update() -> None:
+            self.saver.copied()
+            if looked:
+                self.details.look()
+
+        values = train_step(self.config, self.called, self.optimizers, self.task.batches, self.step, self.device, self.world, before_update, self.achieved, self.scaler)
+        failed = "skipped" in values or "overflow" in values
+        if looked and not failed:
+            values["update_ratios"], histograms = self.details.found()
+            self.log.histograms(self.step, histograms)
+        self.failed = self.failed + 1 if failed else 0
+        if "overflow" in values:
+            self.log.say(f"step {self.step} skipped: its gradients overflow fp16 at a loss scale of {values['overflow']:g}, which is halved")
+        elif failed:
+            _note_skipped(values, self.step, self.folder, self.log, self.world)
+        else:
+            _tell_spike(values, self.norms, self.step, self.log)
+        if self.failed == c.skips:
+            self.saver.wait()
+            at = f"the last checkpoint stands in {self.folder / 'checkpoints'}"
+            raise UserError(f"no finite loss and gradient in {self.failed} steps, up to {self.step}: lower the learning rates, or look at skipped.jsonl ({at})")
+        return values
+
+    def tell(self, values: dict[str, Any]) -> None:
+        """A step's values, on the screen and, at its cadence, in metrics.jsonl."""
+        self.log.step(self.step, math.nan if values["loss"] is None else values["loss"], values["tokens_per_s"])
+        if self.step % self.config.train.log_every and self.step != self.config.max_steps:
+            return
+        before = self.dropped
+        if self.world.size == 1 or self.evaluates:
+            dropped = sum(self.world.gather(self.task.batches.dropped()), Counter())
+            self.dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(dropped.items())}
+        self.log.metrics({"step": self.step} | values | ({"dropped": self.dropped} if self.dropped != before and self.dropped else {}))
+
+    def evaluate(self) -> None:
+        """What was learnt is not lost to a task that fails."""
+        self.saver.copied()  # averages change places with weights
+        try:
+            evaluate(self.model, self.optimizers, self.task, self.step, self.log)
+        except Exception:
+            if self.world.size == 1:
+                self.save()
+                self.saver.wait()
+            raise
+
+
+def set_blocks(model: Any, config: TrainConfig) -> None:
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = config.recompute
+            block.compiled = torch.compile(block.run) if config.compile else None
 
 
 def watch(minutes: float) -> None:

@@ -53,7 +53,8 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
     if folder is None:
         return (*_new_run(config, complete), None)
     saved = load_json(Config, folder / "config.json")
-    wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
+    chosen = ("train.rows", "train.accumulation") if saved.fit_memory and _batch(saved) == _batch(config) else ()  # by --fit-memory, when the run began
+    wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
     changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
     if changed:
         raise UsageError(f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}")
@@ -61,6 +62,10 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
     if done > wanted.max_steps:
         raise UserError(f"{checkpoint} is already past max_steps = {wanted.max_steps}: it has {done} steps")
     return _write(replace(wanted, output_dir=str(folder)), folder), folder, checkpoint
+
+
+def _batch(config: Config) -> int:
+    return config.train.rows * config.train.accumulation
 
 
 def _new_run(config: Config, complete: Callable[[Config], Config]) -> tuple[Config, Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from configs.errors import UsageError
+from configs.errors import UsageError, UserError
 from configs.files import replacing_folder
 from configs.ranks import World, world_of_torchrun
 from configs.schema import Config, Vocabulary
@@ -34,10 +34,11 @@ from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
 from training.averages import load_averages
 from training.card import write_card
-from training.checkpoint import checkpoints, load_weights_of
+from training.checkpoint import checkpoints, load_weights_of, read_state
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
+from training.fit import fitted
 from training.hub import Pusher
 from training.logging import RunLog
 from training.loop import Stopped, Task, train
@@ -77,6 +78,14 @@ def language_model(config: Config) -> tuple[Path, int] | None:
     return folder, table_rows(folder)
 
 
+def vocabulary_of(config: Config) -> Vocabulary:
+    """As it will be; one that is trained on the data may turn out smaller."""
+    source = language_model(config)
+    if source is None:
+        return Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1)
+    return Tokenizer.of_language_model(*source, impose_chatml=True).vocabulary
+
+
 def check_compiler(config: Config) -> None:
     """torch.compile makes C++ for a CPU: without a compiler the first step would fail."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -100,7 +109,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     vanilla = config.model.left_context == "none"
     if vanilla != (model_class.model_type == "vanilla"):
         raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
-    if not config.resume:  # else by the run's own configuration, below
+    if not config.resume and not config.fit_memory:  # else by the run's own configuration, below
         check_world(config, world_of_torchrun())
     Trackers.check(config.log)
     check_compiler(config)
@@ -111,16 +120,27 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             raise UsageError(f"--lora.{tower}.r: adapters learn with train.lr_{tower}, which is 0")
     if config.dry_run:
         config = complete(config, flags)
-        source = language_model(config)
-        tokenizer = Tokenizer.of_language_model(*source, impose_chatml=True) if source is not None else None
-        dry_run(config, model_class, tokenizer.vocabulary if tokenizer is not None else Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1))
+        if config.fit_memory:
+            config, why = fitted(config, model_class, vocabulary_of(config))
+            print(why)
+        dry_run(config, model_class, vocabulary_of(config))
         return
     if any(name.startswith("eval.") for name in flags):
         TasksInTraining(config.eval)  # raises now, before anything is written
     with ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
+        chosen: list[str] = []
+
+        def settled(new: Config) -> Config:
+            new = complete(new, flags)
+            new = replace(new, data=replace(new.data, streams=new.data.streams or world.size))  # of data, as many as there are ranks where nothing else is said
+            if new.fit_memory:
+                new, why = fitted(new, model_class, vocabulary_of(new), world)
+                chosen.append(why)
+            check_world(new, world)
+            return new
 
         def open_and_lock() -> tuple[Config, Path, Path | None]:
-            found = open_run(config, flags, lambda new: _of_world(complete(new, flags), world))
+            found = open_run(config, flags, settled)
             until_the_end.enter_context(locked(found[1]))
             return found
 
@@ -130,16 +150,13 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
             tasks = TasksInTraining(config.eval)
             model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
+            for line in chosen:
+                log.say(line)
             pusher = None
             if config.hub.repo and world.first:
                 to_folder = partial(export_checkpoint, model_class=model_class, tokenizer=data.tokenizer, config=config, run=folder)
                 pusher = Pusher(config.hub, model_class.model_type, folder, to_folder, log.say)
         _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world, pusher)
-
-
-def _of_world(config: Config, world: World) -> Config:
-    """A new run's configuration, with as many streams of data as it has ranks where nothing else is said."""
-    return replace(config, data=replace(config.data, streams=config.data.streams or world.size))
 
 
 @contextmanager
@@ -162,6 +179,8 @@ def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: 
     log = RunLog(folder, silent=not world.first)
     torch.manual_seed(config.seed)
     data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None, world.rank, world.size)
+    if checkpoint is not None and read_state(checkpoint, verify=False).get("tokenizer", own := data.tokenizer.fingerprint()) != own:
+        raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {folder / 'tokenizer'} holds now: put that one back, or start a new run")
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
     if checkpoint is None:
@@ -286,7 +305,7 @@ def _train_and_export(
         if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":  # the last one's model is pushed when it is exported
             pusher.saved(checkpoint)
 
-    task = Task(data.batches, evaluate, cache.save, saved)
+    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved)
     try:
         train(config, model, task, folder, log, checkpoint, world)
     except Stopped as stopped:

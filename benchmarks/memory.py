@@ -1,0 +1,77 @@
+"""What a training step holds, on the CPU: the estimate of `--dry-run` and `--fit-memory` beside tensors counted in real steps.
+
+  python -m benchmarks.memory --config dual_tower_cauldron_222m --rows 1,2
+
+A whole model with random weights makes two steps of two micro-batches of full rows. Every tensor that it makes is counted while it is alive; only matrix products
+and convolutions are not computed, zeros of their shape stand for them. Sizes are a pretrained model's, its weights are not fetched: those of SmolLM2 are known here.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.guard import Ledger
+from configs.command_line import preset
+from configs.errors import UserError, run_script
+from configs.schema import Config, DecoderConfig, Vocabulary
+from models.dual_tower.dual_tower import DualTowerVLM
+from models.vision_encoder import complete_vision
+from models.vision_language_model import VisionLanguageModel
+from training.estimate import WithoutProducts, step_memory
+from training.fit import peak
+
+SIZES = {
+    "random": None,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": DecoderConfig(),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": DecoderConfig(layers=32, hidden_size=960, heads=15, kv_heads=5, mlp_size=2560),
+}
+TEXT, MARKERS = 49152, 65  # tokens of SmolLM2's vocabulary; the global image's marker and 8 × 8 tiles'
+
+
+def counted(steps: Callable[[], Any]) -> float:
+    ledger = Ledger(TEXT)
+    with WithoutProducts(), ledger:
+        steps()
+    return float(ledger.peak)
+
+
+def sized(config: Config) -> Config:
+    """The preset with random weights of the same sizes."""
+    for tower in config.model.towers:
+        name = getattr(config.model, tower).weights
+        if name not in SIZES:
+            raise UserError(f"the sizes of {name} are not known here: {', '.join(SIZES)}")
+        config = replace(config, model=replace(config.model, **{tower: SIZES[name] or getattr(config.model, tower)}))
+    return replace(config, model=replace(config.model, vision=complete_vision(replace(config.model.vision, weights="random"))))
+
+
+def compared(config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]) -> list[tuple[int, float, float]]:
+    """→ (rows, estimated bytes, counted bytes)"""
+    of = step_memory(config, model_class, vocabulary)
+    return [(n, sum(of(n).values()), of(n)["weights"] + peak(config, model_class, vocabulary, n, torch.device("cpu"), counted)) for n in rows]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="dual_tower_cauldron_222m")
+    parser.add_argument("--rows", default="1,2", help="of a micro-batch, commas apart")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--recompute", action="store_true")
+    args = parser.parse_args(argv)
+    config = sized(preset(args.config))
+    config = replace(config, train=replace(config.train, dtype=args.dtype, recompute=args.recompute))
+    model_class = VisionLanguageModel if config.model.left_context == "none" else DualTowerVLM
+    text = TEXT if config.model.right.layers >= 30 else config.data.vocab_size
+    table = Table("rows", "estimate, GB", "counted, GB", "estimate ÷ counted", title=f"{args.config}, {args.dtype}{', recompute' * args.recompute}")
+    for rows, estimate, found in compared(config, model_class, Vocabulary(text, MARKERS), [int(n) for n in args.rows.split(",")]):
+        table.add_row(str(rows), f"{estimate / 1e9:.2f}", f"{found / 1e9:.2f}", f"{estimate / found:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_script(main)
