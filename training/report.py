@@ -222,7 +222,7 @@ def printable(value: Any) -> str:
 
 
 def image(kind: str, data: bytes, told: str) -> str:
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(told)}">'
+    return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(told)}"/>'
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
@@ -257,7 +257,7 @@ def heading(run: Run) -> str:
         why = [f"step {step:,.0f}{': ' * bool(reason)}{reason}" for step, reason in list(run.skipped.items())[:4]]
         notes.append(f"{len(run.skipped):,} skipped: {'; '.join(why)}{'; …' * (len(run.skipped) > 4)}")
     told = f"step {run.last:,.0f} of {printable(run.config.get('max_steps'))}, written {written:%Y-%m-%d %H:%M %Z}, {run.folder}"
-    return f"<h2>{escape(run.name)}</h2><p>{escape(told)}</p>{''.join(f'<p class=warn>{escape(note)}</p>' for note in notes)}"
+    return f"<h2>{escape(run.name)}</h2><p>{escape(told)}</p>" + "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
 
 
 def predictions(run: Run) -> str:
@@ -287,9 +287,9 @@ def page(runs: list[Run]) -> tuple[str, int]:
         for title, lines in found.items():
             draw(title, lines, max(run.last for run in runs)).savefig(file := io.BytesIO(), format="svg", metadata={"Date": None})
             drawn += image("svg+xml", file.getvalue(), title)
-    out = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+    out = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"/>
 <title>{escape(", ".join(run.name for run in runs))}: training</title><style>{STYLE}</style></head><body>
 {"".join(map(heading, runs))}
 {differences(runs)}
