@@ -4,7 +4,7 @@
   python -m data.stats --config dual_tower_smollm2 --data.limit 300 --samples 500
   python -m data.stats --data.sources easy_vqa,openmoji --output /tmp/stats.png
 
-Takes every flag of training. Nothing is trained, no weights are loaded. Its own flags:
+Takes every flag of training. Nothing is trained, no weights are loaded. The picture needs the group report. Its own flags:
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +27,11 @@ from data.datasets import Sample, SampleDataset, by_source
 from data.images import image_size, tile_count
 from data.looks import Decoder, arguments, watched
 from data.packing import Budget, Row, RowStream
-from data.pictures import GRID, INK, PALETTE, QUIET, nice_step
+from data.pictures import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 OWN = {"output": ("stats.png", "picture to write"), "samples": (2000, "samples that are counted")}
 
@@ -216,110 +220,60 @@ def _three(values: Sequence[float]) -> list[str]:
     return [f"{np.mean(values):,.1f}", f"{np.median(values):,.0f}", f"{np.percentile(values, 95):,.0f}"] if len(values) else ["–"] * 3
 
 
-WIDTH, PANEL, MARGIN = 1640, 470, 40
-
-
-def plot(stats: Stats, config: Config, path: Path) -> None:
-    """Four histograms: left and right tokens of a sample, longer side of an image, fill of the rows."""
-    shown = PALETTE[: len(PALETTE) - 1]
-    groups = stats.sources[: len(shown)]
-    rest = stats.sources[len(shown) :]
-
-    def by_group(name: str) -> list[list[float]]:
-        lists = [getattr(t, name) for t in stats.sources]
-        if name == "sizes":
-            lists = [[max(size) for size in sizes] for sizes in lists]
-        return [*lists[: len(shown)], *([list(chain.from_iterable(lists[len(shown) :]))] if rest else [])]
-
-    legend = [t.name for t in groups] + [f"{len(rest)} more"] * bool(rest)
-    top = 130
-    sheet = Image.new("RGB", (WIDTH, top + 2 * PANEL + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 24), f"{config.config}: {stats.drawn:,} samples as training draws them", fill=INK, font=_font(30))
-    _legend(draw, MARGIN, 76, legend, PALETTE, WIDTH - 2 * MARGIN)
-    half = (WIDTH - 3 * MARGIN) // 2
-    places = [(x, y, x + half, y + PANEL - 30) for y in (top, top + PANEL) for x in (MARGIN, 2 * MARGIN + half)]
-    fill, b = stats.fill, stats.fill.budget
-    if b.left:
-        _histogram(draw, places[0], "left tokens of a sample", by_group("left"), PALETTE)
-    else:
-        _empty(draw, places[0], "left tokens of a sample", "vanilla: nothing goes left")
-    _histogram(draw, places[1], "right tokens of a sample", by_group("right"), PALETTE)
-    _histogram(draw, places[2], "longer side of an image, pixels", by_group("sizes"), PALETTE)
-    colours = ["#356a86", "#a9c7d4"]
-    fills = [[100 * f for f in fill.left], [100 * f for f in fill.right]] if b.left else [[100 * f for f in fill.right]]
-    names = [f"{name}, mean {sum(values) / len(values):.1f} %" for name, values in zip(["left", "right"] if b.left else ["right"], fills, strict=True)]
-    box = places[3]
-    _histogram(draw, box, f"how full {len(fill.right):,} packed rows are, %", fills, colours, stacked=False, end=100)
-    _legend(draw, box[0] + 70, box[1] + 44, names, colours, half - 70)
+def draw(stats: Stats, config: Config, path: Path) -> str:
+    """Write the picture, where matplotlib is there; what to say of it."""
+    try:
+        figure = plot(stats, config)
+    except ModuleNotFoundError as error:
+        return f"no picture: the package {error.name} is not installed, which the group report brings (pip install -e '.[report]')"
     with replacing(path) as beside:
-        sheet.save(beside, format="png", optimize=True)
+        figure.savefig(beside, format="png")
+    return f"written: {path}"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow carries one: nothing depends on the machine's fonts
+def plot(stats: Stats, config: Config) -> "Figure":
+    """Four histograms: left and right tokens of a sample, longer side of an image, fill of the rows."""
+    from matplotlib.figure import Figure
+
+    few = len(PALETTE) - 1  # sources with a colour of their own; the last colour is the others'
+    parts = [[t] for t in stats.sources[:few]] + [stats.sources[few:]] * (len(stats.sources) > few)
+    names = [f"{len(part)} more" if len(part) > 1 else f" {part[0].name}" for part in parts]  # one that begins with _ would be left out
+    b, rows = stats.fill.budget, len(stats.fill.right)
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    figure.suptitle(f"{config.config}: {stats.drawn:,} samples as training draws them")
+    upper, lower = figure.subplots(2, 2)
+    titles = ("left tokens of a sample" if b.left else "vanilla: nothing goes left", "right tokens of a sample", "longer side of an image, pixels")
+    columns = ([t.left if b.left else [] for t in stats.sources], [t.right for t in stats.sources], [[max(size) for size in t.sizes] for t in stats.sources])
+    for axes, title, column in zip((*upper, lower[0]), titles, columns, strict=True):
+        axes.set_title(title)
+        _histogram(axes, [list(chain.from_iterable(column[i : i + len(part)])) for i, part in enumerate(parts)], stacked=True, color=PALETTE[: len(parts)], label=names)
+    fills = {"left": stats.fill.left, "right": stats.fill.right} if b.left else {"right": stats.fill.right}
+    lower[1].set_title(f"how full {rows:,} packed rows are, %")
+    _histogram(
+        lower[1],
+        [[100 * f for f in values] for values in fills.values()],
+        end=100,
+        color=["#356a86", "#a9c7d4"][: len(fills)],
+        label=[f"{name}, mean {np.mean(values):.1%}" for name, values in fills.items()],
+    )
+    lower[1].legend()
+    figure.legend(*upper[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(PALETTE), frameon=False)
+    return figure
 
 
-def _legend(draw: ImageDraw.ImageDraw, x: int, y: int, names: list[str], colours: list[str], room: int) -> None:
-    at = x
-    for name, colour in zip(names, colours, strict=False):
-        width = 26 + int(draw.textlength(name, font=_font(20))) + 28
-        if at + width > x + room and at > x:
-            break
-        draw.rounded_rectangle((at, y + 5, at + 16, y + 21), 3, fill=colour)
-        draw.text((at + 26, y), name, fill=INK, font=_font(20))
-        at += width
+def _histogram(axes: "Axes", groups: list[list[float]], end: int = 0, **options: Any) -> None:
+    """Some thirty bars of whole-number width, the groups on one another or side by side. `end`: where the last bar ends."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def _empty(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], title: str, text: str) -> None:
-    draw.text(box[:2], title, fill=INK, font=_font(23))
-    draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, fill=QUIET, font=_font(20), anchor="mm")
-
-
-def _histogram(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], title: str, groups: list[list[float]], colours: list[str], stacked: bool = True, end: int = 0) -> None:
-    """Bars of whole-number width, the groups on one another or side by side; counts up the left side. `end`: where the last bar ends."""
-    values = np.concatenate([np.asarray(g, float) for g in groups])
-    if not len(values):
-        return _empty(draw, box, title, "nothing to count")
-    low, high = float(values.min()), max(float(values.max()), end)
-    step = nice_step(high - low + 1, 30)
-    first = int(low // step) * step if not end else end - step * max(4, int(np.ceil((end - low) / step)))
-    edges = np.arange(first, high + step + 1 if not end else end + 1, step)
-    if len(edges) < 10 and not end:  # a single value is no wall from side to side
-        around = (11 - len(edges)) // 2 * step
-        edges = np.arange(max(0, first - around), edges[-1] + around + 1, step)
-    counts = np.array([np.histogram(g, edges)[0] for g in groups])  # (groups, bars)
-    tallest = int((counts.sum(0) if stacked else counts).max())
-
-    draw.text(box[:2], title, fill=INK, font=_font(23))
-    left, top, right, bottom = box[0] + 70, box[1] + (78 if end else 48), box[2], box[3] - 34
-    tick = nice_step(tallest, 5)
-    ceiling = -(-tallest // tick) * tick
-    for n in range(0, ceiling + 1, tick):
-        y = bottom - (bottom - top) * n / ceiling
-        draw.line((left, y, right, y), fill=GRID if n else QUIET, width=1 if n else 2)
-        draw.text((left - 10, y), f"{n:,}", fill=QUIET, font=_font(18), anchor="rm")
-    width = (right - left) / (len(edges) - 1)
-    for i in range(len(edges) - 1):
-        height = 0
-        for j, (n, colour) in enumerate(zip(counts[:, i], colours, strict=False)):
-            if not n:
-                continue
-            x0, x1 = left + i * width + 1.5, left + (i + 1) * width - 1.5
-            if not stacked:
-                x0, x1 = x0 + j * (x1 - x0) / len(groups), x0 + (j + 1) * (x1 - x0) / len(groups)
-            y1 = bottom - (bottom - top) * height / ceiling
-            y0 = bottom - (bottom - top) * (height + n) / ceiling
-            draw.rectangle((x0, min(y0, y1 - 2), max(x0 + 1, x1), y1 - 1), fill=colour)
-            height += int(n) if stacked else 0
-    every = max(1, nice_step(edges[-1] - edges[0], 7) // step)
-    middle = 0.5 if step == 1 and not end else 0.0  # a bar of one number has it under its middle
-    for edge in edges[: -1 if middle else None]:
-        if edge % (every * step) == 0:
-            x = left + ((edge - edges[0]) / step + middle) * width
-            draw.line((x, bottom, x, bottom + 6), fill=QUIET, width=2)
-            draw.text((x, bottom + 10), f"{int(edge):,}", fill=QUIET, font=_font(18), anchor="ma")
-    return None
+    values = list(chain.from_iterable(groups))
+    if values:
+        low, high = min(values), end or max(values) + 1
+        around = max(0, 10 - (high - low)) // 2  # a single value is no wall from side to side
+        edges = MaxNLocator(30, integer=True, steps=[1, 2, 5, 10]).tick_values(max(0, low - around), high + around * (not end))
+        axes.hist(groups, edges, edgecolor="white", **options)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def main(argv: list[str]) -> None:
@@ -333,8 +287,7 @@ def main(argv: list[str]) -> None:
     stats = gather(config, data, args.samples)
     console = Console(highlight=False, soft_wrap=True)
     show(stats, config, console)
-    plot(stats, config, Path(args.output))
-    console.print(f"written: {args.output}")
+    console.print(draw(stats, config, Path(args.output)), markup=False)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_a_page_of_rows_that_cannot_be_read_any_more(tmp_path, monkeypatch):
     assert "record 2 ·" in preview.page(config, data, shown, packed, drawn)
 
 
-def test_stats_equal_a_recount(tmp_path):
+def test_stats_equal_a_recount(tmp_path, monkeypatch):
     """Known sizes, one record damaged, one empty; an epoch drawn whole."""
     sizes = [(60, 40), (100, 50), (30, 90)]
     texts = [[{"user": "what is it?", "assistant": "a cat"}] * n for n in (1, 2, 3)]
@@ -239,9 +239,18 @@ def test_stats_equal_a_recount(tmp_path):
     printed = console.export_text()
     for value in (f"{statistics.mean([one, 2 * one, 3 * one]):.1f}", "60 × 50", "2.33", "image_damaged", f"{3 * one} │"):
         assert value in printed, printed
-    stats.plot(found, config, tmp_path / "plot.png")
+    pytest.importorskip("matplotlib", reason="the group report is not installed")
+    figure = stats.plot(found, config)
+    left, right, sides, fills = ([(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in axes.patches if bar.get_height()] for axes in figure.axes)
+    for bars, values in ((left, [5, 15, 15] * 10), (right, found.sources[0].right), (sides, [60, 100, 90] * 10)):
+        assert sum(n for _, _, n in bars) == 30 and all(n == sum(low <= value < high for value in values) for low, high, n in bars)
+    assert sum(n for _, _, n in fills) == 2 * len(found.fill.right) and [text.get_text() for text in figure.legends[0].get_texts()] == [" jsonl"]
+    assert stats.draw(found, config, tmp_path / "plot.png") == f"written: {tmp_path / 'plot.png'}"
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 1000 and len(set(image.convert("RGB").resize((200, 150)).get_flattened_data())) > 5
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    assert "not installed, which the group report brings" in stats.draw(found, config, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
 
 
 def test_fill_is_what_the_rows_hold(tmp_path):
