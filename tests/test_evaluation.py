@@ -1,5 +1,6 @@
 """lmms-eval through the adapter: against direct answers, a plain forward pass, scores worked out by hand, and the stock tasks' own data paths."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from conftest import TINY_MODEL, lively_model, random_tiles
 from hub_server import hub
 from PIL import Image
 
-from configs.errors import UsageError, UserError
+from configs.errors import UsageError, UserError, run_script
 from configs.schema import GenerationConfig
 from data.collators import collate
 from data.datasets import Sample
@@ -30,6 +32,7 @@ from lmms_eval.api.instance import Instance
 
 from eval.lmms_eval_wrapper import DualTower
 from eval.tasks import Tasks, run_tasks
+from evaluation import main as evaluation_main
 
 ROOT = Path(__file__).parent.parent
 MMSTAR = {  # category → its l2 categories, as in MMStar
@@ -372,6 +375,20 @@ def evaluation(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, ROOT / "evaluation.py", *flags], cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
+def evaluation_here(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """The same in this process, which has imported lmms-eval already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    around = contextlib.chdir(cwd), patch.dict(os.environ, env), patch.object(sys, "argv", ["evaluation.py", *flags])
+    with contextlib.ExitStack() as stack:
+        for context in (*around, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            stack.enter_context(context)
+        try:
+            run_script(evaluation_main)
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
+
+
 def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
     """results.json apart from times, and the samples to the byte; by one process, again, and by two."""
     model = exported(tmp_path / "model", answerer)
@@ -393,8 +410,8 @@ def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
         "5",
         "--floor",
     ]
-    for out in "ab":
-        done = evaluation(*flags, "--output", out, cwd=tmp_path)
+    for out, run in (("a", evaluation), ("b", evaluation_here)):
+        done = run(*flags, "--output", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.randint(20000, 60000)), str(ROOT / "evaluation.py"), *flags, "--output", "c"]
     done2 = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -479,6 +496,6 @@ def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
 def test_bad_flags(answerer, tmp_path, flags, code, message):
     (tmp_path / "broken" / "mmstar").mkdir(parents=True)
     (tmp_path / "broken" / "mmstar" / "other.jsonl").write_text('{"question": "?"}\n')
-    done = evaluation("--model", str(exported(tmp_path / "model", answerer)), *flags, cwd=tmp_path, PATH=str(tmp_path))
+    done = evaluation_here("--model", str(exported(tmp_path / "model", answerer)), *flags, cwd=tmp_path, PATH=str(tmp_path))
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
     assert message in done.stderr
