@@ -1,4 +1,4 @@
-"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves. `e2e_dual_tower.ipynb` shows them."""
+"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves. `e2e_dual_tower.ipynb` shows them, and a model card its loss."""
 
 import math
 from collections.abc import Mapping, Sequence
