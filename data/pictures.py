@@ -1,4 +1,4 @@
-"""Small pictures of numbers, as Pillow images: what stands where in a grid, and curves, tokens. `e2e_dual_tower.ipynb` shows them, validation writes them."""
+"""Small pictures of numbers, as Pillow images: what stands where in a grid, curves, tokens. `e2e_dual_tower.ipynb` shows them, a model card its loss, validation its tokens."""
 
 import math
 from collections.abc import Mapping, Sequence

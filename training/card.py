@@ -4,21 +4,21 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from configs.errors import UserError
 from configs.files import read_json, replacing, write_text
 from configs.hub import is_hub_id
 from configs.schema import Config
+from data.pictures import curves
 from data.sources import parse_sources
 from models.card import RunFacts
 
 PICTURE = "training.png"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 480, 90, 30, 60, 50  # of the picture, in pixels
 POINTS = 400  # of a curve: each the mean of as many steps
-INK, QUIET, GRID, TRAINING, VALIDATION = "#2b2e34", "#6b7078", "#e6e6e3", "#4c78a8", "#c8626a"
 
 
 def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: dict[str, Any] | None = None, evaluation: Path | None = None) -> None:
@@ -92,35 +92,6 @@ def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
 def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) -> Image.Image:
     """Training loss, each point the mean of some steps, and validation loss over the steps."""
     size = -(-len(losses) // POINTS)
-    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
-    curve = [(sum(step for step, _ in g) / len(g), sum(loss for _, loss in g) / len(g)) for g in groups]
-    highest = max(value for _, value in (*curve, *validations)) or 1.0
-    last = losses[-1][0]
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        return LEFT + step / last * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - value / highest * (HEIGHT - BOTTOM - TOP)
-
-    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(sheet)
-    small = ImageFont.load_default(18)
-    for value in _ticks(highest):
-        _, y = place(0, value)
-        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID if value else QUIET, width=2)
-        pen.text((LEFT - 10, y), f"{value:g}", fill=QUIET, font=small, anchor="rm")
-    for step in _ticks(last):
-        pen.text((place(step, 0)[0], HEIGHT - BOTTOM + 10), f"{step:,g}", fill=QUIET, font=small, anchor="ma")
-    pen.text((LEFT, 14), "training loss", fill=TRAINING, font=ImageFont.load_default(22))
-    pen.line([place(*point) for point in curve], fill=TRAINING, width=3, joint="curve")
-    if validations:
-        pen.text((LEFT + 170, 14), "validation loss", fill=VALIDATION, font=ImageFont.load_default(22))
-    for x, y in (place(*point) for point in validations):
-        pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=VALIDATION)
-    pen.text((WIDTH - RIGHT, 18), "by optimizer step", fill=INK, font=small, anchor="ra")
-    return sheet
-
-
-def _ticks(end: float) -> list[float]:
-    """0 and the multiples of 1, 2 or 5 · 10ⁿ up to `end`, at most six."""
-    scale = 10.0 ** math.floor(math.log10(end / 5))
-    unit = next(digit * scale for digit in (1, 2, 5, 10) if digit * scale * 5 >= end)
-    return [unit * n for n in range(int(end / unit * (1 + 1e-9)) + 1)]
+    groups = [list(zip(*losses[i : i + size], strict=True)) for i in range(0, len(losses), size)]
+    lines = {"training loss": [tuple(map(fmean, group)) for group in groups], "validation loss": validations}
+    return curves("by optimizer step", {name: list(zip(*points, strict=True)) for name, points in lines.items() if points}, 960, 400)
