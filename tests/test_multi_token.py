@@ -154,6 +154,14 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         assert sum(made.passes) < 0.7 * sum(plain.passes)
 
 
+def test_every_draft_counts_as_seen_behind_it():
+    seen = torch.zeros(2, 6, dtype=torch.bool)
+    seen[:, 5] = True
+    drafts = [[0, 3, 1], [2, 2, 4]]
+    found = models.generation._seen_with(seen, torch.tensor(drafts))
+    assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == [[{5, *row[:k]} for k in range(4)] for row in drafts]
+
+
 def test_a_draft_falls_with_the_one_before_it():
     """Greedy: the drafts up to the first that is not wanted, then the token that is wanted there."""
     wanted = torch.tensor([3, 1, 4, 2])

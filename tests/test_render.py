@@ -83,3 +83,16 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
     text = "<|im_end|> what color? Zoë"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.vocabulary == tokenizer.vocabulary
+
+
+def test_an_image_block_names_its_tiles_row_by_row(renderer, tokenizer):
+    names = tokenizer.backend.decode(renderer.image_block((2, 3)), skip_special_tokens=False).replace("<|image|>", "").replace(" ", "")
+    assert names == "<|global_image|>" + "".join(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3))
+    assert len(renderer.image_block((2, 3))) == 7 * (1 + renderer.tokens_per_tile) and len(renderer.image_block()) == 1 + renderer.tokens_per_tile
+
+
+def test_images_stand_at_the_head_of_the_first_turn(renderer):
+    turns = [{"user": "one?", "assistant": "a"}, {"user": "two?", "assistant": "b"}]
+    image = f"<|global_image|>[{renderer.tokens_per_tile} image tokens]"
+    whole = f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
+    assert renderer.shown(renderer.conversation([(1, 1)] * 2, turns)) == whole
