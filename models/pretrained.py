@@ -269,7 +269,10 @@ def load_vision_weights(encoder: Any) -> None:
         tensors = _in_timm_names(whole, tensors)
     rename = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)  # timm's own, of the encoder's family
     tensors = rename(tensors, whole) if rename is not None else tensors
-    check_tensors(whole, tensors, str(path))
+    try:
+        check_tensors(whole, tensors, str(path))
+    except UserError as error:
+        raise UserError(f"model.vision.weights: {error}; for {encoder.config.name} give --model.vision.weights hub, random, or a file of its own") from None
     _copy_into(encoder.backbone, tensors)
 
 

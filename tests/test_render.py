@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.render import IGNORE
+from data.render import IGNORE, Renderer
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 
 SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)
@@ -83,3 +83,22 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
     text = "<|im_end|> what color? Zoë"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.vocabulary == tokenizer.vocabulary
+
+
+def test_an_image_block_names_its_tiles_row_by_row(renderer, tokenizer):
+    names = tokenizer.backend.decode(renderer.image_block((2, 3)), skip_special_tokens=False).replace("<|image|>", "").replace(" ", "")
+    assert names == "<|global_image|>" + "".join(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3))
+    assert len(renderer.image_block((2, 3))) == 7 * (1 + renderer.tokens_per_tile) and len(renderer.image_block()) == 1 + renderer.tokens_per_tile
+
+
+def test_images_stand_at_the_head_of_the_first_turn(renderer):
+    turns = [{"user": "one?", "assistant": "a"}, {"user": "two?", "assistant": "b"}]
+    image = f"<|global_image|>[{renderer.tokens_per_tile} image tokens]"
+    whole = f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
+    assert renderer.shown(renderer.conversation([(1, 1)] * 2, turns)) == whole
+
+
+def test_with_prefix_routing_all_goes_left_up_to_the_last_image_token(tokenizer):
+    document = Renderer(tokenizer, 4, "prefix").prompt([(1, 1)] * 2, [{"user": "what?"}])
+    assert document.left_ids[-5:] == [tokenizer.global_image, *[tokenizer.image] * 4] and document.left_ids.count(tokenizer.global_image) == 2
+    assert document.left_positions == list(range(len(document.left_ids))) and document.right_positions[0] == len(document.left_ids)
