@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from programs import run_program
 from test_estimate import make_config
 from test_training import command, learnt, losses
 
 import training.fit
-from benchmarks.memory import compared, counted
+from benchmarks.memory import compared
 from configs.errors import UsageError, UserError
 from configs.ranks import World
 from configs.schema import Config, DataConfig, TrainConfig
@@ -21,14 +22,18 @@ from models.vision_language_model import VisionLanguageModel
 from training.fit import choose, fitted, peak
 
 
-@pytest.mark.parametrize("model_class", [DualTowerVLM, VisionLanguageModel])
-@pytest.mark.parametrize("recompute", [False, True])
+def shallow(context: str) -> Config:
+    config = make_config(context)
+    return replace(config, model=replace(config.model, left=TINY, right=TINY))
+
+
+@pytest.mark.parametrize(("model_class", "recompute"), [(DualTowerVLM, False), (DualTowerVLM, True), (VisionLanguageModel, False)])
 def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute):
-    """Rows that were not measured for it, too."""
-    config = make_config("none" if model_class is VisionLanguageModel else "image")
+    """Rows that were not measured for it; never less, and little more: recomputed blocks of both towers count, though they come one after the other."""
+    config = shallow("none" if model_class is VisionLanguageModel else "image")
     config = replace(config, train=replace(config.train, recompute=recompute))
-    for _, estimate, found in compared(config, model_class, tokenizer.vocabulary, [1, 2, 5]):
-        assert estimate == pytest.approx(found, rel=0.2)
+    ((_, estimate, found),) = compared(config, model_class, tokenizer.vocabulary, [4])
+    assert 0.99 * found <= estimate <= (1.15 if recompute else 1.04) * found
 
 
 def of(rows: int, accumulation: int, streams: int = 0) -> Config:
@@ -80,10 +85,10 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
         fitted(config, DualTowerVLM, tokenizer.vocabulary)
 
 
-def test_a_trial_leaves_the_random_state_alone_and_counts_more_rows_as_more(tokenizer):
-    config, state = make_config("image"), torch.get_rng_state()
-    one, two = (peak(config, DualTowerVLM, tokenizer.vocabulary, rows, torch.device("cpu"), counted) for rows in (1, 2))
-    assert torch.equal(torch.get_rng_state(), state) and one < two
+def test_a_trial_leaves_the_random_state_alone_and_tells_where_memory_ends(tokenizer):
+    config, state = shallow("image"), torch.get_rng_state()
+    assert peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), lambda steps: steps() or 7.0) == 7
+    assert torch.equal(torch.get_rng_state(), state)
 
     def none_left(steps: object) -> float:
         raise torch.OutOfMemoryError
