@@ -208,7 +208,7 @@ def test_scores_are_those_of_pycocoevalcap():
 def test_standard_errors_are_the_spread_over_samples_of_images():
     """Against scores of corpora drawn anew, with replacement; CIDEr's against its definition, for its weights change with the corpus."""
     rng = random.Random(0)
-    words = "a red blue cat dog bus street on the in park runs sits two".split()
+    words = ["a", "red", "blue", "cat", "dog", "bus", "street", "on", "the", "in", "park", "runs", "sits", "two"]
     references = [[" ".join(rng.choices(words, k=rng.randint(4, 9))) for _ in range(3)] for _ in range(80)]
     candidates = [" ".join(word if rng.random() < 0.7 else rng.choice(words) for word in texts[0].split()) for texts in references]
     names = ["CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L", "METEOR"]

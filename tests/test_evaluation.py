@@ -145,21 +145,34 @@ def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, answerer,
         answerer.loglikelihoods([([], "what is it?" * 90, "no")])
 
 
-def test_multi_round(answerer):
+def test_multi_round(answerer, monkeypatch):
     """The task asks on until it has enough; each round's question is the task's."""
     asked = []
 
     def next_round(document, previous_output, round_idx, previous_round_info):
         asked.append((list(previous_output), round_idx, previous_round_info))
-        return document["images"], QUESTIONS[round_idx], round_idx == 3, list(previous_output), f"after {round_idx}"
+        return document["images"], QUESTIONS[round_idx], round_idx == document["rounds"], list(previous_output), f"after {round_idx}"
 
-    documents = [{"images": [Image.open(io.BytesIO(png(3)))]}]
-    arguments = (QUESTIONS[0], {"max_new_tokens": 4}, lambda d: d["images"], next_round, 0, "task", "test")
+    documents = [{"images": [Image.open(io.BytesIO(png(3 + i)))], "rounds": 1 + i} for i in range(3)]
     made = adapter(answerer, documents)
-    (told,) = made.generate_until_multi_round([Instance("generate_until_multi_round", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})])
-    tiles = answerer.tiles(documents[0]["images"][0])
-    assert told == [answerer.answer([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[:3]]
-    assert [(len(previous), number, info) for previous, number, info in asked] == [(1, 1, None), (2, 2, "after 1"), (3, 3, "after 2")]
+    requests = [
+        Instance(
+            "generate_until_multi_round",
+            (QUESTIONS[0], {"max_new_tokens": 4}, lambda d: d["images"], next_round, i, "task", "test"),
+            0,
+            {"task": "task", "doc_id": i, "repeats": 1},
+        )
+        for i in range(3)
+    ]
+    batches, original = [], answerer.answer
+    monkeypatch.setattr(answerer, "answer", lambda questions, *more, **named: (batches.append(len(questions)), original(questions, *more, **named))[1])
+    told = made.generate_until_multi_round(requests)
+    assert batches == [3, 2, 1]  # a round of all at once
+    for document, answers in zip(documents, told, strict=True):
+        tiles = answerer.tiles(document["images"][0])
+        assert answers == [original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[: document["rounds"]]]
+    rounds = [(len(previous), number, info) for previous, number, info in asked]
+    assert rounds == [(1, 1, None)] * 3 + [(2, 2, "after 1")] * 2 + [(3, 3, "after 2")]
 
 
 def test_an_image_is_encoded_once(answerer, monkeypatch):
@@ -172,19 +185,19 @@ def test_an_image_is_encoded_once(answerer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, sampling, stop, tokens",
+    "arguments, sampling, tokens",
     [
-        ({}, False, "", 64),
-        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, "\n\n", 5),
-        ({"stop_sequences": ["."]}, False, ".", 64),
-        ({"temperature": 0.7, "top_p": 0.9}, True, "", 64),
-        ({"do_sample": True, "temperature": 0}, False, "", 64),
-        ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, "", 64),
+        ({}, False, 64),
+        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, 5),
+        ({"stop_sequences": ["."]}, False, 64),
+        ({"temperature": 0.7, "top_p": 0.9}, True, 64),
+        ({"do_sample": True, "temperature": 0}, False, 64),
+        ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, 64),
     ],
 )
-def test_generation_arguments(answerer, arguments, sampling, stop, tokens):
+def test_generation_arguments(answerer, arguments, sampling, tokens):
     settings, ends = DualTower(answerer=answerer).settings(arguments)
-    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, stop, tokens)
+    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, "", tokens)
     assert list(ends) == arguments.get("until", arguments.get("stop_sequences", []))
     assert not sampling or (settings.temperature, settings.top_p) == (0.7, 0.9)
 
@@ -196,6 +209,14 @@ def test_answers_end_before_any_of_the_strings(answerer):
     (cut,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
     assert DualTower(answerer=answerer, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens == 7
     assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(whole.text)
+    assert cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12  # and it was not made to its longest first
+
+
+def test_answers_at_their_longest_length_are_counted(answerer):
+    made = adapter(answerer, [{"images": []}], max_new_tokens=3)
+    (answer,) = made.generate_until([request(0, "what is it?", {})])
+    made.generate_until([request(0, "what is it?", {"until": ["never", answer.text[-1]]})])
+    assert made.cut == {"task": 1}
 
 
 @pytest.mark.parametrize(
@@ -219,11 +240,11 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
     original, sizes, said = answerer.answer, [], []
     limit = 4
 
-    def answer(questions, settings):
+    def answer(questions, settings, ends):
         sizes.append(len(questions))
         if len(questions) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(questions, settings)
+        return original(questions, settings, ends=ends)
 
     monkeypatch.setattr(answerer, "answer", answer)
     requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]
@@ -245,8 +266,8 @@ def scripted(answerer: Answerer, answers: dict[str, str], monkeypatch) -> DualTo
     made = DualTower(answerer=answerer)
     real = made.answer
 
-    def answer(questions, settings):
-        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1)), questions, strict=True)]
+    def answer(questions, settings, ends):
+        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1), ends), questions, strict=True)]
 
     monkeypatch.setattr(made, "answer", answer)
     return made

@@ -250,8 +250,8 @@ def _train_and_export(
         model = plain(trained, config, model_class)
         with autocast(config.train, pick_device(config.train.device)):
             scores = validation.score(model, world)
+        shown[:] = validation.predictions(model, 8, world)
         if world.first:
-            shown[:] = validation.predictions(model, 8)
             save_samples(folder / "samples", step, shown)
             log.predictions(step, shown, folder / "samples" / f"step_{step:06d}.png")
         more = "".join(f", {name.removeprefix('accuracy_')} {value:.2%}" for name, value in scores.items() if name.startswith("accuracy_"))
