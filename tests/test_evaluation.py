@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -27,9 +29,12 @@ from eval.answering import Answerer
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 
 from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager
 
+from eval.cider import caption_scores
 from eval.lmms_eval_wrapper import DualTower
-from eval.tasks import Tasks, run_tasks
+from eval.results import standard_error
+from eval.tasks import Tasks, run_tasks, scores_of
 
 ROOT = Path(__file__).parent.parent
 MMSTAR = {  # category → its l2 categories, as in MMStar
@@ -372,6 +377,66 @@ def test_matchers(matcher, answer, references, right):
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     assert module.MATCHERS[matcher](answer, references) == pytest.approx(right)
+
+
+CAPTIONS = [
+    {"pred": "a red bus (two)", "answer": ["a red bus on a street", "the bus is red"], "instruction": "press the red bus", "ann_id": "1"},
+    {"pred": "two dogs run", "answer": ["two dogs are running", "dogs in a park"], "instruction": "two dogs run here", "ann_id": "2"},
+    {"pred": "a cat sits on a mat", "answer": ["a cat sits on the mat"], "instruction": "a cat sits on it", "ann_id": "3"},
+]
+
+
+@pytest.mark.parametrize("name", ["coco2014_cap_val", "flickr30k_test", "nocaps_val", "textcaps_val", "refcoco_bbox_val", "screenspot_reg_test", "vatex_val_zh"])
+def test_stock_caption_tasks_need_no_java(name, monkeypatch):
+    """All but METEOR, which is named as left out."""
+    monkeypatch.setattr("eval.tasks.shutil.which", lambda program: None)
+    tasks = Tasks()
+    metrics = tasks._get_config(name)["metric_list"]
+    assert any(metric["metric"].endswith("_CIDEr") for metric in metrics) and all(metric["metric"] in tasks.captions for metric in metrics)
+    assert all(left.endswith("METEOR") for left in tasks.left_out)
+    key = "instruction" if "screenspot" in name else "answer"
+    rows = [{"pred": row["pred"], key: row[key]} for row in CAPTIONS]
+    for metric in metrics:
+        ours = caption_scores([row["pred"] for row in rows], [[row[key]] if isinstance(row[key], str) else row[key] for row in rows], [tasks.captions[metric["metric"]]])
+        assert metric["aggregation"](rows) == next(iter(ours.values())), metric["metric"]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+@pytest.mark.parametrize("name, chosen", [("refcoco_bbox_val", "refcoco_Bleu_2"), ("screenspot_reg_test", "screenspot_CIDEr")])
+def test_stock_caption_tasks_score_as_their_own_code_does(name, chosen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = ({m["metric"]: m["aggregation"] for m in config["metric_list"]}[chosen] for config in (Tasks()._get_config(name), TaskManager("ERROR")._get_config(name)))
+    assert ours(CAPTIONS if "refcoco" in name else [row | {"answer": None} for row in CAPTIONS]) == pytest.approx(theirs(CAPTIONS), abs=1e-4)
+
+
+def test_standard_error_of_a_mean_over_uneven_groups():
+    """MMStar's average, against averages of samples drawn anew within each category."""
+    rng = random.Random(0)
+    groups = {"a": [0, 1, 1, 1, 0, 1] * 4, "b": [0, 1, 0] * 3, "c": [1] * 5}
+    average = statistics.fmean(map(statistics.fmean, groups.values()))
+    samples = [{"average": {"question_id": i, "l2_category": name, "score": score}} for name, scores in groups.items() for i, score in enumerate(scores)]
+    drawn = [statistics.fmean(statistics.fmean(rng.choices(scores, k=len(scores))) for scores in groups.values()) for _ in range(3000)]
+    assert standard_error("average", average, samples) == pytest.approx(statistics.stdev(drawn), rel=0.1)
+    plain = [{"acc": right} for right in groups["a"]]
+    assert standard_error("acc", statistics.fmean(groups["a"]), plain) == pytest.approx(statistics.stdev(groups["a"]) / 24**0.5)
+    assert standard_error("acc", 0.1, plain) is None and standard_error("acc", 1.0, [{"acc": 1}] * 9) is None
+
+
+def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(answerer, tmp_path, capfd):
+    """Also where a filter's name stands behind it; and of lmms-eval's progress bars nothing is seen."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    text = Value("string")
+    rows = [{"question": f"what is it? {i}", "options": ["red", "blue"], "answer": str(i % 2), "image": {"bytes": png(i), "path": None}} for i in range(4)]
+    (tmp_path / "ai2d" / "data").mkdir(parents=True)
+    features = Features({"question": text, "options": List(text), "answer": text, "image": ImageFeature()})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "ai2d" / "data" / "test-00000-of-00001.parquet")
+    tasks = Tasks(tmp_path)
+    known = dict(tasks.load("ai2d"))
+    found = run_tasks(DualTower(answerer=answerer, max_new_tokens=2), tasks, ["ai2d"])
+    assert {f"{task}_{metric}" for task, metric, _ in scores_of(found)} == known.keys() == {"ai2d_exact_match (flexible-extract)"}
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_unknown_tasks():
