@@ -69,8 +69,10 @@ class Tasks(TaskManager):
 
     def _without_java(self, metric: dict[str, Any]) -> dict[str, Any] | None:
         """A stock caption metric computed here; nothing where it needs Java and there is none; any other metric as it is."""
+        if "PTBTokenizer" not in getattr(metric.get("aggregation"), "__globals__", {}):
+            return metric
         _, _, theirs = metric["metric"].partition("_")
-        if theirs == "passthrough" or "PTBTokenizer" not in getattr(metric.get("aggregation"), "__globals__", {}):
+        if theirs == "passthrough":
             return metric
         ours = STOCK_CAPTIONS.get(theirs)
         if (ours is None or ours in JAVA_METRICS) and shutil.which("java") is None:
