@@ -1,7 +1,7 @@
 """Questions about images → answers: what generate.py, evaluation.py and the validation in training have in common."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Answer(NamedTuple):
     image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
     passes: int  # of the right tower, prompt included
     logprobs: list[float]  # of its tokens, where settings ask for them
+    cut: bool  # by `max_new_tokens`
 
 
 class Answerer:
@@ -74,8 +75,9 @@ class Answerer:
         questions: list[tuple[list[Tiles], str]],
         settings: GenerationConfig,
         on_text: Callable[[str], None] | None = None,
+        ends: Sequence[str] = (),
     ) -> list[Answer]:
-        """Answer a batch of (tiles of each image, question). `on_text` sees a single question's answer as it grows."""
+        """Answer a batch of (tiles of each image, question). `on_text` sees a single question's answer as it grows. Each of `ends` ends one, as `settings.stop` does."""
         for _, question in questions:
             if not question.strip():
                 raise UsageError("the prompt is empty: give a question")
@@ -87,9 +89,10 @@ class Answerer:
             torch.cuda.synchronize(self.model.device)
         encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
-        stream = None if on_text is None and not settings.stop else self.stream(on_text, settings.stop, len(questions))
+        stops = [end for end in (settings.stop, *ends) if end]
+        stream = None if on_text is None and not stops else self.stream(on_text, stops, len(questions))
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, tiles=self.tiles_of(images), **batch)
-        return [self.told(made, row, fresh[row], encode_s, settings) for row in range(len(questions))]
+        return [self.told(made, row, fresh[row], encode_s, stops, settings.max_new_tokens) for row in range(len(questions))]
 
     @torch.inference_mode()
     def loglikelihoods(self, questions: list[tuple[list[Tiles], str, str]]) -> list[tuple[float, bool]]:
@@ -113,13 +116,15 @@ class Answerer:
             found.append((logprobs.gather(1, wanted[:, None]).sum().item(), bool((logprobs.max(-1).indices == wanted).all())))
         return found
 
-    def told(self, made: Generation, row: int, computed: list[bool], encode_s: float, settings: GenerationConfig) -> Answer:
-        """A row of what `generate` made. `computed`: which of its image KVs had to be; `encode_s`: what that took."""
+    def told(self, made: Generation, row: int, computed: list[bool], encode_s: float, stops: Sequence[str], longest: int) -> Answer:
+        """A row of what `generate` made. `computed`: which of its image KVs had to be; `encode_s`: what that took; `longest`: tokens that were allowed."""
         tokens = made.tokens[row]
-        text = self.renderer.tokenizer.decode(tokens)
-        text = text.split(settings.stop)[0] if settings.stop else text
+        whole = self.renderer.tokenizer.decode(tokens)
+        text = _until(stops, whole)
         kv = "none" if not computed else "computed" if any(computed) else "reused"
-        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), len(tokens) / (encode_s + made.seconds), kv, made.passes[row], made.logprobs[row])
+        speed = len(tokens) / (encode_s + made.seconds)
+        cut = len(tokens) == longest and text == whole
+        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], made.logprobs[row], cut)
 
     def images_of(self, prompts: list[Document], images: list[list[Tiles]]) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
         """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""
@@ -133,18 +138,23 @@ class Answerer:
         tiles = [image.pixels for row in images for image in row]
         return torch.cat(tiles).to(self.model.device) if tiles and isinstance(self.model, VisionLanguageModel) else None
 
-    def stream(self, on_text: Callable[[str], None] | None, stop: str, rows: int) -> Callable[[int, list[int]], bool]:
-        """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stop` whose end, have not come wait."""
+    def stream(self, on_text: Callable[[str], None] | None, stops: Sequence[str], rows: int) -> Callable[[int, list[int]], bool]:
+        """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stops` whose ends, have not come wait."""
 
         def on_tokens(row: int, tokens: list[int]) -> bool:
-            text = self.renderer.tokenizer.decode(tokens)
-            ended = bool(stop) and stop in text
+            whole = self.renderer.tokenizer.decode(tokens)
+            text = _until(stops, whole)
             if on_text is not None and rows == 1:
-                text = text.split(stop)[0] if ended else text[: len(text) - _beginning(stop, text)] if stop else text
-                on_text(text.rstrip("\ufffd"))
-            return ended
+                waits = max((_beginning(stop, text) for stop in stops), default=0) if text == whole else 0
+                on_text(text[: len(text) - waits].rstrip("\ufffd"))
+            return text != whole
 
         return on_tokens
+
+
+def _until(stops: Sequence[str], text: str) -> str:
+    """`text` before the first of `stops` in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _beginning(stop: str, text: str) -> int:

@@ -35,7 +35,8 @@ class Chat:
         rows, fresh = answerer.images_of([prompt], [images])
         encode_s = time.perf_counter() - started
         batch = {k: v.to(answerer.model.device) for k, v in collate_prompts([prompt]).items()}
-        stream = answerer.stream(on_text, self.settings.stop, 1) if on_text is not None or self.settings.stop else None
+        stops = [self.settings.stop] if self.settings.stop else []
+        stream = answerer.stream(on_text, stops, 1) if on_text is not None or stops else None
         before = self.cache.lengths
         try:
             made = generate(
@@ -54,7 +55,7 @@ class Chat:
         tokens = made.tokens[0]
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
         self.last = tokens[-1:]
-        return answerer.told(made, 0, fresh[0], encode_s, self.settings)
+        return answerer.told(made, 0, fresh[0], encode_s, stops, self.settings.max_new_tokens)
 
 
 class Shown:

@@ -113,14 +113,16 @@ class Validation:
         texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
         return cider(texts, [references for _, _, references in asked])
 
-    def predictions(self, model: Any, count: int) -> list[dict[str, Any]]:
+    def predictions(self, model: Any, count: int, world: World = ALONE) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
         answerer = Answerer(model, self.dataset.renderer)
         asked = self.questions[:count]
-        answers = answerer.answer([([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked], GenerationConfig(max_new_tokens=16))
+        mine = [([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked[world.rank :: world.size]]
+        answers = [a.text for a in answerer.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
+        said = world.gather(answers)
         return [
-            {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": a.text}
-            for (images, turn), a in zip(asked, answers, strict=True)
+            {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": said[n % world.size][n // world.size]}
+            for n, (images, turn) in enumerate(asked)
         ]
 
 

@@ -76,53 +76,66 @@ class DualTower(lmms):
         self.halved = False  # the batch size, for want of memory
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers in the order of `requests`; like settings together, longest questions first."""
-        answers: dict[int, Answer] = {}
-        alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            if not (request.metadata or {}).get("__padding_only__"):  # lmms-eval's, to even ranks out: there is nothing to even out here
-                alike[self.settings(request.args[1])].append(number)
-        total = sum(map(len, alike.values()))
-        for (settings, ends), numbers in alike.items():
-            numbers.sort(key=lambda n: -len(self.answerer.renderer.tokenizer.encode(requests[n].args[0])))
-            while numbers:
-                part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
-                questions = [self.question(requests[n]) for n in part]
-                made = [self.sampled(q, settings, requests[n]) for n, q in zip(part, questions, strict=True)] if settings.sampling else self.answer(questions, settings)
-                for n, answer in zip(part, made, strict=True):
-                    answers[n] = cut_at(answer, ends)
-                    self.cut[requests[n].args[4]] += answers[n] is answer and answer.tokens == settings.max_new_tokens
-                if self.progress is not None:
-                    self.progress(len(answers), total)
-        padding = Answer("", 0, 0.0, 0.0, "none", 0, [])  # nobody reads its answer
-        made = [padding if (r.metadata or {}).get("__padding_only__") else answers[n] for n, r in enumerate(requests)]
+        """Answers in the order of `requests`."""
+        real = [r for r in requests if not padding(r)]  # there is nothing to even out here
+        answers = iter(self.answers([(r.args[4], r.args[3]) for r in real], [r.args[1] for r in real], [r.args[0] for r in real], lambda n: self.question(real[n])[0]))
+        made = [next(answers) if not padding(r) else Answer("", 0, 0.0, 0.0, "none", 0, [], False) for r in requests]
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
 
-    def sampled(self, question: tuple[list[Tiles], str], settings: GenerationConfig, request: Instance) -> Answer:
-        """A drawn answer: alone, with a seed of its own for each document and repetition, so that no batch or rank changes it."""
-        key = (request.args[4], request.args[3])
+    def answers(self, keys: list[tuple[str, int]], arguments: list[dict[str, Any]], texts: list[str], look: Callable[[int], list[Tiles]]) -> list[Answer]:
+        """Answers to `texts`, each about task and document of its key and the images that `look` gives: like settings together, longest questions first."""
+        answers: dict[int, Answer] = {}
+        alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
+        for number, given in enumerate(arguments):
+            alike[self.settings(given)].append(number)
+        for (settings, ends), numbers in alike.items():
+            numbers.sort(key=lambda n: -len(self.answerer.renderer.tokenizer.encode(texts[n])))
+            while numbers:
+                part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
+                questions = [(look(n), texts[n]) for n in part]
+                if settings.sampling:
+                    made = [self.answer([q], replace(settings, seed=self.seed(settings.seed, keys[n])), ends)[0] for n, q in zip(part, questions, strict=True)]
+                else:
+                    made = self.answer(questions, settings, ends)
+                for n, answer in zip(part, made, strict=True):
+                    answers[n] = answer
+                    self.cut[keys[n][0]] += answer.cut
+                if self.progress is not None:
+                    self.progress(len(answers), len(texts))
+        return [answers[n] for n in range(len(texts))]
+
+    def seed(self, seed: int, key: tuple[str, int]) -> int:
+        """Of a drawn answer: one of its own for each document and repetition, so that no batch or rank changes it."""
         self.drawn[key] += 1
-        seed = int.from_bytes(hashlib.blake2b(repr((settings.seed, key, self.drawn[key])).encode(), digest_size=4).digest())
-        return self.answer([question], replace(settings, seed=seed))[0]
+        return int.from_bytes(hashlib.blake2b(repr((seed, key, self.drawn[key])).encode(), digest_size=4).digest())
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Each request's answers, round after round; the task says what is asked next, and when it is enough."""
-        rounds: list[list[str]] = []
-        for request in requests:
-            context, arguments, visuals_of, next_round, doc_id, task, split = request.args
-            document = self.task_dict[task][split][doc_id]
-            settings, ends = self.settings(arguments)
-            images, told, info, said = visuals_of(document), [], None, []
-            while True:
-                answer = cut_at(self.answer([(self.tiles(images, task, doc_id), context)], settings)[0], ends)
-                told.append(answer.text)
-                images, context, done, said, info = next_round(document, previous_output=told, round_idx=len(told), previous_round_info=info)
+        """Each request's answers, round after round, all requests' rounds together; the task says what is asked next, and when it is enough."""
+        told: list[list[str]] = [[] for _ in requests]
+        texts, shown, infos = [r.args[0] for r in requests], [[] for _ in requests], [None] * len(requests)
+
+        def see(n: int) -> list[Tiles]:
+            _, _, visuals_of, _, doc_id, task, split = requests[n].args
+            tiles = self.tiles(shown[n], task, doc_id) if told[n] else self.look(visuals_of, doc_id, task, split)
+            self.note(tiles, texts[n], doc_id, task)
+            return tiles
+
+        asked = [n for n, r in enumerate(requests) if not padding(r)]
+        while asked:
+            now = asked
+            keys = [(requests[n].args[5], requests[n].args[4]) for n in now]
+            made = self.answers(keys, [requests[n].args[1] for n in now], [texts[n] for n in now], lambda i, now=now: see(now[i]))  # type: ignore[misc]
+            asked = []
+            for n, answer in zip(now, made, strict=True):
+                _, _, _, next_round, doc_id, task, split = requests[n].args
+                document = self.task_dict[task][split][doc_id]
+                told[n].append(answer.text)
+                shown[n], texts[n], done, said, infos[n] = next_round(document, previous_output=list(told[n]), round_idx=len(told[n]), previous_round_info=infos[n])
                 if done:
-                    break
-            rounds.append(list(said or told))
-            if self.progress is not None:
-                self.progress(len(rounds), len(requests))
-        return rounds
+                    told[n] = list(said or told[n])
+                else:
+                    asked.append(n)
+        return told
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Of each continuation, in nats: −log P behind the prompt, end of turn left out, and whether it is the greedy answer's beginning.
@@ -143,17 +156,25 @@ class DualTower(lmms):
     def question(self, request: Instance) -> tuple[list[Tiles], str]:
         """A request's images and text, from (text, settings or continuation, images of a document, document, task, split)."""
         text, _, visuals_of, doc_id, task, split = request.args
+        tiles = self.look(visuals_of, doc_id, task, split)
+        self.note(tiles, text, doc_id, task)
+        return tiles, text
+
+    def look(self, visuals_of: Callable[[Any], Any] | None, doc_id: int, task: str, split: str) -> list[Tiles]:
+        """The images that a task finds in a document."""
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it: half an image would be asked about
         try:
             document = self.task_dict[task][split][doc_id]
             images = visuals_of(document) if visuals_of is not None else []
         except (AttributeError, KeyError, TypeError, OSError, UserError) as error:  # what functions of tasks do where a row lacks its image
             raise UserError(f"task {task}: row {doc_id} has no image that can be used ({type(error).__name__}: {error})") from error
-        tiles = self.tiles(images, task, doc_id)
+        return self.tiles(images, task, doc_id)
+
+    def note(self, tiles: list[Tiles], text: str, doc_id: int, task: str) -> None:
+        """Keep a task's first prompt: the first that is asked about the first document."""
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
             prompt = self.answerer.renderer.prompt([t.grid for t in tiles], [{"user": text}])
             self.first_prompts[task] = doc_id, self.answerer.renderer.shown(prompt)
-        return tiles, text
 
     def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
         out = []
@@ -166,13 +187,14 @@ class DualTower(lmms):
             except ImageError as error:
                 raise UserError(f"task {task}: row {doc_id}: {error}") from error
         if self.keep is not None:
-            self.images[task, doc_id] = [thumbnail(image, self.keep) for image in out]
+            kept = self.images.setdefault((task, doc_id), [])
+            kept += [name for name in (thumbnail(image, self.keep) for image in out) if name not in kept]
         return out
 
-    def answer(self, questions: list[tuple[list[Tiles], str]], settings: GenerationConfig) -> list[Answer]:
+    def answer(self, questions: list[tuple[list[Tiles], str]], settings: GenerationConfig, ends: tuple[str, ...]) -> list[Answer]:
         """A batch of answers."""
         started = time.perf_counter()
-        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings))
+        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings, ends=ends))
         self.seconds += time.perf_counter() - started
         self.tokens += sum(answer.tokens for answer in answers)
         return answers
@@ -216,19 +238,16 @@ class DualTower(lmms):
         ends = (ends,) if isinstance(ends, str) else tuple(ends)
         sampling = bool(given.get("do_sample", given.get("temperature", 0) > 0)) and given.get("temperature", 1) > 0
         values = {key: given[key] for key in known & set(given)} if sampling else {key: given[key] for key in known & {"max_new_tokens", "repetition_penalty"} & set(given)}
-        base = {"max_new_tokens": self.base.max_new_tokens, "speculative": self.base.speculative, "sampling": sampling, "stop": ends[0] if len(ends) == 1 else ""}
+        base = {"max_new_tokens": self.base.max_new_tokens, "speculative": self.base.speculative, "sampling": sampling}
         return GenerationConfig(**(base | values)), ends
 
     def clean(self) -> None:
         """lmms-eval's would delete the model, which training goes on with."""
 
 
-def cut_at(answer: Answer, ends: Sequence[str]) -> Answer:
-    """An answer up to the first of `ends`."""
-    text = answer.text
-    for end in ends:
-        text = text.split(end)[0] if end else text
-    return answer if text == answer.text else answer._replace(text=text)
+def padding(request: Instance) -> bool:
+    """Whether lmms-eval put it there to even ranks out; nobody reads its answer."""
+    return bool((request.metadata or {}).get("__padding_only__"))
 
 
 def out_of_memory(error: Exception) -> bool:

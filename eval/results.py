@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import statistics
 import time
 import tomllib
 from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Container
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +25,9 @@ from configs.files import file_name, write_text
 from configs.ranks import world_of_torchrun
 from configs.schema import ModelConfig
 from eval.answering import Answerer
-from eval.cider import cider
+from eval.cider import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower
-from eval.tasks import Tasks, run_tasks, scores_of, unscored
+from eval.tasks import Tasks, captioned, run_tasks, scores_of, unscored
 
 FORMAT = 1
 PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
@@ -80,36 +83,45 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
     images = {key: names for rank in ranks for key, names in rank[0].items()}
     cut, tokens, seconds = sum(rank[1] for rank in ranks), sum(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
     samples: list[dict[str, Any]] = []
+    errors: dict[tuple[str, str], float] = {}
     warnings = [f"left out for want of Java: {', '.join(dict.fromkeys(tasks.left_out))}"] if tasks.left_out else []
     warnings += [f"no score: {', '.join(none)}"] if (none := unscored(found)) else []
     for task, part in found["samples"].items():
-        mine = [sample_of(task, sample, images, tasks.captions) for sample in sorted(part, key=lambda s: s["doc_id"])]
+        part.sort(key=lambda sample: sample["doc_id"])
+        mine = [sample_of(task, sample, images, tasks.captions) for sample in part]
         captions = [sample for sample in mine if sample["scores"] is None]
         if captions:
-            made = cider([sample["answer"] for sample in captions], [sample["reference"] for sample in captions], args.tokenizer)
+            answers, references = [sample["answer"] for sample in captions], [sample["reference"] for sample in captions]
+            made = cider(answers, references, args.tokenizer)
             warnings += [made.warning] if made.warning else []
-            label = next((key.split(",")[0] for key in found["results"][task] if key.split(",")[0].endswith("CIDEr")), "CIDEr")
+            here = {metric: tasks.captions[metric] for told, metric, _ in scores_of(found) if told == task and metric in tasks.captions}
+            label = next((metric for metric, ours in here.items() if ours == "CIDEr"), "CIDEr")
             for sample, score in zip(captions, made.each, strict=True):
                 sample["scores"] = {label: score}
+            spread = caption_errors(answers, references, list(here.values()), args.tokenizer)
+            errors |= {(task, metric): spread[ours] for metric, ours in here.items() if ours in spread}
+        elif len({sample["doc_id"] for sample in part}) == len(part):  # else each stands there once for each filter
+            known = {metric: standard_error(metric.partition(" (")[0], value, part) for told, metric, value in scores_of(found) if told == task}
+            errors |= {(task, metric): error for metric, error in known.items() if error is not None}
         samples += mine
     several = len(found["results"]) > 1
-    scores, better = {}, {}
+    scores, better, standard_errors = {}, {}, {}
     for task, metric, value in scores_of(found):
         label = f"{task}: {metric}" if several else metric
         scores[label] = value
-        better[label] = found["higher_is_better"].get(task, {}).get(metric, True)
+        better[label] = found["higher_is_better"].get(task, {}).get(metric.partition(" (")[0], True)
+        if (task, metric) in errors:
+            standard_errors[label] = errors[task, metric]
     return {
         "scores": scores,
-        "standard_errors": {} if several else standard_errors(scores, samples),
+        "standard_errors": standard_errors,
         "floor": None,
         "higher_is_better": better,
         "samples": len(samples),
         "cut": cut,
         "first_prompt": next((text for _, text in model.first_prompts.values()), ""),
         "task_hash": task_hash(tasks, list(found["samples"])),
-        "data_hash": hashlib.blake2b(
-            "".join(s["doc_hash"] for part in found["samples"].values() for s in sorted(part, key=lambda s: s["doc_id"])).encode(), digest_size=8
-        ).hexdigest(),
+        "data_hash": hashlib.blake2b("".join(sample["doc_hash"] for part in found["samples"].values() for sample in part).encode(), digest_size=8).hexdigest(),
         "warnings": warnings,
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
@@ -119,14 +131,14 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
 NOT_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
 
 
-def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], list[str]], captions: set[str]) -> dict[str, Any]:
+def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], list[str]], captions: Container[str]) -> dict[str, Any]:
     """A logged sample of lmms-eval's → what was asked, said and wanted, and its scores; None of a caption, which is scored among all."""
     metrics = {key: value for key, value in sample.items() if key not in NOT_METRICS}
     scores: dict[str, float] | None = {}
     reference = sample["target"]
     for key, value in metrics.items():
         if key in captions:
-            scores, reference = None, value.get("references", value.get("answer"))
+            scores, reference = None, captioned(value)[1]
             break
         number = value.get("score") if isinstance(value, dict) else value
         if isinstance(number, bool | int | float):
@@ -142,14 +154,23 @@ def sample_of(task: str, sample: dict[str, Any], images: dict[tuple[str, int], l
     }
 
 
-def standard_errors(scores: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Of scores that are the mean of their samples'. Not where all samples score the same: that they differ by nothing is not known from these."""
-    out = {}
-    for name, score in scores.items():
-        values = [sample["scores"][name] for sample in samples if name in sample["scores"]]
-        if len(values) > 1 and len(set(values)) > 1 and abs(statistics.fmean(values) - score) < 1e-9:
-            out[name] = statistics.stdev(values) / len(values) ** 0.5
-    return out
+def standard_error(metric: str, score: float, samples: list[dict[str, Any]]) -> float | None:
+    """Of a score that is the mean of its samples', or the mean over groups of these of their means, as MMStar's is over its finer categories.
+
+    None where it is neither, and where all samples score the same: that they differ by nothing is not known from these.
+    """
+    told = [sample[metric] for sample in samples if isinstance(sample.get(metric), bool | int | float | dict)]
+    rows = [value if isinstance(value, dict) else {"score": value} for value in told]
+    if not rows or not all(isinstance(row.get("score"), bool | int | float) for row in rows):
+        return None
+    for key in (None, *(key for key, value in rows[0].items() if isinstance(value, str))):
+        groups: dict[Any, list[float]] = defaultdict(list)
+        for row in rows:
+            groups[row.get(key)].append(float(row["score"]))
+        parts = list(groups.values())
+        if min(map(len, parts)) > 1 and abs(statistics.fmean(map(statistics.fmean, parts)) - score) < 1e-9 and any(len(set(part)) > 1 for part in parts):
+            return math.sqrt(sum(statistics.variance(part) / len(part) for part in parts)) / len(parts)
+    return None
 
 
 def task_hash(tasks: Tasks, names: list[str]) -> str:

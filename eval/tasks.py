@@ -12,6 +12,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import lmms_eval.api.task
+import lmms_eval.evaluator
 from datasets import disable_progress_bars
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HOME
@@ -23,13 +25,13 @@ from tenacity import RetryError
 
 from configs.errors import UsageError, UserError, nearest
 from data.sources import parse_sources
-from eval.cider import caption_scores, check_metrics
+from eval.cider import JAVA_METRICS, caption_scores, check_metrics
 from eval.lmms_eval_wrapper import DualTower
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it for the whole process: half an image is none
 OURS = Path(__file__).parent / "tasks"
-STOCK_CAPTIONS = ("coco", "flickr", "nocaps")  # tasks of lmms-eval whose metrics, all of them, start Java: PREFIX_METRIC over {"answer": references, "pred": answer}
-IN_PYTHON = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L"}  # theirs → ours, equal to 1e-4
+# Metrics of lmms-eval's own caption tasks, all of which start Java, are PREFIX_NAME: this name → ours, equal to 1e-4.
+STOCK_CAPTIONS = {"CIDEr": "CIDEr", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR", "SPICE": "SPICE"} | {f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}
 CAPTION_METRICS = ("CIDEr", "BLEU-4", "ROUGE-L")
 
 
@@ -47,7 +49,7 @@ class Tasks(TaskManager):
         self.data_root, self.caption_metrics, self.tokenizer, self.matcher = data_root, caption_metrics, tokenizer, matcher
         self.left_out: list[str] = []
         self.sources: dict[str, str] = {}  # of tasks that the caller named by theirs
-        self.captions: set[str] = set()  # metrics that are computed here, of captions
+        self.captions: dict[str, str] = {}  # metrics that are computed here, of captions, → our name of each
 
     def _get_config(self, name: str) -> dict[str, Any]:
         config = super()._get_config(name)
@@ -59,26 +61,32 @@ class Tasks(TaskManager):
         elif (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:  # most sets are public: one that is not will say so
             config["dataset_kwargs"] = {key: value for key, value in config["dataset_kwargs"].items() if key != "token"}
         if name.partition(":")[0] in ("captions", "openmoji_captions"):
-            config["metric_list"] = [{"metric": m, "aggregation": self._scorer(m, "answer", "references"), "higher_is_better": True} for m in self.caption_metrics]
-            self.captions |= set(self.caption_metrics)
-        elif name.startswith(STOCK_CAPTIONS) and config.get("metric_list"):
+            config["metric_list"] = [{"metric": m, "aggregation": self._scorer(m), "higher_is_better": True} for m in self.caption_metrics]
+            self.captions |= {m: m for m in self.caption_metrics}
+        elif config.get("metric_list"):
             config["metric_list"] = [metric for metric in map(self._without_java, config["metric_list"]) if metric is not None]
         return config
 
     def _without_java(self, metric: dict[str, Any]) -> dict[str, Any] | None:
-        """A stock caption metric computed here, or as it is where Java can compute it, or nothing."""
+        """A stock caption metric computed here; nothing where it needs Java and there is none; any other metric as it is."""
+        if "PTBTokenizer" not in getattr(metric.get("aggregation"), "__globals__", {}):
+            return metric
         _, _, theirs = metric["metric"].partition("_")
-        if theirs in IN_PYTHON:
-            self.captions.add(metric["metric"])
-            return metric | {"aggregation": self._scorer(IN_PYTHON[theirs], "pred", "answer")}
-        if theirs != "passthrough" and shutil.which("java") is None:
+        if theirs == "passthrough":
+            return metric
+        ours = STOCK_CAPTIONS.get(theirs)
+        if (ours is None or ours in JAVA_METRICS) and shutil.which("java") is None:
             self.left_out.append(metric["metric"])
             return None
-        return metric
+        if ours is None:
+            return metric
+        self.captions[metric["metric"]] = ours
+        return metric | {"aggregation": self._scorer(ours)}
 
-    def _scorer(self, name: str, answer: str, references: str) -> Callable[..., float]:
+    def _scorer(self, name: str) -> Callable[..., float]:
         def aggregate(rows: list[dict[str, Any]], args: Any = None) -> float:  # lmms-eval hands `args` to functions that take it
-            return caption_scores([row[answer] for row in rows], [row[references] for row in rows], [name], self.tokenizer)[name]
+            answers, references = zip(*map(captioned, rows), strict=True)
+            return caption_scores(answers, references, [name], self.tokenizer)[name]
 
         return aggregate
 
@@ -114,7 +122,21 @@ class Tasks(TaskManager):
                 raise UserError(f"task {name} needs the package {error.name}: pip install {error.name}") from error
             except Exception as error:  # whatever a task's own code does with data of another form
                 raise UserError(f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
-        return [(f"{task}_{metric}", better) for task, made in leaves(loaded) for metric, better in made.higher_is_better().items()]
+        told = [(task, made, metric, better) for task, made in leaves(loaded) for metric, better in made.higher_is_better().items()]
+        return [(f"{task}_{named(metric, chosen.name)}", better) for task, made, metric, better in told for chosen in made._filters]
+
+
+def captioned(row: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a caption task hands to its metrics → the answer and its references: ours, and the forms of lmms-eval's."""
+    if "references" in row:
+        return row["answer"], row["references"]
+    references = row["answer"] if "answer" in row else row["instruction"]
+    return row["pred"], [references] if isinstance(references, str) else list(references)
+
+
+def named(metric: str, chosen: str) -> str:
+    """A metric as it is told: the name of the filter behind it, where a task has several readings of an answer."""
+    return metric if chosen == "none" else f"{metric} ({chosen})"
 
 
 def leaves(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
@@ -122,14 +144,22 @@ def leaves(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
     return [leaf for name, made in loaded.items() for leaf in (leaves(made) if isinstance(made, dict) else [(str(name), made)])]
 
 
+def silent(bar: Any) -> Callable[..., Any]:
+    """lmms-eval's progress bars, which would stay on the screen: ours shows the answers."""
+    return lambda *of, **settings: bar(*of, **settings | {"disable": True})
+
+
 @contextmanager
 def told_plainly(name: str) -> Iterator[None]:
-    """Without lmms-eval's log lines. What it has tried five times raises `UserError`: data that cannot be had, or an answer that a task cannot score."""
+    """Without lmms-eval's log lines and bars. What it has tried five times raises `UserError`: data that cannot be had, or an answer that a task cannot score."""
     logger.remove()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries that tasks import
+        bars = [(module, module.tqdm) for module in (lmms_eval.evaluator, lmms_eval.api.task)]
+        for module, bar in bars:
+            module.tqdm = silent(bar)
         try:
             yield
         except RetryError as error:
@@ -143,6 +173,8 @@ def told_plainly(name: str) -> Iterator[None]:
                 text = f"an answer could not be scored ({text}): does the copy of the data have the form that the task expects?"
             raise UserError(f"{name}: {text}") from cause
         finally:
+            for module, bar in bars:
+                module.tqdm = bar
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it, for the whole process
 
 
@@ -153,7 +185,7 @@ def scores_of(found: dict[str, Any]) -> list[tuple[str, str, float]]:
         for key, value in sorted(values.items()):
             metric, _, kind = key.partition(",")
             if kind and "_stderr" not in metric and isinstance(value, Real):
-                out.append((task, metric if kind == "none" else f"{metric} ({kind})", float(value)))
+                out.append((task, named(metric, kind), float(value)))
     return out
 
 

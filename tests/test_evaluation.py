@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -29,9 +31,12 @@ from eval.answering import Answerer
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 
 from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager
 
+from eval.cider import caption_scores
 from eval.lmms_eval_wrapper import DualTower
-from eval.tasks import Tasks, run_tasks
+from eval.results import standard_error
+from eval.tasks import Tasks, run_tasks, scores_of
 from evaluation import main as evaluation_main
 
 ROOT = Path(__file__).parent.parent
@@ -148,21 +153,34 @@ def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, answerer,
         answerer.loglikelihoods([([], "what is it?" * 90, "no")])
 
 
-def test_multi_round(answerer):
+def test_multi_round(answerer, monkeypatch):
     """The task asks on until it has enough; each round's question is the task's."""
     asked = []
 
     def next_round(document, previous_output, round_idx, previous_round_info):
         asked.append((list(previous_output), round_idx, previous_round_info))
-        return document["images"], QUESTIONS[round_idx], round_idx == 3, list(previous_output), f"after {round_idx}"
+        return document["images"], QUESTIONS[round_idx], round_idx == document["rounds"], list(previous_output), f"after {round_idx}"
 
-    documents = [{"images": [Image.open(io.BytesIO(png(3)))]}]
-    arguments = (QUESTIONS[0], {"max_new_tokens": 4}, lambda d: d["images"], next_round, 0, "task", "test")
+    documents = [{"images": [Image.open(io.BytesIO(png(3 + i)))], "rounds": 1 + i} for i in range(3)]
     made = adapter(answerer, documents)
-    (told,) = made.generate_until_multi_round([Instance("generate_until_multi_round", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})])
-    tiles = answerer.tiles(documents[0]["images"][0])
-    assert told == [answerer.answer([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[:3]]
-    assert [(len(previous), number, info) for previous, number, info in asked] == [(1, 1, None), (2, 2, "after 1"), (3, 3, "after 2")]
+    requests = [
+        Instance(
+            "generate_until_multi_round",
+            (QUESTIONS[0], {"max_new_tokens": 4}, lambda d: d["images"], next_round, i, "task", "test"),
+            0,
+            {"task": "task", "doc_id": i, "repeats": 1},
+        )
+        for i in range(3)
+    ]
+    batches, original = [], answerer.answer
+    monkeypatch.setattr(answerer, "answer", lambda questions, *more, **named: (batches.append(len(questions)), original(questions, *more, **named))[1])
+    told = made.generate_until_multi_round(requests)
+    assert batches == [3, 2, 1]  # a round of all at once
+    for document, answers in zip(documents, told, strict=True):
+        tiles = answerer.tiles(document["images"][0])
+        assert answers == [original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[: document["rounds"]]]
+    rounds = [(len(previous), number, info) for previous, number, info in asked]
+    assert rounds == [(1, 1, None)] * 3 + [(2, 2, "after 1")] * 2 + [(3, 3, "after 2")]
 
 
 def test_an_image_is_encoded_once(answerer, monkeypatch):
@@ -175,19 +193,19 @@ def test_an_image_is_encoded_once(answerer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, sampling, stop, tokens",
+    "arguments, sampling, tokens",
     [
-        ({}, False, "", 64),
-        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, "\n\n", 5),
-        ({"stop_sequences": ["."]}, False, ".", 64),
-        ({"temperature": 0.7, "top_p": 0.9}, True, "", 64),
-        ({"do_sample": True, "temperature": 0}, False, "", 64),
-        ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, "", 64),
+        ({}, False, 64),
+        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, 5),
+        ({"stop_sequences": ["."]}, False, 64),
+        ({"temperature": 0.7, "top_p": 0.9}, True, 64),
+        ({"do_sample": True, "temperature": 0}, False, 64),
+        ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, 64),
     ],
 )
-def test_generation_arguments(answerer, arguments, sampling, stop, tokens):
+def test_generation_arguments(answerer, arguments, sampling, tokens):
     settings, ends = DualTower(answerer=answerer).settings(arguments)
-    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, stop, tokens)
+    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, "", tokens)
     assert list(ends) == arguments.get("until", arguments.get("stop_sequences", []))
     assert not sampling or (settings.temperature, settings.top_p) == (0.7, 0.9)
 
@@ -199,6 +217,14 @@ def test_answers_end_before_any_of_the_strings(answerer):
     (cut,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
     assert DualTower(answerer=answerer, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens == 7
     assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(whole.text)
+    assert cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12  # and it was not made to its longest first
+
+
+def test_answers_at_their_longest_length_are_counted(answerer):
+    made = adapter(answerer, [{"images": []}], max_new_tokens=3)
+    (answer,) = made.generate_until([request(0, "what is it?", {})])
+    made.generate_until([request(0, "what is it?", {"until": ["never", answer.text[-1]]})])
+    assert made.cut == {"task": 1}
 
 
 @pytest.mark.parametrize(
@@ -222,11 +248,11 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
     original, sizes, said = answerer.answer, [], []
     limit = 4
 
-    def answer(questions, settings):
+    def answer(questions, settings, ends):
         sizes.append(len(questions))
         if len(questions) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(questions, settings)
+        return original(questions, settings, ends=ends)
 
     monkeypatch.setattr(answerer, "answer", answer)
     requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]
@@ -248,8 +274,8 @@ def scripted(answerer: Answerer, answers: dict[str, str], monkeypatch) -> DualTo
     made = DualTower(answerer=answerer)
     real = made.answer
 
-    def answer(questions, settings):
-        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1)), questions, strict=True)]
+    def answer(questions, settings, ends):
+        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1), ends), questions, strict=True)]
 
     monkeypatch.setattr(made, "answer", answer)
     return made
@@ -354,6 +380,66 @@ def test_matchers(matcher, answer, references, right):
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     assert module.MATCHERS[matcher](answer, references) == pytest.approx(right)
+
+
+CAPTIONS = [
+    {"pred": "a red bus (two)", "answer": ["a red bus on a street", "the bus is red"], "instruction": "press the red bus", "ann_id": "1"},
+    {"pred": "two dogs run", "answer": ["two dogs are running", "dogs in a park"], "instruction": "two dogs run here", "ann_id": "2"},
+    {"pred": "a cat sits on a mat", "answer": ["a cat sits on the mat"], "instruction": "a cat sits on it", "ann_id": "3"},
+]
+
+
+@pytest.mark.parametrize("name", ["coco2014_cap_val", "flickr30k_test", "nocaps_val", "textcaps_val", "refcoco_bbox_val", "screenspot_reg_test", "vatex_val_zh"])
+def test_stock_caption_tasks_need_no_java(name, monkeypatch):
+    """All but METEOR, which is named as left out."""
+    monkeypatch.setattr("eval.tasks.shutil.which", lambda program: None)
+    tasks = Tasks()
+    metrics = tasks._get_config(name)["metric_list"]
+    assert any(metric["metric"].endswith("_CIDEr") for metric in metrics) and all(metric["metric"] in tasks.captions for metric in metrics)
+    assert all(left.endswith("METEOR") for left in tasks.left_out)
+    key = "instruction" if "screenspot" in name else "answer"
+    rows = [{"pred": row["pred"], key: row[key]} for row in CAPTIONS]
+    for metric in metrics:
+        ours = caption_scores([row["pred"] for row in rows], [[row[key]] if isinstance(row[key], str) else row[key] for row in rows], [tasks.captions[metric["metric"]]])
+        assert metric["aggregation"](rows) == next(iter(ours.values())), metric["metric"]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+@pytest.mark.parametrize("name, chosen", [("refcoco_bbox_val", "refcoco_Bleu_2"), ("screenspot_reg_test", "screenspot_CIDEr")])
+def test_stock_caption_tasks_score_as_their_own_code_does(name, chosen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = ({m["metric"]: m["aggregation"] for m in config["metric_list"]}[chosen] for config in (Tasks()._get_config(name), TaskManager("ERROR")._get_config(name)))
+    assert ours(CAPTIONS if "refcoco" in name else [row | {"answer": None} for row in CAPTIONS]) == pytest.approx(theirs(CAPTIONS), abs=1e-4)
+
+
+def test_standard_error_of_a_mean_over_uneven_groups():
+    """MMStar's average, against averages of samples drawn anew within each category."""
+    rng = random.Random(0)
+    groups = {"a": [0, 1, 1, 1, 0, 1] * 4, "b": [0, 1, 0] * 3, "c": [1] * 5}
+    average = statistics.fmean(map(statistics.fmean, groups.values()))
+    samples = [{"average": {"question_id": i, "l2_category": name, "score": score}} for name, scores in groups.items() for i, score in enumerate(scores)]
+    drawn = [statistics.fmean(statistics.fmean(rng.choices(scores, k=len(scores))) for scores in groups.values()) for _ in range(3000)]
+    assert standard_error("average", average, samples) == pytest.approx(statistics.stdev(drawn), rel=0.1)
+    plain = [{"acc": right} for right in groups["a"]]
+    assert standard_error("acc", statistics.fmean(groups["a"]), plain) == pytest.approx(statistics.stdev(groups["a"]) / 24**0.5)
+    assert standard_error("acc", 0.1, plain) is None and standard_error("acc", 1.0, [{"acc": 1}] * 9) is None
+
+
+def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(answerer, tmp_path, capfd):
+    """Also where a filter's name stands behind it; and of lmms-eval's progress bars nothing is seen."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    text = Value("string")
+    rows = [{"question": f"what is it? {i}", "options": ["red", "blue"], "answer": str(i % 2), "image": {"bytes": png(i), "path": None}} for i in range(4)]
+    (tmp_path / "ai2d" / "data").mkdir(parents=True)
+    features = Features({"question": text, "options": List(text), "answer": text, "image": ImageFeature()})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "ai2d" / "data" / "test-00000-of-00001.parquet")
+    tasks = Tasks(tmp_path)
+    known = dict(tasks.load("ai2d"))
+    found = run_tasks(DualTower(answerer=answerer, max_new_tokens=2), tasks, ["ai2d"])
+    assert {f"{task}_{metric}" for task, metric, _ in scores_of(found)} == known.keys() == {"ai2d_exact_match (flexible-extract)"}
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_unknown_tasks():

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from programs import run_program
 from test_training import ROOT, SMALL
 
 from configs.errors import UsageError, UserError
+from configs.ranks import World
 from configs.schema import EvalConfig, GenerationConfig
 from data.packing import Budget
 from eval.answering import Answerer
@@ -102,6 +105,50 @@ def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
     asked = validation.captions[:10]
     assert len(found.each) == 10 and found.score == pytest.approx(cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score)
     assert validation.cider(model, 0, 5) is None
+
+
+class Meeting(World):
+    """A rank of several in threads of this process."""
+
+    def gather(self, value):
+        self.table[self.rank] = value
+        self.barrier.wait()
+        return [self.table[rank] for rank in range(self.size)]
+
+
+def test_ranks_share_captions_and_predictions(tokenizer, renderer, tmp_path, monkeypatch):
+    """Each answers about half; together they say what one says alone."""
+    records = [json.loads(line) for line in captions(tmp_path, 9).read_text().splitlines()]
+    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
+    validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
+    asked, original = [], Answerer.answer
+    monkeypatch.setattr(Answerer, "answer", lambda self, questions, *more: (asked.append(len(questions)), original(self, questions, *more))[1])
+    for work in (lambda world: validation.cider(model, 9, 5, world), lambda world: validation.predictions(model, 7, world)):
+        alone = work(World())
+        asked.clear()
+        table, barrier = {}, threading.Barrier(2)
+        ranks = [Meeting(rank, 2) for rank in range(2)]
+        for rank in ranks:
+            object.__setattr__(rank, "table", table)
+            object.__setattr__(rank, "barrier", barrier)
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(work, ranks)) == [alone, alone]
+        assert sorted(asked) in ([4, 5], [3, 4])
+
+
+def test_two_ranks_score_as_one_does(tmp_path):
+    """Under torchrun: validation, CIDEr and lmms-eval's tasks while two processes train, against one process on the same batches."""
+    pytest.importorskip("lmms_eval", reason="the group eval is not installed")
+    captions(tmp_path, 20)
+    flags = ["--data.streams", "2", "--train.accumulation", "2", "--train.optimizer", "adamw", "--train.dtype", "fp32", "--data.sources", f"jsonl={tmp_path / 'captions.jsonl'}"]
+    flags += ["--data.vocab_size", "300", "--eval.tasks", f"questions:jsonl={tmp_path / 'captions.jsonl'}", "--eval.limit", "5", "--eval.caption_tokens", "6", "--max_steps", "3"]
+    told = []
+    for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        done = run_program([*start, str(ROOT / "train_dual_tower.py"), *SMALL, *flags, "--output_dir", f"run{len(told)}", "--cache_dir", "cache"], tmp_path)
+        assert done.returncode == 0, done.stderr
+        last = json.loads((tmp_path / f"run{len(told)}" / "metrics.jsonl").read_text().splitlines()[-1])
+        told.append({key: value for key, value in last.items() if isinstance(value, float)})
+    assert told[1] == pytest.approx(told[0], abs=1e-5) and {"validation_cider", "validation_loss"} < told[0].keys() and any(key.startswith("questions:") for key in told[0])
 
 
 def test_best_goes_by_the_metric_s_direction(tmp_path):

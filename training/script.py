@@ -272,8 +272,8 @@ def _train_and_export(
         model = plain(trained, config, model_class)
         with autocast(config.train, pick_device(config.train.device)):
             scores = validation.score(model, world)
+        shown[:] = validation.predictions(model, 8, world)
         if world.first:
-            shown[:] = validation.predictions(model, 8)
             save_samples(folder / "samples", step, shown)
             log.predictions(step, shown, folder / "samples" / f"step_{step:06d}.png")
             log.picture(step, "tokens", save_picture(validation.agreement.picture(), folder / "samples" / f"step_{step:06d}_tokens.png"))
