@@ -227,7 +227,9 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
             start = config.validation_images if other is None else 0
             records, held_out = Listed(listed), Listed(shuffled)
         if len(records) <= start:
-            raise UserError(f"data.validation_images = {config.validation_images} leaves none of the {len(records)} records of {name} for training: give fewer, --data.validation_images N")
+            raise UserError(
+                f"data.validation_images = {config.validation_images} leaves none of the {len(records)} records of {name} for training: give fewer, --data.validation_images N"
+            )
         stop = min(len(records), start + config.limit) if config.limit else len(records)
         training.append(Source(name, records, start, stop, spec.weight, spec.cap))
         validation.append(Source(name, held_out, 0, start or min(config.validation_images, len(held_out))))
