@@ -65,7 +65,7 @@ def agreement(answers: Sequence[tuple[str, list[str], list[list[str | None]]]], 
     sheet = Image.new("RGB", (width, 8 + sum(24 + block * len(lines) for _, lines, _, _ in drawn)), "white")
     draw, y = ImageDraw.Draw(sheet), 8
     for question, lines, truth, said in drawn:
-        draw.text((4, y), question if len(question) < 140 else question[:137] + "…", fill=INK, font_size=13)
+        draw.text((4, y), question if len(question) < 140 else "…" + question[-138:], fill=INK, font_size=13)
         y += 20
         for line in lines:
             for row, name in enumerate(["true", *names]):

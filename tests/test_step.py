@@ -94,9 +94,9 @@ def test_fp16_learns_what_fp32_does(tokenizer, rows):
     for dtype in ("fp32", "fp16"):
         train = TrainConfig(dtype=dtype, warmup_steps=0, clip=0.1, lr_vision=1e-4)
         config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-        optimizers, scaler = make_optimizers(model, train), grad_scaler(train, CPU)
+        optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16")
         told.append([train_step(config, model, optimizers, Given(rows), step, CPU, scaler=scaler) for step in (1, 2, 3)])
-    assert [line["loss_scale"] for line in told[1]] == [65536.0] * 3 and "loss_scale" not in told[0][0]
+    assert [line["loss_scale"] for line in told[1]] == [1024.0] * 3 and "loss_scale" not in told[0][0]
     for a, b in zip(*told, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=5e-2)
     assert told[1][2]["loss"] < told[1][0]["loss"]
@@ -108,6 +108,7 @@ def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
     optimizers, before = make_optimizers(model, train), {name: p.detach().clone() for name, p in model.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     values = train_step(config, model, optimizers, Given(rows), 1, CPU, scaler=scaler)
+    assert grad_scaler(train, CPU).state_dict()["scale"] == 65536.0 and not grad_scaler(replace(train, dtype="bf16"), CPU).is_enabled()
     assert values["overflow"] == 2.0**60 and values["loss"] > 0 and values["grad_norm"] is None and "skipped" not in values
     assert scaler.get_scale() == 2.0**59 and not any(optimizer.state for optimizer in optimizers)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -120,10 +121,10 @@ def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
 def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
     train = TrainConfig(dtype="fp16", warmup_steps=0)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-    optimizers, scaler = make_optimizers(model, train), grad_scaler(train, CPU)
+    optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0)
     nothing = rows | {"labels": torch.full_like(rows["labels"], -100)}
     told = [train_step(config, model, optimizers, Given(batch), step, CPU, scaler=scaler) for step, batch in enumerate((nothing, nothing, rows), 1)]
-    assert [line.get("skipped") for line in told] == ["no token to learn"] * 2 + [None] and told[2]["loss_scale"] == 65536.0
+    assert [line.get("skipped") for line in told] == ["no token to learn"] * 2 + [None] and told[2]["loss_scale"] == 1024.0
 
 
 def overflow_often() -> None:
