@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from eval.answering import Answer, Answerer
 MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
 OF_OTHERS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}  # settings of tasks that are read here, or speak of another model's preprocessing
 THUMBNAIL = 256
+Question = tuple[list[Tiles], str]
 
 
 class DualTower(lmms):
@@ -78,12 +80,12 @@ class DualTower(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of `requests`."""
         real = [r for r in requests if not padding(r)]  # there is nothing to even out here
-        answers = iter(self.answers([(r.args[4], r.args[3]) for r in real], [r.args[1] for r in real], [r.args[0] for r in real], lambda n: self.question(real[n])[0]))
+        answers = iter(self.answers([(r.args[4], r.args[3]) for r in real], [r.args[1] for r in real], [r.args[0] for r in real], [partial(self.question, r) for r in real]))
         made = [next(answers) if not padding(r) else Answer("", 0, 0.0, 0.0, "none", 0, [], False) for r in requests]
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
 
-    def answers(self, keys: list[tuple[str, int]], arguments: list[dict[str, Any]], texts: list[str], look: Callable[[int], list[Tiles]]) -> list[Answer]:
-        """Answers to `texts`, each about task and document of its key and the images that `look` gives: like settings together, longest questions first."""
+    def answers(self, keys: list[tuple[str, int]], arguments: list[dict[str, Any]], texts: list[str], asked: list[Callable[[], Question]]) -> list[Answer]:
+        """Answers to `texts`, each of a task and document; `asked` give them with their images, when their turn comes. Like settings together, longest first."""
         answers: dict[int, Answer] = {}
         alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
         for number, given in enumerate(arguments):
@@ -92,7 +94,7 @@ class DualTower(lmms):
             numbers.sort(key=lambda n: -len(self.answerer.renderer.tokenizer.encode(texts[n])))
             while numbers:
                 part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
-                questions = [(look(n), texts[n]) for n in part]
+                questions = [asked[n]() for n in part]
                 if settings.sampling:
                     made = [self.answer([q], replace(settings, seed=self.seed(settings.seed, keys[n])), ends)[0] for n, q in zip(part, questions, strict=True)]
                 else:
@@ -112,19 +114,21 @@ class DualTower(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Each request's answers, round after round, all requests' rounds together; the task says what is asked next, and when it is enough."""
         told: list[list[str]] = [[] for _ in requests]
-        texts, shown, infos = [r.args[0] for r in requests], [[] for _ in requests], [None] * len(requests)
+        texts = [r.args[0] for r in requests]
+        shown: list[Any] = [None] * len(requests)
+        infos: list[Any] = [None] * len(requests)
 
-        def see(n: int) -> list[Tiles]:
+        def see(n: int) -> Question:
             _, _, visuals_of, _, doc_id, task, split = requests[n].args
             tiles = self.tiles(shown[n], task, doc_id) if told[n] else self.look(visuals_of, doc_id, task, split)
             self.note(tiles, texts[n], doc_id, task)
-            return tiles
+            return tiles, texts[n]
 
         asked = [n for n, r in enumerate(requests) if not padding(r)]
         while asked:
             now = asked
             keys = [(requests[n].args[5], requests[n].args[4]) for n in now]
-            made = self.answers(keys, [requests[n].args[1] for n in now], [texts[n] for n in now], lambda i, now=now: see(now[i]))  # type: ignore[misc]
+            made = self.answers(keys, [requests[n].args[1] for n in now], [texts[n] for n in now], [partial(see, n) for n in now])
             asked = []
             for n, answer in zip(now, made, strict=True):
                 _, _, _, next_round, doc_id, task, split = requests[n].args
@@ -153,7 +157,7 @@ class DualTower(lmms):
                 self.progress(len(found), len(requests))
         return [GenerationResult((-logprob, greedy)) for logprob, greedy in found]  # type: ignore[arg-type]
 
-    def question(self, request: Instance) -> tuple[list[Tiles], str]:
+    def question(self, request: Instance) -> Question:
         """A request's images and text, from (text, settings or continuation, images of a document, document, task, split)."""
         text, _, visuals_of, doc_id, task, split = request.args
         tiles = self.look(visuals_of, doc_id, task, split)
@@ -191,7 +195,7 @@ class DualTower(lmms):
             kept += [name for name in (thumbnail(image, self.keep) for image in out) if name not in kept]
         return out
 
-    def answer(self, questions: list[tuple[list[Tiles], str]], settings: GenerationConfig, ends: tuple[str, ...]) -> list[Answer]:
+    def answer(self, questions: list[Question], settings: GenerationConfig, ends: tuple[str, ...]) -> list[Answer]:
         """A batch of answers."""
         started = time.perf_counter()
         answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings, ends=ends))
