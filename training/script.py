@@ -319,15 +319,20 @@ def _train_and_export(
     if not shown:  # a run that was already at its end
         shown = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, shown)
+    if dropped:
+        log.say(f"training records dropped: {by_source(dropped)}")
+    _hand_over(model, config, folder, data.tokenizer, shown[0], log, pusher)
+
+
+def _hand_over(model: Any, config: Config, folder: Path, tokenizer: Tokenizer, example: dict[str, Any], log: RunLog, pusher: Pusher | None) -> None:
+    """Export what was learnt, and say how to ask it; `example` is one of the predictions."""
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
     merge_adapters(model)  # training is over: no copy is needed
-    export(model, folder / "model", data.tokenizer, config, folder)
+    export(model, folder / "model", tokenizer, config, folder)
     if pusher is not None:
         pusher.finish(folder / "model")
-    if dropped:
-        log.say(f"training records dropped: {by_source(dropped)}")
     here = Path.cwd()
-    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(shown[0]["image"])))
-    with_image = f" --image {shlex.quote(str(image))}" if shown[0]["image"] else ""
-    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{with_image} --prompt {shlex.quote(shown[0]['question'])}")
+    python, image = (p.relative_to(here) if p.is_relative_to(here) else p for p in (Path(sys.executable), Path(example["image"])))
+    with_image = f" --image {shlex.quote(str(image))}" if example["image"] else ""
+    log.say(f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{with_image} --prompt {shlex.quote(example['question'])}")
