@@ -12,9 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from configs.command_line import FlagParser, add_flags, load_json, override
+from configs.command_line import FlagParser, add_flags, override
 from configs.errors import UsageError, run_script
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
+from configs.saved import load_json
 
 
 def main(argv: list[str]) -> None:

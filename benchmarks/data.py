@@ -32,7 +32,8 @@ from rich.table import Table
 
 from benchmarks.about import about
 from configs.errors import run_script
-from configs.schema import DataConfig, VisionConfig
+from configs.model import VisionConfig
+from configs.schema import DataConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, SampleStream, decode
 from data.images import open_pixels

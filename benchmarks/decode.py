@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.about import about
 from configs.errors import UserError, run_script
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from eval.answering import Answerer
 from models.generation import prefill, verify
 from training.heads import HeadsConfig, asked

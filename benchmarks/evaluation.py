@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.about import about
 from configs.errors import run_script
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.sources import easy_vqa, openmoji
 from eval.answering import Answerer
 from eval.cider import cider

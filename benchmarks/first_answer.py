@@ -36,7 +36,7 @@ import json, sys, time
 marks = [("", time.perf_counter())]
 mark = lambda name: marks.append((name, time.perf_counter()))
 from eval.answering import Answerer, _tokenizer
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.layers import Packed

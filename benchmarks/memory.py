@@ -18,7 +18,8 @@ from rich.table import Table
 from benchmarks.guard import Ledger
 from configs.command_line import preset
 from configs.errors import UserError, run_script
-from configs.schema import Config, DecoderConfig, Vocabulary
+from configs.model import DecoderConfig, Vocabulary
+from configs.schema import Config
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import complete_vision
 from models.vision_language_model import VisionLanguageModel

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import UserError
-from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, TrainConfig, VisionConfig, Vocabulary
+from configs.model import DecoderConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, VisionConfig, Vocabulary
+from configs.schema import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares

@@ -4,7 +4,8 @@ The 222M-class variant, SigLIP B/16 at 224 pixels with SmolLM2-135M, is `--confi
 nanoVLM's where it has them (its TrainConfig: projector 5.12e-3, backbones 5e-5, 40,000 steps); no run of this size has been made here yet.
 """
 
-from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, TrainConfig, VisionConfig
+from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from configs.schema import Config, DataConfig, TrainConfig
 
 SMOLLM2 = DecoderConfig(
     weights="HuggingFaceTB/SmolLM2-360M-Instruct",  # the largest whose pair stays below a billion parameters

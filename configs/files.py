@@ -11,6 +11,8 @@ from typing import Any
 
 from configs.errors import UserError
 
+CACHE = "cache"  # folder of what is computed once, where nothing else is said
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

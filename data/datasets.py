@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import DataConfig, VisionConfig
+from configs.model import VisionConfig
+from configs.schema import DataConfig
 from data.filters import DuplicateImages, turn_problem
 from data.images import Grid, ImageError, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source

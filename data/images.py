@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from configs.errors import ImageError, UserError
-from configs.schema import VisionConfig
+from configs.model import VisionConfig
 from data.drawings import draw
 
 try:  # deprecated since torchvision 0.29: where it is gone, Pillow gives the same pixels, some tenths of a millisecond later

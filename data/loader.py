@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from configs.errors import UserError
-from configs.schema import VisionConfig
+from configs.model import VisionConfig
 from data.collators import Batch, collate
 from data.datasets import Sample, by_source, decode
 from data.images import ImageError

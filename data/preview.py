@@ -22,7 +22,8 @@ from PIL import Image
 
 from configs.errors import UserError, run_script
 from configs.files import write_text
-from configs.schema import MAX_GRID, Config
+from configs.model import MAX_GRID
+from configs.schema import Config
 from data.build import Data, build_data
 from data.datasets import Key, Sample, by_source
 from data.images import Grid, tile_count

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
-from configs.schema import MAX_GRID, Vocabulary
+from configs.model import MAX_GRID, Vocabulary
 from data.images import Grid
 from data.tokens import Tokenizer
 

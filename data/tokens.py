@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
 from configs.files import write_text
-from configs.schema import MAX_GRID, Vocabulary
+from configs.model import MAX_GRID, Vocabulary
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UsageError, UserError
+from configs.files import CACHE
 from configs.hub import is_hub_id
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles, open_pixels, to_tiles
 from data.render import IGNORE, Document, Renderer
@@ -170,4 +171,4 @@ def _tokenizer(folder: Path) -> Tokenizer:
     source, rows = named
     if not is_hub_id(source) and not Path(source).exists():
         raise UserError(f"{folder} holds no tokenizer.json, and the language model that it names for one, '{source}', cannot be had: put its tokenizer.json there")
-    return Tokenizer.of_language_model(find_language_model(source, Path("cache"), weights=False), rows, impose_chatml=True)
+    return Tokenizer.of_language_model(find_language_model(source, Path(CACHE), weights=False), rows, impose_chatml=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from configs.errors import UsageError, UserError
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from eval.answering import Answer, Answerer

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 
 from configs.errors import UsageError, UserError, nearest
 from configs.files import read_json, replacing, write_text
+from configs.model import GenerationConfig
 from configs.ranks import ALONE, World
-from configs.schema import EvalConfig, GenerationConfig
+from configs.schema import EvalConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, by_source
 from data.filters import turn_problem

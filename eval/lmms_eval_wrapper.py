@@ -25,7 +25,7 @@ from PIL import Image, ImageFile
 
 from configs.errors import ImageError, UsageError, UserError
 from configs.files import replacing
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.images import Tiles
 from eval.answering import Answer, Answerer
 

@@ -22,8 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from configs.files import file_name, write_text
+from configs.model import ModelConfig
 from configs.ranks import world_of_torchrun
-from configs.schema import ModelConfig
 from eval.answering import Answerer
 from eval.cider import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import MAX_GRID, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, Vocabulary
+from configs.model import MAX_GRID, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, Vocabulary
 
 RENAMED = (
     (r"^left_tower\.MP\.", "left.modality_projector."),

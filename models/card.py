@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from configs.hub import is_hub_id
-from configs.schema import DecoderConfig, VisionConfig
+from configs.model import DecoderConfig, VisionConfig
 
 KINDS = {
     "dual_tower": "a dual-tower vision-language model: its left tower turns an image into a per-layer KV cache, its right tower, a language model, reads text and that cache. "

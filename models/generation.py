@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import UsageError, UserError
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask

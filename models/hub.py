@@ -14,10 +14,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from configs.command_line import FlagParser, load_json
+from configs.command_line import FlagParser
 from configs.errors import UsageError, UserError, run_script
 from configs.files import read_json, replacing_folder
 from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
+from configs.saved import load_json
 from configs.schema import Config
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_model, read_head, weight_files

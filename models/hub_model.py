@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from configs.errors import UserError
-from configs.files import replacing
+from configs.files import CACHE, replacing
 from configs.hub import WEIGHTS, is_hub_id, open_repo, writing
-from configs.schema import Config, ModelConfig
+from configs.model import ModelConfig
 from models.card import RunFacts, card_of
 from models.language_weights import load_language_weights
 from models.pretrained import load_model, load_vision_weights, save_model
@@ -40,7 +40,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         if load_backbone:
             if all(part.weights == "random" for part in (model.config.vision, *(getattr(model.config, tower) for tower in model.config.towers))):
                 raise UserError(f"load_backbone: the configuration of {source} names no pretrained weights, everything in it began at random")
-            load_language_weights(model, Path(Config.cache_dir))
+            load_language_weights(model, Path(CACHE))
             load_vision_weights(model.parts()["vision"])
         return model
 

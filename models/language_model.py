@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import DecoderConfig, MultiTokenConfig
+from configs.model import DecoderConfig, MultiTokenConfig
 from models.attention import Plan, planned
 from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
 from models.losses import cross_entropy

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import read_json
 from configs.hub import fetch, is_hub_id
-from configs.schema import DecoderConfig, ModelConfig, RopeScaling
+from configs.model import DecoderConfig, ModelConfig, RopeScaling
+from configs.saved import from_dict
 from models.gguf_weights import convert_gguf
 from models.language_model import LanguageModel
 from models.pretrained import check_tensors, load_tensors, read_safetensors

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UsageError, UserError
-from configs.schema import DecoderConfig
+from configs.model import DecoderConfig
 from models.attention import Plan, attend
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from configs.errors import UsageError, nearest
-from configs.schema import ProjectorConfig
+from configs.model import ProjectorConfig
 
 
 def linear(width: int, hidden_size: int) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import DecoderConfig, MultiTokenConfig
+from configs.model import DecoderConfig, MultiTokenConfig
 from models.layers import Packed, RMSNorm
 from models.losses import cross_entropy
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from configs.command_line import from_dict
 from configs.errors import UsageError, UserError
 from configs.files import read_json, replacing, write_text
 from configs.hub import WEIGHTS, fetch, is_hub_id
-from configs.schema import ModelConfig, Vocabulary
+from configs.model import ModelConfig, Vocabulary
+from configs.saved import from_dict
 from models.ancestors import is_ancestor, read_ancestor
 from models.vision_encoder import create_backbone
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UsageError
-from configs.schema import VisionConfig
+from configs.model import VisionConfig
 from models.layers import working_dtype
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig, Vocabulary
+from configs.model import ModelConfig, Vocabulary
 from models.hub_model import HubModel
 from models.language_model import LanguageModel, Output
 from models.masks import right_mask

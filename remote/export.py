@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.command_line import FlagParser, from_dict
+from configs.command_line import FlagParser
 from configs.errors import UserError, run_script
 from configs.files import write_text
-from configs.schema import GenerationConfig, ModelConfig
+from configs.model import GenerationConfig, ModelConfig
+from configs.saved import from_dict
 from data.tokens import Tokenizer
 from models.ancestors import is_ancestor
 from models.pretrained import read_head

@@ -8,9 +8,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import GenerationMixin, PreTrainedModel
 
-from configs.command_line import from_dict
 from configs.errors import UsageError, nearest
-from configs.schema import GenerationConfig, ModelConfig, Vocabulary
+from configs.model import GenerationConfig, ModelConfig, Vocabulary
+from configs.saved import from_dict
 from data.render import IGNORE, Document, route, spans_of
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate

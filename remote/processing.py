@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import BatchFeature, ProcessorMixin
 
-from configs.command_line import from_dict
 from configs.errors import ImageError, UsageError
-from configs.schema import VisionConfig
+from configs.model import VisionConfig
+from configs.saved import from_dict
 from data.images import Tiles, open_pixels, to_tiles
 from data.render import Renderer
 from data.tokens import IMAGE, TURN_END, TURN_START, Tokenizer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hub_server import hub_constants
 
-from configs.schema import DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from configs.schema import DataConfig
 from data.datasets import SampleDataset
 from data.mixture import Listed, Source
 from data.render import Renderer

@@ -12,7 +12,7 @@ from conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from safetensors.torch import load_file
 
 from configs.errors import UserError
-from configs.schema import DecoderConfig, GenerationConfig, Vocabulary
+from configs.model import DecoderConfig, GenerationConfig, Vocabulary
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import KeyValueRecorder

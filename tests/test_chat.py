@@ -13,7 +13,7 @@ from test_generation import naive_greedy
 
 import eval.chat
 from configs.errors import UsageError
-from configs.schema import GenerationConfig, MultiTokenConfig
+from configs.model import GenerationConfig, MultiTokenConfig
 from data.images import Tiles
 from data.render import Renderer
 from eval.answering import Answerer

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from programs import run_program
 
-from configs.command_line import from_dict, preset, resolve, to_dict
+from configs.command_line import preset, resolve
 from configs.errors import UsageError
+from configs.saved import from_dict, to_dict
 from configs.schema import Config
 
 ROOT = Path(__file__).parent.parent

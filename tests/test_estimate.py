@@ -8,7 +8,8 @@ import torch
 from conftest import TINY, TINY_MODEL, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Config, DataConfig, LoraConfig, LoraTower, TrainConfig, VisionConfig
+from configs.model import VisionConfig
+from configs.schema import Config, DataConfig, LoraConfig, LoraTower, TrainConfig
 from models.adapters import add_adapters
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel

@@ -22,7 +22,7 @@ from hub_server import hub
 from PIL import Image
 
 from configs.errors import UsageError, UserError, run_script
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.render import Renderer

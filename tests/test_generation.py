@@ -9,7 +9,7 @@ from test_dual_tower import block_starts
 
 import models.generation
 from configs.errors import UsageError
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from eval.answering import Answerer

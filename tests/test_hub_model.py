@@ -21,7 +21,8 @@ from configs.command_line import preset
 from configs.errors import UserError
 from configs.files import write_text
 from configs.hub import HubAway
-from configs.schema import Config, DataConfig, GenerationConfig, HubConfig
+from configs.model import GenerationConfig
+from configs.schema import Config, DataConfig, HubConfig
 from data.images import Tiles
 from data.pictures import PALETTE
 from eval.answering import Answerer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import eval.answering
 import models.image_store
 from configs.errors import UserError
-from configs.schema import GenerationConfig
+from configs.model import GenerationConfig
 from data.images import Tiles
 from data.render import Renderer
 from eval.answering import Answerer, Block

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.schema import VisionConfig
+from configs.model import VisionConfig
 from data.drawings import _checked as drawings_checked
 from data.drawings import _drawer
 from data.images import ImageError, grid_of, image_size, open_image, open_pixels, pixels_of, tile_count, to_tiles

@@ -13,8 +13,9 @@ from programs import run_program
 from test_training import ROOT, SMALL
 
 from configs.errors import UsageError, UserError
+from configs.model import GenerationConfig
 from configs.ranks import World
-from configs.schema import EvalConfig, GenerationConfig
+from configs.schema import EvalConfig
 from data.packing import Budget
 from eval.answering import Answerer
 from eval.cider import cider

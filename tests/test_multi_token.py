@@ -19,7 +19,8 @@ from test_generation import naive_greedy, prompt_ids
 
 import models.generation
 from configs.errors import UsageError
-from configs.schema import GenerationConfig, MultiTokenConfig, TrainConfig
+from configs.model import GenerationConfig, MultiTokenConfig
+from configs.schema import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.answering import Answerer

@@ -10,7 +10,7 @@ from conftest import random_tiles
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UsageError, UserError
-from configs.schema import GenerationConfig, VisionConfig
+from configs.model import GenerationConfig, VisionConfig
 from data.images import Tiles
 from eval.answering import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM

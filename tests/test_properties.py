@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import MAX_GRID, VisionConfig
+from configs.model import MAX_GRID, VisionConfig
 from data.datasets import Sample
 from data.images import grid_of, tile_count, to_tiles
 from data.packing import Budget, RowStream

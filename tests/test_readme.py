@@ -71,9 +71,10 @@ def test_a_command_of_a_page(page, command, place):
     words = shlex.split(command)
     values = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
     words = [w for w in words if not re.match(r"[A-Z_]+=", w)]
-    if words[0].endswith("torchrun"):  # several GPUs, weights from the Hub: the flags are read, no more
-        assert words[1:5] == ["--nproc-per-node", "8", "--", "train_dual_tower.py"]
-        resolve(words[5:], "")
+    if "dual_tower_cauldron" in command:  # weights and data from the Hub, several GPUs: the flags are read, no more
+        torchrun = ["--nproc-per-node", "8", "--"] if words[0].endswith("torchrun") else []
+        assert words[1 : len(torchrun) + 2] == [*torchrun, "train_dual_tower.py"]
+        resolve(words[len(torchrun) + 2 :], "")
         return None
     if words[1] == "train.sh":
         script = "train_vanilla.py" if "vanilla" in command else "train_dual_tower.py"

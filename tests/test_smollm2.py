@@ -15,7 +15,8 @@ from test_dual_tower import make_sample
 from test_language_models import reference as tiny_reference
 
 from configs.errors import UserError
-from configs.schema import DecoderConfig, GenerationConfig, ProjectorConfig, TrainConfig, Vocabulary
+from configs.model import DecoderConfig, GenerationConfig, ProjectorConfig, Vocabulary
+from configs.schema import TrainConfig
 from data.collators import collate
 from data.render import Renderer
 from data.tokens import CHAT_TEMPLATE, Tokenizer

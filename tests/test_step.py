@@ -13,8 +13,9 @@ from test_details import Given
 from test_dual_tower import make_sample
 from test_training import command
 
-from configs.command_line import load_json
-from configs.schema import Config, MultiTokenConfig, TrainConfig
+from configs.model import MultiTokenConfig
+from configs.saved import load_json
+from configs.schema import Config, TrainConfig
 from data.collators import collate
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TURNS, dataset_of, lively_model
 
-from configs.schema import MultiTokenConfig
+from configs.model import MultiTokenConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.packing import Budget

@@ -30,8 +30,9 @@ from benchmarks.kill import learnt
 from configs.command_line import resolve
 from configs.errors import UsageError, UserError
 from configs.files import replacing_folder
+from configs.model import VisionConfig
 from configs.ranks import ALONE
-from configs.schema import Config, TrainConfig, VisionConfig
+from configs.schema import Config, TrainConfig
 from data.collators import collate
 from data.packing import Budget
 from eval.answering import Answerer

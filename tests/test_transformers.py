@@ -23,7 +23,8 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 
 from configs.errors import UserError
 from configs.files import read_json
-from configs.schema import Config, GenerationConfig, MultiTokenConfig
+from configs.model import GenerationConfig, MultiTokenConfig
+from configs.schema import Config
 from data.collators import collate_prompts
 from data.tokens import Tokenizer
 from eval.answering import Answerer

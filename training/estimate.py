@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Config, DecoderConfig, ModelConfig, Vocabulary
+from configs.model import DecoderConfig, ModelConfig, Vocabulary
+from configs.schema import Config
 from models.adapters import add_adapters
 from models.attention import spans_of
 from models.language_model import Block

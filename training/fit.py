@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from configs.errors import UsageError, UserError
+from configs.model import Vocabulary
 from configs.ranks import ALONE, World
-from configs.schema import Config, Vocabulary
+from configs.schema import Config
 from models.layers import pick_device
 from training.estimate import full_batch, step_memory, trial_model
 from training.loop import set_blocks

@@ -25,7 +25,8 @@ from torch import Tensor
 from configs.command_line import FlagParser, add_flags, override
 from configs.errors import UsageError, UserError, run_script
 from configs.files import replacing_folder
-from configs.schema import DataConfig, GenerationConfig, MultiTokenConfig, opt
+from configs.model import GenerationConfig, MultiTokenConfig, opt
+from configs.schema import DataConfig
 from data.collators import collate_prompts
 from data.images import ImageError
 from data.render import Document

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from configs.command_line import to_dict
 from configs.errors import UserError
 from configs.files import append_text
 from configs.ranks import ALONE, World
+from configs.saved import to_dict
 from configs.schema import Config, TrainConfig
 from data.loader import merged
 from models.language_model import Block

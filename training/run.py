@@ -10,9 +10,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from configs.command_line import load_json, override, to_dict
+from configs.command_line import override
 from configs.errors import UsageError, UserError
 from configs.files import write_text
+from configs.saved import load_json, to_dict
 from configs.schema import Config, EvalConfig, HubConfig
 from training.checkpoint import checkpoints, read_state
 

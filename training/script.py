@@ -18,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs.errors import UsageError, UserError
 from configs.files import replacing_folder
+from configs.model import Vocabulary
 from configs.ranks import World, world_of_torchrun
-from configs.schema import Config, Vocabulary
+from configs.schema import Config
 from data.build import Data, build_data
 from data.datasets import by_source
 from data.sources import parse_sources

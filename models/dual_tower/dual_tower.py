@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig, Vocabulary
+from configs.model import ModelConfig, Vocabulary
 from models.dual_tower.dual_language_model import DualLanguageModel
 from models.hub_model import HubModel
 from models.kv_cache import ImageKV, KeyValueRecorder
