@@ -130,7 +130,7 @@ def captioned(row: dict[str, Any]) -> tuple[str, list[str]]:
     """What a caption task hands to its metrics → the answer and its references: ours, and the forms of lmms-eval's."""
     if "references" in row:
         return row["answer"], row["references"]
-    references = row["instruction"] if "instruction" in row else row["answer"]
+    references = row["answer"] if row.get("answer") is not None else row["instruction"]
     return row["pred"], [references] if isinstance(references, str) else list(references)
 
 
