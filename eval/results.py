@@ -72,7 +72,8 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
     """A task's entry in results.json, and its samples; nothing on all ranks but the first. A group's tasks stand in one entry."""
     tasks.left_out.clear()
     started = time.perf_counter()
-    with Progress(console=Console(stderr=True, quiet=console.quiet), transient=True) as bar:
+    screen = Console(stderr=True, quiet=console.quiet)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:  # else an empty line stands before an error's
         shown = bar.add_task(name, total=None)
         model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep, say=console.print)
         model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
