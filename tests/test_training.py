@@ -650,8 +650,8 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
 
 
 def test_adapters_by_flag_resume_and_end_merged(tmp_path):
-    """A run with LoRA on the right tower, continued from its checkpoint, equals the uninterrupted one; its export is an ordinary model."""
-    lora = ["--lora.right.r", "2", "--cache_dir", str(tmp_path / "cache")]
+    """A run with LoRA on the right tower, continued from its checkpoint, equals the uninterrupted one, dropout's random state included; its export is an ordinary model."""
+    lora = ["--lora.right.r", "2", "--lora.right.dropout", "0.4", "--cache_dir", str(tmp_path / "cache")]
     for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
         resume = ["--resume", "auto"] if (name, steps) == ("parts", "4") else []
         run_program(command("--output_dir", str(tmp_path / name), *lora, *resume, "--max_steps", steps, "--train.final_lr", "1"), tmp_path).check_returncode()
