@@ -48,7 +48,7 @@ model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)
 mark("building the model and loading its weights")
 tokenizer = _tokenizer(Path(sys.argv[1]))
 mark("tokenizer")
-if Packed.available(model.device):
+if Packed.available(model.right.unembedding):
     model.right.pack()
 mark("laying the weights out for oneDNN")
 answerer = Answerer(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context))
