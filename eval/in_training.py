@@ -162,6 +162,12 @@ class Best:
             raise UsageError(f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}")
         self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
 
+    @property
+    def warning(self) -> str:
+        """Why no model was kept, where one was wanted; at the end of a run."""
+        none = self.metric and (not self.path.is_file() or read_json(self.path)["metric"] != self.metric)
+        return f"eval.best: {self.metric} never came with a number, so no best model was kept" if none else ""
+
     def is_beaten(self, step: int, scores: dict[str, Any]) -> bool:
         """Whether these scores are the best until this step; a later one's, of a run that was taken up again before it, does not count."""
         value = scores.get(self.metric)

@@ -215,7 +215,8 @@ class DualTower(lmms):
             if self.halved:
                 raise UserError(f"out of memory at batch size {self.batch_size} too: give a smaller --batch_size") from error
             half, self.halved = self.batch_size // 2, True
-            self.say(f"out of memory at batch size {self.batch_size}: going on with {half}")
+            who = f"rank {self.rank}: " if self.world_size > 1 else ""  # each has memory of its own
+            self.say(f"{who}out of memory at batch size {self.batch_size}: going on with {half}")
             self.batch_size = half
             error.__traceback__ = None  # it holds the batch's tensors
         gc.collect()

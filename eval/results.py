@@ -39,9 +39,11 @@ def evaluate(args: Namespace, output: Path | None) -> None:
     console = Console(quiet=not first)
     metrics = [name.strip() for name in args.caption_metrics.split(",") if name.strip()]
     tasks = Tasks(Path(args.data_root) if args.data_root else None, metrics, args.tokenizer, args.matcher)
-    for name in args.tasks:  # errors before anything is computed
-        tasks.load(name)
+    for name in args.tasks:  # errors before anything is computed, the quick ones first
+        tasks.add(name)
     answerer = Answerer.from_pretrained(args.model, args.dtype, args.device)
+    for name in args.tasks:
+        tasks.load(name)
     keep = output / "images" if output is not None else None
     shown = ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer", "caption_metrics", "matcher", "floor", "data_root")
     settings = {key: getattr(args, key) for key in shown} | {"device": answerer.model.device.type}
@@ -75,7 +77,7 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
     screen = Console(stderr=True, quiet=console.quiet)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:  # else an empty line stands before an error's
         shown = bar.add_task(name, total=None)
-        model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep, say=console.print)
+        model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep)
         model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
         found = run_tasks(model, tasks, [name], args.limit, args.process_with_media, output)
     ranks = world_of_torchrun().gather((model.images, sum(model.cut.values()), model.tokens, model.seconds))

@@ -19,7 +19,7 @@ from data.loader import merged
 from training.checkpoint import checkpoints
 from training.distributed import check_world
 
-# One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16, where sums differ by their order.
+# One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
 # Three layers: with two, what FSDP does to a block's arguments does not show.
 PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 SHARED = [

@@ -1,5 +1,6 @@
 """Evaluation inside training: training must not notice it, and its figures must be those that evaluation.py gives afterwards."""
 
+import gc
 import json
 import sys
 import threading
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import dataset_of, lively_model
 from PIL import Image
 from programs import run_program
@@ -108,6 +110,29 @@ def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
     assert validation.cider(model, 0, 5) is None
 
 
+def held() -> int:
+    """Bytes of all tensors that are alive in this process."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
+    """Image KVs and decoding caches of an evaluation are gone after it; what validation itself keeps for the next one does not grow."""
+    pytest.importorskip("lmms_eval", reason="the group eval is not installed")
+    records = [json.loads(line) for line in captions(tmp_path, 10).read_text().splitlines()]
+    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
+    validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
+    tasks = TasksInTraining(EvalConfig(tasks=f"questions:jsonl={tmp_path / 'captions.jsonl'}"))
+    for work in (validation.score, lambda model: validation.cider(model, 10, 5), lambda model: validation.predictions(model, 8), lambda model: tasks.score(model, renderer)):
+        found = []
+        for _ in range(3):
+            with torch.no_grad():
+                work(model)
+            found.append(held())
+        assert found[1] == found[2] and found[0] > sum(p.nbytes for p in model.parameters()), found
+
+
 class Meeting(World):
     """A rank of several in threads of this process."""
 
@@ -166,6 +191,9 @@ def test_best_goes_by_the_metric_s_direction(tmp_path):
     assert lowest.is_beaten(9, {"mmstar_error": 0.9})  # what was kept by another metric does not count
     lowest.note(9, {"mmstar_error": 0.9})
     assert lowest.is_beaten(10, {"mmstar_error": 0.1}) and not lowest.is_beaten(10, {"mmstar_error": 1.0})
+    never = Best(tmp_path, "mmstar_average", {"mmstar_average": True})  # what is kept is another metric's
+    assert lowest.warning == "" and never.warning == "eval.best: mmstar_average never came with a number, so no best model was kept"
+    assert Best(tmp_path / "new", "mmstar_average", {"mmstar_average": True}).warning == never.warning and not Best(tmp_path / "new", "", {}).warning
     with pytest.raises(UsageError, match="no metric 'mmstar_averge' .did you mean 'mmstar_average'"):
         Best(tmp_path, "mmstar_averge", {"mmstar_average": True, "mmstar_error": False})
 

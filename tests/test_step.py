@@ -21,6 +21,7 @@ from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from training.averages import KEY, averaged
 from training.estimate import dry_run
+from training.muon import Muon, orthogonal
 from training.optim import make_optimizers
 from training.precision import autocast, grad_scaler
 from training.script import export_checkpoint
@@ -61,6 +62,31 @@ def test_averages_are_those_of_the_weights_after_each_step(tokenizer, rows, monk
             torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-7)
             assert name not in moved or not torch.equal(p, weights[name]), name
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon(shape, monkeypatch):
+    """With products in bf16 PyTorch's own to the bit; in fp32 the iteration's polynomial on each singular value, by fp64's decomposition."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    monkeypatch.setattr("training.muon.computes_bf16", lambda device: False)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.square().sum().sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert orthogonal(matrix).dtype == torch.float32 and 0.6 < values.min() and values.max() < 1.3
+    torch.testing.assert_close(orthogonal(matrix).double(), u @ values.diag() @ v, rtol=0, atol=1e-4)
+
+    monkeypatch.setattr("training.muon.computes_bf16", lambda device: True)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    groups = [{"params": [p], "lr": 0.1, "weight_decay": 0.01} for p in (ours, theirs)]
+    optimizers = Muon(groups[:1]), torch.optim.Muon(groups[1:], adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(ours, theirs) and not torch.equal(ours, torch.ones(shape))
 
 
 def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):

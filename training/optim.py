@@ -8,6 +8,7 @@ from torch import nn
 
 from configs.schema import TrainConfig
 from models.adapters import base_parameters
+from training.muon import Muon
 
 
 def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
@@ -26,10 +27,10 @@ def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
 
 
 def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or with `optimizer="muon"` a Muon (https://kellerjordan.github.io/posts/muon) for the weights of linear layers and AdamW for the rest.
+    """AdamW alone, or with `optimizer="muon"` a Muon for the weights of linear layers and AdamW for the rest.
 
-    Groups are by part; only matrices decay. Every trained parameter is in exactly one group. Muon's updates are scaled
-    to AdamW's root mean square (arXiv 2502.16982), so that one learning rate a part serves both.
+    Groups are by part; only matrices decay. Every trained parameter is in exactly one group. Muon's updates have AdamW's size,
+    so that one learning rate a part serves both.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
     muon: list[dict[str, Any]] = []
@@ -51,7 +52,7 @@ def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimiz
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, config.beta2), fused=True))
     if muon:
-        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon))
     return optimizers
 
 

@@ -309,6 +309,8 @@ def _train_and_export(
     task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved)
     try:
         train(config, model, task, folder, log, checkpoint, world)
+        if best.warning:
+            log.say(f"warning: {best.warning}")
     except Stopped as stopped:
         start = [sys.executable] if world.size == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
         log.say(f"{stopped}\ngo on with:\n  {shlex.join([*start, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
