@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.command_line import FlagParser, add_flags, override
 from configs.errors import UsageError, run_script
+from configs.imports import sooner
 from configs.model import GenerationConfig
 from configs.saved import load_json
 
@@ -45,8 +46,9 @@ def main(argv: list[str]) -> None:
     if flags["image"] == "":
         raise UsageError("--image is empty: give a file, or leave the flag out for text alone")
 
-    from eval.answering import Answerer
-    from eval.chat import Chat, Shown, talk, told
+    with sooner():
+        from eval.answering import Answerer
+        from eval.chat import Chat, Shown, talk, told
 
     answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], flags["store"])
     images = [answerer.tiles(flags["image"])] if flags["image"] else []

@@ -35,7 +35,9 @@ PARTS = """
 import json, sys, time
 marks = [("", time.perf_counter())]
 mark = lambda name: marks.append((name, time.perf_counter()))
-from eval.answering import Answerer, _tokenizer
+from configs.imports import sooner
+with sooner():
+    from eval.answering import Answerer, _tokenizer
 from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM

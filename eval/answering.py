@@ -17,13 +17,14 @@ from data.images import Tiles, open_pixels, to_tiles
 from data.render import IGNORE, Document, Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
+from models.folder import find_model
 from models.generation import Generation, generate, prefill
 from models.image_blocks import Block, blocks_of, encode_blocks, encode_rows
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
 from models.layers import Packed, computes_bf16, pick_device
-from models.pretrained import ancestor_tokenizer, find_model, load_model
+from models.pretrained import ancestor_tokenizer, load_model
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -54,8 +55,9 @@ class Answerer:
         `dtype`: "fp32", "bf16", or "auto", bf16 where the machine multiplies in it. `store`: folder where image KVs are kept.
         """
         place = pick_device(device, "--device")
-        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder).to(place)
-        tokenizer = _tokenizer(find_model(folder))
+        found = find_model(folder)
+        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, found).to(place)
+        tokenizer = _tokenizer(found)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
         if Packed.available(model.right.unembedding):

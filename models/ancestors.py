@@ -38,11 +38,6 @@ RENAMED = (
 )
 
 
-def is_ancestor(config: Any) -> bool:
-    """Is this the content of an ancestor's `config.json`?"""
-    return isinstance(config, dict) and "vit_hidden_dim" in config and "lm_hidden_dim" in config
-
-
 def read_ancestor(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """→ model type, configuration, vocabulary, and the tensors under this project's names (with those nobody reads)."""
     dual = any(name.startswith("left_tower.") for name in tensors)

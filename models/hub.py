@@ -20,10 +20,7 @@ from configs.files import read_json, replacing_folder
 from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
 from configs.saved import load_json
 from configs.schema import Config
-from models.dual_tower.dual_tower import DualTowerVLM
-from models.pretrained import load_model, read_head, weight_files
-from models.vision_language_model import VisionLanguageModel
-from training.card import write_card
+from models.folder import read_head, weight_files
 
 
 def push_folder(args: argparse.Namespace) -> None:
@@ -64,13 +61,18 @@ def info(args: argparse.Namespace) -> None:
 def _numbers(path: Path) -> int:
     """That the tensors of a file hold, from its header alone."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def card(args: argparse.Namespace) -> None:
+    from models.dual_tower.dual_tower import DualTowerVLM
+    from models.pretrained import load_model
+    from models.vision_language_model import VisionLanguageModel
+    from training.card import write_card
+
     run, results = Path(args.run), Path(args.run) / "evaluation" / "results.json"
     config = load_json(Config, run / "config.json")
     if args.licence:

@@ -20,18 +20,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from configs.errors import UsageError, UserError
-from configs.files import read_json, replacing, write_text
-from configs.hub import WEIGHTS, fetch, is_hub_id
+from configs.files import replacing, write_text
+from configs.hub import WEIGHTS
 from configs.model import ModelConfig, Vocabulary
 from configs.saved import from_dict
-from models.ancestors import is_ancestor, read_ancestor
+from models.ancestors import read_ancestor
+from models.folder import BESIDE, FORMAT, INDEX, find_model, is_ancestor, read_head, weight_files
 from models.vision_encoder import create_backbone
 
-FORMAT = 3  # of a model folder
 SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks
-BESIDE = ["*.json", "*.jinja", "*.py", "*.txt"]  # what may stand beside the weights: tokenizer, preprocessing, generation settings
-INDEX = "model.safetensors.index.json"  # of weights in several files
-MODEL_TYPES = ("dual_tower", "vanilla")
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
 
 
@@ -61,52 +58,6 @@ def save_model(model: Any, folder: Path) -> None:
     for old in {path for pattern in WEIGHTS for path in folder.glob(pattern)} - {folder / file for file in (*shards.filename_to_tensors, *[INDEX] * shards.is_sharded)}:
         old.unlink()  # another model's that stood here
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model folder's weights. A missing or damaged one of the list raises `UserError`."""
-    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
-        files = [folder / "model.safetensors"]
-    else:
-        index = read_json(folder / INDEX)
-        try:
-            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-        except (LookupError, AttributeError, TypeError) as error:
-            raise UserError(f"{folder / INDEX} is damaged: {error!r}") from None
-    for path in files:
-        _check_there(folder, path.name)
-    return files
-
-
-def _check_there(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
-        inner = folder / "model"
-        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
-
-
-def read_head(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a complete model folder, of this version or of an ancestor."""
-    if not folder.is_dir():
-        raise UserError(f"no model folder at {folder}")
-    _check_there(folder, "config.json")
-    weight_files(folder)
-    head = read_json(folder / "config.json")
-    if is_ancestor(head):
-        return dict(head)
-    kind = head.get("model_type") if isinstance(head, dict) else None
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
-    found = head.get("format")
-    if found != FORMAT:
-        newer = " and was written by a newer one: update this program" if type(found) is int and found > FORMAT else ""
-        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}{newer}")
-    return dict(head)
-
-
-def find_model(source: str | Path, token: str | None = None) -> Path:
-    """A local model folder, or a Hub id, which is fetched."""
-    return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
 
 
 def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:

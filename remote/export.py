@@ -19,8 +19,7 @@ from configs.files import write_text
 from configs.model import GenerationConfig, ModelConfig
 from configs.saved import from_dict
 from data.tokens import Tokenizer
-from models.ancestors import is_ancestor
-from models.pretrained import read_head
+from models.folder import is_ancestor, read_head
 
 HOME = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "models", "remote")

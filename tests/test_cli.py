@@ -1,6 +1,7 @@
 """The scripts as a user meets them: flags, one-line errors, exit codes. Nothing heavy is imported for a wrong command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,16 +158,33 @@ def test_bad_images_get_one_line(trained, tmp_path):
     assert done.returncode == 2 and "the prompt has" in done.stderr and done.stderr.count("\n") == 1
 
 
+HEAVY = {"torch", "torchvision", "timm", "transformers", "datasets", "pyarrow", "wandb", "tensorboard", "trackio", "lmms_eval", "pycocoevalcap", "peft", "gguf", "matplotlib"}
+
+
 @pytest.mark.parametrize("script", ["train_dual_tower.py", "train_vanilla.py", "generate.py", "evaluation.py"])
 def test_help_comes_without_what_is_heavy(script):
     """--help lists the flags; neither torch is loaded for it nor any optional package."""
-    heavy = {"torch", "torchvision", "timm", "transformers", "datasets", "pyarrow", "wandb", "tensorboard", "trackio", "lmms_eval", "pycocoevalcap", "peft", "gguf", "matplotlib"}
     code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{ROOT / script}', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += f"print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    code += f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "[]" and "--debug" in done.stdout
     if script == "train_dual_tower.py":
         assert "--train.lr_projector FLOAT" in done.stdout and "--resume" in done.stdout
+
+
+def test_a_folder_is_looked_at_without_what_is_heavy(trained):
+    code = f"import sys; from models.hub import main; main(['info', {str(trained / 'model')!r}]); print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]" and "model of type dual_tower" in done.stdout and " numbers" in done.stdout, done.stderr
+
+
+def test_answers_come_without_trackers(trained, tmp_path):
+    """timm would import W&B, where it is installed; later imports find it as ever."""
+    call = ["--checkpoint", str(trained / "model"), "--prompt", "x", "--max_new_tokens", "1"]
+    code = f"import sys, generate; generate.main({call!r}); print('wandb' in sys.modules, 'timm' in sys.modules, file=sys.stderr); import wandb"
+    (tmp_path / "wandb.py").write_text("import sys; print('here', file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stderr.split() == ["False", "True", "here"], done.stderr
 
 
 def test_dashes_and_underscores_are_alike():

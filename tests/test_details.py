@@ -101,13 +101,16 @@ def test_a_spike_is_told():
     log = SimpleNamespace(say=told.append)
     for step, norm in enumerate([1.0] * 25 + [4.9, 5.1, 1.0], 1):
         values = {"grad_norm": norm}
-        training.loop._tell_spike(values, norms, step, log)
+        training.loop._tell_spike(values, norms, 1.0, step, log)
         assert ("spike" in values) == (norm == 5.1)
     assert told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"] and len(norms) == 28
     few = deque(maxlen=100)
     for norm in (1.0, 100.0):
-        training.loop._tell_spike({"grad_norm": norm}, few, 1, log)
+        training.loop._tell_spike({"grad_norm": norm}, few, 1.0, 1, log)
     assert len(told) == 1
+    for least in (1.0, 0.4):
+        training.loop._tell_spike({"grad_norm": 0.5}, deque([0.01] * 25), least, 1, log)
+    assert len(told) == 2  # clipping does nothing to the first
 
 
 def slow_third_step():

@@ -204,7 +204,7 @@ class Run:
         elif failed:
             _note_skipped(values, self.step, self.folder, self.log, self.world)
         else:
-            _tell_spike(values, self.norms, self.step, self.log)
+            _tell_spike(values, self.norms, c.clip, self.step, self.log)
         if self.failed == c.skips:
             self.saver.wait()
             at = f"the last checkpoint stands in {self.folder / 'checkpoints'}"
@@ -248,10 +248,10 @@ def watch(minutes: float) -> None:
         faulthandler.dump_traceback_later(minutes * 60, repeat=True, file=sys.__stderr__)
 
 
-def _tell_spike(values: dict[str, Any], norms: deque[float], step: int, log: RunLog) -> None:
-    """A gradient norm far above the last ones is a line, and "spike" in the metrics."""
+def _tell_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
+    """A gradient norm far above the last ones, and above `least`, is a line, and "spike" in the metrics. What clipping lets through, as near a loss of 0, is none."""
     norm = values["grad_norm"]
-    if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
+    if norm > least and len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
         values["spike"] = norm / usual
         log.say(f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median of the last {len(norms)} steps ({usual:.3g})")
     norms.append(norm)

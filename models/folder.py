@@ -1,0 +1,64 @@
+"""A model folder or Hub repository, looked at without reading its weights; imports no PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.files import read_json
+from configs.hub import WEIGHTS, fetch, is_hub_id
+
+FORMAT = 3  # of a model folder
+BESIDE = ["*.json", "*.jinja", "*.py", "*.txt"]  # what may stand beside the weights: tokenizer, preprocessing, generation settings
+INDEX = "model.safetensors.index.json"  # of weights in several files
+MODEL_TYPES = ("dual_tower", "vanilla")
+
+
+def is_ancestor(config: Any) -> bool:
+    """Is this the content of an ancestor's `config.json`?"""
+    return isinstance(config, dict) and "vit_hidden_dim" in config and "lm_hidden_dim" in config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights. A missing or damaged one of the list raises `UserError`."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        files = [folder / "model.safetensors"]
+    else:
+        index = read_json(folder / INDEX)
+        try:
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (LookupError, AttributeError, TypeError) as error:
+            raise UserError(f"{folder / INDEX} is damaged: {error!r}") from None
+    for path in files:
+        _check_there(folder, path.name)
+    return files
+
+
+def _check_there(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        inner = folder / "model"
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a complete model folder, of this version or of an ancestor."""
+    if not folder.is_dir():
+        raise UserError(f"no model folder at {folder}")
+    _check_there(folder, "config.json")
+    weight_files(folder)
+    head = read_json(folder / "config.json")
+    if is_ancestor(head):
+        return dict(head)
+    kind = head.get("model_type") if isinstance(head, dict) else None
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
+    found = head.get("format")
+    if found != FORMAT:
+        newer = " and was written by a newer one: update this program" if type(found) is int and found > FORMAT else ""
+        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}{newer}")
+    return dict(head)
+
+
+def find_model(source: str | Path, token: str | None = None) -> Path:
+    """A local model folder, or a Hub id, which is fetched."""
+    return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
