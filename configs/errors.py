@@ -1,6 +1,7 @@
 """What a user did wrong or what the machine refused, told in one line, with the right exit code."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -40,7 +41,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])
+        sys.stdout.flush()
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(141)  # as a shell's tools do under `| head`
         if debug:
             raise
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
@@ -54,3 +58,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _nobody_reads() -> bool:
+    """Is the standard output a pipe whose reader has gone? From then on it goes nowhere."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone

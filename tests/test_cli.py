@@ -178,6 +178,16 @@ def test_a_folder_is_looked_at_without_what_is_heavy(trained):
     assert done.stderr.strip() == "[]" and "model of type dual_tower" in done.stdout and " numbers" in done.stdout, done.stderr
 
 
+def test_a_reader_that_goes_away():
+    """`| head -1`: nothing is printed of it; a pipe that is not the output's is an error as any."""
+    code = "import sys; from configs.errors import run_script; run_script(lambda argv: [print(n) for n in range(100_000)])"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}' | head -1; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "141"] and done.stderr == ""
+    code = "import os, sys; from configs.errors import run_script; r, w = os.pipe(); os.close(r); run_script(lambda argv: os.write(w, b'x'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 32] Broken pipe\n"
+
+
 def test_answers_come_without_trackers(trained, tmp_path):
     """timm would import W&B, where it is installed; later imports find it as ever."""
     call = ["--checkpoint", str(trained / "model"), "--prompt", "x", "--max_new_tokens", "1"]
