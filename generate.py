@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.command_line import FlagParser, add_flags, override
 from configs.errors import UsageError, run_script
-from configs.imports import sooner
+from configs.imports import leave, sooner
 from configs.model import GenerationConfig
 from configs.saved import load_json
 
@@ -78,3 +78,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     run_script(main)
+    leave()

@@ -1,9 +1,11 @@
-"""Large libraries, imported late."""
+"""Large libraries: imported late, and left at once."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -19,3 +21,10 @@ def sooner() -> Iterator[None]:
         gc.enable()
         if absent:
             del sys.modules["wandb"]
+
+
+def leave() -> NoReturn:
+    """End the process here: taking some thousand modules apart takes a second and a half, and frees what the system frees anyway. For scripts that have written all they will."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
