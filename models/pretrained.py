@@ -158,7 +158,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+        cached = f"; it is the cache's copy of the Hub's: delete {path.resolve()} and it will be fetched again" if path.is_symlink() else ""
+        raise UserError(f"{path} cannot be read as safetensors: {error}{cached}") from None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -261,6 +261,18 @@ def test_a_download_that_broke_off_is_said_and_mended(model, served, go_to):
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
+def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
+    """What the error says to do helps."""
+    model.push_to_hub("me/tiny")
+    DualTowerVLM.from_pretrained("me/tiny")
+    [kept] = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
+    kept.resolve().write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: delete (.*) and it will be fetched again") as told:
+        DualTowerVLM.from_pretrained("me/tiny")
+    Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
+    assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
+
+
 def test_a_wrong_token_when_reading(model, served, login):
     model.push_to_hub("me/tiny")
     login("hf_wrong")
