@@ -65,6 +65,7 @@ def at_hub(address: str, cache: str) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    os.environ |= {"HF_ENDPOINT": address, "HF_HOME": cache, "HF_DATASETS_CACHE": cache}
     for name, value in hub_constants(address, cache).items():
         setattr(constants, name, value)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ import torch
 from conftest import TINY_MODEL, lively_model, random_tiles
 from hub_server import hub
 from PIL import Image
+from programs import at_hub, run_program, run_ranks
 
 from configs.errors import UsageError, UserError, run_script
 from configs.model import GenerationConfig
@@ -442,6 +444,14 @@ def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(answerer, tm
     assert "it/s" not in capfd.readouterr().err
 
 
+def test_tasks_are_found_as_lmms_eval_finds_them():
+    import yaml
+
+    found, theirs = Tasks(), TaskManager(include_path=str(ROOT / "eval" / "tasks"))
+    assert found.task_index == theirs.task_index and found.all_tasks == theirs.all_tasks and len(found.all_tasks) > 1900
+    assert yaml.full_load("a: 1") == {"a": 1} and yaml.full_load.__module__ == "yaml"
+
+
 def test_unknown_tasks():
     with pytest.raises(UsageError, match="did you mean 'mmstar'"):
         Tasks().add("mmstr")
@@ -457,8 +467,7 @@ def exported(folder: Path, answerer: Answerer) -> Path:
     return folder
 
 
-def evaluation(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "evaluation.py", *flags], cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+EVALUATION = str(ROOT / "evaluation.py")
 
 
 def evaluation_here(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -496,12 +505,9 @@ def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
         "5",
         "--floor",
     ]
-    for out, run in (("a", evaluation), ("b", evaluation_here)):
-        done = run(*flags, "--output", out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.randint(20000, 60000)), str(ROOT / "evaluation.py"), *flags, "--output", "c"]
-    done2 = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done2.returncode == 0, done2.stderr
+    assert evaluation_here(*flags, "--output", "b", cwd=tmp_path).returncode == 0
+    done, two = run_program([EVALUATION, *flags, "--output", "a"], tmp_path), run_ranks(2, [EVALUATION, *flags, "--output", "c"], tmp_path)
+    assert (done.returncode, two.returncode) == (0, 0), done.stderr + two.stderr
     held = []
     for out in "abc":
         results = json.loads((tmp_path / out / "results.json").read_text())
@@ -558,10 +564,11 @@ def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
     flags = ["--model", str(exported(tmp_path / "model", answerer)), "--tasks", "mmstar", "--limit", "9", "--max_new_tokens", "4", "--output", "out"]
     expected = run_tasks(DualTower(answerer=answerer, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9)["results"]["mmstar"]
     with hub({"datasets/Lin-Chen/MMStar": data_root / "Lin-Chen" / "MMStar"}) as address:
-        done = evaluation(*flags, cwd=tmp_path, HF_ENDPOINT=str(address), HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "hf"))
+        there = partial(at_hub, str(address), str(tmp_path / "hf"))
+        done = run_program([EVALUATION, *flags], tmp_path, there)
         assert done.returncode == 0, done.stderr
         assert any("parquet" in path for path in address.served)
-        missing = evaluation(*flags[:3], "mme", cwd=tmp_path, HF_ENDPOINT=str(address), HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "hf"))
+        missing = run_program([EVALUATION, *flags[:3], "mme"], tmp_path, there)
     scores = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mmstar"]["scores"]
     assert scores == {key.split(",")[0]: value for key, value in expected.items() if key.endswith(",none") and "stderr" not in key}
     assert missing.returncode == 1 and "error: mme: the data cannot be had" in missing.stderr and "--data-root" in missing.stderr
