@@ -58,14 +58,15 @@ class Program:
         return subprocess.CompletedProcess(self.command, self.process.exitcode, out, err)
 
 
-def at_hub(address: str, cache: str) -> None:
+def at_hub(address: str, cache: str, token: str = "") -> None:
     """For `before`: makes an address the program's Hub, as HF_ENDPOINT would have when huggingface_hub was imported."""
     from hub_server import hub_constants
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    os.environ |= {"HF_ENDPOINT": address, "HF_HOME": cache, "HF_DATASETS_CACHE": cache}
+    os.environ |= {"HF_ENDPOINT": address, "HF_HOME": cache, "HF_DATASETS_CACHE": cache, "HF_TOKEN": token}
+    constants.HF_HUB_DISABLE_XET = True
     for name, value in hub_constants(address, cache).items():
         setattr(constants, name, value)
 

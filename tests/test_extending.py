@@ -1,11 +1,10 @@
 """The worked example of docs/extending.md, run as it stands."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,8 +15,7 @@ def test_the_worked_example_trains(tmp_path):
     (tmp_path / "my_train.py").write_text(script)
     python, name, *flags = shlex.split(command.replace("\\\n", " "))
     assert (python, name) == (".venv/bin/python", "my_train.py")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, name, *flags, "--output_dir", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program([name, *flags, "--output_dir", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "52 training and 8 validation records of stripes" in done.stdout and (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert "how many stripes?" in done.stdout

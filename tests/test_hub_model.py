@@ -5,8 +5,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from itertools import chain, product, repeat
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from conftest import TINY_MODEL, random_tiles, tiny_model
 from hub_server import hub
 from hub_uploads import Uploads
 from PIL import Image
+from programs import at_hub, run_program
 
 from configs.command_line import preset
 from configs.errors import UserError
@@ -447,11 +448,9 @@ def test_a_hub_that_comes_later(served, uploads, folder, tmp_path, go_to):
 
 
 def train(tmp_path: Path, endpoint: str, token: str, *flags: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     short = ["--max_steps", "6", "--train.checkpoint_every", "2", "--train.eval_every", "3", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2"]
-    command = [sys.executable, str(ROOT / "train_dual_tower.py"), *short, "--model.vision.image_size", "64", "--output_dir", str(tmp_path / "run"), *flags]
-    return subprocess.run([*command, "--cache_dir", str(tmp_path / "cache")], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [str(ROOT / "train_dual_tower.py"), *short, "--model.vision.image_size", "64", "--output_dir", str(tmp_path / "run"), *flags]
+    return run_program([*command, "--cache_dir", str(tmp_path / "cache")], tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf"), token))
 
 
 def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):

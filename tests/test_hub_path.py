@@ -2,9 +2,8 @@
 
 import io
 import json
-import os
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from conftest import TURNS, random_tiles
 from hub_server import Hub, hub
 from PIL import Image
+from programs import at_hub, run_program
 from safetensors.torch import load_file, save_file
 from test_hub import tiny_llama
 from test_tables import write
@@ -56,9 +56,7 @@ def repos(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(command: list[str], address: Hub, place: Path) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    env |= {"HF_ENDPOINT": str(address), "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run([sys.executable, *command], cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    return run_program(command, place, partial(at_hub, str(address), str(place / "hf")))
 
 
 def test_the_full_size_config_by_its_own_ids(repos, tmp_path):
@@ -91,7 +89,8 @@ ours = TableRecords("ocrvqa", files, system, table_record, 1 << 20)
 equal = [table_record(row) | {{"id": record["id"]}} == record for row, record in zip(theirs, ours, strict=True)]
 print(json.dumps([len(theirs), all(equal), len({{record["id"] for record in ours}})]))
 """
+    (tmp_path / "compare.py").write_text(code)
     with hub(repos) as address:
-        done = run(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"], address, tmp_path)
+        done = run(["compare.py"], address, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [3, True, 3]
