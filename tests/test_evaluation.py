@@ -592,3 +592,9 @@ def test_bad_flags(answerer, tmp_path, flags, code, message):
     done = evaluation_here("--model", str(exported(tmp_path / "model", answerer)), *flags, cwd=tmp_path, PATH=str(tmp_path))
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
     assert message in done.stderr
+
+
+def test_a_model_that_is_not_there_is_told_before_data_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tasks, "load", lambda self, name: pytest.fail("data first"))
+    done = evaluation_here("--model", "nowhere", "--tasks", "mmstar", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: no model folder at nowhere\n")
