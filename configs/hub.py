@@ -72,7 +72,7 @@ def _reading(source: str, what: str, do: Callable[[], T]) -> T:
     except Exception as error:  # every HTTP library has its own
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"{name} could not be fetched: {REFUSALS[401]}; {local}") from None
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        reason = without_tokens(" ".join(str(error).split()).split(". ")[0])[:200]
         raise UserError(f"{name} is no folder here, and {what} could not be fetched from the Hub ({reason}); {local}") from error
 
 
@@ -90,7 +90,12 @@ def trying(what: str, do: Callable[[], T], may_pass: Callable[[Exception], bool]
 
 
 def reason_of(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).split(" For more information")[0][:200]
+    return without_tokens(" ".join(f"{type(error).__name__}: {error}".split()).split(" For more information")[0])[:200]
+
+
+def without_tokens(text: str) -> str:
+    """Some libraries' errors show the request's headers."""
+    return re.sub(r"(?<=Bearer )\S+|hf_[A-Za-z0-9]{6,}", "…", text)
 
 
 def pause(seconds: float) -> None:
@@ -227,6 +232,6 @@ def _writing_may_pass(error: Exception) -> bool:
 def _refusal(error: Exception) -> str:
     for cause in _causes(error):
         if (response := getattr(cause, "response", None)) is not None:
-            said = getattr(cause, "server_message", None) or reason_of(cause)
+            said = without_tokens(getattr(cause, "server_message", None) or reason_of(cause))
             return " ".join(f"{REFUSALS.get(response.status_code, '')} ({response.status_code}: {said})".split())[:400]
     return reason_of(list(_causes(error))[-1])

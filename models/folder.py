@@ -45,17 +45,18 @@ def read_head(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
     _check_there(folder, "config.json")
-    weight_files(folder)
     head = read_json(folder / "config.json")
+    found = head.get("format") if isinstance(head, dict) else None
+    if type(found) is int and found > FORMAT:
+        raise UserError(f"{folder} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program")
+    weight_files(folder)
     if is_ancestor(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
-    found = head.get("format")
     if found != FORMAT:
-        newer = " and was written by a newer one: update this program" if type(found) is int and found > FORMAT else ""
-        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}{newer}")
+        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}")
     return dict(head)
 
 

@@ -24,6 +24,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
     def __init__(self) -> None:
         super().__init__()
         self.beside: dict[str, bytes] = {}  # tokenizer and settings of the folder that the model was loaded from: saved with it
+        self.code: dict[str, Any] = {}  # how its config.json names the code beside it, for transformers
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the mixin's other options say nothing here, and are refused
@@ -36,6 +37,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         """
         if revision is not None and ("@" in str(source) or not is_hub_id(str(source))):
             raise UserError(f"revision = {revision!r} needs a Hub id that names none itself, and nothing of that name on this disk: {source} is something else")
+        token = token.strip() if token else token  # as read from a file
         model = load_model({cls.model_type: cls}, f"{source}@{revision}" if revision is not None else source, token)
         if load_backbone:
             if all(part.weights == "random" for part in (model.config.vision, *(getattr(model.config, tower) for tower in model.config.towers))):
@@ -57,6 +59,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         `options` are huggingface_hub's: `branch`, `commit_message` … Errors: `UserError`: no token, a wrong one, no right to write there, a
         repository with a model of another type, a Hub that stays out of reach.
         """
+        token = token.strip() if token else token
         repo = open_repo(repo_id, self.model_type, private, token)
         options = {"delete_patterns": WEIGHTS} | options
         return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))

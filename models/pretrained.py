@@ -45,7 +45,7 @@ def save_model(model: Any, folder: Path) -> None:
     """`config.json`, and the weights: `model.safetensors`, or where they are more than `SHARD_SIZE` several files and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    config = {"model_type": model.model_type, "format": FORMAT, "vocabulary": asdict(model.vocabulary), "model": asdict(model.config)}
+    config = {"model_type": model.model_type, "format": FORMAT, "vocabulary": asdict(model.vocabulary), "model": asdict(model.config)} | model.code
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
     for file, names in shards.filename_to_tensors.items():
         try:
@@ -120,6 +120,7 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     model.beside = {path.name: path.read_bytes() for pattern in BESIDE for path in folder.glob(pattern) if path.name not in ("config.json", INDEX)}
+    model.code = {key: head[key] for key in ("architectures", "auto_map") if key in head and not is_ancestor(head)}
     own = model.state_dict()
     model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
     load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder), assign=True)

@@ -281,10 +281,21 @@ def test_a_wrong_token_when_reading(model, served, login):
         DualTowerVLM.from_pretrained("me/tiny")
 
 
+def test_a_token_is_never_shown(model, served, capsys):
+    """Read from a file, with its line's end; and in a header that an HTTP library will not send."""
+    model.push_to_hub("me/tiny", token="hf_me\n")
+    assert same(model, DualTowerVLM.from_pretrained("me/tiny", token="hf_me\n"))
+    with pytest.raises(UserError) as told:
+        model.push_to_hub("me/tiny", token="hf_secret\nsecret")
+    with pytest.raises(UserError) as read:
+        DualTowerVLM.from_pretrained("me/tiny", token="hf_secret\nsecret")
+    assert "secret" not in f"{told.value}{read.value}{capsys.readouterr()}"
+
+
 def test_a_folder_of_a_newer_version(folder):
     head = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(head | {"format": head["format"] + 1}))
-    with pytest.raises(UserError, match="was written by a newer one: update this program"):
+    with pytest.raises(UserError, match="was written by a newer version, which this one, of format 3, cannot read: update this program"):
         DualTowerVLM.from_pretrained(folder)
 
 

@@ -162,6 +162,15 @@ def test_weights_are_those_of_the_file(exported, tmp_path):
     assert torch.equal(inputs_of(exported._replace(processor=processor), asked(exported.images, QUESTIONS[1:]))["input_ids"], inputs["input_ids"])
 
 
+def test_a_folder_that_was_loaded_and_saved_is_whole(exported, tmp_path):
+    """What this project loads and saves again, transformers loads as before."""
+    exported.own.model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json") == read_json(exported.folder / "config.json")
+    other = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+    inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:]))
+    assert torch.equal(other.generate(**inputs, max_new_tokens=4), exported.model.generate(**inputs, max_new_tokens=4))
+
+
 def test_bf16(exported):
     """As the project converts it: pixels are normalised in fp32."""
     model = AutoModelForImageTextToText.from_pretrained(exported.folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu")
