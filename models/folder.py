@@ -63,3 +63,8 @@ def read_head(folder: Path) -> dict[str, Any]:
 def find_model(source: str | Path, token: str | None = None) -> Path:
     """A local model folder, or a Hub id, which is fetched."""
     return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
+
+
+def remedy(path: Path) -> str:
+    """The end of an error about a damaged file, where it is the Hub's."""
+    return f"; it is the cache's copy of the Hub's: delete {path.resolve()} and it will be fetched again" if path.is_symlink() else ""

@@ -20,12 +20,13 @@ from configs.files import read_json, replacing_folder
 from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
 from configs.saved import load_json
 from configs.schema import Config
-from models.folder import read_head, weight_files
+from models.folder import read_head, remedy, weight_files
 
 
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     kind = read_head(folder).get("model_type", "an ancestor's")  # errors before anything is made
+    numbers(folder)
     repo = open_repo(args.repo, kind, args.private or None)
     print(f"pushed: {push(folder, repo, args.message, args.branch)}")
 
@@ -37,7 +38,8 @@ def pull(args: argparse.Namespace) -> None:
     if not is_hub_id(args.repo):
         raise UsageError(f"'{args.repo}' is no repository: OWNER/NAME or OWNER/NAME@REVISION")
     found = fetch(args.repo, ["*"], "the model")
-    read_head(found)  # whole, and of a version that can be read
+    read_head(found)  # of a version that can be read
+    numbers(found)  # and whole
     with replacing_folder(to) as beside:
         shutil.copytree(found, beside, dirs_exist_ok=True)
     print(f"pulled: {to}")
@@ -51,20 +53,23 @@ def info(args: argparse.Namespace) -> None:
             raise UserError(f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object")
     else:
         folder = Path(args.source)
-        head, state = read_head(folder), f"{sum(map(_numbers, weight_files(folder))):,} numbers"
+        head, state = read_head(folder), f"{numbers(folder):,} numbers"
         files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
     print(f"{args.source}: model of type {head.get('model_type')}, format {head.get('format')}; {state}")
     for name, size in files:
         print(f"{size:16,} bytes  {name}")
 
 
-def _numbers(path: Path) -> int:
-    """That the tensors of a file hold, from its header alone."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+def numbers(folder: Path) -> int:
+    """That the tensors of a folder hold, from its files' headers alone. One that was cut raises `UserError`."""
+    count = 0
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error}{remedy(path)}") from None
+    return count
 
 
 def card(args: argparse.Namespace) -> None:

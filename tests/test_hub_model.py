@@ -270,6 +270,9 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     kept.resolve().write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: delete (.*) and it will be fetched again") as told:
         DualTowerVLM.from_pretrained("me/tiny")
+    with pytest.raises(UserError, match="the cache's copy of the Hub's"):
+        program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
+    assert not (tmp_path / "pulled").exists()
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
@@ -279,6 +282,14 @@ def test_a_wrong_token_when_reading(model, served, login):
     login("hf_wrong")
     with pytest.raises(UserError, match="me/tiny could not be fetched: the Hub does not know this token"):
         DualTowerVLM.from_pretrained("me/tiny")
+
+
+def test_half_a_file_is_not_pushed(folder, served, uploads):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors cannot be read as safetensors"):
+        program.main(["push", str(folder), "tiny"])
+    assert "me/tiny" not in uploads.repos
 
 
 def test_a_token_is_never_shown(model, served, capsys):
