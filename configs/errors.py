@@ -41,7 +41,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing where there is no standard output at all
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(141)  # as a shell's tools do under `| head`

@@ -18,6 +18,7 @@ TRIES = 4  # of what fails, 1, 2, 4 seconds apart
 ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
 REFUSALS = {
     401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
     402: "more storage has to be paid for",
@@ -119,7 +120,7 @@ def _may_pass(error: Exception) -> bool:
     if (answered := status_may_pass(error)) is not None:
         return answered
     kinds = {kind.__name__ for kind in type(error).__mro__}  # httpx's or httpx2's, as huggingface_hub has it
-    return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {"ConnectError", "ProxyError", "UnsupportedProtocol"}
+    return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {"ConnectError", "ProxyError", *NEVER}
 
 
 def _prepare() -> None:
@@ -224,9 +225,10 @@ def _writing_may_pass(error: Exception) -> bool:
         if (answered := status_may_pass(cause)) is not None:
             return answered
     kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    return (
-        bool(kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}) and "OfflineModeIsEnabled" not in kinds
-    )  # RuntimeError: hf_xet's for a network that fails
+    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}) and not kinds & {
+        "OfflineModeIsEnabled",
+        *NEVER,
+    }  # RuntimeError: hf_xet's for a network that fails
 
 
 def _refusal(error: Exception) -> str:

@@ -65,6 +65,8 @@ def find_model(source: str | Path, token: str | None = None) -> Path:
     return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
 
 
-def remedy(path: Path) -> str:
-    """The end of an error about a damaged file, where it is the Hub's."""
-    return f"; it is the cache's copy of the Hub's: delete {path.resolve()} and it will be fetched again" if path.is_symlink() else ""
+def damaged(path: Path, error: Exception) -> UserError:
+    """Of a weight file that cannot be read; with what helps where it is the Hub's, a link to a blob of its cache."""
+    kept = path.resolve()
+    cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
+    return UserError(f"{path} cannot be read as safetensors: {error}" + (f"; it is the cache's copy of the Hub's: delete {kept} and it will be fetched again" if cached else ""))

@@ -20,7 +20,7 @@ from configs.files import read_json, replacing_folder
 from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
 from configs.saved import load_json
 from configs.schema import Config
-from models.folder import read_head, remedy, weight_files
+from models.folder import damaged, read_head, weight_files
 
 
 def push_folder(args: argparse.Namespace) -> None:
@@ -68,7 +68,7 @@ def numbers(folder: Path) -> int:
             with safe_open(path, framework="np") as file:
                 count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{path} cannot be read as safetensors: {error}{remedy(path)}") from None
+            raise damaged(path, error) from None
     return count
 
 

@@ -25,7 +25,7 @@ from configs.hub import WEIGHTS
 from configs.model import ModelConfig, Vocabulary
 from configs.saved import from_dict
 from models.ancestors import read_ancestor
-from models.folder import BESIDE, FORMAT, INDEX, find_model, is_ancestor, read_head, remedy, weight_files
+from models.folder import BESIDE, FORMAT, INDEX, damaged, find_model, is_ancestor, read_head, weight_files
 from models.vision_encoder import create_backbone
 
 SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks
@@ -159,7 +159,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}{remedy(path)}") from None
+        raise damaged(path, error) from None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

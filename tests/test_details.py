@@ -108,9 +108,10 @@ def test_a_spike_is_told():
     for norm in (1.0, 100.0):
         training.loop._tell_spike({"grad_norm": norm}, few, 1.0, 1, log)
     assert len(told) == 1
-    for least in (1.0, 0.4):
-        training.loop._tell_spike({"grad_norm": 0.5}, deque([0.01] * 25), least, 1, log)
-    assert len(told) == 2  # clipping does nothing to the first
+    for least, lines in ((1.0, 1), (0.4, 2)):  # clipping does nothing to the first: it is told in the metrics alone
+        values = {"grad_norm": 0.5}
+        training.loop._tell_spike(values, deque([0.01] * 25), least, 1, log)
+        assert values["spike"] == pytest.approx(50) and len(told) == lines
 
 
 def slow_third_step():

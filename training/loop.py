@@ -249,11 +249,12 @@ def watch(minutes: float) -> None:
 
 
 def _tell_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
-    """A gradient norm far above the last ones, and above `least`, is a line, and "spike" in the metrics. What clipping lets through, as near a loss of 0, is none."""
+    """A gradient norm far above the last ones is "spike" in the metrics, and a line where it is above `least` too: near a loss of 0 there are hundreds that clipping lets through."""
     norm = values["grad_norm"]
-    if norm > least and len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
+    if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
         values["spike"] = norm / usual
-        log.say(f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median of the last {len(norms)} steps ({usual:.3g})")
+        if norm > least:
+            log.say(f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median of the last {len(norms)} steps ({usual:.3g})")
     norms.append(norm)
 
 

@@ -1,6 +1,5 @@
 """Muon: momentum whose matrices are made orthogonal (https://kellerjordan.github.io/posts/muon), in the number format that the machine is fast in."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from models.layers import computes_bf16
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic Newton-Schulz iteration in the post above
 ITERATIONS = 5
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
@@ -19,18 +19,18 @@ class Muon(torch.optim.Optimizer):
     (docs/experiments.md): two thirds of a step. Here the format is fp32 there, and bf16 elsewhere. `params`: of matrices alone.
     """
 
-    def __init__(self, params: Any, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.1, "momentum": momentum})
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state, gradient = self.state[parameter], parameter.grad
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
-                mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                update = orthogonal(gradient.lerp(mean, group["momentum"]))  # Nesterov's
+                mean = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+                update = orthogonal(gradient.lerp(mean, MOMENTUM))  # Nesterov's
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
