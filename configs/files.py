@@ -85,9 +85,16 @@ def read_json(path: Path, error: type[UserError] = UserError) -> Any:
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path} is not valid JSON: {problem}") from None
+        raise error(f"{path} is not valid JSON: {problem}{in_cache(path)}") from None
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def in_cache(path: Path) -> str:
+    """The end of an error about a damaged file: what helps where it is the Hub's, a link to a blob of its cache."""
+    kept = path.resolve()
+    cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
+    return f"; it is the cache's copy of the Hub's: delete {kept} and it will be fetched again" if cached else ""
 
 
 def append_text(path: Path, text: str) -> None:

@@ -15,9 +15,10 @@ from configs.files import read_json
 
 T = TypeVar("T")
 TRIES = 4  # of what fails, 1, 2, 4 seconds apart
-ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")  # what a repository may hold before there is a model
 NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
 REFUSALS = {
     401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
@@ -161,12 +162,13 @@ def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[A
         ) from error
 
 
-def open_repo(name: str, model_type: str, private: bool | None = None, token: str | None = None) -> str:
-    """Make a model repository, unless there is one of that name for a model of this type. → OWNER/NAME; without an OWNER it is yours.
+def open_repo(name: str, model_type: str, private: bool | None = None, token: str | None = None, branch: str | None = None) -> str:
+    """Make a model repository, unless there is one of that name for a model of this type; and `branch`, from main, where there is none. → OWNER/NAME; without an OWNER it is yours.
 
-    Errors: `UserError` where it cannot be had, holds a model of another type, or is public and was to be private.
+    Errors: `UserError` where it cannot be had, holds a model of another type or files that are none, or is public and was to be private.
     """
     from huggingface_hub import HfApi, get_token, hf_hub_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     if not NAME.fullmatch(name):
         raise UserError(f"'{name}' is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
@@ -176,27 +178,34 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
     def opened() -> str:
         api = HfApi(token=token)
         repo = api.create_repo(name, private=private, exist_ok=True).repo_id
-        info = api.model_info(repo)
+        try:
+            info, new = api.model_info(repo, revision=branch), None
+        except RevisionNotFoundError:
+            info, new = api.model_info(repo), branch
         if private and not info.private:
             raise UserError(f"{repo} is there already, and public: choose another name, or make it private on the Hub")
-        if any(file.rfilename == "config.json" for file in info.siblings or []):
+        names = {file.rfilename for file in info.siblings or []}
+        if "config.json" in names:
             head = read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token)))
             found = head.get("model_type") if isinstance(head, dict) else None
             if found != model_type:
                 raise UserError(f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name")
+        elif others := sorted(name for name in names if name != ".gitattributes" and not name.endswith(ABOUT) and not name.startswith("LICENSE")):
+            raise UserError(f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, so no model of this project: choose another name")
+        if new is not None:
+            api.create_branch(repo, branch=new, exist_ok=True)
         return repo
 
     return writing(name, opened)
 
 
 def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
-    """A folder's files → repository `repo`, as one commit; → its address. Weights that are there in other files go. Errors: `UserError`."""
+    """A folder's files, but none whose name begins with a dot and no folders in it → repository `repo`, as one commit; → its address. Weights that are there in other files go. Errors: `UserError`."""
     from huggingface_hub import HfApi
 
     def pushed() -> str:
-        if branch is not None:
-            HfApi().create_branch(repo, branch=branch, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message, revision=branch, delete_patterns=WEIGHTS).commit_url)
+        options: dict[str, Any] = {"commit_message": message, "revision": branch, "ignore_patterns": [".*", "*/*"], "delete_patterns": WEIGHTS}
+        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)
 
     return writing(repo, pushed)
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
-from configs.files import write_text
+from configs.files import in_cache, write_text
 from configs.model import MAX_GRID, Vocabulary
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -122,7 +122,7 @@ def _read(folder: Path) -> HFTokenizer:
         backend.no_padding()
         return backend
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from None
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}{in_cache(path)}") from None
 
 
 def _chat_template(folder: Path) -> str | None:

@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.files import read_json
+from configs.files import in_cache, read_json
 from configs.hub import WEIGHTS, fetch, is_hub_id
 
 FORMAT = 3  # of a model folder
-BESIDE = ["*.json", "*.jinja", "*.py", "*.txt"]  # what may stand beside the weights: tokenizer, preprocessing, generation settings
+SETTINGS = ["generation_config.json", "processor_config.json", "preprocessor_config.json"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]
+CODE = ["configs_*.py", "data_*.py", "models_*.py", "remote_*.py"]  # as remote/export.py names it
+BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
 INDEX = "model.safetensors.index.json"  # of weights in several files
 MODEL_TYPES = ("dual_tower", "vanilla")
 
@@ -33,40 +36,46 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_there(folder: Path, name: str) -> None:
+def _check_there(folder: Path, name: str, where: str = "") -> None:
     if not (folder / name).is_file():
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UserError(f"{folder} holds no {name}: not a complete model folder{hint}")
+        raise UserError(f"{where or folder} holds no {name}: not a complete model folder{hint}")
 
 
 def read_head(folder: Path) -> dict[str, Any]:
     """The `config.json` of a complete model folder, of this version or of an ancestor."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
-    _check_there(folder, "config.json")
+    head = _checked_head(folder, str(folder))
+    weight_files(folder)
+    return head
+
+
+def _checked_head(folder: Path, where: str) -> dict[str, Any]:
+    _check_there(folder, "config.json", where)
     head = read_json(folder / "config.json")
     found = head.get("format") if isinstance(head, dict) else None
     if type(found) is int and found > FORMAT:
-        raise UserError(f"{folder} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program")
-    weight_files(folder)
+        raise UserError(f"{where} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program")
     if is_ancestor(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
-        raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
+        raise UserError(f"{where}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
     if found != FORMAT:
-        raise UserError(f"{folder} has model format {found!r}; this version reads {FORMAT}")
+        raise UserError(f"{where} has model format {found!r}; this version reads {FORMAT}")
     return dict(head)
 
 
 def find_model(source: str | Path, token: str | None = None) -> Path:
-    """A local model folder, or a Hub id, which is fetched."""
-    return fetch(str(source), [*WEIGHTS, *BESIDE], "the model", token=token) if is_hub_id(str(source)) else Path(source)
+    """A local model folder, or a Hub id, which is fetched: its `config.json` first, and no more where that is not of a model that can be read."""
+    if not is_hub_id(str(source)):
+        return Path(source)
+    _checked_head(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
+    return fetch(str(source), ["config.json", *WEIGHTS, *BESIDE], "the model", token=token)
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """Of a weight file that cannot be read; with what helps where it is the Hub's, a link to a blob of its cache."""
-    kept = path.resolve()
-    cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
-    return UserError(f"{path} cannot be read as safetensors: {error}" + (f"; it is the cache's copy of the Hub's: delete {kept} and it will be fetched again" if cached else ""))
+    """Of a weight file that cannot be read."""
+    return UserError(f"{path} cannot be read as safetensors: {error}{in_cache(path)}")

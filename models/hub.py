@@ -20,14 +20,16 @@ from configs.files import read_json, replacing_folder
 from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
 from configs.saved import load_json
 from configs.schema import Config
-from models.folder import damaged, read_head, weight_files
+from models.folder import MODEL_TYPES, damaged, find_model, read_head, weight_files
 
 
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     kind = read_head(folder).get("model_type", "an ancestor's")  # errors before anything is made
     numbers(folder)
-    repo = open_repo(args.repo, kind, args.private or None)
+    if not (folder / "tokenizer.json").is_file() and kind in MODEL_TYPES:
+        raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
+    repo = open_repo(args.repo, kind, args.private or None, branch=args.branch)
     print(f"pushed: {push(folder, repo, args.message, args.branch)}")
 
 
@@ -37,6 +39,7 @@ def pull(args: argparse.Namespace) -> None:
         raise UsageError(f"{to} exists already: choose another folder")
     if not is_hub_id(args.repo):
         raise UsageError(f"'{args.repo}' is no repository: OWNER/NAME or OWNER/NAME@REVISION")
+    find_model(args.repo)  # one of ours: else no more is fetched
     found = fetch(args.repo, ["*"], "the model")
     read_head(found)  # of a version that can be read
     numbers(found)  # and whole

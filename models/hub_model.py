@@ -1,12 +1,13 @@
 """What both models share as models of the Hugging Face Hub: load, save, push, and the card. Built on huggingface_hub's `PyTorchModelHubMixin`."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UsageError, UserError, nearest
 from configs.files import CACHE, replacing
 from configs.hub import WEIGHTS, is_hub_id, open_repo, writing
 from configs.model import ModelConfig
@@ -35,6 +36,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         With `load_backbone` the vision encoder and the decoders have the pretrained weights that their `weights` settings name, not the
         folder's; what no backbone has, the projector and multi-token heads, is the folder's all the same.
         """
+        if revision == "":
+            raise UserError("revision is empty: name a branch, tag or commit, or leave it out")
         if revision is not None and ("@" in str(source) or not is_hub_id(str(source))):
             raise UserError(f"revision = {revision!r} needs a Hub id that names none itself, and nothing of that name on this disk: {source} is something else")
         token = token.strip() if token else token  # as read from a file
@@ -56,11 +59,15 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
         """Make the repository where there is none, and push what `save_pretrained` writes as one commit; → its address.
 
-        `options` are huggingface_hub's: `branch`, `commit_message` … Errors: `UserError`: no token, a wrong one, no right to write there, a
-        repository with a model of another type, a Hub that stays out of reach.
+        `options` are huggingface_hub's: `branch` (made where there is none), `commit_message` … Errors: `UserError`: no token, a wrong one, no right
+        to write there, a repository with other than a model of this type, a Hub that stays out of reach.
         """
+        known = [name for name in inspect.signature(PyTorchModelHubMixin.push_to_hub).parameters if name not in ("self", "config", "model_card_kwargs")]
+        for name in options:
+            if name not in known:
+                raise UsageError(f"push_to_hub has no option {name}{nearest(name, known)}")
         token = token.strip() if token else token
-        repo = open_repo(repo_id, self.model_type, private, token)
+        repo = open_repo(repo_id, self.model_type, private, token, options.get("branch"))
         options = {"delete_patterns": WEIGHTS} | options
         return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))
 

@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,7 @@ class Program:
     def wait(self) -> subprocess.CompletedProcess:
         self.process.join()
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self.folder)
         return subprocess.CompletedProcess(self.command, self.process.exitcode, out, err)
 
 

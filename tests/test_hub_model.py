@@ -66,7 +66,10 @@ def served(tmp_path, uploads, go_to, login, waits, naps):
     """The Hub, with a Llama of another; nobody waits there."""
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    with hub({"me/llama": tmp_path / "llama"}, uploads=uploads) as address:
+    (tmp_path / "llama" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "q4.gguf").write_bytes(b"GGUF")
+    with hub({"me/llama": tmp_path / "llama", "me/gguf": tmp_path / "gguf"}, uploads=uploads) as address:
         go_to(address)
         yield address
 
@@ -172,6 +175,7 @@ def test_a_private_one(model, served, uploads, login):
         ("hf_me", "you/new", None, 'you/new could not be pushed to: this token may not write there.*rights to create a model under the namespace "you"'),
         ("hf_me", "you/taken", None, "you/taken could not be pushed to: this token may not write there"),
         ("hf_me", "me/llama", None, "me/llama holds a model of type 'llama', this one is 'dual_tower': choose another name"),
+        ("hf_me", "me/gguf", None, "me/gguf holds q4.gguf and no config.json, so no model of this project: choose another name"),
         ("hf_me", "me/vanilla", None, "me/vanilla holds a model of type 'vanilla', this one is 'dual_tower'"),
         ("hf_me", "me/vanilla", True, "me/vanilla is there already, and public"),
         ("hf_me", "a b", None, "'a b' is no name for a repository"),
@@ -184,7 +188,7 @@ def test_a_refusal_changes_nothing(model, tokenizer, served, uploads, login, tok
     model.push_to_hub("you/taken")
     login(token)
     before = {name: dict(repo.branches) for name, repo in uploads.repos.items()}
-    if repo == "me/llama":
+    if repo in ("me/llama", "me/gguf"):
         served.failures["/api/repos/create"] = iter(["403"])  # as where a token may write there, but make nothing
     with pytest.raises(UserError, match=message):
         model.push_to_hub(repo, private=private)
@@ -275,6 +279,9 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     assert not (tmp_path / "pulled").exists()
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
+    (tmp_path / "hf").rglob("snapshots/*/config.json").__next__().resolve().write_text("{")
+    with pytest.raises(UserError, match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: delete .* and it will be fetched again"):
+        DualTowerVLM.from_pretrained("me/tiny")
 
 
 def test_a_wrong_token_when_reading(model, served, login):
@@ -413,7 +420,8 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     [
         (["push", "nowhere", "tiny"], "no model folder at nowhere"),
         (["pull", "me/nothing", "new"], "me/nothing is neither a folder here nor on the Hub"),
-        (["pull", "me/llama", "new"], "holds no model.safetensors: not a complete model folder"),
+        (["pull", "me/llama", "new"], "me/llama/config.json describes a model of type 'llama'"),
+        (["pull", "me/gguf", "new"], "me/gguf holds no config.json"),
         (["pull", "me/llama", "."], "exists already"),
         (["pull", "./nowhere", "new"], "'./nowhere' is no repository"),
         (["info", "nowhere"], "no model folder at nowhere"),
@@ -427,6 +435,49 @@ def test_commands_that_cannot_be_done(served, uploads, tmp_path, monkeypatch, co
     with pytest.raises(UserError, match=message):
         program.main(command)
     assert not (tmp_path / "new").exists() and not uploads.repos
+    assert not [path for path in served.served if path.endswith(("safetensors", "gguf"))]  # nothing of others is fetched
+
+
+def test_a_branch_of_another(model, folder, served, uploads):
+    """What counts is where it goes: the branch, or where that is new, main."""
+    model.push_to_hub("me/tiny", branch="mine")
+    assert set(uploads.repos["me/tiny"].branches) == {"main", "mine"} and same(model, DualTowerVLM.from_pretrained("me/tiny", revision="mine"))
+    repo = uploads.repos["me/tiny"]
+    uploads._add("me/tiny", repo, "v1+cpu", {"config.json": b'{"model_type": "llama"}'}, "another's")
+    uploads._add("me/tiny", repo, "shards", {"README.md": b"", "model-00001-of-00002.safetensors": b""}, "another's")
+    for branch, message in (("v1+cpu", "holds a model of type 'llama'"), ("shards", "me/tiny holds model-00001-of-00002.safetensors and no config.json")):
+        with pytest.raises(UserError, match=message):
+            program.main(["push", str(folder), "me/tiny", "--branch", branch])
+        with pytest.raises(UserError, match=message):
+            model.push_to_hub("me/tiny", branch=branch)
+    with pytest.raises(UserError, match=r"me/tiny@v1\+cpu/config.json describes a model of type 'llama'"):
+        DualTowerVLM.from_pretrained("me/tiny", revision="v1+cpu")
+    with pytest.raises(UserError, match="revision is empty"):
+        DualTowerVLM.from_pretrained("me/tiny", revision="")
+
+
+def test_an_option_that_there_is_not(model, served, uploads):
+    with pytest.raises(UserError, match="push_to_hub has no option brnch .did you mean 'branch'"):
+        model.push_to_hub("me/tiny", brnch="mine")
+    assert not uploads.repos
+
+
+def test_what_is_none_of_the_models_stays_here(folder, served, uploads):
+    (folder / ".env").write_text("secret")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("mine")
+    (folder / "diary.json").write_text("{}")
+    program.main(["push", str(folder), "me/tiny"])
+    assert not {".env", "sub/notes.txt"} & set(uploads.repos["me/tiny"].files)
+    DualTowerVLM.from_pretrained(folder).push_to_hub("me/other")
+    assert not {".env", "sub/notes.txt", "diary.json"} & set(uploads.repos["me/other"].files) and "tokenizer.json" in uploads.repos["me/other"].files
+
+
+def test_without_a_tokenizer(folder, served, uploads):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer.json: not a complete model folder"):
+        program.main(["push", str(folder), "me/tiny"])
+    assert not uploads.repos
 
 
 # --- a run
