@@ -42,7 +42,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     """
     where = _name(source)
     if not isinstance(source, str | Path | bytes | Image.Image):
-        raise ImageError("missing", f"{where} is {source!r}")
+        raise ImageError("missing", f"{where} is of type {type(source).__name__}, not a path, bytes or a Pillow image")
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, _orientation(source))

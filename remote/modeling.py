@@ -103,7 +103,12 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if strings and tokenizer is None:
             raise UsageError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
         mask = attention_mask.bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
+        if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
+            raise UsageError(f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), with at least one token a row")
         prompts = [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+        rows = self.vlm.vocabulary.size
+        if wrong := [token for ids in prompts for token in ids if not 0 <= token < rows]:
+            raise UsageError(f"generate: input_ids hold {wrong[0]}, this model's vocabulary has {rows:,} tokens: they come from another tokenizer")
         documents = [route(ids, [IGNORE] * len(ids), spans_of(ids, self.vlm.vocabulary), self.vlm.config.left_context) for ids in prompts]
         tiles = self._tiles(prompts, pixel_values)
         stopped = set()

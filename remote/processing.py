@@ -1,6 +1,7 @@
 """Chats with images → what `generate` takes, as `transformers.AutoProcessor` loads it: through this project's one renderer."""
 
 import base64
+import http.client
 import re
 import urllib.request
 from functools import cached_property
@@ -50,16 +51,25 @@ class DualTowerProcessor(ProcessorMixin):
         return self
 
     def __call__(
-        self, images: Any = None, text: str | list[str] | None = None, padding: bool | str = True, padding_side: str | None = None, return_tensors: str | None = None
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        **unknown: Any,
     ) -> BatchFeature:
         """Text with its images → `input_ids`, `attention_mask` (B, T) and `pixel_values` (N, 3, h, w) uint8.
 
         `text` is what `apply_chat_template(tokenize=False)` gives, a placeholder an image; or a question, of one user turn about its images.
         `images` (paths, URLs, Pillow images, bytes): those of a single text, one for each text, or a list for each. Counts that differ raise `UsageError`.
         """
+        _refuse(unknown)
         if text is None:
             raise UsageError("the processor needs text: a question, or a chat that apply_chat_template has written")
         texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"the processor needs text, or a list of texts, found {_kinds(texts)}")
         chats = [_parsed(text, shown) for text, shown in zip(texts, _by_text(images, len(texts)), strict=True)]
         return self._batch(chats, padding, padding_side, return_tensors)
 
@@ -79,11 +89,14 @@ class DualTowerProcessor(ProcessorMixin):
         Messages have a role, "user" and "assistant" in turn, and content: a string, or parts `{"type": "text", "text": …}` and
         `{"type": "image", "image" or "url" or "path" or "base64": …}`. Images stand before their message's text. What is otherwise raises `UsageError`.
         """
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
         conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
         chats = [_chat(messages, add_generation_prompt, continue_final_message, tokenize) for messages in conversations]
         if not tokenize:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         options = {"padding": True, "padding_side": None, "return_tensors": return_tensors} | (processor_kwargs or {}) | kwargs
+        _refuse({name: value for name, value in options.items() if name not in ("padding", "padding_side", "return_tensors")})
         made = self._batch(chats, **options)
         return made if return_dict else made["input_ids"]
 
@@ -124,8 +137,20 @@ class DualTowerProcessor(ProcessorMixin):
         return ids + last + ([] if open_end else [tokenizer.turn_end, *self.renderer.newline]), images
 
 
+def _refuse(unknown: dict[str, Any]) -> None:
+    if unknown:
+        raise UsageError(f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a pipeline as generate_kwargs={{…}}")
+
+
+def _kinds(found: Any) -> str:
+    """What was given, without its content, which may be long."""
+    return f"{type(found).__name__} of {', '.join(sorted({type(part).__name__ for part in found})) or 'nothing'}" if isinstance(found, list | tuple) else type(found).__name__
+
+
 def _chat(messages: list[Any], add_generation_prompt: bool, continue_final_message: bool, sources: bool) -> Chat:
     """Messages in transformers' format, checked. `sources`: images must say what they are."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UsageError(f"a conversation is a list of messages, found {_kinds(messages)}")
     chat = [_message(message, sources) for message in messages]
     if continue_final_message and (add_generation_prompt or chat[-1].role != "assistant"):
         raise UsageError("continue_final_message goes on with a last message of the assistant, and without add_generation_prompt")
@@ -146,22 +171,27 @@ def _in_turn(chat: list[Message]) -> list[Message]:
 
 def _message(message: Any, sources: bool) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UsageError(f"a chat message must be a dictionary with role and content, found {message!r}")
+        raise UsageError(f"a chat message must be a dictionary with role and content, found {list(message) if isinstance(message, dict) else type(message).__name__}")
     content = message["content"]
     if isinstance(content, str):
         return Message(message["role"], content, [])
+    if not isinstance(content, list | tuple) or not all(isinstance(part, dict) for part in content):
+        raise UsageError(f"the content of a chat message is a string, or a list of parts {{'type': 'text', 'text': …}} and {{'type': 'image', …}}, found {_kinds(content)}")
     texts, images = [], []
     for part in content:
         kind = part.get("type")
         if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise UsageError(f"a part of a chat message is of type 'text', and its text is {_kinds(part.get('text'))}")
             texts.append(part["text"])
-        elif kind == "image_url":  # OpenAI's form
-            images.append(part["image_url"]["url"])
+        elif kind == "image_url":  # OpenAI's form, and what some write instead of it
+            url = part.get("image_url")
+            images.append(url.get("url") if isinstance(url, dict) else url)
         elif kind == "image":
-            key = next((key for key in SOURCES if key in part), None)
+            key = next((key for key in SOURCES if part.get(key) is not None), None)
             if key is None and sources:
                 raise UsageError(f"an image of the chat has no source: give it one of {', '.join(SOURCES)}")
-            images.append(base64.b64decode(part[key]) if key == "base64" else part.get(key))
+            images.append(_decoded(part[key]) if key == "base64" else part.get(key or ""))
         else:
             raise UsageError(f"a part of a chat message is of type {kind!r}; supported are text and image")
     return Message(message["role"], "".join(texts), images)
@@ -170,7 +200,10 @@ def _message(message: Any, sources: bool) -> Message:
 def _parsed(text: str, images: list[Any]) -> Chat:
     """What the chat template wrote, with its images; or a question about them."""
     if TURN_START not in text:
-        return [Message("user", text, images), Message("assistant", "", [])], True
+        asked = re.sub(rf"^(?:{re.escape(IMAGE)}\s*)+", "", text)
+        if IMAGE in asked or text.count(IMAGE) not in (0, len(images)):
+            raise UsageError(f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} images: leave them out, or put all of them in front")
+        return [Message("user", asked, images), Message("assistant", "", [])], True
     count, rest, messages, at, ended = text.count(IMAGE), iter(images), [], 0, True
     if count != len(images):
         raise UsageError(f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given")
@@ -203,11 +236,18 @@ def _by_text(images: Any, texts: int) -> list[list[Any]]:
 def _source(image: Any) -> Any:
     """What `open_pixels` takes: a URL is fetched, data in a URL are decoded, all else is left as it is."""
     if isinstance(image, str) and image.startswith("data:"):
-        return base64.b64decode(image.partition(",")[2])
+        return _decoded(image.partition(",")[2])
     if not isinstance(image, str) or not image.startswith(("http://", "https://")):
         return image
     try:
         with urllib.request.urlopen(image, timeout=TIMEOUT_S) as answer:
             return answer.read()
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ImageError("missing", f"{image} cannot be fetched: {error}") from None
+
+
+def _decoded(text: Any) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
+    except (TypeError, ValueError) as error:
+        raise ImageError("damaged", f"an image is not base64: {error}") from None

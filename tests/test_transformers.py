@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -207,6 +208,8 @@ def test_text_that_the_template_wrote_is_the_same_prompt(exported):
     again, plain = (exported.processor(text=text, images=shown, return_tensors="pt") for text in (texts, [text for _, text in QUESTIONS]))
     for name, tensor in inputs_of(exported, chats).items():
         assert torch.equal(again[name], tensor) and torch.equal(plain[name], tensor)
+    told = [f"{'<|image|> ' * len(names)}{text}" for names, text in QUESTIONS]
+    assert exported.processor(text=told, images=shown)["input_ids"] == exported.processor(text=[text for _, text in QUESTIONS], images=shown)["input_ids"]
     whole = [*chats[1], {"role": "assistant", "content": "blue"}]
     for options, end in (({}, "blue<|im_end|>\n"), ({"continue_final_message": True}, "blue")):
         (ids,) = exported.processor.apply_chat_template(whole, tokenize=True, **options)
@@ -235,9 +238,9 @@ def test_images_come_from_anywhere(exported):
     data = Path(path).read_bytes()
     parts = [{"path": path}, {"image": Image.open(path)}, {"image": data}, {"base64": b64encode(data).decode()}, {"url": f"data:image/png;base64,{b64encode(data).decode()}"}]
     chats = [[{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what is it?"}]}] for part in parts]
-    chats.append([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": path}}, {"type": "text", "text": "what is it?"}]}])
+    chats += [[{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "what is it?"}]}] for url in ({"url": path}, path)]
     first, *others = inputs_of(exported, chats)["pixel_values"]
-    assert len(others) == 5 and torch.equal(first, exported.own.tiles(path).pixels[0]) and all(torch.equal(first, other) for other in others)
+    assert len(others) == 6 and torch.equal(first, exported.own.tiles(path).pixels[0]) and all(torch.equal(first, other) for other in others)
 
 
 def test_a_batch_encodes_an_image_once(exported):
@@ -319,6 +322,25 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         (lambda e: e.processor(text="what?", padding="max_length"), "padding = 'max_length'"),
         (lambda e: e.processor(text="what?", images="nowhere.png"), "nowhere.png does not exist"),
         (lambda e: e.processor(text="what?", images="http://127.0.0.1:9/a.png"), "cannot be fetched"),
+        (lambda e: e.processor(text="what?", images="http://[a.png"), "cannot be fetched"),
+        (lambda e: e.processor(text="what?", images="data:image/png;base64,%%%"), "an image is not base64"),
+        (lambda e: e.processor(text="what?", images=np.zeros((4, 4, 3))), "image is of type ndarray, not a path, bytes or a Pillow image"),
+        (lambda e: e.processor(text="what <|image|>?", images=e.images["a"]), "the question has 1 image placeholders .* for 1 images: .* in front"),
+        (lambda e: e.processor(text="<|image|>what?", images=[e.images["a"], e.images["b"]]), "the question has 1 image placeholders .* for 2 images"),
+        (lambda e: e.processor(text=["a", None]), "a list of texts, found list of NoneType, str"),
+        (lambda e: e.processor(text=[]), "a list of texts, found list of nothing"),
+        (lambda e: e.processor(text="what?", do_rescale=True), "the argument do_rescale is not supported"),
+        (lambda e: pipeline("image-text-to-text", model=e.model, processor=e.processor)(asked(e.images, QUESTIONS[1:2])[0], do_sample=True), "do_sample is not .*generate_kwargs="),
+        (lambda e: e.processor.apply_chat_template([]), "a conversation is a list of messages, found list of nothing"),
+        (lambda e: e.processor.apply_chat_template([[]]), "a conversation is a list of messages, found list of nothing"),
+        (lambda e: e.processor.apply_chat_template([{"role": "user", "content": None}]), "content of a chat message is a string, or a list of parts .*, found NoneType"),
+        (lambda e: e.processor.apply_chat_template(_say("what?")), "content of a chat message is a string, or a list of parts .*, found list of str"),
+        (lambda e: e.processor.apply_chat_template(_say({"type": "text"})), "of type 'text', and its text is NoneType"),
+        (lambda e: e.processor.apply_chat_template(_say({"type": "image_url"}), tokenize=True), "image is of type NoneType"),
+        (lambda e: e.processor.apply_chat_template(_say({"type": "image", "base64": "no base64!"}), tokenize=True), "an image is not base64"),
+        (lambda e: e.model.generate(torch.ones(1, 0, dtype=torch.long)), "at least one token a row"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3)), "at least one token a row"),
+        (lambda e: e.model.generate(torch.tensor([[1, 10**6]])), "input_ids hold 1000000, this model's vocabulary has"),
         (lambda e: e.processor.apply_chat_template(["hello"]), "must be a dictionary with role and content"),
         (lambda e: e.processor.apply_chat_template([{"role": "system", "content": "be brief"}]), "message 1 of the chat is of role 'system'"),
         (lambda e: e.processor.apply_chat_template(_say({"type": "text", "text": "a"}) * 2), "message 2 of the chat is of role 'user', expected 'assistant'"),
