@@ -16,6 +16,17 @@ KINDS = {
 PARTS = {"vision": "vision encoder", "projector": "modality projector", "left": "left decoder", "right": "right decoder", "heads": "multi-token heads"}
 LIMITS = """It answers in the manner of its training data, in their languages and on their kinds of images, and is confident where it is wrong: check what it says before you rely on it.
 Nothing has been done against harmful or biased answers."""
+TRANSFORMERS = """With 🤗 transformers alone (and timm), which runs the code that stands beside the weights:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="REPO_OR_FOLDER", trust_remote_code=True)
+chat = [{"role": "user", "content": [{"type": "image", "path": "FILE"}, {"type": "text", "text": "What is in the image?"}]}]
+print(pipe(chat, max_new_tokens=32, return_full_text=False)[0]["generated_text"])
+```
+
+"""
 CITATION = r"""The training recipe descends from nanoVLM:
 
 ```bibtex
@@ -42,6 +53,7 @@ class RunFacts:
     training: tuple[tuple[str, str], ...] = ()
     scores: tuple[tuple[str, str, str, str], ...] = ()
     picture: str = ""  # a file beside the card
+    code: bool = False  # whether the code by which transformers loads it will stand beside it, as it does where it was loaded with it
 
 
 def card_of(model: Any, run: RunFacts) -> ModelCard:
@@ -59,7 +71,7 @@ def card_of(model: Any, run: RunFacts) -> ModelCard:
     parts += [
         f"## Limits\n\n{LIMITS}\nAn image and its conversation may take {model.config.right.max_positions:,} tokens together, of which a tile takes {model.config.tokens_per_tile:,}."
     ]
-    parts += [f"## Licence\n\n{_licence(run.licence)}", f"## Use\n\n{_use(model)}", f"## Citation\n\n{CITATION}"]
+    parts += [f"## Licence\n\n{_licence(run.licence)}", f"## Use\n\n{_use(model, run.code or bool(model.code))}", f"## Citation\n\n{CITATION}"]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -95,8 +107,8 @@ def _licence(licence: str) -> str:
     return f"{stated} The code they run with is Apache-2.0. Pretrained parts and training data, named above, have licences of their own."
 
 
-def _use(model: Any) -> str:
-    return f"""With the code of DualTowerVLM, from its root:
+def _use(model: Any, code: bool) -> str:
+    return f"""{TRANSFORMERS * code}With the code of DualTowerVLM, from its root:
 
 ```bash
 python generate.py --checkpoint REPO_OR_FOLDER --image FILE --prompt "What is in the image?"

@@ -386,6 +386,27 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
     assert "## Scores" not in text and "tokens learnt" not in text and "nan" not in text.lower().replace("nanovlm", "") and "| optimizer steps | 4 of 20 |" in text
 
 
+@pytest.mark.parametrize(
+    ("results", "lines"),
+    [
+        ({}, []),
+        ([], []),
+        ({"tasks": None}, []),
+        ({"tasks": {"a": None, "b": {"scores": None}}}, []),
+        ({"tasks": {"a": {"scores": {"accuracy": None, "exact": float("nan"), "cider": "high", "bleu": True}}}}, []),
+        ({"tasks": {"a": {"scores": {"accuracy": 0.5}}}}, ["| a: accuracy | 0.5000 |"]),
+        ({"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "floor": []}}}, ["| a: accuracy (3 samples) | 0.5000 |"]),
+    ],
+)
+def test_odd_figures_have_no_line(model, tmp_path, results, lines):
+    write_text(tmp_path / "results.json", json.dumps(results))
+    log = [{"step": 1, "loss": 2.0, "supervised_tokens": None}, [3], "x", {"loss": 1.0}, {"step": None, "loss": 1.0}]
+    write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    text = card(model, tmp_path, evaluation=tmp_path / "results.json")
+    assert [line for line in text.splitlines() if line.startswith(("| a:", "| b:"))] == lines and ("## Scores" in text) == bool(lines)
+    assert "tokens learnt" not in text and "| optimizer steps | 1 of 20 |" in text and not re.search(r"\bnan\b|None", text)
+
+
 def test_a_damaged_log(model, tmp_path):
     write_text(tmp_path / "metrics.jsonl", '{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match="metrics.jsonl, line 1 is damaged"):

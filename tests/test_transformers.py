@@ -416,6 +416,20 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
         main([str(tmp_path)])
 
 
+def test_the_cards_example(exported, images, monkeypatch, capsys):
+    """The Python of a card, transformers' and this project's, as it stands there."""
+    text = (exported.folder / "README.md").read_text().replace("REPO_OR_FOLDER", str(exported.folder)).replace('"FILE"', repr(images["a"]))
+    ours, theirs = sorted(re.findall(r"```python\n(.*?)```", text, re.S), key=lambda block: "from transformers" in block)
+    capsys.readouterr()
+    exec(theirs, {})
+    assert capsys.readouterr().out.strip()
+    exec(ours, there := {})
+    assert there["model"].model_type == exported.own.model.model_type
+    assert theirs.splitlines()[0] in str(there["model"].generate_model_card())
+    there["model"].code = {}
+    assert theirs.splitlines()[0] not in str(there["model"].generate_model_card())  # where there is no code beside it
+
+
 def test_the_document(tokenizer, images, tmp_path):
     """The Python blocks of docs/transformers.md, as one program."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S))

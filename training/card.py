@@ -41,18 +41,21 @@ def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: d
         training=tuple(_training(config, lines)),
         scores=(*_validation(scores), *(_evaluation(evaluation) if evaluation is not None else ())),
         picture=PICTURE if drawn else "",
+        code=True,
     )
     write_text(folder / "README.md", str(model.generate_model_card(facts)))
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; half a last one is being written. Errors: `UserError` where it is damaged."""
+    """The whole lines of a metrics.jsonl that are of a step; half a last one is being written. Errors: `UserError` where it is damaged."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else (), 1):
         if line.endswith("\n"):
             try:
-                yield json.loads(line)
+                metrics = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is damaged ({error}): mend or delete it") from None
+            if isinstance(metrics, dict) and type(metrics.get("step")) is int:
+                yield metrics
 
 
 def _finite(value: Any) -> bool:
@@ -64,7 +67,9 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
     if steps:
         yield "optimizer steps", f"{steps[-1]['step']:,} of {config.max_steps:,}"
     if steps and len(steps) == steps[-1]["step"]:  # every one is known
-        yield "tokens learnt from", f"{sum(line.get('supervised_tokens', 0) for line in steps):,}"
+        counts = [line.get("supervised_tokens") for line in steps]
+        if all(type(count) is int for count in counts):
+            yield "tokens learnt from", f"{sum(counts):,}"
     length = config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
     yield "a step's batch", f"{c.rows * c.accumulation} packed rows of {length:,} tokens"
     rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {tower: getattr(c, f"lr_{tower}") for tower in config.model.towers}
@@ -82,11 +87,19 @@ def _validation(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    for task, told in read_json(path)["tasks"].items():
-        for metric, value in told["scores"].items():
-            error, floor = told["standard_errors"].get(metric), (told["floor"] or {}).get(metric)
-            shown = (f"{number:.4f}" if _finite(number) else "" for number in (error, floor))
-            yield (f"{task}: {metric} ({told['samples']:,} samples)", f"{value:.4f}", *shown)  # type: ignore[misc]
+    for task, told in _part(read_json(path), "tasks").items():
+        samples = told.get("samples") if isinstance(told, dict) else None
+        counted = f" ({samples:,} samples)" if type(samples) is int else ""
+        for metric, value in _part(told, "scores").items():
+            if _finite(value):
+                shown = (f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else "" for name in ("standard_errors", "floor"))
+                yield (f"{task}: {metric}{counted}", f"{value:.4f}", *shown)  # type: ignore[misc]
+
+
+def _part(told: Any, name: str) -> dict[str, Any]:
+    """An object in an object; where there is none, an empty one."""
+    part = told.get(name) if isinstance(told, dict) else None
+    return part if isinstance(part, dict) else {}
 
 
 def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) -> Image.Image:
