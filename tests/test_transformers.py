@@ -416,7 +416,7 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
         main([str(tmp_path)])
 
 
-def test_the_cards_example(exported, images, monkeypatch, capsys):
+def test_the_cards_example(exported, images, capsys):
     """The Python of a card, transformers' and this project's, as it stands there."""
     text = (exported.folder / "README.md").read_text().replace("REPO_OR_FOLDER", str(exported.folder)).replace('"FILE"', repr(images["a"]))
     ours, theirs = sorted(re.findall(r"```python\n(.*?)```", text, re.S), key=lambda block: "from transformers" in block)
