@@ -35,8 +35,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse(argv)
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
-    if not args.tasks or args.batch_size < 1 or min(args.limit, args.max_new_tokens) < 0:
-        raise UsageError("--tasks needs a name, --batch_size at least 1, --limit and --max_new_tokens 0 or more")
+    if not args.tasks:
+        raise UsageError("--tasks needs a name")
+    for name, least in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name} = {getattr(args, name)} must be at least {least}")
     if args.data_root and not Path(args.data_root).is_dir():
         raise UsageError(f"--data_root: {args.data_root} is no folder")
     output = Path(args.output) if args.output else None

@@ -72,6 +72,7 @@ class DualTower(lmms):
         self.keep, self.progress, self.say = keep, progress, say
         self.first_prompts: dict[str, tuple[int, str]] = {}  # by task: of the first document that was asked about
         self.images: dict[tuple[str, int], list[str]] = {}  # file names of the thumbnails, by task and document
+        self.seen: dict[tuple[str, int], str] = {}  # a checksum of the images that were shown first, by task and document
         self.cut: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
         self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # sampled answers, by task and document
         self.tokens, self.seconds = 0, 0.0  # of all answers
@@ -190,6 +191,10 @@ class DualTower(lmms):
                 out.append(self.answerer.tiles(image))
             except ImageError as error:
                 raise UserError(f"task {task}: row {doc_id}: {error}") from error
+        digest = hashlib.blake2b(digest_size=8)
+        for shown in out:
+            digest.update(shown.pixels.contiguous().numpy())
+        self.seen.setdefault((task, doc_id), digest.hexdigest())
         if self.keep is not None:
             kept = self.images.setdefault((task, doc_id), [])
             kept += [name for name in (thumbnail(image, self.keep) for image in out) if name not in kept]

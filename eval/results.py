@@ -24,6 +24,7 @@ from rich.table import Table
 from configs.files import file_name, write_text
 from configs.model import ModelConfig
 from configs.ranks import world_of_torchrun
+from eval import cider as cider_module
 from eval.answering import Answerer
 from eval.cider import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower
@@ -45,7 +46,10 @@ def evaluate(args: Namespace, output: Path | None) -> None:
     for name in args.tasks:
         tasks.load(name)
     keep = output / "images" if output is not None else None
+    if first and output is not None and (output / "results.json").exists():
+        console.print(f"{output} holds results of an earlier run, which stay until this one's first task is done", soft_wrap=True)
     shown = ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer", "caption_metrics", "matcher", "floor", "data_root")
+    shown = tuple(key for key in shown if key != "matcher" or any(name.startswith("questions:") for name in args.tasks))  # others have their own
     settings = {key: getattr(args, key) for key in shown} | {"device": answerer.model.device.type}
     results: dict[str, Any] = {"format": FORMAT, "model": str(args.model), "settings": settings, "versions": versions(), "tasks": {}}
     for name in args.tasks:
@@ -80,7 +84,7 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep)
         model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
         found = run_tasks(model, tasks, [name], args.limit, args.process_with_media, output)
-    ranks = world_of_torchrun().gather((model.images, sum(model.cut.values()), model.tokens, model.seconds))
+    ranks = world_of_torchrun().gather((model.images, sum(model.cut.values()), model.tokens, model.seconds, model.seen))
     if not found:
         return {}, []
     images = {key: names for rank in ranks for key, names in rank[0].items()}
@@ -124,7 +128,7 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
         "cut": cut,
         "first_prompt": next((text for _, text in model.first_prompts.values()), ""),
         "task_hash": task_hash(tasks, list(found["samples"])),
-        "data_hash": hashlib.blake2b("".join(sample["doc_hash"] for part in found["samples"].values() for sample in part).encode(), digest_size=8).hexdigest(),
+        "data_hash": data_hash(found["samples"], {key: digest for rank in ranks for key, digest in rank[4].items()}),
         "warnings": warnings,
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
@@ -176,10 +180,16 @@ def standard_error(metric: str, score: float, samples: list[dict[str, Any]]) -> 
     return None
 
 
+def data_hash(samples: dict[str, list[dict[str, Any]]], seen: dict[tuple[str, int], str]) -> str:
+    """Of the rows, and of the images as the model sees them: `seen`, their checksums by task and document."""
+    rows = [sample["doc_hash"] for part in samples.values() for sample in part]
+    return hashlib.blake2b("".join([*rows, *(seen[key] for key in sorted(seen))]).encode(), digest_size=8).hexdigest()
+
+
 def task_hash(tasks: Tasks, names: list[str]) -> str:
-    """Of the tasks' YAML files, all that stands beside them, and what all tasks share: a changed matcher shows."""
-    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names}
-    folders = {path.parent for path in paths} | {Path(lmms_eval.tasks.__file__).parent / "_task_utils"}
+    """Of the tasks' YAML files, all that stands beside them, what all tasks share and our scores of captions: a changed matcher shows."""
+    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names} | {Path(cider_module.__file__)}
+    folders = {Path(tasks.task_index[name]["yaml_path"]).parent for name in names} | {Path(lmms_eval.tasks.__file__).parent / "_task_utils"}
     beside = {other for folder in folders for pattern in ("*.py", "*.yaml", "_*") for other in folder.glob(pattern) if other.is_file()}
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(paths | beside):

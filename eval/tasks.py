@@ -1,5 +1,6 @@
 """Which tasks there are, where their data lie, and a run of some of them through lmms-eval."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lmms_eval.api.task
 import lmms_eval.evaluator
 import yaml
@@ -76,7 +78,7 @@ class Tasks(TaskManager):
             matcher = {"matcher": self.matcher} if name.startswith("questions:") else {}
             config |= {"task": name, "metadata": config["metadata"] | matcher | {"source": self.sources[name]}}
         if (copy := self._local_copy(config, name)) is not None:
-            config["dataset_path"], config["dataset_kwargs"] = str(copy), {}
+            config["dataset_path"], config["dataset_kwargs"] = str(copy), {"cache_dir": cache_of(copy)}
         elif (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:  # most sets are public: one that is not will say so
             config["dataset_kwargs"] = {key: value for key, value in config["dataset_kwargs"].items() if key != "token"}
         if name.partition(":")[0] in ("captions", "openmoji_captions"):
@@ -140,9 +142,17 @@ class Tasks(TaskManager):
             except ModuleNotFoundError as error:
                 raise UserError(f"task {name} needs the package {error.name}: pip install {error.name}") from error
             except Exception as error:  # whatever a task's own code does with data of another form
-                raise UserError(f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+                copied = "; a copy of a data set is all of its repository: README.md says which files are which split" if self.data_root is not None else ""
+                raise UserError(f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}){copied}") from error
         told = [(task, made, metric, better) for task, made in leaves(loaded) for metric, better in made.higher_is_better().items()]
         return [(f"{task}_{named(metric, chosen.name)}", better) for task, made, metric, better in told for chosen in made._filters]
+
+
+def cache_of(copy: Path) -> str:
+    """Where `datasets` keeps what it makes of a copy: another place for other files, for it takes two folders with the same README.md for one, and does not see a file change."""
+    files = [(path.relative_to(copy).as_posix(), path.stat()) for path in sorted(copy.rglob("*")) if path.is_file()]
+    told = [str(copy.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "copies" / hashlib.blake2b("\n".join(told).encode(), digest_size=8).hexdigest())
 
 
 def captioned(row: dict[str, Any]) -> tuple[str, list[str]]:

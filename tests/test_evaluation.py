@@ -283,6 +283,47 @@ def scripted(answerer: Answerer, answers: dict[str, str], monkeypatch) -> DualTo
     return made
 
 
+README = """---
+configs:
+- config_name: val
+  default: true
+  data_files:
+  - split: val
+    path: data/val-*
+---
+"""
+
+
+def test_a_copy_that_changes_is_read_anew(answerer, tmp_path):
+    """Two copies with the same README.md, and one whose file is written again: `datasets` takes all of these for one set."""
+    for name, count in (("a", 12), ("b", 8)):
+        write_mmstar(tmp_path / name / "MMStar", mmstar_rows(count))
+        (tmp_path / name / "MMStar" / "README.md").write_text(README)
+
+    def rows(name: str) -> int:
+        tasks = Tasks(tmp_path / name)
+        tasks.load("mmstar")
+        return len(tasks.load_task_or_group(["mmstar"])["mmstar"].dataset["val"])
+
+    assert (rows("a"), rows("b"), rows("a")) == (12, 8, 12)
+    shutil.rmtree(tmp_path / "a" / "MMStar" / "data")
+    write_mmstar(tmp_path / "a" / "MMStar", mmstar_rows(10))
+    assert rows("a") == 10
+
+
+def test_the_hash_of_the_data_is_of_the_images_too(answerer, tmp_path):
+    """And an earlier run's results stay until there are new ones, which is told."""
+    model, said = exported(tmp_path / "model", answerer), []
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "texts": [{"user": "what?", "assistant": "it"}]}) + "\n" for i in range(3)))
+    for first in (0, 0, 5):
+        for i in range(3):
+            (tmp_path / f"{i}.png").write_bytes(png(first + i))
+        done = evaluation_here("--model", str(model), "--tasks", "questions:jsonl=mine.jsonl", "--max_new_tokens", "2", "--output", "out", cwd=tmp_path)
+        told = json.loads((tmp_path / "out" / "results.json").read_text())
+        said.append((told["tasks"]["questions:jsonl=mine.jsonl"]["data_hash"], "results of an earlier run" in done.stdout))
+    assert said[0][0] == said[1][0] != said[2][0] and [earlier for _, earlier in said] == [False, True, True]
+
+
 def test_mmstar_of_known_answers(answerer, tmp_path, monkeypatch):
     """Average and categories, against their definition: the mean over l2 categories of the share of right letters."""
     rows = mmstar_rows(36)
@@ -581,8 +622,11 @@ def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
         (["--tasks", "mmstar", "--data-root", "nowhere"], 2, "--data_root: nowhere is no folder"),
         (["--tasks", "openmoji_captions", "--caption_metrics", "METEOR"], 1, "Java"),
         (["--tasks", "openmoji_captions", "--caption_metrics", "CIDERr"], 2, "no caption metric 'CIDERr'"),
-        (["--tasks", "mmstar", "--max_new_tokens", "-1"], 2, "--max_new_tokens 0 or more"),
-        (["--tasks", "mmstar", "--data-root", "broken"], 1, "task mmstar cannot be loaded (KeyError"),
+        (["--tasks", "mmstar", "--max_new_tokens", "-1"], 2, "--max_new_tokens = -1 must be at least 0"),
+        (["--tasks", "mmstar", "--limit", "-3"], 2, "--limit = -3 must be at least 0"),
+        (["--tasks", "mmstar", "--batch_size", "0"], 2, "--batch_size = 0 must be at least 1"),
+        (["--tasks", ","], 2, "--tasks needs a name"),
+        (["--tasks", "mmstar", "--data-root", "broken"], 1, "README.md says which files are which split"),
         (["--tasks", "ocrbench_v2"], 1, "task ocrbench_v2 needs the package"),
     ],
 )
