@@ -94,7 +94,7 @@ def in_cache(path: Path) -> str:
     """The end of an error about a damaged file: what helps where it is the Hub's, a link to a blob of its cache."""
     kept = path.resolve()
     cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
-    return f"; it is the cache's copy of the Hub's: delete {kept} and it will be fetched again" if cached else ""
+    return f"; it is the cache's copy of the Hub's: where that is whole, delete {kept} and it will be fetched again" if cached else ""
 
 
 def append_text(path: Path, text: str) -> None:

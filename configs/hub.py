@@ -18,6 +18,11 @@ TRIES = 4  # of what fails, 1, 2, 4 seconds apart
 ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+SETTINGS = ["generation_config.json", "processor_config.json", "preprocessor_config.json"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]
+CODE = ["configs_*.py", "data_*.py", "models_*.py", "remote_*.py"]  # as remote/export.py names it
+BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
+ANCESTOR = "an ancestor's"
 ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")  # what a repository may hold before there is a model
 NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
 REFUSALS = {
@@ -37,6 +42,13 @@ class HubAway(UserError):
 def is_hub_id(source: str) -> bool:
     """`org/name` or `org/name@revision`, and nothing on this disk."""
     return not Path(source).exists() and ID.fullmatch(source) is not None and not source.startswith((".", "/"))
+
+
+def kind_of(config: Any) -> str | None:
+    """What type of model a `config.json` describes: its `model_type`, or `ANCESTOR`'s, which have none."""
+    if not isinstance(config, dict):
+        return None
+    return ANCESTOR if "vit_hidden_dim" in config and "lm_hidden_dim" in config else config.get("model_type")
 
 
 def fetch(source: str, patterns: list[str], what: str, kind: str = "model", token: str | None = None) -> Path:
@@ -128,7 +140,8 @@ def _prepare() -> None:
     """huggingface_hub lists files with no time limit: a server that accepts and never answers would be waited for for ever. Its own repetitions are not told: ours are."""
     from huggingface_hub import get_session
 
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    for quiet in ("utils._http", "_snapshot_download"):
+        logging.getLogger(f"huggingface_hub.{quiet}").setLevel(logging.ERROR)
     hooks = get_session().event_hooks["request"]
     if _with_limit not in hooks:
         hooks.append(_with_limit)
@@ -170,8 +183,10 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
     from huggingface_hub import HfApi, get_token, hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
-    if not NAME.fullmatch(name):
-        raise UserError(f"'{name}' is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
+    if branch is not None and (not re.fullmatch(r"[\w.+/-]+", branch) or branch.startswith("refs/")):
+        raise UserError(f"{branch!r} is no name for a branch: letters, digits, '-', '_', '.', '+' and '/'")
     if not (token or get_token()):
         raise UserError(f"{name} cannot be pushed to without a token that may write: log in ('hf auth login'), or set HF_TOKEN")
 
@@ -186,11 +201,10 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
             raise UserError(f"{repo} is there already, and public: choose another name, or make it private on the Hub")
         names = {file.rfilename for file in info.siblings or []}
         if "config.json" in names:
-            head = read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token)))
-            found = head.get("model_type") if isinstance(head, dict) else None
+            found = kind_of(read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token))))
             if found != model_type:
                 raise UserError(f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name")
-        elif others := sorted(name for name in names if name != ".gitattributes" and not name.endswith(ABOUT) and not name.startswith("LICENSE")):
+        elif others := sorted(name for name in names if not name.endswith(ABOUT) and name not in (".gitattributes", "LICENSE", "LICENSE.txt")):
             raise UserError(f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, so no model of this project: choose another name")
         if new is not None:
             api.create_branch(repo, branch=new, exist_ok=True)
@@ -200,11 +214,11 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
 
 
 def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
-    """A folder's files, but none whose name begins with a dot and no folders in it → repository `repo`, as one commit; → its address. Weights that are there in other files go. Errors: `UserError`."""
+    """A folder's files, but none whose name begins with a dot and no folders in it → repository `repo`, as one commit; → its address. Weights, settings and code of an earlier model that it does not replace go. Errors: `UserError`."""
     from huggingface_hub import HfApi
 
     def pushed() -> str:
-        options: dict[str, Any] = {"commit_message": message, "revision": branch, "ignore_patterns": [".*", "*/*"], "delete_patterns": WEIGHTS}
+        options: dict[str, Any] = {"commit_message": message, "revision": branch, "ignore_patterns": [".*", "*/*"], "delete_patterns": [*WEIGHTS, *BESIDE]}
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)
 
     return writing(repo, pushed)

@@ -45,6 +45,8 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         raise ImageError("missing", f"{where} is of type {type(source).__name__}, not a path, bytes or a Pillow image")
     try:
         if isinstance(source, Image.Image):
+            if not source.width or not source.height:
+                raise ImageError("empty", f"{where} has no pixels")
             return _to_rgb(source, _orientation(source))
         if isinstance(source, str | Path) and not Path(source).is_file():
             kind = "is a folder, not an image" if Path(source).is_dir() else "does not exist"

@@ -50,7 +50,10 @@ class Tokenizer:
         return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(f"text that is not Unicode cannot be turned into tokens: {text[:40]!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids → text; special tokens are left out."""

@@ -5,20 +5,16 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import in_cache, read_json
-from configs.hub import WEIGHTS, fetch, is_hub_id
+from configs.hub import ANCESTOR, BESIDE, WEIGHTS, fetch, is_hub_id, kind_of
 
 FORMAT = 3  # of a model folder
-SETTINGS = ["generation_config.json", "processor_config.json", "preprocessor_config.json"]
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]
-CODE = ["configs_*.py", "data_*.py", "models_*.py", "remote_*.py"]  # as remote/export.py names it
-BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
 INDEX = "model.safetensors.index.json"  # of weights in several files
 MODEL_TYPES = ("dual_tower", "vanilla")
 
 
 def is_ancestor(config: Any) -> bool:
     """Is this the content of an ancestor's `config.json`?"""
-    return isinstance(config, dict) and "vit_hidden_dim" in config and "lm_hidden_dim" in config
+    return kind_of(config) == ANCESTOR
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from configs.command_line import FlagParser
 from configs.errors import UsageError, UserError, run_script
 from configs.files import read_json, replacing_folder
-from configs.hub import fetch, is_hub_id, open_repo, push, repo_info
+from configs.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
 from configs.saved import load_json
 from configs.schema import Config
 from models.folder import MODEL_TYPES, damaged, find_model, read_head, weight_files
@@ -25,7 +25,7 @@ from models.folder import MODEL_TYPES, damaged, find_model, read_head, weight_fi
 
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    kind = read_head(folder).get("model_type", "an ancestor's")  # errors before anything is made
+    kind = str(kind_of(read_head(folder)))  # errors before anything is made
     numbers(folder)
     if not (folder / "tokenizer.json").is_file() and kind in MODEL_TYPES:
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
@@ -51,6 +51,8 @@ def pull(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     if is_hub_id(args.source):
         state, files = repo_info(args.source)
+        if "config.json" not in dict(files):
+            raise UserError(f"{args.source} holds no config.json, so no model of this project")
         head = read_json(fetch(args.source, ["config.json"], "config.json") / "config.json")
         if not isinstance(head, dict):
             raise UserError(f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object")

@@ -9,7 +9,7 @@ from torch import nn
 
 from configs.errors import UsageError, UserError, nearest
 from configs.files import CACHE, replacing
-from configs.hub import WEIGHTS, is_hub_id, open_repo, writing
+from configs.hub import BESIDE, WEIGHTS, is_hub_id, open_repo, writing
 from configs.model import ModelConfig
 from models.card import RunFacts, card_of
 from models.language_weights import load_language_weights
@@ -40,7 +40,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
             raise UserError("revision is empty: name a branch, tag or commit, or leave it out")
         if revision is not None and ("@" in str(source) or not is_hub_id(str(source))):
             raise UserError(f"revision = {revision!r} needs a Hub id that names none itself, and nothing of that name on this disk: {source} is something else")
-        token = token.strip() if token else token  # as read from a file
+        token = token.strip() if isinstance(token, str) else token  # as read from a file
         model = load_model({cls.model_type: cls}, f"{source}@{revision}" if revision is not None else source, token)
         if load_backbone:
             if all(part.weights == "random" for part in (model.config.vision, *(getattr(model.config, tower) for tower in model.config.towers))):
@@ -62,13 +62,14 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="dualtowervlm", pip
         `options` are huggingface_hub's: `branch` (made where there is none), `commit_message` … Errors: `UserError`: no token, a wrong one, no right
         to write there, a repository with other than a model of this type, a Hub that stays out of reach.
         """
-        known = [name for name in inspect.signature(PyTorchModelHubMixin.push_to_hub).parameters if name not in ("self", "config", "model_card_kwargs")]
+        known = [name for name in inspect.signature(PyTorchModelHubMixin.push_to_hub).parameters if name != "self"]
         for name in options:
             if name not in known:
                 raise UsageError(f"push_to_hub has no option {name}{nearest(name, known)}")
-        token = token.strip() if token else token
+        token = token.strip() if isinstance(token, str) else token
         repo = open_repo(repo_id, self.model_type, private, token, options.get("branch"))
-        options = {"delete_patterns": WEIGHTS} | options
+        if not {"allow_patterns", "ignore_patterns", "delete_patterns"} & options.keys():  # else the caller says what goes
+            options["delete_patterns"] = [*WEIGHTS, *(BESIDE if self.beside else [])]  # of an earlier model, where this one does not replace them
         return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))
 
     def generate_model_card(self, run: RunFacts | None = None) -> ModelCard:

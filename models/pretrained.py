@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from configs.errors import UsageError, UserError
 from configs.files import replacing, write_text
-from configs.hub import WEIGHTS
+from configs.hub import BESIDE, WEIGHTS
 from configs.model import ModelConfig, Vocabulary
 from configs.saved import from_dict
 from models.ancestors import read_ancestor
-from models.folder import BESIDE, FORMAT, INDEX, damaged, find_model, is_ancestor, read_head, weight_files
+from models.folder import FORMAT, INDEX, damaged, find_model, is_ancestor, read_head, weight_files
 from models.vision_encoder import create_backbone
 
 SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks

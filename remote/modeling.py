@@ -98,13 +98,19 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows is encoded once. `streamer` takes one row's tokens as they come; `tokenizer` is what `stop_strings` needs.
         Arguments: `SETTINGS`, `OTHERS`; all else raises `UsageError`. Sampling follows torch's random state.
         """
+        if not isinstance(generation_config, TransformersGenerationConfig | None):
+            raise UsageError(f"generate: generation_config is a {type(generation_config).__name__}, expected transformers' GenerationConfig")
         given = _said(self.generation_config) | (_said(generation_config) if generation_config is not None else {}) | kwargs
         settings, stop, padding, strings = _settings(given)
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or not isinstance(attention_mask, Tensor | None):
+            raise UsageError("generate: input_ids and attention_mask must be tensors of integers, as the processor makes them with return_tensors='pt'")
         if strings and tokenizer is None:
             raise UsageError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
         mask = attention_mask.bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
-        if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
-            raise UsageError(f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), with at least one token a row")
+        if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all() or (mask.int().diff(dim=1).abs().sum(1) > 1).any():
+            raise UsageError(
+                f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), with at least one token a row, padded on one side"
+            )
         prompts = [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         rows = self.vlm.vocabulary.size
         if wrong := [token for ids in prompts for token in ids if not 0 <= token < rows]:
@@ -145,6 +151,11 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         needed, given = sum(map(sum, counts)), 0 if pixel_values is None else len(pixel_values)
         if needed != given:
             raise UsageError(f"generate: input_ids have room for {needed} image tiles, pixel_values holds {given}: give both as one call of the processor makes them")
+        side = self.vlm.config.vision.image_size
+        if pixel_values is not None and (pixel_values.dtype != torch.uint8 or pixel_values.shape[1:] != (3, side, side)):
+            raise UsageError(
+                f"generate: pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}, expected torch.uint8 (N, 3, {side}, {side}), as the processor makes them"
+            )
         tiles = iter(pixel_values.cpu().split([n for row in counts for n in row])) if needed else iter(())
         return [[next(tiles) for _ in row] for row in counts]
 
@@ -171,8 +182,13 @@ def _settings(given: dict[str, Any]) -> tuple[GenerationConfig, int, int, list[s
     stop = given.get("eos_token_id")
     if not isinstance(stop, int):
         raise UsageError(f"generate: eos_token_id = {stop!r} is not supported, only one token")
-    strings = given.get("stop_strings", [])
-    return settings, stop, given.get("pad_token_id", stop), [strings] if isinstance(strings, str) else strings
+    padding, strings = given.get("pad_token_id", stop), given.get("stop_strings", [])
+    strings = [strings] if isinstance(strings, str) else strings
+    if not isinstance(padding, int):
+        raise UsageError(f"generate: pad_token_id = {padding!r} is not a token")
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
+        raise UsageError(f"generate: stop_strings = {strings!r} are not strings with something in them")
+    return settings, stop, padding, list(strings)
 
 
 class DualTowerForConditionalGeneration(TowerForConditionalGeneration):

@@ -272,7 +272,9 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     DualTowerVLM.from_pretrained("me/tiny")
     [kept] = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
     kept.resolve().write_bytes(kept.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: delete (.*) and it will be fetched again") as told:
+    with pytest.raises(
+        UserError, match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: where that is whole, delete (.*) and it will be fetched again"
+    ) as told:
         DualTowerVLM.from_pretrained("me/tiny")
     with pytest.raises(UserError, match="the cache's copy of the Hub's"):
         program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
@@ -280,7 +282,7 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
     (tmp_path / "hf").rglob("snapshots/*/config.json").__next__().resolve().write_text("{")
-    with pytest.raises(UserError, match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: delete .* and it will be fetched again"):
+    with pytest.raises(UserError, match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: where that is whole, delete .* and it will be fetched again"):
         DualTowerVLM.from_pretrained("me/tiny")
 
 
@@ -364,8 +366,8 @@ def test_the_card_says_what_is_known(model, tmp_path):
         "| tokens learnt from | 100 |",
         f"| all |  | {sum(p.numel() for p in model.parameters()):,} |",
         "| validation loss | 2.2500 |  |  |",
-        "| easy_vqa: accuracy (1,234 samples) | 0.7500 | 0.1250 | 0.2500 |",
-        "| easy_vqa: other (1,234 samples) | 1.0000 |  |  |",
+        "| easy_vqa (1,234 samples): accuracy | 0.7500 | 0.1250 | 0.2500 |",
+        "| easy_vqa (1,234 samples): other | 1.0000 |  |  |",
         "![Loss by step](training.png)",
         "from models.dual_tower.dual_tower import DualTowerVLM",
         "@misc{wiedmann2025nanovlm,",
@@ -395,7 +397,7 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
         ({"tasks": {"a": None, "b": {"scores": None}}}, []),
         ({"tasks": {"a": {"scores": {"accuracy": None, "exact": float("nan"), "cider": "high", "bleu": True}}}}, []),
         ({"tasks": {"a": {"scores": {"accuracy": 0.5}}}}, ["| a: accuracy | 0.5000 |"]),
-        ({"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "floor": []}}}, ["| a: accuracy (3 samples) | 0.5000 |"]),
+        ({"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "floor": []}}}, ["| a (3 samples): accuracy | 0.5000 |"]),
     ],
 )
 def test_odd_figures_have_no_line(model, tmp_path, results, lines):
@@ -403,13 +405,16 @@ def test_odd_figures_have_no_line(model, tmp_path, results, lines):
     log = [{"step": 1, "loss": 2.0, "supervised_tokens": None}, [3], "x", {"loss": 1.0}, {"step": None, "loss": 1.0}]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
-    assert [line for line in text.splitlines() if line.startswith(("| a:", "| b:"))] == lines and ("## Scores" in text) == bool(lines)
+    assert [line for line in text.splitlines() if line.startswith(("| a:", "| a (", "| b:", "| b ("))] == lines and ("## Scores" in text) == bool(lines)
     assert "tokens learnt" not in text and "| optimizer steps | 1 of 20 |" in text and not re.search(r"\bnan\b|None", text)
 
 
 def test_a_damaged_log(model, tmp_path):
     write_text(tmp_path / "metrics.jsonl", '{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match="metrics.jsonl, line 1 is damaged"):
+        card(model, tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
         card(model, tmp_path)
 
 
@@ -446,6 +451,7 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
         (["pull", "me/llama", "."], "exists already"),
         (["pull", "./nowhere", "new"], "'./nowhere' is no repository"),
         (["info", "nowhere"], "no model folder at nowhere"),
+        (["info", "me/gguf"], "me/gguf holds no config.json, so no model of this project"),
         (["info", "me/nothing"], "me/nothing is neither a folder here nor on the Hub"),
         (["card", "nowhere"], "nowhere/config.json does not exist"),
         (["psuh", "nowhere", "tiny"], "invalid choice: 'psuh'"),
@@ -456,7 +462,7 @@ def test_commands_that_cannot_be_done(served, uploads, tmp_path, monkeypatch, co
     with pytest.raises(UserError, match=message):
         program.main(command)
     assert not (tmp_path / "new").exists() and not uploads.repos
-    assert not [path for path in served.served if path.endswith(("safetensors", "gguf"))]  # nothing of others is fetched
+    assert not [path for path in served.served if path.endswith((".safetensors", ".gguf"))]  # nothing of others is fetched
 
 
 def test_a_branch_of_another(model, folder, served, uploads):
@@ -492,6 +498,43 @@ def test_what_is_none_of_the_models_stays_here(folder, served, uploads):
     assert not {".env", "sub/notes.txt"} & set(uploads.repos["me/tiny"].files)
     DualTowerVLM.from_pretrained(folder).push_to_hub("me/other")
     assert not {".env", "sub/notes.txt", "diary.json"} & set(uploads.repos["me/other"].files) and "tokenizer.json" in uploads.repos["me/other"].files
+
+
+def test_what_an_earlier_model_left_goes(folder, served, uploads):
+    """Not where the caller says what is to go, nor the tokenizer, where the model has none."""
+    program.main(["push", str(folder), "me/tiny"])
+    repo = uploads.repos["me/tiny"]
+    uploads._add("me/tiny", repo, "main", repo.files | {"chat_template.jinja": b"OLD", "models_old.py": b"", "picture.png": b""}, "earlier")
+    model = DualTowerVLM.from_pretrained(folder)
+    model.beside = {}
+    model.push_to_hub("me/tiny")
+    assert {"chat_template.jinja", "tokenizer.json", "models_old.py"} <= set(repo.files)
+    model.push_to_hub("me/tiny", allow_patterns=["*.json"])
+    assert "model.safetensors" in repo.files
+    program.main(["push", str(folder), "me/tiny"])
+    assert not {"chat_template.jinja", "models_old.py"} & set(repo.files) and {"picture.png", "tokenizer.json", "model.safetensors"} <= set(repo.files)
+
+
+def test_saved_and_pushed_in_one(model, served, uploads, tmp_path):
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/tiny")
+    assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
+
+
+def test_an_ancestor_is_pushed_twice(folder, served, uploads):
+    head = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"vit_hidden_dim": 1, "lm_hidden_dim": 1}))
+    for _ in range(2):
+        program.main(["push", str(folder), "me/old"])
+    (folder / "config.json").write_text(json.dumps(head))
+    with pytest.raises(UserError, match="me/old holds a model of type .an ancestor's., this one is 'dual_tower'"):
+        program.main(["push", str(folder), "me/old"])
+
+
+@pytest.mark.parametrize("branch", ["", "a b", "refs/pr/1"])
+def test_what_is_no_branch(folder, served, uploads, branch):
+    with pytest.raises(UserError, match="is no name for a branch"):
+        program.main(["push", str(folder), "me/tiny", "--branch", branch])
+    assert not uploads.repos
 
 
 def test_without_a_tokenizer(folder, served, uploads):
@@ -576,10 +619,10 @@ def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
     write_text(run / "evaluation" / "results.json", json.dumps({"tasks": {"mine": told}}))
     program.main(["card", str(run), "--licence", "mit"])
     text = (run / "model" / "README.md").read_text()
-    assert "license: mit" in text and "| mine: accuracy (3 samples) | 0.5000 |" in text
+    assert "license: mit" in text and "| mine (3 samples): accuracy | 0.5000 |" in text
     os.utime(run / "evaluation" / "results.json", (0, 0))
     program.main(["card", str(run)])
-    assert "is older than the model: left out" in capsys.readouterr().out and "mine: accuracy" not in (run / "model" / "README.md").read_text()
+    assert "is older than the model: left out" in capsys.readouterr().out and ": accuracy" not in (run / "model" / "README.md").read_text()
 
 
 def test_a_run_without_a_hub_ends_well(tmp_path):

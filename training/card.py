@@ -48,7 +48,11 @@ def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: d
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics.jsonl that are of a step; half a last one is being written. Errors: `UserError` where it is damaged."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else (), 1):
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): mend or delete it") from None
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 metrics = json.loads(line)
@@ -93,7 +97,7 @@ def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
         for metric, value in _part(told, "scores").items():
             if _finite(value):
                 shown = (f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else "" for name in ("standard_errors", "floor"))
-                yield (f"{task}: {metric}{counted}", f"{value:.4f}", *shown)  # type: ignore[misc]
+                yield (f"{task}{counted}: {metric}", f"{value:.4f}", *shown)  # type: ignore[misc]
 
 
 def _part(told: Any, name: str) -> dict[str, Any]:
