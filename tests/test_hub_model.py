@@ -402,7 +402,7 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
 )
 def test_odd_figures_have_no_line(model, tmp_path, results, lines):
     write_text(tmp_path / "results.json", json.dumps(results))
-    log = [{"step": 1, "loss": 2.0, "supervised_tokens": None}, [3], "x", {"loss": 1.0}, {"step": None, "loss": 1.0}]
+    log = [{"step": 1, "loss": 2.0, "supervised_tokens": None}, [3], "x", {"loss": 1.0}, {"step": None, "loss": 1.0}, {"step": -5, "loss": 1.0}]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
     assert [line for line in text.splitlines() if line.startswith(("| a:", "| a (", "| b:", "| b ("))] == lines and ("## Scores" in text) == bool(lines)
@@ -517,6 +517,7 @@ def test_what_an_earlier_model_left_goes(folder, served, uploads):
 
 def test_saved_and_pushed_in_one(model, served, uploads, tmp_path):
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/tiny")
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 

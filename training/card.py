@@ -58,7 +58,7 @@ def _metrics(path: Path) -> Iterator[dict[str, Any]]:
                 metrics = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is damaged ({error}): mend or delete it") from None
-            if isinstance(metrics, dict) and type(metrics.get("step")) is int:
+            if isinstance(metrics, dict) and type(step := metrics.get("step")) is int and step >= 0:
                 yield metrics
 
 
@@ -72,7 +72,7 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
         yield "optimizer steps", f"{steps[-1]['step']:,} of {config.max_steps:,}"
     if steps and len(steps) == steps[-1]["step"]:  # every one is known
         counts = [line.get("supervised_tokens") for line in steps]
-        if all(type(count) is int for count in counts):
+        if all(type(count) is int and count >= 0 for count in counts):
             yield "tokens learnt from", f"{sum(counts):,}"
     length = config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
     yield "a step's batch", f"{c.rows * c.accumulation} packed rows of {length:,} tokens"
