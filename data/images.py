@@ -73,11 +73,12 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like for damaged files
-        raise ImageError("damaged", f"{where} cannot be decoded: {error}") from None
+        raise ImageError("damaged", f"{where} cannot be decoded: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "image"
+    name = str(source) if isinstance(source, str | Path) else "image"
+    return name if len(name) <= 300 else f"{name[:60]}…"  # some give an image itself, in base64
 
 
 def _head(source: str | Path | bytes) -> bytes:

@@ -322,6 +322,7 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         (lambda e: e.processor(text="what?", padding="max_length"), "padding = 'max_length'"),
         (lambda e: e.processor(text="what?", images="nowhere.png"), "nowhere.png does not exist"),
         (lambda e: e.processor(text="what?", images="http://127.0.0.1:9/a.png"), "cannot be fetched"),
+        (lambda e: e.processor(text="what?", images="iVBORw0K" * 1000), "^(iVBORw0K){7}iVBO… cannot be decoded: File name too long$"),
         (lambda e: e.processor(text="what?", images="http://[a.png"), "cannot be fetched"),
         (lambda e: e.processor(text="what?", images="data:image/png;base64,%%%"), "an image is not base64"),
         (lambda e: e.processor(text="what?", images=np.zeros((4, 4, 3))), "image is of type ndarray, not a path, bytes or a Pillow image"),
