@@ -137,7 +137,7 @@ def test_every_flag_and_program_in_a_sentence_exists(capsys):
     wrong, looked_at = [], 0
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
-            if code.startswith(("lmms-eval", "pip", "hf ")):
+            if code.startswith(("lmms-eval", ".venv/bin/pip", "hf ")):
                 continue
             named = re.search(r"(?:-m |(?<!/)\b)((?:training|data|eval|models|remote|benchmarks)\.\w+|\w+(?=\.py ))", code)
             flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]*)(?![\w.*-])", code.split("torchrun")[-1]) if flag not in NO_FLAGS and not flag.endswith(".")]
