@@ -11,9 +11,6 @@ from typing import Any
 
 from configs.errors import UserError
 
-UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
-MODE = 0o666 & ~UMASK  # of a new file
 CACHE = "cache"  # folder of what is computed once, where nothing else is said
 
 

@@ -191,10 +191,11 @@ class DualTower(lmms):
                 out.append(self.answerer.tiles(image))
             except ImageError as error:
                 raise UserError(f"task {task}: row {doc_id}: {error}") from error
-        digest = hashlib.blake2b(digest_size=8)
-        for shown in out:
-            digest.update(shown.pixels.contiguous().numpy())
-        self.seen.setdefault((task, doc_id), digest.hexdigest())
+        if (task, doc_id) not in self.seen:
+            digest = hashlib.blake2b(digest_size=8)
+            for shown in out:
+                digest.update(shown.pixels.contiguous().numpy())
+            self.seen[task, doc_id] = digest.hexdigest()
         if self.keep is not None:
             kept = self.images.setdefault((task, doc_id), [])
             kept += [name for name in (thumbnail(image, self.keep) for image in out) if name not in kept]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from configs.errors import UsageError, UserError
-from configs.files import MODE, replacing, write_text
+from configs.files import replacing, write_text
 from configs.hub import BESIDE, WEIGHTS
 from configs.model import ModelConfig, Vocabulary
 from configs.saved import from_dict
@@ -50,8 +50,10 @@ def save_model(model: Any, folder: Path) -> None:
     for file, names in shards.filename_to_tensors.items():
         try:
             with replacing(folder / file) as beside:
+                beside.touch()
+                mode = beside.stat().st_mode
                 save_file({name: tensors[name] for name in names}, beside)
-                beside.chmod(MODE)  # safetensors makes files that nobody else may read
+                beside.chmod(mode)  # safetensors makes files that nobody else may read
         except SafetensorError as error:  # a full disk, for one
             raise UserError(f"{folder / file} could not be written: {error}") from error
     if shards.is_sharded:

@@ -107,10 +107,8 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if strings and tokenizer is None:
             raise UsageError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
         mask = attention_mask.bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
-        if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all() or (mask.int().diff(dim=1).abs().sum(1) > 1).any():
-            raise UsageError(
-                f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), with at least one token a row, padded on one side"
-            )
+        if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
+            raise UsageError(f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), with at least one token a row")
         prompts = [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         rows = self.vlm.vocabulary.size
         if wrong := [token for ids in prompts for token in ids if not 0 <= token < rows]:
@@ -148,6 +146,10 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The tiles of each prompt's images, one entry an image: as many as its block has markers."""
         vocabulary = self.vlm.vocabulary
         counts = [[sum(token > vocabulary.image_token_id for token in ids[a:b]) for a, b, image in spans_of(ids, vocabulary) if image >= 0] for ids in prompts]
+        squares = self.vlm.config.tokens_per_tile
+        for ids, row in zip(prompts, counts, strict=True):
+            if (found := ids.count(vocabulary.image_token_id)) != squares * sum(row):
+                raise UsageError(f"generate: a row of input_ids has {found} image tokens for {sum(row)} image tiles of {squares}: an image's block is cut, or its mask has holes")
         needed, given = sum(map(sum, counts)), 0 if pixel_values is None else len(pixel_values)
         if needed != given:
             raise UsageError(f"generate: input_ids have room for {needed} image tiles, pixel_values holds {given}: give both as one call of the processor makes them")

@@ -281,7 +281,7 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     assert not (tmp_path / "pulled").exists()
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
-    (tmp_path / "hf").rglob("snapshots/*/config.json").__next__().resolve().write_text("{")
+    next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: where that is whole, delete .* and it will be fetched again"):
         DualTowerVLM.from_pretrained("me/tiny")
 

@@ -229,6 +229,8 @@ def test_padding_on_either_side_and_none(exported):
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding_side": "right"}
     )
     assert inputs["attention_mask"][0, -1] == 0 and torch.equal(exported.model.generate(**inputs, max_new_tokens=5)[:, -5:], left)
+    between = {name: t if name == "pixel_values" else torch.cat((t[:, :-3], torch.zeros_like(t[:, :2]), t[:, -3:]), 1) for name, t in inputs_of(exported, chats).items()}
+    assert torch.equal(exported.model.generate(**between, max_new_tokens=5)[:, -5:], left)  # and in the middle, as behind an earlier answer
     ragged = exported.processor.apply_chat_template(chats, tokenize=True, padding=False)
     assert len({len(row) for row in ragged}) > 1
 
@@ -343,7 +345,10 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3)), "at least one token a row"),
         (lambda e: e.model.generate([[1, 2]]), "must be tensors of integers"),
         (lambda e: e.model.generate(torch.ones(1, 3)), "must be tensors of integers"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 0, 1]])), "padded on one side"),
+        (
+            lambda e: e.model.generate(**(i := inputs_of(e, asked(e.images, QUESTIONS[1:2]))) | {"attention_mask": i["attention_mask"].index_fill(1, torch.tensor([3]), 0)}),
+            "20 image tokens for 0 image tiles of 4: an image.s block is cut, or its mask has holes",
+        ),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), generation_config={"max_new_tokens": 3}), "generation_config is a dict"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), pad_token_id="x"), "pad_token_id = 'x' is not a token"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings=[""]), "stop_strings = .* are not strings with something in them"),
