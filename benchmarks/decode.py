@@ -8,7 +8,7 @@ measured in turn in one run; ratios are medians over the prompts or repetitions.
 
 plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
 passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
-drafts    tokens a pass and tokens/s for K drafts ÷ plain decoding of the same engine, and for the adaptive length
+drafts    tokens a pass and tokens/s for chains of K drafts, a tree, and what the engine chooses, ÷ plain decoding of the same engine
 same      greedy answers with and without drafts, batch 1 and 8: how many differ
 image     the first token of a second question on an image, beside a first question's
 """
@@ -34,7 +34,7 @@ from benchmarks.about import about
 from configs.errors import UserError, run_script
 from configs.model import GenerationConfig
 from eval.answering import Answerer
-from models.generation import prefill, verify
+from models.generation import TREE, prefill, verify
 from training.heads import HeadsConfig, asked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,11 +85,11 @@ def plain(answerer: Answerer, tokens: int, repeats: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
-    """Cost of a pass over K + 1 tokens behind 200 others ÷ of one over 1 token, and of K drafts ÷ the same; logits included."""
+    """Cost of a pass over K + 1 tokens behind 200 others ÷ of one over 1 token, and of K drafts ÷ the same, the tree's too; logits included."""
     model, device = answerer.model, answerer.model.device
     right = model.right
     ids = torch.randint(0, 1000, (1, 200), device=device)
-    cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], most + 2)
+    cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], TREE + 1)
     lengths, state = cache.lengths, states[:, -1]
     heads = right.heads
     rows = heads.rows(right.unembedding) if heads is not None else None
@@ -100,15 +100,20 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
         right.logits(verify(model, cache, tokens, places)).max(-1).indices.tolist()
 
     def draft(count: int) -> None:
-        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None))[0].tolist()
+        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None)).tokens.tolist()
+
+    def tree() -> None:
+        heads.tree(right.embed_tokens, rows, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE).tokens.tolist()
 
     out: dict[str, list[float]] = {}
     for _ in range(repeats):
         one = median_s(lambda: run(1), 8)
-        for k in range(1, most + 1):
+        for k in (*range(1, most + 1), TREE):
             out.setdefault(f"verify_{k}", []).append(median_s(lambda k=k: run(k + 1), 8) / one)
-            if heads is not None:
-                out.setdefault(f"draft_{k}", []).append(median_s(lambda k=k: draft(k), 8) / one)
+        for k in range(1, most + 1) if heads is not None else ():
+            out.setdefault(f"draft_{k}", []).append(median_s(lambda k=k: draft(k), 8) / one)
+        if heads is not None:
+            out.setdefault("draft_tree", []).append(median_s(tree, 8) / one)
     return {name: statistics.median(values) for name, values in out.items()}
 
 
@@ -124,7 +129,8 @@ def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tu
 def drafts(answerer: Answerer, questions: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
     """Every prompt answered alone, by plain decoding and with each length of drafts, in turn."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
-    kinds = {"plain": base, "auto": replace(base, speculative="auto")} | {f"K={k}": replace(base, speculative="on", draft_tokens=k) for k in range(1, most + 1)}
+    kinds = {"plain": base, "auto": replace(base, speculative="auto"), "tree": replace(base, speculative="on")}
+    kinds |= {f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)}
     answerer.answer(questions[:1], base)
     made: dict[str, list[Any]] = {name: [] for name in kinds}
     for question in questions:
@@ -227,7 +233,7 @@ def show(dtype: str, r: dict[str, Any]) -> None:
         )
     for name, cost in r.get("passes", {}).items():
         kind, k = name.split("_")
-        table.add_row(f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else k + ' drafts'} ÷ a pass over one", f"{cost:.2f}")
+        table.add_row(f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else 'drafting ' + k} ÷ a pass over one", f"{cost:.2f}")
     for name, d in r.get("drafts", {}).items():
         table.add_row(
             name,

@@ -172,7 +172,8 @@ class GenerationConfig:
     stop: str = opt("", "end the answer before this string")
     logprobs: bool = opt(False, "tell each token's log-probability")
     speculative: Literal["auto", "on", "off"] = opt("auto", "draft with the multi-token heads, where there are any: as far as it pays, always, or never; the answer is the same")
-    draft_tokens: int = opt(0, "tokens drafted for a pass, at most (0: one for each head)")
+    draft_tokens: int = opt(0, "tokens drafted ahead, at most (0: one for each head)")
+    draft_width: int = opt(4, "likeliest ways on that drafts follow, for greedy answers to one or two prompts at a time (1: one)")
     max_new_tokens: int = opt(64, "longest answer in tokens")
     seed: int = opt(0, "of the sampling")
 
@@ -190,5 +191,7 @@ class GenerationConfig:
             raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
         if self.draft_tokens < 0:
             raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
+        if not 1 <= self.draft_width <= 15:
+            raise UsageError(f"draft_width = {self.draft_width} must be between 1 (a chain of drafts) and 15")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")

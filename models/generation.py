@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from configs.model import GenerationConfig
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
+from models.multi_token import Drafts, ancestors
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Row:
     passes: int = 1
     done: bool = False
 
-    def take(self, tokens: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> None:
-        """What a pass gave: tokens, and the logits (T, V) that each was chosen from; up to the answer's end."""
+    def take(self, tokens: list[int], places: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> None:
+        """What a pass gave: tokens, each chosen from the logits (T, V) at one of `places`; up to the answer's end."""
         self.position += len(tokens)
-        for token, row in zip(tokens, logits, strict=False):  # behind the last accepted draft there are more logits
+        for token, place in zip(tokens, places, strict=True):
             if token == stop:
                 self.done = True
                 return
             self.tokens.append(token)
             if settings.logprobs:
-                self.logprobs.append(row.float().log_softmax(-1)[token].item())
+                self.logprobs.append(logits[place].float().log_softmax(-1)[token].item())
             ended = on_tokens is not None and on_tokens(self.number, self.tokens)
             if ended or len(self.tokens) == settings.max_new_tokens:
                 self.done = True
@@ -86,20 +86,27 @@ def choose(distribution: Tensor, settings: GenerationConfig, generator: torch.Ge
     return torch.multinomial(distribution.flatten(0, -2), 1, generator=generator).view(distribution.shape[:-1])
 
 
-def accept(drafts: Tensor, proposed: Tensor | None, target: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[list[int], Tensor]:
-    """How many of each row's drafts stand, and the token after them (B,).
+def follow(drafts: Drafts, wanted: Tensor) -> list[list[int]]:
+    """Greedy: each row's places from the token chosen last (0) on, as long as a draft is the token that is `wanted` (B, N + 1) at its parent."""
+    paths = []
+    for tokens, parents, want in zip(drafts.tokens.tolist(), drafts.parents.tolist(), wanted.tolist(), strict=True):
+        path = [0]
+        for place, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
+            if parent == path[-1] and token == want[parent]:
+                path.append(place)
+        paths.append(path)
+    return paths
 
-    `drafts` (B, K) were drawn from `proposed` (B, K, V), None where all is greedy; `target` (B, K + 1, V) is the model's own distribution at each of
+
+def accept(drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[list[int], Tensor]:
+    """Sampling: how many of each row's drafts stand, and the token after them (B,).
+
+    `drafts` (B, K), a chain, were drawn from `proposed` (B, K, V); `target` (B, K + 1, V) is the model's own distribution at each of
     them and behind the last. A draft x stands with probability min(1, target(x) ÷ proposed(x)); at the first that
     does not, a token is drawn from what target has more than proposed. So tokens have exactly the target's
-    distribution (arXiv 2211.17192, 2302.01318); with both distributions on one token it is: as long as they agree.
+    distribution (arXiv 2211.17192, 2302.01318).
     """
     B, K = drafts.shape
-    if not settings.sampling:
-        wanted = target.max(-1).indices  # (B, K + 1)
-        counts = (drafts == wanted[:, :K]).long().cumprod(1).sum(1)  # (B,)
-        return counts.tolist(), wanted.gather(1, counts[:, None])[:, 0]
-    assert proposed is not None, "sampled drafts come with their distribution"
     ratio = target[:, :K].gather(-1, drafts[..., None])[..., 0] / proposed.gather(-1, drafts[..., None])[..., 0]  # (B, K)
     uniform = torch.rand(B, K, generator=generator, device=drafts.device)
     counts = (uniform < ratio).long().cumprod(1).sum(1)
@@ -110,58 +117,82 @@ def accept(drafts: Tensor, proposed: Tensor | None, target: Tensor, settings: Ge
     return counts.tolist(), torch.multinomial(rest, 1, generator=generator)[:, 0]
 
 
-class DraftLength:
-    """How many tokens to draft: what gives most tokens a second, by what was accepted and what passes took.
+TREE = 15  # drafts of a tree: with the token before them 16 rows, of which a packed product in bf16 costs what one row costs
+TREE_ROWS = 32  # a batch's most for trees: `Packed.MOST`
 
-    The k-th draft's chance, and what a pass with k drafts takes, are running means. Where no draft pays, none is made,
-    but now and then one, so that a change in the text is noticed.
+
+class Shape(NamedTuple):
+    """Of drafts: a chain of `depth`, or where `width` is above 1 a tree."""
+
+    depth: int
+    width: int = 1
+
+
+class DraftShape:
+    """What to draft: what gives most tokens a second, by what was accepted and what passes took.
+
+    The k-th draft's chance and the seconds of a pass with drafts of a shape are running means. Where no draft pays, none is made. What is not tried
+    is slowly hoped for again, so that a change in the text is noticed.
     """
 
-    AGAIN = 48  # passes after which drafting is tried again where it did not pay
+    HOPE = 0.0003  # of the way back, at each pass
 
-    def __init__(self, stands: Sequence[float], mode: str) -> None:
-        """`stands`: the chance of each draft to stand where those before it do, to begin with."""
-        self.stands, self.mode = list(stands), mode
-        self.seconds: list[float | None] = [None] * (len(stands) + 1)  # of a pass with that many drafts
-        self.idle = 0
+    def __init__(self, stands: Sequence[float], mode: str, width: int = 1, seconds: dict[Shape, float] | None = None) -> None:
+        """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `seconds`: what passes cost, where it is not to be measured."""
+        self.mode, self.most, self.width = mode, len(stands), width
+        self.hopes = [(1 + stood) / 2 for stood in stands]
+        self.stands = {width: list(self.hopes)} | {1: list(stands)}  # only what is made teaches, so a tree is believed to be better than it may be
+        self.measured = seconds is None
+        self.seconds = seconds or {}
+        self.begun: set[Shape] = set()  # made once: the first pass of a shape prepares kernels, and says nothing
 
-    def __call__(self) -> int:
-        most = len(self.stands)
-        if self.mode != "auto" or not most:
-            return most if self.mode != "off" else 0
-        plain, full = self.seconds[0], self.seconds[most]
-        if full is None or plain is None:
-            return most if full is None else 0
-        best, rate, tokens, chance = 0, 1 / plain, 1.0, 1.0
-        for k, stands in enumerate(self.stands, start=1):
-            chance *= stands
-            tokens += chance
-            cost = self.seconds[k] or plain + (full - plain) * k / most
-            if tokens / cost > 1.02 * rate:
-                best, rate = k, tokens / cost
-        self.idle = self.idle + 1 if best == 0 else 0
-        if self.idle > self.AGAIN:
-            self.idle = 0
-            return 1
+    def __call__(self) -> Shape:
+        plain, chain, widest = Shape(0), Shape(self.most), Shape(self.most, self.width)
+        if self.mode != "auto" or not self.most:
+            return plain if self.mode == "off" else widest
+        for shape in (widest, chain, plain):
+            if shape not in self.seconds:
+                return shape
+        best, rate = plain, 1 / self.seconds[plain]
+        for width, stands in self.stands.items():
+            tokens, chance = 1.0, 1.0
+            for k, stood in enumerate(stands, start=1):
+                chance *= stood
+                tokens += chance
+                cost = self.seconds.get(Shape(k, width)) if width > 1 else self._cost(k)
+                if cost is not None and tokens / cost > 1.02 * rate:
+                    best, rate = Shape(k, width), tokens / cost
         return best
 
-    def told(self, drafted: int, counts: Sequence[int], seconds: float) -> None:
-        """A pass over drafts, of which `counts` stood in each row."""
-        before = self.seconds[drafted]
-        self.seconds[drafted] = seconds if before is None else min(0.9 * before + 0.1 * seconds, 2 * before)  # one disturbed pass says little
+    def _cost(self, depth: int) -> float:
+        """Seconds of a pass over a chain: what is not measured lies between plain and whole."""
+        plain, whole = self.seconds[Shape(0)], self.seconds[Shape(self.most)]
+        return self.seconds.get(Shape(depth), plain + (whole - plain) * depth / self.most)
+
+    def told(self, shape: Shape, counts: Sequence[int], seconds: float) -> None:
+        """A pass over drafts of a shape, of which `counts` stood in each row."""
+        if self.measured and shape in self.begun:
+            before = self.seconds.get(shape, seconds)
+            self.seconds[shape] = min(0.9 * before + 0.1 * seconds, 2 * before)  # one disturbed pass says little
+        self.begun.add(shape)
+        for stands in self.stands.values():
+            for k, hope in enumerate(self.hopes):
+                stands[k] += self.HOPE * max(0.0, hope - stands[k])
         for count in counts:
-            for k in range(min(drafted, count + 1)):
-                self.stands[k] += 0.06 * ((k < count) - self.stands[k])
-
-
-def draft_length(heads: Any, rows: int, settings: GenerationConfig) -> DraftLength:
-    """For greedy answers one that goes on learning from call to call. Sampled answers must depend on the seed alone: theirs begins anew."""
-    most = min(settings.draft_tokens or heads.count, heads.count)
-    new = DraftLength(heads.stands[:most].tolist(), settings.speculative)
-    return new if settings.sampling else heads.lengths.setdefault((rows, most, settings.speculative), new)
+            for k in range(min(shape.depth, count + 1)):
+                self.stands[shape.width][k] += 0.06 * ((k < count) - self.stands[shape.width][k])
 
 
 NOMINAL = 0.15  # what a draft costs, in passes, where the clock must not count
+
+
+def draft_shape(heads: Any, rows: int, settings: GenerationConfig) -> DraftShape:
+    """For greedy answers one that goes on learning from call to call. Sampled answers must depend on the seed alone: theirs begins anew."""
+    most = min(settings.draft_tokens or heads.count, heads.count)
+    width = 1 if settings.sampling or rows * (TREE + 1) > TREE_ROWS else settings.draft_width
+    nominal = {Shape(k): 1 + NOMINAL * k for k in range(most + 1)} if settings.sampling else None
+    new = DraftShape(heads.stands[:most].tolist(), settings.speculative, width, nominal)
+    return new if settings.sampling else heads.shapes.setdefault((rows, most, width, settings.speculative), new)
 
 
 def prefill(
@@ -199,10 +230,14 @@ def prefill(
     return cache, model.right(model.embed(ids, tiles), positions.clamp(min=0), _mask(cache, positions.clamp(min=0)), cache)
 
 
-def verify(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The right tower over `tokens` (B, T) at `positions` (B, T) → hidden states (B, T, D)."""
+def verify(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor, sees: Tensor | None = None) -> Tensor:
+    """The right tower over `tokens` (B, T) at `positions` (B, T) → hidden states (B, T, D). `sees` (B, T, T): which of one another they see; None: the earlier ones."""
+    slots = torch.tensor(cache.lengths, device=tokens.device)[:, None, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, 1, T)
     cache.reserve(positions)
-    return model.right(model.right.embed_tokens(tokens), positions, _mask(cache, positions), cache)
+    mask = _mask(cache, positions)
+    if sees is not None:
+        mask[:, 0].scatter_(2, slots.expand_as(sees), sees)
+    return model.right(model.right.embed_tokens(tokens), positions, mask, cache)
 
 
 def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
@@ -210,11 +245,11 @@ def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
 
 
 class Passed(NamedTuple):
-    """What a pass over B rows with K drafts gave."""
+    """What a pass over B rows with N drafts each gave."""
 
-    logits: Tensor  # (B, K + 1, V)
+    logits: Tensor  # (B, N + 1, V)
+    paths: list[list[int]]  # of each row: the places of the token chosen last and of the drafts that stand
     tokens: list[list[int]]  # of each row: the drafts that stand, and one more
-    counts: list[int]  # of each row: the drafts that stand
     chosen: Tensor  # (B,), the one more
     hidden: Tensor  # (B, D), what it was chosen from
 
@@ -225,33 +260,33 @@ def one_pass(
     positions: list[int],
     hidden: Tensor,
     chosen: Tensor,
-    K: int,
-    draft: Callable[..., tuple[Tensor, Tensor | None]] | None,
+    drafts: Drafts,
     seen: Tensor | None,
     settings: GenerationConfig,
     generator: torch.Generator | None,
 ) -> Passed:
-    """Draft K tokens behind those `chosen` (B,) from `hidden` (B, D), verify them, keep in the cache what stands.
+    """Verify drafts behind the tokens `chosen` (B,), and keep in the cache what stands.
 
-    `positions`: of the chosen tokens; `draft`: `MultiTokenHeads.draft` with its tables; `seen` (B, V): tokens that the repetition penalty counts.
+    `positions`: of the chosen tokens, `hidden` (B, D): what they were chosen from; `seen` (B, V): tokens that the repetition penalty counts.
     """
-    if draft is not None:
-        drafts, proposed = draft(hidden, chosen, K, lambda logits: _draw(logits, settings, generator))
-    else:
-        drafts, proposed = chosen.new_empty(len(chosen), 0), None
-    tokens = torch.cat((chosen[:, None], drafts), 1)  # (B, K + 1)
-    places = torch.tensor(positions, device=chosen.device)[:, None] + torch.arange(K + 1, device=chosen.device)
-    states = verify(model, cache, tokens, places)  # (B, K + 1, D)
-    logits = model.right.logits(states)  # (B, K + 1, V)
-    also = _seen_with(seen, drafts) if seen is not None else None
+    tokens = torch.cat((chosen[:, None], drafts.tokens), 1)  # (B, N + 1)
+    sees = ancestors(drafts.parents)
+    places = torch.tensor(positions, device=chosen.device)[:, None] + sees.sum(-1) - 1
+    start = cache.lengths
+    states = verify(model, cache, tokens, places, sees)  # (B, N + 1, D)
+    logits = model.right.logits(states)  # (B, N + 1, V)
+    also = _seen_with(seen, tokens, sees) if seen is not None else None
     target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
-    if K:
-        counts, chosen = accept(drafts, proposed, target, settings, generator)
+    if settings.sampling and drafts.proposed is not None:
+        counts, chosen = accept(drafts.tokens, drafts.proposed, target, generator)
+        paths = [list(range(count + 1)) for count in counts]
     else:
-        counts, chosen = [0] * len(chosen), choose(target, settings, generator)[:, 0]
-    cache.lengths = [now - K + count for now, count in zip(cache.lengths, counts, strict=True)]
-    kept = [[*drafted[:count], last] for drafted, count, last in zip(drafts.tolist(), counts, chosen.tolist(), strict=True)]
-    return Passed(logits, kept, counts, chosen, states[torch.arange(len(counts)), counts])
+        wanted = choose(target, settings, generator)  # (B, N + 1)
+        paths = follow(drafts, wanted)
+        chosen = wanted[torch.arange(len(paths)), [path[-1] for path in paths]]
+    cache.settle(start, paths)
+    kept = [[*(row[place] for place in path[1:]), last] for row, path, last in zip(tokens.tolist(), paths, chosen.tolist(), strict=True)]
+    return Passed(logits, paths, kept, chosen, states[torch.arange(len(paths)), [path[-1] for path in paths]])
 
 
 @torch.inference_mode()
@@ -281,9 +316,9 @@ def generate(
     heads = model.right.heads
     if settings.speculative == "on" and heads is None:
         raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
-    length = draft_length(heads, len(ids), settings) if heads is not None else DraftLength([], "off")
+    shapes = draft_shape(heads, len(ids), settings) if heads is not None else DraftShape([], "off")
     going_on = cache is not None
-    cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + len(length.stands), tiles, cache)
+    cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + max(shapes.most, TREE if shapes.width > 1 else 0), tiles, cache)
     hidden = states[torch.arange(len(ids)), (positions >= 0).sum(1) - 1]  # (B, D), at the prompts' last tokens
     prompt_lengths = cache.lengths
     logits = model.right.logits(hidden)[:, None]  # (B, 1, V)
@@ -295,12 +330,12 @@ def generate(
     rows = [Row(b, p) for b, p in enumerate(positions.amax(1).tolist())]
     active = list(rows)
     chosen = choose(probabilities(logits, settings, seen[:, None] if seen is not None else None), settings, generator)[:, 0]  # (B,)
-    new = chosen[:, None].tolist()
+    new, paths = chosen[:, None].tolist(), [[0]] * len(rows)
     first_token_s = time.perf_counter() - started
-    rows_of_heads = heads.rows(model.right.unembedding) if heads is not None and length.stands else None
+    drafted_with = heads.rows(model.right.unembedding) if heads is not None else None
     while True:
-        for row, tokens, chosen_from in zip(active, new, logits, strict=True):
-            row.take(tokens, chosen_from, stop, settings, on_tokens)
+        for row, tokens, path, chosen_from in zip(active, new, paths, logits, strict=True):
+            row.take(tokens, path, chosen_from, stop, settings, on_tokens)
         if all(row.done for row in active):
             break
         if any(row.done for row in active) and not going_on:  # rows that are done cost nothing any more
@@ -313,24 +348,32 @@ def generate(
             for i, row in enumerate(active):
                 seen[i, row.tokens] = True
         pass_started = time.perf_counter()
-        K = min(length(), max(settings.max_new_tokens - len(row.tokens) for row in active) - 1)
-        draft = partial(heads.draft, model.right.embed_tokens, rows_of_heads) if K else None
-        logits, new, counts, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, K, draft, seen, settings, generator)
+        shape = shapes()
+        shape = Shape(min(shape.depth, max(settings.max_new_tokens - len(row.tokens) for row in active) - 1), shape.width)
+        drafts = _drafts(model, drafted_with, hidden, chosen, shape, settings, generator)
+        logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, seen, settings, generator)
         for row in active:
             row.passes += 1
-        length.told(K, counts, 1 + NOMINAL * K if settings.sampling else time.perf_counter() - pass_started)
+        shapes.told(shape if shape.depth else Shape(0), [len(path) - 1 for path in paths], time.perf_counter() - pass_started)
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])
 
 
-def _seen_with(seen: Tensor, drafts: Tensor) -> Tensor:
-    """Tokens seen (B, V) → seen before each of K + 1 places (B, K + 1, V), the drafts (B, K) before it included."""
-    K = drafts.shape[1]
-    out = seen[:, None].repeat(1, K + 1, 1)
-    for k in range(K):
-        out[:, k + 1 :].scatter_(2, drafts[:, k, None, None].expand(-1, K - k, 1), True)
-    return out
+def _drafts(model: Any, rows: Tensor | None, hidden: Tensor, chosen: Tensor, shape: Shape, settings: GenerationConfig, generator: torch.Generator | None) -> Drafts:
+    """Drafts of a shape behind the tokens `chosen` (B,) from `hidden` (B, D); `rows` as in `MultiTokenHeads.draft`."""
+    if rows is None or not shape.depth:
+        return Drafts(chosen.new_empty(len(chosen), 0), chosen.new_empty(len(chosen), 0))
+    heads, embedding = model.right.heads, model.right.embed_tokens
+    if shape.width > 1:
+        return heads.tree(embedding, rows, hidden, chosen, shape.depth, shape.width, TREE)
+    return heads.draft(embedding, rows, hidden, chosen, shape.depth, lambda logits: _draw(logits, settings, generator))
+
+
+def _seen_with(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
+    """Tokens seen (B, V) → seen at each of N + 1 places (B, N + 1, V): also those of `tokens` (B, N + 1) that the place `sees` (B, N + 1, N + 1)."""
+    also = torch.where(sees, tokens[:, None], tokens[:, :1, None])  # every place sees the first
+    return seen[:, None].repeat(1, tokens.shape[1], 1).scatter_(2, also, True)
 
 
 def _draw(logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:

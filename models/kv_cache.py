@@ -101,8 +101,8 @@ class ImageContext:
 class DecodingCache:
     """Static, preallocated cache: rotated keys and values (layers, B, G, S, E) and the position that each slot holds (B, S).
 
-    Every row has a length of its own. Slots that hold padding or nothing, and those of drafts that were not accepted, have
-    positions later than every query's; the last are written anew.
+    Every row has a length of its own. Slots that hold padding, a draft that fell, or nothing have a position later than every
+    query's; but for padding they are written anew.
     """
 
     def __init__(self, layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -136,6 +136,19 @@ class DecodingCache:
             else:
                 cached[self.slots] = new.transpose(1, 2)  # (B, T, G, E), as indices with a slice between them want it
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+
+    def settle(self, start: list[int], paths: list[list[int]]) -> None:
+        """Of the slots that a pass opened, in each row from `start` on, keep those that `paths` name, in ascending order and without gaps; the others hold nothing."""
+        for row, (at, path) in enumerate(zip(start, paths, strict=True)):
+            end = at + len(path)
+            if path[-1] >= len(path):  # something between them fell
+                slots = at + torch.tensor(path, device=self.positions.device)
+                for cached in (self.keys, self.values):
+                    cached[:, row, :, at:end] = cached[:, row, :, slots]
+                self.positions[row, at:end] = self.positions[row, slots]
+            if end < self.lengths[row]:
+                self.positions[row, end : self.lengths[row]] = NEVER
+        self.lengths = [at + len(path) for at, path in zip(start, paths, strict=True)]
 
     def grow(self, slots: int) -> None:
         """Make room for `slots` more in every row."""

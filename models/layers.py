@@ -103,8 +103,11 @@ class Packed:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
         self.bias = torch.cat(biases) if biases else None
 
+    def takes(self, x: Tensor) -> bool:
+        return x.shape[:-1].numel() <= self.MOST
+
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() > self.MOST:
+        if not self.takes(x):
             made = [layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers]
             return torch.cat(made, -1) if len(made) > 1 else made[0]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -153,7 +156,7 @@ class Attention(KeyValue):
     def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
         rope = rotary if self.has_rope else None
-        if self.packed is None:
+        if self.packed is None or not self.packed[0].takes(x):
             queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
             keys, values = self.key_values(x)  # (B, G, T, E)
         else:
@@ -193,7 +196,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
+        if self.packed is None or not self.packed[0].takes(x):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up = self.packed[0](x).chunk(2, -1)
         return self.packed[1](F.silu(gate) * up)

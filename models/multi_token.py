@@ -10,7 +10,7 @@ and what it gave, stands in docs/experiments.md.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,17 @@ from torch import Tensor, nn
 from configs.model import DecoderConfig, MultiTokenConfig
 from models.layers import Packed, RMSNorm
 from models.losses import cross_entropy
+
+
+class Drafts(NamedTuple):
+    """Guesses at what follows the token chosen last. They form a chain, or a tree: there several guesses at one place are followed.
+
+    Places: 0 is the token chosen last, n the n-th draft. A draft's parent is the place of the token before it, and stands before it.
+    """
+
+    tokens: Tensor  # (B, N)
+    parents: Tensor  # (B, N)
+    proposed: Tensor | None = None  # (B, N, V): what each was drawn from; None where the likeliest are taken
 
 
 class MultiTokenHeads(nn.Module):
@@ -43,7 +54,7 @@ class MultiTokenHeads(nn.Module):
         ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
         self.register_buffer("draft_ids", ids)
         self.register_buffer("stands", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
-        self.lengths: dict[Any, Any] = {}  # models/generation.py: how many drafts pay
+        self.shapes: dict[Any, Any] = {}  # models/generation.py: which drafts pay
         with torch.no_grad():  # at first a head carries the state on as it is
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
             nn.init.normal_(self.gate_up.weight, std=0.02)
@@ -87,31 +98,55 @@ class MultiTokenHeads(nn.Module):
             known = targets[:, k] >= 0
             state, targets, at = state[known], targets[known], at[known]
             state = self.step(state, embedding(targets[:, k - 1]))
-            said[at, k - 1] = self.draft_ids[F.linear(self.norm(state), rows).argmax(-1)]
+            said[at, k - 1] = self.draft_ids[self._logits(state, rows).argmax(-1)]
         return said, every[:, 1:]
 
     def rows(self, unembedding: Tensor) -> Tensor:
         """What of the unembedding (V, D) drafts are made with, (V′, D): a copy, where not all tokens can be drafted."""
         return unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
 
-    def draft(
-        self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → `count` drafts (B, count). `rows`: see there.
+    def draft(self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Drafts:
+        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → a chain of `count` drafts. `rows`: see there.
 
-        `pick` makes a token of each row's logits (B, V′), and says the distribution it was drawn from or None; these come back
-        over the whole vocabulary, (B, count, V).
+        `pick` makes a token of each row's logits (B, V′), and says the distribution it was drawn from or None.
         """
         drafts, proposed = [], []
         for _ in range(count):
             hidden = self.step(hidden, embedding(tokens))
-            normed = self.norm(hidden)
-            place, distribution = pick(F.linear(normed, rows) if self.packed is None else self.packed[3](normed))
+            place, distribution = pick(self._logits(hidden, rows))
             tokens = self.draft_ids[place]
             drafts.append(tokens)
             if distribution is not None:
                 proposed.append(distribution.new_zeros(len(tokens), embedding.num_embeddings).index_copy_(1, self.draft_ids, distribution))
-        return torch.stack(drafts, 1), torch.stack(proposed, 1) if proposed else None
+        parents = torch.arange(count, device=tokens.device).expand(len(tokens), count)
+        return Drafts(torch.stack(drafts, 1), parents, torch.stack(proposed, 1) if proposed else None)
+
+    def tree(self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, depth: int, width: int, size: int) -> Drafts:
+        """As `draft`, but the `size` likeliest drafts, by what the heads believe, of all that are found on the way.
+
+        At each of `depth` steps the `width` likeliest ways so far are followed, and of each the `width` likeliest next tokens (arXiv 2406.16858).
+        """
+        B, D = hidden.shape
+        states, ways, place, belief = hidden[:, None], tokens[:, None], tokens.new_zeros(B, 1), hidden.new_zeros(B, 1, dtype=torch.float32)  # (B, w, …)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, parents and log-probability of the whole way, (B, w · width) each
+        count = 1  # places given away
+        for _ in range(depth):
+            states = self.step(states, embedding(ways))
+            best, at = self._logits(states, rows).float().log_softmax(-1).topk(min(width, len(self.draft_ids)))  # (B, w, width)
+            found.append((self.draft_ids[at].flatten(1), place.repeat_interleave(best.shape[-1], 1), (belief[..., None] + best).flatten(1)))
+            belief, top = found[-1][2].topk(min(width, found[-1][2].shape[1]))
+            states = states.gather(1, (top // best.shape[-1])[..., None].expand(-1, -1, D))
+            ways, place, count = found[-1][0].gather(1, top), count + top, count + found[-1][2].shape[1]
+        every, parents, beliefs = (torch.cat(part, 1) for part in zip(*found, strict=True))  # (B, C)
+        kept = beliefs.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values  # no draft is likelier than its parent, which comes first
+        renamed = torch.zeros(B, count, dtype=torch.int64, device=tokens.device)
+        renamed.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=tokens.device).expand_as(kept))
+        return Drafts(every.gather(1, kept), renamed.gather(1, parents.gather(1, kept)))
+
+    def _logits(self, state: Tensor, rows: Tensor) -> Tensor:
+        """A head's state (…, D) → logits (…, V′)."""
+        normed = self.norm(state)
+        return F.linear(normed, rows) if self.packed is None else self.packed[3](normed)
 
     def pack(self, unembedding: Tensor) -> None:
         self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(self.rows(unembedding)))
@@ -135,3 +170,20 @@ def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:
         whole = whole[:, :-1] & (labels[:, k:] != -100) & (documents[:, k:] == documents[:, :-k])
         out[:, : R - k, k] = labels[:, k:].masked_fill(~whole, -1)
     return out[labels != -100]
+
+
+def ancestors(parents: Tensor) -> Tensor:
+    """Parents (B, N) as in `Drafts` → (B, N + 1, N + 1): True where the second place is the first one, or comes before it on its way.
+
+    parents 0 0 1      0 1 2 3
+                    0  x
+                    1  x x
+                    2  x   x
+                    3  x x   x
+    """
+    B, N = parents.shape
+    steps = torch.eye(N + 1, device=parents.device).repeat(B, 1, 1)
+    steps[:, 1:].scatter_(2, parents[..., None], 1.0)
+    for _ in range(N.bit_length()):  # so many steps after one another; their number doubles each time
+        steps = steps @ steps
+    return steps > 0

@@ -22,7 +22,9 @@ from models.vision_language_model import VisionLanguageModel
 from remote.configuration import DualTowerConfig, VanillaConfig
 
 # Arguments of generate → this project's settings; the last two are its own.
-SETTINGS = {"do_sample": "sampling"} | {name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens")}
+SETTINGS = {"do_sample": "sampling"} | {
+    name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens", "draft_width")
+}
 FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}  # arguments that have one value here
 OTHERS = ("eos_token_id", "pad_token_id", "stop_strings")
 # What some versions of transformers write into every generation_config: it asks for nothing.

@@ -160,6 +160,8 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"draft_tokens": -1},
+        {"draft_width": 0},
+        {"draft_width": 16},
     ],
 )
 def test_bad_settings(bad):

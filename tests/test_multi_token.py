@@ -24,8 +24,10 @@ from configs.schema import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.answering import Answerer
-from models.generation import DraftLength, accept, generate, probabilities
-from models.multi_token import chains
+from models.generation import DraftShape, Shape, accept, draft_shape, follow, generate, probabilities
+from models.kv_cache import DecodingCache
+from models.masks import NEVER
+from models.multi_token import Drafts, ancestors, chains
 from training.heads import HeadsConfig, collect
 from training.optim import head_weights
 
@@ -104,7 +106,7 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
-        self.stands, self.lengths = torch.full((3,), 0.5), {}
+        self.stands, self.shapes = torch.full((3,), 0.5), {}
 
     def rows(self, unembedding):
         return unembedding
@@ -119,12 +121,24 @@ class Oracle:
                 if self.drafted % self.wrong == 0:
                     new[k] = (new[k] + 1) % 290
             drafts.append(new)
-        return torch.tensor(drafts), None
+        return Drafts(torch.tensor(drafts), torch.arange(count).expand(len(drafts), count))
+
+    def tree(self, embedding, rows, hidden, tokens, depth, width, size):
+        """The chain's tokens, each after a wrong sibling that has a wrong child of its own: what stands does not lie side by side."""
+        chain = self.draft(embedding, rows, hidden, tokens, depth, None).tokens
+        tokens, parents = [], []
+        for k in range(depth):
+            place = 3 * k  # of the chain's token before this one
+            other = (chain[:, k] + 7) % 290
+            tokens += [other, other, chain[:, k]]
+            parents += [place, place + 1, place]
+        return Drafts(torch.stack(tokens, 1), torch.tensor(parents).expand(len(chain), -1))
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
 @pytest.mark.parametrize("wrong", [2, 3, 100])
-def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong):
+@pytest.mark.parametrize("width", [1, 2])
+def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong, width):
     """Ragged rows with none to three images, rows that end early, drafts that are wrong here and there: the naive model's tokens, in fewer passes."""
     model = lively_model(tokenizer)
     naive = Naive(model)
@@ -139,7 +153,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     original = models.generation.verify
     monkeypatch.setattr(models.generation, "verify", lambda *a: seen.append(original(*a)) or seen[-1])
     batch = collate_prompts([p for p, _ in prompts])
-    plain = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative="off"), **batch)
+    plain = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative="off", logprobs=True), **batch)
     assert plain.tokens == expected
     answers = []
     for (prompt, _), row in zip(prompts, images, strict=True):  # each alone: its hidden states along the answer
@@ -149,26 +163,91 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
     model.right.heads = Oracle(answers, wrong)
-    made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode), **batch)
+    monkeypatch.setattr(models.generation, "TREE_ROWS", 100)
+    made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True), **batch)
     assert made.tokens == expected
+    for one, other in zip(made.logprobs, plain.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
     if mode == "on" and wrong > 2:
         assert sum(made.passes) < 0.7 * sum(plain.passes)
 
 
+TREE = Drafts(torch.tensor([[3, 0, 1, 4, 2]]), torch.tensor([[0, 0, 1, 3, 1]]))  # 3 → 1 → 4, 3 → 2, and 0
+WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each place, from the token chosen last on
+
+
+def test_a_draft_sees_those_on_its_way():
+    sees = ancestors(TREE.parents)[0]
+    assert [{int(TREE.tokens[0, n - 1]) for n in place.nonzero()[:, 0].tolist() if n} for place in sees] == [set(way) for way in WAYS]
+    assert sees.diagonal().all() and sees[:, 0].all() and sees.sum() == sum(len(way) + 1 for way in WAYS)
+    assert torch.equal(ancestors(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool()) and ancestors(torch.empty(3, 0, dtype=torch.int64)).all()
+
+
 def test_every_draft_counts_as_seen_behind_it():
-    seen = torch.zeros(2, 6, dtype=torch.bool)
+    seen = torch.zeros(1, 6, dtype=torch.bool)
     seen[:, 5] = True
-    drafts = [[0, 3, 1], [2, 2, 4]]
-    found = models.generation._seen_with(seen, torch.tensor(drafts))
-    assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == [[{5, *row[:k]} for k in range(4)] for row in drafts]
+    tokens = torch.cat((torch.tensor([[5]]), TREE.tokens), 1)
+    found = models.generation._seen_with(seen, tokens, ancestors(TREE.parents))[0]
+    assert [set(place.nonzero().flatten().tolist()) for place in found] == [{5, *way} for way in WAYS]
 
 
 def test_a_draft_falls_with_the_one_before_it():
-    """Greedy: the drafts up to the first that is not wanted, then the token that is wanted there."""
-    wanted = torch.tensor([3, 1, 4, 2])
-    drafts = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
-    counts, chosen = accept(drafts, None, torch.nn.functional.one_hot(wanted, 5).float().expand(4, 4, 5), GenerationConfig(), None)
-    assert counts == [3, 1, 0, 0] and chosen.tolist() == [2, 1, 3, 3]
+    """Greedy: drafts as long as each is what is wanted at its parent."""
+    chains = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
+    assert follow(Drafts(chains, torch.arange(3).expand(4, 3)), torch.tensor([3, 1, 4, 2]).expand(4, 4)) == [[0, 1, 2, 3], [0, 1], [0], [0]]
+    for way, path in zip([*WAYS, [1], [3, 4], [0, 1]], [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 5], [0], [0, 1], [0, 2]], strict=True):
+        wanted = torch.full((1, 6), 9)
+        for place, known in enumerate(WAYS):  # at a place on this way its next token is wanted
+            if way[: len(known)] == known and len(way) > len(known):
+                wanted[0, place] = way[len(known)]
+        assert follow(TREE, wanted) == [path], way
+
+
+def test_the_cache_keeps_the_slots_of_a_path():
+    """Rows of other lengths, with a path each, without gaps and in order; what fell is at no position."""
+    cache = DecodingCache(2, 3, 1, 12, 4, torch.float32, torch.device("cpu"))
+    cache.lengths = start = [2, 4, 3]
+    cache.reserve(torch.tensor([[10, 11, 11, 12, 12, 13]]).expand(3, 6))
+    keys, values = torch.randn(2, 2, 3, 1, 6, 4)
+    for layer in range(2):
+        cache.extend(layer, keys[layer], values[layer], None)
+    paths = [[0, 2, 4, 5], [0], [0, 1, 3]]
+    cache.settle(start, paths)
+    assert cache.lengths == [6, 5, 6]
+    for row, (at, path) in enumerate(zip(start, paths, strict=True)):
+        for kept, new in ((cache.keys, keys), (cache.values, values)):
+            assert torch.equal(kept[:, row, :, at : at + len(path)], new[:, row, :, path])
+        assert cache.positions[row].tolist() == [NEVER] * at + [10, 11, 12, 13][: len(path)] + [NEVER] * (12 - at - len(path))
+
+
+def test_a_tree_holds_the_likeliest_ways(tokenizer):
+    """Against the heads applied one by one, three ways followed at each of three steps: the likeliest of all that were found; with width 1 the chain."""
+    torch.manual_seed(1)
+    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, 20))).right.heads
+    heads.draft_ids.copy_(torch.arange(200, 220))
+    torch.nn.init.normal_(heads.down.weight)
+    embedding, hidden, tokens = torch.nn.Embedding(302, 48), torch.randn(3, 48), torch.tensor([3, 250, 7])
+    rows = heads.rows(embedding.weight)
+    with torch.no_grad():
+        made = heads.tree(embedding, rows, hidden, tokens, 3, 3, 12)
+        for b in range(3):
+            ways: dict[tuple[int, ...], float] = {}
+            followed = {(): (0.0, hidden[b])}  # way: log-probability and state
+            for _ in range(3):
+                new = {}
+                for way, (belief, state) in followed.items():
+                    state = heads.step(state, embedding.weight[way[-1] if way else tokens[b]])
+                    said = (rows @ heads.norm(state)).log_softmax(0)
+                    new |= {(*way, 200 + j): (belief + float(said[j]), state) for j in said.topk(3).indices.tolist()}
+                ways |= {way: belief for way, (belief, _) in new.items()}
+                followed = dict(sorted(new.items(), key=lambda item: -item[1][0])[:3])
+            found: list[tuple[int, ...]] = [()]
+            for token, parent in zip(made.tokens[b].tolist(), made.parents[b].tolist(), strict=True):
+                found.append((*found[parent], token))
+            assert sorted(found[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12]) and max(map(len, found)) == 3
+        chain = heads.draft(embedding, rows, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
+        narrow = heads.tree(embedding, rows, hidden, tokens, 2, 1, 8)
+        assert torch.equal(chain.tokens, narrow.tokens) and torch.equal(chain.parents, narrow.parents)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -178,11 +257,10 @@ def test_a_draft_stands_as_often_as_it_may(seed):
     N, V = 300_000, 4
     first, second = torch.rand(V, generator=g).softmax(0), (3 * torch.rand(V, V, generator=g)).softmax(-1)
     proposed = [(2 * torch.rand(V, generator=g)).softmax(0), (2 * torch.rand(V, V, generator=g)).softmax(-1)]
-    settings = GenerationConfig(sampling=True)
     a = torch.multinomial(proposed[0], N, replacement=True, generator=g)
     b = torch.multinomial(proposed[1][a], 1, generator=g)[:, 0]
     target = torch.stack([first.expand(N, V), second[a], second[b]], 1)  # behind two drafts: the chain goes on
-    counts, last = accept(torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, settings, g)
+    counts, last = accept(torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, g)
     counts = torch.tensor(counts)
     x = torch.where(counts > 0, a, last)
     y = torch.where(counts > 1, b, torch.where(counts == 1, last, -1))
@@ -249,7 +327,7 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     heads.draft_ids.copy_(torch.arange(200, 220))
     embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
     places = torch.tensor([0, 3, 19, 7, 7])
-    drafts, proposed = heads.draft(embedding, heads.rows(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
+    drafts, _, proposed = heads.draft(embedding, heads.rows(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
     assert drafts.tolist() == [[200 + p] * 2 for p in places.tolist()]
     assert proposed.shape == (5, 2, 302) and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2)) and proposed[..., :200].sum() == proposed[..., 220:].sum() == 0
 
@@ -269,27 +347,56 @@ def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
         models.generation.verify = original
 
 
-class TestDraftLength:
-    def run(self, chances: list[float], cost: float, tokens: int, mode: str = "auto") -> tuple[float, float]:
-        """A decoder whose drafts stand with these chances and cost so much each → tokens a second, beside plain decoding's."""
-        g, length, clock, made = torch.Generator().manual_seed(0), DraftLength([0.5] * len(chances), mode), 0.0, 0
+class TestDraftShape:
+    def run(self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None) -> float:
+        """A decoder whose drafts stand with these chances and cost so much each; `tree`: the same of a tree, and what it costs → tokens in the time that plain decoding takes for one."""
+        g, shapes, clock, made = torch.Generator().manual_seed(0), DraftShape([0.5] * len(chances), "auto", 4 if tree else 1), 0.0, 0
         while made < tokens:
-            k = length()
-            stands = torch.rand(len(chances), generator=g) < torch.tensor(chances)
+            k, width = shape = shapes()
+            stands = torch.rand(len(chances), generator=g) < torch.tensor(tree[0] if tree and width > 1 else chances)
             count = int(stands[:k].long().cumprod(0).sum()) if k else 0
-            length.told(k, [count], 1 + cost * k)
-            clock, made = clock + 1 + cost * k, made + 1 + count
-        return made / clock, length.stands[0]
+            seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
+            shapes.told(shape, [count], seconds)
+            clock, made = clock + seconds, made + 1 + count
+        return made / clock
 
-    def test_never_much_slower_than_plain_decoding(self):
-        assert self.run([0.02, 0.02, 0.02, 0.02], 0.25, 3000)[0] > 0.97
+    @pytest.mark.parametrize("cost", [0.02, 0.1, 0.25, 1.0])
+    def test_never_much_slower_than_plain_decoding(self, cost):
+        assert self.run([0.02] * 4, cost, 3000) > 0.98
+        assert self.run([0.02] * 4, cost, 3000, ([0.03] * 4, 5 * cost)) > 0.97
 
     def test_takes_what_there_is_to_gain(self):
         best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
-        assert self.run([0.8] * 4, 0.1, 3000)[0] > 0.95 * best
+        assert self.run([0.8] * 4, 0.1, 3000) > 0.95 * best
+        assert self.run([0.8] * 4, 0.1, 3000, ([0.82] * 4, 3.0)) > 0.95 * best
+        wide = sum(0.9**k for k in range(5)) / 1.4
+        assert self.run([0.5] * 4, 0.1, 3000, ([0.9] * 4, 0.4)) > 0.95 * wide
+
+    def test_notices_that_the_text_has_become_easy(self):
+        """Drafts that never stood and then always do are in use within 300 passes."""
+        shapes = DraftShape([0.5] * 4, "auto")
+        easy = []
+        for i in range(1300):
+            shape = shapes()
+            shapes.told(shape, [shape.depth if i >= 1000 else 0], 1 + 0.1 * shape.depth)
+            easy.append(shape.depth)
+        assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:] == [4] * 20
+
+    def test_the_first_pass_of_a_shape_says_nothing_of_its_cost(self):
+        shapes = DraftShape([0.9] * 4, "auto")
+        for _ in range(60):
+            shape = shapes()
+            shapes.told(shape, [shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in shapes.begun else 1))
+        assert shapes() == Shape(4) and shapes.seconds[Shape(4)] < 1.3
+
+    def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
+        heads, settings = tiny_model(tokenizer, WITH_HEADS).right.heads, GenerationConfig(draft_width=5)
+        assert [draft_shape(heads, rows, settings).width for rows in (1, 2, 3, 8)] == [5, 5, 1, 1]
+        assert draft_shape(heads, 1, replace(settings, sampling=True)).width == draft_shape(heads, 1, replace(settings, draft_width=1)).width == 1
 
     def test_off_and_on(self):
-        assert DraftLength([0.5] * 4, "off")() == 0 and DraftLength([0.0] * 4, "on")() == 4 and DraftLength([], "on")() == 0
+        assert DraftShape([0.5] * 4, "off")() == Shape(0) == DraftShape([], "on")()
+        assert DraftShape([0.0] * 4, "on")() == Shape(4) and DraftShape([0.0] * 4, "on", 3)() == Shape(4, 3)
 
 
 def test_speculation_needs_heads(model, renderer):

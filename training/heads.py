@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -53,6 +53,9 @@ class HeadsConfig:
     tokens: int = opt(250_000, "answer tokens to learn from")
     answer_tokens: int = opt(128, "longest answer")
     rows: int = opt(64, "prompts answered together")
+    dtype: Literal["auto", "bf16", "fp32"] = opt(
+        "fp32", "of the weights while the model answers; auto: bf16 where the machine multiplies in it. Heads are trained, and the model is written, in fp32"
+    )
     epochs: int = opt(4, "times that every token is learnt from")
     batch_tokens: int = opt(2048, "tokens of a step")
     lr: float = opt(1e-3, "peak learning rate")
@@ -228,8 +231,8 @@ def acceptance(model: Any, heads: MultiTokenHeads, told: list[Told]) -> tuple[li
     for t in told:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
-        drafts, _ = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
-        good = (drafts == targets[:, 1:]).long().cumprod(1)  # (S, K)
+        drafts = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
+        good = (drafts.tokens == targets[:, 1:]).long().cumprod(1)  # (S, K)
         passes += len(targets)
         for k in range(heads.count):
             known = targets[:, k + 1] >= 0
@@ -251,11 +254,12 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--output {output} exists and is not a model folder")
     console = Console()
     torch.manual_seed(config.seed)
-    answerer = Answerer.from_pretrained(flags["checkpoint"])
-    model, started = answerer.model, time.perf_counter()
-    told = collect(answerer, config, console)
+    started = time.perf_counter()
+    told = collect(Answerer.from_pretrained(flags["checkpoint"], config.dtype), config, console)
     tokens = sum(len(t.tokens) for t in told)
     console.print(f"{len(told):,} answers of {tokens:,} tokens in {time.perf_counter() - started:.0f} s")
+    answerer = Answerer.from_pretrained(flags["checkpoint"])
+    model = answerer.model
     counts, V = Counter(int(i) for t in told for i in t.tokens), len(model.right.unembedding)
     settings = MultiTokenConfig(config.heads, config.mlp_size, config.vocabulary if config.vocabulary < V else 0)
     heads = MultiTokenHeads(settings, model.right.config, V).to(model.device)
