@@ -8,7 +8,7 @@ measured in turn in one run; ratios are medians over the prompts or repetitions.
 
 plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
 passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
-drafts    tokens a pass and tokens/s for chains of K drafts, a tree, and what the engine chooses, ÷ plain decoding of the same engine
+drafts    behind the first token: tokens a pass and tokens/s for chains of K drafts, a tree, and what the engine chooses, ÷ plain decoding of the same engine
 same      greedy answers with and without drafts, batch 1 and 8: how many differ
 image     the first token of a second question on an image, beside a first question's
 """
@@ -119,7 +119,7 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
 
 def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
     out: list[tuple[list[Any], str]] = []
-    for batch in asked(answerer, config):
+    for batch in asked(answerer, config, held_out=True):
         out += [([answerer.tiles(image) for image in images], text) for images, text in batch]
         if len(out) >= count:
             return out[:count]
@@ -129,25 +129,40 @@ def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tu
 def drafts(answerer: Answerer, questions: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
     """Every prompt answered alone, by plain decoding and with each length of drafts, in turn."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
+    answerer.answer(questions[:1], base)
     kinds = {"plain": base, "auto": replace(base, speculative="auto"), "tree": replace(base, speculative="on")}
     kinds |= {f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)}
-    answerer.answer(questions[:1], base)
     made: dict[str, list[Any]] = {name: [] for name in kinds}
     for question in questions:
+        answerer.answer([question], replace(base, max_new_tokens=1))  # its images are encoded
         for name, settings in kinds.items():
             made[name].append(answerer.answer([question], settings)[0])
     out = {}
+    behind = {name: [behind_first(a, tokens) for a in answers] for name, answers in made.items()}
     for name, answers in made.items():
-        seconds = [a.tokens / a.tokens_per_s for a in answers if a.tokens]
-        beside = [(a.tokens_per_s / p.tokens_per_s) for a, p in zip(answers, made["plain"], strict=True) if a.tokens > 4]
+        count, passes, seconds = (sum(column) for column in zip(*behind[name], strict=True))
+        if not passes:
+            raise UserError("the answers have one token or none: there is nothing to time")
+        ratios = [(c / s) / (pc / ps) for (c, _, s), (pc, _, ps) in zip(behind[name], behind["plain"], strict=True) if c and pc]
         out[name] = {
-            "tokens_per_s": sum(a.tokens for a in answers) / sum(seconds),
-            "tokens_per_pass": sum(a.tokens for a in answers) / sum(a.passes for a in answers),
-            "speedup": statistics.median(beside),
-            "speedup_least": min(beside),
+            "tokens_per_s": count / seconds,
+            "tokens_per_pass": count / passes,
+            "speedup": out["plain"]["seconds_per_token"] / (seconds / count) if out else 1.0,
+            "speedup_median": statistics.median(ratios),
+            "speedup_least": min(ratios),
+            "whole_call": statistics.median(a.tokens_per_s / p.tokens_per_s for a, p in zip(answers, made["plain"], strict=True) if a.tokens and p.tokens),
+            "tokens": sum(a.tokens for a in answers) / len(answers),
             "differ": sum(a.text != p.text for a, p in zip(answers, made["plain"], strict=True)),
+            "seconds_per_token": seconds / count,
         }
     return out
+
+
+def behind_first(answer: Any, most: int) -> tuple[int, int, float]:
+    """Of an answer, behind its first token: tokens (the one that ends it is one), passes, seconds. So plain decoding makes one token a pass."""
+    if not answer.tokens:
+        return 0, 0, 0.0
+    return answer.tokens - 1 + (answer.tokens < most), answer.passes - 1, answer.tokens / answer.tokens_per_s - answer.ttft_ms / 1000
 
 
 def same(answerer: Answerer, questions: list[Any], tokens: int) -> dict[str, int]:
@@ -188,7 +203,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sources", default="", help="questions with images of this source; none: the model's own prompts")
+    parser.add_argument("--sources", default="", help="questions on held-out images of this source; none: the model's own prompts")
     parser.add_argument("--prompts", type=int, default=200, help="that must not change with drafts; a fifth of them is timed")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=5)
@@ -237,7 +252,8 @@ def show(dtype: str, r: dict[str, Any]) -> None:
     for name, d in r.get("drafts", {}).items():
         table.add_row(
             name,
-            f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain (least {d['speedup_least']:.2f}); {d['differ']} answers differ",
+            f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain (median {d['speedup_median']:.2f}, least {d['speedup_least']:.2f}; "
+            f"whole calls {d['whole_call']:.2f}); {d['differ']} answers differ",
         )
     if s := r.get("same"):
         table.add_row("answers that drafts change", f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8")

@@ -80,8 +80,8 @@ class Told:
     tokens: Tensor  # (T,)
 
 
-def asked(answerer: Answerer, config: HeadsConfig) -> Iterator[list[Question]]:
-    """Batches of (images, question) without end."""
+def asked(answerer: Answerer, config: HeadsConfig, held_out: bool = False) -> Iterator[list[Question]]:
+    """Batches of (images, question) without end. `held_out`: of the sources' validation images, that neither the model nor its heads learnt from."""
     generator = torch.Generator().manual_seed(config.seed)
     if not config.prompts and not config.sources:
         while True:
@@ -90,8 +90,8 @@ def asked(answerer: Answerer, config: HeadsConfig) -> Iterator[list[Question]]:
         lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         found: list[Callable[[], list[Question]]] = [lambda line=line: [([], line)] for line in lines]
     else:
-        training, _ = open_sources(DataConfig(sources=config.sources, validation_images=config.validation_images))
-        found = [lambda s=s, i=i: questions_of(s.records, i) for s in training for i in range(s.start, s.stop)]
+        sources = open_sources(DataConfig(sources=config.sources, validation_images=config.validation_images))[held_out]
+        found = [lambda s=s, i=i: questions_of(s.records, i) for s in sources for i in range(s.start, s.stop)]
     if not found:
         raise UserError(f"{config.prompts or config.sources} holds no prompt")
     waiting: list[Question] = []
