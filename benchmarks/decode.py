@@ -126,12 +126,14 @@ def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tu
     raise AssertionError("asked() does not end")
 
 
-def drafts(answerer: Answerer, questions: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
-    """Every prompt answered alone, by plain decoding and with each length of drafts, in turn."""
+def drafts(answerer: Answerer, questions: list[Any], untimed: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
+    """Every prompt answered alone, by plain decoding and with each shape of drafts, in turn; what chooses between these has answered the `untimed` before."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
     answerer.answer(questions[:1], base)
     kinds = {"plain": base, "auto": replace(base, speculative="auto"), "tree": replace(base, speculative="on")}
     kinds |= {f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)}
+    for question in untimed:
+        answerer.answer([question], kinds["auto"])
     made: dict[str, list[Any]] = {name: [] for name in kinds}
     for question in questions:
         answerer.answer([question], replace(base, max_new_tokens=1))  # its images are encoded
@@ -225,7 +227,8 @@ def main(argv: list[str]) -> None:
         if {"drafts", "same"} & set(parts):
             questions = questions_of(answerer, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
-            r["drafts"] = drafts(answerer, questions[: max(1, args.prompts // 5)], args.tokens, heads.count)
+            fifth = max(1, args.prompts // 5)
+            r["drafts"] = drafts(answerer, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
         if "same" in parts:
             r["same"] = same(answerer, questions, args.tokens)
         if "image" in parts and answerer.model.config.left_context == "image":

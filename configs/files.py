@@ -16,10 +16,13 @@ CACHE = "cache"  # folder of what is computed once, where nothing else is said
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to. When the block ends well the file is synced and takes `path`'s name, else it is deleted."""
+    """An empty file beside `path` to write to. When the block ends well it is synced and takes `path`'s name, else it is deleted."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
+        beside.chmod(mode)  # safetensors makes files that nobody else may read
         sync(beside)
         beside.replace(path)
     except OSError as error:  # which, after opening, does not say what file it is about

@@ -141,6 +141,8 @@ class TrainConfig:
                 raise UsageError(f"train.warmup_{part} = {getattr(self, f'warmup_{part}')} must be 0 or more, or −1 (as many as warmup_steps)")
         if not 0 < self.decay_share <= 1 or not 0 <= self.final_lr <= 1:
             raise UsageError(f"train.decay_share = {self.decay_share} must be in (0, 1], final_lr = {self.final_lr} in [0, 1]")
+        if self.schedule == "cosine" and self.decay_share != TrainConfig.decay_share:
+            raise UsageError(f"train.decay_share = {self.decay_share} is of the schedule wsd, and train.schedule is cosine: give --train.schedule wsd, or leave it out")
         for name in ("beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configs.errors import UsageError, UserError
-from configs.files import replacing_folder
+from configs.files import replacing, replacing_folder
 from configs.schema import LoraConfig, LoraTower
 
 PREFIX = "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
@@ -93,7 +93,8 @@ def save_adapters(model: Any, folder: Path) -> list[Path]:
             continue
         tensors = {PREFIX + name.replace(".default", ""): p.detach().cpu().contiguous() for name, p in decoder.named_parameters() if "lora_" in name}
         with replacing_folder(folder / tower) as beside:
-            save_file(tensors, beside / "adapter_model.safetensors")
+            with replacing(beside / "adapter_model.safetensors") as file:
+                save_file(tensors, file)
             settings = decoder.peft_config["default"]
             settings.base_model_name_or_path = getattr(model.config, tower).weights
             settings.save_pretrained(str(beside))

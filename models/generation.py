@@ -354,7 +354,8 @@ def generate(
         logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, seen, settings, generator)
         for row in active:
             row.passes += 1
-        shapes.told(shape if shape.depth else Shape(0), [len(path) - 1 for path in paths], time.perf_counter() - pass_started)
+        gained = [min(len(tokens) - 1, tokens.index(stop) + 1 if stop in tokens else len(tokens)) for tokens in new]  # what stands behind the end is of no use
+        shapes.told(shape if shape.depth else Shape(0), gained, time.perf_counter() - pass_started)
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.files import replacing_folder
+from configs.files import replacing, replacing_folder
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # GGUF's general.architecture → model_type
 VERSION = 1  # of this conversion: what an older one has left in a cache is not used
@@ -82,7 +82,8 @@ def convert_gguf(path: Path, cache: Path) -> Path:
             values = _as_halves(values, config["num_attention_heads" if which[1] == "q" else "num_key_value_heads"])
         tensors[name] = torch.from_numpy(np.ascontiguousarray(values))
     with replacing_folder(folder) as beside:
-        save_file(tensors, beside / "model.safetensors")
+        with replacing(beside / "model.safetensors") as file:
+            save_file(tensors, file)
         for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", {"chat_template": fields.get("tokenizer.chat_template")}), ("config.json", config)):
             (beside / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return folder

@@ -50,10 +50,7 @@ def save_model(model: Any, folder: Path) -> None:
     for file, names in shards.filename_to_tensors.items():
         try:
             with replacing(folder / file) as beside:
-                beside.touch()
-                mode = beside.stat().st_mode
                 save_file({name: tensors[name] for name in names}, beside)
-                beside.chmod(mode)  # safetensors makes files that nobody else may read
         except SafetensorError as error:  # a full disk, for one
             raise UserError(f"{folder / file} could not be written: {error}") from error
     if shards.is_sharded:

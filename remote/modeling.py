@@ -184,7 +184,9 @@ def _settings(given: dict[str, Any]) -> tuple[GenerationConfig, int, int, list[s
     if settings.sampling:
         settings = from_dict(GenerationConfig, vars(settings) | {"seed": int(torch.randint(2**62, ()))}, "generate")
     stop = given.get("eos_token_id")
-    if not isinstance(stop, int):
+    if isinstance(stop, list | tuple) and len(stop) == 1:
+        stop = stop[0]
+    if type(stop) is not int:
         raise UsageError(f"generate: eos_token_id = {stop!r} is not supported, only one token")
     padding, strings = given.get("pad_token_id", stop), given.get("stop_strings", [])
     strings = [strings] if isinstance(strings, str) else strings

@@ -93,10 +93,10 @@ class DualTowerProcessor(ProcessorMixin):
             raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
         conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
         chats = [_chat(messages, add_generation_prompt, continue_final_message, tokenize) for messages in conversations]
-        if not tokenize:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         options = {"padding": True, "padding_side": None, "return_tensors": return_tensors} | (processor_kwargs or {}) | kwargs
         _refuse({name: value for name, value in options.items() if name not in ("padding", "padding_side", "return_tensors")})
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         made = self._batch(chats, **options)
         return made if return_dict else made["input_ids"]
 

@@ -420,7 +420,7 @@ def test_parts_warm_up_for_as_long_as_each_is_told(tokenizer, batches):
     assert {group["part"]: group["lr"] for group in optimizers[0].param_groups} == told[2]
 
 
-@pytest.mark.parametrize("wrong", [{"warmup_left": -2}, {"decay_share": 0.0}, {"decay_share": 1.5}, {"final_lr": -0.1}, {"schedule": "linear"}])
+@pytest.mark.parametrize("wrong", [{"warmup_left": -2}, {"decay_share": 0.0}, {"decay_share": 0.5}, {"decay_share": 1.5}, {"final_lr": -0.1}, {"schedule": "linear"}])
 def test_schedules_that_cannot_be_are_one_line(wrong):
     flags = [part for name, value in wrong.items() for part in (f"--train.{name}", str(value))]
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -280,7 +280,7 @@ def test_settings_of_generate(exported):
     assert made(generation_config=TransformersGenerationConfig(max_new_tokens=9)) == plain == made(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
     filled = TransformersGenerationConfig(max_new_tokens=9, max_length=20, typical_p=1.0, early_stopping=False)  # as some versions fill it
     assert made(generation_config=filled) == plain
-    assert made(max_new_tokens=9, eos_token_id=plain[3]) == plain[: plain.index(plain[3]) + 1]
+    assert made(max_new_tokens=9, eos_token_id=plain[3]) == made(max_new_tokens=9, eos_token_id=[plain[3]]) == plain[: plain.index(plain[3]) + 1]
     drawn = []
     for seed in (0, 0, 1, 2):
         set_seed(seed)
@@ -312,6 +312,9 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens="4"), "max_new_tokens = '4' is not of type int"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=300), "exceeds this model's 256 positions"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=[1, 2]), "eos_token_id"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=True), "eos_token_id"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), draft_width=0), "draft_width"),
+        (lambda e: e.processor.apply_chat_template(asked(e.images, QUESTIONS[1:2])[0], enable_thinking=True), "enable_thinking"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings="a"), "needs the tokenizer"),
         (lambda e: e.model.generate(inputs_of(e, asked(e.images, QUESTIONS[1:2]))["input_ids"]), "room for 5 image tiles, pixel_values holds 0"),
         (lambda e: e.model(**inputs_of(e, asked(e.images, QUESTIONS[:1]))), "forward takes a training batch"),
