@@ -191,7 +191,7 @@ class GenerationConfig:
             raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
         if self.draft_tokens < 0:
             raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
-        if not 1 <= self.draft_width <= 15:
-            raise UsageError(f"draft_width = {self.draft_width} must be between 1 (a chain of drafts) and 15")
+        if not 1 <= self.draft_width <= 11:
+            raise UsageError(f"draft_width = {self.draft_width} must be between 1 (a chain of drafts) and 11")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")

@@ -117,7 +117,7 @@ def accept(drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Ge
     return counts.tolist(), torch.multinomial(rest, 1, generator=generator)[:, 0]
 
 
-TREE = 15  # drafts of a tree: with the token before them 16 rows, of which a packed product in bf16 costs what one row costs
+TREE = 11  # drafts of a tree: with the token before them 12 rows (docs/experiments.md)
 TREE_ROWS = 32  # a batch's most for trees: `Packed.MOST`
 
 

@@ -161,7 +161,7 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
         {"repetition_penalty": 0.0},
         {"draft_tokens": -1},
         {"draft_width": 0},
-        {"draft_width": 16},
+        {"draft_width": 12},
     ],
 )
 def test_bad_settings(bad):
