@@ -149,6 +149,8 @@ class MultiTokenHeads(nn.Module):
         return F.linear(normed, rows) if self.packed is None else self.packed[3](normed)
 
     def pack(self, unembedding: Tensor) -> None:
+        for norm in (self.state_norm, self.token_norm, self.norm):
+            norm.pack()
         self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(self.rows(unembedding)))
 
 
