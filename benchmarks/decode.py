@@ -4,7 +4,7 @@
   python -m benchmarks.decode --checkpoint DIR --sources openmoji        questions with images, instead of the model's own prompts
 
 DIR is a model folder, for the part on drafts with multi-token heads (python -m training.heads). All that is compared is
-measured in turn in one run; ratios are medians over the prompts or repetitions.
+measured in turn in one run; ratios are medians over repetitions, those of drafts of sums over the prompts, with the median and the least of a prompt beside.
 
 plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
 passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
@@ -149,13 +149,12 @@ def drafts(answerer: Answerer, questions: list[Any], untimed: list[Any], tokens:
         out[name] = {
             "tokens_per_s": count / seconds,
             "tokens_per_pass": count / passes,
-            "speedup": out["plain"]["seconds_per_token"] / (seconds / count) if out else 1.0,
+            "speedup": count / seconds / (out["plain"]["tokens_per_s"] if out else count / seconds),
             "speedup_median": statistics.median(ratios),
             "speedup_least": min(ratios),
             "whole_call": statistics.median(a.tokens_per_s / p.tokens_per_s for a, p in zip(answers, made["plain"], strict=True) if a.tokens and p.tokens),
             "tokens": sum(a.tokens for a in answers) / len(answers),
             "differ": sum(a.text != p.text for a, p in zip(answers, made["plain"], strict=True)),
-            "seconds_per_token": seconds / count,
         }
     return out
 

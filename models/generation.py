@@ -232,10 +232,11 @@ def prefill(
 
 def verify(model: Any, cache: DecodingCache, tokens: Tensor, positions: Tensor, sees: Tensor | None = None) -> Tensor:
     """The right tower over `tokens` (B, T) at `positions` (B, T) → hidden states (B, T, D). `sees` (B, T, T): which of one another they see; None: the earlier ones."""
-    slots = torch.tensor(cache.lengths, device=tokens.device)[:, None, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, 1, T)
+    start = cache.lengths
     cache.reserve(positions)
     mask = _mask(cache, positions)
     if sees is not None:
+        slots = torch.tensor(start, device=tokens.device)[:, None, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, 1, T)
         mask[:, 0].scatter_(2, slots.expand_as(sees), sees)
     return model.right(model.right.embed_tokens(tokens), positions, mask, cache)
 

@@ -21,7 +21,7 @@ from models.vision_encoder import VisionEncoder
 from models.vision_language_model import VisionLanguageModel
 from remote.configuration import DualTowerConfig, VanillaConfig
 
-# Arguments of generate → this project's settings; the last two are its own.
+# Arguments of generate → this project's settings; the last three are its own.
 SETTINGS = {"do_sample": "sampling"} | {
     name: name for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "speculative", "draft_tokens", "draft_width")
 }

@@ -28,7 +28,7 @@ from models.generation import DraftShape, Shape, accept, draft_shape, follow, ge
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
 from models.multi_token import Drafts, ancestors, chains
-from training.heads import HeadsConfig, collect
+from training.heads import HeadsConfig, asked, collect
 from training.optim import head_weights
 
 ROOT = Path(__file__).parent.parent
@@ -184,11 +184,13 @@ def test_a_draft_sees_those_on_its_way():
 
 
 def test_every_draft_counts_as_seen_behind_it():
-    seen = torch.zeros(1, 6, dtype=torch.bool)
+    seen = torch.zeros(2, 6, dtype=torch.bool)
     seen[:, 5] = True
-    tokens = torch.cat((torch.tensor([[5]]), TREE.tokens), 1)
-    found = models.generation._seen_with(seen, tokens, ancestors(TREE.parents))[0]
-    assert [set(place.nonzero().flatten().tolist()) for place in found] == [{5, *way} for way in WAYS]
+    tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
+    sees = ancestors(torch.stack((TREE.parents[0], torch.arange(5))))
+    found = models.generation._seen_with(seen, tokens, sees)
+    expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
+    assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == expected
 
 
 def test_a_draft_falls_with_the_one_before_it():
@@ -473,7 +475,7 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
     assert any(name.startswith("right.heads.") for name in load_file(tmp_path / "joint/model/model.safetensors"))
     run_program([*train, "--output_dir", "plain"], tmp_path).check_returncode()
     give = [sys.executable, "-m", "training.heads", "--checkpoint", "plain/model", "--output", "with_heads", "--sources", "easy_vqa:20", "--tokens", "300", "--answer_tokens", "12"]
-    done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2"], tmp_path)
+    done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2", "--dtype", "bf16"], tmp_path)
     assert done.returncode == 0 and "tokens a pass" in done.stdout, done.stderr
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads"))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) > len(before)
@@ -496,6 +498,17 @@ def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(tmp_pa
     told = collect(Answerer(model, renderer), config, Console(file=out, width=200))
     assert sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1  # one image, one question
     assert "questions left out" in out.getvalue()
+
+
+def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path, model, renderer, image_file):
+    copies = [tmp_path / f"{i}.png" for i in range(6)]
+    for path in copies:
+        path.write_bytes(image_file.read_bytes())
+    lines = [{"image": path.name, "texts": [{"user": f"q{i}", "assistant": "x"}]} for i, path in enumerate(copies)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
+    learnt, held_out = ({text for _, text in next(asked(Answerer(model, renderer), config, held_out=which))} for which in (False, True))
+    assert (len(learnt), len(held_out)) == (4, 2) and learnt | held_out == {f"q{i}" for i in range(6)}
 
 
 def test_bad_heads():
