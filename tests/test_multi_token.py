@@ -371,6 +371,7 @@ class TestDraftShape:
         best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
         assert self.run([0.8] * 4, 0.1, 3000) > 0.95 * best
         assert self.run([0.8] * 4, 0.1, 3000, ([0.82] * 4, 3.0)) > 0.95 * best
+        assert self.run([0.8, 0.05, 0.05, 0.05], 0.25, 3000) > 0.95 * 1.8 / 1.25  # one draft, which was never measured at first
         wide = sum(0.9**k for k in range(5)) / 1.4
         assert self.run([0.5] * 4, 0.1, 3000, ([0.9] * 4, 0.4)) > 0.95 * wide
 
@@ -386,7 +387,7 @@ class TestDraftShape:
 
     def test_the_first_pass_of_a_shape_says_nothing_of_its_cost(self):
         shapes = DraftShape([0.9] * 4, "auto")
-        for _ in range(60):
+        for _ in range(12):
             shape = shapes()
             shapes.told(shape, [shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in shapes.begun else 1))
         assert shapes() == Shape(4) and shapes.seconds[Shape(4)] < 1.3
