@@ -1,11 +1,11 @@
 """Softmax attention, and the one place that chooses how it is computed: torch's fused kernel, or in training FlexAttention on CUDA and span by span on a CPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,23 +13,108 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-CHUNK = 128  # queries at a time
+Array = np.ndarray[Any, Any]
+
+MOST = 128  # queries of a span
+ALIGNED = 32  # softmax over bf16 wants so many keys, or a multiple, on a CPU
+SPREAD = 1.25  # keys of the longest of the spans that are computed together ÷ those of the shortest
 
 
-@dataclass(frozen=True)
-class Span:
-    """Some queries of a row next to one another, and the keys that any of them sees."""
+class Spans(NamedTuple):
+    """Spans with about the same number of keys, computed together. A span: some queries of a row next to one another, and the keys that any of them sees.
 
+    Indices count the rows of queries (B · T · G) and keys (B · S · G), G heads of a token next to one another.
+    """
+
+    queries: Tensor  # (n, G, t); where a span has fewer, any index
+    keys: Tensor  # (n, G, s); the same
+    hidden: Tensor  # (n, t, s) bool: True where a query may not look; a query that is none looks everywhere, for a softmax over nothing is NaN
+    none: Tensor  # those of `queries`, flat, that are none
+
+
+class _Cut(NamedTuple):
     row: int
-    queries: slice
-    keys: list[slice]  # without long gaps in between; a packed right stream has one piece in the left stream and one in its own
-    hidden: Tensor  # (queries, keys) bool: True where a query may not look
+    start: int  # of its queries
+    end: int
+    keys: Array
+
+    @property
+    def room(self) -> int:
+        return -(-len(self.keys) // ALIGNED) * ALIGNED
 
 
-Plan = Union[Tensor, list[Span], "BlockMask"]
+class SpanPlan:
+    """The spans of a mask (B, 1, T, S): all that is seen, and little else."""
+
+    def __init__(self, mask: Tensor, kv_heads: int) -> None:
+        B, _, T, S = mask.shape
+        seen, heads = mask[:, 0].numpy(), np.arange(kv_heads)
+        cuts = [_Cut(row, start, end, np.flatnonzero(seen[row, start:end].any(0))) for row in range(B) for start, end in _cut(seen[row])]
+        cuts.sort(key=lambda cut: cut.room)
+        self.spans: list[Spans] = []
+        back = np.empty((B * T, kv_heads), np.int64)  # where a query stands among those of all spans
+        key, place = [np.empty(0, np.int64)], [np.empty((0, kv_heads), np.int64)]  # each key of each span, and where it stands among those of all spans
+        Q = K = 0
+        while cuts:
+            some = [cut for cut in cuts if cut.room <= SPREAD * cuts[0].room]
+            cuts = cuts[len(some) :]
+            lengths = np.array([cut.end - cut.start for cut in some])
+            n, t, s = len(some), lengths.max(), some[-1].room
+            queries, keys, hidden = np.zeros((n, t), np.int64), np.zeros((n, s), np.int64), np.ones((n, t, s), bool)
+            for i, ((row, start, end, sees), length) in enumerate(zip(some, lengths, strict=True)):
+                queries[i, :length], keys[i, : len(sees)] = np.arange(row * T + start, row * T + end), row * S + sees
+                hidden[i, :length, : len(sees)], hidden[i, length:] = ~seen[row, start:end][:, sees], False
+                back[row * T + start : row * T + end] = Q + (i * kv_heads + heads) * t + np.arange(length)[:, None]
+                key.append(keys[i, : len(sees)])
+                place.append(K + (i * kv_heads + heads) * s + np.arange(len(sees))[:, None])
+            none = np.flatnonzero(np.broadcast_to(np.arange(t) >= lengths[:, None, None], (n, kv_heads, t)))
+            q, k = (index[:, None] * kv_heads + heads[:, None] for index in (queries, keys))
+            self.spans.append(Spans(*map(torch.from_numpy, (q, k, hidden, none))))
+            Q, K = Q + n * kv_heads * t, K + n * kv_heads * s
+        self.queries, self.keys = Q, K  # of all spans and heads
+        self.back = torch.from_numpy(back.reshape(-1))
+        self.keys_back = [torch.from_numpy(index) for index in _in_turn(key, place, B * S, K)]
+        self._bias: dict[torch.dtype, list[Tensor]] = {}
+
+    def bias(self, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to the scores (n, G, t, H ÷ G, s) of each of `spans`: 0, or −∞ where nothing is to be seen. Made once for all layers."""
+        if dtype not in self._bias:
+            self._bias[dtype] = [torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None] for s in self.spans]
+        return self._bias[dtype]
 
 
-def planned(mask: Tensor) -> Plan:
+def _cut(seen: Array) -> list[tuple[int, int]]:
+    """Queries of a row (T, S): as many whole documents as fit into a span, long ones in equal parts. A document ends where the next query sees none of the same keys."""
+    T = len(seen)
+    ends = np.flatnonzero(~(seen[1:] & seen[:-1]).any(1)) + 1
+    out, start, at = [], 0, 0
+    for end in [*ends.tolist(), T]:
+        if end - start > MOST and at > start:
+            out.append((start, at))
+            start = at
+        if (length := end - start) > MOST:
+            parts = -(-length // MOST)
+            out += [(start + length * i // parts, start + length * (i + 1) // parts) for i in range(parts)]
+            start = end
+        at = end
+    return [*out, (start, T)] if start < T else out
+
+
+def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> list[Array]:
+    """For each of `keys`, and each of its heads, a place where it stands; then, where any key stands more than once, a second, and so on; `nowhere` for those that have no more."""
+    every, at = np.concatenate(key), np.concatenate(place)
+    order = every.argsort(kind="stable")
+    every, at = every[order], at[order]
+    turn = np.arange(len(every)) - np.searchsorted(every, every)
+    out = np.full((int(turn.max(initial=0)) + 1, keys, at.shape[1]), nowhere, np.int64)
+    out[turn, every] = at
+    return list(out.reshape(len(out), -1))
+
+
+Plan = Union[Tensor, SpanPlan, "BlockMask"]
+
+
+def planned(mask: Tensor, kv_heads: int) -> Plan:
     """What `attend` shall be given for a mask (B, 1, T, S), the same in every layer: where gradients are computed, spans on a CPU, FlexAttention's blocks on CUDA.
 
     A packed row's documents see nothing of one another, and no token sees a later one: most scores need not be computed.
@@ -38,7 +123,7 @@ def planned(mask: Tensor) -> Plan:
         return mask
     if mask.device.type == "cuda" and find_spec("triton") is not None:  # in which its kernels are written
         return blocks_of(mask)
-    return spans_of(mask) if mask.device.type == "cpu" else mask
+    return SpanPlan(mask, kv_heads) if mask.device.type == "cpu" else mask
 
 
 def blocks_of(mask: Tensor) -> "BlockMask":
@@ -57,22 +142,9 @@ def flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def spans_of(mask: Tensor) -> list[Span]:
-    out = []
-    for row, seen in enumerate(mask[:, 0]):
-        for start in range(0, seen.shape[0], CHUNK):
-            part = seen[start : start + CHUNK]
-            columns = part.any(0).nonzero()[:, 0]
-            ends = (columns.diff() > CHUNK // 2).nonzero()[:, 0].tolist()
-            pieces = [slice(int(columns[a]), int(columns[b]) + 1) for a, b in zip([0, *(e + 1 for e in ends)], [*ends, -1], strict=True)]
-            hidden = torch.cat([part[:, piece] for piece in pieces], 1).logical_not_()
-            out.append(Span(row, slice(start, start + len(part)), pieces, hidden))
-    return out
-
-
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Plan) -> Tensor:
     """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where the mask (B, 1, T, S), or what was `planned` of it, allows; a float mask is added."""
-    if isinstance(mask, list):
+    if isinstance(mask, SpanPlan):
         return SpanAttention.apply(queries, keys, values, mask)
     if not isinstance(mask, Tensor):
         return flex()(queries, keys.to(queries.dtype), values.to(queries.dtype), block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
@@ -80,55 +152,77 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Plan) -> Tensor:
 
 
 class SpanAttention(torch.autograd.Function):
-    """Attention over spans, one after the other, by matrix products; the weights are kept for the backward pass.
+    """Attention over spans, by matrix products; the weights are kept for the backward pass.
 
-    Forward and backward together it takes a third of the fused kernel's time over the whole row (docs/experiments.md).
+    Queries, keys and values are gathered span by span, and what comes out is put back in the same way (docs/experiments.md has how much time that saves).
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, plan: list[Span]) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, plan: SpanPlan) -> Tensor:
         B, H, T, E = queries.shape
         G = keys.shape[1]
-        out = queries.new_empty(B, T, H, E).transpose(1, 2)
-        kept = []
-        for span in plan:
-            q, k, v = _rows(queries, span) * E**-0.5, _gather(keys, span), _gather(values, span)
-            scores = torch.bmm(q.reshape(G, -1, E), k.transpose(1, 2)).view(H, *span.hidden.shape)
-            weights = scores.masked_fill_(span.hidden, -torch.inf).softmax(-1)
-            out[span.row, :, span.queries] = torch.bmm(weights.view(G, -1, weights.shape[-1]), v).view(H, -1, E)
+        q, k, v = _rows(queries, G), _rows(keys, G), _rows(values, G)
+        out, kept, at = q.new_empty(plan.queries, q.shape[1]), [], 0
+        for spans, bias in zip(plan.spans, plan.bias(queries.dtype), strict=True):
+            own_q, own_k, own_v = _gather(q, spans.queries, E), _gather(k, spans.keys, E), _gather(v, spans.keys, E)
+            scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2)).view(-1, G, bias.shape[2], H // G, bias.shape[4])
+            weights = torch.softmax(scores.add_(bias), -1, out=scores).view(len(own_q), -1, bias.shape[-1])
+            at, part = _next(out, at, spans.queries, E)
+            torch.bmm(weights, own_v, out=part)
             kept.append(weights)
         ctx.save_for_backward(queries, keys, values, *kept)
         ctx.plan = plan
-        return out
+        return out.index_select(0, plan.back).view(B, T, H, E).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, *kept = ctx.saved_tensors
-        G, E = keys.shape[1], keys.shape[3]
-        d_queries, d_keys, d_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for span, weights in zip(ctx.plan, kept, strict=True):
-            g = _rows(gradient, span).reshape(G, -1, E)
-            w = weights.view(G, -1, weights.shape[-1])
-            _scatter(d_values, torch.bmm(w.transpose(1, 2), g), span)
-            d_weights = torch.bmm(g, _gather(values, span).transpose(1, 2))
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, w, -1, w.dtype) * E**-0.5
-            d_queries[span.row, :, span.queries] = torch.bmm(d_scores, _gather(keys, span)).view(-1, len(span.hidden), E)
-            _scatter(d_keys, torch.bmm(d_scores.transpose(1, 2), _rows(queries, span).reshape(G, -1, E)), span)
+        plan = ctx.plan
+        B, H, T, E = queries.shape
+        G = keys.shape[1]
+        q, k, v, g = _rows(queries, G), _rows(keys, G), _rows(values, G), _rows(gradient, G)
+        d_q = q.new_empty(plan.queries, q.shape[1])
+        d_k, d_v = k.new_empty(plan.keys + 1, E), v.new_empty(plan.keys + 1, E)
+        d_k[-1], d_v[-1] = 0, 0  # of keys that nobody sees
+        at = key_at = 0
+        for spans, weights in zip(plan.spans, kept, strict=True):
+            own_g = _gather(g, spans.queries, E, spans.none)
+            at, part = _next(d_q, at, spans.queries, E)
+            _, k_part = _next(d_k, key_at, spans.keys, E)
+            key_at, v_part = _next(d_v, key_at, spans.keys, E)
+            torch.bmm(weights.transpose(1, 2), own_g, out=v_part)
+            d = torch.bmm(own_g, _gather(v, spans.keys, E).transpose(1, 2))  # of the weights, then of the scores
+            torch.ops.aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d).mul_(E**-0.5)
+            torch.bmm(d, _gather(k, spans.keys, E), out=part)
+            torch.bmm(d.transpose(1, 2), _gather(q, spans.queries, E), out=k_part)
+        d_queries = d_q.index_select(0, plan.back).view(B, T, H, E).transpose(1, 2)
+        d_keys, d_values = (_add_up(d, plan.keys_back).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
         return d_queries, d_keys, d_values, None
 
 
-def _rows(x: Tensor, span: Span) -> Tensor:
-    """A span's queries of `x` (B, H, T, E): (H, t, E)."""
-    return x[span.row, :, span.queries]
+def _rows(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, heads, T, E) → (B · T · G, heads ÷ G · E)"""
+    return x.transpose(1, 2).reshape(-1, x.shape[1] // kv_heads * x.shape[3])
 
 
-def _gather(x: Tensor, span: Span) -> Tensor:
-    """A span's keys or values of `x` (B, G, S, E): (G, s, E)."""
-    pieces = [x[span.row, :, piece] for piece in span.keys]
-    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+def _gather(rows: Tensor, index: Tensor, size: int, none: Tensor | None = None) -> Tensor:
+    """Rows by `index` (n, G, t), those of `none` as 0: (n · G, t · heads ÷ G, E)."""
+    out = rows.index_select(0, index.flatten())
+    if none is not None and len(none):
+        out.index_fill_(0, none, 0)
+    return out.view(index.shape[0] * index.shape[1], -1, size)
 
 
-def _scatter(x: Tensor, gradient: Tensor, span: Span) -> None:
-    """Add a span's gradient (G, s, E) where `_gather` took it."""
-    for piece, part in zip(span.keys, gradient.split([piece.stop - piece.start for piece in span.keys], 1), strict=True):
-        x[span.row, :, piece] += part
+def _next(rows: Tensor, at: int, index: Tensor, size: int) -> tuple[int, Tensor]:
+    """The part of `rows` from `at` on that `index` (n, G, t) speaks of, as (n · G, t · heads ÷ G, E), behind where it ends."""
+    end = at + index.numel()
+    return end, rows[at:end].view(index.shape[0] * index.shape[1], -1, size)
+
+
+def _add_up(rows: Tensor, places: list[Tensor]) -> Tensor:
+    """Sums over the places where each key stands."""
+    first, *more = places
+    out = rows.index_select(0, first)
+    for index in more:
+        out += rows.index_select(0, index)
+    return out

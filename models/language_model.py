@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         if self.packed is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
-        plan = planned(mask)
+        plan = planned(mask, self.config.kv_heads)
         for block in self.layers:
             x = block(x, rotary, plan, past)
         return self.norm(x)
@@ -140,7 +140,7 @@ class KeyValueDecoder(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
-        plan = planned(mask)
+        plan = planned(mask, self.config.kv_heads)
         *blocks, last = self.layers
         for block in blocks:
             x = block(x, rotary, plan, past)

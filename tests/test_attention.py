@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models import attention, losses
-from models.attention import SpanAttention, attend, blocks_of, planned
+from models.attention import SpanAttention, SpanPlan, attend, blocks_of, planned
 from models.losses import cross_entropy
 from models.masks import left_mask, right_mask
 
@@ -28,16 +28,27 @@ def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize(("lengths", "left", "heads"), [([[5, 9, 3]], 0, (4, 2)), ([[20], [3, 3, 1]], 0, (3, 3)), ([[4, 8], [7, 2]], 40, (6, 2)), ([[1]], 0, (2, 1))])
-def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads):
-    monkeypatch.setattr(attention, "CHUNK", 4)
+@pytest.mark.parametrize(
+    ("lengths", "left", "heads"),
+    [
+        ([[5, 9, 3]], 0, (4, 2)),
+        ([[20], [3, 3, 1]], 0, (3, 3)),
+        ([[4, 8], [7, 2]], 40, (6, 2)),
+        ([[1]], 0, (2, 1)),
+        ([[1, 1, 1, 17], [2, 2, 15], [30]], 6, (4, 1)),
+    ],
+)
+@pytest.mark.parametrize("spread", [1.0, 100.0])  # every length for itself, all together
+def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads, spread):
+    for name, value in (("MOST", 4), ("ALIGNED", 3), ("SPREAD", spread)):
+        monkeypatch.setattr(attention, name, value)
     torch.manual_seed(0)
     mask, (H, G), E = packed_mask(lengths, left), heads, 8
     B, _, T, S = mask.shape
     inputs = [torch.randn(B, n, s, E, dtype=torch.float64, requires_grad=True) for n, s in ((H, T), (G, S), (G, S))]
-    plan = planned(mask)
-    assert isinstance(plan, list)
-    assert all(mask[span.row, 0, span.queries].sum() == (~span.hidden).sum() for span in plan)  # nothing that is seen is left out
+    plan = planned(mask, G)
+    assert isinstance(plan, SpanPlan) and (len(plan.spans) == 1 or spread == 1.0)
+    assert len(plan.keys_back) == (5 if left == 0 and max(map(max, lengths)) == 20 else len(plan.keys_back))  # a key of the first part is seen by all five
     out = attend(*inputs, plan)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=H != G)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -46,18 +57,37 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
+    monkeypatch.setattr(attention, "MOST", 4)
+    seen = packed_mask([[2, 1, 1, 2, 3, 10, 1, 4]])[0, 0].numpy()
+    assert attention._cut(seen) == [(0, 4), (4, 6), (6, 9), (9, 12), (12, 15), (15, 19), (19, 20), (20, 24)]
+
+
+def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
+    torch.manual_seed(0)
+    mask = packed_mask([[3, 2]], left=4)
+    mask[..., :2] = False
+    inputs = [torch.randn(1, n, s, 4, requires_grad=True) for n, s in ((2, 5), (1, 9), (1, 9))]
+    _, keys, values = torch.autograd.grad(attend(*inputs, planned(mask, 1)).sum(), inputs)
+    assert not keys[:, :, :2].any() and not values[:, :, :2].any() and keys[:, :, 2:].any() and values[:, :, 2:].any()
+    nothing = [torch.randn(2, n, 0, 4, requires_grad=True) for n in (2, 1, 1)]
+    out = attend(*nothing, planned(torch.ones(2, 1, 0, 0, dtype=torch.bool), 1))
+    assert out.shape == (2, 2, 0, 4) and [g.shape for g in torch.autograd.grad(out.sum(), nothing)] == [x.shape for x in nothing]
+
+
 def test_spans_leave_out_what_nobody_sees():
-    plan = planned(packed_mask([[300] * 6]))
-    scores = sum(span.hidden.numel() for span in plan)
-    assert scores < 0.3 * 1800 * 1800
-    left = planned(packed_mask([[300] * 6], left=1200))
-    assert [len(span.keys) for span in left[:2]] == [2, 2]  # its image, its own text
+    plan = planned(packed_mask([[300] * 6]), 1)
+    assert isinstance(plan, SpanPlan)
+    scores = sum(spans.hidden.numel() for spans in plan.spans)
+    assert scores < 0.15 * 1800 * 1800
+    left = planned(packed_mask([[300] * 6], left=1200), 1)
+    assert isinstance(left, SpanPlan) and sum(spans.hidden.numel() for spans in left.spans) < 0.19 * 1800 * 3000  # its image, its own text
 
 
 def test_spans_are_for_training_alone():
     with torch.no_grad():
         mask = packed_mask([[3]])
-        assert planned(mask) is mask
+        assert planned(mask, 1) is mask
 
 
 @pytest.fixture
@@ -121,18 +151,18 @@ def test_one_function_chooses(plain_flex, monkeypatch):
     asked = Mock(spec=torch.Tensor, device=torch.device("cuda"))
     monkeypatch.setattr(attention, "blocks_of", lambda mask: "blocks")
     monkeypatch.setattr(attention, "find_spec", lambda name: name == "triton")
-    assert isinstance(planned(mask), list) and planned(asked) == "blocks"
+    assert isinstance(planned(mask, 1), SpanPlan) and planned(asked, 1) == "blocks"
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    assert planned(asked) is asked
+    assert planned(asked, 1) is asked
     with torch.no_grad():
         monkeypatch.undo()
-        assert planned(asked) is asked and planned(mask) is mask
+        assert planned(asked, 1) is asked and planned(mask, 1) is mask
 
 
 def test_span_attention_has_the_right_gradient():
     torch.manual_seed(0)
     inputs = [torch.randn(1, n, 5, 2, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
-    assert torch.autograd.gradcheck(lambda *x: SpanAttention.apply(*x, planned(packed_mask([[2, 3]]))), inputs)
+    assert torch.autograd.gradcheck(lambda *x: SpanAttention.apply(*x, planned(packed_mask([[2, 3]]), 1)), inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 50, 1 << 24])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.model import DecoderConfig, ModelConfig, Vocabulary
 from configs.schema import Config
 from models.adapters import add_adapters
-from models.attention import spans_of
+from models.attention import SpanPlan
 from models.language_model import Block
 from models.losses import CHUNK as LOGITS
 from models.masks import left_mask, right_mask
@@ -69,7 +69,7 @@ class Flops:
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """Forward and backward, attention as a CPU computes it (`spans_of`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        """Forward and backward, attention as a CPU computes it (`SpanPlan`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         trained = {"left": 0.0} | trained
@@ -80,7 +80,7 @@ class Flops:
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
-        pairs = [sum(span.hidden.numel() for span in spans_of(mask)) for mask in masks]
+        pairs = [sum(spans.hidden.numel() for spans in SpanPlan(mask, 1).spans) for mask in masks]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
         total += left_attention * (not before_right)
