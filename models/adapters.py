@@ -11,6 +11,7 @@ from torch import nn
 from configs.errors import UsageError, UserError
 from configs.files import replacing, replacing_folder
 from configs.schema import LoraConfig, LoraTower
+from models.linear import Linear
 
 PREFIX = "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -134,11 +135,11 @@ def merge_adapters(model: Any) -> None:
 
 
 def _dequantised(layer: Any) -> nn.Module:
-    if type(layer) is nn.Linear:
+    if type(layer) is Linear:
         return layer
     import bitsandbytes
 
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
+    plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
     with torch.no_grad():
         plain.weight.copy_(bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
         if layer.bias is not None:

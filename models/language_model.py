@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.model import DecoderConfig, MultiTokenConfig
 from models.attention import Plan, planned
-from models.layers import MLP, Attention, KeyValue, Packed, Past, RMSNorm, Rotary, building, init_weights
+from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
+from models.linear import Packed
 from models.losses import cross_entropy
 from models.multi_token import MultiTokenHeads
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from configs.errors import UsageError, UserError
 from configs.model import DecoderConfig
 from models.attention import Plan, attend
+from models.linear import Linear, Packed, working_dtype
 
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm; under autocast its result is cast here, once, and not again by every projection that reads it.
 
-    Its fused kernel wants input and weight of one type.
+    Its fused kernel, on a GPU, wants input and weight of one type.
     """
 
     eps: float  # never torch's None: every norm here is given one
@@ -26,12 +27,36 @@ class RMSNorm(nn.RMSNorm):
         if self.twice is not None:
             size = x.shape[-1]
             return torch.layer_norm((x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
-        return super().forward(x.to(self.weight.dtype)).to(working_dtype(x.dtype, x.device))
+        dtype = working_dtype(x.dtype, x.device)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return TrainedNorm.apply(x.to(self.weight.dtype), self.weight, self.eps, dtype)
+        return super().forward(x.to(self.weight.dtype)).to(dtype)
 
     def pack(self) -> None:
         """For decoding on a CPU, where torch has no fused RMSNorm: x and −x together have mean 0 and x's mean square as variance, so LayerNorm does it in one kernel."""
         self.twice = torch.cat((self.weight, self.weight)).detach()
         self.signs = self.weight.new_tensor(((1.0,), (-1.0,)))
+
+
+class TrainedNorm(torch.autograd.Function):
+    """RMSNorm in training on a CPU, where torch's is some thirty operations, forward and backward.
+
+    Its gradient is LayerNorm's for a mean of 0, which is one kernel, and what LayerNorm takes away because the mean depends on x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        gradient, size = gradient.to(x.dtype), x.shape[-1:]
+        needed = [True, ctx.needs_input_grad[1], False]
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(gradient, x, size, torch.zeros_like(scale), scale, weight, None, needed)
+        return d_x.add_((gradient @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(scale)), d_weight, None, None
 
 
 class Rotary(NamedTuple):
@@ -54,11 +79,6 @@ class Rotary(NamedTuple):
         """Rotate `x` (B, heads, T, E); component i is paired with i + E/2 (the Llama convention)."""
         cos, sin = self if self.cos.dtype == x.dtype else self.to(x.dtype)
         return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
-
-def working_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that products are computed in: autocast's where it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
@@ -85,50 +105,14 @@ class Past(Protocol):
         ...
 
 
-class Packed:
-    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives their results side by side.
-
-    On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
-    (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
-    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone; beyond
-    `MOST` rows the old layout is the faster one.
-    """
-
-    ROWS, MOST = 8, 32  # rows that the layout is made for, and is used for
-
-    def __init__(self, *layers: nn.Linear | Tensor) -> None:
-        self.layers = layers
-        weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
-        biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
-        self.bias = torch.cat(biases) if biases else None
-
-    def takes(self, x: Tensor) -> bool:
-        return x.shape[:-1].numel() <= self.MOST
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.takes(x):
-            made = [layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers]
-            return torch.cat(made, -1) if len(made) > 1 else made[0]
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return out
-
-    @staticmethod
-    def available(weight: Tensor) -> bool:
-        """Are there kernels for this device and type? Those of bf16 need a CPU with AVX-512 or better."""
-        ops = torch.ops.mkldnn
-        there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
-        return there and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
-
-
 class KeyValue(nn.Module):
     """The keys and values of a layer: all that the left tower's last layer has."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def key_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,9 +133,9 @@ class Attention(KeyValue):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
         self.layer, self.has_rope = layer, config.has_rope(layer)
-        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
+        self.q_proj = Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
+        self.o_proj = Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
@@ -191,9 +175,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None or not self.packed[0].takes(x):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layers import working_dtype
+from models.linear import working_dtype
 
 CHUNK = 1 << 24  # logits that exist at a time
 

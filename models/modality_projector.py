@@ -6,15 +6,16 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError, nearest
 from configs.model import ProjectorConfig
+from models.linear import Linear
 
 
 def linear(width: int, hidden_size: int) -> nn.Module:
-    return nn.Linear(width, hidden_size, bias=False)
+    return Linear(width, hidden_size, bias=False)
 
 
 def mlp(width: int, hidden_size: int) -> nn.Module:
     """Two layers with GELU between them (LLaVA 1.5, arXiv 2310.03744)."""
-    return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+    return nn.Sequential(Linear(width, hidden_size), nn.GELU(), Linear(hidden_size, hidden_size))
 
 
 # (features of an image token, hidden size of the left decoder) → module. Add yours here.

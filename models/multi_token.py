@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig, MultiTokenConfig
-from models.layers import Packed, RMSNorm
+from models.layers import RMSNorm
+from models.linear import Packed
 from models.losses import cross_entropy
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.model import VisionConfig
-from models.layers import working_dtype
+from models.linear import Linear, working_dtype
 
 
 def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:
@@ -70,6 +70,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = create_backbone(config)
+        for module in self.backbone.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear
         if not hasattr(self.backbone, "forward_intermediates"):
             raise UsageError(f"model.vision.name: timm's {config.name} does not give its feature maps")
         levels: list[dict[str, Any]] = list(self.backbone.feature_info)

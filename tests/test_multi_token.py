@@ -410,7 +410,7 @@ def test_speculation_needs_heads(model, renderer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
-    from models.layers import Packed
+    from models.linear import Packed
 
     if not Packed.available(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")

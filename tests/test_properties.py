@@ -141,17 +141,18 @@ def test_a_cache_shows_what_is_not_later(queries, slots):
 
 
 @same_every_time
-@given(row=rows_of_documents(), chunk=st.integers(1, 9), seed=st.integers(0, 9))
-def test_spans_attend_as_the_whole_mask_does(row, chunk, seed):
+@given(row=rows_of_documents(), most=st.integers(1, 9), aligned=st.integers(1, 9), spread=st.floats(1, 9), seed=st.integers(0, 9))
+def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
     left, right = row
     (left_positions, left_groups, _), (positions, documents, groups) = columns(left), columns(right)
     mask = right_mask(positions, documents, groups, left_positions, left_groups)
     torch.manual_seed(seed)
     inputs = [torch.randn(1, heads, length, 4, dtype=torch.float64, requires_grad=True) for heads, length in ((4, len(right)), (2, mask.shape[-1]), (2, mask.shape[-1]))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "CHUNK", chunk)
-        plan = planned(mask)
-    assert isinstance(plan, list)
+        for name, value in (("MOST", most), ("ALIGNED", aligned), ("SPREAD", spread)):
+            patch.setattr(attention, name, value)
+        plan = planned(mask, 2)
+    assert isinstance(plan, attention.SpanPlan)
     out, expected = attend(*inputs, plan), F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(out)

@@ -1,0 +1,102 @@
+"""Linear layers on a CPU: faster in training, and laid out anew for decoding."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def working_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that products are computed in: autocast's where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
+class Linear(nn.Linear):
+    """torch's linear layer; in training in bf16 on a CPU its products are `product`'s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and working_dtype(x.dtype, x.device) == torch.bfloat16:
+            return TrainedLinear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class TrainedLinear(torch.autograd.Function):
+    """x (…, inputs) by weight (outputs, inputs) and bias, in bf16; gradients have the types of what they belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, w = x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(rows, w)
+        ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return product(rows, w.t(), None if bias is None else bias.bfloat16()).view(*x.shape[:-1], len(w))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, w = ctx.saved_tensors
+        g = gradient.reshape(-1, len(w))
+        d_x = product(g, w).to(ctx.types[0]).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            transposed = g.t().contiguous() if w.shape[0] < w.shape[1] else g.t()  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
+            d_weight = (transposed @ rows).to(ctx.types[1])
+        if ctx.needs_input_grad[2]:
+            d_bias = g.sum(0).to(ctx.types[2])
+        return d_x, d_weight, d_bias
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a` (M, K) @ `b` (K, N), and `bias` (N,).
+
+    Of some shapes oneDNN 3.13 computes bf16 products in one thread, though it has two: 0.8 · N < M < 1,400 where N is small.
+    Halves of these, one after the other, are computed in both: of the rows where that is enough, else of the columns (docs/experiments.md).
+    """
+    (M, K), N = a.shape, b.shape[1]
+    least = 0.8 * N
+    if not (least < M < 1400 and N <= 1024 and K >= 512):
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    out, half = a.new_empty(M, N), -(-M // 64) * 32
+    by_rows = [(slice(half), slice(N)), (slice(half, M), slice(N))]
+    by_columns = [(slice(M), slice(N // 2)), (slice(M), slice(N // 2, N))]
+    for rows, columns in by_rows if half < least else by_columns:
+        if bias is None:
+            torch.mm(a[rows], b[:, columns], out=out[rows, columns])
+        else:
+            torch.addmm(bias[columns], a[rows], b[:, columns], out=out[rows, columns])
+    return out
+
+
+class Packed:
+    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives their results side by side.
+
+    On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
+    (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
+    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone; beyond
+    `MOST` rows the old layout is the faster one.
+    """
+
+    ROWS, MOST = 8, 32  # rows that the layout is made for, and is used for
+
+    def __init__(self, *layers: nn.Linear | Tensor) -> None:
+        self.layers = layers
+        weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
+        self.bias = torch.cat(biases) if biases else None
+
+    def takes(self, x: Tensor) -> bool:
+        return x.shape[:-1].numel() <= self.MOST
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            made = [layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers]
+            return torch.cat(made, -1) if len(made) > 1 else made[0]
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out
+
+    @staticmethod
+    def available(weight: Tensor) -> bool:
+        """Are there kernels for this device and type? Those of bf16 need a CPU with AVX-512 or better."""
+        ops = torch.ops.mkldnn
+        there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+        return there and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))

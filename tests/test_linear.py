@@ -1,0 +1,153 @@
+"""Linear layers and norms of training on a CPU, against torch's plain operations in double precision, and beside its own in bf16."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.model import VisionConfig
+from models import linear
+from models.layers import RMSNorm, TrainedNorm
+from models.linear import Linear, product
+from models.vision_encoder import VisionEncoder
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the whole tensors, in units of `b`'s length."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+SHAPES = [(1008, 576, 576), (714, 1536, 576), (1176, 768, 768), (1000, 520, 601), (33, 40, 700), (1008, 576, 192), (600, 512, 300)]
+
+
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_product(M, K, N, bias):
+    """Whole, in halves of the rows, and in halves of the columns; no half is left out, and none is rounded more than torch's whole."""
+    torch.manual_seed(0)
+    a, b, c = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16().t(), torch.randn(N).bfloat16() if bias else None
+    expected = a.double() @ b.double() + (0 if c is None else c.double())
+    out = product(a, b, c)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous()
+    torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=0.05)
+    assert distance(out, expected) < 2**-8
+
+
+def test_products_are_halved_where_that_helps(monkeypatch):
+    whole = {(M, K, N): product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16()) for M, K, N in SHAPES}
+    made = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: made.append((len(a), b.shape[1])) or mm(a, b, out=out))
+    halves = {}
+    for M, K, N in SHAPES:
+        made.clear()
+        assert torch.equal(product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16()), whole[M, K, N])
+        halves[M, K, N] = list(made)
+    assert halves == {
+        (1008, 576, 576): [(1008, 288)] * 2,
+        (714, 1536, 576): [(384, 576), (330, 576)],
+        (1176, 768, 768): [(608, 768), (568, 768)],
+        (1000, 520, 601): [(1000, 300), (1000, 301)],
+        (33, 40, 700): [],
+        (1008, 576, 192): [(1008, 96)] * 2,
+        (600, 512, 300): [(600, 150)] * 2,
+    }
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 576), (96, 640), (640, 96)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needed", ["all", "input", "weight"])
+def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
+    """Forward and every gradient: as near to double precision as torch's own under autocast; the types are those of what they belong to; what is frozen gets none."""
+    torch.manual_seed(0)
+    layer = Linear(inputs, outputs, bias=bias)
+    x, upstream = torch.randn(2, 300, inputs), torch.randn(2, 300, outputs).bfloat16()
+    x.requires_grad_(needed != "weight")
+    layer.requires_grad_(needed != "input")
+
+    def run(forward):
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            out = forward()
+        assert out.dtype == torch.bfloat16 and out.shape == upstream.shape
+        out.backward(upstream)
+        return [out.detach(), *(t.grad for t in (x, *layer.parameters()))]
+
+    ours, theirs = run(lambda: layer(x)), run(lambda: F.linear(x, layer.weight, layer.bias))
+    double = [t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())]
+    exact = F.linear(*double)
+    exact.backward(upstream.double())
+    for mine, other, best in zip(ours, theirs, [exact.detach(), *(t.grad for t in double)], strict=True):
+        assert (mine is None) == (other is None) == (best is None)
+        if mine is not None:
+            assert mine.dtype == other.dtype and mine.shape == other.shape
+            assert distance(mine, best) <= 1.1 * distance(other, best) < 2**-7
+
+
+def test_a_linear_layer_elsewhere_is_torchs(monkeypatch):
+    """In fp32, and where nothing is learnt: to the bit, and by torch's function."""
+    monkeypatch.setattr(linear.TrainedLinear, "apply", None)
+    layer, x = Linear(8, 4), torch.randn(3, 8)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+
+
+def test_an_encoders_linear_layers_are_these():
+    """The same numbers as timm's model, whose other parts stay what they are."""
+    name = "vit_base_patch16_siglip_224"
+    options = '{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}'
+    encoder = VisionEncoder(VisionConfig(name, "random", image_size=32, grid=4, options=options))
+    kinds = {type(m) for m in encoder.backbone.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {Linear}
+    own = timm.create_model(name, img_size=32, embed_dim=32, depth=2, num_heads=2, patch_size=8).eval()
+    own.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    pixels = torch.randn(2, 3, 32, 32)
+    theirs = own.forward_intermediates(pixels, indices=[1], intermediates_only=True)[0]
+    torch.testing.assert_close(encoder.backbone.forward_intermediates(pixels, indices=[1], norm=False, intermediates_only=True)[0], theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (1, 3, 2, 24)])
+def test_the_norms_gradient(shape):
+    torch.manual_seed(0)
+    norm = RMSNorm(24, 1e-5).double()
+    norm.weight.data.uniform_(-2, 2)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: TrainedNorm.apply(x, w, 1e-5, torch.float64), (x, norm.weight))
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-5), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_in_training(dtype, frozen):
+    """Under autocast the result has its type, gradients the types of what they belong to, and everything is as near to double precision as torch's own; tiny and huge rows too."""
+    torch.manual_seed(0)
+    norm = RMSNorm(576, 1e-5)
+    norm.weight.data.uniform_(-2, 2)
+    norm.weight.requires_grad_(not frozen)
+    x = (torch.randn(200, 576) * torch.logspace(-6, 6, 200)[:, None]).requires_grad_()
+    upstream = torch.randn(200, 576).to(dtype)
+
+    def run(forward):
+        norm.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = forward()
+        assert out.dtype == dtype
+        out.backward(upstream)
+        return [out.detach(), x.grad, norm.weight.grad]
+
+    ours, theirs = run(lambda: norm(x)), run(lambda: F.rms_norm(x, (576,), norm.weight, 1e-5).to(dtype))
+    double = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    exact = F.rms_norm(double[0], (576,), double[1], 1e-5)
+    exact.backward(upstream.double())
+    for mine, other, best in zip(ours, theirs, [exact.detach(), *(t.grad for t in double)], strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert mine.dtype == other.dtype
+            scale = best.abs().amax(-1, keepdim=True)
+            assert ((mine.double() - best) / scale).abs().max() <= 2 * max(((other.double() - best) / scale).abs().max(), 2**-21)
