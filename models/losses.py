@@ -1,5 +1,6 @@
 """Cross-entropy over a large vocabulary, without its logits."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from models.linear import working_dtype
 
-CHUNK = 1 << 24  # logits that exist at a time
+CHUNK = 1 << 25  # logits that exist at a time
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -26,26 +27,28 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         dtype = working_dtype(weight.dtype, weight.device)
         h, w = hidden.to(dtype), weight.to(dtype)
-        losses, logs = torch.empty(2, len(labels), device=hidden.device)  # logs: of the sums of exponentials
+        wanted, logs = torch.empty(2, len(labels), device=hidden.device)  # logits of the labels; logarithms of the sums of exponentials
         for at in _chunks(labels, w):
-            logits, y = F.linear(h[at], w).float(), labels[at]
-            logs[at] = logits.logsumexp(-1)
-            wanted = logits.gather(1, y.clamp(min=0)[:, None])[:, 0]
-            losses[at] = (logs[at] - wanted).masked_fill_(y < 0, 0.0)
-        ctx.save_for_backward(h, w, labels, logs)
+            logits = F.linear(h[at], w)
+            few = 8 if logits.device.type == "cpu" else len(logits)  # rows whose logits stay in a CPU's cache
+            for part, log in zip(logits.split(few), logs[at].split(few), strict=True):
+                torch.logsumexp(part.float(), -1, out=log)
+            wanted[at] = logits.gather(1, labels[at].clamp(min=0)[:, None])[:, 0].float()
+        losses = logs - wanted
+        ctx.save_for_backward(h, w, labels, losses)
         ctx.types = hidden.dtype, weight.dtype
-        return losses
+        return losses.masked_fill(labels < 0, 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        h, w, labels, logs = ctx.saved_tensors
+        h, w, labels, losses = ctx.saved_tensors
         d_hidden = torch.empty_like(h)
         d_weight: Tensor | None = None
         for at in _chunks(labels, w):
-            y = labels[at]
-            d = F.linear(h[at], w).float().sub_(logs[at, None]).exp_()  # the probabilities
-            d.scatter_add_(1, y.clamp(min=0)[:, None], d.new_full((len(y), 1), -1.0))
-            d = d.mul_((gradient[at] * (y >= 0))[:, None]).to(w.dtype)
+            y, logits = labels[at], F.linear(h[at], w)
+            d = torch.softmax(logits, -1, out=logits)
+            d.scatter_(1, y.clamp(min=0)[:, None], torch.expm1(-losses[at])[:, None].to(d.dtype))  # the label's probability less 1
+            d.mul_((gradient[at] * (y >= 0)).to(d.dtype)[:, None])
             if ctx.needs_input_grad[0]:
                 d_hidden[at] = d @ w
             if ctx.needs_input_grad[1]:
@@ -57,5 +60,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(labels: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK // len(weight))
-    return [slice(start, start + size) for start in range(0, len(labels), size)]
+    """As few as may be, of about one size."""
+    count = max(1, -(-len(labels) // max(1, CHUNK // len(weight))))
+    ends = [len(labels) * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends) if start < end]
