@@ -72,7 +72,7 @@ KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in ("
 ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {getattr(torch.ops.aten, f"{op.__name__}_backward"): _backward_flops for op in KERNELS}
 
 
-def make_config(kind: str, size: Size, dtype: str, heads: int = 0) -> Config:
+def make_config(kind: str, size: Size, dtype: str, heads: int = 0, accumulation: int = 1) -> Config:
     model = ModelConfig(
         vision=size.vision,
         projector=ProjectorConfig(pixel_shuffle=size.shuffle),
@@ -82,7 +82,7 @@ def make_config(kind: str, size: Size, dtype: str, heads: int = 0) -> Config:
         multi_token=MultiTokenConfig(heads, mlp_size=size.decoder.mlp_size),
     )
     rates = {f"lr_{part}": 1e-5 for part in ("vision", "projector", "left", "right", "heads")}
-    return Config(model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(rows=1, dtype=dtype, warmup_steps=0, **rates))
+    return Config(model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(rows=1, accumulation=accumulation, dtype=dtype, warmup_steps=0, **rates))
 
 
 def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
@@ -103,10 +103,10 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
 
 
 class Trial:
-    """A model with its optimizers and the standard row."""
+    """A model with its optimizers and the standard row, of which a step has `accumulation`, one after the other."""
 
-    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0) -> None:
-        self.config, self.device = make_config(kind, SIZES[size], dtype, heads), device
+    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, accumulation: int = 1) -> None:
+        self.config, self.device = make_config(kind, SIZES[size], dtype, heads, accumulation), device
         if device.type == "cpu":
             keep_freed_memory()  # as `train` does
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
@@ -115,22 +115,25 @@ class Trial:
         self.optimizers = make_optimizers(self.model, self.config.train)
         self.row = standard_row(self.config.model, vocabulary)
         self.batches, self.steps = Again(self.row), 0
-        self.tokens = self.row["left_ids"].numel() + self.row["right_ids"].numel()
-        self.marks: dict[str, Any] = {}
+        self.tokens = accumulation * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
+        self.marks: dict[str, list[Any]] = {}
         self.model.register_forward_pre_hook(lambda *_: self.mark("called"))
         self.model.register_forward_hook(lambda model, args, output: self._after_forward(output.loss_sum))
 
     def mark(self, name: str) -> None:
         """Note the time: on CUDA as an event among the device's work, so that nothing has to wait."""
         if self.device.type == "cuda":
-            self.marks[name] = torch.cuda.Event(enable_timing=True)
-            self.marks[name].record()
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
         else:
-            self.marks[name] = time.perf_counter()
+            now = time.perf_counter()
+        self.marks.setdefault(name, []).append(now)
 
     def between(self, first: str, last: str) -> float:
-        a, b = self.marks[first], self.marks[last]
-        return a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a
+        """Seconds, summed over the micro-batches; from a mark that each of them has to one that the step has once: from the last of them."""
+        firsts, lasts = self.marks[first], self.marks[last]
+        pairs = zip(firsts[-len(lasts) :], lasts, strict=True)
+        return sum(a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a for a, b in pairs)
 
     def _after_forward(self, loss: Tensor) -> None:
         self.mark("forward")
@@ -140,6 +143,7 @@ class Trial:
     def step(self) -> dict[str, float]:
         """One optimizer step → its seconds, and those of its phases."""
         self.steps += 1
+        self.marks.clear()
         self.mark("start")
         values = train_step(self.config, self.model, self.optimizers, self.batches, self.steps, self.device)
         self.mark("end")
@@ -161,12 +165,13 @@ class Trial:
         return loss
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of forward and backward: as estimated, and counted."""
-        estimate = count_flops(self.model).training(self.row, trained_shares(self.model))
+        """FLOPs of a step's forwards and backwards: as estimated, and counted."""
+        times = self.config.train.accumulation
+        estimate = times * count_flops(self.model).training(self.row, trained_shares(self.model))
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             self.forward().backward()
         self.model.zero_grad(set_to_none=True)
-        return {"estimate": estimate, "counted": counter.get_total_flops()}
+        return {"estimate": estimate, "counted": times * counter.get_total_flops()}
 
     def products(self) -> Counter[tuple[int, int, int]]:
         """(rows, inputs, outputs) of the linear layers and of the logits, each with how often it comes in a forward."""

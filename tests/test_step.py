@@ -1,6 +1,7 @@
 """One optimizer step's options: averaged weights, fp16 with scaled gradients, losses by source."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from training.muon import Muon, orthogonal
 from training.optim import make_optimizers
 from training.precision import autocast, grad_scaler
 from training.script import export_checkpoint
-from training.step import train_step
+from training.step import _norm, train_step
 
 CPU = torch.device("cpu")
 
@@ -210,3 +211,13 @@ def test_autocast_is_of_the_type_that_is_asked_for():
     for dtype, wanted in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with autocast(TrainConfig(dtype=dtype), CPU):
             assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == wanted
+
+
+def test_the_norm_of_gradients():
+    """By dot products, of all together; views and infinities too."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(1000, 700), torch.randn(60, 50).t(), torch.randn(3), torch.zeros(0), torch.tensor(2.0)]
+    exact = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert _norm(gradients).item() == pytest.approx(exact, rel=1e-6)
+    assert _norm([*gradients, torch.tensor([math.inf, 1.0])]).item() == math.inf
+    assert math.isnan(_norm([*gradients, torch.tensor([math.nan])]).item())

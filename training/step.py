@@ -114,12 +114,19 @@ def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, flo
     parts: dict[str, list[Tensor]] = {}
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
-    norms = torch.stack([gathered(torch.nn.utils.get_total_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
+    norms = torch.stack([gathered(_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
     total = torch.linalg.vector_norm(norms)
     if most and total > most:
         for members in parts.values():
             torch.nn.utils.clip_grads_with_norm_(members, most, total)
     return dict(zip(parts, norms.tolist(), strict=True))
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together. On a CPU by dot products, which take half the time of torch's norm."""
+    if all(type(g) is Tensor and g.device.type == "cpu" for g in gradients):
+        return torch.stack([torch.dot(flat, flat) for flat in (g.flatten() for g in gradients)]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def memory(device: torch.device) -> float:
