@@ -168,6 +168,20 @@ class Attention(KeyValue):
         self.packed = (Packed(self.q_proj, self.k_proj, self.v_proj), Packed(self.o_proj))
 
 
+class Gated(torch.autograd.Function):
+    """SiLU of one times the other; SiLU is computed again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
 class MLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv 2002.05202)."""
 
@@ -181,7 +195,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None or not self.packed[0].takes(x):
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
         gate, up = self.packed[0](x).chunk(2, -1)
         return self.packed[1](F.silu(gate) * up)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.model import VisionConfig
 from models import linear
-from models.layers import RMSNorm, TrainedNorm
+from models.layers import Gated, RMSNorm, TrainedNorm
 from models.linear import Linear, product
 from models.vision_encoder import VisionEncoder
 
@@ -151,3 +151,14 @@ def test_a_norm_in_training(dtype, frozen):
             assert mine.dtype == other.dtype
             scale = best.abs().amax(-1, keepdim=True)
             assert ((mine.double() - best) / scale).abs().max() <= 2 * max(((other.double() - best) / scale).abs().max(), 2**-21)
+
+
+def test_a_gated_product():
+    """As torch's plain operations give it, and its gradient; to the bit in bf16."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(Gated.apply, (gate, up))
+    torch.testing.assert_close(Gated.apply(gate, up), F.silu(gate) * up, rtol=1e-15, atol=0)
+    inputs, upstream = [torch.randn(40, 64).bfloat16().requires_grad_() for _ in range(2)], torch.randn(40, 64).bfloat16()
+    ours, theirs = ([out, *torch.autograd.grad(out, inputs, upstream)] for out in (Gated.apply(*inputs), F.silu(inputs[0]) * inputs[1]))
+    assert all(map(torch.equal, ours, theirs))
