@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models.linear import working_dtype
 
-CHUNK = 1 << 25  # logits that exist at a time
-CACHED = 1 << 19  # that stay in a CPU's cache, in float32
+CHUNK = 1 << 25  # logits that exist at a time; a fourth of them, or what stays in a CPU's cache, also in float32
+CACHED = 1 << 19
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class CrossEntropy(torch.autograd.Function):
         wanted, logs = torch.empty(2, len(labels), device=hidden.device)  # logits of the labels; logarithms of the sums of exponentials
         for at in _chunks(labels, w):
             logits = F.linear(h[at], w)
-            few = max(1, CACHED // len(w)) if logits.device.type == "cpu" else max(1, len(logits))
+            few = max(1, (CACHED if logits.device.type == "cpu" else CHUNK // 4) // len(w))
             for part, log in zip(logits.split(few), logs[at].split(few), strict=True):
                 torch.logsumexp(part.float(), -1, out=log)
             wanted[at] = logits.gather(1, labels[at].clamp(min=0)[:, None])[:, 0].float()
