@@ -75,6 +75,13 @@ def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
     assert out.shape == (2, 2, 0, 4) and [g.shape for g in torch.autograd.grad(out.sum(), nothing)] == [x.shape for x in nothing]
 
 
+def test_one_plan_serves_two_types():
+    plan = planned(packed_mask([[3, 2]]), 1)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        inputs = [torch.ones(1, n, 5, 4, dtype=dtype) for n in (2, 1, 1)]
+        assert attend(*inputs, plan).dtype == dtype
+
+
 def test_spans_leave_out_what_nobody_sees():
     plan = planned(packed_mask([[300] * 6]), 1)
     assert isinstance(plan, SpanPlan)

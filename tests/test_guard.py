@@ -108,6 +108,18 @@ def test_the_standard_row(kind):
     assert flops["estimate"] == pytest.approx(flops["counted"], rel=0.02)
 
 
+def test_several_rows_a_step():
+    """Tokens and FLOPs are those of all; the phases of all micro-batches are added up and make the step; they do not go on into the next."""
+    one, three = Trial("vanilla", "tiny", "fp32", CPU), Trial("vanilla", "tiny", "fp32", CPU, accumulation=3)
+    assert three.tokens == 3 * one.tokens and {name: 3 * value for name, value in one.flops().items()} == three.flops()
+    forwards: list[int] = []
+    three.model.register_forward_hook(lambda *_: forwards.append(1))
+    for steps in (1, 2):
+        seconds = three.step()
+        assert len(forwards) == 3 * steps and len(three.marks["forward"]) == len(three.marks["backward"]) == 3
+        assert 0 < seconds["forward"] + seconds["backward"] + seconds["optimizer"] <= seconds["step"]
+
+
 def test_a_step_is_measured_and_profiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_step, "apart", lambda function, *args: function(*args))
     flags = ["--size", "tiny", "--device", "cpu", "--dtype", "bf16"]
