@@ -73,7 +73,7 @@ class SpanPlan:
             Q, K = Q + n * kv_heads * t, K + n * kv_heads * s
         self.queries, self.keys = Q, K  # of all spans and heads
         self.back = torch.from_numpy(back.reshape(-1))
-        self.keys_back = [torch.from_numpy(index) for index in _in_turn(key, place, B * S, K)]
+        self.keys_back = [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in _in_turn(key, place, B * S, K)]
         self._bias: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
@@ -100,15 +100,17 @@ def _cut(seen: Array) -> list[tuple[int, int]]:
     return [*out, (start, T)] if start < T else out
 
 
-def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> list[Array]:
-    """For each of `keys`, and each of its heads, a place where it stands; then, where any key stands more than once, a second, and so on; `nowhere` for those that have no more."""
+def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> list[tuple[Array, Array]]:
+    """(rows of keys, a place where each stands): first of all `keys` and their heads, `nowhere` for those that nobody sees; then a second place of those that have one, and so on."""
     every, at = np.concatenate(key), np.concatenate(place)
     order = every.argsort(kind="stable")
     every, at = every[order], at[order]
     turn = np.arange(len(every)) - np.searchsorted(every, every)
-    out = np.full((int(turn.max(initial=0)) + 1, keys, at.shape[1]), nowhere, np.int64)
-    out[turn, every] = at
-    return list(out.reshape(len(out), -1))
+    first = np.full((keys, at.shape[1]), nowhere, np.int64)
+    first[every[turn == 0]] = at[turn == 0]
+    rows = every[:, None] * at.shape[1] + np.arange(at.shape[1])
+    more = [(rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)]
+    return [(np.arange(first.size), first.reshape(-1)), *more]
 
 
 Plan = Union[Tensor, SpanPlan, "BlockMask"]
@@ -219,10 +221,10 @@ def _next(rows: Tensor, at: int, index: Tensor, size: int) -> tuple[int, Tensor]
     return end, rows[at:end].view(index.shape[0] * index.shape[1], -1, size)
 
 
-def _add_up(rows: Tensor, places: list[Tensor]) -> Tensor:
+def _add_up(rows: Tensor, places: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Sums over the places where each key stands."""
-    first, *more = places
+    (_, first), *more = places
     out = rows.index_select(0, first)
-    for index in more:
-        out += rows.index_select(0, index)
+    for index, place in more:
+        out.index_copy_(0, index, out.index_select(0, index).add_(rows.index_select(0, place)))
     return out
