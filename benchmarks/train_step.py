@@ -124,7 +124,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, accumulation: int = 1) -> dict[str, Any]:
+def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, accumulation: int) -> dict[str, Any]:
     parameters = {kind: count_parameters(kind, size) for kind in kinds}
     check_memory(16 * max(parameters.values()), device, "weights, gradients and moments alone")
     memory = {kind: apart(peak_memory, kind, size, dtype, device, accumulation) for kind in kinds}

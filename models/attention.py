@@ -73,7 +73,8 @@ class SpanPlan:
             Q, K = Q + n * kv_heads * t, K + n * kv_heads * s
         self.queries, self.keys = Q, K  # of all spans and heads
         self.back = torch.from_numpy(back.reshape(-1))
-        self.keys_back = [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in _in_turn(key, place, B * S, K)]
+        first, more = _in_turn(key, place, B * S, K)
+        self.keys_back, self.more_keys = torch.from_numpy(first), [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in more]
         self._bias: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
@@ -100,8 +101,8 @@ def _cut(seen: Array) -> list[tuple[int, int]]:
     return [*out, (start, T)] if start < T else out
 
 
-def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> list[tuple[Array, Array]]:
-    """(rows of keys, a place where each stands): first of all `keys` and their heads, `nowhere` for those that nobody sees; then a second place of those that have one, and so on."""
+def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> tuple[Array, list[tuple[Array, Array]]]:
+    """A place of each of `keys` and their heads, `nowhere` where nobody sees it; then (rows of keys, their second places) of those that have one, their third, and so on."""
     every, at = np.concatenate(key), np.concatenate(place)
     order = every.argsort(kind="stable")
     every, at = every[order], at[order]
@@ -109,8 +110,7 @@ def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> l
     first = np.full((keys, at.shape[1]), nowhere, np.int64)
     first[every[turn == 0]] = at[turn == 0]
     rows = every[:, None] * at.shape[1] + np.arange(at.shape[1])
-    more = [(rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)]
-    return [(np.arange(first.size), first.reshape(-1)), *more]
+    return first.reshape(-1), [(rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)]
 
 
 Plan = Union[Tensor, SpanPlan, "BlockMask"]
@@ -198,7 +198,7 @@ class SpanAttention(torch.autograd.Function):
             torch.bmm(d, _gather(k, spans.keys, E), out=part)
             torch.bmm(d.transpose(1, 2), _gather(q, spans.queries, E), out=k_part)
         d_queries = d_q.index_select(0, plan.back).view(B, T, H, E).transpose(1, 2)
-        d_keys, d_values = (_add_up(d, plan.keys_back).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
+        d_keys, d_values = (_add_up(d, plan).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
         return d_queries, d_keys, d_values, None
 
 
@@ -221,10 +221,9 @@ def _next(rows: Tensor, at: int, index: Tensor, size: int) -> tuple[int, Tensor]
     return end, rows[at:end].view(index.shape[0] * index.shape[1], -1, size)
 
 
-def _add_up(rows: Tensor, places: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _add_up(rows: Tensor, plan: SpanPlan) -> Tensor:
     """Sums over the places where each key stands."""
-    (_, first), *more = places
-    out = rows.index_select(0, first)
-    for index, place in more:
+    out = rows.index_select(0, plan.keys_back)
+    for index, place in plan.more_keys:
         out.index_copy_(0, index, out.index_select(0, index).add_(rows.index_select(0, place)))
     return out

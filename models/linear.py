@@ -27,18 +27,18 @@ class TrainedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, w = x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()
-        ctx.save_for_backward(rows, w)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
         ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return product(rows, w.t(), None if bias is None else bias.bfloat16()).view(*x.shape[:-1], len(w))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, w = ctx.saved_tensors
-        g = gradient.reshape(-1, len(w))
+        g = gradient.reshape(-1, gradient.shape[-1])
         d_x = product(g, w).to(ctx.types[0]).view(ctx.shape) if ctx.needs_input_grad[0] else None
         d_weight = d_bias = None
         if ctx.needs_input_grad[1]:
-            transposed = g.t().contiguous() if w.shape[0] < w.shape[1] else g.t()  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
+            transposed = g.t().contiguous() if g.shape[1] < rows.shape[1] else g.t()  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
             d_weight = (transposed @ rows).to(ctx.types[1])
         if ctx.needs_input_grad[2]:
             d_bias = g.sum(0).to(ctx.types[2])
@@ -48,12 +48,12 @@ class TrainedLinear(torch.autograd.Function):
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a` (M, K) @ `b` (K, N), and `bias` (N,).
 
-    Of some shapes oneDNN 3.13 computes bf16 products in one thread, though it has two: 0.8 · N < M < 1,400 where N is small.
+    Of some shapes oneDNN 3.13 computes bf16 products in one thread, though it has two (others were not measured): 0.8 · N < M < 1,400 where N is small.
     Halves of these, one after the other, are computed in both: of the rows where that is enough, else of the columns (docs/experiments.md).
     """
     (M, K), N = a.shape, b.shape[1]
     least = 0.8 * N
-    if not (least < M < 1400 and N <= 1024 and K >= 512):
+    if not (least < M < 1400 and N <= 1024 and K >= 512 and torch.get_num_threads() == 2):
         return a @ b if bias is None else torch.addmm(bias, a, b)
     out, half = a.new_empty(M, N), -(-M // 64) * 32
     by_rows = [(slice(half), slice(N)), (slice(half, M), slice(N))]

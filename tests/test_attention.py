@@ -48,7 +48,6 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads,
     inputs = [torch.randn(B, n, s, E, dtype=torch.float64, requires_grad=True) for n, s in ((H, T), (G, S), (G, S))]
     plan = planned(mask, G)
     assert isinstance(plan, SpanPlan) and (len(plan.spans) == 1 or spread == 1.0)
-    assert len(plan.keys_back) == (5 if left == 0 and max(map(max, lengths)) == 20 else len(plan.keys_back))  # a key of the first part is seen by all five
     out = attend(*inputs, plan)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=H != G)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -61,6 +60,15 @@ def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
     monkeypatch.setattr(attention, "MOST", 4)
     seen = packed_mask([[2, 1, 1, 2, 3, 10, 1, 4]])[0, 0].numpy()
     assert attention._cut(seen) == [(0, 4), (4, 6), (6, 9), (9, 12), (12, 15), (15, 19), (19, 20), (20, 24)]
+
+
+def test_a_key_is_added_up_as_often_as_it_is_seen(monkeypatch):
+    """A document of 20 in parts of 4: keys of the first part are seen by all five, those of the last by one; of the other row, each once."""
+    monkeypatch.setattr(attention, "MOST", 4)
+    plan = planned(packed_mask([[20], [4] * 5]), 3)
+    assert isinstance(plan, SpanPlan)
+    assert plan.keys_back.unique().numel() == 2 * 20 * 3
+    assert [sorted({row // 3 for row in rows.tolist()}) for rows, _ in plan.more_keys] == [list(range(n)) for n in (16, 12, 8, 4)]
 
 
 def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():

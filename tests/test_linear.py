@@ -23,8 +23,9 @@ SHAPES = [(1008, 576, 576), (714, 1536, 576), (1176, 768, 768), (1000, 520, 601)
 
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_product(M, K, N, bias):
+def test_product(monkeypatch, M, K, N, bias):
     """Whole, in halves of the rows, and in halves of the columns; no half is left out, and none is rounded more than torch's whole."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     a, b, c = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16().t(), torch.randn(N).bfloat16() if bias else None
     expected = a.double() @ b.double() + (0 if c is None else c.double())
@@ -35,9 +36,14 @@ def test_product(M, K, N, bias):
 
 
 def test_products_are_halved_where_that_helps(monkeypatch):
-    whole = {(M, K, N): product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16()) for M, K, N in SHAPES}
+    whole = {(M, K, N): torch.ones(M, K).bfloat16() @ torch.ones(K, N).bfloat16() for M, K, N in SHAPES}
     made = []
     mm = torch.mm
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "mm", None)
+    for M, K, N in SHAPES:
+        product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "mm", lambda a, b, out: made.append((len(a), b.shape[1])) or mm(a, b, out=out))
     halves = {}
     for M, K, N in SHAPES:
@@ -75,7 +81,11 @@ def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
         out.backward(upstream)
         return [out.detach(), *(t.grad for t in (x, *layer.parameters()))]
 
-    ours, theirs = run(lambda: layer(x)), run(lambda: F.linear(x, layer.weight, layer.bias))
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        ours = run(lambda: layer(x))
+    assert kept == [shape for shape, of in (((600, inputs), "weight"), ((outputs, inputs), "input")) if needed in (of, "all")]  # what nobody needs is not kept
+    theirs = run(lambda: F.linear(x, layer.weight, layer.bias))
     double = [t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())]
     exact = F.linear(*double)
     exact.backward(upstream.double())
