@@ -41,7 +41,7 @@ with sooner():
 from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.linear import Packed
+from models.packed import Packed
 from models.pretrained import load_model
 from models.vision_language_model import VisionLanguageModel
 from pathlib import Path

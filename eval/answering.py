@@ -24,7 +24,7 @@ from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from models.language_weights import find_language_model
 from models.layers import computes_bf16, pick_device
-from models.linear import Packed
+from models.packed import Packed
 from models.pretrained import ancestor_tokenizer, load_model
 from models.vision_language_model import VisionLanguageModel
 

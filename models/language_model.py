@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.model import DecoderConfig, MultiTokenConfig
 from models.attention import Plan, planned
+from models.kv_cache import DecodingCache
 from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
-from models.linear import Packed
 from models.losses import cross_entropy
 from models.multi_token import MultiTokenHeads
+from models.packed import Packed, PackedBlock
 
 
 class Output(NamedTuple):
@@ -50,7 +51,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
 
-    packed: Packed | None = None  # the unembedding, where weights are packed for decoding
+    packed: tuple[list[PackedBlock], Packed] | None = None  # blocks and unembedding, where weights are packed for decoding
 
     def __init__(self, config: DecoderConfig, vocab_size: int, multi_token: MultiTokenConfig | None = None) -> None:
         super().__init__()
@@ -73,6 +74,10 @@ class LanguageModel(nn.Module):
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         if self.packed is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
+            if isinstance(past, DecodingCache) and Packed.takes(x):
+                for packed in self.packed[0]:
+                    x = packed(x, rotary, mask, past)
+                return self.norm(x)
         plan = planned(mask, self.config.kv_heads)
         for block in self.layers:
             x = block(x, rotary, plan, past)
@@ -85,14 +90,14 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed(hidden)
+        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed[1](hidden)
 
     def pack(self) -> None:
         """Lay the weights out anew for decoding on a CPU: faster, for as much memory again. Weights that change later are not seen: `train()` refuses."""
         for module in self.trunk().modules():
-            if isinstance(module, Attention | MLP | RMSNorm):
+            if isinstance(module, RMSNorm):
                 module.pack()
-        self.packed = Packed(self.unembedding)
+        self.packed = [PackedBlock(block) for block in self.layers], Packed(self.unembedding)
         if self.heads is not None:
             self.heads.pack(self.unembedding)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError, UserError
 from configs.model import DecoderConfig
 from models.attention import Plan, attend
-from models.linear import Linear, Packed, working_dtype
+from models.linear import Linear, working_dtype
 
 
 class RMSNorm(nn.RMSNorm):
@@ -78,7 +78,7 @@ class Rotary(NamedTuple):
     def turn(self, x: Tensor) -> Tensor:
         """Rotate `x` (B, heads, T, E); component i is paired with i + E/2 (the Llama convention)."""
         cos, sin = self if self.cos.dtype == x.dtype else self.to(x.dtype)
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
@@ -128,8 +128,6 @@ class KeyValue(nn.Module):
 class Attention(KeyValue):
     """Grouped-query attention. The mask says everything about who sees whom; nothing is added to it here."""
 
-    packed: tuple[Packed, Packed] | None = None  # queries, keys and values; output
-
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
         self.layer, self.has_rope = layer, config.has_rope(layer)
@@ -140,32 +138,14 @@ class Attention(KeyValue):
     def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
         rope = rotary if self.has_rope else None
-        if self.packed is None or not self.packed[0].takes(x):
-            queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
-            keys, values = self.key_values(x)  # (B, G, T, E)
-        else:
-            queries, keys, values = self._packed_heads(x, rope)
-            rope = None  # the keys are turned already
-        out = self._attend(queries, keys, values, rope, mask, past).transpose(1, 2).flatten(2)  # (B, T, H · E)
-        return self.o_proj(out) if self.packed is None else self.packed[1](out)
+        queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
+        out = self._attend(queries, *self.key_values(x), rope, mask, past)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Plan, past: Past | None) -> Tensor:
         keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
         return attend(queries, keys, values, mask)
-
-    def _packed_heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` (B, T, D) → rotated queries (B, H, T, E), rotated keys and values (B, G, T, E), with half the calls: what takes time at one token."""
-        assert self.packed is not None
-        H, G = self.config.heads, self.config.kv_heads
-        queries_keys, values = self._heads(self.packed[0](x)).split((H + G, G), 1)
-        if self.config.qk_norm:
-            queries_keys = torch.cat((self.q_norm(queries_keys[:, :H]), self.k_norm(queries_keys[:, H:])), 1)
-        queries, keys = turn(rope, queries_keys).split((H, G), 1)
-        return queries, keys, values
-
-    def pack(self) -> None:
-        self.packed = (Packed(self.q_proj, self.k_proj, self.v_proj), Packed(self.o_proj))
 
 
 class Gated(torch.autograd.Function):
@@ -185,8 +165,6 @@ class Gated(torch.autograd.Function):
 class MLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv 2002.05202)."""
 
-    packed: tuple[Packed, Packed] | None = None  # gate and up; down
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
@@ -194,13 +172,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or not self.packed[0].takes(x):
-            return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
-        gate, up = self.packed[0](x).chunk(2, -1)
-        return self.packed[1](F.silu(gate) * up)
-
-    def pack(self) -> None:
-        self.packed = (Packed(self.gate_proj, self.up_proj), Packed(self.down_proj))
+        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def building(config: DecoderConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: faster in training, and laid out anew for decoding."""
+"""Linear layers, faster in training on a CPU."""
 
 from typing import Any
 
@@ -64,39 +64,3 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             torch.addmm(bias[columns], a[rows], b[:, columns], out=out[rows, columns])
     return out
-
-
-class Packed:
-    """Linear layers that read the same input, as one, in the layout of oneDNN's kernels; `packed(x)` gives their results side by side.
-
-    On CPUs with bf16 instructions one to sixteen rows cost the same, two thirds of what `F.linear` takes for two to eight
-    (docs/experiments.md), and a row's result does not depend on how many there are: verifying drafts is nearly free, and
-    gives to the bit what decoding one token at a time gives. The packed weights are a copy, for inference alone; beyond
-    `MOST` rows the old layout is the faster one.
-    """
-
-    ROWS, MOST = 8, 32  # rows that the layout is made for, and is used for
-
-    def __init__(self, *layers: nn.Linear | Tensor) -> None:
-        self.layers = layers
-        weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
-        biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
-        self.bias = torch.cat(biases) if biases else None
-
-    def takes(self, x: Tensor) -> bool:
-        return x.shape[:-1].numel() <= self.MOST
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.takes(x):
-            made = [layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers]
-            return torch.cat(made, -1) if len(made) > 1 else made[0]
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return out
-
-    @staticmethod
-    def available(weight: Tensor) -> bool:
-        """Are there kernels for this device and type? Those of bf16 need a CPU with AVX-512 or better."""
-        ops = torch.ops.mkldnn
-        there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
-        return there and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.model import DecoderConfig, MultiTokenConfig
 from models.layers import RMSNorm
-from models.linear import Packed
+from models.packed import Packed
 from models.losses import cross_entropy
 
 

@@ -24,7 +24,7 @@ from configs.schema import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.answering import Answerer
-from models.generation import DraftShape, Shape, accept, draft_shape, follow, generate, probabilities
+from models.generation import DraftShape, Shape, accept, draft_shape, follow, generate, prefill, probabilities, verify
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
 from models.multi_token import Drafts, ancestors, chains
@@ -410,7 +410,7 @@ def test_speculation_needs_heads(model, renderer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
-    from models.linear import Packed
+    from models.packed import Packed
 
     if not Packed.available(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
@@ -427,10 +427,48 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
         x, token = torch.randn(2, 32, 48).to(dtype)
         a, b = (m.right.heads.step(x, token) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        for part in (*packed.right.layers[0].mlp.packed[:1], packed.right.packed):
+        blocks, unembedding = packed.right.packed
+        for part in (blocks[0].gate_up, unembedding):
             assert all(torch.equal(part(x[:n]), part(x)[:n]) for n in (1, 2, 5, 8, 17))
     with pytest.raises(ValueError, match="packed"):
         packed.train()
+
+
+DECODERS = {
+    "as it is": TINY,
+    "biases": replace(TINY, qkv_bias=True),
+    "norms on heads": replace(TINY, qk_norm=True),
+    "layers without rotary embedding": replace(TINY, no_rope_interval=2),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder):
+    """Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as in training. Images, norms and biases are not trivial."""
+    from models.packed import Packed
+
+    if not Packed.available(torch.empty(1)):
+        pytest.skip("oneDNN has no kernels for this CPU")
+    plain, packed = (lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder)).eval() for _ in range(2))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if p.dim() == 1 and "right" in name:
+                p.add_(torch.randn(p.shape) * 0.5)
+    packed.load_state_dict(plain.state_dict())
+    packed.right.pack()
+    tiles = random_tiles(2, seed=5)
+    prompt, _ = prompt_ids(renderer, 2, "what color?")
+    short = renderer.prompt([], [{"user": "what?"}])
+    tokens, made = torch.randint(0, 40, (2, 4)), []
+    with torch.inference_mode():
+        kvs = plain.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2)
+        batch = collate_prompts([prompt, short])
+        for m in (plain, packed):
+            cache, states = prefill(m, batch["ids"], batch["positions"], [list(zip(kvs, block_starts(prompt), strict=True)), []], slots=4)
+            made.append(verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4)))
+        torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
+        made = [m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden for m in (plain, packed)]
+        torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["own", "none"])
