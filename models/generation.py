@@ -340,7 +340,7 @@ def generate(
         if all(row.done for row in active):
             break
         if any(row.done for row in active) and not going_on:  # rows that are done cost nothing any more
-            left = [i for i, row in enumerate(active) if not row.done]
+            left = _closed_up([row.done for row in active])
             at = torch.tensor(left, device=device)
             cache.keep(left)
             active, chosen, hidden = [active[i] for i in left], chosen[at], hidden[at]
@@ -360,6 +360,13 @@ def generate(
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])
+
+
+def _closed_up(done: list[bool]) -> list[int]:
+    """The rows that are not done; the last ones take the places of those that are, so that few move."""
+    left = [i for i, ended in enumerate(done) if not ended]
+    behind = [i for i in left if i >= len(left)]
+    return [behind.pop() if done[i] else i for i in range(len(left))]
 
 
 def _drafts(model: Any, rows: Tensor | None, hidden: Tensor, chosen: Tensor, shape: Shape, settings: GenerationConfig, generator: torch.Generator | None) -> Drafts:

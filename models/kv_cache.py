@@ -158,7 +158,11 @@ class DecodingCache:
             self.positions = torch.cat((self.positions, self.positions.new_full((len(self.positions), more), NEVER)), 1)
 
     def keep(self, rows: list[int]) -> None:
-        """Leave only `rows`: those that are done cost nothing any more."""
-        at = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values, self.positions = self.keys[:, at], self.values[:, at], self.positions[at]
+        """Leave only `rows`, in this order, none of them before its new place: those that are done cost nothing any more."""
+        for new, old in enumerate(rows):
+            if new != old:
+                for cached in (self.keys, self.values):
+                    cached[:, new, :, : self.lengths[old]] = cached[:, old, :, : self.lengths[old]]
+                self.positions[new] = self.positions[old]
+        self.keys, self.values, self.positions = self.keys[:, : len(rows)], self.values[:, : len(rows)], self.positions[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]

@@ -24,7 +24,7 @@ from configs.schema import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.answering import Answerer
-from models.generation import DraftShape, Shape, accept, draft_shape, follow, generate, prefill, probabilities, verify
+from models.generation import DraftShape, Passed, Shape, _closed_up, accept, draft_shape, follow, generate, prefill, probabilities, verify
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
 from models.multi_token import Drafts, ancestors, chains
@@ -400,6 +400,36 @@ class TestDraftShape:
     def test_off_and_on(self):
         assert DraftShape([0.5] * 4, "off")() == Shape(0) == DraftShape([], "on")()
         assert DraftShape([0.0] * 4, "on")() == Shape(4) and DraftShape([0.0] * 4, "on", 3)() == Shape(4, 3)
+
+
+def test_drafts_behind_an_answers_end_count_as_fallen(tokenizer, renderer, monkeypatch):
+    """A pass whose three drafts stand, the second of them the end-of-turn token: two were of use. And one whose end is the token behind the drafts: all were."""
+    model = tiny_model(tokenizer, WITH_HEADS)
+    settings, batch = GenerationConfig(max_new_tokens=30, speculative="on", draft_width=1), collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
+    stop, told = 7, []
+    first = generate(model, images=[[]], stop=-1, settings=replace(settings, max_new_tokens=1), **batch).tokens[0]
+    assert first != [stop]
+    monkeypatch.setattr(DraftShape, "told", lambda self, shape, counts, seconds: told.append((shape.depth, counts)))
+    for tokens, answer in (([5, stop, 6, 8], [5]), ([5, 6, 8, stop], [5, 6, 8])):
+        one_pass = lambda m, cache, positions, hidden, chosen, *_, tokens=tokens: Passed(torch.zeros(1, 4, 302), [[0, 1, 2, 3]], [tokens], chosen, hidden)  # noqa: E731
+        monkeypatch.setattr(models.generation, "one_pass", one_pass)
+        assert generate(model, images=[[]], stop=stop, settings=settings, **batch).tokens == [first + answer]
+    assert told == [(3, [2]), (3, [3])]
+
+
+def test_rows_that_are_done_leave_the_cache():
+    """The last rows move into their places, and hold what they held."""
+    for done in ([False] * 5, [True, False, True, False, False], [False, False, False, True, True], [True, True, True, True, False]):
+        cache = DecodingCache(2, 5, 1, 8, 4, torch.float32, torch.device("cpu"))
+        cache.lengths = [3, 5, 1, 8, 2]
+        cache.keys, cache.values = torch.randn(2, *cache.keys.shape)
+        cache.positions = torch.stack([torch.where(torch.arange(8) < n, torch.arange(8), NEVER) for n in cache.lengths])
+        before, order = (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()), _closed_up(done)
+        assert sorted(order) == [i for i in range(5) if not done[i]] and sum(new != old for new, old in enumerate(order)) == sum(done[: len(order)])
+        cache.keep(order)
+        assert cache.lengths == [before[0][i] for i in order] and torch.equal(cache.positions, before[3][order])
+        for made, was in ((cache.keys, before[1]), (cache.values, before[2])):
+            assert made.shape[1] == len(order) and all(torch.equal(made[:, new, :, :n], was[:, old, :, :n]) for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True)))
 
 
 def test_speculation_needs_heads(model, renderer):
