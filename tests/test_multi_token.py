@@ -432,6 +432,19 @@ def test_rows_that_are_done_leave_the_cache():
             assert made.shape[1] == len(order) and all(torch.equal(made[:, new, :, :n], was[:, old, :, :n]) for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True)))
 
 
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, renderer, mode):
+    """Six prompts of different lengths, ended from outside: the first, the last and those in the middle."""
+    model = lively_model(tokenizer, WITH_HEADS)
+    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    prompts = [renderer.prompt([], [{"user": text}]) for text in ("what is it?", "what?", "what color is the shape, and why?", "is it?", "the color?", "a shape or an image of a shape?")]
+    settings, ends = GenerationConfig(max_new_tokens=16, speculative=mode), [3, 16, 5, 9, 16, 4]
+    alone = [generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0] for prompt in prompts]
+    assert len({tuple(tokens) for tokens in alone}) == len(prompts)
+    made = generate(model, images=[[]] * 6, stop=-1, settings=settings, on_tokens=lambda row, tokens: len(tokens) >= ends[row], **collate_prompts(prompts))
+    assert made.tokens == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
+
+
 def test_speculation_needs_heads(model, renderer):
     with pytest.raises(UsageError, match="no multi-token heads"):
         generate(model, images=[[]], stop=-1, settings=GenerationConfig(speculative="on"), **collate_prompts([renderer.prompt([], [{"user": "x"}])]))
