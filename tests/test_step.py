@@ -181,7 +181,7 @@ class TwoSources(Given):
         return ["a/x y", "b", "c"]
 
     def samples(self):
-        return ["b 3", "a/x y 0", "b 17"]
+        return ["b 3", "a/x y 0", "a/x y 17"]
 
 
 @pytest.mark.parametrize("heads", [0, 2])
@@ -193,7 +193,7 @@ def test_losses_by_source_are_means_over_that_source_s_tokens(tokenizer, rows, h
     with torch.no_grad():
         logits = model.logits(model(**rows).hidden)
     each = F.cross_entropy(logits.flatten(0, 1), rows["labels"].flatten(), reduction="none", ignore_index=-100).view_as(rows["labels"])
-    of = [(rows["right_groups"][0] == 0, 0, "b"), (rows["right_groups"][0] == 1, 0, "a/x y"), (rows["right_groups"][1] == 0, 1, "b")]
+    of = [(rows["right_groups"][0] == 0, 0, "b"), (rows["right_groups"][0] == 1, 0, "a/x y"), (rows["right_groups"][1] == 0, 1, "a/x y")]
     sums = {name: sum(each[row][here].sum().item() for here, row, n in of if n == name) for name in ("a/x y", "b")}
     counts = {name: sum(int((rows["labels"][row][here] != -100).sum()) for here, row, n in of if n == name) for name in sums}
     values = train_step(Config(model=c, train=train), model, make_optimizers(model, train), TwoSources(rows), 1, CPU)
