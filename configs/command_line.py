@@ -104,6 +104,6 @@ def resolve(argv: list[str], description: str, default: str = DEFAULT_PRESET) ->
     add_flags(parser, Config, base)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = vars(parser.parse(argv))
-    flags.pop("config", None)
+    flags |= {"config": base.config} if "config" in flags else {}  # as it is spelled in configs/
     flags.pop("debug", None)
     return override(base, flags), flags

@@ -1,7 +1,7 @@
 """The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         for module in self.trunk().modules():
             if isinstance(module, RMSNorm):
                 module.pack()
-        self.packed = [PackedBlock(block) for block in self.layers], Packed(self.unembedding)
+        self.packed = [PackedBlock(cast(Block, block)) for block in self.layers], Packed(self.unembedding)
         if self.heads is not None:
             self.heads.pack(self.unembedding)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from configs.model import DecoderConfig, MultiTokenConfig
 from models.layers import RMSNorm
-from models.packed import Packed
 from models.losses import cross_entropy
+from models.packed import Packed
 
 
 class Drafts(NamedTuple):

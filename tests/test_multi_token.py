@@ -437,7 +437,9 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
     """Six prompts of different lengths, ended from outside: the first, the last and those in the middle."""
     model = lively_model(tokenizer, WITH_HEADS)
     torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
-    prompts = [renderer.prompt([], [{"user": text}]) for text in ("what is it?", "what?", "what color is the shape, and why?", "is it?", "the color?", "a shape or an image of a shape?")]
+    prompts = [
+        renderer.prompt([], [{"user": text}]) for text in ("what is it?", "what?", "what color is the shape, and why?", "is it?", "the color?", "a shape or an image of a shape?")
+    ]
     settings, ends = GenerationConfig(max_new_tokens=16, speculative=mode), [3, 16, 5, 9, 16, 4]
     alone = [generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0] for prompt in prompts]
     assert len({tuple(tokens) for tokens in alone}) == len(prompts)
@@ -507,7 +509,7 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
         kvs = plain.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2)
         batch = collate_prompts([prompt, short])
         for m in (plain, packed):
-            cache, states = prefill(m, batch["ids"], batch["positions"], [list(zip(kvs, block_starts(prompt), strict=True)), []], slots=4)
+            cache, _ = prefill(m, batch["ids"], batch["positions"], [list(zip(kvs, block_starts(prompt), strict=True)), []], slots=4)
             made.append(verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4)))
         torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
         made = [m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden for m in (plain, packed)]

@@ -43,6 +43,7 @@ from models.vision_encoder import VisionEncoder
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
+from training.logging import RunLog
 from training.optim import make_optimizers, schedule
 from training.step import train_step
 
@@ -104,7 +105,9 @@ def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        second = run_program(command(*flags, "--resume", "auto"), tmp_path)
+        kept = (folder / "config.json").read_bytes()
+        second = run_program(command(*flags, "--resume", "auto", "--max_steps", "99"), tmp_path)
+        assert (folder / "config.json").read_bytes() == kept
     finally:
         os.kill(process.pid, signal.SIGCONT)
     assert second.returncode == 1 and f"error: {folder} is in use: another process trains in it" in second.stderr
@@ -208,7 +211,9 @@ def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted
     tokenizer["model"]["vocab"] |= {a: tokenizer["model"]["vocab"][b], b: tokenizer["model"]["vocab"][a]}
     path.write_text(json.dumps(tokenizer))
     flags = ("--resume", "run", "--cache_dir", "cache", "--max_steps", "15")
+    kept = (tmp_path / "run" / "config.json").read_bytes()
     done = run_program(command(*flags), tmp_path)
+    assert (tmp_path / "run" / "config.json").read_bytes() == kept  # what is refused changes nothing
     assert done.returncode == 1 and "was made with another tokenizer than run/tokenizer holds" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     path.write_text(whole)
     other = run_program(command(*flags, "--model.left.layers", "3", "--model.right.layers", "3", "--data.vocab_size", "300"), tmp_path)
@@ -258,6 +263,55 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
     assert none.returncode == 1 and "every checkpoint in run/checkpoints is damaged" in none.stderr and (folder / "metrics.jsonl").is_file()
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_run_goes_back_before_is_no_longer_its_own(uninterrupted, tmp_path, damaged):
+    """Else the later checkpoint would be what is kept, and what "auto" goes on with."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    if damaged:
+        (folder / "checkpoints" / "step_000014" / SHARD).write_bytes(b"")
+    back = ["--output_dir", "run", "--resume", "auto"] if damaged else ["--resume", "run/checkpoints/step_000012"]
+    done = run_program(command(*back, "--max_steps", "13", "--train.keep_checkpoints", "1"), tmp_path)
+    assert done.returncode == 0 and "it is now run/checkpoints/abandoned/step_000014" in done.stdout, done.stderr
+    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step_000013"]
+    again = run_program(command("--resume", "run"), tmp_path)
+    assert again.returncode == 0 and "resumed from run/checkpoints/step_000013 after step 13" in again.stdout, again.stderr
+    assert sorted({step for step, _ in losses(folder)}) == list(range(1, 15))
+
+
+def test_a_run_that_is_resumed_forgets_what_it_does_again(tmp_path):
+    log = RunLog(tmp_path / "run", tmp_path / "logs")
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        (tmp_path / "run" / name).write_text("".join(f'{{"step": {step}}}\n' for step in (2, 4, 6)) + '{"st')
+    log.rewind(5, logged=4)
+    assert {(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "skipped.jsonl")} == {'{"step": 2}\n{"step": 4}\n'}
+    assert not (tmp_path / "logs" / "run.log").exists()
+    log.rewind(10, logged=10)
+    assert "metrics.jsonl ends at step 4: the lines up to step 10" in (tmp_path / "logs" / "run.log").read_text()
+
+
+def test_a_preset_or_script_other_than_the_run_s_is_refused(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    kept = (tmp_path / "run" / "config.json").read_bytes()
+    done = run_program([sys.executable, str(ROOT / "train_dual_tower.py"), "--config", "dual-tower-cauldron", "--resume", "run"], tmp_path)
+    assert done.returncode == 2 and "cannot change config (was dual_tower_easyvqa, now dual_tower_cauldron)" in done.stderr, done.stderr
+    done = run_program([sys.executable, str(ROOT / "train_vanilla.py"), "--resume", "run"], tmp_path)
+    assert done.returncode == 2 and "is trained by train_dual_tower.py" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (tmp_path / "run" / "config.json").read_bytes() == kept
+
+
+def test_a_start_that_is_told_to_stop_leaves_nothing(tmp_path):
+    flags = ("--output_dir", "run", "--max_steps", "2")
+    process = Program(command(*flags), tmp_path)
+    while process.poll() is None and not (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file():
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 128 + signal.SIGTERM and not (tmp_path / "run" / "config.json").exists(), done.stderr
+    assert not list((tmp_path / "run").rglob("*")), list((tmp_path / "run").rglob("*"))
+    assert run_program(command(*flags), tmp_path).returncode == 0
+
+
 def test_a_checkpoint_of_other_data_is_one_line(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step_000014"
@@ -278,8 +332,11 @@ def test_a_run_past_its_end_says_so(uninterrupted, tmp_path):
 def test_auto_finds_the_newest_run_whatever_its_folder_is_called(tmp_path):
     first = run_program(command("--output_dir", "runs/short", "--max_steps", "2"), tmp_path)
     assert first.returncode == 0, first.stderr
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "config.json").write_text("{")
     done = run_program(command("--resume", "auto", "--max_steps", "3"), tmp_path)
     assert done.returncode == 0 and "resumed from runs/short/checkpoints/step_000002 after step 2" in done.stdout, done.stderr
+    assert "warning: runs/broken/config.json is not valid JSON" in done.stderr
 
 
 def test_a_second_run_does_not_overwrite_the_first(uninterrupted, tmp_path):
@@ -443,7 +500,7 @@ def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(mod
     save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003", "step_000004"]
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=size // 2))
-    with pytest.raises(UserError, match=r"step_000005 could not be written: it takes .* GiB, and .* GiB are free"):
+    with pytest.raises(UserError, match=r"step_000005 could not be written: it takes [1-9].* MiB, and 0.. MiB are free"):
         save(tmp_path, 5, model, optimizers, {"data": []}, keep=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000004"]
 
@@ -593,8 +650,6 @@ def on_a_disk_that_turns_read_only(step: int) -> None:
         make_read_only(Path.cwd())
         os.chdir(Path.cwd())  # into what is mounted now
         return
-    from training.logging import RunLog
-
     whole = RunLog.step
 
     def step_of(self: Any, number: int, *values: float) -> None:

@@ -31,6 +31,7 @@ from configs.ranks import ALONE, World
 FORMAT = 2  # of the folder
 FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is what is meant; once, for filters are no thread's own
+ABANDONED = "abandoned"  # folder of checkpoints that a run went back before
 MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
 
 
@@ -95,11 +96,11 @@ class Saver:
             raise UserError(f"checkpoint {self.final} could not be written: {_first_line(failure)} (earlier checkpoints are untouched)") from failure
 
     def _make_room(self, size: int) -> None:
-        """Where the disk is nearly full older checkpoints go now, but for the newest. Errors: `OSError`."""
-        old = checkpoints(self.folder)
+        """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest. Errors: `OSError`."""
+        old = [*checkpoints(self.folder / ABANDONED), *checkpoints(self.folder)[:-1]]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
-            if len(old) < 2:
-                raise OSError(f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+            if not old:
+                raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
             shutil.rmtree(old.pop(0))
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -165,10 +166,27 @@ def tensors_of(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str,
     return out
 
 
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Checkpoints under `folder` of steps after `step`, from where a run goes on, are no longer its own: they go to `folder/abandoned`. → where they are now."""
+    moved = []
+    for later in (path for path in checkpoints(folder) if step_of(path) > step):
+        new = folder / ABANDONED / later.name
+        if new.exists():
+            shutil.rmtree(new)
+        new.parent.mkdir(exist_ok=True)
+        later.rename(new)
+        moved.append(new)
+    return moved
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints under `folder`, oldest first."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import UserError
-from configs.files import append_text, write_text
+from configs.files import append_text, sync, write_text
 from training.trackers import Histogram, Trackers
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -21,13 +21,17 @@ class RunLog:
 
     def __init__(self, folder: Path, logs: Path = Path("logs"), silent: bool = False) -> None:
         self.silent = silent  # of all ranks but the first
-        folder.mkdir(parents=True, exist_ok=True)
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be made: {error.strerror} (a run keeps its log in {logs}/ of the working folder)") from error
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_path = logs / f"{folder.name}.log"
         self.metrics_path = folder / "metrics.jsonl"
         self.progress: Progress | None = None
         self.last_plain = 0.0
+        self.logged = 0  # the last step with metrics
         self.folder = folder
         self.trackers: Trackers | None = None
 
@@ -61,19 +65,30 @@ class RunLog:
             return
         values = values | {"seconds": round(time.perf_counter() - self.started, 2)}
         append_text(self.metrics_path, json.dumps(values) + "\n")
+        self.logged = values["step"]
         if self.trackers is not None:
             self.trackers.metrics(values)
 
-    def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: a resumed run writes them again. Half a last line goes too."""
-        if self.silent or not self.metrics_path.is_file():
-            return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        try:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.metrics_path} is damaged ({error}): mend or delete it, then resume") from None
-        write_text(self.metrics_path, "".join(kept))
+    def sync(self) -> None:
+        """Wait until the disk holds the metrics so far."""
+        if not self.silent and self.metrics_path.is_file():
+            sync(self.metrics_path)
+
+    def rewind(self, step: int, logged: int = 0) -> None:
+        """Drop what metrics.jsonl and skipped.jsonl hold of steps after `step`: a resumed run writes them again. Half a last line goes too. Should metrics up to `logged` not be there, a warning."""
+        for path in () if self.silent else (self.metrics_path, self.folder / "skipped.jsonl"):
+            if not path.is_file():
+                continue
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            try:
+                steps = {line: json.loads(line)["step"] for line in lines if line.endswith("\n")}
+                write_text(path, "".join(line for line in lines if line in steps and steps[line] <= step))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path} is damaged ({error}): mend or delete it, then resume") from None
+            if path == self.metrics_path:
+                self.logged = max((found for found in steps.values() if found <= step), default=0)
+        if not self.silent and self.logged < logged:
+            self.say(f"warning: {self.metrics_path} ends at step {self.logged}: the lines up to step {logged}, where this run goes on, are lost")
 
     def start(self, step: int, max_steps: int) -> None:
         if self.console.is_terminal and not self.silent:

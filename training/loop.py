@@ -29,7 +29,7 @@ from data.loader import merged
 from models.language_model import Block
 from models.layers import pick_device
 from training.averages import averaged, swap_averages
-from training.checkpoint import Saver, load_checkpoint
+from training.checkpoint import Saver, load_checkpoint, set_aside
 from training.details import Achieved, Details
 from training.distributed import parallel
 from training.logging import RunLog
@@ -96,9 +96,11 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     if device.type == "cpu":
         keep_freed_memory()
     run = Run(config, model, task, folder, log, device, world)
-    if checkpoint is not None:
-        run.go_on_from(checkpoint)
-    log.rewind(run.step)  # to nothing, where a run was killed before its first checkpoint
+    logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
+    if world.first:
+        for path in set_aside(folder / "checkpoints", run.step):
+            log.say(f"{path.name} is of a later step, or damaged: it is now {path}, which nobody needs any more")
+    log.rewind(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
     if config.train.ema:
@@ -153,7 +155,8 @@ class Run:
         c, e = self.config.train, self.config.eval
         return self.step == self.config.max_steps or any(every and self.step % every == 0 for every in (c.eval_every, e.tasks_every if e.tasks else 0))
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def go_on_from(self, checkpoint: Path) -> int:
+        """→ the last step of which metrics.jsonl had lines then."""
         state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
         self.step, self.failed = state["step"], state["skipped"]
         self.norms.extend(state.get("norms", []))
@@ -163,14 +166,20 @@ class Run:
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})") from error
         self.log.say(f"resumed from {checkpoint} after step {self.step}")
+        return int(state.get("logged", 0))
 
     def save(self) -> Path:
         def state() -> dict[str, Any]:
             data = merged(self.world.gather(self.task.batches.state()))
-            return {"data": data, "skipped": self.failed, "norms": list(self.norms), "scaler": self.scaler.state_dict(), "tokenizer": self.task.tokenizer}
+            told = {"skipped": self.failed, "norms": list(self.norms), "logged": self.log.logged}
+            return told | {"data": data, "scaler": self.scaler.state_dict(), "tokenizer": self.task.tokenizer}
+
+        def before() -> None:
+            self.log.sync()  # a checkpoint's steps have their lines, whatever happens to the machine
+            self.task.before_checkpoint()
 
         self.saved_at = time.monotonic()
-        return self.saver.save(self.step, self.model, self.optimizers, state, self.task.before_checkpoint)
+        return self.saver.save(self.step, self.model, self.optimizers, state, before)
 
     def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
         """→ the checkpoint, and whether a rank was told to stop."""

@@ -15,7 +15,7 @@ from configs.errors import UsageError, UserError
 from configs.files import write_text
 from configs.saved import load_json, to_dict
 from configs.schema import Config, EvalConfig, HubConfig
-from training.checkpoint import checkpoints, read_state
+from training.checkpoint import checkpoints, read_state, step_of
 
 CHANGEABLE = (
     "max_steps",
@@ -41,53 +41,59 @@ CHANGEABLE = (
 )
 
 
-def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config], Config]) -> tuple[Config, Path, Path | None]:
-    """→ the configuration in force, the run folder (its `config.json` written), and the checkpoint to resume from.
+def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config], Config], lock: Callable[[Path], None]) -> tuple[Config, Path, Path | None]:
+    """→ the configuration in force, the run folder, and the checkpoint to resume from. Nothing is written but what `lock` writes: `keep_config` follows when all else is well.
 
-    `complete` fills in a new run's configuration, before its folder is made.
+    `complete` fills in a new run's configuration, before its folder is made; `lock` makes the folder this process's own.
 
     A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
     """
-    if not config.resume:
-        return (*_new_run(config, complete), None)
-    folder, checkpoint = _find(config)
+    folder, checkpoint = _find(config) if config.resume else (None, None)
     if folder is None:
-        return (*_new_run(config, complete), None)
+        folder, config = _new_folder(config), complete(config)
+        lock(folder)
+        _not_taken(folder)  # by another start, meanwhile
+        return config, folder, None
+    lock(folder)
     saved = load_json(Config, folder / "config.json")
     chosen = ("train.rows", "train.accumulation") if saved.fit_memory and _batch(saved) == _batch(config) else ()  # by --fit-memory, when the run began
     wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
     changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
     if changed:
         raise UsageError(f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}")
-    done = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
+    checkpoint = checkpoint or _newest_sound(folder / "checkpoints")
+    done = step_of(checkpoint) if checkpoint is not None else 0
     if done > wanted.max_steps:
         raise UserError(f"{checkpoint} is already past max_steps = {wanted.max_steps}: it has {done} steps")
-    return _write(replace(wanted, output_dir=str(folder)), folder), folder, checkpoint
+    return replace(wanted, output_dir=str(folder)), folder, checkpoint
+
+
+def keep_config(config: Config, folder: Path) -> None:
+    """Write `config.json`, which makes the folder a run."""
+    write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def _batch(config: Config) -> int:
     return config.train.rows * config.train.accumulation
 
 
-def _new_run(config: Config, complete: Callable[[Config], Config]) -> tuple[Config, Path]:
-    folder = _new_folder(config)
-    return _write(complete(config), folder), folder
-
-
 def _new_folder(config: Config) -> Path:
-    folder = Path(config.output_dir or f"runs/{config.config}")
-    taken = (folder / "config.json").exists()
-    if taken and config.output_dir:
+    if config.output_dir:
+        return _not_taken(Path(config.output_dir))
+    folder, number = Path(f"runs/{config.config}"), 2
+    while (folder / "config.json").exists():
+        folder, number = Path(f"runs/{config.config}-{number}"), number + 1
+    return folder
+
+
+def _not_taken(folder: Path) -> Path:
+    if (folder / "config.json").exists():
         raise UsageError(f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir")
-    number = 2
-    while taken:
-        folder = Path(f"runs/{config.config}-{number}")
-        taken, number = (folder / "config.json").exists(), number + 1
     return folder
 
 
 def _find(config: Config) -> tuple[Path | None, Path | None]:
-    """`--resume` → run folder and its newest checkpoint; "auto" finds the newest run, or nothing yet."""
+    """`--resume` → run folder, and the checkpoint where one is named; "auto" finds the newest run, or nothing yet."""
     if config.resume != "auto":
         path = Path(config.resume)
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
@@ -97,17 +103,17 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
             return path.parent.parent, path
         if not (path / "config.json").is_file():
             raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")
-    elif config.output_dir:
+        return path, None
+    if config.output_dir:
         path = Path(config.output_dir)
-    else:
-        runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-        runs = [p for p in runs if load_json(Config, p).config == config.config]
-        if not runs:
-            return None, None
-        path = runs[-1].parent
-    if not (path / "config.json").is_file():
-        return None, None
-    return path, _newest_sound(path / "checkpoints")
+        return (path, None) if (path / "config.json").is_file() else (None, None)
+    for path in sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            if load_json(Config, path).config == config.config:
+                return path.parent, None
+        except UserError as error:
+            print(f"warning: {error}: passed over", file=sys.stderr)
+    return None, None
 
 
 def _newest_sound(folder: Path) -> Path | None:
@@ -125,12 +131,6 @@ def _newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def _write(config: Config, folder: Path) -> Config:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-    return config
-
-
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     out = []
     for key in a:
@@ -143,8 +143,12 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
+    """The folder, made where there is none, is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
     path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror or error}") from error
     while True:
         try:
             file = path.open("w")
@@ -164,3 +168,4 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # of a disk that has turned read-only, whose own line shall be told; the lock ends with the file all the same
                 path.unlink(missing_ok=True)
+                folder.rmdir()  # where nothing has come into it

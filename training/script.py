@@ -4,10 +4,12 @@ import copy
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
 from training.averages import load_averages
 from training.card import write_card
-from training.checkpoint import checkpoints, load_weights_of, read_state
+from training.checkpoint import load_weights_of, read_state
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
@@ -44,7 +46,7 @@ from training.hub import Pusher
 from training.logging import RunLog
 from training.loop import Stopped, Task, train
 from training.precision import autocast
-from training.run import locked, open_run
+from training.run import keep_config, locked, open_run
 from training.trackers import Trackers
 
 
@@ -107,9 +109,7 @@ def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
 
 def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Train `model_class` and export it. `flags` are those that the command line gave."""
-    vanilla = config.model.left_context == "none"
-    if vanilla != (model_class.model_type == "vanilla"):
-        raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
+    check_script(config, model_class)
     if not config.resume and not config.fit_memory:  # else by the run's own configuration, below
         check_world(config, world_of_torchrun())
     Trackers.check(config.log)
@@ -128,7 +128,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TasksInTraining(config.eval)  # raises now, before anything is written
-    with ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
+    with ExitStack() as until_the_end, ending_in_order(), opened(pick_device(config.train.device)) as world:
         chosen: list[str] = []
 
         def settled(new: Config) -> Config:
@@ -141,14 +141,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             return new
 
         def open_and_lock() -> tuple[Config, Path, Path | None]:
-            found = open_run(config, flags, settled)
-            until_the_end.enter_context(locked(found[1]))
+            found = open_run(config, flags, settled, lambda folder: until_the_end.enter_context(locked(folder)))
+            check_script(found[0], model_class)
+            check_world(found[0], world)
             return found
 
         config, folder, checkpoint = world.agreed(open_and_lock)
-        check_world(config, world)
         Trackers.check(config.log)
-        with leaving_nothing(folder, checkpoint) if world.first else nullcontext(), world.in_turn():
+        with leaving_nothing(folder) if world.first else nullcontext(), world.in_turn():
             tasks = TasksInTraining(config.eval)
             model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
             for line in chosen:
@@ -157,22 +157,53 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             if config.hub.repo and world.first:
                 to_folder = partial(export_checkpoint, model_class=model_class, tokenizer=data.tokenizer, config=config, run=folder)
                 pusher = Pusher(config.hub, model_class.model_type, folder, to_folder, log.say)
+            if world.first:
+                keep_config(config, folder)
         _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world, pusher)
 
 
+def check_script(config: Config, model_class: Any) -> None:
+    vanilla = config.model.left_context == "none"
+    if vanilla != (model_class.model_type == "vanilla"):
+        raise UsageError(f"model.left_context = {config.model.left_context} is trained by train_{'vanilla' if vanilla else 'dual_tower'}.py")
+
+
 @contextmanager
-def leaving_nothing(folder: Path, checkpoint: Path | None) -> Iterator[None]:
+def ending_in_order() -> Iterator[None]:
+    """What ends the process at once, before training takes signals and after it, ends the block first: what is half made is taken away."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
     """Should the block fail, a run that has not trained yet is taken away again: its next start, or `--resume auto`, finds no half a run."""
+    new = not (folder / "config.json").exists()
+    if new:
+        _forget_tokenizer(folder)  # of a start that was killed
     try:
         yield
     except BaseException:
-        if checkpoint is None and not checkpoints(folder / "checkpoints") and not (folder / "metrics.jsonl").exists():
-            for name in (".lock", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
-                (folder / name).unlink(missing_ok=True)
-            for path in (folder / "tokenizer", folder):
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+        if new:
+            (folder / "config.json").unlink(missing_ok=True)
+            _forget_tokenizer(folder)
         raise
+
+
+def _forget_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / "tokenizer").rmdir()
 
 
 def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: Any, world: World) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
