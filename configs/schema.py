@@ -9,6 +9,7 @@ from configs.files import CACHE
 from configs.model import ModelConfig, check_seed, opt
 
 DEFAULT_PRESET = "dual_tower_easyvqa"
+MANY = 1_000_000  # more minutes, or GB, than there can be
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"data.{name} = {getattr(self, name)} must be at least {least}")
-        if not 0 < self.temperature < float("inf") or not self.read_gb > 0:
-            raise UsageError("data: temperature and read_gb must be above 0")
+        if not 0.1 <= self.temperature < float("inf"):
+            raise UsageError(f"data.temperature = {self.temperature} must be at least 0.1")
+        if not 0 < self.read_gb < MANY:
+            raise UsageError(f"data.read_gb = {self.read_gb} must be above 0, and below {MANY:,}")
         if self.window >= 1 << 19:
             raise UsageError(f"data.window = {self.window} must be below {1 << 19}")
 
@@ -117,25 +120,17 @@ class TrainConfig:
         for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
-        for name in (
-            "eval_every",
-            "detail_every",
-            "stall_minutes",
-            "checkpoint_every",
-            "warmup_steps",
-            "checkpoint_minutes",
-            "clip",
-            "feature_cache_gb",
-            "weight_decay",
-            "head_weight",
-            "head_decay",
-            "head_warmup",
-        ):
-            if not getattr(self, name) >= 0:
+        if self.rows > 1 << 16:
+            raise UsageError(f"train.rows = {self.rows} must be at most {1 << 16:,}")
+        for name in ("eval_every", "detail_every", "checkpoint_every", "warmup_steps", "head_warmup"):
+            if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
-        rates = [self.lr_vision, self.lr_projector, self.lr_left, self.lr_right]
-        if not all(0 <= r < 1e3 for r in [*rates, self.lr_heads]) or not any(rates):
-            raise UsageError("train.lr_*: every learning rate must be 0 or more, and at least one above 0 (0 freezes a part)")
+        for name in ("stall_minutes", "checkpoint_minutes", "clip", "feature_cache_gb", "head_weight", "head_decay"):
+            if not 0 <= getattr(self, name) < MANY:
+                raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more, and below {MANY:,}")
+        for name in ("lr_vision", "lr_projector", "lr_left", "lr_right", "lr_heads", "weight_decay"):
+            if not 0 <= getattr(self, name) < 1e3:
+                raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more, and below 1,000")
         for part in ("vision", "projector", "left", "right"):
             if getattr(self, f"warmup_{part}") < -1:
                 raise UsageError(f"train.warmup_{part} = {getattr(self, f'warmup_{part}')} must be 0 or more, or −1 (as many as warmup_steps)")
@@ -218,6 +213,9 @@ class Config:
         if self.max_steps < 1:
             raise UsageError(f"max_steps = {self.max_steps} must be at least 1")
         check_seed(self.seed)
+        learning = {f"train.lr_{part}": getattr(self.train, f"lr_{part}") for part in ("vision", "projector", *self.model.towers, *["heads"] * bool(self.model.multi_token.heads))}
+        if not any(learning.values()):
+            raise UsageError(f"nothing learns: {', '.join(learning)} are all 0, which freezes every part of this model")
         if self.fit_memory not in ("", "auto") and not (re.fullmatch(r"\d+(\.\d+)?", self.fit_memory) and float(self.fit_memory) > 0):
             raise UsageError(f"fit_memory = {self.fit_memory!r} must be a number of GB, or auto: what is free")
         d, block = self.data, 1 + self.model.tokens_per_tile

@@ -80,10 +80,7 @@ def run_program(command: list[str], cwd: Path, before: Callable[[], None] | None
 
 def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     """`command` as the ranks of one run, with what torchrun tells its workers, which would each import everything anew. → the outputs of all, one after the other; the first status that is not 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [Program(command, cwd, partial(_as_rank, rank, number, port)) for rank in range(number)]
+    ranks = start_ranks(number, command, cwd)
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):  # the others would wait for it
             for rank in ranks:
@@ -93,8 +90,16 @@ def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.Complete
     return subprocess.CompletedProcess(command, next((d.returncode for d in done if d.returncode), 0), "".join(d.stdout for d in done), "".join(d.stderr for d in done))
 
 
-def _as_rank(rank: int, number: int, port: int) -> None:
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def start_ranks(number: int, command: list[str], cwd: Path, local: int = 0) -> list[Program]:
+    """The same, not waited for; `local` of them on a node, as they are told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Program(command, cwd, partial(_as_rank, rank, number, local or number, port)) for rank in range(number)]
+
+
+def _as_rank(rank: int, number: int, local: int, port: int) -> None:
+    told = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in told.items()}
 
 

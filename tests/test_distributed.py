@@ -4,11 +4,13 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from programs import Program, run_program, run_ranks
+from programs import Program, run_program, run_ranks, start_ranks
 from safetensors.torch import load_file
 from test_training import command
 
@@ -18,6 +20,7 @@ from configs.schema import Config, DataConfig, TrainConfig
 from data.loader import merged
 from training.checkpoint import checkpoints
 from training.distributed import check_world
+from training.script import TORCHRUN
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
 # Three layers: with two, what FSDP does to a block's arguments does not show.
@@ -43,7 +46,7 @@ SHARED = [
 
 
 def ranks(number: int, *flags: str) -> list[str]:
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(number), *command(*SHARED, *flags)[1:]]
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(number), *TORCHRUN, "--", *command(*SHARED, *flags)[1:]]
 
 
 def told(folder: Path) -> dict[tuple[int, str], float]:
@@ -75,19 +78,21 @@ def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
 
 
-def stopped_at(step: int, program: list[str], folder: Path, number: int) -> None:
+def stopped_at(step: int, program: list[str], folder: Path, number: signal.Signals) -> None:
     """Start a run and send a signal when it has logged `step`; torchrun passes it on to its ranks."""
     process, metrics = Program(program, folder), folder / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.wait()
+    stopped = process.wait()
+    # torchrun that was told itself ends so, whatever its ranks did.
+    assert stopped.returncode == ("torch.distributed.run" in program) and f"{number.name}: stopped after step" in stopped.stdout, stopped.stderr
 
 
 @PARALLEL
 def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, parallel):
     end = ["--output_dir", "run", "--max_steps", "50"]
-    stopped_at(15, ranks(2, *end, "--parallel", parallel), tmp_path, signal.SIGTERM)
+    stopped_at(15, ranks(2, *end, "--parallel", parallel), tmp_path, signal.SIGTERM if parallel == "ddp" else signal.SIGUSR1)
     assert 15 <= int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_")) < 50
     if parallel == "fsdp":  # which one process cannot be asked to do: the flag of the other kind resumes it
         stopped_at(30, command(*SHARED, *end, "--resume", "auto", "--parallel", "ddp"), tmp_path, signal.SIGTERM)
@@ -111,6 +116,35 @@ def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
     assert stopped.returncode == 0 and "stopped after step" in stopped.stdout, stopped.stderr
     again = run_program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
     assert again.returncode == 0 and "resumed from" in again.stdout and (tmp_path / "run" / "model").is_dir(), again.stderr
+
+
+@pytest.mark.parametrize(("number", "flags"), [("bf16", []), ("fp16", []), ("fp32", ["--lora.right.r", "1", "--train.optimizer", "muon"])])
+def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
+    """An encoder with batch statistics, in two types; matrices of fewer rows than ranks. Within the type's rounding."""
+    found = []
+    for parallel in ("ddp", "fsdp"):
+        more = [*flags, "--train.dtype", number, "--train.lr_vision", "1e-3", "--max_steps", "3", "--train.eval_every", "0", "--parallel", parallel, "--output_dir", parallel]
+        done = run_ranks(2, command(*SHARED, *more), tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append({key: value for key, value in told(tmp_path / parallel).items() if value is not None})
+    assert_near(*found, most=5e-3)
+
+
+def test_the_command_for_several_nodes_is_theirs(tmp_path):
+    """No rank knows what their torchruns were told."""
+    processes, metrics = start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1), tmp_path / "run" / "metrics.jsonl"
+    while processes[0].poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.002)
+    os.kill(processes[0].pid, signal.SIGUSR1)
+    done = [process.wait() for process in processes]
+    out = "".join(d.stdout for d in done)
+    assert [d.returncode for d in done] == [0, 0] and "stopped after step" in out and "go on with the same torchrun on each of the 2 nodes" in out
+
+
+def test_ranks_without_torchrun_are_one_line(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")} | {"WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run([sys.executable, *command("--train.accumulation", "2")[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "WORLD_SIZE = 2 stands in the environment without MASTER_ADDR" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 @PARALLEL
@@ -179,6 +213,9 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
 def test_contradictions_are_one_line(size, config, message):
     with pytest.raises(UsageError, match=message):
         check_world(config, World(0, size))
+    if "accumulation" in message:  # which a run that is resumed keeps
+        with pytest.raises(UsageError, match="resume with a number of ranks that divides it"):
+            check_world(config, World(0, size), resumed=True)
 
 
 def test_states_of_all_ranks_are_one_of_each_stream():

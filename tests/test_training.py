@@ -422,7 +422,7 @@ def spoil_losses(first: int, last: int) -> None:
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_in_a_row_the_end(tmp_path):
-    flags = ["--output_dir", "run", "--train.skips", "3", "--train.eval_every", "0", "--cache_dir", "cache"]
+    flags = ["--output_dir", "run", "--train.skips", "3", "--train.eval_every", "0", "--cache_dir", "cache", "--train.log_every", "14"]
     done = run_program(command(*flags), tmp_path, before=partial(spoil_losses, 5, 6))
     assert done.returncode == 0 and done.stdout.count("skipped (loss nan, gradient norm nan)") == 2, done.stderr
     told = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
@@ -430,10 +430,23 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_in_a_row_the_end(tmp_
     assert [step for step, loss in losses(tmp_path / "run") if loss is None] == [5, 6]
     flags[1] = "run2"
     done = run_program(command(*flags), tmp_path, before=partial(spoil_losses, 6, 99))
-    assert done.returncode == 1 and "no finite loss and gradient in 3 steps, up to 8" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert checkpoints(tmp_path / "run2" / "checkpoints")[-1].name == "step_000004"
+    assert (
+        done.returncode == 1 and "no finite loss and gradient in 3 steps, up to 8: look at run2/skipped.jsonl, or begin a new run" in done.stderr and done.stderr.count("\n") == 1
+    ), done.stderr
+    assert checkpoints(tmp_path / "run2" / "checkpoints")[-1].name == "step_000004" and "the last checkpoint is run2/checkpoints/step_000004" in done.stderr
     resumed = run_program(command("--output_dir", "run2", "--resume", "auto", "--cache_dir", "cache"), tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0 and (tmp_path / "run2" / "skipped.jsonl").read_text() == "", resumed.stderr
+
+
+def test_heads_may_learn_alone(tmp_path):
+    """No other part has a gradient."""
+    flags = [f"--train.lr_{part}" for part in ("vision", "projector", "left", "right")]
+    done = run_program(
+        command("--output_dir", "run", "--max_steps", "2", "--model.multi_token.heads", "2", "--train.head_warmup", "0", *[x for flag in flags for x in (flag, "0")]), tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert told[0]["grad_norm"] > 0
 
 
 def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):

@@ -1,5 +1,6 @@
 """Several processes under torchrun: their process group, and DDP or FSDP2 around a model. Alone, all of it does nothing."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import UsageError, UserError
@@ -20,8 +22,8 @@ from models.language_model import Block
 BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "Timed out waiting", "gloo")  # how a lost rank is told
 
 
-def check_world(config: Config, world: World) -> None:
-    """What a configuration and a number of ranks cannot do together: `UsageError`."""
+def check_world(config: Config, world: World, resumed: bool = False) -> None:
+    """What a configuration, new or `resumed`, and a number of ranks cannot do together: `UsageError`."""
     accumulation, streams = config.train.accumulation, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp")
@@ -31,9 +33,8 @@ def check_world(config: Config, world: World) -> None:
         raise UsageError(f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)")
     for what, number in (("ranks", world.size), ("streams", streams)):
         if accumulation % number:
-            raise UsageError(
-                f"train.accumulation = {accumulation}, micro-batches of all ranks together, is not a multiple of the {number} {what}: raise it, and lower train.rows to keep the batch"
-            )
+            do = "the run keeps it, so resume with a number of ranks that divides it" if resumed else "raise it, and lower train.rows to keep the batch"
+            raise UsageError(f"train.accumulation = {accumulation}, micro-batches of all ranks together, is not a multiple of the {number} {what}: {do}")
 
 
 @contextmanager
@@ -43,6 +44,8 @@ def opened(device: torch.device) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UsageError(f"WORLD_SIZE = {world.size} stands in the environment without {missing[0]}: start several ranks with torchrun, or unset WORLD_SIZE for one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -67,9 +70,13 @@ def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, wo
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
     encoder = model.parts()["vision"]
     frozen = set(encoder.parameters()) if encoder.frozen else set()  # its features may be known already, on some ranks: nobody must wait for it
-    blocks = [m for m in model.modules() if isinstance(m, Block)] + ([] if encoder.frozen else list(getattr(encoder.backbone, "blocks", [])))
-    for block in blocks:
+    for block in (m for m in model.modules() if isinstance(m, Block)):
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    if not encoder.frozen:
+        # Batch statistics are in fp32, and their layers want weights so; autocast computes in `dtype` all the same.
+        own = MixedPrecisionPolicy() if any(isinstance(m, _BatchNorm) for m in encoder.modules()) else policy
+        for block in (*getattr(encoder.backbone, "blocks", []), encoder):
+            fully_shard(block, mesh=mesh, mp_policy=own)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     return model
 

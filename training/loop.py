@@ -29,7 +29,7 @@ from data.loader import merged
 from models.language_model import Block
 from models.layers import pick_device
 from training.averages import averaged, swap_averages
-from training.checkpoint import Saver, load_checkpoint, set_aside
+from training.checkpoint import Saver, checkpoints, load_checkpoint, set_aside
 from training.details import Achieved, Details
 from training.distributed import parallel
 from training.logging import RunLog
@@ -216,14 +216,22 @@ class Run:
             _tell_spike(values, self.norms, c.clip, self.step, self.log)
         if self.failed == c.skips:
             self.saver.wait()
-            at = f"the last checkpoint stands in {self.folder / 'checkpoints'}"
-            raise UserError(f"no finite loss and gradient in {self.failed} steps, up to {self.step}: lower the learning rates, or look at skipped.jsonl ({at})")
+            kept = checkpoints(self.folder / "checkpoints")
+            do = (
+                "begin a new run with --train.dtype bf16, or fp32"
+                if "overflow" in values
+                else f"look at {self.folder / 'skipped.jsonl'}, or begin a new run with lower learning rates"
+            )
+            raise UserError(
+                f"no finite loss and gradient in {self.failed} steps, up to {self.step}: {do} ({f'the last checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'})"
+            )
         return values
 
     def tell(self, values: dict[str, Any]) -> None:
         """A step's values, on the screen and, at its cadence, in metrics.jsonl."""
         self.log.step(self.step, math.nan if values["loss"] is None else values["loss"], values["tokens_per_s"])
-        if self.step % self.config.train.log_every and self.step != self.config.max_steps:
+        rare = values["loss"] is None or not values.keys().isdisjoint(("overflow", "spike", "update_ratios"))  # never left out
+        if self.step % self.config.train.log_every and self.step != self.config.max_steps and not rare:
             return
         before = self.dropped
         if self.world.size == 1 or self.evaluates:

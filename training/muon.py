@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from models.layers import computes_bf16
 
@@ -31,6 +32,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(mean, MOMENTUM))  # Nesterov's
+                if isinstance(update, DTensor) and isinstance(parameter, DTensor):  # products may spread it otherwise
+                    update = update.redistribute(placements=parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 

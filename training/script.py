@@ -49,6 +49,8 @@ from training.precision import autocast
 from training.run import keep_config, locked, open_run
 from training.trackers import Trackers
 
+TORCHRUN = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "600")  # signals go on to the ranks, which have minutes to end a step and save it
+
 
 def complete(config: Config, flags: dict[str, Any]) -> Config:
     """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
@@ -143,7 +145,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         def open_and_lock() -> tuple[Config, Path, Path | None]:
             found = open_run(config, flags, settled, lambda folder: until_the_end.enter_context(locked(folder)))
             check_script(found[0], model_class)
-            check_world(found[0], world)
+            check_world(found[0], world, resumed=(found[1] / "config.json").exists())
             return found
 
         config, folder, checkpoint = world.agreed(open_and_lock)
@@ -343,8 +345,12 @@ def _train_and_export(
         if best.warning:
             log.say(f"warning: {best.warning}")
     except Stopped as stopped:
-        start = [sys.executable] if world.size == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        log.say(f"{stopped}\ngo on with:\n  {shlex.join([*start, sys.argv[0], '--output_dir', str(folder), '--resume', 'auto'])}")
+        script = [sys.argv[0], "--output_dir", str(folder), "--resume", "auto"]
+        if (nodes := world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) > 1:
+            log.say(f"{stopped}\ngo on with the same torchrun on each of the {nodes} nodes, and behind its own flags:\n  {shlex.join(script)}")
+            return
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world.size), *TORCHRUN, "--"] if world.size > 1 else []
+        log.say(f"{stopped}\ngo on with:\n  {shlex.join([sys.executable, *torchrun, *script])}")
         return
     dropped = sum(world.gather(data.batches.dropped()), Counter())
     model = plain(trained, config, model_class)
