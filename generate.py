@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--chat", action="store_true", help="ask in turns, on the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--stats", action="store_true", help="show time to first token, tokens/s, and tokens per pass of the right tower")
-    parser.add_argument("--store", metavar="DIR", type=Path, help="folder that keeps image KVs: an image is not encoded again in a later call")
+    parser.add_argument("--store", metavar="DIR", help="folder that keeps image KVs: an image is not encoded again in a later call")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="of the weights; auto: bf16 where the machine multiplies in it [fp32]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
     parser.add_argument("--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'")
@@ -43,6 +43,10 @@ def main(argv: list[str]) -> None:
             raise UsageError("--prompt is empty: give a question")
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UsageError("--prompt is not valid UTF-8")
+    if settings.logprobs and not flags["json"]:
+        raise UsageError("--logprobs is told with --json alone: add it, or leave --logprobs out")
+    if flags["store"] == "":
+        raise UsageError("--store is empty: give a folder, or leave the flag out")
     if flags["image"] == "":
         raise UsageError("--image is empty: give a file, or leave the flag out for text alone")
 
@@ -50,7 +54,7 @@ def main(argv: list[str]) -> None:
         from eval.answering import Answerer
         from eval.chat import Chat, Shown, talk, told
 
-    answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], flags["store"])
+    answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
     images = [answerer.tiles(flags["image"])] if flags["image"] else []
     if flags["chat"]:
         talk(answerer, Chat(answerer, settings), images, flags["stats"])
@@ -59,16 +63,20 @@ def main(argv: list[str]) -> None:
     for prompt in flags["prompt"]:
         if live:
             print(f"{prompt}  →  ", end="", flush=True)
-        show = Shown() if live else None
+        show = Shown(live)
         try:
             answer = answerer.answer([(images, prompt)], settings, show)[0]
-        except KeyboardInterrupt:  # what came stays on the screen
-            print(flush=True)
+        except KeyboardInterrupt:  # what came is not lost
+            if flags["json"]:
+                print(json.dumps({"prompt": prompt, "answer": show.text, "interrupted": True}), flush=True)
+            else:
+                print("" if live else show.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {show.text}", flush=True)
             raise
         if flags["json"]:
             fields = {"prompt": prompt, "answer": answer.text, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
-            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | ({"logprobs": answer.logprobs} if settings.logprobs else {})))
-        elif show is not None:
+            pieces = {"tokens": [text for text, _ in answer.pieces], "logprobs": [logprob for _, logprob in answer.pieces]} if settings.logprobs else {}
+            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces))
+        elif live:
             show.end(answer.text)
         else:
             print(answer.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {answer.text}")

@@ -171,7 +171,10 @@ class GenerationConfig:
     repetition_penalty: float = opt(1.0, "above 1: tokens of the prompt and the answer so far become less likely")
     stop: str = opt("", "end the answer before this string")
     logprobs: bool = opt(False, "tell each token's log-probability")
-    speculative: Literal["auto", "on", "off"] = opt("auto", "draft with the multi-token heads, where there are any: as far as it pays, always, or never; the answer is the same")
+    speculative: Literal["auto", "on", "off"] = opt(
+        "auto",
+        "draft with the multi-token heads, where there are any: as far as it pays, always, or never; fp32 greedy answers stay the same, in bf16 near-equal tokens may change places, sampled ones keep their distribution",
+    )
     draft_tokens: int = opt(0, "tokens drafted ahead, at most (0: one for each head)")
     draft_width: int = opt(4, "likeliest ways on that drafts follow, for greedy answers to one or two prompts at a time (1: one)")
     max_new_tokens: int = opt(64, "longest answer in tokens")
@@ -187,8 +190,8 @@ class GenerationConfig:
             raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p = {self.min_p} must be in [0, 1]")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be between 0.01 and 100 (1: none)")
         if self.draft_tokens < 0:
             raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
         if not 1 <= self.draft_width <= 11:

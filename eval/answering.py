@@ -36,7 +36,8 @@ class Answer(NamedTuple):
     tokens_per_s: float  # of this row, over the whole call
     image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
     passes: int  # of the right tower, prompt included
-    logprobs: list[float]  # of its tokens, where settings ask for them
+    tokens_per_pass: float  # behind the first pass and its token; the one that ends an answer is one of them. 0 where there was no other pass
+    pieces: list[tuple[str, float]]  # its tokens' texts and log-probabilities, where settings ask for them
     cut: bool  # by `max_new_tokens`
 
 
@@ -127,8 +128,22 @@ class Answerer:
         text = _until(stops, whole)
         kv = "none" if not computed else "computed" if any(computed) else "reused"
         speed = len(tokens) / (encode_s + made.seconds)
-        cut = len(tokens) == longest and text == whole
-        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], made.logprobs[row], cut)
+        cut, behind = len(tokens) == longest and text == whole, made.passes[row] - 1
+        per_pass = (len(tokens) - 1 + (text == whole and not cut)) / behind if behind else 0.0
+        pieces = self.pieces(tokens, made.logprobs[row], len(text))
+        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], per_pass, pieces, cut)
+
+    def pieces(self, tokens: list[int], logprobs: list[float], characters: int) -> list[tuple[str, float]]:
+        """What each token added to a text of so many characters, with its log-probability; none behind its end."""
+        out, at = [], 0
+        for number, logprob in enumerate(logprobs, 1):
+            if at >= characters:
+                break
+            text = self.renderer.tokenizer.decode(tokens[:number])[:characters]
+            whole = text.rstrip("\ufffd") if number < len(logprobs) else text  # characters whose bytes have not all come
+            out.append((whole[at:], logprob))
+            at = max(at, len(whole))
+        return out
 
     def images_of(self, prompts: list[Document], images: list[list[Tiles]]) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
         """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""
@@ -146,11 +161,11 @@ class Answerer:
         """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stops` whose ends, have not come wait."""
 
         def on_tokens(row: int, tokens: list[int]) -> bool:
-            whole = self.renderer.tokenizer.decode(tokens)
+            whole = self.renderer.tokenizer.decode(tokens).rstrip("\ufffd")
             text = _until(stops, whole)
             if on_text is not None and rows == 1:
                 waits = max((_beginning(stop, text) for stop in stops), default=0) if text == whole else 0
-                on_text(text[: len(text) - waits].rstrip("\ufffd"))
+                on_text(text[: len(text) - waits])
             return text != whole
 
         return on_tokens

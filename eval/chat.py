@@ -1,5 +1,6 @@
 """Conversations: turns on one or more images, and their place on a terminal."""
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ class Chat:
         self.cache = DecodingCache(config.layers, 1, config.kv_heads, 0, config.head_size, model.right.embed_tokens.weight.dtype, model.device)
         self.position = 0  # of the next token that is not in the cache
         self.last: list[int] = []  # of the last answer, and not in the cache
+        self.seen: set[int] = set()  # tokens of all turns
 
     def ask(self, text: str, images: list[Tiles], on_text: Callable[[str], None] | None = None) -> Answer:
         """The answer to the next turn, about `images` and all that was said and shown before."""
@@ -47,6 +49,7 @@ class Chat:
                 on_tokens=stream,
                 tiles=answerer.tiles_of([images]),
                 cache=self.cache,
+                seen=sorted(self.seen),
                 **batch,
             )
         except BaseException:  # Ctrl-C, for one: the conversation is where it was before this turn
@@ -55,17 +58,19 @@ class Chat:
         tokens = made.tokens[0]
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
         self.last = tokens[-1:]
+        self.seen.update(prompt.right_ids, tokens)
         return answerer.told(made, 0, fresh[0], encode_s, stops, self.settings.max_new_tokens)
 
 
 class Shown:
-    """Prints an answer as it grows."""
+    """An answer as it grows: its text so far, which is printed where it is `live`."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, live: bool = True) -> None:
+        self.text, self.live = "", live
 
     def __call__(self, text: str) -> None:
-        print(text[len(self.text) :], end="", flush=True)
+        if self.live:
+            print(text[len(self.text) :], end="", flush=True)
         self.text = text
 
     def end(self, text: str) -> None:
@@ -73,12 +78,14 @@ class Shown:
 
 
 def told(answer: Answer) -> str:
-    per_pass = f"{answer.tokens / answer.passes:.2f} tokens a pass"
+    per_pass = f"{answer.tokens_per_pass:.2f} tokens a pass behind it" if answer.passes > 1 else "one pass"
     return f"[first token {answer.ttft_ms:.0f} ms, {answer.tokens_per_s:.1f} tokens/s, {per_pass}, image KV {answer.image_kv}]"
 
 
 def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> None:
-    """Turns from standard input until an empty line or its end."""
+    """Turns from standard input until an empty line or its end. Images of a turn that fails are put away."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte spoils its own turn alone
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -88,6 +95,8 @@ def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> No
             return
         if line == "/image" or line.startswith("/image "):
             try:
+                if line == "/image":
+                    raise UsageError("give a file behind /image")
                 images.append(answerer.tiles(line.removeprefix("/image").strip()))
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
@@ -98,8 +107,9 @@ def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> No
         except KeyboardInterrupt:  # the answer so far stays on the screen; the conversation goes on from before it
             print("\n[stopped: this turn is forgotten]", file=sys.stderr)
             continue
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except UserError as error:
+            print(f"error: {error}" + (f" ({len(images)} image{'s' * (len(images) > 1)} put away: show them again with /image)" if images else ""), file=sys.stderr)
+            images = []
             continue
         show.end(answer.text)
         images = []

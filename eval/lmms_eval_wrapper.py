@@ -82,7 +82,7 @@ class DualTower(lmms):
         """Answers in the order of `requests`."""
         real = [r for r in requests if not padding(r)]  # there is nothing to even out here
         answers = iter(self.answers([(r.args[4], r.args[3]) for r in real], [r.args[1] for r in real], [r.args[0] for r in real], [partial(self.question, r) for r in real]))
-        made = [next(answers) if not padding(r) else Answer("", 0, 0.0, 0.0, "none", 0, [], False) for r in requests]
+        made = [next(answers) if not padding(r) else Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False) for r in requests]
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
 
     def answers(self, keys: list[tuple[str, int]], arguments: list[dict[str, Any]], texts: list[str], asked: list[Callable[[], Question]]) -> list[Answer]:

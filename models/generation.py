@@ -70,8 +70,9 @@ def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | Non
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     if settings.top_p < 1:
         ranked, ids = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens; the likeliest always stays, for before it there is nothing
-        logits = logits.masked_fill((before >= settings.top_p).gather(-1, ids.argsort(-1)), -torch.inf)
+        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
+        out = (before >= settings.top_p) & (before > 0)  # the likeliest always stays, for before it there is nothing
+        logits = logits.masked_fill(out.gather(-1, ids.argsort(-1)), -torch.inf)
     made = logits.softmax(-1)
     if settings.min_p:
         made = made.masked_fill(made < settings.min_p * made.amax(-1, keepdim=True), 0)
@@ -301,12 +302,13 @@ def generate(
     on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     tiles: Tensor | None = None,
     cache: DecodingCache | None = None,
+    seen: Sequence[int] = (),
 ) -> Generation:
     """Answers to a ragged batch of prompts; arguments as in `prefill`, `stop` the end-of-turn token.
 
     `on_tokens` gets a row's number and all its tokens so far, each time there are more; where it returns True the row ends. A prompt that
-    does not fit with its answer into `max_positions` raises `UsageError`. A given `cache`, which may hold earlier turns, holds
-    prompts and answers afterwards, but for an answer's last token.
+    does not fit with its answer into `max_positions` raises `UsageError`. A given `cache`, of a single row, may hold earlier turns; it holds
+    prompt and answer afterwards, but for the answer's last token. `seen`: tokens of earlier turns, for the repetition penalty.
     """
     started = time.perf_counter()
     device, V = ids.device, model.right.unembedding.shape[0]
@@ -319,18 +321,22 @@ def generate(
         raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
     shapes = draft_shape(heads, len(ids), settings) if heads is not None else DraftShape([], "off")
     going_on = cache is not None
+    if going_on and len(ids) != 1:
+        raise ValueError(f"{len(ids)} prompts: a given cache goes on with one")
     cache, states = prefill(model, ids, positions, images, settings.max_new_tokens + max(shapes.most, TREE if shapes.width > 1 else 0), tiles, cache)
     hidden = states[torch.arange(len(ids)), (positions >= 0).sum(1) - 1]  # (B, D), at the prompts' last tokens
     prompt_lengths = cache.lengths
     logits = model.right.logits(hidden)[:, None]  # (B, 1, V)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
-    seen = None
+    counted = None  # (B, V), tokens that the repetition penalty counts
     if settings.repetition_penalty != 1.0:
-        seen = torch.zeros(len(ids), V, dtype=torch.bool, device=device).scatter_(1, ids.clamp(max=V - 1), positions >= 0)
+        said = ids.masked_fill((positions < 0) | (ids >= V), V)  # neither padding nor a vanilla model's image tokens
+        counted = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=device).scatter_(1, said, True)[:, :V]
+        counted[:, [token for token in seen if token < V]] = True
     rows = [Row(b, p) for b, p in enumerate(positions.amax(1).tolist())]
     active = list(rows)
-    chosen = choose(probabilities(logits, settings, seen[:, None] if seen is not None else None), settings, generator)[:, 0]  # (B,)
+    chosen = choose(probabilities(logits, settings, counted[:, None] if counted is not None else None), settings, generator)[:, 0]  # (B,)
     new, paths = chosen[:, None].tolist(), [[0]] * len(rows)
     first_token_s = time.perf_counter() - started
     drafted_with = heads.rows(model.right.unembedding) if heads is not None else None
@@ -339,20 +345,20 @@ def generate(
             row.take(tokens, path, chosen_from, stop, settings, on_tokens)
         if all(row.done for row in active):
             break
-        if any(row.done for row in active) and not going_on:  # rows that are done cost nothing any more
+        if any(row.done for row in active):  # rows that are done cost nothing any more
             left = _closed_up([row.done for row in active])
             at = torch.tensor(left, device=device)
             cache.keep(left)
             active, chosen, hidden = [active[i] for i in left], chosen[at], hidden[at]
-            seen = seen[at] if seen is not None else None
-        if seen is not None:
+            counted = counted[at] if counted is not None else None
+        if counted is not None:
             for i, row in enumerate(active):
-                seen[i, row.tokens] = True
+                counted[i, row.tokens] = True
         pass_started = time.perf_counter()
         shape = shapes()
         shape = Shape(min(shape.depth, max(settings.max_new_tokens - len(row.tokens) for row in active) - 1), shape.width)
         drafts = _drafts(model, drafted_with, hidden, chosen, shape, settings, generator)
-        logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, seen, settings, generator)
+        logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, counted, settings, generator)
         for row in active:
             row.passes += 1
         gained = [min(len(tokens) - 1, tokens.index(stop) + 1 if stop in tokens else len(tokens)) for tokens in new]  # what stands behind the end is of no use

@@ -33,9 +33,12 @@ def blocks_of(ids: list[int], positions: list[int], images: list[int], parts: li
 
 def encode_blocks(model: Any, blocks: list[Block], store: ImageStore) -> tuple[list[ImageKV], list[bool]]:
     """A dual tower's image KVs of `blocks`, and which of them had to be computed; they are kept in `store`."""
-    keys = [_key(model, block) for block in blocks]
-    found = {key: kv for key in dict.fromkeys(keys) if (kv := store.get(key)) is not None}  # held here: the store may be too small for all of them
-    new = {key: block for key, block in zip(keys, blocks, strict=True) if key not in found}
+    store.serve(model)
+    c, keys = model.right.config, [_key(model, block) for block in blocks]
+    unique = dict(zip(keys, blocks, strict=True))
+    shapes = {key: (c.layers, 2, c.kv_heads, len(block.ids), c.head_size) for key, block in unique.items()}
+    found = {key: kv for key, shape in shapes.items() if (kv := store.get(key, shape)) is not None}  # held here: the store may be too small for all of them
+    new = {key: block for key, block in unique.items() if key not in found}
     if new:
         tiles = torch.cat([block.tiles for block in new.values()])
         kvs = model.encode_images(tiles, [torch.tensor(b.ids) for b in new.values()], [torch.tensor(b.images) for b in new.values()])

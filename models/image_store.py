@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,7 +31,8 @@ class ImageStore:
     Memory holds `memory_bytes` of tensors. With a `folder`, files `folder/<origin>/<key>.safetensors` hold `disk_bytes`,
     all origins together; several processes may share it, and a file's time of change says when it was last used.
     The disk never raises: a file that is damaged or of another origin is deleted and is a miss, a disk that refuses is
-    left alone from then on. `say` takes one line about each. `origin` is `DualTowerVLM.origin` of the model.
+    left alone from then on. `say` takes one line about each. `origin` is `DualTowerVLM.origin` of the model; a store without
+    one belongs to the model that first asks.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ImageStore:
         self.memory: OrderedDict[str, ImageKV] = OrderedDict()
         self.bytes = 0  # of `memory`
         self.told: set[Path] = set()
+        self.model: weakref.ref[object] | None = None  # the last one that asked
         self.used = self.written = 0  # bytes in the folder, as far as is known; of them, written here since it was looked through
         self.oldest: list[tuple[int, int, Path]] = []  # (last use in ns, bytes, file), the least recently used at the end
         if folder is not None:
@@ -56,18 +59,24 @@ class ImageStore:
             except OSError as error:
                 self._leave_disk(error)
 
+    def serve(self, model: object) -> None:
+        """Another model than the first one raises `ValueError`, for the same image gives another image KV there."""
+        if not self.origin and self.model is not None and self.model() is not model:
+            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, or its origin")
+        self.model = weakref.ref(model)
+
     def __len__(self) -> int:
         """Image KVs in memory."""
         return len(self.memory)
 
-    def get(self, key: str) -> ImageKV | None:
-        """The image KV, or None where it is not known; one that comes from the disk is on the CPU."""
+    def get(self, key: str, shape: tuple[int, ...] | None = None) -> ImageKV | None:
+        """The image KV, or None where it is not known; one that comes from the disk is on the CPU, and where it has another `shape` it is none."""
         path = self._path(key)
         there = path is not None and _touch(path)
         if key in self.memory:
             self.memory.move_to_end(key)
             return self.memory[key]
-        kv = self._read(path) if path is not None and there else None
+        kv = self._read(path, key, shape) if path is not None and there else None
         if kv is not None:
             self._keep(key, kv)
         return kv
@@ -77,7 +86,7 @@ class ImageStore:
         self._keep(key, kv)
         path = self._path(key)
         if path is not None:
-            self._write(path, kv)
+            self._write(path, key, kv)
 
     def _path(self, key: str) -> Path | None:
         if self.folder is None:
@@ -97,9 +106,9 @@ class ImageStore:
             _, old = self.memory.popitem(last=False)
             self.bytes -= old.data.nbytes
 
-    def _read(self, path: Path) -> ImageKV | None:
+    def _read(self, path: Path, key: str, shape: tuple[int, ...] | None) -> ImageKV | None:
         try:
-            return ImageKV.load(path, self.origin)
+            return ImageKV.load(path, self.origin, key, shape)
         except UserError as error:
             try:
                 path.unlink()
@@ -113,7 +122,7 @@ class ImageStore:
                 self.say(f"{error} (the image store has deleted the file, and does so)")
             return None
 
-    def _write(self, path: Path, kv: ImageKV) -> None:
+    def _write(self, path: Path, key: str, kv: ImageKV) -> None:
         assert self.folder is not None
         size = kv.data.nbytes + HEADER
         if size > self.disk_bytes:
@@ -121,7 +130,7 @@ class ImageStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._make_room(self.folder, size):
-                kv.save(path, self.origin)
+                kv.save(path, self.origin, key)
                 _touch(path)
                 self.used, self.written = self.used + size, self.written + size
         except (UserError, OSError) as error:

@@ -18,7 +18,8 @@ from configs.files import replacing
 from models.layers import Rotary, turn
 from models.masks import NEVER
 
-FORMAT = 1  # of an image KV's file
+FORMAT = 2  # of an image KV's file
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class ImageKV:
     def tokens(self) -> int:
         return self.data.shape[3]
 
-    def save(self, path: Path, origin: str) -> None:
-        """Write a safetensors file, beside and renamed. `origin` says what made the image KV: `DualTowerVLM.origin`. A disk that refuses raises `UserError`."""
+    def save(self, path: Path, origin: str, key: str = "") -> None:
+        """Write a safetensors file, beside and renamed. `origin` says what made the image KV: `DualTowerVLM.origin`; `key` of what image. A disk that refuses raises `UserError`."""
         data = self.data.detach().cpu().contiguous()
-        metadata = {"format": str(FORMAT), "origin": origin, "checksum": _checksum(data)}
+        metadata = {"format": str(FORMAT), "origin": origin, "key": key, "checksum": _checksum(data, origin, key)}
         try:
             with replacing(path) as beside:
                 save_file({"data": data}, beside, metadata=metadata)
@@ -42,8 +43,8 @@ class ImageKV:
             raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
 
     @classmethod
-    def load(cls, path: Path, origin: str) -> "ImageKV":
-        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `origin`, raises `UserError`."""
+    def load(cls, path: Path, origin: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
+        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `origin`, `key` or `shape` (None: any), raises `UserError`."""
         again = "encode the image again"
         try:
             with safe_open(path, framework="pt") as file:
@@ -52,21 +53,24 @@ class ImageKV:
                     raise UserError(f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}")
                 if metadata.get("origin") != origin:
                     raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
+                if metadata.get("key") != key:
+                    raise UserError(f"{path} holds another image than its name says: {again}")
                 data = file.get_tensor("data").clone()  # the file is mapped: what changes on the disk later would change here
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}") from None
-        if metadata.get("checksum") != _checksum(data):
+        if metadata.get("checksum") != _checksum(data, origin, key):
             raise UserError(f"{path} is damaged, its checksum is another: {again}")
-        if data.dim() != 5 or data.shape[1] != 2 or not data.numel() or not data.is_floating_point():
-            raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not the keys and values of an image (layers, 2, heads, tokens, head size): {again}")
+        if data.dim() != 5 or data.shape[1] != 2 or not data.numel() or data.dtype not in DTYPES or shape not in (None, tuple(data.shape)):
+            wanted = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
+            raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not {wanted}: {again}")
         if not torch.isfinite(torch.stack(data.aminmax())).all():
             raise UserError(f"{path} holds values that are not finite: {again}")
         return cls(data)
 
 
-def _checksum(data: Tensor) -> str:
-    """Of a tensor's bytes, and of the type and shape without which they say something else."""
-    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+def _checksum(data: Tensor, origin: str, key: str) -> str:
+    """Of a tensor's bytes, of the type and shape without which they say something else, and of what made it of which image."""
+    digest = hashlib.blake2b(repr((str(data.dtype), tuple(data.shape), origin, key)).encode(), digest_size=16)
     digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -14,10 +14,12 @@ from test_generation import naive_greedy
 import eval.chat
 from configs.errors import UsageError
 from configs.model import GenerationConfig, MultiTokenConfig
+from data.collators import collate_prompts
 from data.images import Tiles
 from data.render import Renderer
 from eval.answering import Answerer
 from eval.chat import Chat, talk
+from models.generation import generate
 
 SQUARE = (1, 1)
 
@@ -97,6 +99,34 @@ def test_the_terminals_side(model, renderer, image_file, monkeypatch, capsys):
     assert "image KV computed" in err and "nowhere.png does not exist" in err and "positions" in err
 
 
+def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, monkeypatch, capsys):
+    """More images than the model has positions for; a byte that is no UTF-8; /image without a file."""
+    lines = f"/image {image_file}\n" * 200 + "what is it?\nand now?\n" + "a\udcffb\nand then?\n/image\n/image \n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape")), encoding="utf-8"))
+    answerer = Answerer(model, renderer)
+    talk(answerer, Chat(answerer, GenerationConfig(max_new_tokens=4)), [], stats=True)
+    out, err = capsys.readouterr()
+    assert err.count("[first token") == 2 == out.count("\n") and "(200 images put away: show them again with /image)" in err and "not Unicode" in err
+    assert err.count("give a file behind /image") == 2 and err.count("error: ") == 4
+
+
+def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer):
+    """A turn is what it would be at the end of one long prompt."""
+    model, settings = lively_model(tokenizer), GenerationConfig(max_new_tokens=6, repetition_penalty=3.0)
+    chat = Chat(Answerer(model, renderer), settings)
+    said = []
+    for text in ("what is it?", "is it large?"):
+        said += [{"user": text, "assistant": chat.ask(text, []).text}]
+    first = renderer.prompt([], [{"user": "what is it?"}])
+    made = generate(model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])).tokens[0]
+    follow = renderer.follow_up([], "is it large?", made[-1:], first.right_positions[-1] + len(made))
+    ids = [*first.right_ids, *made[:-1], *follow.right_ids]
+    again = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings)
+    assert tokenizer.decode(again.tokens[0]) == said[1]["assistant"]
+    plain = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=6))
+    assert [plain.ask(turn["user"], []).text for turn in said] != [turn["assistant"] for turn in said]
+
+
 def test_models_that_read_text_left_do_not_chat(tokenizer):
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="prefix", image_isolation=False))
     with pytest.raises(UsageError, match="single questions"):
@@ -113,3 +143,13 @@ def test_stop_strings_and_streaming(tokenizer, renderer):
     cut = answerer.answer(asked, GenerationConfig(max_new_tokens=12, stop=stop), seen.append)[0]
     assert cut.text == whole.text.split(stop)[0] and cut.tokens < whole.tokens
     assert seen[-1] == cut.text and all(b.startswith(a) for a, b in pairwise(seen)) and not any(stop in s for s in seen)
+
+
+def test_half_a_stop_string_waits_whatever_its_bytes(tokenizer, renderer):
+    """A stop string of characters that take several tokens: half of one must not bring out what waited for it."""
+    answerer, shown = Answerer(lively_model(tokenizer), renderer), []
+    on_tokens = answerer.stream(shown.append, ["é💡"], 1)
+    tokens = tokenizer.encode("caé💥 aé💡x")
+    ended = [on_tokens(0, tokens[:n]) for n in range(1, len(tokens) + 1)]
+    assert all(b.startswith(a) for a, b in pairwise(shown)) and "\ufffd" not in "".join(shown)
+    assert ended.index(True) < len(ended) - 1 and shown[ended.index(True)] == "caé💥 a"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,31 @@ def test_generate_json(trained, image_file):
     assert [json.loads(line)["answer"] for line in sampled[0].splitlines()] == [json.loads(line)["answer"] for line in sampled[1].splitlines()]
 
 
+def interrupt_third_pass() -> None:
+    import models.generation
+
+    whole, calls = models.generation.verify, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(*arguments)
+
+    models.generation.verify = interrupted
+
+
+def test_what_came_before_an_interruption_is_not_lost(trained):
+    """Without a terminal, and as JSON: the beginning of the whole answer."""
+    flags = ["--checkpoint", str(trained / "model"), "--prompt", "what is it?", "--max-new-tokens", "12"]
+    whole = run("generate.py", *flags).stdout.removesuffix("\n")
+    plain, as_json = (run_program([ROOT / "generate.py", *flags, *more], ROOT, before=interrupt_third_pass) for more in ([], ["--json"]))
+    assert plain.returncode == as_json.returncode == 130 and plain.stderr == as_json.stderr == "interrupted\n"
+    part = plain.stdout.removesuffix("\n")
+    assert part and whole.startswith(part) and part != whole
+    assert json.loads(as_json.stdout) == {"prompt": "what is it?", "answer": part, "interrupted": True}
+
+
 def test_generate_settings_from_a_file(trained, tmp_path):
     (tmp_path / "g.json").write_text('{"max_new_tokens": 1, "top_kk": 2}')
     flags = ["--checkpoint", str(trained / "model"), "--prompt", "hello", "--config", str(tmp_path / "g.json")]
@@ -126,6 +152,8 @@ ERRORS = [
     ("train_dual_tower.py", ["--seed", str(2**70)], 2, "below 2^63"),
     ("generate.py", ["--prompt", "x"], 2, "required: --checkpoint"),
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--image", ""], 2, "--image is empty"),
+    ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--store", ""], 2, "--store is empty"),
+    ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--logprobs"], 2, "--logprobs is told with --json alone"),
     ("generate.py", ["--checkpoint", "x", "--prompt", "a\udcffb"], 2, "not valid UTF-8"),
     ("generate.py", ["--checkpoint", "x"], 2, "give --prompt, or --chat"),
     ("generate.py", ["--checkpoint", "x", "--chat", "--json"], 2, "--chat without --json"),

@@ -15,6 +15,7 @@ from data.images import Tiles
 from eval.answering import Answerer
 from models.generation import choose, generate, probabilities
 from models.image_store import ImageStore
+from models.kv_cache import DecodingCache
 
 
 def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:
@@ -124,6 +125,7 @@ def test_seeds_repeat_and_differ(model, renderer):
         ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # of the three left, the first holds 0.44
         ({"temperature": 0.5, "top_p": 0.6}, [16 / 25, 9 / 25, 0, 0]),
         ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_p": 1e-300}, [1, 0, 0, 0]),
         ({"min_p": 0.74}, [4 / 7, 3 / 7, 0, 0]),
         ({"min_p": 0.5, "top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
         ({"temperature": 0.5, "min_p": 0.26}, [16 / 25, 9 / 25, 0, 0]),
@@ -147,6 +149,66 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
     torch.testing.assert_close(probabilities(logits, settings, seen), torch.tensor([1.25, -3.2, 0.5, -0.5]).softmax(-1))
 
 
+def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
+    """Also for the token that is 0, which stands in the padding too."""
+    model = lively_model(tokenizer)
+    prompts = [prompt_ids(renderer, 0, question)[0] for question in (f"what is it{tokenizer.decode([0])}?", "is it large, or is it not so large as the other one?")]
+    assert 0 in prompts[0].right_ids and 0 not in prompts[1].right_ids
+    with torch.no_grad():
+        model.right.unembedding[0] += 0.2 * model.right.unembedding.std() * torch.randn(model.right.unembedding.shape[1], generator=torch.Generator().manual_seed(0))
+    seen = []
+    original = models.generation.probabilities
+    settings = GenerationConfig(max_new_tokens=8, repetition_penalty=5.0, speculative="off")
+
+    def noted(logits, settings, counted=None):
+        seen.append(counted[:, 0].clone())
+        return original(logits, settings, counted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.generation, "probabilities", noted)
+        made = generate(model, images=[[], []], stop=-1, settings=settings, **collate_prompts(prompts))
+    for row, prompt in enumerate(prompts):
+        assert seen[0][row].nonzero()[:, 0].tolist() == sorted(set(prompt.right_ids))
+        assert made.tokens[row] == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+
+
+def test_a_cache_of_earlier_turns_is_of_one_row(model, renderer):
+    prompts = [prompt_ids(renderer, 0, question)[0] for question in ("a", "b")]
+    cache = DecodingCache(1, 2, 1, 0, 2, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 prompts: a given cache goes on with one"):
+        generate(model, images=[[], []], stop=-1, settings=GenerationConfig(), cache=cache, **collate_prompts(prompts))
+
+
+def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
+    """The same image has another image KV in another model."""
+    store, asked = ImageStore(), [([Tiles((1, 1), random_tiles(1))], "what color?")]
+    one, other = (Answerer(lively_model(tokenizer, seed=seed), renderer, store) for seed in (0, 1))
+    settings = GenerationConfig(max_new_tokens=2)
+    assert [one.answer(asked, settings)[0].image_kv for _ in range(2)] == ["computed", "reused"]
+    with pytest.raises(ValueError, match="image KVs of another model"):
+        other.answer(asked, settings)
+
+
+def test_pieces_are_the_answer(tokenizer, renderer):
+    """Each token's text and log-probability, up to where a stop string begins; characters of several tokens come with their last."""
+    answerer = Answerer(lively_model(tokenizer), renderer)
+    whole = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
+    assert len(whole.pieces) == whole.tokens == 12 and "".join(text for text, _ in whole.pieces) == whole.text
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    cut = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True, stop=stop))[0]
+    assert "".join(text for text, _ in cut.pieces) == cut.text and len(cut.pieces) < cut.tokens
+    assert [logprob for _, logprob in cut.pieces] == [logprob for _, logprob in whole.pieces][: len(cut.pieces)]
+    tokens = tokenizer.encode("x 💡")
+    pieces = answerer.pieces(tokens, [0.0] * len(tokens), 3)
+    assert len(pieces) == len(tokens) > 4 and "".join(text for text, _ in pieces) == "x 💡" and pieces[-1][0] == "💡"
+
+
+def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
+    answerer = Answerer(lively_model(tokenizer), renderer)
+    for tokens, wanted in ((1, 0.0), (5, 1.0)):
+        assert answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[0].tokens_per_pass == wanted
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -159,6 +221,7 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
         {"max_new_tokens": 0},
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-300},
         {"draft_tokens": -1},
         {"draft_width": 0},
         {"draft_width": 12},

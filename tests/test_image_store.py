@@ -88,16 +88,18 @@ class TestFile:
             (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "cannot be read as an image KV"),
             (lambda path: (path.unlink(), path.mkdir()), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"), "is damaged, its checksum is another"),
-            (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 1"),
-            (lambda path: save_file(load_file(path), path, {"format": "2", "origin": ORIGIN}), "has image KV format '2'; this version reads 1"),
-            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "1", "origin": ORIGIN}), "cannot be read as an image KV"),
-            (lambda path: save_file(load_file(path), path, {"format": "1", "origin": ORIGIN}), "is damaged, its checksum is another"),
+            (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 2"),
+            (lambda path: save_file(load_file(path), path, {"format": "1", "origin": ORIGIN}), "has image KV format '1'; this version reads 2"),
+            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "2", "origin": ORIGIN, "key": ""}), "cannot be read as an image KV"),
+            (lambda path: save_file(load_file(path), path, {"format": "2", "origin": ORIGIN, "key": ""}), "is damaged, its checksum is another"),
             (lambda path: save_file({"data": load_file(path)["data"].view(2, 2, 2, 8, 8)}, path, metadata_of(path)), "is damaged, its checksum is another"),
             (lambda path: as_bf16(kv_of(0, dtype=torch.float16), path), "is damaged, its checksum is another"),
             (lambda path: kv_of(0).save(path, OTHER), "was made by other weights or another preprocessing"),
             (lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, ORIGIN), r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values"),
             (lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, ORIGIN), r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values"),
             (lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, ORIGIN), r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values"),
+            (lambda path: kv_of(0).save(path, ORIGIN, "ab"), "holds another image than its name says"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(path, ORIGIN), r"of torch.float8_e4m3fn, not the keys and values"),
             (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, ORIGIN), r"of torch.int32, not the keys and values"),
             (lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(path, ORIGIN), "holds values that are not finite"),
             (lambda path: ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)).save(path, ORIGIN), "holds values that are not finite"),
@@ -300,7 +302,8 @@ class TestDisk:
         [
             (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]), "is damaged, its checksum is another"),
-            (lambda path: kv_of(0).save(path, OTHER), "was made by other weights"),
+            (lambda path: kv_of(0).save(path, OTHER, "a"), "was made by other weights"),
+            (lambda path: kv_of(0).save(path, ORIGIN, "b"), "holds another image than its name says"),
         ],
     )
     def test_a_bad_file_is_a_miss_said_once_and_deleted(self, tmp_path, spoil, why):
@@ -313,6 +316,12 @@ class TestDisk:
         assert len(self.said) == 1 and str(path) in self.said[0] and why in self.said[0] and "\n" not in self.said[0]
         store.put("b", kv_of(1))
         assert same(store.get("b"), kv_of(1))  # the disk is still in use
+
+    @pytest.mark.parametrize("shape", [(3, 2, 1, 8, 16), (2, 2, 2, 8, 16), (2, 2, 1, 9, 16), (2, 2, 1, 8, 32)])
+    def test_a_file_of_another_shape_is_a_miss(self, tmp_path, shape):
+        self.store(tmp_path).put("a", kv_of(0))
+        assert same(self.store(tmp_path).get("a", (2, 2, 1, 8, 16)), kv_of(0)) and not self.said
+        assert self.store(tmp_path).get("a", shape) is None and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image" in self.said[0]
 
     def test_lines_go_to_stderr_by_default(self, tmp_path, capsys):
         store = ImageStore(0, tmp_path, origin=ORIGIN)
