@@ -130,13 +130,17 @@ class Shape(NamedTuple):
 
 
 class DraftShape:
-    """What to draft: what gives most tokens a second, by what was accepted and what passes took.
+    """What to draft: what gives most tokens a second, by what was accepted and what passes took, as far as it may lose.
 
-    The k-th draft's chance and the seconds of a pass with drafts of a shape are running means. Where no draft pays, none is made. What is not tried
-    is slowly hoped for again, so that a change in the text is noticed.
+    The k-th draft's chance and the seconds of a pass with drafts of a shape are running means; before there are any, what `stands` says, and a guess. `purse`
+    holds the seconds that drafts may still lose: `LOSS` of the time so far, and what they gained, but never more than `PURSE` plain passes. A shape is made where
+    all its drafts could fall without overdrawing it, so beside plain decoding no answer is slower by much more than `LOSS`, the first one included. What is not
+    tried is slowly hoped for again, so that a change in the text is noticed.
     """
 
     HOPE = 0.0003  # of the way back, at each pass
+    LOSS, PURSE = 0.03, 2.0
+    GUESS = 0.08  # what a draft costs, in plain passes; in trees twice that (docs/benchmarks.md)
 
     def __init__(self, stands: Sequence[float], mode: str, width: int = 1, seconds: dict[Shape, float] | None = None) -> None:
         """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `seconds`: what passes cost, where it is not to be measured."""
@@ -146,29 +150,44 @@ class DraftShape:
         self.measured = seconds is None
         self.seconds = seconds or {}
         self.begun: set[Shape] = set()  # made once: the first pass of a shape prepares kernels, and says nothing
+        self.purse = 0.0
 
     def __call__(self) -> Shape:
-        plain, chain, widest = Shape(0), Shape(self.most), Shape(self.most, self.width)
+        best, rate = Shape(0), 1.0
         if self.mode != "auto" or not self.most:
-            return plain if self.mode == "off" else widest
-        for shape in (widest, chain, plain):
-            if shape not in self.seconds:
-                return shape
-        best, rate = plain, 1 / self.seconds[plain]
+            return best if self.mode == "off" else Shape(self.most, self.width)
+        if best not in self.seconds:
+            return best
+        may_lose = self.purse / self.seconds[best]
         for width, stands in self.stands.items():
             tokens, chance = 1.0, 1.0
             for k, stood in enumerate(stands, start=1):
                 chance *= stood
                 tokens += chance
-                cost = self.seconds.get(Shape(k, width)) if width > 1 else self._cost(k)
-                if cost is not None and tokens / cost > 1.02 * rate:
-                    best, rate = Shape(k, width), tokens / cost
+                shape = Shape(k, width)
+                if width > 1 and k < self.most and shape not in self.seconds:
+                    continue
+                cost = self._cost(shape)
+                if tokens / cost > 1.02 * rate and cost - 1 <= may_lose:
+                    best, rate = shape, tokens / cost
         return best
 
-    def _cost(self, depth: int) -> float:
-        """Seconds of a pass over a chain: what is not measured lies between plain and whole."""
-        plain, whole = self.seconds[Shape(0)], self.seconds[Shape(self.most)]
-        return self.seconds.get(Shape(depth), plain + (whole - plain) * depth / self.most)
+    def _cost(self, shape: Shape) -> float:
+        """Of a pass, in plain ones: what is not measured follows from the nearest chain that is."""
+        plain = self.seconds[Shape(0)]
+        if shape in self.seconds:
+            return self.seconds[shape] / plain
+        if shape.width > 1:
+            return 2 * self._cost(Shape(shape.depth)) - 1
+        known = [s.depth for s in self.seconds if s.depth and s.width == 1]
+        if not known:
+            return 1 + self.GUESS * shape.depth
+        near = min(known, key=lambda depth: abs(depth - shape.depth))
+        return 1 + (self.seconds[Shape(near)] / plain - 1) * shape.depth / near
+
+    def prompted(self, seconds: float) -> None:
+        """An answer's first token took so long."""
+        self.purse += self.LOSS * seconds if self.measured else 0.0
 
     def told(self, shape: Shape, counts: Sequence[int], seconds: float) -> None:
         """A pass over drafts of a shape, of which `counts` stood in each row."""
@@ -176,6 +195,13 @@ class DraftShape:
             before = self.seconds.get(shape, seconds)
             self.seconds[shape] = min(0.9 * before + 0.1 * seconds, 2 * before)  # one disturbed pass says little
         self.begun.add(shape)
+        plain, tokens = self.seconds.get(Shape(0)), 1 + sum(counts) / len(counts)
+        if plain is None:
+            self.purse += self.LOSS * seconds
+        else:
+            usual = self._cost(shape) * plain
+            gain = tokens * plain - (min(seconds, 2 * usual) if self.measured else usual) if shape.depth else 0.0
+            self.purse = min(self.purse + gain + self.LOSS * tokens * plain, self.PURSE * plain)
         for stands in self.stands.values():
             for k, hope in enumerate(self.hopes):
                 stands[k] += self.HOPE * max(0.0, hope - stands[k])
@@ -339,6 +365,7 @@ def generate(
     chosen = choose(probabilities(logits, settings, counted[:, None] if counted is not None else None), settings, generator)[:, 0]  # (B,)
     new, paths = chosen[:, None].tolist(), [[0]] * len(rows)
     first_token_s = time.perf_counter() - started
+    shapes.prompted(first_token_s)
     drafted_with = heads.rows(model.right.unembedding) if heads is not None else None
     while True:
         for row, tokens, path, chosen_from in zip(active, new, paths, logits, strict=True):

@@ -302,7 +302,7 @@ def test_wrong_arguments(own):
 
 def test_own_flags_and_those_of_training_mix():
     args, config, flags = arguments(["--samples", "3", "--data.limit=5", "--config", "vanilla_easyvqa", "--seed", "2"], "", preview.OWN)
-    assert (args.samples, args.rows, config.config, config.data.limit, config.seed) == (3, 3, "vanilla_easyvqa", 5, 2) and set(flags) == {"data.limit", "seed"}
+    assert (args.samples, args.rows, config.config, config.data.limit, config.seed) == (3, 3, "vanilla_easyvqa", 5, 2) and set(flags) == {"config", "data.limit", "seed"}
 
 
 @pytest.mark.parametrize("module", ["data.preview", "data.stats"])

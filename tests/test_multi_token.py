@@ -367,6 +367,16 @@ class TestDraftShape:
         assert self.run([0.02] * 4, cost, 3000) > 0.98
         assert self.run([0.02] * 4, cost, 3000, ([0.03] * 4, 5 * cost)) > 0.97
 
+    @pytest.mark.parametrize("tokens", [16, 64, 256])
+    @pytest.mark.parametrize("cost", [0.03, 0.06, 0.1])
+    def test_a_first_answer_is_no_slower_either(self, tokens, cost):
+        """Drafts that all fall, though in training half of them stood."""
+        assert self.run([0.0] * 4, cost, tokens) > 0.96
+        assert self.run([0.0] * 4, cost, tokens, ([0.0] * 4, 8 * cost)) > 0.96
+
+    def test_an_easy_first_answer_is_drafted_soon(self):
+        assert self.run([0.9] * 4, 0.06, 32) > 0.7 * sum(0.9**k for k in range(5)) / 1.24
+
     def test_takes_what_there_is_to_gain(self):
         best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
         assert self.run([0.8] * 4, 0.1, 3000) > 0.95 * best

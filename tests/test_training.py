@@ -513,7 +513,7 @@ def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(mod
     save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003", "step_000004"]
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=size // 2))
-    with pytest.raises(UserError, match=r"step_000005 could not be written: it takes [1-9].* MiB, and 0.. MiB are free"):
+    with pytest.raises(UserError, match=r"step_000005 could not be written: it takes 3\.\d MiB, and 1\.\d MiB are free"):
         save(tmp_path, 5, model, optimizers, {"data": []}, keep=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000004"]
 
@@ -629,7 +629,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
-@pytest.mark.parametrize(("kilobytes", "what"), [(1, "config.json"), (6, "tokenizer.json"), (32, "feature cache"), (100, "checkpoint"), (400, "checkpoint")])
+@pytest.mark.parametrize(("kilobytes", "what"), [(1, "tokenizer.json"), (32, "feature cache"), (100, "checkpoint"), (400, "checkpoint")])
 def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
     """Files cannot grow beyond a limit. With the last two, a checkpoint's weights are refused, and its optimizer state."""
     folder = tmp_path / "run"
