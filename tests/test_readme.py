@@ -21,7 +21,7 @@ from configs.command_line import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NO_FLAGS = ("nproc-per-node", "max-restarts", "flag")  # torchrun's, and what stands for any
+NO_FLAGS = ("nproc-per-node", "max-restarts", "signals-to-handle", "shutdown-timeout", "flag")  # torchrun's, and what stands for any
 SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--data.window", "8"]
 
 
