@@ -114,7 +114,7 @@ class TrainConfig:
     checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
     recompute: bool = opt(False, "keep no activations inside decoder blocks: computed again in the backward pass, one more forward for less memory")
     compile: bool = opt(False, "compile decoder blocks (torch.compile): a quarter of a minute at the start, steps a little shorter; needs a C++ compiler on a CPU")
-    keep_checkpoints: int = opt(2, "checkpoints kept")
+    keep_checkpoints: int = opt(2, "checkpoints kept, the last ones; the best one too where eval.best says what that is")
 
     def __post_init__(self) -> None:
         for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
@@ -170,7 +170,9 @@ class EvalConfig:
     tasks_every: int = opt(0, "steps between two runs of these tasks, each with a validation (0: only at the end)")
     limit: int = opt(0, "only the first questions of each task (0: all)")
     data_root: str = opt("", "copies of the tasks' data sets, used before the network")
-    best: str = opt("", "metric of metrics.jsonl by which the best model is kept, in best/: validation_accuracy, validation_cider, mmstar_average … (a loss: the lowest)")
+    best: str = opt(
+        "", "metric of metrics.jsonl by which the best model is kept, in best/, and its checkpoint: validation_accuracy, validation_cider, mmstar_average … (a loss: the lowest)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("captions", "tasks_every", "limit"):

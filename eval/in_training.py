@@ -163,6 +163,12 @@ class Best:
         self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
 
     @property
+    def step(self) -> int:
+        """At which it was found; −1: none so far."""
+        kept = read_json(self.path) if self.metric and self.path.is_file() else {}
+        return int(kept["step"]) if kept.get("metric") == self.metric else -1
+
+    @property
     def warning(self) -> str:
         """Why no model was kept, where one was wanted; at the end of a run."""
         none = self.metric and (not self.path.is_file() or read_json(self.path)["metric"] != self.metric)

@@ -96,6 +96,33 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     assert losses(folder) == losses(uninterrupted) and learnt(folder) == learnt(uninterrupted)
 
 
+def die_in_save(where: str) -> None:
+    """In the thread that saves, at step 8."""
+    whole, calls = getattr(training.checkpoint, where), []
+
+    def killed(*arguments: Any) -> Any:
+        if where != "sync" or arguments[0].name == "checkpoints":  # the folder, when the checkpoint has its name
+            calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments)
+
+    setattr(training.checkpoint, where, killed)
+
+
+@pytest.mark.parametrize(("where", "last"), [("_files", 4), ("_checksums", 4), ("sync", 8)])
+def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, where, last):
+    """Before the tensors are written; when they are, without the state; when the checkpoint has its name, and nothing is tidied up."""
+    folder = tmp_path / "killed"
+    flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
+    killed = run_program(command(*flags), tmp_path, before=partial(die_in_save, where))
+    assert killed.returncode == -signal.SIGKILL and checkpoints(folder / "checkpoints")[-1].name == f"step_{last:06d}", killed.stderr
+    assert (len(list((folder / "checkpoints").glob(".*"))) == 1) == (last == 4)
+    done = run_program(command(*flags, "--resume", "auto"), tmp_path)
+    assert done.returncode == 0 and f"after step {last}" in done.stdout, done.stderr
+    assert losses(folder) == losses(uninterrupted) and learnt(folder) == learnt(uninterrupted)
+
+
 def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
     """As by ranks that outlive the torchrun that started them: the second start is refused, the first one is not disturbed."""
     folder = tmp_path / "run"
@@ -508,10 +535,12 @@ def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(mod
     for step in (1, 2, 3):
         save(tmp_path, step, model, optimizers, {"data": []}, keep=3)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    free = [size // 2, 2 * size]  # the first one gone, there is enough
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "abandoned" / "step_000009")
+    free = [size // 2, size // 2, 2 * size]  # the abandoned and the first one gone, there is enough
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=free.pop(0)))
     save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003", "step_000004"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003", "step_000004"] and not list((tmp_path / "abandoned").iterdir())
+    (tmp_path / "abandoned").rmdir()
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=size // 2))
     with pytest.raises(UserError, match=r"step_000005 could not be written: it takes 3\.\d MiB, and 1\.\d MiB are free"):
         save(tmp_path, 5, model, optimizers, {"data": []}, keep=3)
@@ -715,6 +744,41 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
         read_state(tmp_path / "step_000003")
     (tmp_path / "step_000003" / "state.json").unlink()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_the_best_checkpoint_stays_beside_the_last(tmp_path):
+    """Of step 5, where no other would be, for no later accuracy is above it."""
+    flags = [
+        "--output_dir",
+        "run",
+        "--cache_dir",
+        "cache",
+        "--train.keep_checkpoints",
+        "1",
+        "--eval.best",
+        "validation_accuracy",
+        "--train.lr_right",
+        "1e-9",
+        "--train.lr_left",
+        "1e-9",
+    ]
+    done = run_program(command(*flags, "--train.lr_projector", "1e-9"), tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 5, done.stderr
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_000005", "step_000014"]
+
+
+def test_memory_for_copies_is_made_before_the_first_save(model, tmp_path):
+    optimizers = make_optimizers(model, TrainConfig())
+    saver = Saver(tmp_path, 1, ALONE)
+    saver.prepare(model, optimizers)
+    saver.copied()
+    saver.wait()
+    at = {name: kept.data_ptr() for name, kept in saver.memory.items()}
+    saver.prepare(model, optimizers)
+    assert saver.thread is None and len(at) == len(model.state_dict())
+    saver.save(1, model, optimizers, lambda: {"data": []}, lambda: None)
+    saver.wait()
+    assert {name: kept.data_ptr() for name, kept in saver.memory.items()} == at and read_state(tmp_path / "step_000001")["step"] == 1
 
 
 def test_adapters_by_flag_resume_and_end_merged(tmp_path):

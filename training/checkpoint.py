@@ -40,6 +40,7 @@ class Saver:
 
     The thread first copies what is saved, into memory that it keeps for the next time, for new pages take longer than copies: `copied()` waits for that, and is called before anything changes. `wait()` waits
     until the checkpoint has its name. What goes wrong is raised by the next of these calls. `saved` hears of each complete one, on the first rank, in the thread.
+    The last `keep` stay, and beside them that of step `spared`.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, saved: Callable[[Path], None] = lambda folder: None) -> None:
@@ -48,9 +49,28 @@ class Saver:
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
         self.thread: threading.Thread | None = None
         self.copies = threading.Event()
+        self.copies.set()
+        self.spared = -1
         self.memory: dict[str, Tensor] = {}  # of the copies
         self.failure: BaseException | None = None
         self.final = folder
+
+    def prepare(self, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Begin to make the copies' memory, beside the first steps, where there is none: its pages take longer than the copies, and the first save would wait for them."""
+        if self.memory or self.thread is not None:
+            return
+        tensors = tensors_of(model, optimizers)
+
+        def make() -> None:
+            try:
+                _low_priority()
+                for name, tensor in tensors.items():
+                    self._memory(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(0)
+            except Exception as error:  # no such memory: raised by `wait`
+                self.failure = error
+
+        self.thread = threading.Thread(target=make, name="checkpoint")
+        self.thread.start()
 
     def save(self, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: Callable[[], dict[str, Any]], before: Callable[[], None]) -> Path:
         """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs in the thread, behind the copies. Errors: `UserError`, also of the checkpoint before this one."""
@@ -97,7 +117,7 @@ class Saver:
 
     def _make_room(self, size: int) -> None:
         """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest. Errors: `OSError`."""
-        old = [*checkpoints(self.folder / ABANDONED), *checkpoints(self.folder)[:-1]]
+        old = [*checkpoints(self.folder / ABANDONED), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.spared)]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
             if not old:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
@@ -106,10 +126,13 @@ class Saver:
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             return DTensor.from_local(self._copy(name, tensor.to_local()), self.mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+        return self._memory(name, tensor).copy_(tensor)
+
+    def _memory(self, name: str, tensor: Tensor) -> Tensor:
         kept = self.memory.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = self.memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return kept.copy_(tensor)
+        return kept
 
     def _run(self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]) -> None:
         try:
@@ -117,8 +140,7 @@ class Saver:
                 copies = {name: self._copy(name, t) for name, t in tensors.items()}
             finally:
                 self.copies.set()
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread's: training goes first
+            _low_priority()
             before()
             writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
             dcp.save(copies, storage_writer=writer, process_group=self.group)
@@ -133,11 +155,18 @@ class Saver:
                 sync(self.folder)
                 shutil.rmtree(self.folder / f".{self.final.name}.old", ignore_errors=True)
                 for old in checkpoints(self.folder)[: -self.keep]:
-                    shutil.rmtree(old)
+                    if step_of(old) != self.spared:
+                        shutil.rmtree(old)
                 self.saved(self.final)
         except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
             self.failure = error
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _low_priority() -> None:
+    """Of this thread: training goes first."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _first_line(error: BaseException) -> str:

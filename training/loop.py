@@ -88,6 +88,7 @@ class Task:
     before_checkpoint: Callable[[], None]
     tokenizer: str = ""  # its fingerprint, kept with each checkpoint
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
+    best: Callable[[], int] = lambda: -1  # on the first rank: the step of the best model so far, whose checkpoint is kept
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
@@ -111,6 +112,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
             while run.step < config.max_steps:
                 watch(config.train.stall_minutes)
                 values = run.learn()
+                run.saver.prepare(model, run.optimizers)
                 run.tell(values)
                 if run.evaluates:
                     run.evaluate()
@@ -184,7 +186,8 @@ class Run:
     def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
         """→ the checkpoint, and whether a rank was told to stop."""
         c = self.config.train
-        late = self.world.first and 0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
+        self.saver.spared = self.task.best()
+        late = self.world.first and (0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at or self.saver.spared == self.step)
         due = torch.tensor([bool(signal), late], dtype=torch.int64)
         self.world.sum(due)
         stopped = bool(due[0])

@@ -339,7 +339,7 @@ def _train_and_export(
         if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":  # the last one's model is pushed when it is exported
             pusher.saved(checkpoint)
 
-    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved)
+    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved, lambda: best.step if world.first else -1)
     try:
         train(config, model, task, folder, log, checkpoint, world)
         if best.warning:
