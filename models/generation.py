@@ -1,6 +1,7 @@
 """One generate for every model: prefill, then passes that verify drafts of the multi-token heads, or none, and choose one more token."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -132,33 +133,33 @@ class Shape(NamedTuple):
 class DraftShape:
     """What to draft: what gives most tokens a second, by what was accepted and what passes took, as far as it may lose.
 
-    The k-th draft's chance and the seconds of a pass with drafts of a shape are running means; before there are any, what `stands` says, and a guess. `purse`
-    holds the seconds that drafts may still lose: `LOSS` of the time so far, and what they gained, but never more than `PURSE` plain passes. A shape is made where
-    all its drafts could fall without overdrawing it, so beside plain decoding no answer is slower by much more than `LOSS`, the first one included. What is not
-    tried is slowly hoped for again, so that a change in the text is noticed.
+    The k-th draft's chance is a running mean, a shape's seconds the least of its last passes, for what disturbs a machine only adds; before there are any, what
+    `stands` says, and a guess. `purse` holds the plain passes that drafts may still lose: `LOSS` of the time so far, and what they gained, at most `PURSE`, of which
+    the next answer gets no more than `CARRY`. A shape is made where all its drafts could fall without overdrawing it, as far as its cost is known. What is not tried
+    is slowly hoped for again, so that a change in the text is noticed.
     """
 
     HOPE = 0.0003  # of the way back, at each pass
-    LOSS, PURSE = 0.03, 2.0
+    LOSS, PURSE, CARRY = 0.03, 2.0, 0.6
     GUESS = 0.08  # what a draft costs, in plain passes; in trees twice that (docs/benchmarks.md)
+    LAST, AGAIN = 5, 64  # passes of a shape that are remembered; of all kinds, after which a plain one is timed again
 
-    def __init__(self, stands: Sequence[float], mode: str, width: int = 1, seconds: dict[Shape, float] | None = None) -> None:
-        """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `seconds`: what passes cost, where it is not to be measured."""
+    def __init__(self, stands: Sequence[float], mode: str, width: int = 1, costs: dict[Shape, float] | None = None) -> None:
+        """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `costs`: of passes, in plain ones, where they are not to be measured."""
         self.mode, self.most, self.width = mode, len(stands), width
         self.hopes = [(1 + stood) / 2 for stood in stands]
         self.stands = {width: list(self.hopes)} | {1: list(stands)}  # only what is made teaches, so a tree is believed to be better than it may be
-        self.measured = seconds is None
-        self.seconds = seconds or {}
-        self.begun: set[Shape] = set()  # made once: the first pass of a shape prepares kernels, and says nothing
-        self.purse = 0.0
+        self.measured = costs is None
+        self.seconds = {shape: deque([cost], self.LAST) for shape, cost in (costs or {}).items()}
+        self.purse, self.prompt_s, self.since_plain = 0.0, 0.0, 0
+        self.doubted: set[Shape] = set()  # whose first pass was forgotten
 
     def __call__(self) -> Shape:
         best, rate = Shape(0), 1.0
         if self.mode != "auto" or not self.most:
             return best if self.mode == "off" else Shape(self.most, self.width)
-        if best not in self.seconds:
+        if self.measured and (len(self.seconds.get(best, ())) < 3 or self.since_plain >= self.AGAIN):
             return best
-        may_lose = self.purse / self.seconds[best]
         for width, stands in self.stands.items():
             tokens, chance = 1.0, 1.0
             for k, stood in enumerate(stands, start=1):
@@ -167,41 +168,44 @@ class DraftShape:
                 shape = Shape(k, width)
                 if width > 1 and k < self.most and shape not in self.seconds:
                     continue
-                cost = self._cost(shape)
-                if tokens / cost > 1.02 * rate and cost - 1 <= may_lose:
+                cost = self.cost(shape)
+                if tokens / cost > 1.02 * rate and cost - 1 <= self.purse:
                     best, rate = shape, tokens / cost
         return best
 
-    def _cost(self, shape: Shape) -> float:
+    def cost(self, shape: Shape) -> float:
         """Of a pass, in plain ones: what is not measured follows from the nearest chain that is."""
-        plain = self.seconds[Shape(0)]
+        plain = min(self.seconds[Shape(0)])
         if shape in self.seconds:
-            return self.seconds[shape] / plain
+            return min(self.seconds[shape]) / plain
         if shape.width > 1:
-            return 2 * self._cost(Shape(shape.depth)) - 1
+            return 2 * self.cost(Shape(shape.depth)) - 1
         known = [s.depth for s in self.seconds if s.depth and s.width == 1]
         if not known:
             return 1 + self.GUESS * shape.depth
         near = min(known, key=lambda depth: abs(depth - shape.depth))
-        return 1 + (self.seconds[Shape(near)] / plain - 1) * shape.depth / near
+        return 1 + (min(self.seconds[Shape(near)]) / plain - 1) * shape.depth / near
 
     def prompted(self, seconds: float) -> None:
-        """An answer's first token took so long."""
-        self.purse += self.LOSS * seconds if self.measured else 0.0
+        """An answer begins; its first token took so long."""
+        self.purse, self.prompt_s = min(self.purse, self.CARRY), seconds if self.measured else 0.0
+        for shape in [shape for shape, times in self.seconds.items() if self.measured and shape.depth and len(times) == 1 and shape not in self.doubted]:
+            del self.seconds[shape]  # one pass may have been disturbed: it is guessed, and tried, once again
+            self.doubted.add(shape)
 
     def told(self, shape: Shape, counts: Sequence[int], seconds: float) -> None:
         """A pass over drafts of a shape, of which `counts` stood in each row."""
-        if self.measured and shape in self.begun:
-            before = self.seconds.get(shape, seconds)
-            self.seconds[shape] = min(0.9 * before + 0.1 * seconds, 2 * before)  # one disturbed pass says little
-        self.begun.add(shape)
-        plain, tokens = self.seconds.get(Shape(0)), 1 + sum(counts) / len(counts)
-        if plain is None:
-            self.purse += self.LOSS * seconds
-        else:
-            usual = self._cost(shape) * plain
-            gain = tokens * plain - (min(seconds, 2 * usual) if self.measured else usual) if shape.depth else 0.0
-            self.purse = min(self.purse + gain + self.LOSS * tokens * plain, self.PURSE * plain)
+        known = shape in self.seconds
+        if self.measured:
+            self.seconds.setdefault(shape, deque(maxlen=self.LAST)).append(seconds)
+        self.since_plain = self.since_plain + 1 if shape.depth else 0
+        tokens, gain = 1 + sum(counts) / len(counts), 0.0
+        if Shape(0) in self.seconds:
+            plain = min(self.seconds[Shape(0)])
+            if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took
+                gain = tokens - (self.cost(shape) if known else min(seconds / plain, 8.0))
+            gain, self.prompt_s = gain + self.LOSS * self.prompt_s / plain, 0.0
+        self.purse = max(-1.0, min(self.purse + gain + self.LOSS * tokens, self.PURSE))
         for stands in self.stands.values():
             for k, hope in enumerate(self.hopes):
                 stands[k] += self.HOPE * max(0.0, hope - stands[k])
@@ -388,7 +392,8 @@ def generate(
         logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, counted, settings, generator)
         for row in active:
             row.passes += 1
-        gained = [min(len(tokens) - 1, tokens.index(stop) + 1 if stop in tokens else len(tokens)) for tokens in new]  # what stands behind the end is of no use
+        ends = [min(settings.max_new_tokens - len(row.tokens), tokens.index(stop) + 1 if stop in tokens else len(tokens)) for row, tokens in zip(active, new, strict=True)]
+        gained = [min(len(tokens) - 1, end) for tokens, end in zip(new, ends, strict=True)]  # what stands behind the end is of no use
         shapes.told(shape if shape.depth else Shape(0), gained, time.perf_counter() - pass_started)
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]

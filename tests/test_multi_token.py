@@ -393,14 +393,48 @@ class TestDraftShape:
             shape = shapes()
             shapes.told(shape, [shape.depth if i >= 1000 else 0], 1 + 0.1 * shape.depth)
             easy.append(shape.depth)
-        assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:] == [4] * 20
+        assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19  # a plain pass comes now and then, to be timed
 
-    def test_the_first_pass_of_a_shape_says_nothing_of_its_cost(self):
-        shapes = DraftShape([0.9] * 4, "auto")
-        for _ in range(12):
-            shape = shapes()
-            shapes.told(shape, [shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in shapes.begun else 1))
-        assert shapes() == Shape(4) and shapes.seconds[Shape(4)] < 1.3
+    def test_the_first_pass_of_a_shape_says_little_of_its_cost(self):
+        """It prepares kernels: answers go on to be drafted."""
+        shapes, made = DraftShape([0.9] * 4, "auto"), set()
+        for _ in range(4):
+            shapes.prompted(1.0)
+            for _ in range(40):
+                shape = shapes()
+                shapes.told(shape, [shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
+                made.add(shape)
+        assert shapes() == Shape(4) and shapes.cost(Shape(4)) < 1.3
+
+    @pytest.mark.parametrize("times", [1.5, 3, 10, 30])
+    def test_a_disturbed_pass_does_not_last(self, times):
+        """A plain one seems dear, so all drafts would seem to pay; or a shape's first one."""
+        for disturbed in (1, 2, 3, 4):
+            shapes, passes, losses = DraftShape([0.5] * 4, "auto", 4), 0, []
+            for _ in range(8):
+                shapes.prompted(1.0)
+                seconds, undisturbed = 1.0, 1.0
+                for _ in range(63):
+                    shape, passes = shapes(), passes + 1
+                    usual = 1 + 0.1 * shape.depth * (2 if shape.width > 1 else 1)
+                    shapes.told(shape, [0], usual * (times if passes == disturbed else 1))
+                    seconds, undisturbed = seconds + usual, undisturbed + 1
+                losses.append(seconds / undisturbed - 1)
+            assert max(losses) < 0.06, (disturbed, losses)
+
+    @pytest.mark.parametrize("width", [1, 4])
+    def test_an_answer_lives_off_no_other(self, width):
+        """After many whose drafts all stood, a short one whose drafts all fall."""
+        shapes = DraftShape([0.5] * 4, "auto", width)
+        for number in range(21):
+            shapes.prompted(1.0)
+            seconds, made = 1.0, 1
+            while made < 16:
+                shape = shapes()
+                usual, count = 1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1), shape.depth if number < 20 else 0
+                shapes.told(shape, [count], usual)
+                seconds, made = seconds + usual, made + 1 + count
+        assert seconds / made < 1.03 + DraftShape.CARRY / 16
 
     def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
         heads, settings = tiny_model(tokenizer, WITH_HEADS).right.heads, GenerationConfig(draft_width=5)
