@@ -68,12 +68,13 @@ def main(argv: list[str]) -> None:
             answer = answerer.answer([(images, prompt)], settings, show)[0]
         except KeyboardInterrupt:  # what came is not lost
             if flags["json"]:
-                print(json.dumps({"prompt": prompt, "answer": show.text, "interrupted": True}), flush=True)
+                fields = {"prompt": prompt, "answer": show.text, "interrupted": True, "ttft_ms": None, "tokens_per_s": None, "image_kv": None, "passes": None}
+                print(json.dumps(fields | ({"tokens": None, "logprobs": None} if settings.logprobs else {})), flush=True)
             else:
                 print("" if live else show.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {show.text}", flush=True)
             raise
         if flags["json"]:
-            fields = {"prompt": prompt, "answer": answer.text, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
+            fields = {"prompt": prompt, "answer": answer.text, "interrupted": False, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
             pieces = {"tokens": [text for text, _ in answer.pieces], "logprobs": [logprob for _, logprob in answer.pieces]} if settings.logprobs else {}
             print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces))
         elif live:

@@ -64,7 +64,10 @@ class Answerer:
             model.to(torch.bfloat16)
         if Packed.available(model.right.unembedding):
             model.right.pack()
-        kept = ImageStore(folder=store, origin=model.origin()) if store is not None and isinstance(model, DualTowerVLM) else None
+        kept = None
+        if store is not None and isinstance(model, DualTowerVLM):
+            kept = ImageStore(folder=store, origin=(origin := model.origin()))
+            kept.serve(model, origin)
         return cls(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context), kept)
 
     def tiles(self, image: Any) -> Tiles:
@@ -130,14 +133,14 @@ class Answerer:
         speed = len(tokens) / (encode_s + made.seconds)
         cut, behind = len(tokens) == longest and text == whole, made.passes[row] - 1
         per_pass = (len(tokens) - 1 + (text == whole and not cut)) / behind if behind else 0.0
-        pieces = self.pieces(tokens, made.logprobs[row], len(text))
+        pieces = self.pieces(tokens, made.logprobs[row], len(text) if text != whole else None)
         return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], per_pass, pieces, cut)
 
-    def pieces(self, tokens: list[int], logprobs: list[float], characters: int) -> list[tuple[str, float]]:
-        """What each token added to a text of so many characters, with its log-probability; none behind its end."""
+    def pieces(self, tokens: list[int], logprobs: list[float], characters: int | None = None) -> list[tuple[str, float]]:
+        """What each token added to the text, with its log-probability; of a text that was cut to so many characters none behind its end."""
         out, at = [], 0
         for number, logprob in enumerate(logprobs, 1):
-            if at >= characters:
+            if characters is not None and at >= characters:
                 break
             text = self.renderer.tokenizer.decode(tokens[:number])[:characters]
             whole = text.rstrip("\ufffd") if number < len(logprobs) else text  # characters whose bytes have not all come

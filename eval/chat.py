@@ -21,17 +21,22 @@ class Chat:
         if answerer.model.config.left_context == "prefix":
             raise UsageError("this model reads the text before an image in its left tower (left_context = prefix): it cannot go on with a conversation; ask single questions")
         config, model = answerer.model.right.config, answerer.model
+        if settings.speculative == "on" and model.right.heads is None:
+            raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
         self.answerer, self.settings = answerer, settings
         self.cache = DecodingCache(config.layers, 1, config.kv_heads, 0, config.head_size, model.right.embed_tokens.weight.dtype, model.device)
         self.position = 0  # of the next token that is not in the cache
         self.last: list[int] = []  # of the last answer, and not in the cache
         self.seen: set[int] = set()  # tokens of all turns
+        self.shown = 0  # images
 
     def ask(self, text: str, images: list[Tiles], on_text: Callable[[str], None] | None = None) -> Answer:
         """The answer to the next turn, about `images` and all that was said and shown before."""
         if not text.strip():
             raise UsageError("the prompt is empty: give a question")
         answerer, started = self.answerer, time.perf_counter()
+        if images and self.shown and not answerer.model.config.image_isolation and answerer.model.config.left_context == "image":
+            raise UsageError("this model reads the images of a conversation together (image_isolation = false): begin a new one for another image")
         renderer, grids = answerer.renderer, [image.grid for image in images]
         prompt = renderer.follow_up(grids, text, self.last, self.position) if self.position else renderer.prompt(grids, [{"user": text}])
         rows, fresh = answerer.images_of([prompt], [images])
@@ -57,7 +62,8 @@ class Chat:
             raise
         tokens = made.tokens[0]
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
-        self.last = tokens[-1:]
+        self.last = [token for token in tokens[-1:] if token < answerer.model.vocabulary.text_size]  # an image token that was said cannot be read
+        self.shown += len(images)
         self.seen.update(prompt.right_ids, tokens)
         return answerer.told(made, 0, fresh[0], encode_s, stops, self.settings.max_new_tokens)
 
@@ -105,7 +111,8 @@ def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> No
         try:
             answer = chat.ask(line, images, show)
         except KeyboardInterrupt:  # the answer so far stays on the screen; the conversation goes on from before it
-            print("\n[stopped: this turn is forgotten]", file=sys.stderr)
+            print(flush=True)
+            print("[stopped: this turn is forgotten]", file=sys.stderr)
             continue
         except UserError as error:
             print(f"error: {error}" + (f" ({len(images)} image{'s' * (len(images) > 1)} put away: show them again with /image)" if images else ""), file=sys.stderr)

@@ -361,9 +361,9 @@ def generate(
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
     counted = None  # (B, V), tokens that the repetition penalty counts
     if settings.repetition_penalty != 1.0:
-        said = ids.masked_fill((positions < 0) | (ids >= V), V)  # neither padding nor a vanilla model's image tokens
+        said = ids.masked_fill((positions < 0) | (ids >= model.vocabulary.text_size), V)  # neither padding nor a vanilla model's image tokens
         counted = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=device).scatter_(1, said, True)[:, :V]
-        counted[:, [token for token in seen if token < V]] = True
+        counted[:, [token for token in seen if token < model.vocabulary.text_size]] = True
     rows = [Row(b, p) for b, p in enumerate(positions.amax(1).tolist())]
     active = list(rows)
     chosen = choose(probabilities(logits, settings, counted[:, None] if counted is not None else None), settings, generator)[:, 0]  # (B,)

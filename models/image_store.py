@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 from models.kv_cache import ImageKV
@@ -31,8 +32,8 @@ class ImageStore:
     Memory holds `memory_bytes` of tensors. With a `folder`, files `folder/<origin>/<key>.safetensors` hold `disk_bytes`,
     all origins together; several processes may share it, and a file's time of change says when it was last used.
     The disk never raises: a file that is damaged or of another origin is deleted and is a miss, a disk that refuses is
-    left alone from then on. `say` takes one line about each. `origin` is `DualTowerVLM.origin` of the model; a store without
-    one belongs to the model that first asks.
+    left alone from then on. `say` takes one line about each. `origin` is `DualTowerVLM.origin` of the model, whose weights do
+    not change any more; a store without one belongs to the model that first asks.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ImageStore:
         self.memory: OrderedDict[str, ImageKV] = OrderedDict()
         self.bytes = 0  # of `memory`
         self.told: set[Path] = set()
-        self.model: weakref.ref[object] | None = None  # the last one that asked
+        self.model: weakref.ref[Any] | None = None  # the last one that asked
         self.used = self.written = 0  # bytes in the folder, as far as is known; of them, written here since it was looked through
         self.oldest: list[tuple[int, int, Path]] = []  # (last use in ns, bytes, file), the least recently used at the end
         if folder is not None:
@@ -59,10 +60,12 @@ class ImageStore:
             except OSError as error:
                 self._leave_disk(error)
 
-    def serve(self, model: object) -> None:
-        """Another model than the first one raises `ValueError`, for the same image gives another image KV there."""
-        if not self.origin and self.model is not None and self.model() is not model:
-            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, or its origin")
+    def serve(self, model: Any, origin: str = "") -> None:
+        """`model` is about to ask; `origin`, where it is known already. Another model than the store's raises `ValueError`, for the same image gives another image KV there."""
+        if self.model is not None and self.model() is model:
+            return
+        if (self.model is not None and not self.origin) or (self.origin and self.origin != (origin or model.origin())):
+            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, with its origin")
         self.model = weakref.ref(model)
 
     def __len__(self) -> int:

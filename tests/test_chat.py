@@ -127,6 +127,57 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer):
     assert [plain.ask(turn["user"], []).text for turn in said] != [turn["assistant"] for turn in said]
 
 
+def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\nand now?\n\n"))
+    chat = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=4))
+    whole, asked = chat.ask, []
+
+    def ask(text, images, on_text):
+        asked.append(text)
+        if len(asked) == 1:
+            on_text("half an")
+            raise KeyboardInterrupt
+        return whole(text, images, on_text)
+
+    monkeypatch.setattr(chat, "ask", ask)
+    talk(chat.answerer, chat, [], stats=False)
+    out, err = capsys.readouterr()
+    assert out.startswith("half an\n") and out.count("\n") == 2 and err == "[stopped: this turn is forgotten]\n"
+
+
+def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
+    """As a model may that knows nothing yet."""
+    model = lively_model(tokenizer, replace(TINY_MODEL, left_context="none"))
+    chat = Chat(Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "none")), GenerationConfig(max_new_tokens=1, repetition_penalty=1.5))
+    with torch.no_grad():
+        model.right.unembedding[model.vocabulary.image_token_id] *= 50
+    original, kinds = eval.chat.generate, []
+
+    def said(*arguments, **more):
+        made = original(*arguments, **more)
+        made.tokens[0][:] = [model.vocabulary.image_token_id]
+        kinds.append(made)
+        return made
+
+    monkeypatch.setattr(eval.chat, "generate", said)
+    assert [chat.ask(text, [Tiles(SQUARE, random_tiles(1))] * (n == 1)).tokens for n, text in enumerate("abc")] == [1, 1, 1] and len(kinds) == 3
+
+
+def test_images_that_are_read_together_are_of_one_turn(tokenizer):
+    model = lively_model(tokenizer, replace(TINY_MODEL, image_isolation=False))
+    chat, image = Chat(Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image")), GenerationConfig(max_new_tokens=2)), Tiles(SQUARE, random_tiles(1))
+    chat.ask("and before?", [])
+    chat.ask("what are they?", [image, image])
+    chat.ask("is it large?", [])
+    with pytest.raises(UsageError, match="begin a new one"):
+        chat.ask("and this?", [image])
+
+
+def test_a_chat_with_drafts_needs_heads(model, renderer):
+    with pytest.raises(UsageError, match="no multi-token heads"):
+        Chat(Answerer(model, renderer), GenerationConfig(speculative="on"))
+
+
 def test_models_that_read_text_left_do_not_chat(tokenizer):
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="prefix", image_isolation=False))
     with pytest.raises(UsageError, match="single questions"):

@@ -187,6 +187,14 @@ def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
     assert [one.answer(asked, settings)[0].image_kv for _ in range(2)] == ["computed", "reused"]
     with pytest.raises(ValueError, match="image KVs of another model"):
         other.answer(asked, settings)
+    for model, image_kv in ((one.model, "computed"), (one.model, "reused"), (other.model, "")):
+        store = store if image_kv == "reused" else ImageStore(origin=one.model.origin())
+        answerer = Answerer(model, renderer, store)
+        if image_kv:
+            assert answerer.answer(asked, settings)[0].image_kv == image_kv
+            continue
+        with pytest.raises(ValueError, match="image KVs of another model"):
+            answerer.answer(asked, settings)
 
 
 def test_pieces_are_the_answer(tokenizer, renderer):
@@ -198,9 +206,9 @@ def test_pieces_are_the_answer(tokenizer, renderer):
     cut = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True, stop=stop))[0]
     assert "".join(text for text, _ in cut.pieces) == cut.text and len(cut.pieces) < cut.tokens
     assert [logprob for _, logprob in cut.pieces] == [logprob for _, logprob in whole.pieces][: len(cut.pieces)]
-    tokens = tokenizer.encode("x 💡")
-    pieces = answerer.pieces(tokens, [0.0] * len(tokens), 3)
-    assert len(pieces) == len(tokens) > 4 and "".join(text for text, _ in pieces) == "x 💡" and pieces[-1][0] == "💡"
+    tokens = [*tokenizer.encode("x 💡"), tokenizer.turn_end]
+    pieces = answerer.pieces(tokens, [0.0] * len(tokens))
+    assert len(pieces) == len(tokens) > 4 and "".join(text for text, _ in pieces) == "x 💡" and pieces[-2][0] == "💡"  # the last says nothing
 
 
 def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
