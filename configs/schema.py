@@ -73,6 +73,8 @@ class DataConfig:
             raise UsageError(f"data.temperature = {self.temperature} must be at least 0.1")
         if not 0 < self.read_gb < MANY:
             raise UsageError(f"data.read_gb = {self.read_gb} must be above 0, and below {MANY:,}")
+        if self.vocab_size > MANY:
+            raise UsageError(f"data.vocab_size = {self.vocab_size} must be at most {MANY:,}")
         if self.window >= 1 << 19:
             raise UsageError(f"data.window = {self.window} must be below {1 << 19}")
 
@@ -120,8 +122,9 @@ class TrainConfig:
         for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
-        if self.rows > 1 << 16:
-            raise UsageError(f"train.rows = {self.rows} must be at most {1 << 16:,}")
+        for name in ("rows", "accumulation"):
+            if getattr(self, name) > 1 << 16:
+                raise UsageError(f"train.{name} = {getattr(self, name)} must be at most {1 << 16:,}")
         for name in ("eval_every", "detail_every", "checkpoint_every", "warmup_steps", "head_warmup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
@@ -214,6 +217,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise UsageError(f"max_steps = {self.max_steps} must be at least 1")
+        if self.max_steps > MANY**2:
+            raise UsageError(f"max_steps = {self.max_steps} must be at most {MANY**2:,}")
         check_seed(self.seed)
         learning = {f"train.lr_{part}": getattr(self.train, f"lr_{part}") for part in ("vision", "projector", *self.model.towers, *["heads"] * bool(self.model.multi_token.heads))}
         if not any(learning.values()):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,15 @@ class Best:
         kept = read_json(self.path) if self.metric and self.path.is_file() else {}
         return int(kept["step"]) if kept.get("metric") == self.metric else -1
 
+    def go_back(self, step: int, aside: Path) -> None:
+        """The run goes on behind `step`: a best model of a later one is no longer its own, and goes into the folder `aside`."""
+        if self.path.is_file() and read_json(self.path)["step"] > step:
+            aside.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside / "best", ignore_errors=True)
+            if (model := self.path.parent / "best").is_dir():
+                model.rename(aside / "best")
+            self.path.replace(aside / self.path.name)
+
     @property
     def warning(self) -> str:
         """Why no model was kept, where one was wanted; at the end of a run."""
@@ -213,6 +224,13 @@ def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> 
         draw.multiline_text((x, y + side + 2), textwrap.fill(p["question"], 24), fill="black", font_size=11)
         draw.text((x, y + side + 34), answer, fill="darkgreen" if good else "firebrick", font_size=13)
     save_picture(sheet, folder / f"step_{step:06d}.png")
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Those of later steps, which the run does again."""
+    for path in folder.glob("step_*"):
+        if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > step:
+            path.unlink()
 
 
 def save_picture(sheet: Image.Image, path: Path) -> Path:

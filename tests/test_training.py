@@ -310,10 +310,10 @@ def test_a_run_that_is_resumed_forgets_what_it_does_again(tmp_path):
     log = RunLog(tmp_path / "run", tmp_path / "logs")
     for name in ("metrics.jsonl", "skipped.jsonl"):
         (tmp_path / "run" / name).write_text("".join(f'{{"step": {step}}}\n' for step in (2, 4, 6)) + '{"st')
-    log.rewind(5, logged=4)
+    log.rewind(log.rewound(5, logged=4))
     assert {(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "skipped.jsonl")} == {'{"step": 2}\n{"step": 4}\n'}
-    assert not (tmp_path / "logs" / "run.log").exists()
-    log.rewind(10, logged=10)
+    shutil.rmtree(tmp_path / "logs")  # somebody tidies up
+    log.rewind(log.rewound(10, logged=10))
     assert "metrics.jsonl ends at step 4: the lines up to step 10" in (tmp_path / "logs" / "run.log").read_text()
 
 
@@ -327,15 +327,112 @@ def test_a_preset_or_script_other_than_the_run_s_is_refused(uninterrupted, tmp_p
     assert (tmp_path / "run" / "config.json").read_bytes() == kept
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts}
+
+
+@pytest.mark.parametrize(
+    ("flags", "spoil", "message"),
+    [
+        (["--resume", "run/checkpoints/step_000012", "--output_dir", "fork"], None, "--resume goes on with run, and --output_dir is fork"),
+        (["--resume", "run", "--max_steps", "16", "--eval.best", "nonsense"], None, "this run tells no metric 'nonsense'"),
+        (["--resume", "run/checkpoints/step_000012", "--max_steps", "16"], lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl is damaged"),
+        (["--resume", "auto", "--output_dir", "run"], lambda run: (run / "config.json").unlink(), "run holds 'metrics.jsonl', of a run without its config.json"),
+        (["--output_dir", "run"], lambda run: [path.unlink() for path in (run / "config.json", run / "metrics.jsonl")], "run holds 'checkpoints', of a run without"),
+        (
+            ["--resume", "auto", "--output_dir", "run"],
+            lambda run: [path.unlink() for path in run.glob("checkpoints/*/state.json")],
+            "every checkpoint in run/checkpoints is damaged",
+        ),
+    ],
+)
+def test_what_a_start_refuses_leaves_the_folder_as_it_was(uninterrupted, tmp_path, flags, spoil, message):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    if spoil is not None:
+        spoil(folder)
+    before = contents(folder)
+    done = run_program(command(*flags, "--cache_dir", str(uninterrupted / "cache")), tmp_path)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert contents(folder) == before and not (tmp_path / "fork").exists()
+
+
+def test_a_new_run_leaves_what_it_finds(tmp_path):
+    """Another program's model, whose tokenizer has the name of ours; and an empty folder."""
+    (tmp_path / "foreign" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "foreign" / "tokenizer" / "tokenizer.json").write_text("{}")
+    done = run_program(command("--output_dir", "foreign"), tmp_path)
+    assert done.returncode == 2 and "foreign holds 'tokenizer'" in done.stderr and contents(tmp_path / "foreign") == {"tokenizer/tokenizer.json": b"{}"}
+    (tmp_path / "empty").mkdir()
+    for flags in (["--data.validation_images", "100000"], ["--eval.best", "nonsense"]):
+        assert run_program(command("--output_dir", "empty", *flags), tmp_path).returncode in (1, 2)
+        assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_checkpoint_without_its_state_is_passed_over_aloud(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_000014" / "state.json").unlink()
+    done = run_program(command("--resume", "run", "--cache_dir", "run/cache"), tmp_path)
+    assert done.returncode == 0 and "step_000014 is damaged" in done.stderr and "after step 12" in done.stdout, done.stderr
+
+
+def restarted() -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
+def test_what_torchrun_starts_again_does_not_go_back_again(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    done = run_program(command("--resume", "run/checkpoints/step_000012", "--max_steps", "15", "--cache_dir", "run/cache"), tmp_path, before=restarted)
+    assert done.returncode == 0 and "after step 14" in done.stdout, done.stderr
+
+
+def test_best_and_samples_of_steps_that_are_done_again_go(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "best").mkdir()
+    (folder / "best.json").write_text('{"step": 14, "metric": "validation_loss", "value": 0.0}')
+    flags = ["--resume", "run/checkpoints/step_000012", "--max_steps", "13", "--train.eval_every", "13", "--eval.best", "validation_loss"]
+    done = run_program(command(*flags, "--cache_dir", "run/cache"), tmp_path)
+    assert done.returncode == 0 and json.loads((folder / "best.json").read_text())["step"] == 13, done.stderr
+    assert {path.name for path in (folder / "checkpoints" / "abandoned").iterdir()} == {"step_000014", "best", "best.json"}
+    assert {path.name[:11] for path in (folder / "samples").iterdir() if path.name.startswith("step")} == {"step_000005", "step_000010", "step_000013"}
+
+
+def test_a_second_start_takes_the_next_folder_while_the_first_loads(tmp_path):
+    process = Program(command("--max_steps", "1"), tmp_path)
+    while process.poll() is None and not (tmp_path / "runs" / "dual_tower_easyvqa" / ".tokenizer").is_dir():
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        auto = run_program(command("--max_steps", "1", "--resume", "auto"), tmp_path)
+        second = run_program(command("--max_steps", "1", "--cache_dir", "other"), tmp_path)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert process.wait().returncode == 0 and second.returncode == 0 and (tmp_path / "runs" / "dual_tower_easyvqa-2" / "model").is_dir(), second.stderr
+    assert auto.returncode == 1 and "is in use" in auto.stderr
+
+
+def test_a_second_signal_changes_nothing(tmp_path):
+    process = Program(command("--output_dir", "run"), tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.002)
+    while process.poll() is None:
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.005)
+    done = process.wait()
+    assert done.returncode == 0 and done.stdout.strip().endswith("--resume auto") and done.stderr == "", done.stderr
+
+
 def test_a_start_that_is_told_to_stop_leaves_nothing(tmp_path):
     flags = ("--output_dir", "run", "--max_steps", "2")
     process = Program(command(*flags), tmp_path)
-    while process.poll() is None and not (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file():
+    while process.poll() is None and not (tmp_path / "run" / ".tokenizer" / "tokenizer.json").is_file():
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
     done = process.wait()
-    assert done.returncode == 128 + signal.SIGTERM and not (tmp_path / "run" / "config.json").exists(), done.stderr
-    assert not list((tmp_path / "run").rglob("*")), list((tmp_path / "run").rglob("*"))
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr == "SIGTERM while nothing was trained: the same command does it anew\n", done.stderr
+    assert not (tmp_path / "run").exists()
     assert run_program(command(*flags), tmp_path).returncode == 0
 
 
@@ -743,7 +840,8 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
     with pytest.raises(UserError, match="step_000003 is damaged"):
         read_state(tmp_path / "step_000003")
     (tmp_path / "step_000003" / "state.json").unlink()
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+    with pytest.raises(UserError, match="step_000003 is damaged"):
+        read_state(tmp_path / "step_000003")
 
 
 def test_the_best_checkpoint_stays_beside_the_last(tmp_path):

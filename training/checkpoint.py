@@ -213,8 +213,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints under `folder`, oldest first."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "state.json").is_file()]
+    """The checkpoints under `folder`, oldest first: each was complete when it got its name."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 

@@ -57,6 +57,7 @@ class RunLog:
         if self.silent:
             return
         self.console.print(text, markup=False)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)  # the working folder's: somebody may have tidied up
         append_text(self.log_path, "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -74,21 +75,28 @@ class RunLog:
         if not self.silent and self.metrics_path.is_file():
             sync(self.metrics_path)
 
-    def rewind(self, step: int, logged: int = 0) -> None:
-        """Drop what metrics.jsonl and skipped.jsonl hold of steps after `step`: a resumed run writes them again. Half a last line goes too. Should metrics up to `logged` not be there, a warning."""
+    def rewound(self, step: int, logged: int = 0) -> dict[Path, str]:
+        """What is left of metrics.jsonl and skipped.jsonl without the steps after `step`, which a resumed run does again, and without half a last line. Should metrics up to `logged` not be there, a warning."""
+        left = {}
         for path in () if self.silent else (self.metrics_path, self.folder / "skipped.jsonl"):
             if not path.is_file():
                 continue
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             try:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 steps = {line: json.loads(line)["step"] for line in lines if line.endswith("\n")}
-                write_text(path, "".join(line for line in lines if line in steps and steps[line] <= step))
+                left[path] = "".join(line for line in lines if line in steps and steps[line] <= step)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is damaged ({error}): mend or delete it, then resume") from None
             if path == self.metrics_path:
                 self.logged = max((found for found in steps.values() if found <= step), default=0)
         if not self.silent and self.logged < logged:
             self.say(f"warning: {self.metrics_path} ends at step {self.logged}: the lines up to step {logged}, where this run goes on, are lost")
+        return left
+
+    def rewind(self, left: dict[Path, str]) -> None:
+        """Leave only what `rewound` found."""
+        for path, text in left.items():
+            write_text(path, text)
 
     def start(self, step: int, max_steps: int) -> None:
         if self.console.is_terminal and not self.silent:

@@ -75,8 +75,8 @@ class StopSignals:
         self.name = signal.Signals(number).name
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # one who was told to stop is about to: a second word changes nothing
+            signal.signal(number, signal.SIG_IGN if self.name and number != signal.SIGINT else handler)
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Task:
     tokenizer: str = ""  # its fingerprint, kept with each checkpoint
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
     best: Callable[[], int] = lambda: -1  # on the first rank: the step of the best model so far, whose checkpoint is kept
+    begin: Callable[[int], None] = lambda step: None  # on the first rank, when nothing can be refused any more: behind which step the run goes on
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
@@ -98,10 +99,12 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         keep_freed_memory()
     run = Run(config, model, task, folder, log, device, world)
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
+    rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     if world.first:
+        task.begin(run.step)
         for path in set_aside(folder / "checkpoints", run.step):
-            log.say(f"{path.name} is of a later step, or damaged: it is now {path}, which nobody needs any more")
-    log.rewind(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
+            log.say(f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it")
+        log.rewind(rewound)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
     if config.train.ema:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from configs.files import write_text
 from configs.saved import load_json, to_dict
 from configs.schema import Config, EvalConfig, HubConfig
 from training.checkpoint import checkpoints, read_state, step_of
+
+
+class InUse(UserError):
+    """Another process has the folder."""
+
 
 CHANGEABLE = (
     "max_steps",
@@ -50,10 +56,9 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
     """
     folder, checkpoint = _find(config) if config.resume else (None, None)
     if folder is None:
-        folder, config = _new_folder(config), complete(config)
-        lock(folder)
-        _not_taken(folder)  # by another start, meanwhile
-        return config, folder, None
+        _not_taken(config)
+        config = complete(config)
+        return config, _new_folder(config, lock), None
     lock(folder)
     saved = load_json(Config, folder / "config.json")
     chosen = ("train.rows", "train.accumulation") if saved.fit_memory and _batch(saved) == _batch(config) else ()  # by --fit-memory, when the run began
@@ -77,30 +82,53 @@ def _batch(config: Config) -> int:
     return config.train.rows * config.train.accumulation
 
 
-def _new_folder(config: Config) -> Path:
+def _holds(folder: Path) -> str:
+    """What a run has left in a folder, where it is not a new one's; of a run whose `config.json` is gone too."""
+    return next((name for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer") if (folder / name).exists()), "")
+
+
+def _not_taken(config: Config) -> None:
+    if (name := _holds(folder := Path(config.output_dir))) and config.output_dir:
+        if name == "config.json":
+            raise UsageError(f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir")
+        raise UsageError(f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, or choose another --output_dir")
+
+
+def _new_folder(config: Config, lock: Callable[[Path], None]) -> Path:
+    """A locked one. Without `output_dir` the next free of its kind; `--resume auto` does not begin another beside one that is about to begin."""
     if config.output_dir:
-        return _not_taken(Path(config.output_dir))
-    folder, number = Path(f"runs/{config.config}"), 2
-    while (folder / "config.json").exists():
-        folder, number = Path(f"runs/{config.config}-{number}"), number + 1
-    return folder
-
-
-def _not_taken(folder: Path) -> Path:
-    if (folder / "config.json").exists():
-        raise UsageError(f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir")
-    return folder
+        lock(Path(config.output_dir))
+        _not_taken(config)  # by another start, meanwhile
+        return Path(config.output_dir)
+    for number in count(1):
+        folder = Path(f"runs/{config.config}" + (f"-{number}" if number > 1 else ""))
+        if _holds(folder):
+            continue
+        try:
+            lock(folder)
+        except InUse:
+            if config.resume:
+                raise
+            continue
+        if not _holds(folder):
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def _find(config: Config) -> tuple[Path | None, Path | None]:
     """`--resume` → run folder, and the checkpoint where one is named; "auto" finds the newest run, or nothing yet."""
     if config.resume != "auto":
         path = Path(config.resume)
+        run = path.parent.parent if path.name.startswith("step_") else path
+        if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
+            raise UsageError(f"--resume goes on with {run}, and --output_dir is {config.output_dir}: leave it out")
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
+            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                return run, None  # torchrun starts again what went back already
             if path not in checkpoints(path.parent):
-                raise UsageError(f"--resume: {path} is not a complete checkpoint")
+                raise UsageError(f"--resume: {path} is no checkpoint")
             read_state(path)
-            return path.parent.parent, path
+            return run, path
         if not (path / "config.json").is_file():
             raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")
         return path, None
@@ -145,6 +173,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 def locked(folder: Path) -> Iterator[None]:
     """The folder, made where there is none, is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
     path = folder / ".lock"
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,7 +187,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
         except (BlockingIOError, PermissionError):
             file.close()
-            raise UserError(f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)") from None
+            raise InUse(f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # of one that ended a moment ago
@@ -168,4 +197,5 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # of a disk that has turned read-only, whose own line shall be told; the lock ends with the file all the same
                 path.unlink(missing_ok=True)
-                folder.rmdir()  # where nothing has come into it
+                if made:
+                    folder.rmdir()  # where nothing has come into it

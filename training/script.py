@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from data.build import Data, build_data
 from data.datasets import by_source
 from data.sources import parse_sources
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from eval.in_training import Best, TasksInTraining, Validation, save_picture, save_samples
+from eval.in_training import Best, TasksInTraining, Validation, forget_samples, save_picture, save_samples
 from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
 from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
 from models.layers import pick_device
@@ -37,7 +37,7 @@ from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
 from training.averages import load_averages
 from training.card import write_card
-from training.checkpoint import load_weights_of, read_state
+from training.checkpoint import ABANDONED, load_weights_of, read_state
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
@@ -49,7 +49,10 @@ from training.precision import autocast
 from training.run import keep_config, locked, open_run
 from training.trackers import Trackers
 
-TORCHRUN = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "600")  # signals go on to the ranks, which have minutes to end a step and save it
+NEW_TOKENIZER = ".tokenizer"
+TORCHRUN = (
+    ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "600") if torch.__version__ >= (2, 13) else ()
+)  # signals go on to the ranks, which have minutes to end a step and save it
 
 
 def complete(config: Config, flags: dict[str, Any]) -> Config:
@@ -130,7 +133,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TasksInTraining(config.eval)  # raises now, before anything is written
-    with ExitStack() as until_the_end, ending_in_order(), opened(pick_device(config.train.device)) as world:
+    with ending_in_order(), ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
         chosen: list[str] = []
 
         def settled(new: Config) -> Config:
@@ -142,25 +145,26 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             check_world(new, world)
             return new
 
-        def open_and_lock() -> tuple[Config, Path, Path | None]:
-            found = open_run(config, flags, settled, lambda folder: until_the_end.enter_context(locked(folder)))
-            check_script(found[0], model_class)
-            check_world(found[0], world, resumed=(found[1] / "config.json").exists())
-            return found
+        def open_and_lock() -> tuple[Config, Path, Path | None, bool]:
+            config_now, folder, checkpoint = open_run(config, flags, settled, lambda folder: until_the_end.enter_context(locked(folder)))
+            new = not (folder / "config.json").exists()
+            check_script(config_now, model_class)
+            check_world(config_now, world, resumed=not new)
+            return config_now, folder, checkpoint, new
 
-        config, folder, checkpoint = world.agreed(open_and_lock)
+        config, folder, checkpoint, new = world.agreed(open_and_lock)
         Trackers.check(config.log)
-        with leaving_nothing(folder) if world.first else nullcontext(), world.in_turn():
+        if new and world.first:
+            until_the_end.enter_context(leaving_no_tokenizer(folder))
+        with world.in_turn():
             tasks = TasksInTraining(config.eval)
-            model, data, validation, cache, log = prepare(config, folder, checkpoint, model_class, world)
+            model, data, validation, cache, log = prepare(config, folder, folder / (NEW_TOKENIZER if new else "tokenizer"), checkpoint, model_class, world)
             for line in chosen:
                 log.say(line)
             pusher = None
             if config.hub.repo and world.first:
                 to_folder = partial(export_checkpoint, model_class=model_class, tokenizer=data.tokenizer, config=config, run=folder)
                 pusher = Pusher(config.hub, model_class.model_type, folder, to_folder, log.say)
-            if world.first:
-                keep_config(config, folder)
         _train_and_export(config, folder, checkpoint, model, data, validation, tasks, cache, log, world, pusher)
 
 
@@ -175,6 +179,7 @@ def ending_in_order() -> Iterator[None]:
     """What ends the process at once, before training takes signals and after it, ends the block first: what is half made is taken away."""
 
     def end(number: int, frame: Any) -> None:
+        print(f"{signal.Signals(number).name} while nothing was trained: the same command does it anew", file=sys.stderr)
         raise SystemExit(128 + number)
 
     main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
@@ -183,38 +188,27 @@ def ending_in_order() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is end:  # else training was told to stop, and this process is about to
+                signal.signal(number, handler)
 
 
 @contextmanager
-def leaving_nothing(folder: Path) -> Iterator[None]:
-    """Should the block fail, a run that has not trained yet is taken away again: its next start, or `--resume auto`, finds no half a run."""
-    new = not (folder / "config.json").exists()
-    if new:
-        _forget_tokenizer(folder)  # of a start that was killed
+def leaving_no_tokenizer(folder: Path) -> Iterator[None]:
+    """A new run's, under the name that it has until the run begins; also that of a start that was killed."""
+    shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
     try:
         yield
-    except BaseException:
-        if new:
-            (folder / "config.json").unlink(missing_ok=True)
-            _forget_tokenizer(folder)
-        raise
+    finally:
+        shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
 
 
-def _forget_tokenizer(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "tokenizer" / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        (folder / "tokenizer").rmdir()
-
-
-def prepare(config: Config, folder: Path, checkpoint: Path | None, model_class: Any, world: World) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
-    """Everything that training needs, loaded and checked."""
+def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | None, model_class: Any, world: World) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
+    """Everything that training needs, loaded and checked; `tokenizer`: its folder."""
     log = RunLog(folder, silent=not world.first)
     torch.manual_seed(config.seed)
-    data = build_data(config, folder / "tokenizer", language_model(config) if checkpoint is None else None, world.rank, world.size)
+    data = build_data(config, tokenizer, language_model(config) if checkpoint is None else None, world.rank, world.size)
     if checkpoint is not None and read_state(checkpoint, verify=False).get("tokenizer", own := data.tokenizer.fingerprint()) != own:
-        raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {folder / 'tokenizer'} holds now: put that one back, or start a new run")
+        raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {tokenizer} holds now: put that one back, or start a new run")
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
     if checkpoint is None:
@@ -339,7 +333,14 @@ def _train_and_export(
         if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":  # the last one's model is pushed when it is exported
             pusher.saved(checkpoint)
 
-    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved, lambda: best.step if world.first else -1)
+    def begin(step: int) -> None:
+        keep_config(config, folder)
+        if (folder / NEW_TOKENIZER).is_dir():
+            (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
+        best.go_back(step, folder / "checkpoints" / ABANDONED)
+        forget_samples(folder / "samples", step)
+
+    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved, lambda: best.step if world.first else -1, begin)
     try:
         train(config, model, task, folder, log, checkpoint, world)
         if best.warning:
