@@ -9,6 +9,7 @@ measured in turn in one run; ratios are medians over repetitions, those of draft
 plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
 passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
 drafts    behind the first token: tokens a pass and tokens/s for chains of K drafts, a tree, and what the engine chooses, ÷ plain decoding of the same engine
+first     first answers, for which nothing was measured yet, ÷ plain ones; and the same where every draft is wrong, whatever the heads promise
 same      greedy answers with and without drafts, batch 1 and 8: how many differ
 image     the first token of a second question on an image, beside a first question's
 """
@@ -24,12 +25,14 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+import models.generation
 from benchmarks.about import about
 from configs.errors import UserError, run_script
 from configs.model import GenerationConfig
@@ -37,6 +40,7 @@ from eval.answering import Answerer
 from models.generation import TREE, prefill, verify
 from training.heads import HeadsConfig, asked
 
+FIRST = 12  # questions of `first`
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -159,6 +163,27 @@ def drafts(answerer: Answerer, questions: list[Any], untimed: list[Any], tokens:
     return out
 
 
+def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float]]:
+    """Whole calls, each in turn with a plain one; kernels are prepared, but what drafts cost and how often they stand is not known."""
+    shapes, drafted, out = answerer.model.right.heads.shapes, models.generation._drafts, {}
+
+    def wrong(*arguments: Any) -> Any:
+        made = drafted(*arguments)
+        return made._replace(tokens=(made.tokens + 1) % answerer.model.vocabulary.text_size)
+
+    for name, made in (("first", drafted), ("wrong", wrong)):
+        for tokens in (16, 64, 256):
+            ratios = []
+            for question in questions:
+                shapes.clear()
+                with patch.object(models.generation, "_drafts", made):
+                    plain, auto = (answerer.answer([question], GenerationConfig(max_new_tokens=tokens, speculative=mode))[0] for mode in ("off", "auto"))  # type: ignore[arg-type]
+                if plain.tokens == auto.tokens:
+                    ratios.append(auto.tokens_per_s / plain.tokens_per_s)
+            out[f"{name}_{tokens}"] = {"speedup_median": statistics.median(ratios), "speedup_least": min(ratios), "answers": len(ratios)}
+    return out
+
+
 def behind_first(answer: Any, most: int) -> tuple[int, int, float]:
     """Of an answer, behind its first token: tokens (the one that ends it is one), passes, seconds. So plain decoding makes one token a pass."""
     if not answer.tokens:
@@ -209,25 +234,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default="plain,passes,drafts,same,image")
+    parser.add_argument("--parts", default="plain,passes,drafts,first,same,image")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     parts, results = args.parts.split(","), {}
     for dtype in args.dtypes.split(","):
         answerer = Answerer.from_pretrained(args.checkpoint, dtype, args.device)
         heads = answerer.model.right.heads
-        if heads is None and {"drafts", "same"} & set(parts):
-            raise UserError(f"{args.checkpoint} has no multi-token heads: python -m training.heads gives it some, or leave out --parts drafts and same")
+        if heads is None and {"drafts", "first", "same"} & set(parts):
+            raise UserError(f"{args.checkpoint} has no multi-token heads: python -m training.heads gives it some, or leave out --parts drafts, first and same")
         r: dict[str, Any] = {}
         if "plain" in parts:
             r["plain"] = plain(answerer, args.tokens, args.repeats)
         if "passes" in parts:
             r["passes"] = passes(answerer, heads.count if heads is not None else 4, args.repeats)
-        if {"drafts", "same"} & set(parts):
+        if {"drafts", "first", "same"} & set(parts):
             questions = questions_of(answerer, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
             fifth = max(1, args.prompts // 5)
             r["drafts"] = drafts(answerer, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
+        if "first" in parts:
+            r["first"] = first(answerer, questions[:FIRST])
         if "same" in parts:
             r["same"] = same(answerer, questions, args.tokens)
         if "image" in parts and answerer.model.config.left_context == "image":
@@ -256,6 +283,12 @@ def show(dtype: str, r: dict[str, Any]) -> None:
             name,
             f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain (median {d['speedup_median']:.2f}, least {d['speedup_least']:.2f}; "
             f"whole calls {d['whole_call']:.2f}); {d['differ']} answers differ",
+        )
+    for name, f in r.get("first", {}).items():
+        kind, tokens = name.split("_")
+        table.add_row(
+            f"a first answer of {tokens} tokens" + ", all drafts wrong" * (kind == "wrong"),
+            f"{f['speedup_median']:.2f} × plain (least {f['speedup_least']:.2f} of {f['answers']} answers)",
         )
     if s := r.get("same"):
         table.add_row("answers that drafts change", f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8")
