@@ -40,7 +40,7 @@ from eval.answering import Answerer
 from models.generation import TREE, prefill, verify
 from training.heads import HeadsConfig, asked
 
-FIRST = 12  # questions of `first`
+FIRST = 6  # questions of `first`
 ROOT = Path(__file__).resolve().parent.parent
 
 
