@@ -133,7 +133,7 @@ class Shape(NamedTuple):
 class DraftShape:
     """What to draft: what gives most tokens a second, by what was accepted and what passes took, as far as it may lose.
 
-    The k-th draft's chance is a running mean, a shape's seconds the least of its last passes, for what disturbs a machine only adds; before there are any, what
+    The k-th draft's chance is a running mean, a shape's seconds the median of its last passes, for some are disturbed; before there are any, what
     `stands` says, and a guess. `purse` holds the plain passes that drafts may still lose: `LOSS` of the time so far, and what they gained, at most `PURSE`, of which
     the next answer gets no more than `CARRY`. A shape is made where all its drafts could fall without overdrawing it, as far as its cost is known. What is not tried
     is slowly hoped for again, so that a change in the text is noticed.
@@ -175,16 +175,16 @@ class DraftShape:
 
     def cost(self, shape: Shape) -> float:
         """Of a pass, in plain ones: what is not measured follows from the nearest chain that is."""
-        plain = min(self.seconds[Shape(0)])
+        plain = _usual(self.seconds[Shape(0)])
         if shape in self.seconds:
-            return min(self.seconds[shape]) / plain
+            return _usual(self.seconds[shape]) / plain
         if shape.width > 1:
             return 2 * self.cost(Shape(shape.depth)) - 1
         known = [s.depth for s in self.seconds if s.depth and s.width == 1]
         if not known:
             return 1 + self.GUESS * shape.depth
         near = min(known, key=lambda depth: abs(depth - shape.depth))
-        return 1 + (min(self.seconds[Shape(near)]) / plain - 1) * shape.depth / near
+        return 1 + (_usual(self.seconds[Shape(near)]) / plain - 1) * shape.depth / near
 
     def prompted(self, seconds: float) -> None:
         """An answer begins; its first token took so long."""
@@ -201,9 +201,9 @@ class DraftShape:
         self.since_plain = self.since_plain + 1 if shape.depth else 0
         tokens, gain = 1 + sum(counts) / len(counts), 0.0
         if Shape(0) in self.seconds:
-            plain = min(self.seconds[Shape(0)])
-            if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took
-                gain = tokens - (self.cost(shape) if known else min(seconds / plain, 8.0))
+            plain = _usual(self.seconds[Shape(0)])
+            if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took; later ones may be disturbed
+                gain = tokens - (min(seconds / plain, 2 * self.cost(shape) if known else 8.0) if self.measured else self.cost(shape))
             gain, self.prompt_s = gain + self.LOSS * self.prompt_s / plain, 0.0
         self.purse = max(-1.0, min(self.purse + gain + self.LOSS * tokens, self.PURSE))
         for stands in self.stands.values():
@@ -212,6 +212,10 @@ class DraftShape:
         for count in counts:
             for k in range(min(shape.depth, count + 1)):
                 self.stands[shape.width][k] += 0.06 * ((k < count) - self.stands[shape.width][k])
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[(len(seconds) - 1) // 2]
 
 
 NOMINAL = 0.15  # what a draft costs, in passes, where the clock must not count
