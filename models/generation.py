@@ -140,7 +140,7 @@ class DraftShape:
     """
 
     HOPE = 0.0003  # of the way back, at each pass
-    LOSS, PURSE, CARRY = 0.03, 2.0, 0.6
+    LOSS, PURSE, CARRY = 0.02, 2.0, 0.6  # 3 % is what answers may lose: plain passes between others take a little longer, too
     GUESS = 0.08  # what a draft costs, in plain passes; in trees twice that (docs/benchmarks.md)
     LAST, AGAIN = 5, 64  # passes of a shape that are remembered; of all kinds, after which a plain one is timed again
 
