@@ -431,9 +431,9 @@ def test_a_start_that_is_told_to_stop_leaves_nothing(tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
     done = process.wait()
-    assert done.returncode == 128 + signal.SIGTERM and done.stderr == "SIGTERM while nothing was trained: the same command does it anew\n", done.stderr
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr == "SIGTERM before or after training: start again with --resume auto\n", done.stderr
     assert not (tmp_path / "run").exists()
-    assert run_program(command(*flags), tmp_path).returncode == 0
+    assert run_program(command(*flags, "--resume", "auto"), tmp_path).returncode == 0
 
 
 def test_a_checkpoint_of_other_data_is_one_line(uninterrupted, tmp_path):

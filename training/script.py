@@ -179,7 +179,7 @@ def ending_in_order() -> Iterator[None]:
     """What ends the process at once, before training takes signals and after it, ends the block first: what is half made is taken away."""
 
     def end(number: int, frame: Any) -> None:
-        print(f"{signal.Signals(number).name} while nothing was trained: the same command does it anew", file=sys.stderr)
+        print(f"{signal.Signals(number).name} before or after training: start again with --resume auto", file=sys.stderr)  # which begins where there is nothing yet
         raise SystemExit(128 + number)
 
     main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
