@@ -172,7 +172,7 @@ def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float
         return made._replace(tokens=(made.tokens + 1) % answerer.model.vocabulary.text_size)
 
     for name, made in (("first", drafted), ("wrong", wrong)):
-        for tokens in (16, 64):
+        for tokens in (16, 64, 256):
             ratios = []
             for question in questions:
                 shapes.clear()

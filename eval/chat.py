@@ -10,7 +10,7 @@ from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from eval.answering import Answer, Answerer
-from models.generation import generate
+from models.generation import check_heads, generate
 from models.kv_cache import DecodingCache
 
 
@@ -21,8 +21,7 @@ class Chat:
         if answerer.model.config.left_context == "prefix":
             raise UsageError("this model reads the text before an image in its left tower (left_context = prefix): it cannot go on with a conversation; ask single questions")
         config, model = answerer.model.right.config, answerer.model
-        if settings.speculative == "on" and model.right.heads is None:
-            raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
+        check_heads(model, settings)
         self.answerer, self.settings = answerer, settings
         self.cache = DecodingCache(config.layers, 1, config.kv_heads, 0, config.head_size, model.right.embed_tokens.weight.dtype, model.device)
         self.position = 0  # of the next token that is not in the cache

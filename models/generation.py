@@ -218,6 +218,11 @@ def _usual(seconds: Sequence[float]) -> float:
     return sorted(seconds)[(len(seconds) - 1) // 2]
 
 
+def check_heads(model: Any, settings: GenerationConfig) -> None:
+    if settings.speculative == "on" and model.right.heads is None:
+        raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
+
+
 NOMINAL = 0.15  # what a draft costs, in passes, where the clock must not count
 
 
@@ -351,8 +356,7 @@ def generate(
         raise UsageError(f"the prompt has {longest} tokens (image included); with max_new_tokens = {settings.max_new_tokens} that exceeds this model's {limit} positions")
     generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
     heads = model.right.heads
-    if settings.speculative == "on" and heads is None:
-        raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
+    check_heads(model, settings)
     shapes = draft_shape(heads, len(ids), settings) if heads is not None else DraftShape([], "off")
     going_on = cache is not None
     if going_on and len(ids) != 1:

@@ -101,9 +101,9 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
     rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     if world.first:
-        task.begin(run.step)
-        for path in set_aside(folder / "checkpoints", run.step):
+        for path in set_aside(folder / "checkpoints", run.step):  # first of all: from here on `auto` goes on from this step
             log.say(f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it")
+        task.begin(run.step)
         log.rewind(rewound)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)

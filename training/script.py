@@ -333,25 +333,14 @@ def _train_and_export(
         if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":  # the last one's model is pushed when it is exported
             pusher.saved(checkpoint)
 
-    def begin(step: int) -> None:
-        keep_config(config, folder)
-        if (folder / NEW_TOKENIZER).is_dir():
-            (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
-        best.go_back(step, folder / "checkpoints" / ABANDONED)
-        forget_samples(folder / "samples", step)
-
+    begin = partial(_begin, config, folder, best)
     task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved, lambda: best.step if world.first else -1, begin)
     try:
         train(config, model, task, folder, log, checkpoint, world)
         if best.warning:
             log.say(f"warning: {best.warning}")
     except Stopped as stopped:
-        script = [sys.argv[0], "--output_dir", str(folder), "--resume", "auto"]
-        if (nodes := world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) > 1:
-            log.say(f"{stopped}\ngo on with the same torchrun on each of the {nodes} nodes, and behind its own flags:\n  {shlex.join(script)}")
-            return
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world.size), *TORCHRUN, "--"] if world.size > 1 else []
-        log.say(f"{stopped}\ngo on with:\n  {shlex.join([sys.executable, *torchrun, *script])}")
+        log.say(f"{stopped}\n{_how_to_go_on(folder, world)}")
         return
     dropped = sum(world.gather(data.batches.dropped()), Counter())
     model = plain(trained, config, model_class)
@@ -363,6 +352,23 @@ def _train_and_export(
     if dropped:
         log.say(f"training records dropped: {by_source(dropped)}")
     _hand_over(model, config, folder, data.tokenizer, shown[0], log, pusher)
+
+
+def _begin(config: Config, folder: Path, best: Best, step: int) -> None:
+    """Nothing is refused any more: the folder becomes a run, or goes back behind `step`."""
+    keep_config(config, folder)
+    if (folder / NEW_TOKENIZER).is_dir():
+        (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
+    best.go_back(step, folder / "checkpoints" / ABANDONED)
+    forget_samples(folder / "samples", step)
+
+
+def _how_to_go_on(folder: Path, world: World) -> str:
+    script = [sys.argv[0], "--output_dir", str(folder), "--resume", "auto"]
+    if (nodes := world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) > 1:  # no rank knows what their torchruns were told
+        return f"go on with the same torchrun on each of the {nodes} nodes, and behind its own flags:\n  {shlex.join(script)}"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world.size), *TORCHRUN, "--"] if world.size > 1 else []
+    return f"go on with:\n  {shlex.join([sys.executable, *torchrun, *script])}"
 
 
 def _hand_over(model: Any, config: Config, folder: Path, tokenizer: Tokenizer, example: dict[str, Any], log: RunLog, pusher: Pusher | None) -> None:
