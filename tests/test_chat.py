@@ -110,15 +110,23 @@ def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, m
     assert err.count("give a file behind /image") == 2 and err.count("error: ") == 4
 
 
-def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer):
+def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkeypatch):
     """A turn is what it would be at the end of one long prompt."""
     model, settings = lively_model(tokenizer), GenerationConfig(max_new_tokens=6, repetition_penalty=3.0)
     chat = Chat(Answerer(model, renderer), settings)
+    original, counted = eval.chat.generate, []
+
+    def noted(*arguments, **more):
+        counted.append(set(more["seen"]))
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(eval.chat, "generate", noted)
     said = []
     for text in ("what is it?", "is it large?"):
         said += [{"user": text, "assistant": chat.ask(text, []).text}]
     first = renderer.prompt([], [{"user": "what is it?"}])
     made = generate(model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])).tokens[0]
+    assert counted == [set(), {*first.right_ids, *made}]
     follow = renderer.follow_up([], "is it large?", made[-1:], first.right_positions[-1] + len(made))
     ids = [*first.right_ids, *made[:-1], *follow.right_ids]
     again = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings)

@@ -152,8 +152,8 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
 def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
     """Also for the token that is 0, which stands in the padding too."""
     model = lively_model(tokenizer)
-    prompts = [prompt_ids(renderer, 0, question)[0] for question in (f"what is it{tokenizer.decode([0])}?", "is it large, or is it not so large as the other one?")]
-    assert 0 in prompts[0].right_ids and 0 not in prompts[1].right_ids
+    prompts = [prompt_ids(renderer, 0, question)[0] for question in (f"what is it{tokenizer.decode([0])}?", "is it large, or is it not so large as the other one?", "is it?")]
+    assert 0 in prompts[0].right_ids and not {0} & {*prompts[1].right_ids, *prompts[2].right_ids}  # and the first and the third are padded
     with torch.no_grad():
         model.right.unembedding[0] += 0.2 * model.right.unembedding.std() * torch.randn(model.right.unembedding.shape[1], generator=torch.Generator().manual_seed(0))
     seen = []
@@ -166,7 +166,7 @@ def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.generation, "probabilities", noted)
-        made = generate(model, images=[[], []], stop=-1, settings=settings, **collate_prompts(prompts))
+        made = generate(model, images=[[]] * 3, stop=-1, settings=settings, **collate_prompts(prompts))
     for row, prompt in enumerate(prompts):
         assert seen[0][row].nonzero()[:, 0].tolist() == sorted(set(prompt.right_ids))
         assert made.tokens[row] == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,14 @@ class TestDraftShape:
                     seconds, undisturbed = seconds + usual, undisturbed + 1
                 losses.append(seconds / undisturbed - 1)
             assert max(losses) < 0.06, (disturbed, losses)
+
+    def test_what_plain_passes_take_is_noticed_while_drafts_win(self):
+        shapes, plain = DraftShape([0.9] * 4, "auto"), []
+        for number in range(400):
+            shape = shapes()
+            plain += [number] * (shape.depth == 0)
+            shapes.told(shape, [shape.depth], 1 + 0.05 * shape.depth)
+        assert len(plain) > 6 and max(b - a for a, b in pairwise([*plain, 400])) <= DraftShape.AGAIN + 1
 
     @pytest.mark.parametrize("width", [1, 4])
     def test_an_answer_lives_off_no_other(self, width):
