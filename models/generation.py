@@ -38,20 +38,21 @@ class Row:
     passes: int = 1
     done: bool = False
 
-    def take(self, tokens: list[int], places: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> None:
-        """What a pass gave: tokens, each chosen from the logits (T, V) at one of `places`; up to the answer's end."""
+    def take(self, tokens: list[int], places: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> int:
+        """What a pass gave: tokens, each chosen from the logits (T, V) at one of `places`; → how many there are up to the answer's end, which is one."""
         self.position += len(tokens)
-        for token, place in zip(tokens, places, strict=True):
+        for count, (token, place) in enumerate(zip(tokens, places, strict=True), start=1):
             if token == stop:
                 self.done = True
-                return
+                return count
             self.tokens.append(token)
             if settings.logprobs:
                 self.logprobs.append(logits[place].float().log_softmax(-1)[token].item())
             ended = on_tokens is not None and on_tokens(self.number, self.tokens)
             if ended or len(self.tokens) == settings.max_new_tokens:
                 self.done = True
-                return
+                return count
+        return len(tokens)
 
 
 def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
@@ -193,19 +194,19 @@ class DraftShape:
             del self.seconds[shape]  # one pass may have been disturbed: it is guessed, and tried, once again
             self.doubted.add(shape)
 
-    def told(self, shape: Shape, counts: Sequence[int], seconds: float) -> None:
-        """A pass over drafts of a shape, of which `counts` stood in each row."""
+    def told(self, shape: Shape, counts: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
+        """A pass over drafts of a shape: of each row the drafts that stood, and the tokens that its answer got."""
         known = shape in self.seconds
         if self.measured:
             self.seconds.setdefault(shape, deque(maxlen=self.LAST)).append(seconds)
         self.since_plain = self.since_plain + 1 if shape.depth else 0
-        tokens, gain = 1 + sum(counts) / len(counts), 0.0
+        mean, gain = sum(tokens) / len(tokens), 0.0
         if Shape(0) in self.seconds:
             plain = _usual(self.seconds[Shape(0)])
             if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took; later ones may be disturbed
-                gain = tokens - (min(seconds / plain, 2 * self.cost(shape) if known else 8.0) if self.measured else self.cost(shape))
+                gain = mean - (min(seconds / plain, 2 * self.cost(shape) if known else 8.0) if self.measured else self.cost(shape))
             gain, self.prompt_s = gain + self.LOSS * self.prompt_s / plain, 0.0
-        self.purse = max(-1.0, min(self.purse + gain + self.LOSS * tokens, self.PURSE))
+        self.purse = max(-1.0, min(self.purse + gain + self.LOSS * mean, self.PURSE))
         for stands in self.stands.values():
             for k, hope in enumerate(self.hopes):
                 stands[k] += self.HOPE * max(0.0, hope - stands[k])
@@ -379,9 +380,11 @@ def generate(
     first_token_s = time.perf_counter() - started
     shapes.prompted(first_token_s)
     drafted_with = heads.rows(model.right.unembedding) if heads is not None else None
+    passed: tuple[Shape, float] | None = None  # the last pass: what it verified, and its seconds
     while True:
-        for row, tokens, path, chosen_from in zip(active, new, paths, logits, strict=True):
-            row.take(tokens, path, chosen_from, stop, settings, on_tokens)
+        taken = [row.take(tokens, path, chosen_from, stop, settings, on_tokens) for row, tokens, path, chosen_from in zip(active, new, paths, logits, strict=True)]
+        if passed is not None:  # a draft behind the end of its answer is of no use
+            shapes.told(passed[0], [min(len(path) - 1, count) for path, count in zip(paths, taken, strict=True)], taken, passed[1])
         if all(row.done for row in active):
             break
         if any(row.done for row in active):  # rows that are done cost nothing any more
@@ -400,9 +403,7 @@ def generate(
         logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, counted, settings, generator)
         for row in active:
             row.passes += 1
-        ends = [min(settings.max_new_tokens - len(row.tokens), tokens.index(stop) + 1 if stop in tokens else len(tokens)) for row, tokens in zip(active, new, strict=True)]
-        gained = [min(len(tokens) - 1, end) for tokens, end in zip(new, ends, strict=True)]  # what stands behind the end is of no use
-        shapes.told(shape if shape.depth else Shape(0), gained, time.perf_counter() - pass_started)
+        passed = shape if shape.depth else Shape(0), time.perf_counter() - pass_started
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
     return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])

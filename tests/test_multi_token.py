@@ -4,9 +4,11 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -359,7 +361,7 @@ class TestDraftShape:
             stands = torch.rand(len(chances), generator=g) < torch.tensor(tree[0] if tree and width > 1 else chances)
             count = int(stands[:k].long().cumprod(0).sum()) if k else 0
             seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
-            shapes.told(shape, [count], seconds)
+            shapes.told(shape, [count], [1 + count], seconds)
             clock, made = clock + seconds, made + 1 + count
         return made / clock
 
@@ -392,7 +394,7 @@ class TestDraftShape:
         easy = []
         for i in range(1300):
             shape = shapes()
-            shapes.told(shape, [shape.depth if i >= 1000 else 0], 1 + 0.1 * shape.depth)
+            shapes.told(shape, [shape.depth if i >= 1000 else 0], [1 + (shape.depth if i >= 1000 else 0)], 1 + 0.1 * shape.depth)
             easy.append(shape.depth)
         assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19  # a plain pass comes now and then, to be timed
 
@@ -403,7 +405,7 @@ class TestDraftShape:
             shapes.prompted(1.0)
             for _ in range(40):
                 shape = shapes()
-                shapes.told(shape, [shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
+                shapes.told(shape, [shape.depth], [1 + shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
                 made.add(shape)
         assert shapes() == Shape(4) and shapes.cost(Shape(4)) < 1.3
 
@@ -418,7 +420,7 @@ class TestDraftShape:
                 for _ in range(63):
                     shape, passes = shapes(), passes + 1
                     usual = 1 + 0.1 * shape.depth * (2 if shape.width > 1 else 1)
-                    shapes.told(shape, [0], usual * (times if passes == disturbed else 1))
+                    shapes.told(shape, [0], [1], usual * (times if passes == disturbed else 1))
                     seconds, undisturbed = seconds + usual, undisturbed + 1
                 losses.append(seconds / undisturbed - 1)
             assert max(losses) < 0.06, (disturbed, losses)
@@ -428,7 +430,7 @@ class TestDraftShape:
         for number in range(400):
             shape = shapes()
             plain += [number] * (shape.depth == 0)
-            shapes.told(shape, [shape.depth], 1 + 0.05 * shape.depth)
+            shapes.told(shape, [shape.depth], [1 + shape.depth], 1 + 0.05 * shape.depth)
         assert len(plain) > 6 and max(b - a for a, b in pairwise([*plain, 400])) <= DraftShape.AGAIN + 1
 
     @pytest.mark.parametrize("width", [1, 4])
@@ -441,9 +443,19 @@ class TestDraftShape:
             while made < 16:
                 shape = shapes()
                 usual, count = 1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1), shape.depth if number < 20 else 0
-                shapes.told(shape, [count], usual)
+                shapes.told(shape, [count], [1 + count], usual)
                 seconds, made = seconds + usual, made + 1 + count
         assert seconds / made < 1.03 + DraftShape.CARRY / 16
+
+    def test_drafts_that_stand_behind_short_answers_gain_nothing(self):
+        """Of two tokens, the second of which ends it: a draft that is this end stands each time, and no pass is saved."""
+        shapes, seconds, plain = DraftShape([0.5] * 4, "auto"), 0.0, 0.0
+        for _ in range(300):
+            shapes.prompted(3.0)
+            shape = shapes()
+            shapes.told(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.1 * shape.depth)
+            seconds, plain = seconds + 3 + usual, plain + 4
+        assert 1 < seconds / plain < 1.03
 
     def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
         heads, settings = tiny_model(tokenizer, WITH_HEADS).right.heads, GenerationConfig(draft_width=5)
@@ -455,19 +467,31 @@ class TestDraftShape:
         assert DraftShape([0.0] * 4, "on")() == Shape(4) and DraftShape([0.0] * 4, "on", 3)() == Shape(4, 3)
 
 
-def test_drafts_behind_an_answers_end_count_as_fallen(tokenizer, renderer, monkeypatch):
-    """A pass whose three drafts stand, the second of them the end-of-turn token: two were of use. And one whose end is the token behind the drafts: all were."""
+def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
+    """An end-of-turn token among drafts that stand, or behind them; an end that the caller sets; the most tokens of one row of two."""
     model = tiny_model(tokenizer, WITH_HEADS)
-    settings, batch = GenerationConfig(max_new_tokens=30, speculative="on", draft_width=1), collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
-    stop, told = 7, []
-    first = generate(model, images=[[]], stop=-1, settings=replace(settings, max_new_tokens=1), **batch).tokens[0]
-    assert first != [stop]
-    monkeypatch.setattr(DraftShape, "told", lambda self, shape, counts, seconds: told.append((shape.depth, counts)))
-    for tokens, answer in (([5, stop, 6, 8], [5]), ([5, 6, 8, stop], [5, 6, 8])):
-        one_pass = lambda m, cache, positions, hidden, chosen, *_, tokens=tokens: Passed(torch.zeros(1, 4, 302), [[0, 1, 2, 3]], [tokens], chosen, hidden)  # noqa: E731
+    prompt, stop, told = renderer.prompt([], [{"user": "what is it?"}]), 7, []
+    monkeypatch.setattr(DraftShape, "told", lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)))
+
+    def answers(passes: list[list[list[int]]], most: int, rows: int = 1, on_tokens: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+        """Of as many rows; a pass gives each of them tokens."""
+
+        def one_pass(m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any) -> Passed:
+            made = passes.pop(0)
+            return Passed(torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden)
+
+        settings = GenerationConfig(max_new_tokens=most, speculative="on", draft_width=1)
         monkeypatch.setattr(models.generation, "one_pass", one_pass)
-        assert generate(model, images=[[]], stop=stop, settings=settings, **batch).tokens == [first + answer]
-    assert told == [(3, [2]), (3, [3])]
+        made = generate(model, images=[[]] * rows, stop=stop, settings=settings, on_tokens=on_tokens, **collate_prompts([prompt] * rows))
+        assert not passes
+        return [tokens[1:] for tokens in made.tokens]  # the first is the model's own
+
+    assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and told.pop() == (3, [2], [2])
+    assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and told.pop() == (3, [1], [1])
+    assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and told.pop() == (3, [3], [4])
+    assert answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6) == [[5, 6]] and told.pop() == (3, [2], [2])
+    assert answers([[[5, 6], [5]], [[8, 9], [6, 8]]], 4, rows=2) == [[5, 6, 8], [5, 6, 8]]
+    assert told == [(2, [1, 0], [2, 1]), (1, [1, 1], [1, 2])]
 
 
 def test_rows_that_are_done_leave_the_cache():
