@@ -22,8 +22,9 @@ from configs.saved import load_json
 def main(argv: list[str]) -> None:
     parser = FlagParser(description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder, as training exports it (runs/NAME/model)")
-    parser.add_argument("--image", metavar="FILE", help="the image that the prompts are about; none: text only")
+    parser.add_argument("--image", action="append", metavar="FILE", help="the image that the prompts are about; may be given several times; none: text only")
     parser.add_argument("--prompt", action="append", help="a question; may be given several times")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times")
     parser.add_argument("--chat", action="store_true", help="ask in turns, on the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--stats", action="store_true", help="show time to first token, tokens/s, and tokens per pass of the right tower")
@@ -47,40 +48,45 @@ def main(argv: list[str]) -> None:
         raise UsageError("--logprobs is told with --json alone: add it, or leave --logprobs out")
     if flags["store"] == "":
         raise UsageError("--store is empty: give a folder, or leave the flag out")
-    if flags["image"] == "":
+    if "" in (flags["image"] or ()):
         raise UsageError("--image is empty: give a file, or leave the flag out for text alone")
+    drawn = [name for name in ("temperature", "top_k", "top_p", "min_p", "seed") if name in flags]
+    if drawn and not settings.sampling:
+        raise UsageError(f"--{drawn[0]} is for --sampling alone: add it, or leave --{drawn[0]} out")
 
     with sooner():
         from eval.answering import Answerer
         from eval.chat import Chat, Shown, talk, told
 
     answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
-    images = [answerer.tiles(flags["image"])] if flags["image"] else []
+    images = [answerer.tiles(image) for image in flags["image"] or ()]
     if flags["chat"]:
-        talk(answerer, Chat(answerer, settings), images, flags["stats"])
+        if talk(answerer, Chat(answerer, settings, flags["stop"]), images, flags["stats"]) and not sys.stdin.isatty():
+            sys.exit(1)  # on a terminal they were seen
         return
-    live = sys.stdout.isatty() and not flags["json"]
+    live = sys.stdout is not None and sys.stdout.isatty() and not flags["json"]
     for prompt in flags["prompt"]:
         if live:
             print(f"{prompt}  →  ", end="", flush=True)
         show = Shown(live)
         try:
-            answer = answerer.answer([(images, prompt)], settings, show)[0]
+            answer = answerer.answer([(images, prompt)], settings, show, flags["stop"])[0]
         except KeyboardInterrupt:  # what came is not lost
+            text = show.text + show.waits
             if flags["json"]:
-                fields = {"prompt": prompt, "answer": show.text, "interrupted": True, "ttft_ms": None, "tokens_per_s": None, "image_kv": None, "passes": None}
+                fields = {"prompt": prompt, "answer": text, "interrupted": True, "ttft_ms": None, "tokens_per_s": None, "image_kv": None, "passes": None}
                 print(json.dumps(fields | ({"tokens": None, "logprobs": None} if settings.logprobs else {})), flush=True)
             else:
-                print("" if live else show.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {show.text}", flush=True)
+                print(show.waits if live else text if len(flags["prompt"]) == 1 else f"{prompt}  →  {text}", flush=True)
             raise
         if flags["json"]:
             fields = {"prompt": prompt, "answer": answer.text, "interrupted": False, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
             pieces = {"tokens": [text for text, _ in answer.pieces], "logprobs": [logprob for _, logprob in answer.pieces]} if settings.logprobs else {}
-            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces))
+            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces), flush=True)
         elif live:
             show.end(answer.text)
         else:
-            print(answer.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {answer.text}")
+            print(answer.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {answer.text}", flush=True)
         if flags["stats"]:
             print(told(answer), file=sys.stderr)
 

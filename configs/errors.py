@@ -1,5 +1,6 @@
 """What a user did wrong or what the machine refused, told in one line, with the right exit code."""
 
+import io
 import os
 import select
 import sys
@@ -38,6 +39,8 @@ def nearest(name: str, known: list[str], count: int = 1) -> str:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main(argv)`; a user's mistake becomes one line on stderr. `--debug` shows the traceback."""
     argv = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no arrow loses no answer
     debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])

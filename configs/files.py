@@ -17,7 +17,7 @@ CACHE = "cache"  # folder of what is computed once, where nothing else is said
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """An empty file beside `path` to write to. When the block ends well it is synced and takes `path`'s name, else it is deleted."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6))}")  # not the process's number: machines and containers share folders
     try:
         beside.touch()
         mode = beside.stat().st_mode

@@ -169,7 +169,6 @@ class GenerationConfig:
     top_p: float = opt(1.0, "sample among the likeliest tokens that hold this probability")
     min_p: float = opt(0.0, "sample among tokens that have at least this share of the likeliest one's probability")
     repetition_penalty: float = opt(1.0, "above 1: tokens of the prompt and the answer so far become less likely")
-    stop: str = opt("", "end the answer before this string")
     logprobs: bool = opt(False, "tell each token's log-probability")
     speculative: Literal["auto", "on", "off"] = opt(
         "auto",
@@ -184,6 +183,8 @@ class GenerationConfig:
         if not 1e-6 <= self.temperature < float("inf"):
             raise UsageError(f"temperature = {self.temperature} must be at least 1e-6 (for the likeliest answer leave sampling off)")
         check_seed(self.seed)
+        if self.speculative not in (known := ("auto", "on", "off")):
+            raise UsageError(f"speculative = {self.speculative!r} must be one of {', '.join(known)}")
         if self.top_k < 0:
             raise UsageError(f"top_k = {self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

@@ -82,10 +82,12 @@ class Answerer:
         self,
         questions: list[tuple[list[Tiles], str]],
         settings: GenerationConfig,
-        on_text: Callable[[str], None] | None = None,
-        ends: Sequence[str] = (),
+        on_text: Callable[[str, str], None] | None = None,
+        stops: Sequence[str] = (),
     ) -> list[Answer]:
-        """Answer a batch of (tiles of each image, question). `on_text` sees a single question's answer as it grows. Each of `ends` ends one, as `settings.stop` does."""
+        """Answer a batch of (tiles of each image, question). `on_text` sees a single question's answer as it grows, and what waits behind it, for a stop string may begin there. Each of `stops` ends an answer before it."""
+        if not questions:
+            return []
         for _, question in questions:
             if not question.strip():
                 raise UsageError("the prompt is empty: give a question")
@@ -97,7 +99,7 @@ class Answerer:
             torch.cuda.synchronize(self.model.device)
         encode_s = time.perf_counter() - started
         batch = {k: v.to(self.model.device) for k, v in collate_prompts(prompts).items()}
-        stops = [end for end in (settings.stop, *ends) if end]
+        stops = [stop for stop in stops if stop]
         stream = None if on_text is None and not stops else self.stream(on_text, stops, len(questions))
         made = generate(self.model, images=rows, stop=self.renderer.tokenizer.turn_end, settings=settings, on_tokens=stream, tiles=self.tiles_of(images), **batch)
         return [self.told(made, row, fresh[row], encode_s, stops, settings.max_new_tokens) for row in range(len(questions))]
@@ -136,6 +138,10 @@ class Answerer:
         pieces = self.pieces(tokens, made.logprobs[row], len(text) if text != whole else None)
         return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], per_pass, pieces, cut)
 
+    def tokens_within(self, tokens: list[int], text: str) -> int:
+        """How many of an answer's tokens stand before the end of `text`, with which they begin."""
+        return next(n for n in range(len(tokens), -1, -1) if len(self.renderer.tokenizer.decode(tokens[:n])) <= len(text))
+
     def pieces(self, tokens: list[int], logprobs: list[float], characters: int | None = None) -> list[tuple[str, float]]:
         """What each token added to the text, with its log-probability; of a text that was cut to so many characters none behind its end."""
         out, at = [], 0
@@ -160,7 +166,7 @@ class Answerer:
         tiles = [image.pixels for row in images for image in row]
         return torch.cat(tiles).to(self.model.device) if tiles and isinstance(self.model, VisionLanguageModel) else None
 
-    def stream(self, on_text: Callable[[str], None] | None, stops: Sequence[str], rows: int) -> Callable[[int, list[int]], bool]:
+    def stream(self, on_text: Callable[[str, str], None] | None, stops: Sequence[str], rows: int) -> Callable[[int, list[int]], bool]:
         """What `generate` calls with a row's tokens so far. Characters whose bytes, and beginnings of `stops` whose ends, have not come wait."""
 
         def on_tokens(row: int, tokens: list[int]) -> bool:
@@ -168,7 +174,7 @@ class Answerer:
             text = _until(stops, whole)
             if on_text is not None and rows == 1:
                 waits = max((_beginning(stop, text) for stop in stops), default=0) if text == whole else 0
-                on_text(text[: len(text) - waits])
+                on_text(text[: len(text) - waits], text[len(text) - waits :])
             return text != whole
 
         return on_tokens

@@ -3,7 +3,7 @@
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
@@ -17,19 +17,19 @@ from models.kv_cache import DecodingCache
 class Chat:
     """One conversation. What was said stays in the right tower's cache: a turn costs its own tokens only, an image is encoded once."""
 
-    def __init__(self, answerer: Answerer, settings: GenerationConfig) -> None:
+    def __init__(self, answerer: Answerer, settings: GenerationConfig, stops: Sequence[str] = ()) -> None:
         if answerer.model.config.left_context == "prefix":
             raise UsageError("this model reads the text before an image in its left tower (left_context = prefix): it cannot go on with a conversation; ask single questions")
         config, model = answerer.model.right.config, answerer.model
         check_heads(model, settings)
-        self.answerer, self.settings = answerer, settings
+        self.answerer, self.settings, self.stops = answerer, settings, [stop for stop in stops if stop]
         self.cache = DecodingCache(config.layers, 1, config.kv_heads, 0, config.head_size, model.right.embed_tokens.weight.dtype, model.device)
         self.position = 0  # of the next token that is not in the cache
         self.last: list[int] = []  # of the last answer, and not in the cache
         self.seen: set[int] = set()  # tokens of all turns
         self.shown = 0  # images
 
-    def ask(self, text: str, images: list[Tiles], on_text: Callable[[str], None] | None = None) -> Answer:
+    def ask(self, text: str, images: list[Tiles], on_text: Callable[[str, str], None] | None = None) -> Answer:
         """The answer to the next turn, about `images` and all that was said and shown before."""
         if not text.strip():
             raise UsageError("the prompt is empty: give a question")
@@ -41,8 +41,7 @@ class Chat:
         rows, fresh = answerer.images_of([prompt], [images])
         encode_s = time.perf_counter() - started
         batch = {k: v.to(answerer.model.device) for k, v in collate_prompts([prompt]).items()}
-        stops = [self.settings.stop] if self.settings.stop else []
-        stream = answerer.stream(on_text, stops, 1) if on_text is not None or stops else None
+        stream = answerer.stream(on_text, self.stops, 1) if on_text is not None or self.stops else None
         before = self.cache.lengths
         try:
             made = generate(
@@ -59,24 +58,27 @@ class Chat:
         except BaseException:  # Ctrl-C, for one: the conversation is where it was before this turn
             self.cache.lengths = before
             raise
-        tokens = made.tokens[0]
+        answer = answerer.told(made, 0, fresh[0], encode_s, self.stops, self.settings.max_new_tokens)
+        whole = made.tokens[0]
+        tokens = whole[: answerer.tokens_within(whole, answer.text)]  # what a stop string cut off was not said
+        self.cache.lengths = [length - max(0, len(whole) - 1) + max(0, len(tokens) - 1) for length in self.cache.lengths]
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
         self.last = [token for token in tokens[-1:] if token < answerer.model.vocabulary.text_size]  # an image token that was said cannot be read
         self.shown += len(images)
         self.seen.update(prompt.right_ids, tokens)
-        return answerer.told(made, 0, fresh[0], encode_s, stops, self.settings.max_new_tokens)
+        return answer
 
 
 class Shown:
-    """An answer as it grows: its text so far, which is printed where it is `live`."""
+    """An answer as it grows: its text so far, which is printed where it is `live`, and what waits behind it."""
 
     def __init__(self, live: bool = True) -> None:
-        self.text, self.live = "", live
+        self.text, self.waits, self.live = "", "", live
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, text: str, waits: str) -> None:
         if self.live:
             print(text[len(self.text) :], end="", flush=True)
-        self.text = text
+        self.text, self.waits = text, waits
 
     def end(self, text: str) -> None:
         print(text[len(self.text) :], flush=True)
@@ -87,33 +89,38 @@ def told(answer: Answer) -> str:
     return f"[first token {answer.ttft_ms:.0f} ms, {answer.tokens_per_s:.1f} tokens/s, {per_pass}, image KV {answer.image_kv}]"
 
 
-def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> None:
-    """Turns from standard input until an empty line or its end. Images of a turn that fails are put away."""
+def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> int:
+    """Turns from standard input until an empty line or its end; → how many lines failed. Images of a turn that fails are put away."""
+    if sys.stdin is None:
+        raise UsageError("--chat: there is no standard input to read turns from")
+    failed = 0
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte spoils its own turn alone
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = (input("> ") if sys.stdin.isatty() and sys.stdout is not None else sys.stdin.readline()).strip()
         except EOFError:
-            return
+            return failed
         if not line:
-            return
+            return failed
         if line == "/image" or line.startswith("/image "):
             try:
                 if line == "/image":
                     raise UsageError("give a file behind /image")
                 images.append(answerer.tiles(line.removeprefix("/image").strip()))
             except UserError as error:
+                failed += 1
                 print(f"error: {error}", file=sys.stderr)
             continue
         show = Shown()
         try:
             answer = chat.ask(line, images, show)
         except KeyboardInterrupt:  # the answer so far stays on the screen; the conversation goes on from before it
-            print(flush=True)
+            print(show.waits, flush=True)
             print("[stopped: this turn is forgotten]", file=sys.stderr)
             continue
         except UserError as error:
+            failed += 1
             print(f"error: {error}" + (f" ({len(images)} image{'s' * (len(images) > 1)} put away: show them again with /image)" if images else ""), file=sys.stderr)
             images = []
             continue

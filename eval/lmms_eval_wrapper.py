@@ -31,6 +31,7 @@ from eval.answering import Answer, Answerer
 
 MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
 OF_OTHERS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}  # settings of tasks that are read here, or speak of another model's preprocessing
+NEAR = 4  # batches that are sorted by length together: the image KVs of so many stay in memory
 THUMBNAIL = 256
 Question = tuple[list[Tiles], str]
 
@@ -86,13 +87,14 @@ class DualTower(lmms):
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
 
     def answers(self, keys: list[tuple[str, int]], arguments: list[dict[str, Any]], texts: list[str], asked: list[Callable[[], Question]]) -> list[Answer]:
-        """Answers to `texts`, each of a task and document; `asked` give them with their images, when their turn comes. Like settings together, longest first."""
+        """Answers to `texts`, each of a task and document; `asked` give them with their images, when their turn comes. Like settings together, and of so many that stand near one another, an image's among them, the longest first."""
         answers: dict[int, Answer] = {}
         alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
         for number, given in enumerate(arguments):
             alike[self.settings(given)].append(number)
         for (settings, ends), numbers in alike.items():
-            numbers.sort(key=lambda n: -len(self.answerer.renderer.tokenizer.encode(texts[n])))
+            lengths, near = {n: len(self.answerer.renderer.tokenizer.encode(texts[n])) for n in numbers}, NEAR * self.batch_size
+            numbers = [n for at in range(0, len(numbers), near) for n in sorted(numbers[at : at + near], key=lengths.__getitem__, reverse=True)]
             while numbers:
                 part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
                 questions = [asked[n]() for n in part]
@@ -204,7 +206,7 @@ class DualTower(lmms):
     def answer(self, questions: list[Question], settings: GenerationConfig, ends: tuple[str, ...]) -> list[Answer]:
         """A batch of answers."""
         started = time.perf_counter()
-        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings, ends=ends))
+        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings, stops=ends))
         self.seconds += time.perf_counter() - started
         self.tokens += sum(answer.tokens for answer in answers)
         return answers

@@ -55,6 +55,9 @@ class Row:
         return len(tokens)
 
 
+NUCLEUS = 512  # likeliest tokens among which those of top-p are looked for first
+
+
 def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
     """Logits (…, V) → the distribution (…, V) that tokens are drawn from; all on the likeliest where `settings.sampling` is off.
 
@@ -71,10 +74,13 @@ def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | Non
         kept = logits.topk(settings.top_k).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     if settings.top_p < 1:
-        ranked, ids = logits.softmax(-1).sort(dim=-1, descending=True)
+        made = logits.softmax(-1)
+        ranked, ids = made.topk(min(NUCLEUS, made.shape[-1]))  # a full sort takes many times as long
+        if (ranked.sum(-1) < settings.top_p).any():
+            ranked, ids = made.sort(dim=-1, descending=True)
         before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-        out = (before >= settings.top_p) & (before > 0)  # the likeliest always stays, for before it there is nothing
-        logits = logits.masked_fill(out.gather(-1, ids.argsort(-1)), -torch.inf)
+        stays = (before < settings.top_p) | (before <= 0)  # the likeliest always, for before it there is nothing
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, logits.gather(-1, ids).masked_fill(~stays, -torch.inf))
     made = logits.softmax(-1)
     if settings.min_p:
         made = made.masked_fill(made < settings.min_p * made.amax(-1, keepdim=True), 0)
@@ -253,6 +259,10 @@ def prefill(
         cache = DecodingCache(config.layers, B, config.kv_heads, L + ids.shape[1] + slots, config.head_size, dtype, ids.device)
     else:
         cache.grow(L + ids.shape[1] + slots)
+    wanted = config.layers, 2, config.kv_heads, config.head_size
+    for kv, _ in (placed for row in images for placed in row):
+        if (*kv.data.shape[:3], *kv.data.shape[4:]) != wanted:
+            raise UserError(f"an image KV of {tuple(kv.data.shape)} is of another model: this one's are {(*wanted[:3], 'tokens', wanted[3])}; encode the image with it")
     if L:
         keys = torch.zeros(config.layers, 2, B, config.kv_heads, L, config.head_size, dtype=dtype, device=ids.device)
         places = torch.full((B, L), NEVER, device=ids.device)
@@ -286,6 +296,11 @@ def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
     return cache_mask(positions, cache.positions[:, : cache.used])
 
 
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise UserError("the model's states or logits are not finite: its weights are damaged, or its training diverged")
+
+
 class Passed(NamedTuple):
     """What a pass over B rows with N drafts each gave."""
 
@@ -316,6 +331,7 @@ def one_pass(
     places = torch.tensor(positions, device=chosen.device)[:, None] + sees.sum(-1) - 1
     start = cache.lengths
     states = verify(model, cache, tokens, places, sees)  # (B, N + 1, D)
+    _check_finite(states)
     logits = model.right.logits(states)  # (B, N + 1, V)
     also = _seen_with(seen, tokens, sees) if seen is not None else None
     target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
@@ -366,8 +382,7 @@ def generate(
     hidden = states[torch.arange(len(ids)), (positions >= 0).sum(1) - 1]  # (B, D), at the prompts' last tokens
     prompt_lengths = cache.lengths
     logits = model.right.logits(hidden)[:, None]  # (B, 1, V)
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
+    _check_finite(logits)
     counted = None  # (B, V), tokens that the repetition penalty counts
     if settings.repetition_penalty != 1.0:
         said = ids.masked_fill((positions < 0) | (ids >= model.vocabulary.text_size), V)  # neither padding nor a vanilla model's image tokens

@@ -66,5 +66,5 @@ def _key(model: Any, block: Block) -> str:
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.blake2b(repr((tuple(block.tiles.shape), block.ids, block.images, dtype)).encode(), digest_size=16)
-    digest.update(block.tiles.numpy().data)
+    digest.update(block.tiles.contiguous().numpy().data)
     return digest.hexdigest()

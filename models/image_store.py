@@ -111,6 +111,13 @@ class ImageStore:
 
     def _read(self, path: Path, key: str, shape: tuple[int, ...] | None) -> ImageKV | None:
         try:
+            path.open("rb").close()
+        except FileNotFoundError:
+            return None  # another process needed the room
+        except OSError as error:  # the file may be whole
+            self._leave_disk(error)
+            return None
+        try:
             return ImageKV.load(path, self.origin, key, shape)
         except UserError as error:
             try:

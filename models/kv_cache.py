@@ -32,18 +32,18 @@ class ImageKV:
     def tokens(self) -> int:
         return self.data.shape[3]
 
-    def save(self, path: Path, origin: str, key: str = "") -> None:
+    def save(self, path: str | Path, origin: str, key: str = "") -> None:
         """Write a safetensors file, beside and renamed. `origin` says what made the image KV: `DualTowerVLM.origin`; `key` of what image. A disk that refuses raises `UserError`."""
         data = self.data.detach().cpu().contiguous()
         metadata = {"format": str(FORMAT), "origin": origin, "key": key, "checksum": _checksum(data, origin, key)}
         try:
-            with replacing(path) as beside:
+            with replacing(Path(path)) as beside:
                 save_file({"data": data}, beside, metadata=metadata)
         except (SafetensorError, OSError) as error:  # a full disk; a read-only one, where not even clearing up is allowed
             raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
 
     @classmethod
-    def load(cls, path: Path, origin: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
+    def load(cls, path: str | Path, origin: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
         """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `origin`, `key` or `shape` (None: any), raises `UserError`."""
         again = "encode the image again"
         try:

@@ -143,7 +143,7 @@ def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, ca
     def ask(text, images, on_text):
         asked.append(text)
         if len(asked) == 1:
-            on_text("half an")
+            on_text("half", " an")
             raise KeyboardInterrupt
         return whole(text, images, on_text)
 
@@ -199,15 +199,43 @@ def test_stop_strings_and_streaming(tokenizer, renderer):
     whole = answerer.answer(asked, GenerationConfig(max_new_tokens=12))[0]
     stop = whole.text[len(whole.text) // 2 :][:3]
     seen: list[str] = []
-    cut = answerer.answer(asked, GenerationConfig(max_new_tokens=12, stop=stop), seen.append)[0]
+    cut = answerer.answer(asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop])[0]
     assert cut.text == whole.text.split(stop)[0] and cut.tokens < whole.tokens
     assert seen[-1] == cut.text and all(b.startswith(a) for a, b in pairwise(seen)) and not any(stop in s for s in seen)
+
+
+def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
+    """The next turn goes on from the last token before it, and not from those behind."""
+    model = lively_model(tokenizer)
+    settings, first = GenerationConfig(max_new_tokens=12, repetition_penalty=1.3), renderer.prompt([], [{"user": "what is it?"}])
+    made = generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([first])).tokens[0]
+    for kept in (0, 1, 5):
+        text = tokenizer.decode(made[:kept])
+        stop = tokenizer.decode(made)[len(text) :][:4]
+        chat = Chat(Answerer(model, renderer), settings, ["", "never", stop])
+        assert tokenizer.decode(made).index(stop) == len(text) and chat.ask("what is it?", []).text == text
+        follow = renderer.follow_up([], "is it large?", made[:kept][-1:], first.right_positions[-1] + max(1, kept))
+        ids = [*first.right_ids, *made[: max(0, kept - 1)], *follow.right_ids]
+        expected = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings).tokens[0]
+        assert chat.ask("is it large?", []).text == tokenizer.decode(expected).split(stop)[0].split("never")[0]
+        assert not set(made[kept:]) & chat.seen - {*ids, *expected}
+
+
+def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):
+    chat = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=4))
+    for lines, failed in (("what is it?\n", 0), ("/image nowhere.png\nwhat is it?\n\nnever read\n", 1), ("/image\n/image nowhere.png\n", 2)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        assert talk(chat.answerer, chat, [], stats=False) == failed
+    assert capsys.readouterr().err.count("error: ") == 3
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="no standard input"):
+        talk(chat.answerer, chat, [], stats=False)
 
 
 def test_half_a_stop_string_waits_whatever_its_bytes(tokenizer, renderer):
     """A stop string of characters that take several tokens: half of one must not bring out what waited for it."""
     answerer, shown = Answerer(lively_model(tokenizer), renderer), []
-    on_tokens = answerer.stream(shown.append, ["é💡"], 1)
+    on_tokens = answerer.stream(lambda text, _: shown.append(text), ["é💡"], 1)
     tokens = tokenizer.encode("caé💥 aé💡x")
     ended = [on_tokens(0, tokens[:n]) for n in range(1, len(tokens) + 1)]
     assert all(b.startswith(a) for a, b in pairwise(shown)) and "\ufffd" not in "".join(shown)

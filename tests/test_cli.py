@@ -100,9 +100,27 @@ def test_what_came_before_an_interruption_is_not_lost(trained):
     assert plain.returncode == as_json.returncode == 130 and plain.stderr == as_json.stderr == "interrupted\n"
     part = plain.stdout.removesuffix("\n")
     assert part and whole.startswith(part) and part != whole
+    waiting = run_program([ROOT / "generate.py", *flags, "--stop", part + "never"], ROOT, before=interrupt_third_pass)  # it may begin a stop string
+    assert (waiting.returncode, waiting.stdout) == (130, plain.stdout)
     told = json.loads(as_json.stdout)
     assert told | {"ttft_ms": None, "passes": None} == told and (told["answer"], told["interrupted"]) == (part, True)
     assert set(told) == set(json.loads(run("generate.py", *flags, "--json").stdout))
+
+
+def test_a_terminal_without_arrows_loses_no_answer(trained):
+    flags = ["--checkpoint", str(trained / "model"), "--prompt", "what is it?", "--prompt", "is it large?"]
+    utf8, ascii = (
+        subprocess.run([sys.executable, ROOT / "generate.py", *flags], capture_output=True, env=os.environ | {"PYTHONIOENCODING": coding}) for coding in ("utf-8", "ascii")
+    )
+    assert (utf8.returncode, ascii.returncode, ascii.stderr) == (0, 0, b"")
+    assert ascii.stdout == utf8.stdout.decode().encode("ascii", "backslashreplace") and b"\\u2192" in ascii.stdout
+
+
+def test_what_only_sampling_uses_needs_it(trained):
+    flags = ["--checkpoint", str(trained / "model"), "--prompt", "what is it?"]
+    for name, value in (("temperature", "0.7"), ("top_k", "5"), ("top_p", "0.5"), ("min_p", "0.1"), ("seed", "3")):
+        done = run("generate.py", *flags, f"--{name}", value)
+        assert done.returncode == 2 and done.stderr == f"error: --{name} is for --sampling alone: add it, or leave --{name} out\n"
 
 
 def test_generate_settings_from_a_file(trained, tmp_path):

@@ -29,6 +29,7 @@ from data.collators import collate
 from data.datasets import Sample
 from data.render import Renderer
 from eval.answering import Answerer
+from models.image_store import ImageStore
 
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 
@@ -207,7 +208,7 @@ def test_an_image_is_encoded_once(answerer, monkeypatch):
 )
 def test_generation_arguments(answerer, arguments, sampling, tokens):
     settings, ends = DualTower(answerer=answerer).settings(arguments)
-    assert (settings.sampling, settings.stop, settings.max_new_tokens) == (sampling, "", tokens)
+    assert (settings.sampling, settings.max_new_tokens) == (sampling, tokens)
     assert list(ends) == arguments.get("until", arguments.get("stop_sequences", []))
     assert not sampling or (settings.temperature, settings.top_p) == (0.7, 0.9)
 
@@ -246,15 +247,29 @@ def test_a_request_that_fails_is_raised(answerer, second, visuals, error):
         adapter(answerer, [{}]).generate_until([request(0, "what is it?", second, visuals)])
 
 
+def test_an_image_with_many_questions_is_encoded_once(tokenizer):
+    """Though questions are sorted by length, and though the store holds a quarter of the images."""
+    model = lively_model(tokenizer)
+    one = 4 * 2 * model.config.left.layers * model.config.left.kv_heads * model.config.left.head_size * (model.config.tokens_per_tile + 1)
+    answerer = Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image"), ImageStore(memory_bytes=10 * one))
+    documents = [{"images": [Image.open(io.BytesIO(png(n // 3)))]} for n in range(120)]
+    kinds: list[str] = []
+    answer = answerer.answer
+    answerer.answer = lambda *a, **more: [kinds.append(one.image_kv) or one for one in answer(*a, **more)]
+    requests = [request(n, QUESTIONS[n % 3] + " now" * (n * 7 % 5), {}) for n in range(120)]
+    adapter(answerer, documents, batch_size=6, max_new_tokens=1).generate_until(requests)
+    assert (kinds.count("computed"), len(kinds)) == (40, 120)
+
+
 def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
     original, sizes, said = answerer.answer, [], []
     limit = 4
 
-    def answer(questions, settings, ends):
+    def answer(questions, settings, stops):
         sizes.append(len(questions))
         if len(questions) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(questions, settings, ends=ends)
+        return original(questions, settings, stops=stops)
 
     monkeypatch.setattr(answerer, "answer", answer)
     requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]

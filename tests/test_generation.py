@@ -1,5 +1,7 @@
 """Generation against the naive model run over the whole sequence again for every token, and sampling against its definition."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from naive_dual_tower import Naive
 from test_dual_tower import block_starts
 
 import models.generation
-from configs.errors import UsageError
+from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
@@ -203,7 +205,7 @@ def test_pieces_are_the_answer(tokenizer, renderer):
     whole = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
     assert len(whole.pieces) == whole.tokens == 12 and "".join(text for text, _ in whole.pieces) == whole.text
     stop = whole.text[len(whole.text) // 2 :][:3]
-    cut = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True, stop=stop))[0]
+    cut = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop])[0]
     assert "".join(text for text, _ in cut.pieces) == cut.text and len(cut.pieces) < cut.tokens
     assert [logprob for _, logprob in cut.pieces] == [logprob for _, logprob in whole.pieces][: len(cut.pieces)]
     tokens = [*tokenizer.encode("x 💡"), tokenizer.turn_end]
@@ -243,3 +245,37 @@ def test_bad_settings(bad):
 def test_a_prompt_too_long_says_so(model, renderer):
     with pytest.raises(UsageError, match=r"the prompt has \d+ tokens.*256 positions"):
         Answerer(model, renderer).answer([([], "long " * 300)], GenerationConfig())
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_ends_the_answer_wherever_it_begins(tokenizer, renderer, monkeypatch, sampling, bad):
+    model, original, passes = lively_model(tokenizer), models.generation.verify, []
+
+    def verify(*arguments: Any) -> torch.Tensor:
+        passes.append(original(*arguments))
+        return passes[-1] if len(passes) < 3 else passes[-1] * bad
+
+    monkeypatch.setattr(models.generation, "verify", verify)
+    batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=8, sampling=sampling), **batch)
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("top_p", [1e-300, 0.3, 0.9, 0.999])
+def test_top_p_in_a_vocabulary_of_any_size(spread, top_p):
+    """Among 2,000 tokens, flat and steep: those that a loop over them keeps, few or nearly all."""
+    logits = spread * torch.randn(3, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    made = probabilities(logits, GenerationConfig(sampling=True, top_p=top_p))
+    for row, found in zip(logits.float().softmax(-1).tolist(), made, strict=True):
+        kept, before = [], 0.0
+        for token in sorted(range(2000), key=lambda token, row=row: -row[token]):
+            if before >= top_p and kept:
+                break
+            kept.append(token)
+            before += row[token]
+        differ = set(kept) ^ set(found.nonzero()[:, 0].tolist())
+        assert len(differ) <= 1  # the last one, by rounding
+        assert torch.allclose(found[kept[:-1]] / found[kept[0]], torch.tensor([row[token] / row[kept[0]] for token in kept[:-1]]), rtol=1e-4)

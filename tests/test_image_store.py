@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 import eval.answering
 import models.image_store
 from configs.errors import UserError
+from configs.files import replacing
 from configs.model import GenerationConfig
 from data.images import Tiles
 from data.render import Renderer
 from eval.answering import Answerer, Block
 from models.dual_tower.dual_tower import DualTowerVLM
+from models.generation import generate
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 
@@ -329,6 +332,33 @@ class TestDisk:
         assert store.get("a") is None
         assert capsys.readouterr().err.startswith(f"warning: {tmp_path}")
 
+    def test_a_whole_file_that_cannot_be_opened_stays(self, tmp_path):
+        """Too many open files, say: nothing is wrong with it."""
+        ImageStore(folder=tmp_path, origin=ORIGIN).put("01", kv_of(1))
+        lines: list[str] = []
+        store, limits, held = ImageStore(folder=tmp_path, origin=ORIGIN, say=lines.append), resource.getrlimit(resource.RLIMIT_NOFILE), []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+            with suppress(OSError):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            assert store.get("01") is None
+        finally:
+            for number in held:
+                os.close(number)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert files(tmp_path) == {"01"} and len(lines) == 1 and "goes on without" in lines[0] and "Too many open files" in lines[0]
+        assert same(ImageStore(folder=tmp_path, origin=ORIGIN).get("01"), kv_of(1))
+
+    def test_two_that_write_one_file_at_once_both_do(self, tmp_path):
+        """Threads, or processes of two containers, which may have one number."""
+        path = tmp_path / "a"
+        with replacing(path) as one, replacing(path) as other:
+            one.write_text("one")
+            other.write_text("other")
+        assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+        assert models.image_store.TEMPORARY.fullmatch(other.name.replace(".a.", ".0a.safetensors."))
+
     def test_a_folder_that_cannot_be_is_said_once(self, tmp_path):
         (tmp_path / "file").write_text("in the way")
         store = self.store(tmp_path / "file", memory_bytes=1 << 20)
@@ -466,6 +496,16 @@ class TestAnswerer:
         with torch.autocast("cpu", torch.bfloat16):
             assert answerer.encode([first, first])[1] == [True, False]
         assert self.encoded == [1] * 6
+
+    def test_an_image_kv_of_another_model_is_refused(self, model, renderer):
+        """Fewer layers, more heads, larger heads: none is read as if it were this model's."""
+        prompt, config = renderer.prompt([(1, 1)], [{"user": "what is it?"}]), model.right.config
+        batch = {"ids": torch.tensor([prompt.right_ids]), "positions": torch.tensor([prompt.right_positions])}
+        settings, shape = GenerationConfig(max_new_tokens=1), [config.layers, 2, config.kv_heads, 5, config.head_size]
+        generate(model, images=[[(ImageKV(torch.zeros(shape)), 0)]], stop=-1, settings=settings, **batch)
+        for place, other in ((0, 1), (2, 2 * config.kv_heads), (4, 2 * config.head_size)):
+            with pytest.raises(UserError, match="of another model"):
+                generate(model, images=[[(ImageKV(torch.zeros([*shape[:place], other, *shape[place + 1 :]])), 0)]], stop=-1, settings=settings, **batch)
 
     def test_vanilla_models_leave_it_empty(self, tokenizer):
         config = replace(TINY_MODEL, left_context="none")
