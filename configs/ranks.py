@@ -79,4 +79,7 @@ ALONE = World()
 
 def world_of_torchrun() -> World:
     """What torchrun's environment says; nothing is opened."""
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if not 0 <= world.rank < world.size:
+        raise UserError(f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: torchrun sets both; unset RANK for a single process")
+    return world

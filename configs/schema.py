@@ -32,6 +32,10 @@ class FilterConfig:
         for f in fields(self):
             if getattr(self, f.name) < 0:
                 raise UsageError(f"data.filters.{f.name} = {getattr(self, f.name)} must be 0 (no bound) or more")
+        for name in ("question", "answer"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if 0 < most < least:
+                raise UsageError(f"data.filters: no {name} has at least {least} characters (min_{name}) and at most {most} (max_{name})")
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,16 @@ class Config:
         learning = {f"train.lr_{part}": getattr(self.train, f"lr_{part}") for part in ("vision", "projector", *self.model.towers, *["heads"] * bool(self.model.multi_token.heads))}
         if not any(learning.values()):
             raise UsageError(f"nothing learns: {', '.join(learning)} are all 0, which freezes every part of this model")
+        idle = [
+            ("eval.tasks_every", self.eval.tasks_every and not self.eval.tasks, "eval.tasks names no task"),
+            ("eval.limit", self.eval.limit and not self.eval.tasks, "eval.tasks names no task"),
+            ("hub.private", self.hub.private and not self.hub.repo, "hub.repo names no repository"),
+            ("train.warmup_vision", self.train.warmup_vision >= 0 and not self.train.lr_vision, "train.lr_vision = 0 freezes the vision encoder"),
+            ("train.head_warmup", self.train.head_warmup and not self.model.multi_token.heads, "model.multi_token.heads is 0"),
+        ]
+        for name, given, why in idle:
+            if given:
+                raise UsageError(f"{name} says nothing here, for {why}: leave it out, or change that")
         if self.fit_memory not in ("", "auto") and not (re.fullmatch(r"\d+(\.\d+)?", self.fit_memory) and float(self.fit_memory) > 0):
             raise UsageError(f"fit_memory = {self.fit_memory!r} must be a number of GB, or auto: what is free")
         d, block = self.data, 1 + self.model.tokens_per_tile

@@ -3,8 +3,8 @@
 import json
 import math
 import re
-import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +170,12 @@ class Best:
         kept = read_json(self.path) if self.metric and self.path.is_file() else {}
         return int(kept["step"]) if kept.get("metric") == self.metric else -1
 
-    def go_back(self, step: int, aside: Path) -> None:
-        """The run goes on behind `step`: a best model of a later one is no longer its own, and goes into the folder `aside`."""
+    def go_back(self, step: int, put_aside: Callable[[Path], Any]) -> None:
+        """The run goes on behind `step`: a best model of a later one is no longer its own."""
         if self.path.is_file() and read_json(self.path)["step"] > step:
-            aside.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside / "best", ignore_errors=True)
-            if (model := self.path.parent / "best").is_dir():
-                model.rename(aside / "best")
-            self.path.replace(aside / self.path.name)
+            for path in (self.path.parent / "best", self.path):
+                if path.exists():
+                    put_aside(path)
 
     @property
     def warning(self) -> str:

@@ -1,6 +1,12 @@
 """What is logged beside the loss: update ratios, histograms, FLOP/s, spikes; and the watchdog."""
 
+import ctypes
 import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,10 +141,49 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
     flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.detail_every", "2"]
     done = run_program([str(ROOT / "train_dual_tower.py"), *flags], tmp_path, before=slow_third_step)
     assert done.returncode == 0, done.stderr
-    assert "Timeout (0:00:01" in done.stderr and "in slow_third_step" not in done.stderr and "loop.py" in done.stderr
+    assert "no step for 0.02 minutes" in done.stderr and "thread MainThread, most recent call last:" in done.stderr and "Fatal" not in done.stderr
+    assert "in slow_third_step" not in done.stderr and "loop.py" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     looked = [row["step"] for row in rows if "update_ratios" in row]
     assert looked == [2, 4] and all(row["tflops_per_s"] > 0 for row in rows if "grad_norm" in row)
+
+
+def busy_under_a_watchdog() -> None:
+    """Hundreds of dumps of threads at work, which may end a process where they are made beside them."""
+    from training.loop import Watchdog
+
+    over = time.monotonic() + 3
+    with Watchdog(1e-9):
+        workers = [threading.Thread(target=lambda: [json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)]) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    sys.exit(7)
+
+
+def hold_the_interpreter() -> None:
+    """A C function that hangs with the interpreter's lock: no thread of Python's can say so."""
+    from training.loop import Watchdog
+
+    with Watchdog(0.01):
+        ctypes.PyDLL(None).sleep(4)
+    sys.exit(7)
+
+
+def test_the_watchdog_ends_nothing_and_sees_what_holds_the_interpreter(tmp_path):
+    done = run_program(["-c"], tmp_path, before=busy_under_a_watchdog)
+    assert done.returncode == 7 and done.stderr.count("no step for 1e-09 minutes") > 10, done.stderr[-500:]
+    done = run_program(["-c"], tmp_path, before=hold_the_interpreter)
+    assert done.returncode == 7 and "hold_the_interpreter" in done.stderr and "no step" not in done.stderr.partition("hold_the_interpreter")[0], done.stderr[-500:]
+
+
+def test_training_without_a_standard_error(tmp_path):
+    flags = [part for flag in SMALL for part in flag.split("=")]
+    flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2"]
+    command = shlex.join([sys.executable, str(ROOT / "train_dual_tower.py"), *flags, "--max_steps", "2", "--output_dir", "run", "--cache_dir", "cache"])
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_compile_without_a_compiler_is_one_line(monkeypatch):

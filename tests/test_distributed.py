@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from programs import Program, run_program, run_ranks, start_ranks
 from safetensors.torch import load_file
 from test_training import command
@@ -20,6 +21,7 @@ from configs.schema import Config, DataConfig, TrainConfig
 from data.loader import merged
 from training.checkpoint import checkpoints
 from training.distributed import check_world
+from training.precision import grad_scaler, load_scale, scale_state
 from training.script import TORCHRUN
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
@@ -144,6 +146,9 @@ def test_the_command_for_several_nodes_is_theirs(tmp_path):
 def test_ranks_without_torchrun_are_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")} | {"WORLD_SIZE": "2", "RANK": "0"}
     done = subprocess.run([sys.executable, *command("--train.accumulation", "2")[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    single = {name: value for name, value in environment.items() if name != "WORLD_SIZE"} | {"RANK": "1"}
+    lone = subprocess.run([sys.executable, *command()[1:]], cwd=tmp_path, env=single, capture_output=True, text=True, check=False)
+    assert lone.returncode == 1 and "RANK = 1 and WORLD_SIZE = 1 do not fit" in lone.stderr and lone.stderr.count("\n") == 1, lone.stderr
     assert done.returncode == 2 and "WORLD_SIZE = 2 stands in the environment without MASTER_ADDR" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -223,3 +228,22 @@ def test_states_of_all_ranks_are_one_of_each_stream():
     shared = [{0: {"epoch": 1, "damaged": [["a", "image_damaged", 2]]}}, {0: {"epoch": 1, "damaged": [["a", "image_damaged", 3], ["b", "image_missing", 1]]}}]
     assert merged(shared) == [{"epoch": 1, "damaged": [["a", "image_damaged", 5], ["b", "image_missing", 1]]}]
     assert [state["epoch"] for state in merged([{0: {"epoch": 4, "damaged": []}, 2: {"epoch": 6, "damaged": []}}, {1: {"epoch": 5, "damaged": []}}])] == [4, 5, 6]
+
+
+def test_fp16_holds_the_same_numbers_on_any_number_of_ranks(tmp_path):
+    """Losses count as often as there are ranks, for gradients are averaged: the scale is as many times smaller. It is told, and kept, as one process has it."""
+    config, cpu = TrainConfig(dtype="fp16"), torch.device("cpu")
+    alone, four = (grad_scaler(config, cpu, ranks) for ranks in (1, 4))
+    assert 4 * four.get_scale() == alone.get_scale() == 65536
+    for ranks in (1, 2, 8):
+        again = grad_scaler(config, cpu, ranks)
+        load_scale(again, scale_state(four, 4) | {"scale": 1024.0}, ranks)
+        assert again.get_scale() * ranks == 1024
+    off = grad_scaler(TrainConfig(), cpu, 2)
+    load_scale(off, scale_state(off, 2), 4)
+    flags = ["--train.dtype", "fp16", "--max_steps", "2", "--output_dir", "run"]
+    for number, step in ((2, 2), (1, 3)):
+        done = run_ranks(number, command(*SHARED, *flags, "--resume", "auto", "--max_steps", str(step)), tmp_path)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss_scale"] for line in lines if "grad_norm" in line] == [65536] * 3

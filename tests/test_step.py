@@ -158,7 +158,7 @@ def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
 def overflow_often() -> None:
     import training.loop
 
-    training.loop.grad_scaler = lambda config, device: torch.amp.GradScaler("cpu", init_scale=2.0**80, backoff_factor=2.0**-30)
+    training.loop.grad_scaler = lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**80, backoff_factor=2.0**-30)
 
 
 def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):

@@ -44,6 +44,7 @@ from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, rea
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
+from training.loop import StopSignals
 from training.optim import make_optimizers, schedule
 from training.step import train_step
 
@@ -376,14 +377,86 @@ def test_a_checkpoint_without_its_state_is_passed_over_aloud(uninterrupted, tmp_
     assert done.returncode == 0 and "step_000014 is damaged" in done.stderr and "after step 12" in done.stdout, done.stderr
 
 
-def restarted() -> None:
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+def by_torchrun(restarts: int) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
 
 
-def test_what_torchrun_starts_again_does_not_go_back_again(uninterrupted, tmp_path):
+def test_what_torchrun_starts_again_goes_back_once(uninterrupted, tmp_path):
+    """Not a second time; but where the first start died before it had gone back, the second one does."""
     shutil.copytree(uninterrupted, tmp_path / "run")
-    done = run_program(command("--resume", "run/checkpoints/step_000012", "--max_steps", "15", "--cache_dir", "run/cache"), tmp_path, before=restarted)
-    assert done.returncode == 0 and "after step 14" in done.stdout, done.stderr
+    flags = command("--resume", "run/checkpoints/step_000012", "--max_steps", "13", "--cache_dir", "run/cache")
+    for restarts, behind in ((1, 12), (2, 13), (0, 12)):
+        done = run_program(flags, tmp_path, before=partial(by_torchrun, restarts))
+        assert done.returncode == 0 and f"after step {behind}" in done.stdout, done.stderr
+    aside = {path.name for path in (tmp_path / "run" / "checkpoints" / "abandoned").iterdir()}
+    assert aside == {"step_000014", "step_000013", "model", "model-2"}  # nothing that went aside before is lost
+
+
+@pytest.mark.parametrize("folder", ["runs/dual_tower_easyvqa", "other"])
+def test_what_torchrun_starts_again_goes_on_untold(tmp_path, folder):
+    """A run that this torchrun began; one of somebody else's it leaves alone."""
+    named = folder == "other"
+    flags = command(*["--output_dir", folder] * named, "--cache_dir", "cache", "--max_steps", "2")
+    first, again = (run_program(flags, tmp_path, before=partial(by_torchrun, restarts)) for restarts in (0, 1))
+    assert first.returncode == again.returncode == 0 and "resumed" not in first.stdout, first.stderr + again.stderr
+    assert f"resumed from {folder}/checkpoints/step_000002" in again.stdout
+    (tmp_path / folder / ".torchrun").write_text("none 1\n")
+    other = run_program(flags, tmp_path, before=partial(by_torchrun, 1))
+    assert "resumed" not in other.stdout and (other.returncode != 0) == named != (tmp_path / "runs" / "dual_tower_easyvqa-2").exists(), other.stderr
+
+
+def test_data_that_changed_is_told(tmp_path):
+    lines = [json.dumps({"images": [], "texts": [{"user": f"what is {n}?", "assistant": f"it is {n}"}]}) for n in range(30)]
+    flags = ["--data.sources", "jsonl=mine.jsonl", "--output_dir", "run", "--cache_dir", "cache", "--data.limit", "0"]
+
+    def run(count: int, steps: int) -> Any:
+        (tmp_path / "mine.jsonl").write_text("\n".join(lines[:count]))
+        return run_program(command(*flags, "--max_steps", str(steps), "--resume", "auto"), tmp_path)
+
+    assert (first := run(29, 2)).returncode == 0, first.stderr
+    before = contents(tmp_path / "run")
+    done = run(30, 4)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "training records of jsonl, and there are" in done.stderr, done.stderr
+    assert contents(tmp_path / "run") == before and run(29, 4).returncode == 0
+
+
+def failing_validation() -> None:
+    import eval.in_training
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a task that fails")
+
+    eval.in_training.Validation.score = fail
+
+
+@pytest.mark.parametrize(("step", "every"), [(5, "5"), (14, "0")])
+def test_an_evaluation_that_failed_is_made_up_for(uninterrupted, tmp_path, step, every):
+    """Between steps, and at the end: what comes out is what comes out without a failure."""
+    flags = command("--output_dir", "run", "--cache_dir", str(uninterrupted / "cache"), "--train.eval_every", every)
+    failed = run_program(flags, tmp_path, before=failing_validation)
+    assert failed.returncode == 1 and "a task that fails" in failed.stderr
+    done = run_program([*flags, "--resume", "auto"], tmp_path)
+    assert done.returncode == 0 and f"after step {step}" in done.stdout and "never came" not in done.stdout, done.stderr
+    whole = losses(uninterrupted)
+    between = [line for line in whole if whole.count(line) == 1 and line in whole[:5] + whole[6:11] + whole[12:]]
+    assert losses(tmp_path / "run") == (whole if every == "5" else between)
+
+
+def test_sigint_behind_another_signal_is_a_first_one():
+    with StopSignals() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_checkpoint(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_program(command("--output_dir", "run", "--cache_dir", "file/cache"), tmp_path)
+    assert done.returncode == 0 and done.stderr.count("could not be written") == done.stderr.count("\n") == 1 and "--cache_dir DIR" in done.stderr, done.stderr
+    assert checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_best_and_samples_of_steps_that_are_done_again_go(uninterrupted, tmp_path):
@@ -394,7 +467,7 @@ def test_best_and_samples_of_steps_that_are_done_again_go(uninterrupted, tmp_pat
     flags = ["--resume", "run/checkpoints/step_000012", "--max_steps", "13", "--train.eval_every", "13", "--eval.best", "validation_loss"]
     done = run_program(command(*flags, "--cache_dir", "run/cache"), tmp_path)
     assert done.returncode == 0 and json.loads((folder / "best.json").read_text())["step"] == 13, done.stderr
-    assert {path.name for path in (folder / "checkpoints" / "abandoned").iterdir()} == {"step_000014", "best", "best.json"}
+    assert {path.name for path in (folder / "checkpoints" / "abandoned").iterdir()} == {"step_000014", "best", "best.json", "model"}
     assert {path.name[:11] for path in (folder / "samples").iterdir() if path.name.startswith("step")} == {"step_000005", "step_000010", "step_000013"}
 
 
@@ -644,6 +717,24 @@ def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(mod
     assert [p.name for p in tmp_path.iterdir()] == ["step_000004"]
 
 
+def test_no_checkpoint_is_deleted_where_that_would_not_do(model, tmp_path, monkeypatch):
+    optimizers = make_optimizers(model, TrainConfig())
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, optimizers, {"data": []}, keep=3)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    monkeypatch.setattr(training.checkpoint, "MARGIN", 2.5)  # two old ones hold two
+    monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=size // 4))
+    with pytest.raises(UserError, match="earlier checkpoints are untouched"):
+        save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000001", "step_000002", "step_000003"]
+    free = [size, 2 * size, 3 * size]
+    monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=free.pop(0)))
+    monkeypatch.setattr(training.checkpoint.dcp, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"No space left.*step_000001, step_000002 had been deleted to make room, others are untouched"):
+        save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
+
+
 def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, batches):
     grads, kept = [], []
     for recompute in (False, True):
@@ -762,7 +853,8 @@ def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
     flags = ["--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache"), "--train.rows", "8"]
 
     done = run_program(command(*flags), tmp_path, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024)))
-    assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr.splitlines()[-1], done.stderr
+    assert done.stderr.count("\n") == 1 + (what == "feature cache"), done.stderr  # a warning, before what ends the run
     assert [p.name for p in tmp_path.rglob(".*")] == [] and checkpoints(folder / "checkpoints") == []
 
 

@@ -285,3 +285,17 @@ def test_as_a_program(tmp_path):
     for flags, code, out, err in (([], 0, "run/report.html: runs 1, charts 4, ", ""), (["--ouput", "x.html"], 2, "", "did you mean '--output'?")):
         done = subprocess.run([sys.executable, "-m", "training.report", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == code and out in done.stdout and err in done.stderr and (done.stderr if code else done.stdout).count("\n") == 1
+
+
+def test_curves_of_long_paths_are_told_apart():
+    curve, other = (report.Curve(np.arange(3.0), np.full(3, value)) for value in (1.0, 2.0))
+    figure = report.draw("loss", [report.Line("long/" * 20 + "a/run", 0, curve), report.Line("long/" * 20 + "b/run", 1, other)], 2.0)
+    labels = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    assert [label[-6:] for label in labels] == ["/a/run", "/b/run"] and all(len(label) <= 60 for label in labels)
+
+
+def test_a_step_that_overflowed_is_a_skipped_one(tmp_path):
+    lines = [{"step": 1, "loss": 3.0, "overflow": 65536.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = report.read_run(tmp_path, "run")
+    assert list(run.skipped) == [1.0] and run.curves[report.Key("loss")].values[1:].tolist() == [2.0, 1.5] and np.isnan(run.curves[report.Key("loss")].values[0])

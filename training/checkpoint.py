@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Saver:
         self.spared = -1
         self.memory: dict[str, Tensor] = {}  # of the copies
         self.failure: BaseException | None = None
+        self.deleted: list[str] = []  # to make room for the last one
         self.final = folder
 
     def prepare(self, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -80,7 +82,7 @@ class Saver:
         rng = {"cpu": torch.get_rng_state().numpy().tobytes().hex(), "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else ""}
         kept = {"step": step, "format": FORMAT, "ranks": self.world.size, "rng": self.world.gather(rng)} | state()
         beside = self.folder / f".{self.final.name}.new"
-        problem = None
+        problem, self.deleted = None, []
         if self.world.first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ class Saver:
                 self._make_room(sum(t.numel() * t.element_size() for t in tensors.values()))
                 beside.mkdir()
             except OSError as error:
-                problem = f"checkpoint {self.final} could not be written: {error.strerror or error} (earlier checkpoints are untouched)"
+                problem = f"checkpoint {self.final} could not be written: {error.strerror or error} ({self._others})"
         if problem := self.world.shared(problem):
             raise UserError(problem)
         self.copies.clear()
@@ -113,15 +115,23 @@ class Saver:
             failure, self.failure = self.failure, None
             if isinstance(failure, UserError):
                 raise failure
-            raise UserError(f"checkpoint {self.final} could not be written: {_first_line(failure)} (earlier checkpoints are untouched)") from failure
+            raise UserError(f"checkpoint {self.final} could not be written: {_first_line(failure)} ({self._others})") from failure
 
     def _make_room(self, size: int) -> None:
-        """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest. Errors: `OSError`."""
-        old = [*checkpoints(self.folder / ABANDONED), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.spared)]
+        """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest; none, where all of them would not do. Errors: `OSError`."""
+        old = [*_abandoned(self.folder), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.spared)]
+        held = sum(map(_size, old))
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
-            if not old:
+            if not old or free + held < MARGIN * size:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
+            held -= _size(old[0])
+            self.deleted.append(old[0].name)
             shutil.rmtree(old.pop(0))
+
+    @property
+    def _others(self) -> str:
+        """What became of earlier checkpoints where one could not be written."""
+        return f"{', '.join(self.deleted)} had been deleted to make room, others are untouched" if self.deleted else "earlier checkpoints are untouched"
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
@@ -197,15 +207,24 @@ def tensors_of(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str,
 
 def set_aside(folder: Path, step: int) -> list[Path]:
     """Checkpoints under `folder` of steps after `step`, from where a run goes on, are no longer its own: they go to `folder/abandoned`. → where they are now."""
-    moved = []
-    for later in (path for path in checkpoints(folder) if step_of(path) > step):
-        new = folder / ABANDONED / later.name
-        if new.exists():
-            shutil.rmtree(new)
-        new.parent.mkdir(exist_ok=True)
-        later.rename(new)
-        moved.append(new)
-    return moved
+    return [put_aside(later, folder) for later in checkpoints(folder) if step_of(later) > step]
+
+
+def put_aside(path: Path, folder: Path) -> Path:
+    """A file or folder of a run goes to `folder/abandoned`, under a name that is free there. → where it is now."""
+    aside = folder / ABANDONED
+    aside.mkdir(exist_ok=True, parents=True)
+    new = next(new for number in count(1) if not (new := aside / (path.name + f"-{number}" * (number > 1))).exists())
+    path.rename(new)
+    return new
+
+
+def _abandoned(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / ABANDONED).glob("*") if path.is_dir())
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def step_of(checkpoint: Path) -> int:

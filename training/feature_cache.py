@@ -29,6 +29,7 @@ class FeatureCache:
         self.memory: dict[str, Tensor] = {}
         self.unsaved: list[str] = []
         self.bytes = 0
+        self.refused = False  # by the disk
         for shard in sorted(folder.glob("*.safetensors")):
             self._load(shard)
 
@@ -70,15 +71,25 @@ class FeatureCache:
         return torch.stack([fresh[key] if key in fresh else self.memory[key] for key in keys]).to(tiles.device)
 
     def save(self) -> None:
-        """Write what is new, beside and renamed: one more shard for each type of number, so that all come back as they were. More may come meanwhile, for the next time."""
+        """Write what is new, beside and renamed: one more shard for each type of number, so that all come back as they were. More may come meanwhile, for the next time.
+
+        A disk that refuses is left alone from then on, and that is said: training does not need it.
+        """
         unsaved, self.unsaved = self.unsaved, []
-        if unsaved:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if unsaved and not self.refused:
+                self._write(unsaved)
+        except (SafetensorError, UserError, OSError) as error:
+            self.refused = True
+            print(
+                f"warning: feature cache {self.folder} could not be written: {' '.join(str(error).split())}; training goes on without (--cache_dir DIR puts it elsewhere, --train.feature_cache_gb 0 does without)",
+                file=sys.stderr,
+            )
+
+    def _write(self, unsaved: list[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         for dtype in {self.memory[key].dtype for key in unsaved}:
             keys = [key for key in unsaved if self.memory[key].dtype == dtype]
             shard = self.folder / f"{hashlib.blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
-            try:
-                with replacing(shard) as beside:
-                    save_file({"features": torch.stack([self.memory[key] for key in keys])}, beside, metadata={"keys": ",".join(keys)})
-            except SafetensorError as error:  # a full disk, for one
-                raise UserError(f"feature cache {shard} could not be written: {error} (--cache_dir DIR puts it elsewhere, --train.feature_cache_gb 0 does without)") from error
+            with replacing(shard) as beside:
+                save_file({"features": torch.stack([self.memory[key] for key in keys])}, beside, metadata={"keys": ",".join(keys)})

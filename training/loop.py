@@ -10,10 +10,11 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ from training.details import Achieved, Details
 from training.distributed import parallel
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
-from training.precision import computed_in, grad_scaler
+from training.precision import computed_in, grad_scaler, load_scale, scale_state
 from training.step import Batch, train_step
 
 SPIKE, NORMS = 5.0, 100  # a gradient norm so many times the median of the last so many is told
@@ -57,10 +58,10 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more interrupts at once."""
+    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more than once interrupts at once."""
 
     def __init__(self, patience: int = 1) -> None:
-        self.name, self.patience = "", patience
+        self.name, self.patience, self.interrupts = "", patience, 0
 
     def __enter__(self) -> "StopSignals":
         main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
@@ -68,10 +69,9 @@ class StopSignals:
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.name and number == signal.SIGINT:
-            self.patience -= 1
-            if self.patience <= 0:
-                raise KeyboardInterrupt
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > self.patience and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
     def __exit__(self, *error: object) -> None:
@@ -86,10 +86,12 @@ class Task:
     batches: Batches
     evaluate: Callable[[int], dict[str, Any]]  # step → metrics; may print, write samples and keep the best model
     before_checkpoint: Callable[[], None]
-    tokenizer: str = ""  # its fingerprint, kept with each checkpoint
+    kept: dict[str, Any] = field(default_factory=dict)  # of the data, with each checkpoint; plain JSON
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
     best: Callable[[], int] = lambda: -1  # on the first rank: the step of the best model so far, whose checkpoint is kept
-    begin: Callable[[int], None] = lambda step: None  # on the first rank, when nothing can be refused any more: behind which step the run goes on
+    begin: Callable[[int, bool], None] = lambda step, back: (
+        None
+    )  # on the first rank, when nothing can be refused any more: behind which step the run goes on, and whether it went further before
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
@@ -101,9 +103,10 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
     rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     if world.first:
-        for path in set_aside(folder / "checkpoints", run.step):  # first of all: from here on `auto` goes on from this step
+        aside = set_aside(folder / "checkpoints", run.step)  # first of all: from here on `auto` goes on from this step
+        for path in aside:
             log.say(f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it")
-        task.begin(run.step)
+        task.begin(run.step, bool(aside))
         log.rewind(rewound)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
@@ -111,9 +114,11 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         log.say(f"validated and exported: a moving average of the weights (train.ema = {config.train.ema:g})")
     well = False  # ended as it should
     try:
-        with StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
+        with Watchdog(config.train.stall_minutes) as watchdog, StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
+            if run.owes:
+                run.evaluate()
             while run.step < config.max_steps:
-                watch(config.train.stall_minutes)
+                watchdog.heard()
                 values = run.learn()
                 run.saver.prepare(model, run.optimizers)
                 run.tell(values)
@@ -128,7 +133,6 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
             swap_averages(run.optimizers)
             well = True
     finally:
-        watch(0)
         log.stop(well)
         task.batches.close()
 
@@ -145,7 +149,7 @@ class Run:
         self.achieved = Achieved(model, device, world.size)
         self.called = parallel(model, config.parallel, device, computed_in(c, device), world)
         self.optimizers = make_optimizers(model, c)
-        self.scaler = grad_scaler(c, device)
+        self.scaler = grad_scaler(c, device, world.size)
         self.details = Details(model, self.optimizers)
         self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
         self.saved_at = time.monotonic()
@@ -153,6 +157,7 @@ class Run:
         self.failed = 0  # steps in a row, up to this one, from which nothing was learnt
         self.norms: deque[float] = deque(maxlen=NORMS)
         self.dropped: dict[str, int] = {}  # as it was told last
+        self.owes = False  # the evaluation after this step, which failed
 
     @property
     def evaluates(self) -> bool:
@@ -165,7 +170,8 @@ class Run:
         state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
         self.step, self.failed = state["step"], state["skipped"]
         self.norms.extend(state.get("norms", []))
-        self.scaler.load_state_dict(state.get("scaler", {}))
+        self.dropped, self.owes = state.get("dropped", {}), state.get("owes", False)
+        load_scale(self.scaler, state.get("scaler", {}), self.world.size)
         try:
             self.task.batches.load_state(state["data"])
         except (LookupError, TypeError, ValueError) as error:
@@ -176,8 +182,8 @@ class Run:
     def save(self) -> Path:
         def state() -> dict[str, Any]:
             data = merged(self.world.gather(self.task.batches.state()))
-            told = {"skipped": self.failed, "norms": list(self.norms), "logged": self.log.logged}
-            return told | {"data": data, "scaler": self.scaler.state_dict(), "tokenizer": self.task.tokenizer}
+            told = {"skipped": self.failed, "norms": list(self.norms), "logged": self.log.logged, "dropped": self.dropped, "owes": self.owes}
+            return told | {"data": data, "scaler": scale_state(self.scaler, self.world.size)} | self.task.kept
 
         def before() -> None:
             self.log.sync()  # a checkpoint's steps have their lines, whatever happens to the machine
@@ -246,12 +252,14 @@ class Run:
         self.log.metrics({"step": self.step} | values | ({"dropped": self.dropped} if self.dropped != before and self.dropped else {}))
 
     def evaluate(self) -> None:
-        """What was learnt is not lost to a task that fails."""
+        """What was learnt is not lost to a task that fails, and the task is taken up again; of several ranks, which do not fail together, that is the last checkpoint's business."""
         self.saver.copied()  # averages change places with weights
         try:
             evaluate(self.model, self.optimizers, self.task, self.step, self.log)
+            self.owes = False
         except Exception:
             if self.world.size == 1:
+                self.owes = True
                 self.save()
                 self.saver.wait()
             raise
@@ -264,11 +272,49 @@ def set_blocks(model: Any, config: TrainConfig) -> None:
             block.compiled = torch.compile(block.run) if config.compile else None
 
 
-def watch(minutes: float) -> None:
-    """From now on a silence of `minutes` has the stacks of all threads printed to stderr, again and again until the next call; 0: no longer."""
-    faulthandler.cancel_dump_traceback_later()
-    if minutes:
-        faulthandler.dump_traceback_later(minutes * 60, repeat=True, file=sys.__stderr__)
+class Watchdog:
+    """Each silence of so many minutes (0: none) has the stacks of all threads printed to stderr.
+
+    A thread of Python's does it, which disturbs no other. Where it cannot run, for one holds the interpreter's lock and hangs, `faulthandler`
+    does, after twice the time: beside threads at work that may end the process.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self.last, self.over = minutes * 60, time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds and sys.__stderr__ is not None:
+            self.thread.start()
+        return self
+
+    def heard(self) -> None:
+        """Training goes on: a new silence begins."""
+        self.last = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def _watch(self) -> None:
+        rest = self.seconds
+        while True:
+            faulthandler.dump_traceback_later(2 * self.seconds + 1, file=sys.__stderr__)  # begins anew
+            if self.over.wait(max(0.1, rest)):
+                break
+            rest = self.last + self.seconds - time.monotonic()
+            if rest <= 0:
+                print(_stacks(self.seconds / 60), end="", file=sys.__stderr__, flush=True)
+                rest, self.last = self.seconds, time.monotonic()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _stacks(minutes: float) -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()}
+    told = [f"thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items()]
+    return f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n{''.join(told)}"
 
 
 def _tell_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:

@@ -1,6 +1,7 @@
 """The type that training computes in."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -21,6 +22,19 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, dtype if on else torch.bfloat16, enabled=on)
 
 
-def grad_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
-    """Under fp16, whose gradients would else become 0; otherwise one that does nothing. Its scale starts at 65,536, halves at each overflow and doubles after 2,000 steps without any."""
-    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+def grad_scaler(config: TrainConfig, device: torch.device, ranks: int = 1) -> torch.amp.GradScaler:
+    """Under fp16, whose gradients would else become 0; otherwise one that does nothing. Its scale starts at 65,536, halves at each overflow and doubles after 2,000 steps without any.
+
+    Of several ranks, whose losses count `ranks` times because gradients are averaged, it is divided by as many: fp16 holds the same numbers.
+    """
+    return torch.amp.GradScaler(device.type, init_scale=65536.0 / ranks, enabled=config.dtype == "fp16")
+
+
+def scale_state(scaler: torch.amp.GradScaler, ranks: int) -> dict[str, Any]:
+    """What a checkpoint keeps: for any number of ranks."""
+    state = scaler.state_dict()
+    return state | {"scale": state["scale"] * ranks} if state else state
+
+
+def load_scale(scaler: torch.amp.GradScaler, state: dict[str, Any], ranks: int) -> None:
+    scaler.load_state_dict(state | {"scale": state["scale"] / ranks} if state else state)

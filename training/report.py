@@ -106,7 +106,7 @@ def read_run(folder: Path, name: str) -> Run:
     notes: list[str] = []
     columns: dict[Key, tuple[array, array]] = {}
     for record in objects(path, notes):
-        for key, value in numbers(record):
+        for key, value in numbers(record | {"loss": None} if "overflow" in record else record):  # nothing was learnt from it
             steps, values = columns.setdefault(key, (array("d"), array("d")))
             steps.append(record["step"])
             values.append(value)
@@ -168,7 +168,8 @@ def draw(title: str, lines: list[Line], last: float) -> "Figure":
     same: dict[tuple[bytes, bytes], list[Line]] = {}
     for line in lines:
         same.setdefault((line.curve.steps.tobytes(), line.curve.values.tobytes()), []).append(line)
-    labels = [printable(" = ".join(line.name for line in group))[:60] for group in same.values()]
+    names = [printable(" = ".join(line.name for line in group)) for group in same.values()]
+    labels = [name if len(name) <= 60 else "…" + name[-59:] for name in names]  # paths differ at their ends
     columns = max(1, 80 // (max(map(len, labels)) + 6))
     figure = Figure(figsize=(5.6, 2.6 + 0.16 * -(-len(labels) // columns)), layout="constrained")
     axes = figure.add_subplot()

@@ -18,6 +18,8 @@ from configs.saved import load_json, to_dict
 from configs.schema import Config, EvalConfig, HubConfig
 from training.checkpoint import checkpoints, read_state, step_of
 
+BEGUN_BY = ".torchrun"
+
 
 class InUse(UserError):
     """Another process has the folder."""
@@ -54,7 +56,7 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
 
     A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
     """
-    folder, checkpoint = _find(config) if config.resume else (None, None)
+    folder, checkpoint = _find(config) if config.resume else (_of_this_torchrun(config), None)
     if folder is None:
         _not_taken(config)
         config = complete(config)
@@ -74,8 +76,27 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
 
 
 def keep_config(config: Config, folder: Path) -> None:
-    """Write `config.json`, which makes the folder a run."""
+    """Write `config.json`, which makes the folder a run, and under torchrun which one began it, or went on with it, last."""
+    if _torchrun():
+        write_text(folder / BEGUN_BY, _torchrun() + "\n")
     write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def _torchrun() -> str:
+    """Who started this process, and starts it again where `--max-restarts` lets it: nothing where it was not torchrun."""
+    return f"{name} {os.getppid()}" if (name := os.environ.get("TORCHELASTIC_RUN_ID")) else ""
+
+
+def _started_again(folder: Path) -> bool:
+    """Is this a restart by the torchrun that has begun `folder`'s run, or gone back in it, before?"""
+    mark = folder / BEGUN_BY
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.is_file() and mark.read_text().strip() == _torchrun()
+
+
+def _of_this_torchrun(config: Config) -> Path | None:
+    """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
+    known = [Path(config.output_dir)] if config.output_dir else [path.parent for path in Path("runs").glob("*/config.json")]
+    return next((folder for folder in known if _started_again(folder)), None)
 
 
 def _batch(config: Config) -> int:
@@ -119,12 +140,12 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
     """`--resume` → run folder, and the checkpoint where one is named; "auto" finds the newest run, or nothing yet."""
     if config.resume != "auto":
         path = Path(config.resume)
-        run = path.parent.parent if path.name.startswith("step_") else path
+        run = path.parent.parent if path.name.startswith("step_") and path.parent.name == "checkpoints" else path
         if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
             raise UsageError(f"--resume goes on with {run}, and --output_dir is {config.output_dir}: leave it out")
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
-            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-                return run, None  # torchrun starts again what went back already
+            if _started_again(run):
+                return run, None  # it went back already
             if path not in checkpoints(path.parent):
                 raise UsageError(f"--resume: {path} is no checkpoint")
             read_state(path)

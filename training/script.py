@@ -37,7 +37,7 @@ from models.vision_encoder import complete_vision
 from remote.export import add_remote_code
 from training.averages import load_averages
 from training.card import write_card
-from training.checkpoint import ABANDONED, load_weights_of, read_state
+from training.checkpoint import load_weights_of, put_aside, read_state
 from training.distributed import check_world, gathered, opened
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
@@ -207,8 +207,8 @@ def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | No
     log = RunLog(folder, silent=not world.first)
     torch.manual_seed(config.seed)
     data = build_data(config, tokenizer, language_model(config) if checkpoint is None else None, world.rank, world.size)
-    if checkpoint is not None and read_state(checkpoint, verify=False).get("tokenizer", own := data.tokenizer.fingerprint()) != own:
-        raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {tokenizer} holds now: put that one back, or start a new run")
+    if checkpoint is not None:
+        check_data(checkpoint, data, tokenizer)
     model = model_class(config.model, data.tokenizer.vocabulary)
     encoder = model.parts()["vision"]
     if checkpoint is None:
@@ -229,6 +229,25 @@ def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | No
     if world.rank:
         torch.manual_seed((config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63)  # dropout of its own; the weights are all ranks'
     return model, data, validation, cache, log
+
+
+def kept_of(data: Data) -> dict[str, Any]:
+    """What must be the same when a run goes on: the tokenizer, and how many records each source has, by which their order is drawn."""
+    records = {use: [[source.name, len(source)] for source in part.sources] for use, part in (("training", data.training), ("validation", data.validation))}
+    return {"tokenizer": data.tokenizer.fingerprint(), "records": records}
+
+
+def check_data(checkpoint: Path, data: Data, tokenizer: Path) -> None:
+    """Is the data what it was at a checkpoint? Else `UserError`; `tokenizer`: its folder."""
+    then, now = read_state(checkpoint, verify=False), kept_of(data)
+    if then.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {tokenizer} holds now: put that one back, or start a new run")
+    for use, sources in now["records"].items():
+        for (name, count), (before, had) in zip(sources, then.get("records", now["records"])[use], strict=False):
+            if (name, count) != (before, had):
+                raise UserError(
+                    f"checkpoint {checkpoint} was made with {had:,} {use} records of {before}, and there are {count:,} of {name} now: samples would come twice or never; put the data back, or start a new run"
+                )
 
 
 def export(model: Any, folder: Path, tokenizer: Tokenizer, config: Config, run: Path, evaluated: dict[str, Any] | None = None) -> None:
@@ -334,7 +353,7 @@ def _train_and_export(
             pusher.saved(checkpoint)
 
     begin = partial(_begin, config, folder, best)
-    task = Task(data.batches, evaluate, cache.save, data.tokenizer.fingerprint(), saved, lambda: best.step if world.first else -1, begin)
+    task = Task(data.batches, evaluate, cache.save, kept_of(data), saved, lambda: best.step if world.first else -1, begin)
     try:
         train(config, model, task, folder, log, checkpoint, world)
         if best.warning:
@@ -354,12 +373,16 @@ def _train_and_export(
     _hand_over(model, config, folder, data.tokenizer, shown[0], log, pusher)
 
 
-def _begin(config: Config, folder: Path, best: Best, step: int) -> None:
-    """Nothing is refused any more: the folder becomes a run, or goes back behind `step`."""
+def _begin(config: Config, folder: Path, best: Best, step: int, back: bool) -> None:
+    """Nothing is refused any more: the folder becomes a run, or goes on behind `step`; `back`: it was further."""
     keep_config(config, folder)
     if (folder / NEW_TOKENIZER).is_dir():
         (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
-    best.go_back(step, folder / "checkpoints" / ABANDONED)
+    aside = partial(put_aside, folder=folder / "checkpoints")
+    best.go_back(step, aside)
+    for exported in (folder / "model", folder / "adapters") if back else ():  # of the end that it had
+        if exported.exists():
+            aside(exported)
     forget_samples(folder / "samples", step)
 
 

@@ -45,7 +45,7 @@ def train_step(
         micro.append(next(batches))
         samples.append(batches.samples())
     waited = time.perf_counter() - started
-    heads, scaler = config.model.multi_token.heads, scaler or grad_scaler(c, device)
+    heads, scaler = config.model.multi_token.heads, scaler or grad_scaler(c, device, world.size)
     names = named if len(named := batches.sources()) > 1 else []
     count, targets = _count(micro, heads, world)
     supervised, tokens = count["supervised"], count["left"] + count["right"]
@@ -81,7 +81,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     if learns and c.ema:
         update_averages(optimizers, step, c.ema)
-    scale = scaler.get_scale()
+    scale = scaler.get_scale() * world.size
     scaler.update()
     seconds = time.perf_counter() - started
     speed = {"tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds, "tiles_per_s": count["tiles"] / seconds, "data_wait": waited / seconds}
