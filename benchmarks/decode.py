@@ -1,5 +1,6 @@
 """Decoding: tokens a second beside bare matrix-vector products, what drafts gain, what a kept image saves, and whether an answer changes.
 
+  python -m benchmarks.decode --json benchmarks/results/decode.json                     random weights of SigLIP-B/16's and SmolLM2-135M's sizes: all but drafts
   python -m benchmarks.decode --checkpoint DIR --json benchmarks/results/decode.json
   python -m benchmarks.decode --checkpoint DIR --sources openmoji        questions with images, instead of the model's own prompts
 
@@ -10,6 +11,7 @@ plain     one row, greedy, no drafts: tokens/s, beside products of one vector wi
 passes    what a pass over K + 1 tokens costs, in passes over one: the ceiling of what drafts can gain
 drafts    behind the first token: tokens a pass and tokens/s for chains of K drafts, a tree, and what the engine chooses, ÷ plain decoding of the same engine
 first     first answers, for which nothing was measured yet, ÷ plain ones; and the same where every draft is wrong, whatever the heads promise
+sampled   answers that are drawn: what the engine chooses ÷ plain ones, which are others of the same distribution
 same      greedy answers with and without drafts, batch 1 and 8: how many differ
 image     the first token of a second question on an image, beside a first question's
 """
@@ -19,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,13 +37,16 @@ from rich.table import Table
 
 import models.generation
 from benchmarks.about import about
-from configs.errors import UserError, run_script
+from benchmarks.first_answer import saved_model
+from configs.errors import UsageError, UserError, run_script
 from configs.model import GenerationConfig
 from eval.answering import Answerer
 from models.generation import TREE, prefill, verify
 from training.heads import HeadsConfig, asked
 
 FIRST = 6  # questions of `first`
+PARTS = "plain", "passes", "drafts", "first", "sampled", "same", "image"
+DRAFTED = {"drafts", "first", "sampled", "same"}  # parts that need multi-token heads
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -184,6 +190,27 @@ def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float
     return out
 
 
+SAMPLED = {"temperature 0.7": {"temperature": 0.7}, "top-p 0.9": {"top_p": 0.9}, "top-k 50": {"top_k": 50}}
+
+
+def sampled(answerer: Answerer, questions: list[Any], tokens: int) -> dict[str, dict[str, float]]:
+    """Drawn answers to each question, with what the engine chooses and without drafts, in turn."""
+    out = {}
+    for name, how in SAMPLED.items():
+        base = GenerationConfig(max_new_tokens=tokens, sampling=True, **how)  # type: ignore[arg-type]
+        kinds = {"plain": replace(base, speculative="off"), "auto": base}
+        for settings in kinds.values():
+            answerer.answer(questions[:1], settings)
+        made: dict[str, list[tuple[int, int, float]]] = {kind: [] for kind in kinds}
+        for number, question in enumerate(questions):
+            for kind, settings in kinds.items():
+                made[kind].append(behind_first(answerer.answer([question], replace(settings, seed=number))[0], tokens))
+        sums = {kind: [sum(column) for column in zip(*parts, strict=True)] for kind, parts in made.items()}
+        speed = {kind: count / seconds for kind, (count, _, seconds) in sums.items()}
+        out[name] = {"tokens_per_s": speed["auto"], "speedup": speed["auto"] / speed["plain"], "tokens_per_pass": sums["auto"][0] / sums["auto"][1]}
+    return out
+
+
 def behind_first(answer: Any, most: int) -> tuple[int, int, float]:
     """Of an answer, behind its first token: tokens (the one that ends it is one), passes, seconds. So plain decoding makes one token a pass."""
     if not answer.tokens:
@@ -226,7 +253,7 @@ def image(answerer: Answerer, tiles: int, repeats: int) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--checkpoint", help="a model folder, for drafts with multi-token heads; without it one of 325 million random weights is made, which has none")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sources", default="", help="questions on held-out images of this source; none: the model's own prompts")
@@ -234,27 +261,42 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default="plain,passes,drafts,first,same,image")
+    parser.add_argument("--parts", default="", help=f"some of {','.join(PARTS)}; without it all that the model can do")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    parts, results = args.parts.split(","), {}
+    if unknown := set(filter(None, args.parts.split(","))) - set(PARTS):
+        raise UsageError(f"--parts: no part is named {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
+    if args.checkpoint is None:
+        with tempfile.TemporaryDirectory() as place:
+            measure(args, str(saved_model(Path(place))))
+    else:
+        measure(args, args.checkpoint)
+
+
+def measure(args: argparse.Namespace, checkpoint: str) -> None:
+    results = {}
     for dtype in args.dtypes.split(","):
-        answerer = Answerer.from_pretrained(args.checkpoint, dtype, args.device)
+        answerer = Answerer.from_pretrained(checkpoint, dtype, args.device)
         heads = answerer.model.right.heads
-        if heads is None and {"drafts", "first", "same"} & set(parts):
-            raise UserError(f"{args.checkpoint} has no multi-token heads: python -m training.heads gives it some, or leave out --parts drafts, first and same")
+        parts = args.parts.split(",") if args.parts else [part for part in PARTS if args.checkpoint is not None or part not in DRAFTED]
+        if heads is None and DRAFTED & set(parts):
+            raise UserError(
+                f"{args.checkpoint or 'a model that is made for this'} has no multi-token heads: python -m training.heads gives it some, or leave out --parts {', '.join(sorted(DRAFTED))}"
+            )
         r: dict[str, Any] = {}
         if "plain" in parts:
             r["plain"] = plain(answerer, args.tokens, args.repeats)
         if "passes" in parts:
             r["passes"] = passes(answerer, heads.count if heads is not None else 4, args.repeats)
-        if {"drafts", "first", "same"} & set(parts):
+        if DRAFTED & set(parts):
             questions = questions_of(answerer, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
             fifth = max(1, args.prompts // 5)
             r["drafts"] = drafts(answerer, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
         if "first" in parts:
             r["first"] = first(answerer, questions[:FIRST])
+        if "sampled" in parts:
+            r["sampled"] = sampled(answerer, questions[: args.prompts // 10], args.tokens)
         if "same" in parts:
             r["same"] = same(answerer, questions, args.tokens)
         if "image" in parts and answerer.model.config.left_context == "image":
@@ -290,6 +332,8 @@ def show(dtype: str, r: dict[str, Any]) -> None:
             f"a first answer of {tokens} tokens" + ", all drafts wrong" * (kind == "wrong"),
             f"{f['speedup_median']:.2f} × plain (least {f['speedup_least']:.2f} of {f['answers']} answers)",
         )
+    for name, d in r.get("sampled", {}).items():
+        table.add_row(f"drawn, {name}", f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain")
     if s := r.get("same"):
         table.add_row("answers that drafts change", f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8")
     if i := r.get("image"):
