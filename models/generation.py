@@ -230,7 +230,7 @@ def check_heads(model: Any, settings: GenerationConfig) -> None:
         raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
 
 
-NOMINAL = 0.15  # what a draft costs, in passes, where the clock must not count
+NOMINAL = 0.2  # what a draft costs, in passes, where the clock must not count: in drawn answers, with drawing (docs/benchmarks.md)
 
 
 def draft_shape(heads: Any, rows: int, settings: GenerationConfig) -> DraftShape:

@@ -137,6 +137,7 @@ def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers
     return model.train()
 
 
+@cache
 def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int) -> int:
     """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
     model = trial_model(config, model_class, vocabulary, layers)
@@ -182,12 +183,14 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
-    whole = replace(config, train=replace(config.train, recompute=False))
+    one = replace(
+        config, train=replace(config.train, rows=1, accumulation=1), fit_memory=""
+    )  # what is kept has nothing to do with these: measured once for --fit-memory and --dry_run
+    whole = replace(one, train=replace(one.train, recompute=False))
     supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
 
-    @cache
     def measure(rows: int, layers: int, recompute: bool = config.train.recompute) -> int:
-        return saved_bytes(config if recompute else whole, model_class, vocabulary, rows, layers)
+        return saved_bytes(one if recompute else whole, model_class, vocabulary, rows, layers)
 
     def of(rows: int) -> dict[str, int]:
         parts = {
