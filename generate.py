@@ -8,7 +8,6 @@ prints one object a prompt. In a chat `/image FILE` shows one more image, and an
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
 
     with sooner():
         from eval.answering import Answerer
-        from eval.chat import Chat, Shown, talk, told
+        from eval.chat import Chat, answer_all, talk
 
     answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
     images = [answerer.tiles(image) for image in flags["image"] or ()]
@@ -64,31 +63,7 @@ def main(argv: list[str]) -> None:
         if talk(answerer, Chat(answerer, settings, flags["stop"]), images, flags["stats"]) and not sys.stdin.isatty():
             sys.exit(1)  # on a terminal they were seen
         return
-    live = sys.stdout is not None and sys.stdout.isatty() and not flags["json"]
-    for prompt in flags["prompt"]:
-        if live:
-            print(f"{prompt}  →  ", end="", flush=True)
-        show = Shown(live)
-        try:
-            answer = answerer.answer([(images, prompt)], settings, show, flags["stop"])[0]
-        except KeyboardInterrupt:  # what came is not lost
-            text = show.text + show.waits
-            if flags["json"]:
-                fields = {"prompt": prompt, "answer": text, "interrupted": True, "ttft_ms": None, "tokens_per_s": None, "image_kv": None, "passes": None}
-                print(json.dumps(fields | ({"tokens": None, "logprobs": None} if settings.logprobs else {})), flush=True)
-            else:
-                print(show.waits if live else text if len(flags["prompt"]) == 1 else f"{prompt}  →  {text}", flush=True)
-            raise
-        if flags["json"]:
-            fields = {"prompt": prompt, "answer": answer.text, "interrupted": False, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
-            pieces = {"tokens": [text for text, _ in answer.pieces], "logprobs": [logprob for _, logprob in answer.pieces]} if settings.logprobs else {}
-            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces), flush=True)
-        elif live:
-            show.end(answer.text)
-        else:
-            print(answer.text if len(flags["prompt"]) == 1 else f"{prompt}  →  {answer.text}", flush=True)
-        if flags["stats"]:
-            print(told(answer), file=sys.stderr)
+    answer_all(answerer, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Conversations: turns on one or more images, and their place on a terminal."""
+"""Questions and conversations on one or more images, and their place on a terminal."""
 
 import io
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,35 @@ class Shown:
 def told(answer: Answer) -> str:
     per_pass = f"{answer.tokens_per_pass:.2f} tokens a pass behind it" if answer.passes > 1 else "one pass"
     return f"[first token {answer.ttft_ms:.0f} ms, {answer.tokens_per_s:.1f} tokens/s, {per_pass}, image KV {answer.image_kv}]"
+
+
+def answer_all(answerer: Answerer, prompts: Sequence[str], images: list[Tiles], settings: GenerationConfig, stops: Sequence[str], as_json: bool, stats: bool) -> None:
+    """Print an answer to each prompt, all about the same images: as it grows, where the output is a terminal; with `as_json` as one object a line."""
+    live = sys.stdout is not None and sys.stdout.isatty() and not as_json
+    for prompt in prompts:
+        if live:
+            print(f"{prompt}  →  ", end="", flush=True)
+        show, alone = Shown(live), len(prompts) == 1
+        try:
+            answer = answerer.answer([(images, prompt)], settings, show, stops)[0]
+        except KeyboardInterrupt:  # what came is not lost
+            text = show.text + show.waits
+            if as_json:
+                fields = {"prompt": prompt, "answer": text, "interrupted": True, "ttft_ms": None, "tokens_per_s": None, "image_kv": None, "passes": None}
+                print(json.dumps(fields | ({"tokens": None, "logprobs": None} if settings.logprobs else {})), flush=True)
+            else:
+                print(show.waits if live else text if alone else f"{prompt}  →  {text}", flush=True)
+            raise
+        if as_json:
+            fields = {"prompt": prompt, "answer": answer.text, "interrupted": False, "ttft_ms": round(answer.ttft_ms, 2), "tokens_per_s": round(answer.tokens_per_s, 1)}
+            pieces = {"tokens": [text for text, _ in answer.pieces], "logprobs": [logprob for _, logprob in answer.pieces]} if settings.logprobs else {}
+            print(json.dumps(fields | {"image_kv": answer.image_kv, "passes": answer.passes} | pieces), flush=True)
+        elif live:
+            show.end(answer.text)
+        else:
+            print(answer.text if alone else f"{prompt}  →  {answer.text}", flush=True)
+        if stats:
+            print(told(answer), file=sys.stderr)
 
 
 def talk(answerer: Answerer, chat: Chat, images: list[Tiles], stats: bool) -> int:
