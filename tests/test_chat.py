@@ -18,7 +18,7 @@ from data.collators import collate_prompts
 from data.images import Tiles
 from data.render import Renderer
 from eval.answering import Answerer
-from eval.chat import Chat, talk
+from eval.chat import Chat, answer_all, talk
 from models.generation import generate
 
 SQUARE = (1, 1)
@@ -219,6 +219,18 @@ def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
         expected = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings).tokens[0]
         assert chat.ask("is it large?", []).text == tokenizer.decode(expected).split(stop)[0].split("never")[0]
         assert not set(made[kept:]) & chat.seen - {*ids, *expected}
+
+
+def test_an_answer_is_out_before_the_next_begins(model, renderer, monkeypatch):
+    """Through a pipe too, which Python buffers: a kill behind it does not lose it."""
+    answerer = Answerer(model, renderer)
+    for as_json in (False, True):
+        whole, seen = answerer.answer, []
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "utf-8"))
+        with monkeypatch.context() as patched:
+            patched.setattr(answerer, "answer", lambda *a, whole=whole, seen=seen, out=out: (seen.append(out.getvalue()), whole(*a))[1])
+            answer_all(answerer, ["what is it?", "is it large?"], [], GenerationConfig(max_new_tokens=2), [], as_json, stats=False)
+        assert seen[0] == b"" and b"what is it?" in seen[1] and b"is it large?" in out.getvalue()
 
 
 def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):

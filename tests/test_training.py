@@ -435,8 +435,9 @@ def test_an_evaluation_that_failed_is_made_up_for(uninterrupted, tmp_path, step,
     flags = command("--output_dir", "run", "--cache_dir", str(uninterrupted / "cache"), "--train.eval_every", every)
     failed = run_program(flags, tmp_path, before=failing_validation)
     assert failed.returncode == 1 and "a task that fails" in failed.stderr
-    done = run_program([*flags, "--resume", "auto"], tmp_path)
-    assert done.returncode == 0 and f"after step {step}" in done.stdout and "never came" not in done.stdout, done.stderr
+    for behind in (step, 14):  # a second time nothing is owed
+        done = run_program([*flags, "--resume", "auto"], tmp_path)
+        assert done.returncode == 0 and f"after step {behind}" in done.stdout and "never came" not in done.stdout, done.stderr
     whole = losses(uninterrupted)
     between = [line for line in whole if whole.count(line) == 1 and line in whole[:5] + whole[6:11] + whole[12:]]
     assert losses(tmp_path / "run") == (whole if every == "5" else between)

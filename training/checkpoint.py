@@ -120,11 +120,9 @@ class Saver:
     def _make_room(self, size: int) -> None:
         """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest; none, where all of them would not do. Errors: `OSError`."""
         old = [*_abandoned(self.folder), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.spared)]
-        held = sum(map(_size, old))
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
-            if not old or free + held < MARGIN * size:
+            if free + sum(map(_size, old)) < MARGIN * size:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
-            held -= _size(old[0])
             self.deleted.append(old[0].name)
             shutil.rmtree(old.pop(0))
 

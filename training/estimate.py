@@ -183,9 +183,8 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
-    one = replace(
-        config, train=replace(config.train, rows=1, accumulation=1), fit_memory=""
-    )  # what is kept has nothing to do with these: measured once for --fit-memory and --dry_run
+    # What is kept has nothing to do with these: it is measured once for --fit-memory and --dry_run.
+    one = replace(config, train=replace(config.train, rows=1, accumulation=1), fit_memory="")
     whole = replace(one, train=replace(one.train, recompute=False))
     supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
 

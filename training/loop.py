@@ -89,9 +89,8 @@ class Task:
     kept: dict[str, Any] = field(default_factory=dict)  # of the data, with each checkpoint; plain JSON
     saved: Callable[[Path], None] = lambda checkpoint: None  # on the first rank, behind each checkpoint, in its thread
     best: Callable[[], int] = lambda: -1  # on the first rank: the step of the best model so far, whose checkpoint is kept
-    begin: Callable[[int, bool], None] = lambda step, back: (
-        None
-    )  # on the first rank, when nothing can be refused any more: behind which step the run goes on, and whether it went further before
+    # On the first rank, when nothing can be refused any more: behind which step the run goes on, and whether it had gone further.
+    begin: Callable[[int, bool], None] = lambda step, back: None
 
 
 def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
@@ -117,6 +116,7 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
         with Watchdog(config.train.stall_minutes) as watchdog, StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
             if run.owes:
                 run.evaluate()
+                run.save()  # which owes nothing
             while run.step < config.max_steps:
                 watchdog.heard()
                 values = run.learn()

@@ -95,8 +95,8 @@ def _started_again(folder: Path) -> bool:
 
 def _of_this_torchrun(config: Config) -> Path | None:
     """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
-    known = [Path(config.output_dir)] if config.output_dir else [path.parent for path in Path("runs").glob("*/config.json")]
-    return next((folder for folder in known if _started_again(folder)), None)
+    known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
+    return next((folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None)
 
 
 def _batch(config: Config) -> int:
