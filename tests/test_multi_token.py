@@ -451,10 +451,10 @@ class TestDraftShape:
         """Of two tokens, the second of which ends it: a draft that is this end stands each time, and no pass is saved."""
         shapes, seconds, plain = DraftShape([0.5] * 4, "auto"), 0.0, 0.0
         for _ in range(300):
-            shapes.prompted(3.0)
+            shapes.prompted(1.0)
             shape = shapes()
-            shapes.told(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.1 * shape.depth)
-            seconds, plain = seconds + 3 + usual, plain + 4
+            shapes.told(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.3 * shape.depth)
+            seconds, plain = seconds + 1 + usual, plain + 2
         assert 1 < seconds / plain < 1.03
 
     def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
