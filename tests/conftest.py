@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import hub_constants
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from configs.schema import DataConfig
@@ -15,6 +14,7 @@ from data.render import Renderer
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
+from tests.hub_server import hub_constants
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
 

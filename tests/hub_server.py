@@ -1,6 +1,6 @@
 """A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it.
 
-python tests/hub_server.py      serve an empty Hub until Ctrl-C; prints what to set in another terminal
+python -m tests.hub_server      serve an empty Hub until Ctrl-C; prints what to set in another terminal
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from hub_uploads import UNKNOWN, Uploads
+from tests.hub_uploads import UNKNOWN, Uploads
 
 COMMIT = "0" * 39 + "1"
 REVISIONS = (None, "main", COMMIT, "refs/convert/parquet", "a/branch")

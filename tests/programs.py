@@ -24,16 +24,16 @@ import transformers  # noqa: F401
 
 import training.script  # noqa: F401
 
+ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["programs"])
+SERVER.set_forkserver_preload(["tests.programs"])
 
 
 @cache
 def start_server() -> None:
     """Offline and with one thread each, whatever this process has."""
     before = dict(os.environ)
-    here = Path(__file__).parent
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ |= before
@@ -62,9 +62,10 @@ class Program:
 
 def at_hub(address: str, cache: str, token: str = "") -> None:
     """For `before`: makes an address the program's Hub, as HF_ENDPOINT would have when huggingface_hub was imported."""
-    from hub_server import hub_constants
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
+
+    from tests.hub_server import hub_constants
 
     disable_progress_bars()
     os.environ |= {"HF_ENDPOINT": address, "HF_HOME": cache, "HF_DATASETS_CACHE": cache, "HF_TOKEN": token}
@@ -114,7 +115,7 @@ def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] 
     try:
         if command[0] == "-m":
             sys.argv = command[1:]
-            sys.path.insert(0, str(Path(__file__).parent.parent))
+            sys.path.insert(0, str(ROOT))
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = command

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, TINY_MODEL, TURNS, tiny_model
-from test_dual_tower import make_sample
 
 from configs.errors import UsageError, UserError
 from configs.schema import LoraConfig, LoraTower, TrainConfig
 from data.collators import collate
 from models.adapters import add_adapters, check_lora, load_adapter, merge_adapters, save_adapters
+from tests.conftest import TINY, TINY_MODEL, TURNS, tiny_model
+from tests.test_dual_tower import make_sample
 from training.optim import make_optimizers
 
 LORA = LoraConfig(left=LoraTower(r=4), right=LoraTower(r=8, targets="q_proj,v_proj,down_proj"))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from safetensors.torch import load_file
 
 from configs.errors import UserError
@@ -18,6 +17,7 @@ from models.generation import generate
 from models.kv_cache import KeyValueRecorder
 from models.pretrained import left_tower_of, load_left_tower
 from models.vision_language_model import VisionLanguageModel
+from tests.conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no checkpoints of the ancestors at {FIXTURES}")

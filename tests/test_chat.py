@@ -7,9 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY_MODEL, lively_model, random_tiles
-from naive_dual_tower import Naive
-from test_generation import naive_greedy
 
 import eval.chat
 from configs.errors import UsageError
@@ -20,6 +17,9 @@ from data.render import Renderer
 from eval.answering import Answerer
 from eval.chat import Chat, answer_all, talk
 from models.generation import generate
+from tests.conftest import TINY_MODEL, lively_model, random_tiles
+from tests.naive_dual_tower import Naive
+from tests.test_generation import naive_greedy
 
 SQUARE = (1, 1)
 

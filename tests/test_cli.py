@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import run_program
 
 from configs.command_line import preset, resolve
 from configs.errors import UsageError
 from configs.saved import from_dict, to_dict
 from configs.schema import Config
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, TURNS, dataset_of
 from PIL import Image
 
 import data.loader
@@ -33,6 +32,7 @@ from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, pack
 from data.tables import UnreadableBlock
 from eval.in_training import Validation
+from tests.conftest import TINY_MODEL, TURNS, dataset_of
 
 SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -442,7 +442,7 @@ def hostile_records(folder: Path, good: str) -> tuple[list[dict], dict[str, int]
 
 
 def bomb(width: int, height: int) -> bytes:
-    from test_images import png_of_size
+    from tests.test_images import png_of_size
 
     return png_of_size(width, height)
 

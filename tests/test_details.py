@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, tiny_model
-from programs import run_program
-from test_dual_tower import make_sample
 
 import training.loop
 from configs.errors import UsageError
 from configs.schema import Config, TrainConfig
 from data.collators import collate
 from models.masks import left_mask, right_mask
+from tests.conftest import TINY_MODEL, tiny_model
+from tests.programs import run_program
+from tests.test_dual_tower import make_sample
 from training.details import Achieved, Details
 from training.estimate import count_flops, trained_shares
 from training.optim import make_optimizers

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program, run_program, run_ranks, start_ranks
 from safetensors.torch import load_file
-from test_training import command
 
 from configs.errors import UsageError
 from configs.ranks import World
 from configs.schema import Config, DataConfig, TrainConfig
 from data.loader import merged
+from tests.programs import Program, run_program, run_ranks, start_ranks
+from tests.test_training import command
 from training.checkpoint import checkpoints
 from training.distributed import check_world
 from training.precision import grad_scaler, load_scale, scale_state

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
-from naive_dual_tower import Naive
 
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
@@ -13,6 +11,8 @@ from data.images import tile_count
 from data.render import Renderer
 from models import losses
 from models.generation import prefill
+from tests.conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
+from tests.naive_dual_tower import Naive
 
 
 def make_sample(renderer, images: int | list, conversations: list[list[dict]], seed: int = 0) -> Sample:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import timm.layers
 import torch
-from conftest import TINY, TINY_MODEL, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.model import VisionConfig
@@ -13,6 +12,7 @@ from configs.schema import Config, DataConfig, LoraConfig, LoraTower, TrainConfi
 from models.adapters import add_adapters
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
+from tests.conftest import TINY, TINY_MODEL, tiny_model
 from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes, trained_shares
 from training.optim import make_optimizers
 from training.precision import autocast

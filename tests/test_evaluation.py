@@ -18,10 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY_MODEL, lively_model, random_tiles
-from hub_server import hub
 from PIL import Image
-from programs import at_hub, run_program, run_ranks
 
 from configs.errors import UsageError, UserError, run_script
 from configs.model import GenerationConfig
@@ -30,6 +27,9 @@ from data.datasets import Sample
 from data.render import Renderer
 from eval.answering import Answerer
 from models.image_store import ImageStore
+from tests.conftest import TINY_MODEL, lively_model, random_tiles
+from tests.hub_server import hub
+from tests.programs import at_hub, run_program, run_ranks
 
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 

@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from programs import run_program
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 

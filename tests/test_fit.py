@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from programs import run_program
-from test_estimate import make_config
-from test_training import command, learnt, losses
 
 import training.fit
 from benchmarks.memory import compared
@@ -19,6 +15,10 @@ from configs.ranks import World
 from configs.schema import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
+from tests.conftest import TINY
+from tests.programs import run_program
+from tests.test_estimate import make_config
+from tests.test_training import command, learnt, losses
 from training.fit import choose, fitted, peak
 
 

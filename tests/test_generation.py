@@ -5,9 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lively_model, random_tiles
-from naive_dual_tower import Naive
-from test_dual_tower import block_starts
 
 import models.generation
 from configs.errors import UsageError, UserError
@@ -18,6 +15,9 @@ from eval.answering import Answerer
 from models.generation import choose, generate, probabilities
 from models.image_store import ImageStore
 from models.kv_cache import DecodingCache
+from tests.conftest import lively_model, random_tiles
+from tests.naive_dual_tower import Naive
+from tests.test_dual_tower import block_starts
 
 
 def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import TURNS
-from hub_server import hub
-from programs import at_hub, run_program
-from test_language_models import reference
 
 from data.tokens import Tokenizer
+from tests.conftest import TURNS
+from tests.hub_server import hub
+from tests.programs import at_hub, run_program
+from tests.test_language_models import reference
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--model.vision.image_size", "64", "--train.eval_every", "0"]

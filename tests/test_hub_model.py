@@ -12,11 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, random_tiles, tiny_model
-from hub_server import hub
-from hub_uploads import Uploads
 from PIL import Image
-from programs import at_hub, run_program
 
 from configs.command_line import preset
 from configs.errors import UserError
@@ -31,6 +27,10 @@ from models import hub as program
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_vision_weights
 from models.vision_language_model import VisionLanguageModel
+from tests.conftest import TINY_MODEL, random_tiles, tiny_model
+from tests.hub_server import hub
+from tests.hub_uploads import Uploads
+from tests.programs import at_hub, run_program
 from training.card import write_card
 from training.hub import Pusher
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TURNS, random_tiles
-from hub_server import Hub, hub
 from PIL import Image
-from programs import at_hub, run_program
 from safetensors.torch import load_file, save_file
-from test_hub import tiny_llama
-from test_tables import write
 
 from configs.command_line import preset
 from configs.files import read_json
 from data.sources import CAULDRON_SUBSETS, THE_CAULDRON
+from tests.conftest import TURNS, random_tiles
+from tests.hub_server import Hub, hub
+from tests.programs import at_hub, run_program
+from tests.test_hub import tiny_llama
+from tests.test_tables import write
 
 ROOT = Path(__file__).parent.parent
 CONFIG = preset("dual_tower_cauldron")

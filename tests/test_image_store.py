@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, random_tiles, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +24,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
+from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 
 ORIGIN, OTHER = "0a" * 16, "0b" * 16
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

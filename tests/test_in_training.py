@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import dataset_of, lively_model
 from PIL import Image
-from programs import run_program
-from test_training import ROOT, SMALL
 
 from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
@@ -22,6 +19,9 @@ from data.packing import Budget
 from eval.answering import Answerer
 from eval.cider import cider
 from eval.in_training import Best, TasksInTraining, Validation
+from tests.conftest import dataset_of, lively_model
+from tests.programs import run_program
+from tests.test_training import ROOT, SMALL
 
 
 def captions(folder: Path, count: int) -> Path:

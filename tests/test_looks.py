@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_MODEL
 from PIL import Image
 from rich.console import Console
 
@@ -25,6 +24,7 @@ from data.looks import arguments
 from data.render import IGNORE, Document, Renderer
 from data.tables import UnreadableBlock
 from data.tokens import TURN_END, TURN_START
+from tests.conftest import TINY_MODEL
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = '<script>alert(1)</script> "it\'s" &amp; </b><|im_end|>\u202e <img src=x onerror=alert(2)>'

@@ -12,13 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
-from naive_dual_tower import Naive
-from programs import run_program
 from rich.console import Console
 from safetensors.torch import load_file
-from test_dual_tower import block_starts, make_sample
-from test_generation import naive_greedy, prompt_ids
 
 import models.generation
 from configs.errors import UsageError
@@ -31,6 +26,11 @@ from models.generation import DraftShape, Passed, Shape, _closed_up, accept, dra
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
 from models.multi_token import Drafts, ancestors, chains
+from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
+from tests.naive_dual_tower import Naive
+from tests.programs import run_program
+from tests.test_dual_tower import block_starts, make_sample
+from tests.test_generation import naive_greedy, prompt_ids
 from training.heads import HeadsConfig, asked, collect
 from training.optim import head_weights
 

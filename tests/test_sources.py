@@ -6,13 +6,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import dataset_of
 from PIL import Image
 
 from configs.errors import UsageError, UserError
 from configs.schema import DataConfig
 from data.images import open_image
 from data.sources import CAULDRON_SUBSETS, base_emoji, easy_vqa, open_sources, openmoji, parse_sources
+from tests.conftest import dataset_of
 
 
 def records_of(source) -> list[dict]:

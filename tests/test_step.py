@@ -7,12 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL, tiny_model
-from programs import run_program
 from safetensors.torch import load_file
-from test_details import Given
-from test_dual_tower import make_sample
-from test_training import command
 
 from configs.model import MultiTokenConfig
 from configs.saved import load_json
@@ -20,6 +15,11 @@ from configs.schema import Config, TrainConfig
 from data.collators import collate
 from data.tokens import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
+from tests.conftest import TINY_MODEL, tiny_model
+from tests.programs import run_program
+from tests.test_details import Given
+from tests.test_dual_tower import make_sample
+from tests.test_training import command
 from training.averages import KEY, averaged
 from training.estimate import dry_run
 from training.muon import Muon, orthogonal

@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_MODEL
-from hub_server import Hub, hub
 
 from configs.errors import UserError
 from configs.hub import pause
@@ -23,6 +21,8 @@ from data.datasets import SampleDataset, SampleStream
 from data.mixture import Mixture, Source
 from data.sources import table_record
 from data.tables import TableRecords, UnreadableBlock, table_files
+from tests.conftest import TINY_MODEL
+from tests.hub_server import Hub, hub
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = pa.schema(

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, TURNS, dataset_of, lively_model
 
 from configs.model import MultiTokenConfig
 from data.collators import collate
@@ -14,6 +13,7 @@ from data.packing import Budget
 from data.pictures import RIGHT, WRONG, agreement
 from eval.in_training import Validation, save_picture
 from eval.token_agreement import PLACES, places
+from tests.conftest import TINY_MODEL, TURNS, dataset_of, lively_model
 
 
 def test_places_begin_anew_with_each_answer():

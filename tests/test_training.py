@@ -17,11 +17,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
 from PIL import Image
-from programs import Program, run_program
 from safetensors.torch import load_file
-from test_dual_tower import make_sample
 from torch import nn
 
 import training.checkpoint
@@ -40,6 +37,9 @@ from eval.in_training import Validation, save_samples
 from models.language_model import Block
 from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
+from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
+from tests.programs import Program, run_program
+from tests.test_dual_tower import make_sample
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from conftest import TINY_MODEL, lively_model
-from naive_dual_tower import Naive
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer, pipeline, set_seed
@@ -31,6 +29,8 @@ from data.tokens import Tokenizer
 from eval.answering import Answerer
 from models.generation import generate
 from remote.export import code_files, flattened, main
+from tests.conftest import TINY_MODEL, lively_model
+from tests.naive_dual_tower import Naive
 from training.script import export
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,24 @@
+"""What the code computes is what tests/golden/references.json holds: ids, labels, rows, batches, data state, tokens."""
+
+import json
+
+import pytest
+
+from tests.golden import references
+
+STORED = json.loads(references.FILE.read_text())
+
+
+@pytest.mark.parametrize("part", ["rendered", "packed", "answers"])
+def test_equals_the_stored_references(part):
+    found = json.loads(json.dumps(getattr(references, part)()))
+    assert list(found) == list(STORED[part])
+    for name, value in found.items():
+        assert value == STORED[part][name], f"{part}: {name}"
+
+
+@pytest.mark.parametrize("name", STORED["runs"])
+def test_a_run_has_the_stored_rows_and_batches(name):
+    title, _, streams = name.rpartition(", streams ")
+    found = json.loads(json.dumps(references.run([*references.RUNS[title], *references.SMALL, "--data.streams", streams])))
+    assert found == STORED["runs"][name]
