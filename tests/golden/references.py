@@ -96,7 +96,9 @@ def rendered() -> dict[str, Any]:
 
 def runs() -> dict[str, Any]:
     """Of several configurations: tokenizer, an epoch's rows, data state, and batches before and after a resume."""
-    return {f"{name}, streams {streams}": run([*flags, *SMALL, "--data.streams", str(streams)]) for name, flags in RUNS.items() for streams in ((1, 2) if name == "mixture" else (1,))}
+    return {
+        f"{name}, streams {streams}": run([*flags, *SMALL, "--data.streams", str(streams)]) for name, flags in RUNS.items() for streams in ((1, 2) if name == "mixture" else (1,))
+    }
 
 
 def run(flags: list[str]) -> dict[str, Any]:
