@@ -6,14 +6,14 @@
 
 --tasks: every task of lmms-eval by its name; easy_vqa and openmoji_captions, which need no network; captions:SOURCE and
 questions:SOURCE, SOURCE as in --data.sources. With --output DIR: DIR/results.json, DIR/samples_<task>.jsonl and their images,
-of which `python -m eval.report DIR` makes a page.
+of which `python -m tools.evaluation_report DIR` makes a page.
 """
 
 import argparse
 from pathlib import Path
 
-from configs.command_line import FlagParser
-from configs.errors import UsageError, UserError, run_script
+from configs.cli import FlagParser
+from utils.errors import UsageError, UserError, run_script
 
 
 def main(argv: list[str]) -> None:

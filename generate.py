@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command_line import FlagParser, add_flags, override
-from configs.errors import UsageError, run_script
-from configs.imports import leave, sooner
+from configs.cli import FlagParser, add_flags, override
 from configs.model import GenerationConfig
-from configs.saved import load_json
+from configs.serialization import load_json
+from utils.errors import UsageError, run_script
+from utils.imports import leave, sooner
 
 
 def main(argv: list[str]) -> None:
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--{drawn[0]} is for --sampling alone: add it, or leave --{drawn[0]} out")
 
     with sooner():
-        from eval.answering import Answerer
         from eval.chat import Chat, answer_all, talk
+        from eval.predictor import Answerer
 
     answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
     images = [answerer.tiles(image) for image in flags["image"] or ()]

@@ -3,11 +3,11 @@
 python train_dual_tower.py                                    the embedded default, easy-VQA, minutes on two CPU cores
 python train_dual_tower.py --max_steps 20 --output_dir /tmp/try
 python train_dual_tower.py --resume auto                      go on where the last run stopped
-python train_dual_tower.py --train.lr_right 1e-3              any field of configs/schema.py
+python train_dual_tower.py --train.lr_right 1e-3              any field of configs/train.py
 """
 
-from configs.command_line import resolve
-from configs.errors import run_script
+from configs.cli import resolve
+from utils.errors import run_script
 
 
 def main(argv: list[str]) -> None:

@@ -4,8 +4,8 @@ python train_vanilla.py                                       easy-VQA, as the d
 python train_vanilla.py --max_steps 20 --output_dir /tmp/try
 """
 
-from configs.command_line import resolve
-from configs.errors import run_script
+from configs.cli import resolve
+from utils.errors import run_script
 
 
 def main(argv: list[str]) -> None:

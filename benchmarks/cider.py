@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from configs.errors import UserError, run_script
-from eval.cider import caption_scores, cider, tokenize
+from eval.captions import caption_scores, cider, tokenize
+from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "coco_captions" / "ptb_tokens.jsonl"
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
 
 
 def agreement(captions: list[str]) -> float:
-    from eval.cider import _tokenize_java
+    from eval.captions import _tokenize_java
 
     return sum(tokenize(caption) == tokens for caption, tokens in zip(captions, _tokenize_java(captions), strict=True)) / len(captions)
 

@@ -31,19 +31,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from configs.errors import run_script
 from configs.model import VisionConfig
-from configs.schema import DataConfig
+from configs.train import DataConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, SampleStream, decode
 from data.images import open_pixels
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, Window
+from data.parquet import TableRecords
 from data.render import Document, Renderer
 from data.sources import open_sources
-from data.tables import TableRecords
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
+from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 65  # a tile's marker and 64 image tokens

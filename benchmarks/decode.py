@@ -4,7 +4,7 @@
   python -m benchmarks.decode --checkpoint DIR --json benchmarks/results/decode.json
   python -m benchmarks.decode --checkpoint DIR --sources openmoji        questions with images, instead of the model's own prompts
 
-DIR is a model folder, for the part on drafts with multi-token heads (python -m training.heads). All that is compared is
+DIR is a model folder, for the part on drafts with multi-token heads (python -m tools.train_heads). All that is compared is
 measured in turn in one run; ratios are medians over repetitions, those of drafts of sums over the prompts, with the median and the least of a prompt beside.
 
 plain     one row, greedy, no drafts: tokens/s, beside products of one vector with every weight that a token needs
@@ -38,11 +38,11 @@ from rich.table import Table
 import models.generation
 from benchmarks.about import about
 from benchmarks.first_answer import saved_model
-from configs.errors import UsageError, UserError, run_script
 from configs.model import GenerationConfig
-from eval.answering import Answerer
+from eval.predictor import Answerer
 from models.generation import TREE, prefill, verify
-from training.heads import HeadsConfig, asked
+from tools.train_heads import HeadsConfig, asked
+from utils.errors import UsageError, UserError, run_script
 
 FIRST = 6  # questions of `first`
 PARTS = "plain", "passes", "drafts", "first", "sampled", "same", "image"
@@ -281,7 +281,7 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
         parts = args.parts.split(",") if args.parts else [part for part in PARTS if args.checkpoint is not None or part not in DRAFTED]
         if heads is None and DRAFTED & set(parts):
             raise UserError(
-                f"{args.checkpoint or 'a model that is made for this'} has no multi-token heads: python -m training.heads gives it some, or leave out --parts {', '.join(sorted(DRAFTED))}"
+                f"{args.checkpoint or 'a model that is made for this'} has no multi-token heads: python -m tools.train_heads gives it some, or leave out --parts {', '.join(sorted(DRAFTED))}"
             )
         r: dict[str, Any] = {}
         if "plain" in parts:

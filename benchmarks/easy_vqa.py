@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from configs.command_line import resolve
-from configs.errors import run_script
+from configs.cli import resolve
+from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,12 +19,12 @@ from lmms_eval.api.instance import Instance
 from rich.console import Console
 
 from benchmarks.about import about
-from configs.errors import run_script
 from configs.model import GenerationConfig
 from data.sources import easy_vqa, openmoji
-from eval.answering import Answerer
-from eval.cider import cider
+from eval.captions import cider
 from eval.lmms_eval_wrapper import DualTower
+from eval.predictor import Answerer
+from utils.errors import run_script
 
 
 def fresh(answerer: Answerer) -> Answerer:

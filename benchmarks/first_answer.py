@@ -24,10 +24,10 @@ from rich.table import Table
 
 from benchmarks.about import about
 from benchmarks.trial import SIZES, make_config
-from configs.errors import UserError, run_script
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.language_weights import find_language_model, table_rows
+from models.weights.language_models import find_language_model, table_rows
+from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "what color is the shape?"
@@ -35,14 +35,14 @@ PARTS = """
 import json, sys, time
 marks = [("", time.perf_counter())]
 mark = lambda name: marks.append((name, time.perf_counter()))
-from configs.imports import sooner
+from utils.imports import sooner
 with sooner():
-    from eval.answering import Answerer, _tokenizer
+    from eval.predictor import Answerer, _tokenizer
 from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.packed import Packed
-from models.pretrained import load_model
+from models.kernels.packed_linear import Packed
+from models.weights.pretrained import load_model
 from models.vision_language_model import VisionLanguageModel
 from pathlib import Path
 mark("imports")

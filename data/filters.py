@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import FilterConfig
+from configs.train import FilterConfig
 from data.images import open_image
 
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # FineVision's, 1 to 5

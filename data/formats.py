@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, NamedTuple
 
-from configs.errors import UserError, nearest
-from configs.files import read_json
+from utils.errors import UserError, nearest
+from utils.files import read_json
 
 Record = dict[str, Any]
 Splits = tuple[list[Record], list[Record] | None]

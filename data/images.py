@@ -11,9 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from configs.errors import ImageError, UserError
 from configs.model import VisionConfig
-from data.drawings import draw
+from data.svg import draw
+from utils.errors import ImageError, UserError
 
 try:  # deprecated since torchvision 0.29: where it is gone, Pillow gives the same pixels, some tenths of a millisecond later
     from torchvision.io import ImageReadMode, decode_jpeg

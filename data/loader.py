@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from configs.errors import UserError
 from configs.model import VisionConfig
 from data.collators import Batch, collate
 from data.datasets import Sample, by_source, decode
 from data.images import ImageError
 from data.packing import Row, RowStream
+from utils.errors import UserError
 
 Decoded = tuple[Tensor | None, list[tuple[int, str]]]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
 SILENCE = 600  # seconds after which workers that give nothing are given up

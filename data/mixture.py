@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from configs.errors import UserError
+from utils.errors import UserError
 
 Record = dict[str, Any]
 LEAST = 10**6  # records an epoch are kept to one part in as many

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.model import MAX_GRID, Vocabulary
 from data.images import Grid
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
 
 IGNORE = -100
 

@@ -12,14 +12,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import UsageError, UserError, nearest
-from configs.hub import dataset_files, is_hub_id
-from configs.schema import DataConfig
+from configs.train import DataConfig
 from data import formats
 from data.filters import RATINGS
 from data.formats import CAPTION_PROMPT, Record
 from data.mixture import Listed, Source
-from data.tables import TableRecords, table_files, table_files_here
+from data.parquet import TableRecords, table_files, table_files_here
+from utils.errors import UsageError, UserError, nearest
+from utils.hub import dataset_files, is_hub_id
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Record]:

@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
-from eval.answering import Answer, Answerer
+from eval.predictor import Answer, Answerer
 from models.generation import check_heads, generate
 from models.kv_cache import DecodingCache
+from utils.errors import UsageError, UserError
 
 
 class Chat:

@@ -23,11 +23,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image, ImageFile
 
-from configs.errors import ImageError, UsageError, UserError
-from configs.files import replacing
 from configs.model import GenerationConfig
 from data.images import Tiles
-from eval.answering import Answer, Answerer
+from eval.predictor import Answer, Answerer
+from utils.errors import ImageError, UsageError, UserError
+from utils.files import replacing
 
 MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
 OF_OTHERS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}  # settings of tasks that are read here, or speak of another model's preprocessing

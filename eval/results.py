@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from configs.files import file_name, write_text
 from configs.model import ModelConfig
-from configs.ranks import world_of_torchrun
-from eval import cider as cider_module
-from eval.answering import Answerer
-from eval.cider import caption_errors, cider
+from eval import captions as captions_module
+from eval.captions import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower
+from eval.predictor import Answerer
 from eval.tasks import Tasks, captioned, run_tasks, scores_of, unscored
+from utils.files import file_name, write_text
+from utils.ranks import world_of_torchrun
 
 FORMAT = 1
 PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
@@ -63,7 +63,7 @@ def evaluate(args: Namespace, output: Path | None) -> None:
             write_text(output / f"samples_{file_name(name)}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
             write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     if first and output is not None:
-        console.print(f"written: {output / 'results.json'} (python -m eval.report {output} makes a page of it)", soft_wrap=True)
+        console.print(f"written: {output / 'results.json'} (python -m tools.evaluation_report {output} makes a page of it)", soft_wrap=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -188,7 +188,7 @@ def data_hash(samples: dict[str, list[dict[str, Any]]], seen: dict[tuple[str, in
 
 def task_hash(tasks: Tasks, names: list[str]) -> str:
     """Of the tasks' YAML files, all that stands beside them, what all tasks share and our scores of captions: a changed matcher shows."""
-    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names} | {Path(cider_module.__file__)}
+    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names} | {Path(captions_module.__file__)}
     folders = {Path(tasks.task_index[name]["yaml_path"]).parent for name in names} | {Path(lmms_eval.tasks.__file__).parent / "_task_utils"}
     beside = {other for folder in folders for pattern in ("*.py", "*.yaml", "_*") for other in folder.glob(pattern) if other.is_file()}
     digest = hashlib.blake2b(digest_size=8)

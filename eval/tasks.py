@@ -26,10 +26,10 @@ from loguru import logger
 from PIL import ImageFile
 from tenacity import RetryError
 
-from configs.errors import UsageError, UserError, nearest
 from data.sources import parse_sources
-from eval.cider import JAVA_METRICS, caption_scores, check_metrics
+from eval.captions import JAVA_METRICS, caption_scores, check_metrics
 from eval.lmms_eval_wrapper import DualTower
+from utils.errors import UsageError, UserError, nearest
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it for the whole process: half an image is none
 OURS = Path(__file__).parent / "tasks"

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from configs.ranks import World
-from data.pictures import agreement, curves, stacked
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
+from utils.plotting import agreement, curves, stacked
+from utils.ranks import World
 
 PLACES = 8  # tokens of an answer whose places are told apart
 SHOWN, LONGEST = 8, 32  # answers in the picture, and tokens of each

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
 from models.multi_token import Drafts, ancestors
+from utils.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _usual(seconds: Sequence[float]) -> float:
 
 def check_heads(model: Any, settings: GenerationConfig) -> None:
     if settings.speculative == "on" and model.right.heads is None:
-        raise UsageError("--speculative on: this model has no multi-token heads (python -m training.heads gives it some)")
+        raise UsageError("--speculative on: this model has no multi-token heads (python -m tools.train_heads gives it some)")
 
 
 NOMINAL = 0.2  # what a draft costs, in passes, where the clock must not count: in drawn answers, with drawing (docs/benchmarks.md)

@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
 from models.kv_cache import ImageKV
+from utils.errors import UserError
 
 HEADER = 1024  # bytes of a file beside its tensor, at most
 STALE_S = 3600  # age at which a temporary file is a killed run's
 SHARE = 64  # after a 64th of the cap has been written the folder is looked through again, for what other processes did
 KEY = re.compile(r"[0-9a-f]+")
 FILE = re.compile(rf"{KEY.pattern}\.safetensors")
-TEMPORARY = re.compile(rf"\.{FILE.pattern}\.\d+|\.tmp\w{{6}}")  # configs/files.py's, and safetensors' own
+TEMPORARY = re.compile(rf"\.{FILE.pattern}\.\d+|\.tmp\w{{6}}")  # utils/files.py's, and safetensors' own
 
 
 def _to_stderr(line: str) -> None:

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.errors import UserError
-from configs.files import replacing
 from models.layers import Rotary, turn
 from models.masks import NEVER
+from utils.errors import UserError
+from utils.files import replacing
 
 FORMAT = 2  # of an image KV's file
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import DecoderConfig, MultiTokenConfig
-from models.attention import Plan, planned
+from models.kernels.attention import Plan, planned
+from models.kernels.packed_linear import Packed, PackedBlock
 from models.kv_cache import DecodingCache
 from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
 from models.losses import cross_entropy
 from models.multi_token import MultiTokenHeads
-from models.packed import Packed, PackedBlock
 
 
 class Output(NamedTuple):

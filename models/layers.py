@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.errors import UsageError, UserError
 from configs.model import DecoderConfig
-from models.attention import Plan, attend
-from models.linear import Linear, working_dtype
+from models.kernels.attention import Plan, attend
+from models.kernels.linear import Linear, working_dtype
+from utils.errors import UsageError, UserError
 
 
 class RMSNorm(nn.RMSNorm):

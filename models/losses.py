@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.linear import working_dtype
+from models.kernels.linear import working_dtype
 
 CHUNK = 1 << 25  # logits that exist at a time; a fourth of them, or what stays in a CPU's cache, also in float32
 CACHED = 1 << 19

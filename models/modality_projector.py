@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from configs.errors import UsageError, nearest
 from configs.model import ProjectorConfig
-from models.linear import Linear
+from models.kernels.linear import Linear
+from utils.errors import UsageError, nearest
 
 
 def linear(width: int, hidden_size: int) -> nn.Module:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig, MultiTokenConfig
+from models.kernels.packed_linear import Packed
 from models.layers import RMSNorm
 from models.losses import cross_entropy
-from models.packed import Packed
 
 
 class Drafts(NamedTuple):

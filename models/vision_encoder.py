@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UsageError
 from configs.model import VisionConfig
-from models.linear import Linear, working_dtype
+from models.kernels.linear import Linear, working_dtype
+from utils.errors import UsageError
 
 
 def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, Vocabulary
-from models.hub_model import HubModel
 from models.language_model import LanguageModel, Output
 from models.masks import right_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
 from models.vision_encoder import VisionEncoder
+from models.weights.hub_model import HubModel
 
 
 class VisionLanguageModel(HubModel):

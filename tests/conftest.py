@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from configs.schema import DataConfig
+from configs.train import DataConfig
 from data.datasets import SampleDataset
 from data.mixture import Listed, Source
 from data.render import Renderer
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from tests.hub_server import hub_constants
@@ -91,7 +91,7 @@ def image_file(tmp_path: Path) -> Path:
 def waits(monkeypatch) -> list[float]:
     """Nobody waits; → how long each would have."""
     waits: list[float] = []
-    monkeypatch.setattr("configs.hub.pause", waits.append)
+    monkeypatch.setattr("utils.hub.pause", waits.append)
     return waits
 
 

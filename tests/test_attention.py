@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import attention, losses
-from models.attention import SpanAttention, SpanPlan, attend, blocks_of, planned
+from models import losses
+from models.kernels import attention
+from models.kernels.attention import SpanAttention, SpanPlan, attend, blocks_of, planned
 from models.losses import cross_entropy
 from models.masks import left_mask, right_mask
 

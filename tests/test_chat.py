@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import eval.chat
-from configs.errors import UsageError
 from configs.model import GenerationConfig, MultiTokenConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from data.render import Renderer
-from eval.answering import Answerer
 from eval.chat import Chat, answer_all, talk
+from eval.predictor import Answerer
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 from tests.naive_dual_tower import Naive
 from tests.test_generation import naive_greedy
+from utils.errors import UsageError
 
 SQUARE = (1, 1)
 

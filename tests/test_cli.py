@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.command_line import preset, resolve
-from configs.errors import UsageError
-from configs.saved import from_dict, to_dict
-from configs.schema import Config
+from configs.cli import preset, resolve
+from configs.serialization import from_dict, to_dict
+from configs.train import Config
 from tests.programs import run_program
+from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +141,7 @@ def test_evaluation_writes_results(trained, tmp_path):
     assert results["samples"] == len(samples) == 20 and results["scores"]["accuracy"] == sum(right) / 20
     yes_no = [r for r, s in zip(right, samples, strict=True) if s["reference"][0] in ("yes", "no")]
     assert results["scores"]["yes/no"] == pytest.approx(sum(yes_no) / len(yes_no))
-    page = run_program(["-m", "eval.report", str(tmp_path / "out")], ROOT)
+    page = run_program(["-m", "tools.evaluation_report", str(tmp_path / "out")], ROOT)
     assert page.returncode == 0 and "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -236,17 +236,17 @@ def test_help_comes_without_what_is_heavy(script):
 
 
 def test_a_folder_is_looked_at_without_what_is_heavy(trained):
-    code = f"import sys; from models.hub import main; main(['info', {str(trained / 'model')!r}]); print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    code = f"import sys; from tools.hub import main; main(['info', {str(trained / 'model')!r}]); print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "[]" and "model of type dual_tower" in done.stdout and " numbers" in done.stdout, done.stderr
 
 
 def test_a_reader_that_goes_away():
     """`| head -1`: nothing is printed of it; a pipe that is not the output's is an error as any."""
-    code = "import sys; from configs.errors import run_script; run_script(lambda argv: [print(n) for n in range(100_000)])"
+    code = "import sys; from utils.errors import run_script; run_script(lambda argv: [print(n) for n in range(100_000)])"
     done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}' | head -1; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["0", "141"] and done.stderr == ""
-    code = "import os, sys; from configs.errors import run_script; r, w = os.pipe(); os.close(r); run_script(lambda argv: os.write(w, b'x'))"
+    code = "import os, sys; from utils.errors import run_script; r, w = os.pipe(); os.close(r); run_script(lambda argv: os.write(w, b'x'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: [Errno 32] Broken pipe\n"
 

@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 
 import data.loader
-from configs.command_line import resolve
-from configs.errors import UserError
-from configs.schema import FilterConfig
-from data.build import build_data
+from configs.cli import resolve
+from configs.train import FilterConfig
 from data.collators import collate
 from data.datasets import SampleStream
 from data.images import ImageError
 from data.loader import Loader
 from data.mixture import Listed, Mixture, Source
 from data.packing import Budget, RowStream, pack
-from data.tables import UnreadableBlock
-from eval.in_training import Validation
+from data.parquet import UnreadableBlock
+from eval.validation import Validation
 from tests.conftest import TINY_MODEL, TURNS, dataset_of
+from training.setup import build_data
+from utils.errors import UserError
 
 SHORT = {"left_length": 15, "right_length": 60}  # three images of 5 tokens
 
@@ -529,7 +529,7 @@ def test_rows_that_cannot_be_read_any_more_do_not_stop_validation(records, rende
 
     validation_packed: list[bool] = []
     monkeypatch.setattr(Listed, "__getitem__", failing)
-    monkeypatch.setattr("eval.in_training.pack", packed)
+    monkeypatch.setattr("eval.validation.pack", packed)
     dataset = dataset_of(records, renderer, **SHORT)
     validation = Validation(dataset, Budget(15, 60, 5), 2, renderer.tokenizer.global_image)
     assert dataset.dropped == {("test", "unreadable"): 1} and len(validation.questions) == 11

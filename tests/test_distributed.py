@@ -13,9 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.errors import UsageError
-from configs.ranks import World
-from configs.schema import Config, DataConfig, TrainConfig
+from configs.train import Config, DataConfig, TrainConfig
 from data.loader import merged
 from tests.programs import Program, run_program, run_ranks, start_ranks
 from tests.test_training import command
@@ -23,6 +21,8 @@ from training.checkpoint import checkpoints
 from training.distributed import check_world
 from training.precision import grad_scaler, load_scale, scale_state
 from training.script import TORCHRUN
+from utils.errors import UsageError
+from utils.ranks import World
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
 # Three layers: with two, what FSDP does to a block's arguments does not show.

@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.model import VisionConfig
-from configs.schema import Config, DataConfig, LoraConfig, LoraTower, TrainConfig
-from models.adapters import add_adapters
+from configs.train import Config, DataConfig, LoraConfig, LoraTower, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
+from models.weights.lora import add_adapters
 from tests.conftest import TINY, TINY_MODEL, tiny_model
 from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes, trained_shares
 from training.optim import make_optimizers

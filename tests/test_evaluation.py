@@ -20,23 +20,23 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.errors import UsageError, UserError, run_script
 from configs.model import GenerationConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.render import Renderer
-from eval.answering import Answerer
+from eval.predictor import Answerer
 from models.image_store import ImageStore
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 from tests.hub_server import hub
 from tests.programs import at_hub, run_program, run_ranks
+from utils.errors import UsageError, UserError, run_script
 
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager
 
-from eval.cider import caption_scores
+from eval.captions import caption_scores
 from eval.lmms_eval_wrapper import DualTower
 from eval.results import standard_error
 from eval.tasks import Tasks, run_tasks, scores_of

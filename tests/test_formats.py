@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import UserError
 from data.formats import coco, jsonl, llava, ocr_vqa, without_placeholders
+from utils.errors import UserError
 
 ASK = "Describe the image."
 

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import models.generation
-from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
-from eval.answering import Answerer
+from eval.predictor import Answerer
 from models.generation import choose, generate, probabilities
 from models.image_store import ImageStore
 from models.kv_cache import DecodingCache
 from tests.conftest import lively_model, random_tiles
 from tests.naive_dual_tower import Naive
 from tests.test_dual_tower import block_starts
+from utils.errors import UsageError, UserError
 
 
 def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:

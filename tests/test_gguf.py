@@ -6,10 +6,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from configs.errors import UserError
-from models.gguf_weights import convert_gguf
-from models.language_weights import find_language_model
+from models.weights.gguf import convert_gguf
+from models.weights.language_models import find_language_model
 from tests.test_language_models import logits, ours, reference
+from utils.errors import UserError
 
 NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import benchmarks.guard as guard
 import benchmarks.train_step as train_step
 from benchmarks.trial import MODELS, Trial
-from configs.errors import UserError
 from models.language_model import LanguageModel
 from models.layers import MLP, Attention
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)  # under a failed test its lines would fill pages

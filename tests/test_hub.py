@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
 from tests.conftest import TURNS
 from tests.hub_server import hub
 from tests.programs import at_hub, run_program

@@ -14,25 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.command_line import preset
-from configs.errors import UserError
-from configs.files import write_text
-from configs.hub import HubAway
+from configs.cli import preset
 from configs.model import GenerationConfig
-from configs.schema import Config, DataConfig, HubConfig
+from configs.train import Config, DataConfig, HubConfig
 from data.images import Tiles
-from data.pictures import PALETTE
-from eval.answering import Answerer
-from models import hub as program
+from eval.predictor import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.pretrained import load_vision_weights
 from models.vision_language_model import VisionLanguageModel
+from models.weights.pretrained import load_vision_weights
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
 from tests.programs import at_hub, run_program
-from training.card import write_card
-from training.hub import Pusher
+from tools import hub as program
+from training.hub_push import Pusher
+from training.run_card import write_card
+from utils.errors import UserError
+from utils.files import write_text
+from utils.hub import HubAway
+from utils.plotting import PALETTE
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +121,7 @@ def test_what_stands_beside_the_weights_goes_along(model, tokenizer, folder, ser
 
 def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
     """And back in one: what is not needed any more goes."""
-    monkeypatch.setattr("models.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
     model.save_pretrained(folder)
     names = {path.name for path in folder.glob("model*")}
     assert names == {"model.safetensors.index.json", *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5))}
@@ -135,7 +135,7 @@ def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
 
 def test_several_files_become_one_in_the_repository(model, served, uploads, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("models.pretrained.SHARD_SIZE", "1MB")
+        patch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
         model.push_to_hub("me/tiny")
     assert len([name for name in uploads.repos["me/tiny"].files if name.startswith("model")]) == 5
     model.push_to_hub("me/tiny")
@@ -151,7 +151,7 @@ def test_several_files_become_one_in_the_repository(model, served, uploads, monk
     ],
 )
 def test_damaged_shards(model, folder, monkeypatch, damage, message):
-    monkeypatch.setattr("models.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
     model.save_pretrained(folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
@@ -221,7 +221,7 @@ def test_a_bad_moment_when_reading(model, served, path, kind):
 
 def test_a_connection_that_breaks_in_mid_upload(model, served, uploads, waits, monkeypatch):
     """Of several files: those that arrived are not sent again, and the commit has them all."""
-    monkeypatch.setattr("models.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
     served.failures["/put/"] = chain([None, None], repeat("drop", 20), repeat(None))  # until huggingface_hub gives up, and it is begun anew
     model.push_to_hub("me/tiny")
     assert 4 <= len(uploads.put) == len(set(uploads.put)) and waits
@@ -418,7 +418,7 @@ def test_a_damaged_log(model, tmp_path):
         card(model, tmp_path)
 
 
-# --- python -m models.hub
+# --- python -m tools.hub
 
 
 def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
@@ -571,7 +571,7 @@ def test_failures_never_reach_the_run_and_are_told_once(served, uploads, folder,
         p.thread.join()
     assert len(said) == 2 and "warning: hub: me/tiny could not be pushed to: " in said[1]
     p.finish(folder)
-    assert f"python -m models.hub push {folder} tiny" in said[2]
+    assert f"python -m tools.hub push {folder} tiny" in said[2]
     served.failures.clear()
     p.finish(folder)
     assert "model.safetensors" in uploads.repos["me/tiny"].files

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs.command_line import preset
-from configs.files import read_json
+from configs.cli import preset
 from data.sources import CAULDRON_SUBSETS, THE_CAULDRON
 from tests.conftest import TURNS, random_tiles
 from tests.hub_server import Hub, hub
 from tests.programs import at_hub, run_program
 from tests.test_hub import tiny_llama
-from tests.test_tables import write
+from tests.test_parquet import write
+from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 CONFIG = preset("dual_tower_cauldron")
@@ -82,7 +82,7 @@ def test_the_data_set_is_what_load_dataset_makes_of_it(repos, tmp_path):
 import json
 from datasets import Image, load_dataset
 from data.sources import table_record
-from data.tables import TableRecords, table_files
+from data.parquet import TableRecords, table_files
 theirs = load_dataset({THE_CAULDRON!r}, "ocrvqa", split="train")
 system, files = table_files({THE_CAULDRON!r}, "ocrvqa", False)
 ours = TableRecords("ocrvqa", files, system, table_record, 1 << 20)

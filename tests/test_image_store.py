@@ -12,19 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import eval.answering
+import eval.predictor
 import models.image_store
-from configs.errors import UserError
-from configs.files import replacing
 from configs.model import GenerationConfig
 from data.images import Tiles
 from data.render import Renderer
-from eval.answering import Answerer, Block
+from eval.predictor import Answerer, Block
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
+from utils.errors import UserError
+from utils.files import replacing
 
 ORIGIN, OTHER = "0a" * 16, "0b" * 16
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -436,9 +436,9 @@ class TestAnswerer:
     def watch(self, model, monkeypatch):
         """Blocks encoded at each call, and the tokens of every answer."""
         self.encoded, self.tokens = [], []
-        encode, generate = model.encode_images, eval.answering.generate
+        encode, generate = model.encode_images, eval.predictor.generate
         monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: self.encoded.append(len(blocks)) or encode(tiles, blocks, images))
-        monkeypatch.setattr(eval.answering, "generate", lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made)
+        monkeypatch.setattr(eval.predictor, "generate", lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made)
 
     def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
         for store in (None, *(ImageStore(memory_bytes=0, folder=tmp_path, origin=model.origin()) for _ in range(2))):

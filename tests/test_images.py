@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from configs.model import VisionConfig
-from data.drawings import _checked as drawings_checked
-from data.drawings import _drawer
 from data.images import ImageError, grid_of, image_size, open_image, open_pixels, pixels_of, tile_count, to_tiles
+from data.svg import _checked as drawings_checked
+from data.svg import _drawer
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
@@ -266,11 +266,11 @@ def patterns_of_patterns(levels: int) -> str:
 )
 def test_drawings_that_are_refused(svg, reason, monkeypatch):
     """Before they are drawn, or by the end of the process that draws them; the next one is drawn all the same."""
-    monkeypatch.setattr("data.drawings.SECONDS", 0.5)
+    monkeypatch.setattr("data.svg.SECONDS", 0.5)
     with pytest.raises(ImageError) as caught:
         open_image(svg.encode())
     assert caught.value.reason == reason and "\n" not in str(caught.value)
-    monkeypatch.setattr("data.drawings.SECONDS", 60)
+    monkeypatch.setattr("data.svg.SECONDS", 60)
     assert open_image((SVG + '<a href="https://example.org"><rect width="9" height="9" fill="red"/></a></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)
 
 
@@ -308,7 +308,7 @@ def test_an_interrupted_drawing_does_not_answer_for_the_next(monkeypatch):
 
     open_image(SVG.encode() + b"</svg>")
     with monkeypatch.context() as patch:
-        patch.setattr("data.drawings.struct.unpack", interrupted)
+        patch.setattr("data.svg.struct.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             open_image(SVG.encode() + b"</svg>")
     assert open_image((SVG + '<rect width="9" height="9" fill="red"/></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)

@@ -8,11 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from configs.errors import UserError
 from models.kv_cache import KeyValueRecorder
 from models.language_model import KeyValueDecoder, LanguageModel
-from models.language_weights import decoder_config, load_language_model, load_left_decoder, read_tensors
 from models.masks import right_mask
+from models.weights.language_models import decoder_config, load_language_model, load_left_decoder, read_tensors
+from utils.errors import UserError
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "SmolLM3"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.model import VisionConfig
-from models import linear
+from models.kernels import linear
+from models.kernels.linear import Linear, product
 from models.layers import Gated, RMSNorm, TrainedNorm
-from models.linear import Linear, product
 from models.vision_encoder import VisionEncoder
 
 

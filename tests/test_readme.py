@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.command_line import resolve
+from configs.cli import resolve
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
 from tests.programs import run_program
@@ -99,29 +99,29 @@ def test_a_command_of_a_page(page, command, place):
             "--output",
             str(Path(model).parent / "evaluation"),
         ]
-    elif words[2:3] == ["training.heads"]:
-        words = ["training/heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
-    elif words[2:3] == ["models.hub"]:
+    elif words[2:3] == ["tools.train_heads"]:
+        words = ["tools/train_heads.py", *words[3:], "--sources", "easy_vqa:20", "--tokens", "100", "--epochs", "1", "--rows", "8", "--answer_tokens", "8"]
+    elif words[2:3] == ["tools.hub"]:
         return in_a_hub(words[1:], place)
-    elif words[2:3] == ["eval.report"]:
-        words = ["eval/report.py", *words[3:]]
-    elif words[2:3] == ["training.report"]:
-        words = ["training/report.py", *words[3:]]
+    elif words[2:3] == ["tools.evaluation_report"]:
+        words = ["tools/evaluation_report.py", *words[3:]]
+    elif words[2:3] == ["tools.training_report"]:
+        words = ["tools/training_report.py", *words[3:]]
     elif words[1] == "-m":
         words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
     elif words[1] == "evaluation.py":
         words = [*words[1:], "--limit", "8"]
     else:
         words = words[1:] + SHORT * (words[1].startswith("train_") and "--help" not in words)
-    done = run_program(["-m", "training.heads", *words[1:]] if words[0] == "training/heads.py" else [ROOT / words[0], *words[1:]], place)
+    done = run_program(["-m", "tools.train_heads", *words[1:]] if words[0] == "tools/train_heads.py" else [ROOT / words[0], *words[1:]], place)
     assert done.returncode == 0, done.stderr
     return None
 
 
 def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """`--help` of a program by its module's name; of `models.hub` with that of its commands."""
+    """`--help` of a program by its module's name; of `tools.hub` with that of its commands."""
     main, texts = importlib.import_module(name).main, []
-    for command in [[], ["push"], ["pull"], ["info"], ["card"]] if name == "models.hub" else [[]]:
+    for command in [[], ["push"], ["pull"], ["info"], ["card"]] if name == "tools.hub" else [[]]:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code in (0, None)
@@ -139,7 +139,7 @@ def test_every_flag_and_program_in_a_sentence_exists(capsys):
         for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
             if code.startswith(("lmms-eval", ".venv/bin/pip", "hf ")):
                 continue
-            named = re.search(r"(?:-m |(?<!/)\b)((?:training|data|eval|models|remote|benchmarks)\.\w+|\w+(?=\.py ))", code)
+            named = re.search(r"(?:-m |(?<!/)\b)((?:tools|training|data|eval|models|hf|benchmarks)\.\w+|\w+(?=\.py ))", code)
             flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]*)(?![\w.*-])", code.split("torchrun")[-1]) if flag not in NO_FLAGS and not flag.endswith(".")]
             if "-m " in code and named and named[1] not in known:
                 wrong.append(f"{page}: no program {named[1]}")

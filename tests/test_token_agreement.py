@@ -10,10 +10,10 @@ from configs.model import MultiTokenConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.packing import Budget
-from data.pictures import RIGHT, WRONG, agreement
-from eval.in_training import Validation, save_picture
 from eval.token_agreement import PLACES, places
+from eval.validation import Validation, save_picture
 from tests.conftest import TINY_MODEL, TURNS, dataset_of, lively_model
+from utils.plotting import RIGHT, WRONG, agreement
 
 
 def test_places_begin_anew_with_each_answer():

@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import UsageError, UserError
 from training import trackers
 from training.trackers import Trackers, copy_code, flatten, netrc_key
+from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789" * 4

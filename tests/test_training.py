@@ -24,19 +24,16 @@ from torch import nn
 import training.checkpoint
 import training.feature_cache
 from benchmarks.kill import learnt
-from configs.command_line import resolve
-from configs.errors import UsageError, UserError
-from configs.files import replacing_folder
+from configs.cli import resolve
 from configs.model import VisionConfig
-from configs.ranks import ALONE
-from configs.schema import Config, TrainConfig
+from configs.train import Config, TrainConfig
 from data.collators import collate
 from data.packing import Budget
-from eval.answering import Answerer
-from eval.in_training import Validation, save_samples
+from eval.predictor import Answerer
+from eval.validation import Validation, save_samples
 from models.language_model import Block
-from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
+from models.weights.pretrained import fingerprint
 from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
 from tests.programs import Program, run_program
 from tests.test_dual_tower import make_sample
@@ -47,6 +44,9 @@ from training.logging import RunLog
 from training.loop import StopSignals
 from training.optim import make_optimizers, schedule
 from training.step import train_step
+from utils.errors import UsageError, UserError
+from utils.files import replacing_folder
+from utils.ranks import ALONE
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
@@ -421,12 +421,12 @@ def test_data_that_changed_is_told(tmp_path):
 
 
 def failing_validation() -> None:
-    import eval.in_training
+    import eval.validation
 
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a task that fails")
 
-    eval.in_training.Validation.score = fail
+    eval.validation.Validation.score = fail
 
 
 @pytest.mark.parametrize(("step", "every"), [(5, "5"), (14, "0")])

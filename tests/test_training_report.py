@@ -1,4 +1,4 @@
-"""The page of `training.report`: its charts, as matplotlib holds them, and its tables, against the numbers that went in."""
+"""The page of `tools.training_report`: its charts, as matplotlib holds them, and its tables, against the numbers that went in."""
 
 import base64
 import io
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import configs.files
-from configs.errors import UsageError, UserError
-from training import report
+import utils.files
+from tools import training_report as report
+from utils.errors import UsageError, UserError
 
 pytest.importorskip("matplotlib", reason="the group report is not installed")
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_read_or_written(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(configs.files.os, "fsync", full)
+    monkeypatch.setattr(utils.files.os, "fsync", full)
     with pytest.raises(UserError, match="page.html could not be written: No space left on device"):
         report.main([str(folder), "--output", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").read_bytes() == before and not (folder / "report.html").exists()
@@ -283,7 +283,7 @@ def test_as_a_program(tmp_path):
         log.metrics({key: value for key, value in line.items() if key != "seconds"})
     log.stop()
     for flags, code, out, err in (([], 0, "run/report.html: runs 1, charts 4, ", ""), (["--ouput", "x.html"], 2, "", "did you mean '--output'?")):
-        done = subprocess.run([sys.executable, "-m", "training.report", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "tools.training_report", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == code and out in done.stdout and err in done.stderr and (done.stderr if code else done.stdout).count("\n") == 1
 
 

@@ -20,18 +20,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer, pipeline, set_seed
 from transformers import GenerationConfig as TransformersGenerationConfig
 
-from configs.errors import UserError
-from configs.files import read_json
 from configs.model import GenerationConfig, MultiTokenConfig
-from configs.schema import Config
+from configs.train import Config
 from data.collators import collate_prompts
-from data.tokens import Tokenizer
-from eval.answering import Answerer
+from data.tokenizer import Tokenizer
+from eval.predictor import Answerer
+from hf.export import code_files, flattened, main
 from models.generation import generate
-from remote.export import code_files, flattened, main
 from tests.conftest import TINY_MODEL, lively_model
 from tests.naive_dual_tower import Naive
 from training.script import export
+from utils.errors import UserError
+from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 WITH_HEADS = replace(TINY_MODEL, vision=replace(TINY_MODEL.vision, max_side=128), multi_token=MultiTokenConfig(heads=2, mlp_size=32))
@@ -386,14 +386,14 @@ def test_code_differs_in_its_imports_alone():
     for name, text in files.items():
         path, _, rest = text.partition("\n")
         rest, _, others = rest.partition("\n\n\nif False:")
-        assert ("image_blocks" in others) == (name == "remote_modeling.py") and ("data_images" in others) == (name in ("remote_modeling.py", "remote_processing.py"))
+        assert ("image_blocks" in others) == (name == "hf_modeling.py") and ("data_images" in others) == (name in ("hf_modeling.py", "hf_processing.py"))
         source = ROOT / path.split()[1]
         assert source.is_file() and name == str(source.relative_to(ROOT)).replace("/", "_")
         changed = [b for a, b in zip(source.read_text().splitlines(), rest.splitlines(), strict=True) if a != b]
         assert all(re.match(r"\s*from \.\w+ import ", line) for line in changed)
         nodes = [node for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.ImportFrom)]
         assert {f"{node.module}.py" for node in nodes if node.level} <= files.keys()
-        assert not {node.module.split(".")[0] for node in nodes if not node.level} & {"configs", "data", "models", "remote", "eval", "training"}
+        assert not {node.module.split(".")[0] for node in nodes if not node.level} & {"configs", "data", "eval", "hf", "models", "tools", "training", "utils"}
     assert flattened("def f():\n    from models.layers import (\n        MLP,\n    )\n") == ("def f():\n    from .models_layers import (\n        MLP,\n    )\n", ["models.layers"])
     with pytest.raises(AssertionError, match="line 1"):
         flattened("import models.layers\n")
@@ -402,14 +402,14 @@ def test_code_differs_in_its_imports_alone():
 def test_export_needs_no_transformers(tokenizer, model, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    code = "import sys; sys.modules['transformers'] = None; from remote.export import main; main(sys.argv[1:])"
+    code = "import sys; sys.modules['transformers'] = None; from hf.export import main; main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "remote_modeling.py").is_file()
+    assert (tmp_path / "hf_modeling.py").is_file()
 
 
 def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
-    """Without code transformers does not know it; `python -m remote.export` adds the code, and leaves what was there."""
+    """Without code transformers does not know it; `python -m hf.export` adds the code, and leaves what was there."""
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     with pytest.raises(ValueError, match="dual_tower"):

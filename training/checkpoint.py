@@ -25,9 +25,9 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from configs.errors import UserError
-from configs.files import sync
-from configs.ranks import ALONE, World
+from utils.errors import UserError
+from utils.files import sync
+from utils.ranks import ALONE, World
 
 FORMAT = 2  # of the folder
 FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory

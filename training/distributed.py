@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.errors import UsageError, UserError
-from configs.ranks import World, world_of_torchrun
-from configs.schema import Config
+from configs.train import Config
 from models.language_model import Block
+from utils.errors import UsageError, UserError
+from utils.ranks import World, world_of_torchrun
 
 BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "Timed out waiting", "gloo")  # how a lost rank is told
 

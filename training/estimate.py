@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.model import DecoderConfig, ModelConfig, Vocabulary
-from configs.schema import Config
-from models.adapters import add_adapters
-from models.attention import SpanPlan
+from configs.train import Config
+from models.kernels.attention import SpanPlan
 from models.language_model import Block
 from models.losses import CHUNK as LOGITS
 from models.masks import left_mask, right_mask
+from models.weights.lora import add_adapters
 from training.optim import freeze
 from training.precision import autocast, computed_in
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.errors import UserError
-from configs.files import replacing
+from utils.errors import UserError
+from utils.files import replacing
 
 CHUNK = 16  # tiles encoded at a time, always this many; on two AVX-512 cores faster than 1 and than 64
 

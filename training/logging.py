@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.errors import UserError
-from configs.files import append_text, sync, write_text
 from training.trackers import Histogram, Trackers
+from utils.errors import UserError
+from utils.files import append_text, sync, write_text
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 

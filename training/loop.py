@@ -21,22 +21,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from configs.errors import UserError
-from configs.files import append_text
-from configs.ranks import ALONE, World
-from configs.saved import to_dict
-from configs.schema import Config, TrainConfig
+from configs.serialization import to_dict
+from configs.train import Config, TrainConfig
 from data.loader import merged
 from models.language_model import Block
 from models.layers import pick_device
-from training.averages import averaged, swap_averages
 from training.checkpoint import Saver, checkpoints, load_checkpoint, set_aside
-from training.details import Achieved, Details
+from training.diagnostics import Achieved, Details
 from training.distributed import parallel
+from training.ema import averaged, swap_averages
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
 from training.precision import computed_in, grad_scaler, load_scale, scale_state
 from training.step import Batch, train_step
+from utils.errors import UserError
+from utils.files import append_text
+from utils.ranks import ALONE, World
 
 SPIKE, NORMS = 5.0, 100  # a gradient norm so many times the median of the last so many is told
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import TrainConfig
-from models.adapters import base_parameters
+from configs.train import TrainConfig
+from models.weights.lora import base_parameters
 from training.muon import Muon
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import TrainConfig
+from configs.train import TrainConfig
 from models.layers import computes_bf16
 
 

@@ -18,36 +18,36 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from configs.errors import UsageError, UserError
-from configs.files import replacing_folder
 from configs.model import Vocabulary
-from configs.ranks import World, world_of_torchrun
-from configs.schema import Config
-from data.build import Data, build_data
+from configs.train import Config
 from data.datasets import by_source
 from data.sources import parse_sources
-from data.tokens import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from eval.in_training import Best, TasksInTraining, Validation, forget_samples, save_picture, save_samples
-from models.adapters import add_adapters, check_lora, merge_adapters, save_adapters
-from models.language_weights import complete_decoders, find_language_model, load_language_weights, table_rows
+from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
+from eval.validation import Best, TasksInTraining, Validation, forget_samples, save_picture, save_samples
+from hf.export import add_hf_code
 from models.layers import pick_device
 from models.modality_projector import check_kind
-from models.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from models.vision_encoder import complete_vision
-from remote.export import add_remote_code
-from training.averages import load_averages
-from training.card import write_card
+from models.weights.language_models import complete_decoders, find_language_model, load_language_weights, table_rows
+from models.weights.lora import add_adapters, check_lora, merge_adapters, save_adapters
+from models.weights.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
 from training.checkpoint import load_weights_of, put_aside, read_state
 from training.distributed import check_world, gathered, opened
+from training.ema import load_averages
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
-from training.fit import fitted
-from training.hub import Pusher
+from training.fit_memory import fitted
+from training.hub_push import Pusher
 from training.logging import RunLog
 from training.loop import Stopped, Task, train
 from training.precision import autocast
-from training.run import keep_config, locked, open_run
+from training.run_card import write_card
+from training.run_dir import keep_config, locked, open_run
+from training.setup import Data, build_data
 from training.trackers import Trackers
+from utils.errors import UsageError, UserError
+from utils.files import replacing_folder
+from utils.ranks import World, world_of_torchrun
 
 NEW_TOKENIZER = ".tokenizer"
 TORCHRUN = (
@@ -264,7 +264,7 @@ def export(model: Any, folder: Path, tokenizer: Tokenizer, config: Config, run: 
         write_card(model, config, run, beside, evaluated)
         model.save_pretrained(beside)
         tokenizer.save(beside)
-        add_remote_code(beside, tokenizer)
+        add_hf_code(beside, tokenizer)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, model_class: Any, tokenizer: Tokenizer, config: Config, run: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.ranks import ALONE, World
-from configs.schema import Config
+from configs.train import Config
 from models.multi_token import chains
-from training.averages import update_averages
-from training.details import Achieved, sources_of
+from training.diagnostics import Achieved, sources_of
 from training.distributed import accumulating, gathered
+from training.ema import update_averages
 from training.optim import head_weights, set_learning_rates
 from training.precision import autocast, grad_scaler
+from utils.ranks import ALONE, World
 
 Batch = dict[str, Tensor]
 PIECE = 1 << 16  # numbers of a dot product

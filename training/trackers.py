@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from configs.errors import UsageError, UserError, nearest
-from configs.files import write_text
 from data.images import open_image
+from utils.errors import UsageError, UserError, nearest
+from utils.files import write_text
 
 PROJECT = "dualtowervlm"
-PACKAGES, BESIDE = ("configs", "data", "eval", "models", "training"), ("benchmarks", "scripts", "tests")  # folders whose code is kept with a W&B run
+PACKAGES, BESIDE = ("configs", "data", "eval", "hf", "models", "tools", "training", "utils"), ("benchmarks", "scripts", "tests")  # folders whose code is kept with a W&B run
 WAIT = 10.0  # seconds that W&B may take to answer at the start, and again to take what is left at the end
 SIDE = 512  # pixels: longest side of an image that is sent
 

@@ -7,9 +7,9 @@ from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
-from configs.errors import UserError
 from data.images import open_image
 from data.sources import FILES, SOURCES, easy_vqa, openmoji, parse_sources
+from utils.errors import UserError
 
 TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
 SHAPES = ("circle", "rectangle", "triangle")

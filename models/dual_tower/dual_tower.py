@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig, Vocabulary
 from models.dual_tower.dual_language_model import DualLanguageModel
-from models.hub_model import HubModel
 from models.kv_cache import ImageKV, KeyValueRecorder
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
-from models.pretrained import fingerprint
 from models.vision_encoder import VisionEncoder
+from models.weights.hub_model import HubModel
+from models.weights.pretrained import fingerprint
 
 IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
 

@@ -12,18 +12,18 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from configs.command_line import resolve
+from configs.cli import resolve
 from configs.model import DecoderConfig, GenerationConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, VisionConfig
-from data.build import build_data
 from data.collators import collate_prompts
 from data.images import Tiles
 from data.packing import Budget, Window
 from data.render import Document, Renderer
-from data.tokens import Tokenizer
-from eval.answering import Answerer
+from data.tokenizer import Tokenizer
+from eval.predictor import Answerer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.vision_language_model import VisionLanguageModel
+from training.setup import build_data
 
 FILE = Path(__file__).parent / "references.json"
 TURNS = [

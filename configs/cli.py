@@ -1,0 +1,109 @@
+"""Configurations from presets and flags; an unknown flag is an error that names the nearest known one.
+
+`resolve(argv)` merges, later over earlier: the dataclass defaults, a preset (`configs/config_<name>.py`), the flags.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from configs.train import DEFAULT_PRESET, Config
+from utils.errors import UsageError, nearest
+
+T = TypeVar("T")
+
+
+def preset(name: str) -> Config:
+    """The `CONFIG` of `configs/config_<name>.py`; dashes and underscores alike."""
+    name = name.replace("-", "_").removeprefix("config_").removesuffix(".py")
+    known = sorted(p.stem.removeprefix("config_") for p in Path(__file__).parent.glob("config_*.py"))
+    if name not in known:
+        raise UsageError(f"no config named '{name}'{nearest(name, known)}; configs are the files configs/config_NAME.py: {', '.join(known)}")
+    return dataclasses.replace(importlib.import_module(f"configs.config_{name}").CONFIG, config=name)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose flags take dashes and underscores alike, and whose errors are one line naming the nearest flag."""
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            hint = nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags()) if flag.startswith("--") else ""
+            raise UsageError(f"unknown argument {flag!r}{hint}; see --help")
+        return args
+
+    def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        return self.parse_known_args([self._as_known(a) for a in argv])
+
+    def _flags(self) -> list[str]:
+        return [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+
+    def _as_known(self, arg: str) -> str:
+        """`--max-steps=7` → `--max_steps=7` where that is a flag; whatever else begins with dashes stays as it is."""
+        name, sep, value = arg.partition("=")
+        spelled = "--" + name[2:].replace("-", "_")
+        return spelled + sep + value if name.startswith("--") and spelled in self._flags() else arg
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes", "on")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str = "", group: str = "run") -> None:
+    """One flag a field of dataclass `cls`, nested ones as `--section.field`; the help shows the value in `base`."""
+    types = typing.get_type_hints(cls)
+    section = parser.add_argument_group(prefix.rstrip(".") or group)
+    for f in fields(cls):
+        kind, value = types[f.name], getattr(base, f.name)
+        if is_dataclass(kind):
+            add_flags(parser, typing.cast(type, kind), value, f"{prefix}{f.name}.")
+            continue
+        help = f"{f.metadata['help']} [{value}]".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help, "dest": prefix + f.name}
+        if kind is bool:
+            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+        elif typing.get_origin(kind) is Literal:
+            options |= {"choices": typing.get_args(kind)}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            if f.metadata["bare"] is not None:
+                options |= {"nargs": "?", "const": f.metadata["bare"]}
+        section.add_argument(f"--{prefix}{f.name}", **options)
+
+
+def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
+    """`config` with the dotted `flags` put in: `{"train.lr_left": 1e-3}`."""
+    changes: dict[str, Any] = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, f.name), prefix + f.name
+        if is_dataclass(value):
+            changed = override(value, flags, name + ".")
+            if changed is not value:
+                changes[f.name] = changed
+        elif name in flags and flags[name] != value:
+            changes[f.name] = flags[name]
+    return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
+
+
+def resolve(argv: list[str], description: str, default: str = DEFAULT_PRESET) -> tuple[Config, dict[str, Any]]:
+    """Command line → (the whole configuration, the flags that were given, dotted)."""
+    early = FlagParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", default=default)
+    base = preset(early.parse_known(argv)[0].config)
+    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, Config, base)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flags = vars(parser.parse(argv))
+    flags |= {"config": base.config} if "config" in flags else {}  # as it is spelled in configs/
+    flags.pop("debug", None)
+    return override(base, flags), flags

@@ -1,0 +1,237 @@
+"""Validation inside training: loss and exact-match accuracy on held-out images, CIDEr of captions, lmms-eval's tasks, and a look at some predictions."""
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from configs.model import GenerationConfig
+from configs.train import EvalConfig
+from data.collators import collate
+from data.datasets import Sample, SampleDataset, by_source
+from data.filters import turn_problem
+from data.images import ImageError, open_image
+from data.packing import Budget, pack
+from data.parquet import UnreadableBlock
+from data.render import Renderer
+from eval.captions import Cider, cider
+from eval.predictor import Answerer
+from eval.token_agreement import Agreement
+from utils.errors import UsageError, UserError, nearest
+from utils.files import read_json, replacing, write_text
+from utils.ranks import ALONE, World
+
+
+class Validation:
+    """A fixed set of packed rows, and a few questions answered in words.
+
+    A question counts as right where the likeliest token at every supervised position is the true one: exactly then
+    does greedy decoding give the reference answer, and no decoding is needed to know it.
+    """
+
+    def __init__(self, dataset: SampleDataset, budget: Budget, rows: int, padding_id: int) -> None:
+        self.dataset, self.padding_id = dataset, padding_id
+        places = [(number, index) for number, source in enumerate(dataset.sources) for index in range(source.start, source.stop)]
+        self.questions: list[tuple[list[Any], dict[str, str]]] = []  # images, turn: one a record, each record another of its turns
+        self.captions: list[tuple[list[Any], str, list[str]]] = []  # images, prompt, references: of records that are captions
+        samples = [sample for place in places for sample in self._usable(*place)]
+        if not samples:
+            raise UserError(f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}")
+        packed = pack(samples, budget)
+        self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
+        self.sources = list(dict.fromkeys(sample.source for sample in samples))
+
+    def _usable(self, source: int, index: int) -> list[Sample]:
+        """A record's samples, decoded once to see that they can be; one of its turns is noted as a question."""
+        dataset = self.dataset
+        samples = dataset.samples(source, index, first=True)
+        if not samples:
+            return []
+        try:
+            for sample in samples:
+                dataset.decoded(sample)
+            record = dataset.record(source, index)  # read a moment ago: later it might have to be read again, and be gone
+        except ImageError as error:
+            dataset.dropped[dataset.sources[source].name, f"image_{error.reason}"] += 1
+            return []
+        except UnreadableBlock:
+            dataset.dropped[dataset.sources[source].name, "unreadable"] += 1
+            return []
+        turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
+        if references := record.get("references"):
+            self.captions.append((record["images"], turns[0]["user"], references))
+        self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
+        return samples
+
+    def score(self, model: Any, world: World = ALONE) -> dict[str, Any]:
+        """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several. `agreement` tells more of it."""
+        self.agreement = Agreement(model.config.multi_token.heads)
+        total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
+        right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
+        for chunk in self.chunks[world.rank :: world.size]:
+            batch = collate([[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id)
+            batch = {k: v.to(model.device) for k, v in batch.items()}
+            source_of = torch.tensor([self.sources.index(sample.source) for row in chunk for sample in row for _ in sample.documents])
+            labels = batch["labels"]
+            supervised = labels != -100
+            output = model(**batch)
+            wrong = torch.zeros_like(labels)
+            predicted = model.logits(output.hidden[supervised]).argmax(-1)
+            wrong[supervised] = (predicted != labels[supervised]).long()
+            self.agreement.add(model, batch, output.hidden, predicted, self.dataset.renderer.tokenizer if world.first else None)
+            row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
+            document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
+            mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
+            good = (mistakes[document.unique()] == 0).cpu()
+            total += torch.tensor([output.loss_sum.item(), int(supervised.sum())])
+            right.index_add_(0, source_of, good.double())
+            documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
+        world.sum(total, right, documents)
+        self.agreement.share(world)
+        scores = {"loss": (total[0] / total[1]).item(), "accuracy": (right.sum() / documents.sum()).item()} | self.agreement.scores()
+        return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
+
+    def metrics(self, captions: int) -> dict[str, bool]:
+        """What will be logged of this, and whether higher is better; with `captions` their CIDEr."""
+        names = ["accuracy", *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1), *(["cider"] if captions and self.captions else [])]
+        return {"validation_loss": False} | {f"validation_{name}": True for name in names}
+
+    def cider(self, model: Any, count: int, tokens: int, world: World = ALONE, rows: int = 32) -> Cider | None:
+        """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
+        asked = self.captions[:count]
+        if not asked:
+            return None
+        answerer, settings = Answerer(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
+        made = []
+        for start in range(0, len(asked), rows):
+            part = asked[start : start + rows][world.rank :: world.size]
+            answers = answerer.answer([([answerer.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings) if part else []
+            made += list(zip(range(start + world.rank, start + rows, world.size), (a.text for a in answers), strict=False))
+        texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
+        return cider(texts, [references for _, _, references in asked])
+
+    def predictions(self, model: Any, count: int, world: World = ALONE) -> list[dict[str, Any]]:
+        """Greedy answers to the first `count` questions, each on another image."""
+        answerer = Answerer(model, self.dataset.renderer)
+        asked = self.questions[:count]
+        mine = [([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked[world.rank :: world.size]]
+        answers = [a.text for a in answerer.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
+        said = world.gather(answers)
+        return [
+            {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": said[n % world.size][n // world.size]}
+            for n, (images, turn) in enumerate(asked)
+        ]
+
+
+class TasksInTraining:
+    """lmms-eval's tasks on the model that is being trained: in this process, without another copy. `UserError` at once for what would fail later."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.metrics: dict[str, bool] = {}  # what `score` will tell, and whether higher is better
+        self.config, self.names = config, list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
+        if not self.names:
+            return
+        try:
+            from eval.tasks import Tasks
+        except ModuleNotFoundError as error:
+            raise UserError(f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')") from None
+        self.tasks = Tasks(Path(config.data_root) if config.data_root else None)
+        for name in self.names:
+            self.metrics |= dict(self.tasks.load(name))
+
+    def score(self, model: Any, renderer: Renderer, world: World = ALONE) -> dict[str, float]:
+        """`<task>_<metric>` of every task."""
+        if not self.names:
+            return {}
+        from eval.lmms_eval_wrapper import DualTower
+        from eval.tasks import run_tasks, scores_of
+
+        found = run_tasks(DualTower(answerer=Answerer(model, renderer)), self.tasks, self.names, self.config.limit)
+        return world.shared({f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {})
+
+
+class Best:
+    """The best model so far by one metric: `best.json` says its step and value. `known`: metrics, and whether higher is better; another one raises `UsageError`."""
+
+    def __init__(self, folder: Path, metric: str, known: dict[str, bool]) -> None:
+        if metric and metric not in known:
+            raise UsageError(f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}")
+        self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
+
+    @property
+    def step(self) -> int:
+        """At which it was found; −1: none so far."""
+        kept = read_json(self.path) if self.metric and self.path.is_file() else {}
+        return int(kept["step"]) if kept.get("metric") == self.metric else -1
+
+    def go_back(self, step: int, put_aside: Callable[[Path], Any]) -> None:
+        """The run goes on behind `step`: a best model of a later one is no longer its own."""
+        if self.path.is_file() and read_json(self.path)["step"] > step:
+            for path in (self.path.parent / "best", self.path):
+                if path.exists():
+                    put_aside(path)
+
+    @property
+    def warning(self) -> str:
+        """Why no model was kept, where one was wanted; at the end of a run."""
+        none = self.metric and (not self.path.is_file() or read_json(self.path)["metric"] != self.metric)
+        return f"eval.best: {self.metric} never came with a number, so no best model was kept" if none else ""
+
+    def is_beaten(self, step: int, scores: dict[str, Any]) -> bool:
+        """Whether these scores are the best until this step; a later one's, of a run that was taken up again before it, does not count."""
+        value = scores.get(self.metric)
+        if not self.metric or value is None or not math.isfinite(value):
+            return False
+        before = read_json(self.path) if self.path.is_file() else None
+        return before is None or before["metric"] != self.metric or before["step"] >= step or self.sign * value > self.sign * before["value"]
+
+    def note(self, step: int, scores: dict[str, Any]) -> None:
+        write_text(self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n")
+
+
+def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> None:
+    """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth.
+
+    An image that is no file is written beside them, and named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, p in enumerate(predictions):
+        if p["image"] is not None and not isinstance(p["image"], str | Path):
+            path = folder / f"image_{i}.png"
+            with replacing(path) as beside:
+                open_image(p["image"]).save(beside, format="png")
+            p["image"] = path
+        p["image"] = str(p["image"] or "")
+    write_text(folder / f"step_{step:06d}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    side, text, columns = 128, 64, 4
+    rows = -(-len(predictions) // columns)
+    sheet = Image.new("RGB", (columns * (side + 16), rows * (side + text + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, p in enumerate(predictions):
+        x, y = i % columns * (side + 16) + 8, i // columns * (side + text + 8) + 8
+        if p["image"]:
+            sheet.paste(open_image(p["image"]).resize((side, side)), (x, y))
+        good = p["prediction"] == p["answer"]
+        answer = p["prediction"] if good else f"{p['prediction']} (not {p['answer']})"
+        draw.multiline_text((x, y + side + 2), textwrap.fill(p["question"], 24), fill="black", font_size=11)
+        draw.text((x, y + side + 34), answer, fill="darkgreen" if good else "firebrick", font_size=13)
+    save_picture(sheet, folder / f"step_{step:06d}.png")
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Those of later steps, which the run does again."""
+    for path in folder.glob("step_*"):
+        if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > step:
+            path.unlink()
+
+
+def save_picture(sheet: Image.Image, path: Path) -> Path:
+    with replacing(path) as beside:
+        sheet.save(beside, format="png")
+    return path

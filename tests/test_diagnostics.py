@@ -1,0 +1,196 @@
+"""What is logged beside the loss: update ratios, histograms, FLOP/s, spikes; and the watchdog."""
+
+import ctypes
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import training.loop
+from configs.train import Config, TrainConfig
+from data.collators import collate
+from models.masks import left_mask, right_mask
+from tests.conftest import TINY_MODEL, tiny_model
+from tests.programs import run_program
+from tests.test_dual_tower import make_sample
+from training.diagnostics import Achieved, Details
+from training.estimate import count_flops, trained_shares
+from training.optim import make_optimizers
+from training.script import check_compiler
+from training.step import train_step
+from utils.errors import UsageError
+
+
+@pytest.fixture
+def rows(renderer, tokenizer):
+    samples = [make_sample(renderer, images, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns) for turns, images in ((1, 1), (2, 1), (3, 2))]
+    return collate([samples[:2], samples[2:]], tokenizer.global_image)
+
+
+class Given:
+    """The same batch again and again."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __next__(self):
+        return self.batch
+
+    def sources(self):
+        return []
+
+    def samples(self):
+        return []
+
+
+def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
+    model = tiny_model(tokenizer)
+    config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0))
+    optimizers = make_optimizers(model, config.train)
+    details = Details(model, optimizers)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {}
+
+    def look():
+        details.look()
+        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), before_update=look)
+    ratios, spread = details.found()
+    assert set(ratios) == {"vision", "projector", "left", "right"}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for part in ("projector", "left", "right"):  # no tensor of theirs is longer than what is looked at
+        members = [names[id(p)] for p in model.parts()[part].parameters()]
+        now = dict(model.named_parameters())
+        moved = torch.cat([(now[n].detach() - before[n]).flatten() for n in members if n in gradients]).norm()
+        assert ratios[part] == pytest.approx((moved / torch.cat([before[n].flatten() for n in members if n in gradients]).norm()).item(), rel=1e-4)
+    layer = [g.flatten() for n, g in gradients.items() if n.startswith("right.layers.0.")]
+    counts, edges = spread["gradients/right.layers.0"]
+    expected = np.histogram(torch.cat(layer).numpy(), bins=64)
+    assert counts.sum() == sum(map(len, layer)) and np.array_equal(counts, expected[0]) and np.allclose(edges, expected[1])
+    assert {"weights/right.layers.0", "weights/left.decoder.layers.0", "gradients/right.embed_tokens"} <= set(spread)
+
+
+def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
+    """Pairs of a query and a key are counted from positions; the masks say which they are."""
+    model = tiny_model(tokenizer)
+    config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3))
+    optimizers = make_optimizers(model, config.train)
+    achieved, seen = Achieved(model, torch.device("cpu"), 1), {}
+    real = achieved.of
+    achieved.of = lambda counts, seconds: seen.update(counts) or real(counts, seconds)
+    values = train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), achieved=achieved)
+    left = left_mask(rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal")[:, 0][rows["left_groups"] >= 0]
+    right = right_mask(rows["right_positions"], rows["right_documents"], rows["right_groups"], rows["left_positions"], rows["left_groups"])[:, 0][rows["right_documents"] >= 0]
+    assert seen["right_pairs"] == int(right.sum()) and seen["right"] == len(right)
+    text_between = seen["left_pairs"] - int(left.sum())  # the second image stands behind text that the left stream does not hold
+    assert 0 <= text_between < 0.5 * seen["left_pairs"] and seen["left"] == len(left)
+    flops = count_flops(model)
+    whole = flops.training(rows, trained_shares(model))
+    assert 0.3 * whole < values["tflops_per_s"] * 1e12 * (seen["supervised"] / values["supervised_tokens_per_s"]) < whole  # padding and what nobody sees left out
+    assert "mfu" not in values
+    achieved.peak = 1e12
+    assert achieved.of(seen, 2.0)["mfu"] == pytest.approx(achieved.of(seen, 2.0)["tflops_per_s"])
+
+
+def test_a_spike_is_told():
+    told, norms = [], deque(maxlen=100)
+    log = SimpleNamespace(say=told.append)
+    for step, norm in enumerate([1.0] * 25 + [4.9, 5.1, 1.0], 1):
+        values = {"grad_norm": norm}
+        training.loop._tell_spike(values, norms, 1.0, step, log)
+        assert ("spike" in values) == (norm == 5.1)
+    assert told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"] and len(norms) == 28
+    few = deque(maxlen=100)
+    for norm in (1.0, 100.0):
+        training.loop._tell_spike({"grad_norm": norm}, few, 1.0, 1, log)
+    assert len(told) == 1
+    for least, lines in ((1.0, 1), (0.4, 2)):  # clipping does nothing to the first: it is told in the metrics alone
+        values = {"grad_norm": 0.5}
+        training.loop._tell_spike(values, deque([0.01] * 25), least, 1, log)
+        assert values["spike"] == pytest.approx(50) and len(told) == lines
+
+
+def slow_third_step():
+    real = training.loop.train_step
+
+    def step(*args):
+        if args[4] == 3:
+            training.loop.time.sleep(2)
+        return real(*args)
+
+    training.loop.train_step = step
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = [f"--model.{tower}.{name}" for tower in ("left", "right") for name in ("layers=1", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")]
+
+
+def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
+    flags = [part for flag in SMALL for part in flag.split("=")]
+    flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2", "--train.dtype", "fp32"]
+    flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.detail_every", "2"]
+    done = run_program([str(ROOT / "train_dual_tower.py"), *flags], tmp_path, before=slow_third_step)
+    assert done.returncode == 0, done.stderr
+    assert "no step for 0.02 minutes" in done.stderr and "thread MainThread, most recent call last:" in done.stderr and "Fatal" not in done.stderr
+    assert "in slow_third_step" not in done.stderr and "loop.py" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    looked = [row["step"] for row in rows if "update_ratios" in row]
+    assert looked == [2, 4] and all(row["tflops_per_s"] > 0 for row in rows if "grad_norm" in row)
+
+
+def busy_under_a_watchdog() -> None:
+    """Hundreds of dumps of threads at work, which may end a process where they are made beside them."""
+    from training.loop import Watchdog
+
+    over = time.monotonic() + 3
+    with Watchdog(1e-9):
+        workers = [threading.Thread(target=lambda: [json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)]) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    sys.exit(7)
+
+
+def hold_the_interpreter() -> None:
+    """A C function that hangs with the interpreter's lock: no thread of Python's can say so."""
+    from training.loop import Watchdog
+
+    with Watchdog(0.01):
+        ctypes.PyDLL(None).sleep(4)
+    sys.exit(7)
+
+
+def test_the_watchdog_ends_nothing_and_sees_what_holds_the_interpreter(tmp_path):
+    done = run_program(["-c"], tmp_path, before=busy_under_a_watchdog)
+    assert done.returncode == 7 and done.stderr.count("no step for 1e-09 minutes") > 10, done.stderr[-500:]
+    done = run_program(["-c"], tmp_path, before=hold_the_interpreter)
+    assert done.returncode == 7 and "hold_the_interpreter" in done.stderr and "no step" not in done.stderr.partition("hold_the_interpreter")[0], done.stderr[-500:]
+
+
+def test_training_without_a_standard_error(tmp_path):
+    flags = [part for flag in SMALL for part in flag.split("=")]
+    flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2"]
+    command = shlex.join([sys.executable, str(ROOT / "train_dual_tower.py"), *flags, "--max_steps", "2", "--output_dir", "run", "--cache_dir", "cache"])
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    config = Config(train=TrainConfig(compile=True, device="cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="no no-such-compiler"):
+        check_compiler(config)
+    check_compiler(Config())
+    monkeypatch.setenv("CXX", "sh")
+    check_compiler(config)

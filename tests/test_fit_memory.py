@@ -1,0 +1,130 @@
+"""--fit-memory: the batch stays, what is chosen fits, and the run is what it would be with the same numbers given by hand."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import training.fit_memory
+from benchmarks.memory import compared
+from configs.train import Config, DataConfig, TrainConfig
+from models.dual_tower.dual_tower import DualTowerVLM
+from models.vision_language_model import VisionLanguageModel
+from tests.conftest import TINY
+from tests.programs import run_program
+from tests.test_estimate import make_config
+from tests.test_training import command, learnt, losses
+from training.fit_memory import choose, fitted, peak
+from utils.errors import UsageError, UserError
+from utils.ranks import World
+
+
+def shallow(context: str) -> Config:
+    config = make_config(context)
+    return replace(config, model=replace(config.model, left=TINY, right=TINY))
+
+
+@pytest.mark.parametrize(("model_class", "recompute"), [(DualTowerVLM, False), (DualTowerVLM, True), (VisionLanguageModel, False)])
+def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute):
+    """Rows that were not measured for it; never less, and little more: recomputed blocks of both towers count, though they come one after the other."""
+    config = shallow("none" if model_class is VisionLanguageModel else "image")
+    config = replace(config, train=replace(config.train, recompute=recompute))
+    ((_, estimate, found),) = compared(config, model_class, tokenizer.vocabulary, [4])
+    assert 0.99 * found <= estimate <= (1.15 if recompute else 1.04) * found
+
+
+def of(rows: int, accumulation: int, streams: int = 0) -> Config:
+    return Config(data=DataConfig(streams=streams), train=TrainConfig(rows=rows, accumulation=accumulation))
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "limit", "chosen"),
+    [
+        (of(8, 16), 1, 4.5, (4, 32)),
+        (of(8, 16), 1, 0.99 + 0.01, (1, 128)),
+        (of(8, 16), 1, 1000, (128, 1)),
+        (of(8, 16), 4, 1000, (32, 4)),  # a micro-batch for each rank
+        (of(4, 16, streams=16), 1, 1000, (4, 16)),
+        (of(5, 3), 1, 4.5, (3, 5)),
+        (of(7, 1), 1, 6.9, (1, 7)),
+    ],
+)
+def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
+    """A row takes a GB."""
+    new, line = choose(config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", World(0, ranks))
+    assert (new.train.rows, new.train.accumulation) == chosen and replace(new, train=config.train) == config
+    assert f"train.rows {chosen[0]} × train.accumulation {chosen[1]} = {math.prod(chosen)} rows a step, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
+
+
+@pytest.mark.parametrize(("recompute", "turn"), [(False, "turn on --train.recompute"), (True, "shorten data.left_length")])
+def test_nothing_fits(recompute, turn):
+    config = replace(of(8, 16), train=TrainConfig(recompute=recompute))
+    with pytest.raises(UserError, match=rf"one row takes 3.0 GB \(told\), more than the 2.0 GB given: {turn}"):
+        choose(config, lambda rows: rows * 3e9, 2e9, "given", "told")
+    with pytest.raises(UserError, match="= 6 rows cannot be shared by 4 ranks or streams"):
+        choose(of(3, 2), lambda rows: 0, 1, "given", "told", World(0, 4))
+
+
+def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
+    """CUDA's counter replaced by that of the CPU; a second row for which there is no memory; and not even one."""
+    config = replace(make_config("image"), fit_memory="auto")
+    config = replace(config, train=replace(config.train, rows=4, accumulation=2, device="cpu"))
+    monkeypatch.setattr(training.fit_memory, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
+    told = {1: 0.1e9, 2: 0.2e9}
+    monkeypatch.setattr(training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows])
+    new, line = fitted(config, DualTowerVLM, tokenizer.vocabulary)
+    assert new.train.rows == 2 and "measured with one row and two" in line and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line  # (0.7 + 1.05 × 0.4 GB)
+    told[2] = math.inf
+    assert fitted(config, DualTowerVLM, tokenizer.vocabulary)[0].train.rows == 1
+    told[1] = math.inf
+    with pytest.raises(UserError, match="one row takes more"):
+        fitted(config, DualTowerVLM, tokenizer.vocabulary)
+
+
+def test_a_trial_leaves_the_random_state_alone_and_tells_where_memory_ends(tokenizer):
+    config, state = shallow("image"), torch.get_rng_state()
+    assert peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), lambda steps: steps() or 7.0) == 7
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def none_left(steps: object) -> float:
+        raise torch.OutOfMemoryError
+
+    assert peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), none_left) == math.inf
+
+
+@pytest.mark.parametrize("given", ["much", "0", "-3", "inf", "nan", "1e3", "12GB"])
+def test_what_is_no_number_of_gigabytes(given):
+    with pytest.raises(UsageError, match="must be a number of GB, or auto"):
+        Config(fit_memory=given)
+
+
+def test_memory_that_is_not_known_must_be_said(tokenizer, monkeypatch):
+    monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: None)
+    with pytest.raises(UsageError, match="say how many GB"):
+        fitted(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)
+
+
+def settings(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_path):
+    """2 × 3 rows, where 6 fit: bit for bit what 6 × 1 gives; the very command, with --resume, goes on with what was chosen."""
+    flags = ("--cache_dir", "cache", "--train.accumulation", "3", "--output_dir", "fitted")
+    dry = run_program(command(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
+    assert dry.returncode == 0 and "train.rows 6 × train.accumulation 1" in dry.stdout and "a micro-batch: 6 full rows" in dry.stdout, dry.stderr
+    small = run_program(command(*flags, "--fit_memory", "0.1"), tmp_path)
+    assert small.returncode == 1 and "one row takes 0.7 GB" in small.stderr and small.stderr.count("\n") == 1 and not (tmp_path / "fitted").exists(), small.stderr
+    done = run_program(command(*flags, "--fit-memory", "--max_steps", "4"), tmp_path)
+    assert done.returncode == 0 and "--fit-memory: train.rows 6 × train.accumulation 1 = 6 rows a step" in done.stdout, done.stderr
+    assert (settings(tmp_path / "fitted")["train"]["rows"], settings(tmp_path / "fitted")["train"]["accumulation"]) == (6, 1)
+    by_hand = run_program(command("--cache_dir", "cache", "--train.rows", "6", "--output_dir", "hand", "--max_steps", "4"), tmp_path)
+    assert by_hand.returncode == 0 and losses(tmp_path / "fitted") == losses(tmp_path / "hand") and learnt(tmp_path / "fitted") == learnt(tmp_path / "hand")
+    again = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
+    assert again.returncode == 0 and "resumed from" in again.stdout and settings(tmp_path / "fitted")["train"]["rows"] == 6, again.stderr
+    other = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.accumulation", "4"), tmp_path)
+    assert other.returncode == 2 and "cannot change train.rows (was 6, now 2), train.accumulation (was 1, now 4)" in other.stderr, other.stderr
