@@ -61,7 +61,8 @@ def working_tree(commit: str) -> Iterator[Path]:
 def flags_of(tree: Path, case: dict[str, Any]) -> list[str]:
     """In the words of that tree: before `global_batch_size` there were rows, and micro-batches of all ranks together."""
     values = SMALL | {key: value for key, value in case.items() if key != "ranks"}
-    if not (tree / "configs" / "train.py").exists():
+    settings = tree / "configs" / "train.py"
+    if not settings.exists() or "local_batch_size" not in settings.read_text():
         values["train.global_batch_size"] //= values["train.local_batch_size"]
         values = {OLD_FLAGS.get(key, key): value for key, value in values.items()}
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
