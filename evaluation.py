@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--caption_metrics", default="CIDEr,BLEU-4,ROUGE-L", help="of caption tasks; METEOR and SPICE too, with Java [CIDEr,BLEU-4,ROUGE-L]")
     parser.add_argument("--tokenizer", choices=("python", "java"), default="python", help="that splits captions into words [python]")
     parser.add_argument("--matcher", choices=("exact", "normalised", "vqa"), default="normalised", help="when an answer to questions:SOURCE is right [normalised]")
-    parser.add_argument("--floor", action="store_true", help="also score the same model untrained: what a score must exceed to mean anything")
+    parser.add_argument("--random_baseline", action="store_true", help="also score the same model untrained: what a score must exceed to mean anything")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument("--output", metavar="DIR", help="folder for results.json, the samples and their images")

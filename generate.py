@@ -15,7 +15,7 @@ from configs.cli import FlagParser, add_flags, override
 from configs.model import GenerationConfig
 from configs.serialization import load_json
 from utils.errors import UsageError, run_script
-from utils.imports import leave, sooner
+from utils.imports import exit_at_once, faster_imports
 
 
 def main(argv: list[str]) -> None:
@@ -53,19 +53,19 @@ def main(argv: list[str]) -> None:
     if drawn and not settings.sampling:
         raise UsageError(f"--{drawn[0]} is for --sampling alone: add it, or leave --{drawn[0]} out")
 
-    with sooner():
+    with faster_imports():
         from eval.chat import Chat, answer_all, talk
-        from eval.predictor import Answerer
+        from eval.predictor import Predictor
 
-    answerer = Answerer.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
-    images = [answerer.tiles(image) for image in flags["image"] or ()]
+    predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
+    images = [predictor.tiles(image) for image in flags["image"] or ()]
     if flags["chat"]:
-        if talk(answerer, Chat(answerer, settings, flags["stop"]), images, flags["stats"]) and not sys.stdin.isatty():
+        if talk(predictor, Chat(predictor, settings, flags["stop"]), images, flags["stats"]) and not sys.stdin.isatty():
             sys.exit(1)  # on a terminal they were seen
         return
-    answer_all(answerer, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])
+    answer_all(predictor, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])
 
 
 if __name__ == "__main__":
     run_script(main)
-    leave()
+    exit_at_once()

@@ -37,7 +37,7 @@ from data.collators import collate
 from data.datasets import Sample, SampleDataset, SampleStream, decode
 from data.images import open_pixels
 from data.loader import Loader
-from data.mixture import Listed, Mixture, Source
+from data.mixture import InMemoryRecords, Mixture, Source
 from data.packing import Budget, RowStream, Window
 from data.parquet import TableRecords
 from data.render import Document, Renderer
@@ -123,7 +123,7 @@ def plain_share(records: list[dict[str, Any]], tokenizer_folder: Path) -> float:
 
 def loader_of(records: list[dict[str, Any]], tokenizer: Tokenizer, workers: int) -> Loader:
     config = DataConfig(left_length=4 * BLOCK, right_length=1024, window=64)
-    dataset = SampleDataset([Source("jpegs", Listed(records), 0, len(records))], Renderer(tokenizer, BLOCK - 1), VISION, config, 8192, keep=False)
+    dataset = SampleDataset([Source("jpegs", InMemoryRecords(records), 0, len(records))], Renderer(tokenizer, BLOCK - 1), VISION, config, 8192, keep=False)
     rows = RowStream(SampleStream(dataset, Mixture(dataset.sources, 0)), Budget(config.left_length, config.right_length, BLOCK), config.window)
     return Loader(rows, 4, tokenizer.global_image, workers)
 

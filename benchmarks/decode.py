@@ -39,13 +39,13 @@ import models.generation
 from benchmarks.about import about
 from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.generation import TREE, prefill, verify
 from tools.train_heads import HeadsConfig, asked
 from utils.errors import UsageError, UserError, run_script
 
 FIRST = 6  # questions of `first`
-PARTS = "plain", "passes", "drafts", "first", "sampled", "same", "image"
+PARTS = "plain", "decode_steps", "drafts", "first", "sampled", "same", "image"
 DRAFTED = {"drafts", "first", "sampled", "same"}  # parts that need multi-token heads
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,13 +63,13 @@ def median_s(function: Callable[[], Any], repeats: int) -> float:
 
 
 @torch.inference_mode()
-def plain(answerer: Answerer, tokens: int, repeats: int) -> dict[str, float]:
+def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
     """One step of decoding, its model part, and bare products over the same weights, in turn."""
-    model = answerer.model
+    model = predictor.model
     right, device = model.right, model.device
     weights = [m.weight for m in right.layers.modules() if isinstance(m, torch.nn.Linear)] + [right.unembedding]
     vectors = {n: torch.randn(1, n, device=device).to(right.unembedding.dtype) for n in {w.shape[1] for w in weights}}
-    prompt = answerer.renderer.prompt([], [{"user": "Tell me a long story."}])
+    prompt = predictor.renderer.prompt([], [{"user": "Tell me a long story."}])
     ids, positions = torch.tensor([prompt.right_ids], device=device), torch.tensor([prompt.right_positions], device=device)
     products, step = [], []
     for _ in range(repeats):
@@ -94,15 +94,15 @@ def plain(answerer: Answerer, tokens: int, repeats: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
+def decode_steps(predictor: Predictor, most: int, repeats: int) -> dict[str, float]:
     """Cost of a pass over K + 1 tokens behind 200 others ÷ of one over 1 token, and of K drafts ÷ the same, the tree's too; logits included."""
-    model, device = answerer.model, answerer.model.device
+    model, device = predictor.model, predictor.model.device
     right = model.right
     ids = torch.randint(0, 1000, (1, 200), device=device)
     cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], TREE + 1)
     lengths, state = cache.lengths, states[:, -1]
-    heads = right.heads
-    rows = heads.rows(right.unembedding) if heads is not None else None
+    heads = predictor.model.heads
+    unembed = heads.unembedder(right.unembedding) if heads is not None else None
 
     def run(count: int) -> None:
         cache.lengths = lengths
@@ -110,10 +110,10 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
         right.logits(verify(model, cache, tokens, places)).max(-1).indices.tolist()
 
     def draft(count: int) -> None:
-        heads.draft(right.embed_tokens, rows, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None)).tokens.tolist()
+        heads.draft(right.embed_tokens, unembed, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None)).tokens.tolist()
 
     def tree() -> None:
-        heads.tree(right.embed_tokens, rows, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE).tokens.tolist()
+        heads.tree(right.embed_tokens, unembed, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE).tokens.tolist()
 
     out: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -127,38 +127,38 @@ def passes(answerer: Answerer, most: int, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in out.items()}
 
 
-def questions_of(answerer: Answerer, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
+def questions_of(predictor: Predictor, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
     out: list[tuple[list[Any], str]] = []
-    for batch in asked(answerer, config, held_out=True):
-        out += [([answerer.tiles(image) for image in images], text) for images, text in batch]
+    for batch in asked(predictor, config, held_out=True):
+        out += [([predictor.tiles(image) for image in images], text) for images, text in batch]
         if len(out) >= count:
             return out[:count]
     raise AssertionError("asked() does not end")
 
 
-def drafts(answerer: Answerer, questions: list[Any], untimed: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
+def drafts(predictor: Predictor, questions: list[Any], untimed: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
     """Every prompt answered alone, by plain decoding and with each shape of drafts, in turn; what chooses between these has answered the `untimed` before."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
-    answerer.answer(questions[:1], base)
+    predictor.answer(questions[:1], base)
     kinds = {"plain": base, "auto": replace(base, speculative="auto"), "tree": replace(base, speculative="on")}
     kinds |= {f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)}
     for question in untimed:
-        answerer.answer([question], kinds["auto"])
+        predictor.answer([question], kinds["auto"])
     made: dict[str, list[Any]] = {name: [] for name in kinds}
     for question in questions:
-        answerer.answer([question], replace(base, max_new_tokens=1))  # its images are encoded
+        predictor.answer([question], replace(base, max_new_tokens=1))  # its images are encoded
         for name, settings in kinds.items():
-            made[name].append(answerer.answer([question], settings)[0])
+            made[name].append(predictor.answer([question], settings)[0])
     out = {}
     behind = {name: [behind_first(a, tokens) for a in answers] for name, answers in made.items()}
     for name, answers in made.items():
-        count, passes, seconds = (sum(column) for column in zip(*behind[name], strict=True))
-        if not passes:
+        count, decode_steps, seconds = (sum(column) for column in zip(*behind[name], strict=True))
+        if not decode_steps:
             raise UserError("the answers have one token or none: there is nothing to time")
         ratios = [(c / s) / (pc / ps) for (c, _, s), (pc, _, ps) in zip(behind[name], behind["plain"], strict=True) if c and pc]
         out[name] = {
             "tokens_per_s": count / seconds,
-            "tokens_per_pass": count / passes,
+            "tokens_per_step": count / decode_steps,
             "speedup": count / seconds / (out["plain"]["tokens_per_s"] if out else count / seconds),
             "speedup_median": statistics.median(ratios),
             "speedup_least": min(ratios),
@@ -169,13 +169,13 @@ def drafts(answerer: Answerer, questions: list[Any], untimed: list[Any], tokens:
     return out
 
 
-def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float]]:
+def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, float]]:
     """Whole calls, each in turn with a plain one; kernels are prepared, but what drafts cost and how often they stand is not known."""
-    shapes, drafted, out = answerer.model.right.heads.shapes, models.generation._drafts, {}
+    shapes, drafted, out = predictor.model.heads.shapes, models.generation._drafts, {}
 
     def wrong(*arguments: Any) -> Any:
         made = drafted(*arguments)
-        return made._replace(tokens=(made.tokens + 1) % answerer.model.vocabulary.text_size)
+        return made._replace(tokens=(made.tokens + 1) % predictor.model.vocabulary.text_size)
 
     for name, made in (("first", drafted), ("wrong", wrong)):
         for tokens in (16, 64, 256):
@@ -183,7 +183,7 @@ def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float
             for question in questions:
                 shapes.clear()
                 with patch.object(models.generation, "_drafts", made):
-                    plain, auto = (answerer.answer([question], GenerationConfig(max_new_tokens=tokens, speculative=mode))[0] for mode in ("off", "auto"))  # type: ignore[arg-type]
+                    plain, auto = (predictor.answer([question], GenerationConfig(max_new_tokens=tokens, speculative=mode))[0] for mode in ("off", "auto"))  # type: ignore[arg-type]
                 if plain.tokens == auto.tokens:
                     ratios.append(auto.tokens_per_s / plain.tokens_per_s)
             out[f"{name}_{tokens}"] = {"speedup_median": statistics.median(ratios), "speedup_least": min(ratios), "answers": len(ratios)}
@@ -193,21 +193,21 @@ def first(answerer: Answerer, questions: list[Any]) -> dict[str, dict[str, float
 SAMPLED = {"temperature 0.7": {"temperature": 0.7}, "top-p 0.9": {"top_p": 0.9}, "top-k 50": {"top_k": 50}}
 
 
-def sampled(answerer: Answerer, questions: list[Any], tokens: int) -> dict[str, dict[str, float]]:
+def sampled(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str, dict[str, float]]:
     """Drawn answers to each question, with what the engine chooses and without drafts, in turn."""
     out = {}
     for name, how in SAMPLED.items():
         base = GenerationConfig(max_new_tokens=tokens, sampling=True, **how)  # type: ignore[arg-type]
         kinds = {"plain": replace(base, speculative="off"), "auto": base}
         for settings in kinds.values():
-            answerer.answer(questions[:1], settings)
+            predictor.answer(questions[:1], settings)
         made: dict[str, list[tuple[int, int, float]]] = {kind: [] for kind in kinds}
         for number, question in enumerate(questions):
             for kind, settings in kinds.items():
-                made[kind].append(behind_first(answerer.answer([question], replace(settings, seed=number))[0], tokens))
+                made[kind].append(behind_first(predictor.answer([question], replace(settings, seed=number))[0], tokens))
         sums = {kind: [sum(column) for column in zip(*parts, strict=True)] for kind, parts in made.items()}
         speed = {kind: count / seconds for kind, (count, _, seconds) in sums.items()}
-        out[name] = {"tokens_per_s": speed["auto"], "speedup": speed["auto"] / speed["plain"], "tokens_per_pass": sums["auto"][0] / sums["auto"][1]}
+        out[name] = {"tokens_per_s": speed["auto"], "speedup": speed["auto"] / speed["plain"], "tokens_per_step": sums["auto"][0] / sums["auto"][1]}
     return out
 
 
@@ -215,34 +215,34 @@ def behind_first(answer: Any, most: int) -> tuple[int, int, float]:
     """Of an answer, behind its first token: tokens (the one that ends it is one), passes, seconds. So plain decoding makes one token a pass."""
     if not answer.tokens:
         return 0, 0, 0.0
-    return answer.tokens - 1 + (answer.tokens < most), answer.passes - 1, answer.tokens / answer.tokens_per_s - answer.ttft_ms / 1000
+    return answer.tokens - 1 + (answer.tokens < most), answer.decode_steps - 1, answer.tokens / answer.tokens_per_s - answer.ttft_ms / 1000
 
 
-def same(answerer: Answerer, questions: list[Any], tokens: int) -> dict[str, int]:
+def same(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str, int]:
     """How many of the answers differ with drafts, batch 1 and 8."""
     out = {"prompts": len(questions)}
     for size in (1, 8):
         differ = 0
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
-            on, off = (answerer.answer(part, GenerationConfig(max_new_tokens=tokens, speculative=mode)) for mode in ("on", "off"))  # type: ignore[arg-type]
+            on, off = (predictor.answer(part, GenerationConfig(max_new_tokens=tokens, speculative=mode)) for mode in ("on", "off"))  # type: ignore[arg-type]
             differ += sum(a.text != b.text for a, b in zip(on, off, strict=True))
         out[f"differ_at_batch_{size}"] = differ
     return out
 
 
-def image(answerer: Answerer, tiles: int, repeats: int) -> dict[str, float]:
+def image(predictor: Predictor, tiles: int, repeats: int) -> dict[str, float]:
     """First token of a first and of a second question on pictures of that many tiles; and whether a kept image changes the answer."""
     from data.images import Tiles
 
-    side, ratios, cold_ms, warm_ms, equal = answerer.model.config.vision.image_size, [], [], [], True
+    side, ratios, cold_ms, warm_ms, equal = predictor.model.config.vision.image_size, [], [], [], True
     grid = (1, 1) if tiles == 1 else (1, tiles - 1)
     settings = GenerationConfig(max_new_tokens=8)
     generator = torch.Generator().manual_seed(0)
     for i in range(repeats + 1):
         picture = Tiles(grid, torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8, generator=generator))
-        cold = answerer.answer([([picture], "what is it?")], settings)[0]
-        warm = answerer.answer([([picture], "what is it?")], settings)[0]
+        cold = predictor.answer([([picture], "what is it?")], settings)[0]
+        warm = predictor.answer([([picture], "what is it?")], settings)[0]
         equal &= cold.text == warm.text and (cold.image_kv, warm.image_kv) == ("computed", "reused")
         if i:
             ratios.append(cold.ttft_ms / warm.ttft_ms)
@@ -276,8 +276,8 @@ def main(argv: list[str]) -> None:
 def measure(args: argparse.Namespace, checkpoint: str) -> None:
     results = {}
     for dtype in args.dtypes.split(","):
-        answerer = Answerer.from_pretrained(checkpoint, dtype, args.device)
-        heads = answerer.model.right.heads
+        predictor = Predictor.from_pretrained(checkpoint, dtype, args.device)
+        heads = predictor.model.heads
         parts = args.parts.split(",") if args.parts else [part for part in PARTS if args.checkpoint is not None or part not in DRAFTED]
         if heads is None and DRAFTED & set(parts):
             raise UserError(
@@ -285,22 +285,22 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
             )
         r: dict[str, Any] = {}
         if "plain" in parts:
-            r["plain"] = plain(answerer, args.tokens, args.repeats)
-        if "passes" in parts:
-            r["passes"] = passes(answerer, heads.count if heads is not None else 4, args.repeats)
+            r["plain"] = plain(predictor, args.tokens, args.repeats)
+        if "decode_steps" in parts:
+            r["decode_steps"] = decode_steps(predictor, heads.count if heads is not None else 4, args.repeats)
         if DRAFTED & set(parts):
-            questions = questions_of(answerer, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
+            questions = questions_of(predictor, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
             fifth = max(1, args.prompts // 5)
-            r["drafts"] = drafts(answerer, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
+            r["drafts"] = drafts(predictor, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
         if "first" in parts:
-            r["first"] = first(answerer, questions[:FIRST])
+            r["first"] = first(predictor, questions[:FIRST])
         if "sampled" in parts:
-            r["sampled"] = sampled(answerer, questions[: args.prompts // 10], args.tokens)
+            r["sampled"] = sampled(predictor, questions[: args.prompts // 10], args.tokens)
         if "same" in parts:
-            r["same"] = same(answerer, questions, args.tokens)
-        if "image" in parts and answerer.model.config.left_context == "image":
-            r["image"] = image(answerer, args.tiles, args.repeats)
+            r["same"] = same(predictor, questions, args.tokens)
+        if "image" in parts and predictor.model.config.left_context == "image":
+            r["image"] = image(predictor, args.tiles, args.repeats)
         results[dtype] = r
         show(dtype, r)
     if args.json:
@@ -317,7 +317,7 @@ def show(dtype: str, r: dict[str, Any]) -> None:
             "bare products over the same weights",
             f"{p['bare_products_per_s']:.1f} a second, {p['bare_gb_per_s']:.1f} GB/s; decoding reaches {p['share_of_bare']:.0%} of that (least {p['share_least']:.0%})",
         )
-    for name, cost in r.get("passes", {}).items():
+    for name, cost in r.get("decode_steps", {}).items():
         kind, k = name.split("_")
         table.add_row(f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else 'drafting ' + k} ÷ a pass over one", f"{cost:.2f}")
     for name, d in r.get("drafts", {}).items():

@@ -2,7 +2,7 @@
 
   python -m benchmarks.evaluation --checkpoint DIR --json benchmarks/results/evaluation.json
 
-wrapper    questions a second through lmms-eval's adapter ÷ the same questions given to `Answerer.answer` in the same batches
+wrapper    questions a second through lmms-eval's adapter ÷ the same questions given to `Predictor.answer` in the same batches
 captions   seconds of 100 captions with their CIDEr as in training ÷ of the answers alone
 
 DIR is a model folder. Both sides in turn in one run, images read and cut by both; medians over --repeats, and the worst.
@@ -23,30 +23,30 @@ from configs.model import GenerationConfig
 from data.sources import easy_vqa, openmoji
 from eval.captions import cider
 from eval.lmms_eval_wrapper import DualTower
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from utils.errors import run_script
 
 
-def fresh(answerer: Answerer) -> Answerer:
+def fresh(predictor: Predictor) -> Predictor:
     """Without image KVs from before."""
-    return Answerer(answerer.model, answerer.renderer)
+    return Predictor(predictor.model, predictor.renderer)
 
 
-def wrapper(answerer: Answerer, count: int, batch: int, repeats: int) -> list[float]:
+def wrapper(predictor: Predictor, count: int, batch: int, repeats: int) -> list[float]:
     asked = [(record["images"][0], turn["user"]) for record in easy_vqa("test") for turn in record["texts"]][:count]
-    asked.sort(key=lambda a: -len(answerer.renderer.tokenizer.encode(a[1])))  # as the adapter does
+    asked.sort(key=lambda a: -len(predictor.renderer.tokenizer.encode(a[1])))  # as the adapter does
     requests = [
         Instance("generate_until", (text, {"max_new_tokens": 8}, lambda d: [d], n, "task", "test"), 0, {"task": "task", "doc_id": n, "repeats": 1})
         for n, (_, text) in enumerate(asked)
     ]
     ratios = []
     for _ in range(repeats + 1):
-        direct = fresh(answerer)
+        direct = fresh(predictor)
         started = time.perf_counter()
         for i in range(0, count, batch):
             direct.answer([([direct.tiles(Path(path))], text) for path, text in asked[i : i + batch]], GenerationConfig(max_new_tokens=8))
         seconds = time.perf_counter() - started
-        model = DualTower(answerer=fresh(answerer), batch_size=batch)
+        model = DualTower(predictor=fresh(predictor), batch_size=batch)
         model.task_dict = {"task": {"test": [Path(path) for path, _ in asked]}}
         started = time.perf_counter()
         model.generate_until(requests)
@@ -54,13 +54,13 @@ def wrapper(answerer: Answerer, count: int, batch: int, repeats: int) -> list[fl
     return ratios[1:]
 
 
-def captions(answerer: Answerer, count: int, batch: int, repeats: int) -> list[float]:
+def captions(predictor: Predictor, count: int, batch: int, repeats: int) -> list[float]:
     asked = [(record["images"][0], record["references"]) for record in openmoji("test")][:count]
     ratios = []
     for _ in range(repeats + 1):
         times = []
         for scored in (False, True):
-            model, texts = fresh(answerer), []
+            model, texts = fresh(predictor), []
             started = time.perf_counter()
             for i in range(0, count, batch):
                 made = model.answer([([model.tiles(path)], "Describe the image.") for path, _ in asked[i : i + batch]], GenerationConfig(max_new_tokens=32))
@@ -81,8 +81,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    answerer = Answerer.from_pretrained(args.checkpoint)
-    found = {"wrapper": wrapper(answerer, args.questions, args.batch, args.repeats), "captions": captions(answerer, args.captions, args.batch, args.repeats)}
+    predictor = Predictor.from_pretrained(args.checkpoint)
+    found = {"wrapper": wrapper(predictor, args.questions, args.batch, args.repeats), "captions": captions(predictor, args.captions, args.batch, args.repeats)}
     result: dict[str, Any] = about()
     for name, ratios in found.items():
         worst = min(ratios) if name == "wrapper" else max(ratios)

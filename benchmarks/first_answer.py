@@ -37,11 +37,11 @@ marks = [("", time.perf_counter())]
 mark = lambda name: marks.append((name, time.perf_counter()))
 from utils.imports import sooner
 with sooner():
-    from eval.predictor import Answerer, _tokenizer
+    from eval.predictor import Predictor, _tokenizer
 from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.kernels.packed_linear import Packed
+from models.kernels.packed_linear import Packed, pack_for_decoding
 from models.weights.pretrained import load_model
 from models.vision_language_model import VisionLanguageModel
 from pathlib import Path
@@ -51,10 +51,10 @@ mark("building the model and loading its weights")
 tokenizer = _tokenizer(Path(sys.argv[1]))
 mark("tokenizer")
 if Packed.available(model.right.unembedding):
-    model.right.pack()
+    pack_for_decoding(model)
 mark("laying the weights out for oneDNN")
-answerer = Answerer(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context))
-answer = answerer.answer([([answerer.tiles(sys.argv[2])], sys.argv[3])], GenerationConfig(max_new_tokens=int(sys.argv[4])))[0]
+predictor = Predictor(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context))
+answer = predictor.answer([([predictor.tiles(sys.argv[2])], sys.argv[3])], GenerationConfig(max_new_tokens=int(sys.argv[4])))[0]
 mark("image and answer")
 print(json.dumps({name: now - before for (_, before), (name, now) in zip(marks, marks[1:])} | {"tokens": answer.tokens, "ttft_ms": answer.ttft_ms}))
 """

@@ -87,7 +87,7 @@ class AttentionPairs(TorchFunctionMode):
             queries, keys = args[:2]
             self.pairs += queries.shape[:-3].numel() * queries.shape[-2] * keys.shape[-2]
         if func in (Tensor.softmax, torch.softmax):
-            heads = args[0].shape[1] * (args[0].shape[3] if args[0].dim() == 5 else 1)  # (n, heads, t, s), or of `SpanAttention` (n, G, t, H ÷ G, s)
+            heads = args[0].shape[1] * (args[0].shape[3] if args[0].dim() == 5 else 1)  # (n, heads, t, s), or of `SegmentAttention` (n, G, t, H ÷ G, s)
             self.pairs += args[0].numel() // heads
         return func(*args, **(kwargs or {}))
 

@@ -20,7 +20,7 @@ from configs.cli import preset
 from configs.model import DecoderConfig, Vocabulary
 from configs.train import Config
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.vision_encoder import complete_vision
+from models.vision_encoder import resolve_vision
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import WithoutProducts, step_memory
 from training.fit_memory import peak
@@ -48,7 +48,7 @@ def sized(config: Config) -> Config:
         if name not in SIZES:
             raise UserError(f"the sizes of {name} are not known here: {', '.join(SIZES)}")
         config = replace(config, model=replace(config.model, **{tower: SIZES[name] or getattr(config.model, tower)}))
-    return replace(config, model=replace(config.model, vision=complete_vision(replace(config.model.vision, weights="random"))))
+    return replace(config, model=replace(config.model, vision=resolve_vision(replace(config.model.vision, weights="random"))))
 
 
 def compared(config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]) -> list[tuple[int, float, float]]:

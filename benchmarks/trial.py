@@ -22,11 +22,11 @@ from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
-from training.fit_memory import Again
-from training.loop import keep_freed_memory
+from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
 from training.precision import autocast
 from training.step import Batch, train_step
+from training.trainer import keep_freed_memory
 from utils.errors import UserError
 
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
@@ -114,7 +114,7 @@ class Trial:
         self.model = MODELS[kind](self.config.model, vocabulary).to(device).train()
         self.optimizers = make_optimizers(self.model, self.config.train)
         self.row = standard_row(self.config.model, vocabulary)
-        self.batches, self.steps = Again(self.row), 0
+        self.batches, self.steps = RepeatedBatch(self.row), 0
         self.tokens = accumulation * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
         self.marks: dict[str, list[Any]] = {}
         self.model.register_forward_pre_hook(lambda *_: self.mark("called"))

@@ -8,9 +8,9 @@ from utils.errors import UsageError
 MAX_GRID = 8  # tiles along a side of an image
 
 
-def opt(default: Any, help: str, bare: Any = None) -> Any:
+def opt(default: Any, help: str, const: Any = None) -> Any:
     """A field with a default and the line that `--help` prints for it; `bare` is what its flag means without a value."""
-    return field(default=default, metadata={"help": help, "bare": bare})
+    return field(default=default, metadata={"help": help, "bare": const})
 
 
 def check_seed(seed: int) -> None:

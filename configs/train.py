@@ -113,7 +113,7 @@ class TrainConfig:
     device: str = opt("auto", "auto: cuda where there is one, else cpu")
     feature_cache_gb: float = opt(2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)")
     log_every: int = opt(1, "steps between two lines of metrics.jsonl")
-    detail_every: int = opt(100, "steps between two looks at updates ÷ weights by part, and for --log at histograms by layer (0: none)")
+    diagnostics_every: int = opt(100, "steps between two looks at updates ÷ weights by part, and for --log at histograms by layer (0: none)")
     stall_minutes: float = opt(30.0, "minutes without a step, a validation's included, after which the stacks of all threads are printed (0: never)")
     eval_every: int = opt(200, "steps between two validations (0: only at the end)")
     checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
@@ -129,7 +129,7 @@ class TrainConfig:
         for name in ("rows", "accumulation"):
             if getattr(self, name) > 1 << 16:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at most {1 << 16:,}")
-        for name in ("eval_every", "detail_every", "checkpoint_every", "warmup_steps", "head_warmup"):
+        for name in ("eval_every", "diagnostics_every", "checkpoint_every", "warmup_steps", "head_warmup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
         for name in ("stall_minutes", "checkpoint_minutes", "clip", "feature_cache_gb", "head_weight", "head_decay"):
@@ -206,7 +206,7 @@ class Config:
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     parallel: Literal["ddp", "fsdp"] = opt("ddp", "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)")
     fit_memory: str = opt(
-        "", "GB of memory (alone: what is free) that train.rows and train.accumulation are chosen to fit at a run's start; their product, the batch, stays", bare="auto"
+        "", "GB of memory (alone: what is free) that train.rows and train.accumulation are chosen to fit at a run's start; their product, the batch, stays", const="auto"
     )
     log: str = opt("", "experiment trackers that are told too, commas apart: wandb, tensorboard, trackio (metrics.jsonl is always written)")
     seed: int = opt(0, "of weights and data order")

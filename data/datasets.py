@@ -75,8 +75,8 @@ class SampleDataset:
         self.sources, self.renderer, self.vision, self.config, self.max_positions = sources, renderer, vision, config, max_positions
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.duplicates = DuplicateImages() if config.filters.duplicates else None
-        self.kept: dict[tuple[int, int], list[Sample]] = {}
-        self.room = KEPT_BYTES if keep else 0
+        self.cache: dict[tuple[int, int], list[Sample]] = {}
+        self.capacity = KEPT_BYTES if keep else 0
 
     def record(self, source: int, index: int) -> dict[str, Any]:
         return self.sources[source].records[index]
@@ -84,14 +84,14 @@ class SampleDataset:
     def samples(self, source: int, index: int, first: bool) -> list[Sample]:
         """`first`: what is dropped is counted."""
         try:
-            return self.planned(source, index, first)
+            return self.plan(source, index, first)
         except UnreadableBlock:  # another time it may be read: counted every time, and not kept
             self.dropped[self.sources[source].name, "unreadable"] += 1
             return []
 
-    def planned(self, source: int, index: int, first: bool) -> list[Sample]:
+    def plan(self, source: int, index: int, first: bool) -> list[Sample]:
         """The same. Errors: `UnreadableBlock`."""
-        if (found := self.kept.get((source, index))) is not None:
+        if (found := self.cache.get((source, index))) is not None:
             return [s if s.first == first else replace(s, first=first) for s in found]
         counts: Counter[str] = Counter()
         samples = self._plan(source, index, first, counts)
@@ -105,14 +105,14 @@ class SampleDataset:
             self.dropped[source, reason] += n
 
     def keep(self, place: tuple[int, int], samples: list[Sample]) -> None:
-        self.room -= sum(4096 + (s.tiles.nbytes if s.tiles is not None else 0) + sum(len(i) for i in s.images if isinstance(i, bytes)) for s in samples)
-        if self.room > 0:
-            self.kept[place] = samples
+        self.capacity -= sum(4096 + (s.tiles.nbytes if s.tiles is not None else 0) + sum(len(i) for i in s.images if isinstance(i, bytes)) for s in samples)
+        if self.capacity > 0:
+            self.cache[place] = samples
 
     def decoded(self, sample: Sample) -> Sample:
         """The sample with its tiles, kept as such. Errors: `ImageError`."""
         made = decode(sample, self.vision)
-        place, samples = sample.key[:2], self.kept.get(sample.key[:2])
+        place, samples = sample.key[:2], self.cache.get(sample.key[:2])
         if samples is not None and made is not sample:
             self.keep(place, [made if s.key == sample.key else s for s in samples])
         return made
@@ -145,14 +145,14 @@ class SampleDataset:
             return []
         documents = self._documents(grids, turns_of(turns, record.get("turns") or self.config.turns), counts)
         parts: list[list[Document]] = []
-        room = 0
+        capacity = 0
         for document in documents:
             # The images are repeated in the next part; where nothing goes left, in every document: so each is a sample of its own.
-            if len(document.right_ids) > room or not document.left_ids:
+            if len(document.right_ids) > capacity or not document.left_ids:
                 parts.append([])
-                room = self.config.right_length
+                capacity = self.config.right_length
             parts[-1].append(document)
-            room -= len(document.right_ids)
+            capacity -= len(document.right_ids)
         name = self.sources[source].name
         return [Sample((source, index, part), None, documents, list(record["images"]), grids, name, first) for part, documents in enumerate(parts)]
 
@@ -205,14 +205,14 @@ class SampleStream:
         self.epoch = self.cursor = self.part = 0
 
     def __iter__(self) -> Iterator[Sample]:
-        barren = 0
+        consecutive_empty = 0
         while True:
             which, record, first = self.mixture.epoch(self.epoch)
-            usable, told = self.cursor > 0, self.cursor
+            usable, announced = self.cursor > 0, self.cursor
             while self.cursor < len(which):
-                while told < min(self.cursor + AHEAD, len(which)):
-                    self.dataset.sources[which[told]].records.prefetch(int(record[told]))
-                    told += 1
+                while announced < min(self.cursor + AHEAD, len(which)):
+                    self.dataset.sources[which[announced]].records.prefetch(int(record[announced]))
+                    announced += 1
                 # A record that is in part behind us was counted when its first part came.
                 samples = self.dataset.samples(int(which[self.cursor]), int(record[self.cursor]), bool(first[self.cursor]) and self.part == 0)
                 while self.part < len(samples):
@@ -222,15 +222,15 @@ class SampleStream:
                 self.cursor, self.part = self.cursor + 1, 0
             if not len(which) and self.mixture.is_empty():
                 raise UserError(f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks")
-            barren = 0 if usable else barren + len(which)
-            if barren >= sum(map(len, self.dataset.sources)):  # a lap, of which an epoch may be a small part
-                raise UserError(f"none of the {barren} training records can be used: {by_source(self.dataset.dropped)}")
+            consecutive_empty = 0 if usable else consecutive_empty + len(which)
+            if consecutive_empty >= sum(map(len, self.dataset.sources)):  # a lap, of which an epoch may be a small part
+                raise UserError(f"none of the {consecutive_empty} training records can be used: {by_source(self.dataset.dropped)}")
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def sample(self, key: Key, first: bool) -> Sample | None:
         """The sample of that key, planned again; what was dropped with it is not counted again. None, which is counted, where its files are gone or unreadable."""
         try:
-            samples = self.dataset.planned(key[0], key[1], False)
+            samples = self.dataset.plan(key[0], key[1], False)
         except UnreadableBlock:
             samples = []
         if key[2] < len(samples):

@@ -45,10 +45,10 @@ class Loader:
         self.rows, self.size, self.padding_id, self.workers = rows, size, padding_id, workers
         self.part, self.parts = part, parts
         self.dataset = rows.stream.dataset
-        self.planned: deque[tuple[list[Row], dict[str, Any]]] = deque()  # what the workers are at, and the state behind each
+        self.plan: deque[tuple[list[Row], dict[str, Any]]] = deque()  # what the workers are at, and the state behind each
         self.damaged: Counter[tuple[str, str]] = Counter()  # found when decoding
         self.last_epoch = 0  # in which there was a batch
-        self.barren = 0  # records since, none of which could be decoded
+        self.consecutive_empty = 0  # records since, none of which could be decoded
         self.behind: dict[str, Any] | None = None
         self.batches: Generator[Batch, None, None] | None = None
         self.failure: UserError | None = None
@@ -98,12 +98,12 @@ class Loader:
         stream = iter(self.rows)
         while True:
             plans = [[next(stream) for _ in range(self.size)] for _ in range(self.parts)]
-            self.planned.append((plans[self.part], self.rows.state()))
+            self.plan.append((plans[self.part], self.rows.state()))
             yield plans[self.part]
 
     def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch:
         """The batch of the oldest plan without the samples whose images turned out damaged."""
-        plan, self.behind = self.planned.popleft()
+        plan, self.behind = self.plan.popleft()
         reasons = dict(dropped)
         samples = iter(enumerate(sample for row in plan for sample in row))
         rows: list[Row] = []
@@ -118,10 +118,10 @@ class Loader:
             rows.append(whole)
         self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
         if tiles is not None:
-            self.last_epoch, self.barren = self.behind["epoch"], 0
+            self.last_epoch, self.consecutive_empty = self.behind["epoch"], 0
             return collate(rows, self.padding_id, tiles)
-        self.barren += sum(sample.key[2] == 0 for row in plan for sample in row)
-        if self.behind["epoch"] > self.last_epoch + 1 and self.barren >= sum(map(len, self.dataset.sources)):  # an epoch may be a small part of the data
+        self.consecutive_empty += sum(sample.key[2] == 0 for row in plan for sample in row)
+        if self.behind["epoch"] > self.last_epoch + 1 and self.consecutive_empty >= sum(map(len, self.dataset.sources)):  # an epoch may be a small part of the data
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
         side = self.dataset.vision.image_size
         return collate(rows, self.padding_id, torch.empty(0, 3, side, side, dtype=torch.uint8))

@@ -15,7 +15,7 @@ Record = dict[str, Any]
 LEAST = 10**6  # records an epoch are kept to one part in as many
 
 
-class Listed(Sequence[Record]):
+class InMemoryRecords(Sequence[Record]):
     """Records that are all in memory."""
 
     def __init__(self, records: list[Record]) -> None:
@@ -82,14 +82,14 @@ class Mixture:
             share = drawn / len(source) if len(source) else Fraction(0)
             begin, end = number * share, (number + 1) * share
             parts, new = [np.empty(0, np.int64)], 0
-            for lap in range(floor(begin), floor(end) + 1):
-                a, b = max(begin, Fraction(lap)) - lap, min(end, Fraction(lap + 1)) - lap
+            for cycle in range(floor(begin), floor(end) + 1):
+                a, b = max(begin, Fraction(cycle)) - cycle, min(end, Fraction(cycle + 1)) - cycle
                 if a == b:
                     continue
-                rng = np.random.default_rng((self.seed, lap, crc32(source.name.encode())))
+                rng = np.random.default_rng((self.seed, cycle, crc32(source.name.encode())))
                 order = source.records.order(source.start, source.stop, rng, self.rank, self.ranks)
                 parts.append(order[floor(a * len(order)) : floor(b * len(order))])
-                new += len(parts[-1]) if lap == 0 else 0
+                new += len(parts[-1]) if cycle == 0 else 0
             records.append(np.concatenate(parts))
             firsts.append(np.arange(len(records[-1])) < new)
         rng = np.random.default_rng((self.seed, number, self.rank))

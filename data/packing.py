@@ -46,8 +46,8 @@ class Window:
         self.waiting: OrderedDict[int, tuple[Sample, int, int]] = OrderedDict()  # number → sample, its integer, its tiles; in order
         self.number = 0  # of the next sample
         self.sorted = np.empty(0, np.int64)
-        self.fresh: list[int] = []  # not yet in `sorted`
-        self.gone: list[int] = []  # still there
+        self.unsorted: list[int] = []  # not yet in `sorted`
+        self.removed: list[int] = []  # still there
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -57,15 +57,15 @@ class Window:
             number, self.number = self.number, (self.number + 1) & NUMBER
         key = (-(-sample.left_length // self.budget.unit) << LEFT) | (sample.right_length << RIGHT) | number
         self.waiting[number] = sample, key, sample.tile_total
-        self.fresh.append(key)
+        self.unsorted.append(key)
 
     def take_row(self) -> Row:
         """One row out of a window that is not empty."""
         head, rests = self._oldest()
-        self._update(head + self.gone)
+        self._update(head + self.removed)
         kept, end = self._best_end(rests)
-        self.fresh += head[kept:]  # these wait on
-        self.gone = end
+        self.unsorted += head[kept:]  # these wait on
+        self.removed = end
         keys = head[:kept] + end
         left, right, tiles = rests[kept - 1]
         for key in end:
@@ -94,13 +94,13 @@ class Window:
             rests.append((left, right, tiles))
         return head, rests
 
-    def _update(self, gone: list[int]) -> None:
+    def _update(self, removed: list[int]) -> None:
         """Bring `sorted` up to date: what is new goes in, `gone` goes out."""
-        keys = np.concatenate([self.sorted, np.array(self.fresh, np.int64)])
-        self.fresh = []
+        keys = np.concatenate([self.sorted, np.array(self.unsorted, np.int64)])
+        self.unsorted = []
         keys.sort()
         keep = np.ones(len(keys), bool)
-        keep[keys.searchsorted(gone)] = False
+        keep[keys.searchsorted(removed)] = False
         self.sorted = keys[keep]
 
     def _best_end(self, rests: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
@@ -138,8 +138,8 @@ class Window:
 
     def _fill_up(self, left: int, right: int, tiles: int) -> list[int]:
         """Where no good end was found: the longest that fit, one after the other."""
-        self._update(self.gone)
-        self.gone = []
+        self._update(self.removed)
+        self.removed = []
         taken: list[int] = []
         while True:
             lefts, rights = self.sorted >> LEFT, self.sorted >> RIGHT & NUMBER

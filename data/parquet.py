@@ -29,7 +29,7 @@ class UnreadableBlock(Exception):
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     file: str
     number: int  # row group or record batch
     rows: int
@@ -50,7 +50,7 @@ class TableRecords(Sequence[Record]):
         self.pool_blocks = max(1, memory_bytes // (2 * max(1, largest)))  # mixed with one another, while as many are read ahead
         self.used: OrderedDict[int, Future[Any]] = OrderedDict()  # blocks that rows were taken from, at most `pool_blocks`
         self.ahead: OrderedDict[int, Future[Any] | None] = OrderedDict()  # those to come, in order; read are the first `pool_blocks + 1`
-        self.queue: deque[tuple[Future[Any], Block]] = deque()
+        self.queue: deque[tuple[Future[Any], RowBlock]] = deque()
         self.lost: set[int] = set()  # unreadable, since the last that was read
         self.readers, self.lock = 0, threading.Lock()
 
@@ -144,27 +144,27 @@ class TableRecords(Sequence[Record]):
                 except BaseException as error:  # it is raised where the block is asked for
                     future.set_exception(error)
 
-    def _blocks_of(self, file: str) -> list[Block]:
+    def _blocks_of(self, file: str) -> list[RowBlock]:
         import pyarrow.parquet
 
-        def read() -> list[Block]:
+        def read() -> list[RowBlock]:
             if file.endswith(".arrow"):
                 reader = self._arrow_reader(file)
                 _check_form(file, reader.schema)
                 batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
-                return [Block(file, i, batch.num_rows, batch.get_total_buffer_size()) for i, batch in enumerate(batches)]
+                return [RowBlock(file, i, batch.num_rows, batch.get_total_buffer_size()) for i, batch in enumerate(batches)]
             with self._open(file) as source:
                 parquet = pyarrow.parquet.ParquetFile(source)
                 _check_form(file, parquet.schema_arrow)
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-                return [Block(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)]
+                return [RowBlock(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)]
 
         try:
             return self._trying(file, read)
         except UnreadableBlock as error:
             raise UserError(str(error)) from None
 
-    def _read(self, block: Block) -> Any:
+    def _read(self, block: RowBlock) -> Any:
         import pyarrow.parquet
 
         def read() -> Any:

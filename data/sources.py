@@ -16,7 +16,7 @@ from configs.train import DataConfig
 from data import formats
 from data.filters import RATINGS
 from data.formats import CAPTION_PROMPT, Record
-from data.mixture import Listed, Source
+from data.mixture import InMemoryRecords, Source
 from data.parquet import TableRecords, table_files, table_files_here
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
@@ -225,7 +225,7 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
             shuffled = listed if other is None else other
             random.Random(spec.name).shuffle(shuffled)
             start = config.validation_images if other is None else 0
-            records, held_out = Listed(listed), Listed(shuffled)
+            records, held_out = InMemoryRecords(listed), InMemoryRecords(shuffled)
         if len(records) <= start:
             raise UserError(
                 f"data.validation_images = {config.validation_images} leaves none of the {len(records)} records of {name} for training: give fewer, --data.validation_images N"

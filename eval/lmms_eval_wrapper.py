@@ -25,7 +25,7 @@ from PIL import Image, ImageFile
 
 from configs.model import GenerationConfig
 from data.images import Tiles
-from eval.predictor import Answer, Answerer
+from eval.predictor import Answer, Predictor
 from utils.errors import ImageError, UsageError, UserError
 from utils.files import replacing
 
@@ -37,7 +37,7 @@ Question = tuple[list[Tiles], str]
 
 
 class DualTower(lmms):
-    """A model for lmms-eval: `pretrained`, a model folder or Hub id, or an `answerer` that is in memory already.
+    """A model for lmms-eval: `pretrained`, a model folder or Hub id, or an `predictor` that is in memory already.
 
     `max_new_tokens` goes before what tasks say (0: theirs, or 64). With `keep`, a folder, thumbnails of the images are written there.
     `progress` is called with answers done and to do.
@@ -53,7 +53,7 @@ class DualTower(lmms):
         dtype: str = "fp32",
         max_new_tokens: int | str = 0,
         speculative: str = "auto",
-        answerer: Answerer | None = None,
+        predictor: Predictor | None = None,
         keep: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
         say: Callable[[str], None] = print,
@@ -63,10 +63,10 @@ class DualTower(lmms):
         super().__init__()
         if unknown:
             raise UsageError(f"--model_args: unknown {', '.join(unknown)} (known: pretrained, dtype, max_new_tokens, speculative)")
-        if answerer is None and not pretrained:
+        if predictor is None and not pretrained:
             raise UsageError("--model_args: pretrained=DIR is needed, a model folder or Hub id")
-        self.answerer = answerer if answerer is not None else Answerer.from_pretrained(pretrained, dtype, device)
-        self.device = self.answerer.model.device
+        self.predictor = predictor if predictor is not None else Predictor.from_pretrained(pretrained, dtype, device)
+        self.device = self.predictor.model.device
         self.batch_size = int(batch_size)
         self.longest = int(max_new_tokens)
         self.base = GenerationConfig(max_new_tokens=64, speculative=speculative)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class DualTower(lmms):
         self.first_prompts: dict[str, tuple[int, str]] = {}  # by task: of the first document that was asked about
         self.images: dict[tuple[str, int], list[str]] = {}  # file names of the thumbnails, by task and document
         self.seen: dict[tuple[str, int], str] = {}  # a checksum of the images that were shown first, by task and document
-        self.cut: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
+        self.truncated: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
         self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # sampled answers, by task and document
         self.tokens, self.seconds = 0, 0.0  # of all answers
         self.halved = False  # the batch size, for want of memory
@@ -93,7 +93,7 @@ class DualTower(lmms):
         for number, given in enumerate(arguments):
             alike[self.settings(given)].append(number)
         for (settings, ends), numbers in alike.items():
-            lengths, near = {n: len(self.answerer.renderer.tokenizer.encode(texts[n])) for n in numbers}, NEAR * self.batch_size
+            lengths, near = {n: len(self.predictor.renderer.tokenizer.encode(texts[n])) for n in numbers}, NEAR * self.batch_size
             numbers = [n for at in range(0, len(numbers), near) for n in sorted(numbers[at : at + near], key=lengths.__getitem__, reverse=True)]
             while numbers:
                 part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
@@ -104,7 +104,7 @@ class DualTower(lmms):
                     made = self.answer(questions, settings, ends)
                 for n, answer in zip(part, made, strict=True):
                     answers[n] = answer
-                    self.cut[keys[n][0]] += answer.cut
+                    self.truncated[keys[n][0]] += answer.truncated
                 if self.progress is not None:
                     self.progress(len(answers), len(texts))
         return [answers[n] for n in range(len(texts))]
@@ -155,7 +155,7 @@ class DualTower(lmms):
             questions = [self.question(request) for request in part]
             continuations = [r.args[1] if isinstance(r.args[1], str) else str(r.args[1](self.task_dict[r.args[4]][r.args[5]][r.args[3]])) for r in part]
             # The answer's turn begins without a space: the one that lmms-eval puts between prompt and choice has no place there.
-            found += self.in_memory([(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)], self.answerer.loglikelihoods)
+            found += self.in_memory([(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)], self.predictor.loglikelihoods)
             if self.progress is not None:
                 self.progress(len(found), len(requests))
         return [GenerationResult((-logprob, greedy)) for logprob, greedy in found]  # type: ignore[arg-type]
@@ -180,8 +180,8 @@ class DualTower(lmms):
     def note(self, tiles: list[Tiles], text: str, doc_id: int, task: str) -> None:
         """Keep a task's first prompt: the first that is asked about the first document."""
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
-            prompt = self.answerer.renderer.prompt([t.grid for t in tiles], [{"user": text}])
-            self.first_prompts[task] = doc_id, self.answerer.renderer.shown(prompt)
+            prompt = self.predictor.renderer.prompt([t.grid for t in tiles], [{"user": text}])
+            self.first_prompts[task] = doc_id, self.predictor.renderer.shown(prompt)
 
     def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
         out = []
@@ -190,7 +190,7 @@ class DualTower(lmms):
                 what = "has no image" if image is None else f"has a {type(image).__name__} for an image: this model reads images alone"
                 raise UserError(f"task {task}: row {doc_id} {what}")
             try:
-                out.append(self.answerer.tiles(image))
+                out.append(self.predictor.tiles(image))
             except ImageError as error:
                 raise UserError(f"task {task}: row {doc_id}: {error}") from error
         if (task, doc_id) not in self.seen:
@@ -206,7 +206,7 @@ class DualTower(lmms):
     def answer(self, questions: list[Question], settings: GenerationConfig, ends: tuple[str, ...]) -> list[Answer]:
         """A batch of answers."""
         started = time.perf_counter()
-        answers = self.in_memory(questions, lambda part: self.answerer.answer(part, settings, stops=ends))
+        answers = self.in_memory(questions, lambda part: self.predictor.answer(part, settings, stops=ends))
         self.seconds += time.perf_counter() - started
         self.tokens += sum(answer.tokens for answer in answers)
         return answers

@@ -15,15 +15,15 @@ from data.render import IGNORE, Document, Renderer
 from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
-from models.image_blocks import Block, blocks_of, encode_blocks, encode_rows
+from models.image_blocks import ImageBlock, encode_blocks, encode_rows, image_blocks_of
 from models.image_store import ImageStore
-from models.kernels.packed_linear import Packed
+from models.kernels.packed_linear import Packed, pack_for_decoding
 from models.kv_cache import ImageKV
 from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
 from models.weights.folder import find_model
 from models.weights.language_models import find_language_model
-from models.weights.pretrained import ancestor_tokenizer, load_model
+from models.weights.pretrained import load_model, nanovlm_tokenizer
 from utils.errors import UsageError, UserError
 from utils.files import CACHE
 from utils.hub import is_hub_id
@@ -35,13 +35,13 @@ class Answer(NamedTuple):
     ttft_ms: float  # from the question, its image read but not encoded, to the first token of its batch
     tokens_per_s: float  # of this row, over the whole call
     image_kv: str  # "computed" or "reused"; "none" without an image, or without a left tower
-    passes: int  # of the right tower, prompt included
-    tokens_per_pass: float  # behind the first pass and its token; the one that ends an answer is one of them. 0 where there was no other pass
-    pieces: list[tuple[str, float]]  # its tokens' texts and log-probabilities, where settings ask for them
-    cut: bool  # by `max_new_tokens`
+    decode_steps: int  # of the right tower, prompt included
+    tokens_per_step: float  # behind the first pass and its token; the one that ends an answer is one of them. 0 where there was no other pass
+    token_logprobs: list[tuple[str, float]]  # its tokens' texts and log-probabilities, where settings ask for them
+    truncated: bool  # by `max_new_tokens`
 
 
-class Answerer:
+class Predictor:
     """A model with its renderer. Image KVs are kept by content in `store`, by default in memory: a block that it holds is not encoded again."""
 
     def __init__(self, model: DualTowerVLM | VisionLanguageModel, renderer: Renderer, store: ImageStore | None = None) -> None:
@@ -51,7 +51,7 @@ class Answerer:
         self.store = store if store is not None else ImageStore()  # an empty one is false
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: str = "fp32", device: str = "cpu", store: Path | None = None) -> "Answerer":
+    def from_pretrained(cls, folder: str | Path, dtype: str = "fp32", device: str = "cpu", store: Path | None = None) -> "Predictor":
         """Model and tokenizer of one model folder or Hub id; the errors of both.
 
         `dtype`: "fp32", "bf16", or "auto", bf16 where the machine multiplies in it. `store`: folder where image KVs are kept.
@@ -63,18 +63,18 @@ class Answerer:
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
         if Packed.available(model.right.unembedding):
-            model.right.pack()
+            pack_for_decoding(model)
         kept = None
         if store is not None and isinstance(model, DualTowerVLM):
-            kept = ImageStore(folder=store, origin=(origin := model.origin()))
-            kept.serve(model, origin)
+            kept = ImageStore(folder=store, fingerprint=(fingerprint := model.fingerprint()))
+            kept.serve(model, fingerprint)
         return cls(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context), kept)
 
     def tiles(self, image: Any) -> Tiles:
         """Path, bytes or Pillow image → its tiles (n, 3, h, w) uint8 and their grid. Errors: `ImageError`."""
         return to_tiles(open_pixels(image), self.model.config.vision)
 
-    def encode(self, blocks: list[Block]) -> tuple[list[ImageKV], list[bool]]:
+    def encode(self, blocks: list[ImageBlock]) -> tuple[list[ImageKV], list[bool]]:
         """Blocks of the left stream → their image KVs, and which of them had to be computed."""
         return encode_blocks(self.model, blocks, self.store)
 
@@ -133,16 +133,16 @@ class Answerer:
         text = _until(stops, whole)
         kv = "none" if not computed else "computed" if any(computed) else "reused"
         speed = len(tokens) / (encode_s + made.seconds)
-        cut, behind = len(tokens) == longest and text == whole, made.passes[row] - 1
-        per_pass = (len(tokens) - 1 + (text == whole and not cut)) / behind if behind else 0.0
-        pieces = self.pieces(tokens, made.logprobs[row], len(text) if text != whole else None)
-        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.passes[row], per_pass, pieces, cut)
+        truncated, behind = len(tokens) == longest and text == whole, made.decode_steps[row] - 1
+        per_pass = (len(tokens) - 1 + (text == whole and not truncated)) / behind if behind else 0.0
+        token_logprobs = self.token_logprobs(tokens, made.logprobs[row], len(text) if text != whole else None)
+        return Answer(text, len(tokens), 1e3 * (encode_s + made.first_token_s), speed, kv, made.decode_steps[row], per_pass, token_logprobs, truncated)
 
     def tokens_within(self, tokens: list[int], text: str) -> int:
         """How many of an answer's tokens stand before the end of `text`, with which they begin."""
         return next(n for n in range(len(tokens), -1, -1) if len(self.renderer.tokenizer.decode(tokens[:n])) <= len(text))
 
-    def pieces(self, tokens: list[int], logprobs: list[float], characters: int | None = None) -> list[tuple[str, float]]:
+    def token_logprobs(self, tokens: list[int], logprobs: list[float], characters: int | None = None) -> list[tuple[str, float]]:
         """What each token added to the text, with its log-probability; of a text that was cut to so many characters none behind its end."""
         out, at = [], 0
         for number, logprob in enumerate(logprobs, 1):
@@ -158,7 +158,7 @@ class Answerer:
         """Each prompt's image KVs with the positions where they start, and which of them had to be computed."""
         isolated, blocks = self.model.config.image_isolation, []
         for prompt, shown in zip(prompts, images, strict=True):
-            blocks.append(blocks_of(prompt.left_ids, prompt.left_positions, prompt.left_images, prompt.blocks(isolated), [image.pixels for image in shown]))
+            blocks.append(image_blocks_of(prompt.left_ids, prompt.left_positions, prompt.left_images, prompt.blocks(isolated), [image.pixels for image in shown]))
         return encode_rows(self.model, blocks, self.store)
 
     def tiles_of(self, images: list[list[Tiles]]) -> Tensor | None:
@@ -192,7 +192,7 @@ def _beginning(stop: str, text: str) -> int:
 
 def _tokenizer(folder: Path) -> Tokenizer:
     """A model folder's own; an ancestor's folder only names a language model's."""
-    named = None if (folder / "tokenizer.json").is_file() else ancestor_tokenizer(folder)
+    named = None if (folder / "tokenizer.json").is_file() else nanovlm_tokenizer(folder)
     if named is None:
         return Tokenizer.load(folder)
     source, rows = named

@@ -25,12 +25,12 @@ from configs.model import ModelConfig
 from eval import captions as captions_module
 from eval.captions import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from eval.tasks import Tasks, captioned, run_tasks, scores_of, unscored
 from utils.files import file_name, write_text
-from utils.ranks import world_of_torchrun
+from utils.ranks import torchrun_context
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow")
 
 
@@ -42,22 +42,22 @@ def evaluate(args: Namespace, output: Path | None) -> None:
     tasks = Tasks(Path(args.data_root) if args.data_root else None, metrics, args.tokenizer, args.matcher)
     for name in args.tasks:  # errors before anything is computed, the quick ones first
         tasks.add(name)
-    answerer = Answerer.from_pretrained(args.model, args.dtype, args.device)
+    predictor = Predictor.from_pretrained(args.model, args.dtype, args.device)
     for name in args.tasks:
         tasks.load(name)
     keep = output / "images" if output is not None else None
     if first and output is not None and (output / "results.json").exists():
         console.print(f"{output} holds results of an earlier run, which stay until this one's first task is done", soft_wrap=True)
-    shown = ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer", "caption_metrics", "matcher", "floor", "data_root")
+    shown = ("limit", "batch_size", "max_new_tokens", "dtype", "process_with_media", "tokenizer", "caption_metrics", "matcher", "random_baseline", "data_root")
     shown = tuple(key for key in shown if key != "matcher" or any(name.startswith("questions:") for name in args.tasks))  # others have their own
-    settings = {key: getattr(args, key) for key in shown} | {"device": answerer.model.device.type}
+    settings = {key: getattr(args, key) for key in shown} | {"device": predictor.model.device.type}
     results: dict[str, Any] = {"format": FORMAT, "model": str(args.model), "settings": settings, "versions": versions(), "tasks": {}}
     for name in args.tasks:
-        told, samples = run_task(args, answerer, tasks, name, keep, output, console)
-        floor = run_task(args, untrained(answerer), tasks, name, None, output, console)[0] if args.floor else {}
+        told, samples = run_task(args, predictor, tasks, name, keep, output, console)
+        baseline = run_task(args, untrained(predictor), tasks, name, None, output, console)[0] if args.random_baseline else {}
         if not first:
             continue
-        results["tasks"][name] = told | {"floor": floor.get("scores")}
+        results["tasks"][name] = told | {"random_baseline": baseline.get("scores")}
         show(console, name, str(args.model), results["tasks"][name])
         if output is not None:
             write_text(output / f"samples_{file_name(name)}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
@@ -74,21 +74,23 @@ def versions() -> dict[str, str]:
     return {project["name"]: project["version"]} | {package: version(package) for package in PACKAGES}
 
 
-def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep: Path | None, output: Path | None, console: Console) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_task(
+    args: Namespace, predictor: Predictor, tasks: Tasks, name: str, keep: Path | None, output: Path | None, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A task's entry in results.json, and its samples; nothing on all ranks but the first. A group's tasks stand in one entry."""
     tasks.left_out.clear()
     started = time.perf_counter()
     screen = Console(stderr=True, quiet=console.quiet)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:  # else an empty line stands before an error's
         shown = bar.add_task(name, total=None)
-        model = DualTower(answerer=answerer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep)
+        model = DualTower(predictor=predictor, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, keep=keep)
         model.progress = lambda done, total: bar.update(shown, completed=done, total=total)
         found = run_tasks(model, tasks, [name], args.limit, args.process_with_media, output)
-    ranks = world_of_torchrun().gather((model.images, sum(model.cut.values()), model.tokens, model.seconds, model.seen))
+    ranks = torchrun_context().gather((model.images, sum(model.truncated.values()), model.tokens, model.seconds, model.seen))
     if not found:
         return {}, []
     images = {key: names for rank in ranks for key, names in rank[0].items()}
-    cut, tokens, seconds = sum(rank[1] for rank in ranks), sum(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
+    truncated, tokens, seconds = sum(rank[1] for rank in ranks), sum(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
     samples: list[dict[str, Any]] = []
     errors: dict[tuple[str, str], float] = {}
     warnings = [f"left out for want of Java: {', '.join(dict.fromkeys(tasks.left_out))}"] if tasks.left_out else []
@@ -122,10 +124,10 @@ def run_task(args: Namespace, answerer: Answerer, tasks: Tasks, name: str, keep:
     return {
         "scores": scores,
         "standard_errors": standard_errors,
-        "floor": None,
+        "random_baseline": None,
         "higher_is_better": better,
         "samples": len(samples),
-        "cut": cut,
+        "truncated": truncated,
         "first_prompt": next((text for _, text in model.first_prompts.values()), ""),
         "task_hash": task_hash(tasks, list(found["samples"])),
         "data_hash": data_hash(found["samples"], {key: digest for rank in ranks for key, digest in rank[4].items()}),
@@ -197,24 +199,24 @@ def task_hash(tasks: Tasks, names: list[str]) -> str:
     return digest.hexdigest()
 
 
-def untrained(answerer: Answerer) -> Answerer:
+def untrained(predictor: Predictor) -> Predictor:
     """The same architecture with random weights, the same at every call."""
-    config: ModelConfig = answerer.model.config
+    config: ModelConfig = predictor.model.config
     towers = {tower: replace(getattr(config, tower), weights="random") for tower in config.towers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = type(answerer.model)(replace(config, vision=replace(config.vision, weights="random"), **towers), answerer.model.vocabulary)
-    return Answerer(model.to(answerer.model.device, answerer.model.right.unembedding.dtype).eval(), answerer.renderer)
+        model = type(predictor.model)(replace(config, vision=replace(config.vision, weights="random"), **towers), predictor.model.vocabulary)
+    return Predictor(model.to(predictor.model.device, predictor.model.right.unembedding.dtype).eval(), predictor.renderer)
 
 
 def show(console: Console, name: str, model: str, told: dict[str, Any]) -> None:
     table = Table("score", "value", "± standard error", "untrained")
     for metric, value in told["scores"].items():
-        error, floor = told["standard_errors"].get(metric), (told["floor"] or {}).get(metric)
-        table.add_row(metric, f"{value:.4f}", f"{error:.4f}" if error is not None else "", f"{floor:.4f}" if floor is not None else "")
+        error, baseline = told["standard_errors"].get(metric), (told["random_baseline"] or {}).get(metric)
+        table.add_row(metric, f"{value:.4f}", f"{error:.4f}" if error is not None else "", f"{baseline:.4f}" if baseline is not None else "")
     console.print(f"{name}: {model}, {told['samples']:,} samples in {told['seconds']} s", soft_wrap=True)
     console.print(table)
-    if told["cut"]:
-        console.print(f"{told['cut']} of {told['samples']} answers were cut at their longest length (--max_new_tokens)", soft_wrap=True)
+    if told["truncated"]:
+        console.print(f"{told['truncated']} of {told['samples']} answers were truncated at their longest length (--max_new_tokens)", soft_wrap=True)
     for warning in told["warnings"]:
         console.print(f"warning: {warning}", soft_wrap=True)

@@ -134,7 +134,7 @@ class Tasks(TaskManager):
     def load(self, name: str) -> list[tuple[str, bool]]:
         """`add`, and load its data now: what fails then would fail later. → (`<task>_<metric>`, whether higher is better) of all it will tell."""
         self.add(name)
-        with told_plainly(name):
+        with plain_errors(name):
             try:
                 loaded = self.load_task_or_group([name])
             except (RetryError, UserError, OSError):
@@ -179,7 +179,7 @@ def silent(bar: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def told_plainly(name: str) -> Iterator[None]:
+def plain_errors(name: str) -> Iterator[None]:
     """Without lmms-eval's log lines and bars. What it has tried five times raises `UserError`: data that cannot be had, or an answer that a task cannot score."""
     logger.remove()
     logging.getLogger("datasets").setLevel(logging.ERROR)
@@ -233,7 +233,7 @@ def run_tasks(model: DualTower, tasks: Tasks, names: list[str], limit: int = 0, 
     for name in names:
         tasks.add(name)
     settings = Namespace(process_with_media=process_with_media, output_path=str(output) if output is not None else None, reasoning_tags=None)
-    with told_plainly(", ".join(names)):
+    with plain_errors(", ".join(names)):
         results = simple_evaluate(
             model=model,
             tasks=list(names),

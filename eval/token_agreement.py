@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from utils.plotting import agreement, curves, stacked
-from utils.ranks import World
+from utils.ranks import DistributedContext
 
 PLACES = 8  # tokens of an answer whose places are told apart
 SHOWN, LONGEST = 8, 32  # answers in the picture, and tokens of each
@@ -28,7 +28,7 @@ def places(labels: Tensor, documents: Tensor) -> Tensor:
 
 
 @dataclass
-class Answer:
+class TokenComparison:
     """One answer's tokens as text; `said[0]` is what was predicted for each as the next token, `said[k]` by head k, None where that had nothing to say."""
 
     question: str
@@ -43,7 +43,7 @@ class Agreement:
     heads: int
     places: Tensor = field(default_factory=lambda: torch.zeros(2, PLACES, dtype=torch.float64))  # right, all
     by_head: Tensor = field(init=False)  # (2, K)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[TokenComparison] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_head = torch.zeros(2, self.heads, dtype=torch.float64)
@@ -58,7 +58,7 @@ class Agreement:
         columns = [predicted[:, None]]
         if self.heads:
             right = model.right
-            drafted, targets = right.heads.predictions(hidden, labels, documents, right.embed_tokens, right.unembedding)  # (S, K) both
+            drafted, targets = model.heads.predictions(hidden, labels, documents, right.embed_tokens, right.unembedding)  # (S, K) both
             self.by_head += torch.stack(((drafted == targets) & (targets >= 0), targets >= 0)).sum(1).cpu()
             columns.append(drafted)
         if tokenizer is not None and len(self.answers) < SHOWN:
@@ -74,11 +74,11 @@ class Agreement:
             question = " ".join(asked.strip().removeprefix("user").removesuffix("assistant").split())
             tokens = range(start, min(end, start + LONGEST))
             by_row = [[said[i - k][k] if i - k >= start else -1 for i in tokens] for k in range(1 + self.heads)]
-            self.answers.append(Answer(question, [tokenizer.show(truth[i]) for i in tokens], [[tokenizer.show(t) if t >= 0 else None for t in one] for one in by_row]))
+            self.answers.append(TokenComparison(question, [tokenizer.show(truth[i]) for i in tokens], [[tokenizer.show(t) if t >= 0 else None for t in one] for one in by_row]))
             if len(self.answers) == SHOWN:
                 return
 
-    def share(self, world: World) -> None:
+    def share(self, world: DistributedContext) -> None:
         """The sums of all ranks."""
         world.sum(self.places, self.by_head)
 

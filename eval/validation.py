@@ -21,11 +21,11 @@ from data.packing import Budget, pack
 from data.parquet import UnreadableBlock
 from data.render import Renderer
 from eval.captions import Cider, cider
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from eval.token_agreement import Agreement
 from utils.errors import UsageError, UserError, nearest
 from utils.files import read_json, replacing, write_text
-from utils.ranks import ALONE, World
+from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 
 class Validation:
@@ -69,7 +69,7 @@ class Validation:
         self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
         return samples
 
-    def score(self, model: Any, world: World = ALONE) -> dict[str, Any]:
+    def score(self, model: Any, world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
         """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several. `agreement` tells more of it."""
         self.agreement = Agreement(model.config.multi_token.heads)
         total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
@@ -102,26 +102,26 @@ class Validation:
         names = ["accuracy", *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1), *(["cider"] if captions and self.captions else [])]
         return {"validation_loss": False} | {f"validation_{name}": True for name in names}
 
-    def cider(self, model: Any, count: int, tokens: int, world: World = ALONE, rows: int = 32) -> Cider | None:
+    def cider(self, model: Any, count: int, tokens: int, world: DistributedContext = SINGLE_PROCESS, rows: int = 32) -> Cider | None:
         """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
         asked = self.captions[:count]
         if not asked:
             return None
-        answerer, settings = Answerer(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
+        predictor, settings = Predictor(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
         made = []
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows][world.rank :: world.size]
-            answers = answerer.answer([([answerer.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings) if part else []
+            answers = predictor.answer([([predictor.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings) if part else []
             made += list(zip(range(start + world.rank, start + rows, world.size), (a.text for a in answers), strict=False))
         texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
         return cider(texts, [references for _, _, references in asked])
 
-    def predictions(self, model: Any, count: int, world: World = ALONE) -> list[dict[str, Any]]:
+    def predictions(self, model: Any, count: int, world: DistributedContext = SINGLE_PROCESS) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
-        answerer = Answerer(model, self.dataset.renderer)
+        predictor = Predictor(model, self.dataset.renderer)
         asked = self.questions[:count]
-        mine = [([answerer.tiles(i) for i in images], turn["user"]) for images, turn in asked[world.rank :: world.size]]
-        answers = [a.text for a in answerer.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
+        mine = [([predictor.tiles(i) for i in images], turn["user"]) for images, turn in asked[world.rank :: world.size]]
+        answers = [a.text for a in predictor.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
         said = world.gather(answers)
         return [
             {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": said[n % world.size][n // world.size]}
@@ -129,7 +129,7 @@ class Validation:
         ]
 
 
-class TasksInTraining:
+class TrainingTasks:
     """lmms-eval's tasks on the model that is being trained: in this process, without another copy. `UserError` at once for what would fail later."""
 
     def __init__(self, config: EvalConfig) -> None:
@@ -145,18 +145,18 @@ class TasksInTraining:
         for name in self.names:
             self.metrics |= dict(self.tasks.load(name))
 
-    def score(self, model: Any, renderer: Renderer, world: World = ALONE) -> dict[str, float]:
+    def score(self, model: Any, renderer: Renderer, world: DistributedContext = SINGLE_PROCESS) -> dict[str, float]:
         """`<task>_<metric>` of every task."""
         if not self.names:
             return {}
         from eval.lmms_eval_wrapper import DualTower
         from eval.tasks import run_tasks, scores_of
 
-        found = run_tasks(DualTower(answerer=Answerer(model, renderer)), self.tasks, self.names, self.config.limit)
-        return world.shared({f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {})
+        found = run_tasks(DualTower(predictor=Predictor(model, renderer)), self.tasks, self.names, self.config.limit)
+        return world.broadcast({f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {})
 
 
-class Best:
+class BestCheckpoint:
     """The best model so far by one metric: `best.json` says its step and value. `known`: metrics, and whether higher is better; another one raises `UsageError`."""
 
     def __init__(self, folder: Path, metric: str, known: dict[str, bool]) -> None:
@@ -170,12 +170,12 @@ class Best:
         kept = read_json(self.path) if self.metric and self.path.is_file() else {}
         return int(kept["step"]) if kept.get("metric") == self.metric else -1
 
-    def go_back(self, step: int, put_aside: Callable[[Path], Any]) -> None:
+    def go_back(self, step: int, move_to_abandoned: Callable[[Path], Any]) -> None:
         """The run goes on behind `step`: a best model of a later one is no longer its own."""
         if self.path.is_file() and read_json(self.path)["step"] > step:
             for path in (self.path.parent / "best", self.path):
                 if path.exists():
-                    put_aside(path)
+                    move_to_abandoned(path)
 
     @property
     def warning(self) -> str:

@@ -17,7 +17,7 @@ from configs.cli import FlagParser
 from configs.model import GenerationConfig, ModelConfig
 from configs.serialization import from_dict
 from data.tokenizer import Tokenizer
-from models.weights.folder import is_ancestor, read_head
+from models.weights.folder import is_nanovlm, read_model_config
 from utils.errors import UserError, run_script
 from utils.files import write_text
 
@@ -65,8 +65,8 @@ def flattened(text: str) -> tuple[str, list[str]]:
 
 def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
     """Add to a model folder the code, and the keys and files by which transformers finds it. What is not a complete folder of ours raises `UserError`."""
-    head = read_head(folder)
-    if is_ancestor(head):
+    head = read_model_config(folder)
+    if is_nanovlm(head):
         raise UserError(f"{folder} holds an ancestor's checkpoint, which has no place for code: load it and save it with save_pretrained first")
     kind, model = CLASSES[head["model_type"]], from_dict(ModelConfig, head["model"], f"{folder / 'config.json'}: model")
     names = {"AutoConfig": f"configuration.{kind}Config", "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration"}

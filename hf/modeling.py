@@ -14,7 +14,7 @@ from data.render import IGNORE, Document, route, spans_of
 from hf.configuration import DualTowerConfig, VanillaConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
-from models.image_blocks import blocks_of, encode_rows
+from models.image_blocks import encode_rows, image_blocks_of
 from models.image_store import ImageStore
 from models.language_model import Output
 from models.vision_encoder import VisionEncoder
@@ -165,7 +165,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _blocks(self, documents: list[Document], tiles: list[list[Tensor]]) -> list[list[Any]]:
         isolated = self.vlm.config.image_isolation
-        return [blocks_of(d.left_ids, d.left_positions, d.left_images, d.blocks(isolated), shown) for d, shown in zip(documents, tiles, strict=True)]
+        return [image_blocks_of(d.left_ids, d.left_positions, d.left_images, d.blocks(isolated), shown) for d, shown in zip(documents, tiles, strict=True)]
 
 
 def _said(config: TransformersGenerationConfig) -> dict[str, Any]:

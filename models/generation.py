@@ -14,7 +14,7 @@ from configs.model import GenerationConfig
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
-from models.multi_token import Drafts, ancestors
+from models.multi_token import Drafts, draft_tree_mask
 from utils.errors import UsageError, UserError
 
 
@@ -24,7 +24,7 @@ class Generation:
     logprobs: list[list[float]]  # of each token, before temperature and all that follows; empty unless asked for
     first_token_s: float  # seconds from the call to the first token of every row
     seconds: float  # of the whole call
-    passes: list[int]  # of the right tower over a row, prefill included
+    decode_steps: list[int]  # of the right tower over a row, prefill included
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Row:
     position: int  # of the token that was chosen last
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    passes: int = 1
+    decode_steps: int = 1
     done: bool = False
 
     def take(self, tokens: list[int], places: list[int], logits: Tensor, stop: int, settings: GenerationConfig, on_tokens: Callable[[int, list[int]], bool | None] | None) -> int:
@@ -137,7 +137,7 @@ class Shape(NamedTuple):
     width: int = 1
 
 
-class DraftShape:
+class DraftScheduler:
     """What to draft: what gives most tokens a second, by what was accepted and what passes took, as far as it may lose.
 
     The k-th draft's chance is a running mean, a shape's seconds the median of its last passes, for some are disturbed; before there are any, what
@@ -146,20 +146,20 @@ class DraftShape:
     is slowly hoped for again, so that a change in the text is noticed.
     """
 
-    HOPE = 0.0003  # of the way back, at each pass
-    LOSS, PURSE, CARRY = 0.02, 2.0, 0.6  # 3 % is what answers may lose: plain passes between others take a little longer, too
+    RECOVERY = 0.0003  # of the way back, at each pass
+    LOSS, BUDGET, CARRY = 0.02, 2.0, 0.6  # 3 % is what answers may lose: plain passes between others take a little longer, too
     GUESS = 0.08  # what a draft costs, in plain passes; in trees twice that (docs/benchmarks.md)
     LAST, AGAIN = 5, 64  # passes of a shape that are remembered; of all kinds, after which a plain one is timed again
 
-    def __init__(self, stands: Sequence[float], mode: str, width: int = 1, costs: dict[Shape, float] | None = None) -> None:
+    def __init__(self, acceptance_rates: Sequence[float], mode: str, width: int = 1, costs: dict[Shape, float] | None = None) -> None:
         """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `costs`: of passes, in plain ones, where they are not to be measured."""
-        self.mode, self.most, self.width = mode, len(stands), width
-        self.hopes = [(1 + stood) / 2 for stood in stands]
-        self.stands = {width: list(self.hopes)} | {1: list(stands)}  # only what is made teaches, so a tree is believed to be better than it may be
+        self.mode, self.most, self.width = mode, len(acceptance_rates), width
+        self.prior_rates = [(1 + stood) / 2 for stood in acceptance_rates]
+        self.acceptance_rates = {width: list(self.prior_rates)} | {1: list(acceptance_rates)}  # only what is made teaches, so a tree is believed to be better than it may be
         self.measured = costs is None
         self.seconds = {shape: deque([cost], self.LAST) for shape, cost in (costs or {}).items()}
-        self.purse, self.prompt_s, self.since_plain = 0.0, 0.0, 0
-        self.doubted: set[Shape] = set()  # whose first pass was forgotten
+        self.loss_budget, self.prompt_s, self.since_plain = 0.0, 0.0, 0
+        self.retried: set[Shape] = set()  # whose first pass was forgotten
 
     def __call__(self) -> Shape:
         best, rate = Shape(0), 1.0
@@ -167,16 +167,16 @@ class DraftShape:
             return best if self.mode == "off" else Shape(self.most, self.width)
         if self.measured and (len(self.seconds.get(best, ())) < 3 or self.since_plain >= self.AGAIN):
             return best
-        for width, stands in self.stands.items():
+        for width, acceptance_rates in self.acceptance_rates.items():
             tokens, chance = 1.0, 1.0
-            for k, stood in enumerate(stands, start=1):
+            for k, stood in enumerate(acceptance_rates, start=1):
                 chance *= stood
                 tokens += chance
                 shape = Shape(k, width)
                 if width > 1 and k < self.most and shape not in self.seconds:
                     continue
                 cost = self.cost(shape)
-                if tokens / cost > 1.02 * rate and cost - 1 <= self.purse:
+                if tokens / cost > 1.02 * rate and cost - 1 <= self.loss_budget:
                     best, rate = shape, tokens / cost
         return best
 
@@ -193,14 +193,14 @@ class DraftShape:
         near = min(known, key=lambda depth: abs(depth - shape.depth))
         return 1 + (_usual(self.seconds[Shape(near)]) / plain - 1) * shape.depth / near
 
-    def prompted(self, seconds: float) -> None:
+    def start_answer(self, seconds: float) -> None:
         """An answer begins; its first token took so long."""
-        self.purse, self.prompt_s = min(self.purse, self.CARRY), seconds if self.measured else 0.0
-        for shape in [shape for shape, times in self.seconds.items() if self.measured and shape.depth and len(times) == 1 and shape not in self.doubted]:
+        self.loss_budget, self.prompt_s = min(self.loss_budget, self.CARRY), seconds if self.measured else 0.0
+        for shape in [shape for shape, times in self.seconds.items() if self.measured and shape.depth and len(times) == 1 and shape not in self.retried]:
             del self.seconds[shape]  # one pass may have been disturbed: it is guessed, and tried, once again
-            self.doubted.add(shape)
+            self.retried.add(shape)
 
-    def told(self, shape: Shape, counts: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
+    def record_step(self, shape: Shape, counts: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
         """A pass over drafts of a shape: of each row the drafts that stood, and the tokens that its answer got."""
         known = shape in self.seconds
         if self.measured:
@@ -212,13 +212,13 @@ class DraftShape:
             if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took; later ones may be disturbed
                 gain = mean - (min(seconds / plain, 2 * self.cost(shape) if known else 8.0) if self.measured else self.cost(shape))
             gain, self.prompt_s = gain + self.LOSS * self.prompt_s / plain, 0.0
-        self.purse = max(-1.0, min(self.purse + gain + self.LOSS * mean, self.PURSE))
-        for stands in self.stands.values():
-            for k, hope in enumerate(self.hopes):
-                stands[k] += self.HOPE * max(0.0, hope - stands[k])
+        self.loss_budget = max(-1.0, min(self.loss_budget + gain + self.LOSS * mean, self.BUDGET))
+        for acceptance_rates in self.acceptance_rates.values():
+            for k, prior in enumerate(self.prior_rates):
+                acceptance_rates[k] += self.RECOVERY * max(0.0, prior - acceptance_rates[k])
         for count in counts:
             for k in range(min(shape.depth, count + 1)):
-                self.stands[shape.width][k] += 0.06 * ((k < count) - self.stands[shape.width][k])
+                self.acceptance_rates[shape.width][k] += 0.06 * ((k < count) - self.acceptance_rates[shape.width][k])
 
 
 def _usual(seconds: Sequence[float]) -> float:
@@ -226,19 +226,19 @@ def _usual(seconds: Sequence[float]) -> float:
 
 
 def check_heads(model: Any, settings: GenerationConfig) -> None:
-    if settings.speculative == "on" and model.right.heads is None:
+    if settings.speculative == "on" and model.heads is None:
         raise UsageError("--speculative on: this model has no multi-token heads (python -m tools.train_heads gives it some)")
 
 
 NOMINAL = 0.2  # what a draft costs, in passes, where the clock must not count: in drawn answers, with drawing (docs/benchmarks.md)
 
 
-def draft_shape(heads: Any, rows: int, settings: GenerationConfig) -> DraftShape:
+def draft_scheduler(heads: Any, rows: int, settings: GenerationConfig) -> DraftScheduler:
     """For greedy answers one that goes on learning from call to call. Sampled answers must depend on the seed alone: theirs begins anew."""
     most = min(settings.draft_tokens or heads.count, heads.count)
     width = 1 if settings.sampling or rows * (TREE + 1) > TREE_ROWS else settings.draft_width
     nominal = {Shape(k): 1 + NOMINAL * k for k in range(most + 1)} if settings.sampling else None
-    new = DraftShape(heads.stands[:most].tolist(), settings.speculative, width, nominal)
+    new = DraftScheduler(heads.acceptance_rates[:most].tolist(), settings.speculative, width, nominal)
     return new if settings.sampling else heads.shapes.setdefault((rows, most, width, settings.speculative), new)
 
 
@@ -258,7 +258,7 @@ def prefill(
     if cache is None:
         cache = DecodingCache(config.layers, B, config.kv_heads, L + ids.shape[1] + slots, config.head_size, dtype, ids.device)
     else:
-        cache.grow(L + ids.shape[1] + slots)
+        cache.resize(L + ids.shape[1] + slots)
     wanted = config.layers, 2, config.kv_heads, config.head_size
     for kv, _ in (placed for row in images for placed in row):
         if (*kv.data.shape[:3], *kv.data.shape[4:]) != wanted:
@@ -301,7 +301,7 @@ def _check_finite(values: Tensor) -> None:
         raise UserError("the model's states or logits are not finite: its weights are damaged, or its training diverged")
 
 
-class Passed(NamedTuple):
+class StepOutput(NamedTuple):
     """What a pass over B rows with N drafts each gave."""
 
     logits: Tensor  # (B, N + 1, V)
@@ -311,7 +311,7 @@ class Passed(NamedTuple):
     hidden: Tensor  # (B, D), what it was chosen from
 
 
-def one_pass(
+def decode_step(
     model: Any,
     cache: DecodingCache,
     positions: list[int],
@@ -321,13 +321,13 @@ def one_pass(
     seen: Tensor | None,
     settings: GenerationConfig,
     generator: torch.Generator | None,
-) -> Passed:
+) -> StepOutput:
     """Verify drafts behind the tokens `chosen` (B,), and keep in the cache what stands.
 
     `positions`: of the chosen tokens, `hidden` (B, D): what they were chosen from; `seen` (B, V): tokens that the repetition penalty counts.
     """
     tokens = torch.cat((chosen[:, None], drafts.tokens), 1)  # (B, N + 1)
-    sees = ancestors(drafts.parents)
+    sees = draft_tree_mask(drafts.parents)
     places = torch.tensor(positions, device=chosen.device)[:, None] + sees.sum(-1) - 1
     start = cache.lengths
     states = verify(model, cache, tokens, places, sees)  # (B, N + 1, D)
@@ -342,9 +342,9 @@ def one_pass(
         wanted = choose(target, settings, generator)  # (B, N + 1)
         paths = follow(drafts, wanted)
         chosen = wanted[torch.arange(len(paths)), [path[-1] for path in paths]]
-    cache.settle(start, paths)
+    cache.commit(start, paths)
     kept = [[*(row[place] for place in path[1:]), last] for row, path, last in zip(tokens.tolist(), paths, chosen.tolist(), strict=True)]
-    return Passed(logits, paths, kept, chosen, states[torch.arange(len(paths)), [path[-1] for path in paths]])
+    return StepOutput(logits, paths, kept, chosen, states[torch.arange(len(paths)), [path[-1] for path in paths]])
 
 
 @torch.inference_mode()
@@ -372,9 +372,9 @@ def generate(
     if longest + settings.max_new_tokens > limit:
         raise UsageError(f"the prompt has {longest} tokens (image included); with max_new_tokens = {settings.max_new_tokens} that exceeds this model's {limit} positions")
     generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
-    heads = model.right.heads
+    heads = model.heads
     check_heads(model, settings)
-    shapes = draft_shape(heads, len(ids), settings) if heads is not None else DraftShape([], "off")
+    shapes = draft_scheduler(heads, len(ids), settings) if heads is not None else DraftScheduler([], "off")
     going_on = cache is not None
     if going_on and len(ids) != 1:
         raise ValueError(f"{len(ids)} prompts: a given cache goes on with one")
@@ -393,19 +393,19 @@ def generate(
     chosen = choose(probabilities(logits, settings, counted[:, None] if counted is not None else None), settings, generator)[:, 0]  # (B,)
     new, paths = chosen[:, None].tolist(), [[0]] * len(rows)
     first_token_s = time.perf_counter() - started
-    shapes.prompted(first_token_s)
-    drafted_with = heads.rows(model.right.unembedding) if heads is not None else None
+    shapes.start_answer(first_token_s)
+    unembed = heads.unembedder(model.right.unembedding) if heads is not None else None
     passed: tuple[Shape, float] | None = None  # the last pass: what it verified, and its seconds
     while True:
         taken = [row.take(tokens, path, chosen_from, stop, settings, on_tokens) for row, tokens, path, chosen_from in zip(active, new, paths, logits, strict=True)]
         if passed is not None:  # a draft behind the end of its answer is of no use
-            shapes.told(passed[0], [min(len(path) - 1, count) for path, count in zip(paths, taken, strict=True)], taken, passed[1])
+            shapes.record_step(passed[0], [min(len(path) - 1, count) for path, count in zip(paths, taken, strict=True)], taken, passed[1])
         if all(row.done for row in active):
             break
         if any(row.done for row in active):  # rows that are done cost nothing any more
             left = _closed_up([row.done for row in active])
             at = torch.tensor(left, device=device)
-            cache.keep(left)
+            cache.select_rows(left)
             active, chosen, hidden = [active[i] for i in left], chosen[at], hidden[at]
             counted = counted[at] if counted is not None else None
         if counted is not None:
@@ -414,14 +414,14 @@ def generate(
         pass_started = time.perf_counter()
         shape = shapes()
         shape = Shape(min(shape.depth, max(settings.max_new_tokens - len(row.tokens) for row in active) - 1), shape.width)
-        drafts = _drafts(model, drafted_with, hidden, chosen, shape, settings, generator)
-        logits, paths, new, chosen, hidden = one_pass(model, cache, [row.position for row in active], hidden, chosen, drafts, counted, settings, generator)
+        drafts = _drafts(model, unembed, hidden, chosen, shape, settings, generator)
+        logits, paths, new, chosen, hidden = decode_step(model, cache, [row.position for row in active], hidden, chosen, drafts, counted, settings, generator)
         for row in active:
-            row.passes += 1
+            row.decode_steps += 1
         passed = shape if shape.depth else Shape(0), time.perf_counter() - pass_started
     if going_on:
         cache.lengths = [length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)]
-    return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.passes for row in rows])
+    return Generation([row.tokens for row in rows], [row.logprobs for row in rows], first_token_s, time.perf_counter() - started, [row.decode_steps for row in rows])
 
 
 def _closed_up(done: list[bool]) -> list[int]:
@@ -431,14 +431,16 @@ def _closed_up(done: list[bool]) -> list[int]:
     return [behind.pop() if done[i] else i for i in range(len(left))]
 
 
-def _drafts(model: Any, rows: Tensor | None, hidden: Tensor, chosen: Tensor, shape: Shape, settings: GenerationConfig, generator: torch.Generator | None) -> Drafts:
-    """Drafts of a shape behind the tokens `chosen` (B,) from `hidden` (B, D); `rows` as in `MultiTokenHeads.draft`."""
-    if rows is None or not shape.depth:
+def _drafts(
+    model: Any, unembed: Callable[[Tensor], Tensor] | None, hidden: Tensor, chosen: Tensor, shape: Shape, settings: GenerationConfig, generator: torch.Generator | None
+) -> Drafts:
+    """Drafts of a shape behind the tokens `chosen` (B,) from `hidden` (B, D); `unembed` as in `MultiTokenHeads.draft`."""
+    if unembed is None or not shape.depth:
         return Drafts(chosen.new_empty(len(chosen), 0), chosen.new_empty(len(chosen), 0))
-    heads, embedding = model.right.heads, model.right.embed_tokens
+    heads, embedding = model.heads, model.right.embed_tokens
     if shape.width > 1:
-        return heads.tree(embedding, rows, hidden, chosen, shape.depth, shape.width, TREE)
-    return heads.draft(embedding, rows, hidden, chosen, shape.depth, lambda logits: _draw(logits, settings, generator))
+        return heads.tree(embedding, unembed, hidden, chosen, shape.depth, shape.width, TREE)
+    return heads.draft(embedding, unembed, hidden, chosen, shape.depth, lambda logits: _draw(logits, settings, generator))
 
 
 def _seen_with(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:

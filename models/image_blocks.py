@@ -10,7 +10,7 @@ from models.image_store import ImageStore
 from models.kv_cache import ImageKV
 
 
-class Block(NamedTuple):
+class ImageBlock(NamedTuple):
     """A part of the left stream that is encoded by itself."""
 
     tiles: Tensor  # (n, 3, h, w) uint8
@@ -19,19 +19,19 @@ class Block(NamedTuple):
     start: int  # position of its first token
 
 
-def blocks_of(ids: list[int], positions: list[int], images: list[int], parts: list[slice], tiles: list[Tensor]) -> list[Block]:
+def image_blocks_of(ids: list[int], positions: list[int], images: list[int], parts: list[slice], tiles: list[Tensor]) -> list[ImageBlock]:
     """A document's left stream, cut into `parts` (`Document.blocks`), with the `tiles` (n, 3, h, w) of each of its images."""
     out, at = [], 0
     for part in parts:
         first = min((n for n in images[part] if n >= 0), default=0)
         numbers = [n - first if n >= 0 else n for n in images[part]]  # an isolated image's KV is the same wherever it stands
         count = len(set(numbers) - {-1})
-        out.append(Block(torch.cat(tiles[at : at + count]), ids[part], numbers, positions[part.start]))
+        out.append(ImageBlock(torch.cat(tiles[at : at + count]), ids[part], numbers, positions[part.start]))
         at += count
     return out
 
 
-def encode_blocks(model: Any, blocks: list[Block], store: ImageStore) -> tuple[list[ImageKV], list[bool]]:
+def encode_blocks(model: Any, blocks: list[ImageBlock], store: ImageStore) -> tuple[list[ImageKV], list[bool]]:
     """A dual tower's image KVs of `blocks`, and which of them had to be computed; they are kept in `store`."""
     store.serve(model)
     c, keys = model.right.config, [_key(model, block) for block in blocks]
@@ -50,7 +50,7 @@ def encode_blocks(model: Any, blocks: list[Block], store: ImageStore) -> tuple[l
     return [found[key] for key in keys], computed
 
 
-def encode_rows(model: Any, rows: list[list[Block]], store: ImageStore) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
+def encode_rows(model: Any, rows: list[list[ImageBlock]], store: ImageStore) -> tuple[list[list[tuple[ImageKV, int]]], list[list[bool]]]:
     """Each row's image KVs with the positions where they start, as `generate` takes them, and which of them had to be computed."""
     kvs, computed = encode_blocks(model, [block for row in rows for block in row], store)
     placed, fresh, at = [], [], 0
@@ -61,7 +61,7 @@ def encode_rows(model: Any, rows: list[list[Block]], store: ImageStore) -> tuple
     return placed, fresh
 
 
-def _key(model: Any, block: Block) -> str:
+def _key(model: Any, block: ImageBlock) -> str:
     """All that a block's image KV depends on beside the model: its tokens, its tiles, and the type of number that autocast computes in."""
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -29,10 +29,10 @@ def _to_stderr(line: str) -> None:
 class ImageStore:
     """Hex key → image KV. Where room is short, the least recently used goes first.
 
-    Memory holds `memory_bytes` of tensors. With a `folder`, files `folder/<origin>/<key>.safetensors` hold `disk_bytes`,
-    all origins together; several processes may share it, and a file's time of change says when it was last used.
-    The disk never raises: a file that is damaged or of another origin is deleted and is a miss, a disk that refuses is
-    left alone from then on. `say` takes one line about each. `origin` is `DualTowerVLM.origin` of the model, whose weights do
+    Memory holds `memory_bytes` of tensors. With a `folder`, files `folder/<fingerprint>/<key>.safetensors` hold `disk_bytes`,
+    all models together; several processes may share it, and a file's time of change says when it was last used.
+    The disk never raises: a file that is damaged or of another model is deleted and is a miss, a disk that refuses is
+    left alone from then on. `say` takes one line about each. `fingerprint` is `DualTowerVLM.fingerprint` of the model, whose weights do
     not change any more; a store without one belongs to the model that first asks.
     """
 
@@ -41,12 +41,12 @@ class ImageStore:
         memory_bytes: int = 1 << 30,
         folder: Path | None = None,
         disk_bytes: int = 10 << 30,
-        origin: str = "",
+        fingerprint: str = "",
         say: Callable[[str], None] | None = None,
     ) -> None:
-        if folder is not None and not KEY.fullmatch(origin):
-            raise ValueError(f"origin {origin!r} is no fingerprint in hex: image KVs on disk need their model's")
-        self.memory_bytes, self.folder, self.disk_bytes, self.origin, self.say = memory_bytes, folder, disk_bytes, origin, say or _to_stderr
+        if folder is not None and not KEY.fullmatch(fingerprint):
+            raise ValueError(f"fingerprint {fingerprint!r} is not in hex: image KVs on disk need their model's")
+        self.memory_bytes, self.folder, self.disk_bytes, self.fingerprint, self.say = memory_bytes, folder, disk_bytes, fingerprint, say or _to_stderr
         self.memory: OrderedDict[str, ImageKV] = OrderedDict()
         self.bytes = 0  # of `memory`
         self.told: set[Path] = set()
@@ -55,17 +55,17 @@ class ImageStore:
         self.oldest: list[tuple[int, int, Path]] = []  # (last use in ns, bytes, file), the least recently used at the end
         if folder is not None:
             try:
-                (folder / origin).mkdir(parents=True, exist_ok=True)
+                (folder / fingerprint).mkdir(parents=True, exist_ok=True)
                 self._look_through(folder)
             except OSError as error:
                 self._leave_disk(error)
 
-    def serve(self, model: Any, origin: str = "") -> None:
-        """`model` is about to ask; `origin`, where it is known already. Another model than the store's raises `ValueError`, for the same image gives another image KV there."""
+    def serve(self, model: Any, fingerprint: str = "") -> None:
+        """`model` is about to ask; `fingerprint`, where it is known already. Another model than the store's raises `ValueError`, for the same image gives another image KV there."""
         if self.model is not None and self.model() is model:
             return
-        if (self.model is not None and not self.origin) or (self.origin and self.origin != (origin or model.origin())):
-            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, with its origin")
+        if (self.model is not None and not self.fingerprint) or (self.fingerprint and self.fingerprint != (fingerprint or model.fingerprint())):
+            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, with its fingerprint")
         self.model = weakref.ref(model)
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class ImageStore:
             return None
         if not KEY.fullmatch(key):
             raise ValueError(f"key {key!r} is not in hex")
-        return self.folder / self.origin / f"{key}.safetensors"
+        return self.folder / self.fingerprint / f"{key}.safetensors"
 
     def _keep(self, key: str, kv: ImageKV) -> None:
         if key in self.memory:
@@ -118,7 +118,7 @@ class ImageStore:
             self._leave_disk(error)
             return None
         try:
-            return ImageKV.load(path, self.origin, key, shape)
+            return ImageKV.load(path, self.fingerprint, key, shape)
         except UserError as error:
             try:
                 path.unlink()
@@ -140,7 +140,7 @@ class ImageStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._make_room(self.folder, size):
-                kv.save(path, self.origin, key)
+                kv.save(path, self.fingerprint, key)
                 _touch(path)
                 self.used, self.written = self.used + size, self.written + size
         except (UserError, OSError) as error:

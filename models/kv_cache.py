@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.layers import Rotary, turn
+from models.layers import Rotary, rotate
 from models.masks import NEVER
 from utils.errors import UserError
 from utils.files import replacing
 
-FORMAT = 2  # of an image KV's file
+FORMAT = 3  # of an image KV's file
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -32,10 +32,10 @@ class ImageKV:
     def tokens(self) -> int:
         return self.data.shape[3]
 
-    def save(self, path: str | Path, origin: str, key: str = "") -> None:
-        """Write a safetensors file, beside and renamed. `origin` says what made the image KV: `DualTowerVLM.origin`; `key` of what image. A disk that refuses raises `UserError`."""
+    def save(self, path: str | Path, fingerprint: str, key: str = "") -> None:
+        """Write a safetensors file, beside and renamed. `fingerprint` says what made the image KV: `DualTowerVLM.fingerprint`; `key` of what image. A disk that refuses raises `UserError`."""
         data = self.data.detach().cpu().contiguous()
-        metadata = {"format": str(FORMAT), "origin": origin, "key": key, "checksum": _checksum(data, origin, key)}
+        metadata = {"format": str(FORMAT), "fingerprint": fingerprint, "key": key, "checksum": _checksum(data, fingerprint, key)}
         try:
             with replacing(Path(path)) as beside:
                 save_file({"data": data}, beside, metadata=metadata)
@@ -43,22 +43,22 @@ class ImageKV:
             raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
 
     @classmethod
-    def load(cls, path: str | Path, origin: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
-        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `origin`, `key` or `shape` (None: any), raises `UserError`."""
+    def load(cls, path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
+        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `fingerprint`, `key` or `shape` (None: any), raises `UserError`."""
         again = "encode the image again"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != str(FORMAT):
                     raise UserError(f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}")
-                if metadata.get("origin") != origin:
+                if metadata.get("fingerprint") != fingerprint:
                     raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
                 if metadata.get("key") != key:
                     raise UserError(f"{path} holds another image than its name says: {again}")
                 data = file.get_tensor("data").clone()  # the file is mapped: what changes on the disk later would change here
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}") from None
-        if metadata.get("checksum") != _checksum(data, origin, key):
+        if metadata.get("checksum") != _checksum(data, fingerprint, key):
             raise UserError(f"{path} is damaged, its checksum is another: {again}")
         if data.dim() != 5 or data.shape[1] != 2 or not data.numel() or data.dtype not in DTYPES or shape not in (None, tuple(data.shape)):
             wanted = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
@@ -68,9 +68,9 @@ class ImageKV:
         return cls(data)
 
 
-def _checksum(data: Tensor, origin: str, key: str) -> str:
+def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
     """Of a tensor's bytes, of the type and shape without which they say something else, and of what made it of which image."""
-    digest = hashlib.blake2b(repr((str(data.dtype), tuple(data.shape), origin, key)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16)
     digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -85,7 +85,7 @@ class KeyValueRecorder:
         assert layer <= len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
         if layer == len(self.layers):  # else computed again, in the backward pass
             self.layers.append((keys, values))
-        return turn(rotary, keys), values
+        return rotate(rotary, keys), values
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class ImageContext:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         image_keys, image_values = self.layers[layer]
-        image_keys = turn(self.rotary if rotary is not None else None, image_keys)
-        keys = torch.cat((image_keys, turn(rotary, keys)), dim=2)  # (B, G, L + R, E)
+        image_keys = rotate(self.rotary if rotary is not None else None, image_keys)
+        keys = torch.cat((image_keys, rotate(rotary, keys)), dim=2)  # (B, G, L + R, E)
         return keys, torch.cat((image_values.to(values.dtype), values), dim=2)
 
 
@@ -134,14 +134,14 @@ class DecodingCache:
         self.lengths = [length + T for length in self.lengths]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        for cached, new in ((self.keys[layer], turn(rotary, keys)), (self.values[layer], values)):
+        for cached, new in ((self.keys[layer], rotate(rotary, keys)), (self.values[layer], values)):
             if isinstance(self.slots, slice):
                 cached[:, :, self.slots] = new
             else:
                 cached[self.slots] = new.transpose(1, 2)  # (B, T, G, E), as indices with a slice between them want it
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
-    def settle(self, start: list[int], paths: list[list[int]]) -> None:
+    def commit(self, start: list[int], paths: list[list[int]]) -> None:
         """Of the slots that a pass opened, in each row from `start` on, keep those that `paths` name, in ascending order and without gaps; the others hold nothing."""
         for row, (at, path) in enumerate(zip(start, paths, strict=True)):
             end = at + len(path)
@@ -154,14 +154,14 @@ class DecodingCache:
                 self.positions[row, end : self.lengths[row]] = NEVER
         self.lengths = [at + len(path) for at, path in zip(start, paths, strict=True)]
 
-    def grow(self, slots: int) -> None:
+    def resize(self, slots: int) -> None:
         """Make room for `slots` more in every row."""
         more = max(self.lengths) + slots - self.positions.shape[1]
         if more > 0:
             self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
             self.positions = torch.cat((self.positions, self.positions.new_full((len(self.positions), more), NEVER)), 1)
 
-    def keep(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         """Leave only `rows`, in this order, none of them before its new place: those that are done cost nothing any more."""
         for new, old in enumerate(rows):
             if new != old:

@@ -1,20 +1,17 @@
 """The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.model import DecoderConfig, MultiTokenConfig
-from models.kernels.attention import Plan, planned
-from models.kernels.packed_linear import Packed, PackedBlock
-from models.kv_cache import DecodingCache
-from models.layers import MLP, Attention, KeyValue, Past, RMSNorm, Rotary, building, init_weights
+from configs.model import DecoderConfig
+from models.kernels.attention import AttentionLayout, attention_layout
+from models.layers import MLP, Attention, KeyValue, KVSource, RMSNorm, Rotary, building, init_weights
 from models.losses import cross_entropy
-from models.multi_token import MultiTokenHeads
 
 
 class Output(NamedTuple):
@@ -26,7 +23,7 @@ class Output(NamedTuple):
     losses: Tensor | None = None  # (S,), of each supervised token, without gradient; None without labels
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     recompute = False  # in the backward pass, instead of keeping what is between input and output
     compiled: Callable[..., Tensor] | None = None  # `run` by torch.compile, for training alone
 
@@ -37,13 +34,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
         run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
         return run(x, rotary, mask, past)
 
-    def run(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
+    def run(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -51,36 +48,31 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
 
-    packed: tuple[list[PackedBlock], Packed] | None = None  # blocks and unembedding, where weights are packed for decoding
+    # Faster forms for decoding, set from outside (models/kernels/packed_linear.py). Weights that change later are not seen: `train()` refuses.
+    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = None  # of the blocks; None for what it does not take
+    unembed: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, config: DecoderConfig, vocab_size: int, multi_token: MultiTokenConfig | None = None) -> None:
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         with building(config):
             self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-            self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+            self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             if not config.tied_embeddings:
                 self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         init_weights(self, config)
-        self.heads = MultiTokenHeads(multi_token, config, vocab_size) if multi_token is not None and multi_token.heads else None
 
-    def trunk(self) -> nn.ModuleList:
-        """Everything but the multi-token heads."""
-        return nn.ModuleList(child for name, child in self.named_children() if name != "heads")
-
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource | None = None) -> Tensor:
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
-        if self.packed is not None:
+        if self.decode is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
-            if isinstance(past, DecodingCache) and Packed.takes(x):
-                for packed in self.packed[0]:
-                    x = packed(x, rotary, mask, past)
-                return self.norm(x)
-        plan = planned(mask, self.config.kv_heads)
+            if (decoded := self.decode(x, rotary, mask, past)) is not None:
+                return self.norm(decoded)
+        layout = attention_layout(mask, self.config.kv_heads)
         for block in self.layers:
-            x = block(x, rotary, plan, past)
+            x = block(x, rotary, layout, past)
         return self.norm(x)
 
     @property
@@ -90,19 +82,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.unembedding) if self.packed is None else self.packed[1](hidden)
-
-    def pack(self) -> None:
-        """Lay the weights out anew for decoding on a CPU: faster, for as much memory again. Weights that change later are not seen: `train()` refuses."""
-        for module in self.trunk().modules():
-            if isinstance(module, RMSNorm):
-                module.pack()
-        self.packed = [PackedBlock(cast(Block, block)) for block in self.layers], Packed(self.unembedding)
-        if self.heads is not None:
-            self.heads.pack(self.unembedding)
+        return F.linear(hidden, self.unembedding) if self.unembed is None else self.unembed(hidden)
 
     def train(self, mode: bool = True) -> "LanguageModel":
-        if mode and self.packed is not None:
+        if mode and self.decode is not None:
             raise ValueError("the weights are packed for decoding: load the model again to train it")
         return super().train(mode)
 
@@ -111,13 +94,12 @@ class LanguageModel(nn.Module):
         supervised = labels != -100
         return cross_entropy(hidden[supervised], self.unembedding, labels[supervised])
 
-    def output(self, hidden: Tensor, labels: Tensor | None, documents: Tensor) -> Output:
-        """Hidden states with their losses, the multi-token heads' included; `labels`, `documents` (B, R)."""
+    def output(self, hidden: Tensor, labels: Tensor | None, head_loss_sums: Tensor | None = None) -> Output:
+        """Hidden states (B, R, D) with their losses, those of multi-token heads beside them; `labels` (B, R)."""
         if labels is None:
             return Output(None, hidden)
-        heads = self.heads.losses(hidden, labels, documents, self.embed_tokens, self.unembedding) if self.heads is not None else None
         losses = self.loss(hidden, labels)
-        return Output(losses.sum(), hidden, heads, losses.detach())
+        return Output(losses.sum(), hidden, head_loss_sums, losses.detach())
 
 
 class KeyValueLayer(nn.Module):
@@ -140,15 +122,15 @@ class KeyValueDecoder(nn.Module):
         self.config = config
         last = config.layers - 1
         with building(config):
-            self.layers = nn.ModuleList([*(Block(config, i) for i in range(last)), KeyValueLayer(config)])
+            self.layers = nn.ModuleList([*(DecoderBlock(config, i) for i in range(last)), KeyValueLayer(config)])
         init_weights(self, config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> None:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
-        plan = planned(mask, self.config.kv_heads)
+        layout = attention_layout(mask, self.config.kv_heads)
         *blocks, last = self.layers
         for block in blocks:
-            x = block(x, rotary, plan, past)
+            x = block(x, rotary, layout, past)
         keys, values = last(x)
         past.extend(len(blocks), keys, values, rotary if self.config.has_rope(len(blocks)) else None)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig
-from models.kernels.attention import Plan, attend
+from models.kernels.attention import AttentionLayout, attend
 from models.kernels.linear import Linear, working_dtype
 from utils.errors import UsageError, UserError
 
@@ -75,7 +75,7 @@ class Rotary(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Rotary":
         return Rotary(self.cos.to(dtype), self.sin.to(dtype))
 
-    def turn(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """Rotate `x` (B, heads, T, E); component i is paired with i + E/2 (the Llama convention)."""
         cos, sin = self if self.cos.dtype == x.dtype else self.to(x.dtype)
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -92,12 +92,12 @@ def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     return inverse * (keep + (1 - keep) / s.factor)
 
 
-def turn(rotary: Rotary | None, x: Tensor) -> Tensor:
+def rotate(rotary: Rotary | None, x: Tensor) -> Tensor:
     """Rotate, or not where a layer goes without rotary embedding."""
-    return x if rotary is None else rotary.turn(x)
+    return x if rotary is None else rotary.rotate(x)
 
 
-class Past(Protocol):
+class KVSource(Protocol):
     """What attention reads besides the tokens at hand. The implementations stand in `models/kv_cache.py`."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -135,16 +135,16 @@ class Attention(KeyValue):
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.o_proj = Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Plan, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
         """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
         rope = rotary if self.has_rope else None
-        queries = turn(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
+        queries = rotate(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
         out = self._attend(queries, *self.key_values(x), rope, mask, past)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: Plan, past: Past | None) -> Tensor:
-        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (turn(rope, keys), values)
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: AttentionLayout, past: KVSource | None) -> Tensor:
+        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (rotate(rope, keys), values)
         return attend(queries, keys, values, mask)
 
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import DecoderConfig, MultiTokenConfig
-from models.kernels.packed_linear import Packed
+from configs.model import DecoderConfig, ModelConfig, MultiTokenConfig
 from models.layers import RMSNorm
 from models.losses import cross_entropy
 
@@ -40,9 +39,9 @@ class MultiTokenHeads(nn.Module):
     unembedding is most of what a guess costs (arXiv 2502.14856).
     """
 
-    packed: tuple[Packed, Packed, Packed, Packed] | None = None
+    unembed: Callable[[Tensor], Tensor] | None = None  # a faster form of `unembedder`, set from outside
     draft_ids: Tensor  # (V′,)
-    stands: Tensor  # (K,)
+    acceptance_rates: Tensor  # (K,)
 
     def __init__(self, config: MultiTokenConfig, decoder: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class MultiTokenHeads(nn.Module):
         self.norm = RMSNorm(D, decoder.norm_eps)
         ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
         self.register_buffer("draft_ids", ids)
-        self.register_buffer("stands", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
+        self.register_buffer("acceptance_rates", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
         self.shapes: dict[Any, Any] = {}  # models/generation.py: which drafts pay
         with torch.no_grad():  # at first a head carries the state on as it is
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
@@ -65,9 +64,6 @@ class MultiTokenHeads(nn.Module):
         """One head: the state before it and the embedding of the token just known, (…, D) both → its own state (…, D)."""
         token = self.token_norm(embedding)
         both, normed = torch.cat((state, token), -1), torch.cat((self.state_norm(state), token), -1)
-        if self.packed is not None:
-            gate, up = self.packed[1](normed).chunk(2, -1)
-            return self.packed[0](both) + self.packed[2](F.silu(gate) * up)
         gate, up = self.gate_up(normed).chunk(2, -1)
         return self.carry(both) + self.down(F.silu(gate) * up)
 
@@ -94,27 +90,36 @@ class MultiTokenHeads(nn.Module):
         """What every head says at each supervised position where all tokens before are the true ones, and its targets: (S, K) both, −1 where there is none. Arguments as of `losses`."""
         every = targets = chains(labels, documents, self.count)
         said, at = torch.full_like(every[:, 1:], -1), torch.arange(len(every), device=labels.device)
-        state, rows = hidden[labels != -100], self.rows(unembedding)
+        state, unembed = hidden[labels != -100], self.unembedder(unembedding)
         for k in range(1, self.count + 1):
             known = targets[:, k] >= 0
             state, targets, at = state[known], targets[known], at[known]
             state = self.step(state, embedding(targets[:, k - 1]))
-            said[at, k - 1] = self.draft_ids[self._logits(state, rows).argmax(-1)]
+            said[at, k - 1] = self.draft_ids[unembed(self.norm(state)).argmax(-1)]
         return said, every[:, 1:]
 
     def rows(self, unembedding: Tensor) -> Tensor:
         """What of the unembedding (V, D) drafts are made with, (V′, D): a copy, where not all tokens can be drafted."""
         return unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
 
-    def draft(self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Drafts:
-        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → a chain of `count` drafts. `rows`: see there.
+    def unembedder(self, unembedding: Tensor) -> Callable[[Tensor], Tensor]:
+        """Normed states (…, D) → logits of the tokens that can be drafted (…, V′)."""
+        if self.unembed is not None:
+            return self.unembed
+        rows = self.rows(unembedding)
+        return lambda normed: F.linear(normed, rows)
+
+    def draft(
+        self, embedding: nn.Embedding, unembed: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    ) -> Drafts:
+        """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → a chain of `count` drafts. `unembed`: what `unembedder` gives.
 
         `pick` makes a token of each row's logits (B, V′), and says the distribution it was drawn from or None.
         """
         drafts, proposed = [], []
         for _ in range(count):
             hidden = self.step(hidden, embedding(tokens))
-            place, distribution = pick(self._logits(hidden, rows))
+            place, distribution = pick(unembed(self.norm(hidden)))
             tokens = self.draft_ids[place]
             drafts.append(tokens)
             if distribution is not None:
@@ -122,7 +127,7 @@ class MultiTokenHeads(nn.Module):
         parents = torch.arange(count, device=tokens.device).expand(len(tokens), count)
         return Drafts(torch.stack(drafts, 1), parents, torch.stack(proposed, 1) if proposed else None)
 
-    def tree(self, embedding: nn.Embedding, rows: Tensor, hidden: Tensor, tokens: Tensor, depth: int, width: int, size: int) -> Drafts:
+    def tree(self, embedding: nn.Embedding, unembed: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, depth: int, width: int, size: int) -> Drafts:
         """As `draft`, but the `size` likeliest drafts, by what the heads believe, of all that are found on the way.
 
         At each of `depth` steps the `width` likeliest ways so far are followed, and of each the `width` likeliest next tokens (arXiv 2406.16858).
@@ -133,7 +138,7 @@ class MultiTokenHeads(nn.Module):
         count = 1  # places given away
         for _ in range(depth):
             states = self.step(states, embedding(ways))
-            best, at = self._logits(states, rows).float().log_softmax(-1).topk(min(width, len(self.draft_ids)))  # (B, w, width)
+            best, at = unembed(self.norm(states)).float().log_softmax(-1).topk(min(width, len(self.draft_ids)))  # (B, w, width)
             found.append((self.draft_ids[at].flatten(1), place.repeat_interleave(best.shape[-1], 1), (belief[..., None] + best).flatten(1)))
             belief, top = found[-1][2].topk(min(width, found[-1][2].shape[1]))
             states = states.gather(1, (top // best.shape[-1])[..., None].expand(-1, -1, D))
@@ -144,15 +149,10 @@ class MultiTokenHeads(nn.Module):
         renamed.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=tokens.device).expand_as(kept))
         return Drafts(every.gather(1, kept), renamed.gather(1, parents.gather(1, kept)))
 
-    def _logits(self, state: Tensor, rows: Tensor) -> Tensor:
-        """A head's state (…, D) → logits (…, V′)."""
-        normed = self.norm(state)
-        return F.linear(normed, rows) if self.packed is None else self.packed[3](normed)
 
-    def pack(self, unembedding: Tensor) -> None:
-        for norm in (self.state_norm, self.token_norm, self.norm):
-            norm.pack()
-        self.packed = (Packed(self.carry), Packed(self.gate_up), Packed(self.down), Packed(self.rows(unembedding)))
+def make_heads(config: ModelConfig, vocab_size: int) -> MultiTokenHeads | None:
+    """The heads that a model's configuration asks for."""
+    return MultiTokenHeads(config.multi_token, config.right, vocab_size) if config.multi_token.heads else None
 
 
 def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:
@@ -175,7 +175,7 @@ def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:
     return out[labels != -100]
 
 
-def ancestors(parents: Tensor) -> Tensor:
+def draft_tree_mask(parents: Tensor) -> Tensor:
     """Parents (B, N) as in `Drafts` → (B, N + 1, N + 1): True where the second place is the first one, or comes before it on its way.
 
     parents 0 0 1      0 1 2 3

@@ -40,7 +40,7 @@ def _takes_one_size(name: str) -> bool:
         return bool(getattr(timm.create_model(name), "default_cfg", {}).get("fixed_input_size"))
 
 
-def complete_vision(config: VisionConfig) -> VisionConfig:
+def resolve_vision(config: VisionConfig) -> VisionConfig:
     """Fill in `image_size` and `grid` from the encoder; what it cannot take raises `UsageError`. Nothing is computed."""
     config = replace(config, grid=0)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from configs.model import ModelConfig, Vocabulary
 from models.language_model import LanguageModel, Output
 from models.masks import right_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
+from models.multi_token import make_heads
 from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
 
@@ -22,7 +23,8 @@ class VisionLanguageModel(HubModel):
         self.config, self.vocabulary = config, vocabulary
         self.vision_encoder = VisionEncoder(config.vision)
         self.modality_projector = ModalityProjector(config.projector, self.vision_encoder.features, config.right.hidden_size)
-        self.right = LanguageModel(config.right, vocabulary.size, config.multi_token)
+        self.right = LanguageModel(config.right, vocabulary.size)
+        self.heads = make_heads(config, vocabulary.size)
 
     @property
     def device(self) -> torch.device:
@@ -30,9 +32,7 @@ class VisionLanguageModel(HubModel):
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
-        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right.trunk()} | (
-            {"heads": self.right.heads} if self.right.heads is not None else {}
-        )
+        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right} | ({"heads": self.heads} if self.heads is not None else {})
 
     def forward(
         self,
@@ -52,7 +52,9 @@ class VisionLanguageModel(HubModel):
             raise ValueError(f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row")
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
-        return self.right.output(hidden, labels, right_documents)
+        heads, right = self.heads, self.right
+        head_loss_sums = heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding) if heads is not None and labels is not None else None
+        return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """Token ids (B, T) → (B, T, D), with the image tokens of `tiles` (N, 3, h, w) at their placeholders."""

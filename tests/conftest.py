@@ -9,7 +9,7 @@ import torch
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from configs.train import DataConfig
 from data.datasets import SampleDataset
-from data.mixture import Listed, Source
+from data.mixture import InMemoryRecords, Source
 from data.render import Renderer
 from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
@@ -75,7 +75,7 @@ def random_tiles(images: int, seed: int = 0, side: int = 64) -> torch.Tensor:
 def dataset_of(records: list, renderer: Renderer, vision: VisionConfig = TINY_MODEL.vision, max_positions: int = 256, keep: bool = True, **options) -> SampleDataset:
     """Records as a source called test; `options` are DataConfig's."""
     config = DataConfig(**{"left_length": 64, "right_length": 128} | options)
-    return SampleDataset([Source("test", Listed(records), 0, len(records))], renderer, vision, config, max_positions, keep)
+    return SampleDataset([Source("test", InMemoryRecords(records), 0, len(records))], renderer, vision, config, max_positions, keep)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models import losses
 from models.kernels import attention
-from models.kernels.attention import SpanAttention, SpanPlan, attend, blocks_of, planned
+from models.kernels.attention import BlockSparseLayout, SegmentAttention, attend, attention_layout, flex_block_mask
 from models.losses import cross_entropy
 from models.masks import left_mask, right_mask
 
@@ -47,9 +47,9 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads,
     mask, (H, G), E = packed_mask(lengths, left), heads, 8
     B, _, T, S = mask.shape
     inputs = [torch.randn(B, n, s, E, dtype=torch.float64, requires_grad=True) for n, s in ((H, T), (G, S), (G, S))]
-    plan = planned(mask, G)
-    assert isinstance(plan, SpanPlan) and (len(plan.spans) == 1 or spread == 1.0)
-    out = attend(*inputs, plan)
+    layout = attention_layout(mask, G)
+    assert isinstance(layout, BlockSparseLayout) and (len(layout.segments) == 1 or spread == 1.0)
+    out = attend(*inputs, layout)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=H != G)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)
@@ -60,16 +60,16 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads,
 def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
     monkeypatch.setattr(attention, "MOST", 4)
     seen = packed_mask([[2, 1, 1, 2, 3, 10, 1, 4]])[0, 0].numpy()
-    assert attention._cut(seen) == [(0, 4), (4, 6), (6, 9), (9, 12), (12, 15), (15, 19), (19, 20), (20, 24)]
+    assert attention._split_queries(seen) == [(0, 4), (4, 6), (6, 9), (9, 12), (12, 15), (15, 19), (19, 20), (20, 24)]
 
 
 def test_a_key_is_added_up_as_often_as_it_is_seen(monkeypatch):
     """A document of 20 in parts of 4: keys of the first part are seen by all five, those of the last by one; of the other row, each once."""
     monkeypatch.setattr(attention, "MOST", 4)
-    plan = planned(packed_mask([[20], [4] * 5]), 3)
-    assert isinstance(plan, SpanPlan)
-    assert plan.keys_back.unique().numel() == 2 * 20 * 3
-    assert [sorted({row // 3 for row in rows.tolist()}) for rows, _ in plan.more_keys] == [list(range(n)) for n in (16, 12, 8, 4)]
+    layout = attention_layout(packed_mask([[20], [4] * 5]), 3)
+    assert isinstance(layout, BlockSparseLayout)
+    assert layout.keys_back.unique().numel() == 2 * 20 * 3
+    assert [sorted({row // 3 for row in rows.tolist()}) for rows, _ in layout.more_keys] == [list(range(n)) for n in (16, 12, 8, 4)]
 
 
 def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
@@ -77,33 +77,33 @@ def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
     mask = packed_mask([[3, 2]], left=4)
     mask[..., :2] = False
     inputs = [torch.randn(1, n, s, 4, requires_grad=True) for n, s in ((2, 5), (1, 9), (1, 9))]
-    _, keys, values = torch.autograd.grad(attend(*inputs, planned(mask, 1)).sum(), inputs)
+    _, keys, values = torch.autograd.grad(attend(*inputs, attention_layout(mask, 1)).sum(), inputs)
     assert not keys[:, :, :2].any() and not values[:, :, :2].any() and keys[:, :, 2:].any() and values[:, :, 2:].any()
     nothing = [torch.randn(2, n, 0, 4, requires_grad=True) for n in (2, 1, 1)]
-    out = attend(*nothing, planned(torch.ones(2, 1, 0, 0, dtype=torch.bool), 1))
+    out = attend(*nothing, attention_layout(torch.ones(2, 1, 0, 0, dtype=torch.bool), 1))
     assert out.shape == (2, 2, 0, 4) and [g.shape for g in torch.autograd.grad(out.sum(), nothing)] == [x.shape for x in nothing]
 
 
 def test_one_plan_serves_two_types():
-    plan = planned(packed_mask([[3, 2]]), 1)
+    layout = attention_layout(packed_mask([[3, 2]]), 1)
     for dtype in (torch.float32, torch.float64, torch.float32):
         inputs = [torch.ones(1, n, 5, 4, dtype=dtype) for n in (2, 1, 1)]
-        assert attend(*inputs, plan).dtype == dtype
+        assert attend(*inputs, layout).dtype == dtype
 
 
 def test_spans_leave_out_what_nobody_sees():
-    plan = planned(packed_mask([[300] * 6]), 1)
-    assert isinstance(plan, SpanPlan)
-    scores = sum(spans.hidden.numel() for spans in plan.spans)
+    layout = attention_layout(packed_mask([[300] * 6]), 1)
+    assert isinstance(layout, BlockSparseLayout)
+    scores = sum(segments.hidden.numel() for segments in layout.segments)
     assert scores < 0.15 * 1800 * 1800
-    left = planned(packed_mask([[300] * 6], left=1200), 1)
-    assert isinstance(left, SpanPlan) and sum(spans.hidden.numel() for spans in left.spans) < 0.19 * 1800 * 3000  # its image, its own text
+    left = attention_layout(packed_mask([[300] * 6], left=1200), 1)
+    assert isinstance(left, BlockSparseLayout) and sum(segments.hidden.numel() for segments in left.segments) < 0.19 * 1800 * 3000  # its image, its own text
 
 
 def test_spans_are_for_training_alone():
     with torch.no_grad():
         mask = packed_mask([[3]])
-        assert planned(mask, 1) is mask
+        assert attention_layout(mask, 1) is mask
 
 
 @pytest.fixture
@@ -150,35 +150,35 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
     }
     for mask in masks_of.values():
         B, _, T, S = mask.shape
-        plan = blocks_of(mask)
+        layout = flex_block_mask(mask)
         every = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(S), indexing="ij")
-        assert torch.equal(plan.mask_mod(every[0], torch.tensor(0), every[1], every[2]), mask[:, 0])
+        assert torch.equal(layout.mask_mod(every[0], torch.tensor(0), every[1], every[2]), mask[:, 0])
         whole = F.pad(mask[:, 0], (0, -S % 128, 0, -T % 128)).unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)  # blocks of which something is seen
-        assert torch.equal(plan.to_dense()[:, 0].bool(), whole)
+        assert torch.equal(layout.to_dense()[:, 0].bool(), whole)
         queries, keys, values = torch.randn(B, 6, T, 16), torch.randn(B, 2, S, 16), torch.randn(B, 2, S, 16)
         with torch.no_grad():
             expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-            torch.testing.assert_close(attend(queries, keys, values, plan), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(attend(queries, keys, values, layout), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_function_chooses(plain_flex, monkeypatch):
     """Spans on a CPU, blocks on CUDA where its compiler is, the mask itself elsewhere and where nothing is learnt."""
     mask = packed_mask([[3]])
     asked = Mock(spec=torch.Tensor, device=torch.device("cuda"))
-    monkeypatch.setattr(attention, "blocks_of", lambda mask: "blocks")
+    monkeypatch.setattr(attention, "flex_block_mask", lambda mask: "blocks")
     monkeypatch.setattr(attention, "find_spec", lambda name: name == "triton")
-    assert isinstance(planned(mask, 1), SpanPlan) and planned(asked, 1) == "blocks"
+    assert isinstance(attention_layout(mask, 1), BlockSparseLayout) and attention_layout(asked, 1) == "blocks"
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    assert planned(asked, 1) is asked
+    assert attention_layout(asked, 1) is asked
     with torch.no_grad():
         monkeypatch.undo()
-        assert planned(asked, 1) is asked and planned(mask, 1) is mask
+        assert attention_layout(asked, 1) is asked and attention_layout(mask, 1) is mask
 
 
 def test_span_attention_has_the_right_gradient():
     torch.manual_seed(0)
     inputs = [torch.randn(1, n, 5, 2, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
-    assert torch.autograd.gradcheck(lambda *x: SpanAttention.apply(*x, planned(packed_mask([[2, 3]]), 1)), inputs)
+    assert torch.autograd.gradcheck(lambda *x: SegmentAttention.apply(*x, attention_layout(packed_mask([[2, 3]]), 1)), inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 50, 1 << 24])

@@ -114,15 +114,15 @@ ENDS = [".", ".", ".", "", "", "!", "?", "...", ' ."', '."', ".)", "..", " .", "
 def nasty(count: int, seed: int) -> list[str]:
     """Sentences as people write them under pictures, with what a tokenizer stumbles over put in and joined in many ways."""
     rng = random.Random(seed)
-    pieces = [piece for line in PIECES.split("\n") for piece in line.split("  ")] + UNSEEN
+    token_logprobs = [piece for line in PIECES.split("\n") for piece in line.split("  ")] + UNSEEN
     captions = []
     for _ in range(count):
         article = rng.choice(["A", "The", "Two", "a", "There's a", "An old", "THIS", "“A", '"The', "(The"])
         words = [article, rng.choice(NOUNS), rng.choice(VERBS), rng.choice(["a", "the", "his", "one's"]), rng.choice(NOUNS), *rng.choice(PLACES).split()]
         for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 4])):
-            piece = rng.choice(pieces)
+            piece = rng.choice(token_logprobs)
             around = rng.choice(["{}"] * 10 + ["{},", "{}.", "({})", '"{}"', "“{}”", "'{}'", "{};", "{}:", "{}!", "{}-like", "{}'s", "non-{}", "{}…", "[{}]", "{}/{}"])
-            words.insert(rng.randint(0, len(words)), around.format(piece, rng.choice(pieces)))
+            words.insert(rng.randint(0, len(words)), around.format(piece, rng.choice(token_logprobs)))
         caption = " ".join(words) + rng.choice(ENDS)
         change = rng.random()
         captions.append(caption.upper() if change < 0.05 else caption.lower() if change < 0.1 else "" if change < 0.105 else caption)

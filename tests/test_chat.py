@@ -14,7 +14,7 @@ from data.collators import collate_prompts
 from data.images import Tiles
 from data.render import Renderer
 from eval.chat import Chat, answer_all, talk
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 from tests.naive_dual_tower import Naive
@@ -31,7 +31,7 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context=context, multi_token=MultiTokenConfig(heads, 32)))
     renderer = Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context)
     settings = GenerationConfig(max_new_tokens=6, speculative="on" if heads else "off")
-    chat, naive = Chat(Answerer(model, renderer), settings), Naive(model)
+    chat, naive = Chat(Predictor(model, renderer), settings), Naive(model)
     tiles, ids, told = [], [], []
     for turn, (text, new) in enumerate([("what is it?", 1), ("is it large?", 0), ("what color?", 1)]):
         images = [Tiles(SQUARE, random_tiles(1, seed=turn))] * new
@@ -61,7 +61,7 @@ def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monk
     stop = next(token for i, token in enumerate(answer) if i >= 2 and token not in answer[:i])
     original = eval.chat.generate
     monkeypatch.setattr(eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"stop": stop}))
-    chat = Chat(Answerer(model, renderer), settings)
+    chat = Chat(Predictor(model, renderer), settings)
     assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
     follow = renderer.follow_up([], "is it large?", chat.last, chat.position)
     said = [*ids, *answer[: answer.index(stop)]]
@@ -72,7 +72,7 @@ def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monk
 
 def test_a_turn_that_is_stopped_is_forgotten(model, renderer, monkeypatch):
     settings = GenerationConfig(max_new_tokens=5)
-    chats = [Chat(Answerer(model, renderer), settings) for _ in range(2)]
+    chats = [Chat(Predictor(model, renderer), settings) for _ in range(2)]
     for chat in chats:
         chat.ask("what is it?", [Tiles(SQUARE, random_tiles(1))])
     original = eval.chat.generate
@@ -91,10 +91,10 @@ def test_a_turn_that_is_stopped_is_forgotten(model, renderer, monkeypatch):
 def test_the_terminals_side(model, renderer, image_file, monkeypatch, capsys):
     """Turns until an empty line; /image shows one; what is wrong is said and the conversation goes on."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {image_file}\nwhat is it?\n/image nowhere.png\n{'long ' * 400}\nand now?\n\nnever read\n"))
-    answerer = Answerer(model, renderer)
-    talk(answerer, Chat(answerer, GenerationConfig(max_new_tokens=4)), [], stats=True)
+    predictor = Predictor(model, renderer)
+    talk(predictor, Chat(predictor, GenerationConfig(max_new_tokens=4)), [], stats=True)
     out, err = capsys.readouterr()
-    alone = answerer.answer([([answerer.tiles(image_file)], "what is it?")], GenerationConfig(max_new_tokens=4))[0]
+    alone = predictor.answer([([predictor.tiles(image_file)], "what is it?")], GenerationConfig(max_new_tokens=4))[0]
     assert out.startswith(alone.text + "\n") and err.count("[first token") == 2
     assert "image KV computed" in err and "nowhere.png does not exist" in err and "positions" in err
 
@@ -103,8 +103,8 @@ def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, m
     """More images than the model has positions for; a byte that is no UTF-8; /image without a file."""
     lines = f"/image {image_file}\n" * 200 + "what is it?\nand now?\n" + "a\udcffb\nand then?\n/image\n/image \n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape")), encoding="utf-8"))
-    answerer = Answerer(model, renderer)
-    talk(answerer, Chat(answerer, GenerationConfig(max_new_tokens=4)), [], stats=True)
+    predictor = Predictor(model, renderer)
+    talk(predictor, Chat(predictor, GenerationConfig(max_new_tokens=4)), [], stats=True)
     out, err = capsys.readouterr()
     assert err.count("[first token") == 2 == out.count("\n") and "(200 images put away: show them again with /image)" in err and "not Unicode" in err
     assert err.count("give a file behind /image") == 2 and err.count("error: ") == 4
@@ -113,7 +113,7 @@ def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, m
 def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkeypatch):
     """A turn is what it would be at the end of one long prompt."""
     model, settings = lively_model(tokenizer), GenerationConfig(max_new_tokens=6, repetition_penalty=3.0)
-    chat = Chat(Answerer(model, renderer), settings)
+    chat = Chat(Predictor(model, renderer), settings)
     original, counted = eval.chat.generate, []
 
     def noted(*arguments, **more):
@@ -131,13 +131,13 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
     ids = [*first.right_ids, *made[:-1], *follow.right_ids]
     again = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings)
     assert tokenizer.decode(again.tokens[0]) == said[1]["assistant"]
-    plain = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=6))
+    plain = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=6))
     assert [plain.ask(turn["user"], []).text for turn in said] != [turn["assistant"] for turn in said]
 
 
 def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\nand now?\n\n"))
-    chat = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=4))
+    chat = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=4))
     whole, asked = chat.ask, []
 
     def ask(text, images, on_text):
@@ -148,7 +148,7 @@ def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, ca
         return whole(text, images, on_text)
 
     monkeypatch.setattr(chat, "ask", ask)
-    talk(chat.answerer, chat, [], stats=False)
+    talk(chat.predictor, chat, [], stats=False)
     out, err = capsys.readouterr()
     assert out.startswith("half an\n") and out.count("\n") == 2 and err == "[stopped: this turn is forgotten]\n"
 
@@ -156,7 +156,7 @@ def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, ca
 def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
     """As a model may that knows nothing yet."""
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="none"))
-    chat = Chat(Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "none")), GenerationConfig(max_new_tokens=1, repetition_penalty=1.5))
+    chat = Chat(Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "none")), GenerationConfig(max_new_tokens=1, repetition_penalty=1.5))
     with torch.no_grad():
         model.right.unembedding[model.vocabulary.image_token_id] *= 50
     original, kinds = eval.chat.generate, []
@@ -173,7 +173,7 @@ def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
 
 def test_images_that_are_read_together_are_of_one_turn(tokenizer):
     model = lively_model(tokenizer, replace(TINY_MODEL, image_isolation=False))
-    chat, image = Chat(Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image")), GenerationConfig(max_new_tokens=2)), Tiles(SQUARE, random_tiles(1))
+    chat, image = Chat(Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image")), GenerationConfig(max_new_tokens=2)), Tiles(SQUARE, random_tiles(1))
     chat.ask("and before?", [])
     chat.ask("what are they?", [image, image])
     chat.ask("is it large?", [])
@@ -183,23 +183,23 @@ def test_images_that_are_read_together_are_of_one_turn(tokenizer):
 
 def test_a_chat_with_drafts_needs_heads(model, renderer):
     with pytest.raises(UsageError, match="no multi-token heads"):
-        Chat(Answerer(model, renderer), GenerationConfig(speculative="on"))
+        Chat(Predictor(model, renderer), GenerationConfig(speculative="on"))
 
 
 def test_models_that_read_text_left_do_not_chat(tokenizer):
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="prefix", image_isolation=False))
     with pytest.raises(UsageError, match="single questions"):
-        Chat(Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "prefix")), GenerationConfig())
+        Chat(Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "prefix")), GenerationConfig())
 
 
 def test_stop_strings_and_streaming(tokenizer, renderer):
     """What is streamed grows to the answer, which ends before the stop string; half a stop string waits."""
     model = lively_model(tokenizer)
-    answerer, asked = Answerer(model, renderer), [([], "what is it?")]
-    whole = answerer.answer(asked, GenerationConfig(max_new_tokens=12))[0]
+    predictor, asked = Predictor(model, renderer), [([], "what is it?")]
+    whole = predictor.answer(asked, GenerationConfig(max_new_tokens=12))[0]
     stop = whole.text[len(whole.text) // 2 :][:3]
     seen: list[str] = []
-    cut = answerer.answer(asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop])[0]
+    cut = predictor.answer(asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop])[0]
     assert cut.text == whole.text.split(stop)[0] and cut.tokens < whole.tokens
     assert seen[-1] == cut.text and all(b.startswith(a) for a, b in pairwise(seen)) and not any(stop in s for s in seen)
 
@@ -212,7 +212,7 @@ def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
     for kept in (0, 1, 5):
         text = tokenizer.decode(made[:kept])
         stop = tokenizer.decode(made)[len(text) :][:4]
-        chat = Chat(Answerer(model, renderer), settings, ["", "never", stop])
+        chat = Chat(Predictor(model, renderer), settings, ["", "never", stop])
         assert tokenizer.decode(made).index(stop) == len(text) and chat.ask("what is it?", []).text == text
         follow = renderer.follow_up([], "is it large?", made[:kept][-1:], first.right_positions[-1] + max(1, kept))
         ids = [*first.right_ids, *made[: max(0, kept - 1)], *follow.right_ids]
@@ -223,33 +223,33 @@ def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
 
 def test_an_answer_is_out_before_the_next_begins(model, renderer, monkeypatch):
     """Through a pipe too, which Python buffers: a kill behind it does not lose it."""
-    answerer = Answerer(model, renderer)
+    predictor = Predictor(model, renderer)
     for as_json in (False, True):
-        whole, seen = answerer.answer, []
+        whole, seen = predictor.answer, []
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "utf-8"))
         with monkeypatch.context() as patched:
-            patched.setattr(answerer, "answer", lambda *a, whole=whole, seen=seen, out=out: (seen.append(out.getvalue()), whole(*a))[1])
-            answer_all(answerer, ["what is it?", "is it large?"], [], GenerationConfig(max_new_tokens=2), [], as_json, stats=False)
+            patched.setattr(predictor, "answer", lambda *a, whole=whole, seen=seen, out=out: (seen.append(out.getvalue()), whole(*a))[1])
+            answer_all(predictor, ["what is it?", "is it large?"], [], GenerationConfig(max_new_tokens=2), [], as_json, stats=False)
         assert seen[0] == b"" and b"what is it?" in seen[1] and b"is it large?" in out.getvalue()
 
 
 def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):
-    chat = Chat(Answerer(model, renderer), GenerationConfig(max_new_tokens=4))
+    chat = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=4))
     for lines, failed in (("what is it?\n", 0), ("/image nowhere.png\nwhat is it?\n\nnever read\n", 1), ("/image\n/image nowhere.png\n", 2)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        assert talk(chat.answerer, chat, [], stats=False) == failed
+        assert talk(chat.predictor, chat, [], stats=False) == failed
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\nand now?\n"))
-    assert talk(chat.answerer, Chat(chat.answerer, GenerationConfig(max_new_tokens=10**6)), [], stats=False) == 2
+    assert talk(chat.predictor, Chat(chat.predictor, GenerationConfig(max_new_tokens=10**6)), [], stats=False) == 2
     assert capsys.readouterr().err.count("error: ") == 5
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UsageError, match="no standard input"):
-        talk(chat.answerer, chat, [], stats=False)
+        talk(chat.predictor, chat, [], stats=False)
 
 
 def test_half_a_stop_string_waits_whatever_its_bytes(tokenizer, renderer):
     """A stop string of characters that take several tokens: half of one must not bring out what waited for it."""
-    answerer, shown = Answerer(lively_model(tokenizer), renderer), []
-    on_tokens = answerer.stream(lambda text, _: shown.append(text), ["é💡"], 1)
+    predictor, shown = Predictor(lively_model(tokenizer), renderer), []
+    on_tokens = predictor.stream(lambda text, _: shown.append(text), ["é💡"], 1)
     tokens = tokenizer.encode("caé💥 aé💡x")
     ended = [on_tokens(0, tokens[:n]) for n in range(1, len(tokens) + 1)]
     assert all(b.startswith(a) for a, b in pairwise(shown)) and "\ufffd" not in "".join(shown)

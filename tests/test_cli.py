@@ -72,7 +72,7 @@ def test_generate_json(trained, image_file):
     flags = ["--checkpoint", str(trained / "model"), "--image", str(image_file), "--prompt", "what is it?", "--prompt", "is it <|im_end|> blue?", "--json", "--max-new-tokens", "4"]
     done = run("generate.py", *flags)
     first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(first) == {"prompt", "answer", "interrupted", "ttft_ms", "tokens_per_s", "image_kv", "passes"}
+    assert set(first) == {"prompt", "answer", "interrupted", "ttft_ms", "tokens_per_s", "image_kv", "decode_steps"}
     assert (first["image_kv"], second["image_kv"]) == ("computed", "reused") and second["prompt"] == "is it <|im_end|> blue?"
     sampled = [run("generate.py", *flags, "--sampling", "--temperature", "2", "--top_k", "50", "--top_p=0.9", "--seed", s).stdout for s in ("1", "1")]
     assert [json.loads(line)["answer"] for line in sampled[0].splitlines()] == [json.loads(line)["answer"] for line in sampled[1].splitlines()]
@@ -103,7 +103,7 @@ def test_what_came_before_an_interruption_is_not_lost(trained):
     waiting = run_program([ROOT / "generate.py", *flags, "--stop", part + "never"], ROOT, before=interrupt_third_pass)  # it may begin a stop string
     assert (waiting.returncode, waiting.stdout) == (130, plain.stdout)
     told = json.loads(as_json.stdout)
-    assert told | {"ttft_ms": None, "passes": None} == told and (told["answer"], told["interrupted"]) == (part, True)
+    assert told | {"ttft_ms": None, "decode_steps": None} == told and (told["answer"], told["interrupted"]) == (part, True)
     assert set(told) == set(json.loads(run("generate.py", *flags, "--json").stdout))
 
 

@@ -26,7 +26,7 @@ from data.collators import collate
 from data.datasets import SampleStream
 from data.images import ImageError
 from data.loader import Loader
-from data.mixture import Listed, Mixture, Source
+from data.mixture import InMemoryRecords, Mixture, Source
 from data.packing import Budget, RowStream, pack
 from data.parquet import UnreadableBlock
 from eval.validation import Validation
@@ -101,7 +101,7 @@ class TestEpochs:
 
     def test_weights_caps_and_temperature(self):
         def source(name, n, weight=1.0, cap=0):
-            return Source(name, Listed([{}] * n), 0, n, weight, cap)
+            return Source(name, InMemoryRecords([{}] * n), 0, n, weight, cap)
 
         sources = [source("a", 100), source("b", 60, 0.25), source("c", 10, 3.0), source("d", 40, cap=7)]
         mixture = Mixture(sources, 5)
@@ -124,7 +124,7 @@ class TestEpochs:
     @pytest.mark.parametrize("ranks", [1, 3])
     def test_parts_of_a_record_are_carried_over(self, ranks):
         """Sources that are due less than once an epoch come in time; none of their records comes again before all have come."""
-        sources = [Source(name, Listed([{}] * n), 0, n, weight) for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))]
+        sources = [Source(name, InMemoryRecords([{}] * n), 0, n, weight) for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))]
         mixtures = [Mixture(sources, 5, rank=rank, ranks=ranks) for rank in range(ranks)]
         assert mixtures[0].drawn == [30, Fraction(2, 5), Fraction(5, 2), Fraction(3, 10)]
         seen = [Counter() for _ in sources]
@@ -141,14 +141,14 @@ class TestEpochs:
         assert [sorted(counts.values()) for counts in seen] == [[20] * 30, [2] * 4, [10] * 5, [6]]
 
     def test_an_epoch_without_a_record_is_passed_over(self, renderer):
-        sources = [Source(name, Listed([{"images": [], "texts": TURNS[:1], "id": name}] * 5), 0, 5, 0.1) for name in "ab"]
+        sources = [Source(name, InMemoryRecords([{"images": [], "texts": TURNS[:1], "id": name}] * 5), 0, 5, 0.1) for name in "ab"]
         dataset = dataset_of([], renderer)
         dataset.sources[:] = sources
         stream = stream_of(dataset)
         assert not len(stream.mixture.epoch(0)[0]) and Counter(s.key[0] for s in islice(stream, 10)) == {0: 5, 1: 5}
 
     def test_sources_are_mixed_and_ranks_differ(self):
-        sources = [Source(name, Listed([{}] * 200), 0, 200) for name in "ab"]
+        sources = [Source(name, InMemoryRecords([{}] * 200), 0, 200) for name in "ab"]
         which = Mixture(sources, 0).epoch(0)[0]
         assert 60 < sum(which[:200]) < 140
         shares = [{*zip(*(x.tolist() for x in Mixture(sources, 0, rank=r, ranks=3).epoch(4)[:2]), strict=True)} for r in range(3)]
@@ -183,7 +183,7 @@ class TestLoader:
         finish = Loader._finish
 
         def watched(self, batch, dropped):
-            consumed.extend(s.key for row in self.planned[0][0] for s in row)
+            consumed.extend(s.key for row in self.plan[0][0] for s in row)
             return finish(self, batch, dropped)
 
         monkeypatch.setattr(Loader, "_finish", watched)
@@ -326,14 +326,14 @@ class TestLoader:
         first = loader_of(records, renderer, right_length=40)  # records split into parts
         next(first)
         state = json.loads(json.dumps(first.state()))
-        readable, lost = Listed.__getitem__, state["window"][0][1][1]
+        readable, lost = InMemoryRecords.__getitem__, state["window"][0][1][1]
 
         def failing(self, index):
             if index == lost:
                 raise UnreadableBlock("gone for now")
             return readable(self, index)
 
-        monkeypatch.setattr(Listed, "__getitem__", failing)
+        monkeypatch.setattr(InMemoryRecords, "__getitem__", failing)
         again = loader_of(records, renderer, right_length=40)
         again.load_state(state)
         assert again.dropped() == {("test", "gone"): sum(key[1] == lost for _, key, _ in state["window"])}
@@ -343,14 +343,14 @@ class TestLoader:
         for rank in range(2):
             stream = iter(loader_of(records, renderer, rank=rank, ranks=2).rows)
             seen.append({s.key[1] for row in islice(stream, 30) for s in row})
-        epoch = [set(Mixture([Source("test", Listed(records), 0, 12)], 3, rank=r, ranks=2).epoch(0)[1].tolist()) for r in range(2)]
+        epoch = [set(Mixture([Source("test", InMemoryRecords(records), 0, 12)], 3, rank=r, ranks=2).epoch(0)[1].tolist()) for r in range(2)]
         assert not epoch[0] & epoch[1] and len(epoch[0] | epoch[1]) == 12 and all(seen)
 
     def test_memory_is_not_needed_for_exactness(self, records, renderer):
         kept, fresh = loader_of(records, renderer), loader_of(records, renderer)
-        fresh.dataset.room = 0
+        fresh.dataset.capacity = 0
         assert [digest(b) for b in islice(kept, 12)] == [digest(b) for b in islice(fresh, 12)]
-        assert kept.dataset.kept and not fresh.dataset.kept
+        assert kept.dataset.cache and not fresh.dataset.cache
 
 
 class TestSamples:
@@ -499,23 +499,23 @@ def test_filters_leave_validation_alone(tmp_path):
 
 def test_rows_that_cannot_be_read_are_counted_every_time_and_tried_again(records, renderer, monkeypatch):
     dataset = dataset_of(records, renderer)
-    readable = Listed.__getitem__
+    readable = InMemoryRecords.__getitem__
 
     def failing(self, index):
         if index == 3:
             raise UnreadableBlock("gone for now")
         return readable(self, index)
 
-    monkeypatch.setattr(Listed, "__getitem__", failing)
+    monkeypatch.setattr(InMemoryRecords, "__getitem__", failing)
     for lap in (1, 2):
         assert not dataset.samples(0, 3, first=lap == 1) and dataset.dropped == {("test", "unreadable"): lap}
-    monkeypatch.setattr(Listed, "__getitem__", readable)
+    monkeypatch.setattr(InMemoryRecords, "__getitem__", readable)
     assert dataset.samples(0, 3, first=False)
 
 
 def test_rows_that_cannot_be_read_any_more_do_not_stop_validation(records, renderer, monkeypatch):
     """Nothing is read twice; should it have to be, and fail, it is counted."""
-    readable, reads = Listed.__getitem__, Counter()
+    readable, reads = InMemoryRecords.__getitem__, Counter()
 
     def failing(self, index):
         reads[index] += 1
@@ -528,7 +528,7 @@ def test_rows_that_cannot_be_read_any_more_do_not_stop_validation(records, rende
         return pack(*arguments)
 
     validation_packed: list[bool] = []
-    monkeypatch.setattr(Listed, "__getitem__", failing)
+    monkeypatch.setattr(InMemoryRecords, "__getitem__", failing)
     monkeypatch.setattr("eval.validation.pack", packed)
     dataset = dataset_of(records, renderer, **SHORT)
     validation = Validation(dataset, Budget(15, 60, 5), 2, renderer.tokenizer.global_image)

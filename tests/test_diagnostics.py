@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import training.loop
+import training.trainer
 from configs.train import Config, TrainConfig
 from data.collators import collate
 from models.masks import left_mask, right_mask
 from tests.conftest import TINY_MODEL, tiny_model
 from tests.programs import run_program
 from tests.test_dual_tower import make_sample
-from training.diagnostics import Achieved, Details
+from training.diagnostics import Diagnostics, FlopsMeter
 from training.estimate import count_flops, trained_shares
 from training.optim import make_optimizers
 from training.script import check_compiler
@@ -56,7 +56,7 @@ def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
     model = tiny_model(tokenizer)
     config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0))
     optimizers = make_optimizers(model, config.train)
-    details = Details(model, optimizers)
+    details = Diagnostics(model, optimizers)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {}
 
@@ -85,10 +85,10 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     model = tiny_model(tokenizer)
     config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3))
     optimizers = make_optimizers(model, config.train)
-    achieved, seen = Achieved(model, torch.device("cpu"), 1), {}
-    real = achieved.of
-    achieved.of = lambda counts, seconds: seen.update(counts) or real(counts, seconds)
-    values = train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), achieved=achieved)
+    flops_meter, seen = FlopsMeter(model, torch.device("cpu"), 1), {}
+    real = flops_meter.of
+    flops_meter.of = lambda counts, seconds: seen.update(counts) or real(counts, seconds)
+    values = train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), flops_meter=flops_meter)
     left = left_mask(rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal")[:, 0][rows["left_groups"] >= 0]
     right = right_mask(rows["right_positions"], rows["right_documents"], rows["right_groups"], rows["left_positions"], rows["left_groups"])[:, 0][rows["right_documents"] >= 0]
     assert seen["right_pairs"] == int(right.sum()) and seen["right"] == len(right)
@@ -98,8 +98,8 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     whole = flops.training(rows, trained_shares(model))
     assert 0.3 * whole < values["tflops_per_s"] * 1e12 * (seen["supervised"] / values["supervised_tokens_per_s"]) < whole  # padding and what nobody sees left out
     assert "mfu" not in values
-    achieved.peak = 1e12
-    assert achieved.of(seen, 2.0)["mfu"] == pytest.approx(achieved.of(seen, 2.0)["tflops_per_s"])
+    flops_meter.peak = 1e12
+    assert flops_meter.of(seen, 2.0)["mfu"] == pytest.approx(flops_meter.of(seen, 2.0)["tflops_per_s"])
 
 
 def test_a_spike_is_told():
@@ -107,28 +107,28 @@ def test_a_spike_is_told():
     log = SimpleNamespace(say=told.append)
     for step, norm in enumerate([1.0] * 25 + [4.9, 5.1, 1.0], 1):
         values = {"grad_norm": norm}
-        training.loop._tell_spike(values, norms, 1.0, step, log)
+        training.trainer._log_spike(values, norms, 1.0, step, log)
         assert ("spike" in values) == (norm == 5.1)
     assert told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"] and len(norms) == 28
     few = deque(maxlen=100)
     for norm in (1.0, 100.0):
-        training.loop._tell_spike({"grad_norm": norm}, few, 1.0, 1, log)
+        training.trainer._log_spike({"grad_norm": norm}, few, 1.0, 1, log)
     assert len(told) == 1
     for least, lines in ((1.0, 1), (0.4, 2)):  # clipping does nothing to the first: it is told in the metrics alone
         values = {"grad_norm": 0.5}
-        training.loop._tell_spike(values, deque([0.01] * 25), least, 1, log)
+        training.trainer._log_spike(values, deque([0.01] * 25), least, 1, log)
         assert values["spike"] == pytest.approx(50) and len(told) == lines
 
 
 def slow_third_step():
-    real = training.loop.train_step
+    real = training.trainer.train_step
 
     def step(*args):
         if args[4] == 3:
-            training.loop.time.sleep(2)
+            training.trainer.time.sleep(2)
         return real(*args)
 
-    training.loop.train_step = step
+    training.trainer.train_step = step
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,11 +138,11 @@ SMALL = [f"--model.{tower}.{name}" for tower in ("left", "right") for name in ("
 def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
     flags = [part for flag in SMALL for part in flag.split("=")]
     flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2", "--train.dtype", "fp32"]
-    flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.detail_every", "2"]
+    flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.diagnostics_every", "2"]
     done = run_program([str(ROOT / "train_dual_tower.py"), *flags], tmp_path, before=slow_third_step)
     assert done.returncode == 0, done.stderr
     assert "no step for 0.02 minutes" in done.stderr and "thread MainThread, most recent call last:" in done.stderr and "Fatal" not in done.stderr
-    assert "in slow_third_step" not in done.stderr and "loop.py" in done.stderr
+    assert "in slow_third_step" not in done.stderr and "trainer.py" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     looked = [row["step"] for row in rows if "update_ratios" in row]
     assert looked == [2, 4] and all(row["tflops_per_s"] > 0 for row in rows if "grad_norm" in row)
@@ -150,7 +150,7 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
 
 def busy_under_a_watchdog() -> None:
     """Hundreds of dumps of threads at work, which may end a process where they are made beside them."""
-    from training.loop import Watchdog
+    from training.trainer import Watchdog
 
     over = time.monotonic() + 3
     with Watchdog(1e-9):
@@ -164,7 +164,7 @@ def busy_under_a_watchdog() -> None:
 
 def hold_the_interpreter() -> None:
     """A C function that hangs with the interpreter's lock: no thread of Python's can say so."""
-    from training.loop import Watchdog
+    from training.trainer import Watchdog
 
     with Watchdog(0.01):
         ctypes.PyDLL(None).sleep(4)

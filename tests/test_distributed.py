@@ -22,7 +22,7 @@ from training.distributed import check_world
 from training.precision import grad_scaler, load_scale, scale_state
 from training.script import TORCHRUN
 from utils.errors import UsageError
-from utils.ranks import World
+from utils.ranks import DistributedContext
 
 # One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
 # Three layers: with two, what FSDP does to a block's arguments does not show.
@@ -217,10 +217,10 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
 )
 def test_contradictions_are_one_line(size, config, message):
     with pytest.raises(UsageError, match=message):
-        check_world(config, World(0, size))
+        check_world(config, DistributedContext(0, size))
     if "accumulation" in message:  # which a run that is resumed keeps
         with pytest.raises(UsageError, match="resume with a number of ranks that divides it"):
-            check_world(config, World(0, size), resumed=True)
+            check_world(config, DistributedContext(0, size), resumed=True)
 
 
 def test_states_of_all_ranks_are_one_of_each_stream():

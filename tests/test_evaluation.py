@@ -24,7 +24,7 @@ from configs.model import GenerationConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.render import Renderer
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.image_store import ImageStore
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 from tests.hub_server import hub
@@ -101,12 +101,12 @@ def data_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def answerer(tokenizer, renderer) -> Answerer:
-    return Answerer(lively_model(tokenizer), renderer)
+def predictor(tokenizer, renderer) -> Predictor:
+    return Predictor(lively_model(tokenizer), renderer)
 
 
-def adapter(answerer: Answerer, documents: list[dict], **options) -> DualTower:
-    made = DualTower(answerer=answerer, **options)
+def adapter(predictor: Predictor, documents: list[dict], **options) -> DualTower:
+    made = DualTower(predictor=predictor, **options)
     made.task_dict = {"task": {"test": documents}}
     return made
 
@@ -118,45 +118,45 @@ def request(number: int, text: str, second, visuals=lambda d: d["images"], kind:
 @pytest.mark.parametrize("context", ["image", "none"])
 def test_ragged_batches_answer_as_single_questions_do(tokenizer, context):
     """The whole small set, in fp32, dual tower and vanilla; images with another size, none and two, questions of many lengths."""
-    answerer = Answerer(lively_model(tokenizer, replace(TINY_MODEL, left_context=context)), Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context))
+    predictor = Predictor(lively_model(tokenizer, replace(TINY_MODEL, left_context=context)), Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context))
     documents = [{"images": [Image.open(io.BytesIO(png(i + j, 64 + 8 * i))) for j in range(i % 3)]} for i in range(12)]
     texts = [" ".join(QUESTIONS[: 1 + i % 4]) for i in range(12)]
     settings = GenerationConfig(max_new_tokens=7)
-    alone = [answerer.answer([([answerer.tiles(i) for i in d["images"]], t)], settings)[0].text for d, t in zip(documents, texts, strict=True)]
+    alone = [predictor.answer([([predictor.tiles(i) for i in d["images"]], t)], settings)[0].text for d, t in zip(documents, texts, strict=True)]
     assert len(set(alone)) > 6
     for size in (1, 5, 12):
-        made = adapter(answerer, documents, batch_size=size, max_new_tokens=7)
+        made = adapter(predictor, documents, batch_size=size, max_new_tokens=7)
         found = made.generate_until([request(n, t, {}) for n, t in enumerate(texts)])
         assert [f.text for f in found] == alone, size
 
 
-def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, answerer, renderer):
+def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, predictor, renderer):
     documents = [{"images": [Image.open(io.BytesIO(png(i)))] * (i % 2)} for i in range(5)]
     question, greedy = next(  # what the model says, in so few tokens that the text is spelt with them again
         (question, text)
         for question in [*QUESTIONS, "blue", "red", "no", "a", "small", "circle"]
-        if tokenizer.encode(text := answerer.answer([([], question)], GenerationConfig(max_new_tokens=1))[0].text) and text == text.strip() and "\ufffd" not in text
+        if tokenizer.encode(text := predictor.answer([([], question)], GenerationConfig(max_new_tokens=1))[0].text) and text == text.strip() and "\ufffd" not in text
     )
     answers, questions = [" blue", " a rectangle", " no", " it is small", greedy], [*QUESTIONS, question]
-    found = adapter(answerer, documents, batch_size=3).loglikelihood([request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)])
+    found = adapter(predictor, documents, batch_size=3).loglikelihood([request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)])
     for n, (document, answer) in enumerate(zip(documents, answers, strict=True)):
-        tiles = [answerer.tiles(image) for image in document["images"]]
+        tiles = [predictor.tiles(image) for image in document["images"]]
         told = renderer.conversation([t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}])
         batch = collate([[Sample((0, 0, 0), torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0), [told])]], tokenizer.global_image)
         with torch.no_grad():
-            logprobs = answerer.model.logits(answerer.model(**batch).hidden[0]).log_softmax(-1)
+            logprobs = predictor.model.logits(predictor.model(**batch).hidden[0]).log_softmax(-1)
         labels = batch["labels"][0]
         places = (labels != -100).nonzero()[:-1, 0]
         assert found[n].text[0] == pytest.approx(-logprobs[places, labels[places]].sum().item(), abs=1e-3)
         assert found[n].text[1] == bool((logprobs[places].argmax(-1) == labels[places]).all())
     assert [made.text[1] for made in found] == [False] * 4 + [True]
     with pytest.raises(UserError, match="an empty answer has no likelihood"):
-        answerer.loglikelihoods([([], "what is it?", "")])
+        predictor.loglikelihoods([([], "what is it?", "")])
     with pytest.raises(UsageError, match="256 positions"):
-        answerer.loglikelihoods([([], "what is it?" * 90, "no")])
+        predictor.loglikelihoods([([], "what is it?" * 90, "no")])
 
 
-def test_multi_round(answerer, monkeypatch):
+def test_multi_round(predictor, monkeypatch):
     """The task asks on until it has enough; each round's question is the task's."""
     asked = []
 
@@ -165,7 +165,7 @@ def test_multi_round(answerer, monkeypatch):
         return document["images"], QUESTIONS[round_idx], round_idx == document["rounds"], list(previous_output), f"after {round_idx}"
 
     documents = [{"images": [Image.open(io.BytesIO(png(3 + i)))], "rounds": 1 + i} for i in range(3)]
-    made = adapter(answerer, documents)
+    made = adapter(predictor, documents)
     requests = [
         Instance(
             "generate_until_multi_round",
@@ -175,23 +175,23 @@ def test_multi_round(answerer, monkeypatch):
         )
         for i in range(3)
     ]
-    batches, original = [], answerer.answer
-    monkeypatch.setattr(answerer, "answer", lambda questions, *more, **named: (batches.append(len(questions)), original(questions, *more, **named))[1])
+    batches, original = [], predictor.answer
+    monkeypatch.setattr(predictor, "answer", lambda questions, *more, **named: (batches.append(len(questions)), original(questions, *more, **named))[1])
     told = made.generate_until_multi_round(requests)
     assert batches == [3, 2, 1]  # a round of all at once
     for document, answers in zip(documents, told, strict=True):
-        tiles = answerer.tiles(document["images"][0])
+        tiles = predictor.tiles(document["images"][0])
         assert answers == [original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[: document["rounds"]]]
     rounds = [(len(previous), number, info) for previous, number, info in asked]
     assert rounds == [(1, 1, None)] * 3 + [(2, 2, "after 1")] * 2 + [(3, 3, "after 2")]
 
 
-def test_an_image_is_encoded_once(answerer, monkeypatch):
+def test_an_image_is_encoded_once(predictor, monkeypatch):
     encoded = []
-    original = answerer.model.encode_images
-    monkeypatch.setattr(answerer.model, "encode_images", lambda tiles, *more: (encoded.append(len(tiles)), original(tiles, *more))[1])
+    original = predictor.model.encode_images
+    monkeypatch.setattr(predictor.model, "encode_images", lambda tiles, *more: (encoded.append(len(tiles)), original(tiles, *more))[1])
     image = Image.open(io.BytesIO(png(1)))
-    adapter(answerer, [{"images": [image]}] * 9, batch_size=2, max_new_tokens=2).generate_until([request(n, QUESTIONS[n % 4], {}) for n in range(9)])
+    adapter(predictor, [{"images": [image]}] * 9, batch_size=2, max_new_tokens=2).generate_until([request(n, QUESTIONS[n % 4], {}) for n in range(9)])
     assert sum(encoded) == 1
 
 
@@ -206,28 +206,28 @@ def test_an_image_is_encoded_once(answerer, monkeypatch):
         ({"until": [".", "\n"], "image_aspect_ratio": "pad"}, False, 64),
     ],
 )
-def test_generation_arguments(answerer, arguments, sampling, tokens):
-    settings, ends = DualTower(answerer=answerer).settings(arguments)
+def test_generation_arguments(predictor, arguments, sampling, tokens):
+    settings, ends = DualTower(predictor=predictor).settings(arguments)
     assert (settings.sampling, settings.max_new_tokens) == (sampling, tokens)
     assert list(ends) == arguments.get("until", arguments.get("stop_sequences", []))
     assert not sampling or (settings.temperature, settings.top_p) == (0.7, 0.9)
 
 
-def test_answers_end_before_any_of_the_strings(answerer):
+def test_answers_end_before_any_of_the_strings(predictor):
     documents = [{"images": []}]
-    (whole,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {})])
+    (whole,) = adapter(predictor, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {})])
     ends = [whole.text[5:7], whole.text[3:4], "never"]
-    (cut,) = adapter(answerer, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
-    assert DualTower(answerer=answerer, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens == 7
+    (cut,) = adapter(predictor, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
+    assert DualTower(predictor=predictor, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens == 7
     assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(whole.text)
     assert cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12  # and it was not made to its longest first
 
 
-def test_answers_at_their_longest_length_are_counted(answerer):
-    made = adapter(answerer, [{"images": []}], max_new_tokens=3)
+def test_answers_at_their_longest_length_are_counted(predictor):
+    made = adapter(predictor, [{"images": []}], max_new_tokens=3)
     (answer,) = made.generate_until([request(0, "what is it?", {})])
     made.generate_until([request(0, "what is it?", {"until": ["never", answer.text[-1]]})])
-    assert made.cut == {"task": 1}
+    assert made.truncated == {"task": 1}
 
 
 @pytest.mark.parametrize(
@@ -242,27 +242,27 @@ def test_answers_at_their_longest_length_are_counted(answerer):
         ({"max_new_tokens": 500}, lambda d: [], "256 positions"),
     ],
 )
-def test_a_request_that_fails_is_raised(answerer, second, visuals, error):
+def test_a_request_that_fails_is_raised(predictor, second, visuals, error):
     with pytest.raises(UserError, match=re.escape(error)):
-        adapter(answerer, [{}]).generate_until([request(0, "what is it?", second, visuals)])
+        adapter(predictor, [{}]).generate_until([request(0, "what is it?", second, visuals)])
 
 
 def test_an_image_with_many_questions_is_encoded_once(tokenizer):
     """Though questions are sorted by length, and though the store holds a quarter of the images."""
     model = lively_model(tokenizer)
     one = 4 * 2 * model.config.left.layers * model.config.left.kv_heads * model.config.left.head_size * (model.config.tokens_per_tile + 1)
-    answerer = Answerer(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image"), ImageStore(memory_bytes=10 * one))
+    predictor = Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image"), ImageStore(memory_bytes=10 * one))
     documents = [{"images": [Image.open(io.BytesIO(png(n // 3)))]} for n in range(120)]
     kinds: list[str] = []
-    answer = answerer.answer
-    answerer.answer = lambda *a, **more: [kinds.append(one.image_kv) or one for one in answer(*a, **more)]
+    answer = predictor.answer
+    predictor.answer = lambda *a, **more: [kinds.append(one.image_kv) or one for one in answer(*a, **more)]
     requests = [request(n, QUESTIONS[n % 3] + " now" * (n * 7 % 5), {}) for n in range(120)]
-    adapter(answerer, documents, batch_size=6, max_new_tokens=1).generate_until(requests)
+    adapter(predictor, documents, batch_size=6, max_new_tokens=1).generate_until(requests)
     assert (kinds.count("computed"), len(kinds)) == (40, 120)
 
 
-def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
-    original, sizes, said = answerer.answer, [], []
+def test_out_of_memory_halves_the_batch_once_and_says_so(predictor, monkeypatch):
+    original, sizes, said = predictor.answer, [], []
     limit = 4
 
     def answer(questions, settings, stops):
@@ -271,11 +271,11 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(questions, settings, stops=stops)
 
-    monkeypatch.setattr(answerer, "answer", answer)
+    monkeypatch.setattr(predictor, "answer", answer)
     requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]
-    plain = [f.text for f in adapter(answerer, [{"images": []}] * 12, batch_size=4, max_new_tokens=3).generate_until(requests)]
+    plain = [f.text for f in adapter(predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3).generate_until(requests)]
     sizes.clear()
-    made = adapter(answerer, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
+    made = adapter(predictor, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
     assert [f.text for f in made.generate_until(requests)] == plain
     assert made.batch_size == 4 and sizes == [8, 4, 4, 4] and said == ["out of memory at batch size 8: going on with 4"]
     limit = 3
@@ -283,12 +283,12 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(answerer, monkeypatch):
         made.generate_until(requests)
     limit = 1
     with pytest.raises(UserError, match="out of memory at batch size 2 too: give a smaller --batch_size"):
-        adapter(answerer, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append).generate_until(requests)
+        adapter(predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append).generate_until(requests)
 
 
-def scripted(answerer: Answerer, answers: dict[str, str], monkeypatch) -> DualTower:
+def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> DualTower:
     """An adapter whose model says what we want, by the letters of the question's first line."""
-    made = DualTower(answerer=answerer)
+    made = DualTower(predictor=predictor)
     real = made.answer
 
     def answer(questions, settings, ends):
@@ -309,7 +309,7 @@ configs:
 """
 
 
-def test_a_copy_that_changes_is_read_anew(answerer, tmp_path):
+def test_a_copy_that_changes_is_read_anew(predictor, tmp_path):
     """Two copies with the same README.md, and one whose file is written again: `datasets` takes all of these for one set."""
     for name, count in (("a", 12), ("b", 8)):
         write_mmstar(tmp_path / name / "MMStar", mmstar_rows(count))
@@ -326,9 +326,9 @@ def test_a_copy_that_changes_is_read_anew(answerer, tmp_path):
     assert rows("a") == 10
 
 
-def test_the_hash_of_the_data_is_of_the_images_too(answerer, tmp_path):
+def test_the_hash_of_the_data_is_of_the_images_too(predictor, tmp_path):
     """And an earlier run's results stay until there are new ones, which is told."""
-    model, said = exported(tmp_path / "model", answerer), []
+    model, said = exported(tmp_path / "model", predictor), []
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "texts": [{"user": "what?", "assistant": "it"}]}) + "\n" for i in range(3)))
     for first in (0, 0, 5):
         for i in range(3):
@@ -339,7 +339,7 @@ def test_the_hash_of_the_data_is_of_the_images_too(answerer, tmp_path):
     assert said[0][0] == said[1][0] != said[2][0] and [earlier for _, earlier in said] == [False, True, True]
 
 
-def test_mmstar_of_known_answers(answerer, tmp_path, monkeypatch):
+def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
     """Average and categories, against their definition: the mean over l2 categories of the share of right letters."""
     rows = mmstar_rows(36)
     for i, row in enumerate(rows):  # no two alike
@@ -347,7 +347,7 @@ def test_mmstar_of_known_answers(answerer, tmp_path, monkeypatch):
     write_mmstar(tmp_path / "MMStar", rows)
     rng = random.Random(1)
     said = {row["question"].strip() + "\nAnswer with the option's letter from the given choices directly": rng.choice("ABCD") for row in rows}
-    found = run_tasks(scripted(answerer, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"]["mmstar"]
+    found = run_tasks(scripted(predictor, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"]["mmstar"]
     for name, among in [("average", [c for l2 in MMSTAR.values() for c in l2]), *MMSTAR.items()]:
         shares = []
         for l2 in among:
@@ -357,25 +357,25 @@ def test_mmstar_of_known_answers(answerer, tmp_path, monkeypatch):
     assert 0 < found["average,none"] < 1
 
 
-def test_random_states_and_the_model_stay_as_they_are(answerer, data_root):
+def test_random_states_and_the_model_stay_as_they_are(predictor, data_root):
     states = random.getstate(), torch.get_rng_state()
-    weights = {name: w.clone() for name, w in answerer.model.state_dict().items()}
-    run_tasks(DualTower(answerer=answerer, max_new_tokens=2), Tasks(data_root), ["mmstar"], limit=4)
+    weights = {name: w.clone() for name, w in predictor.model.state_dict().items()}
+    run_tasks(DualTower(predictor=predictor, max_new_tokens=2), Tasks(data_root), ["mmstar"], limit=4)
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert all(torch.equal(w, weights[name]) for name, w in answerer.model.state_dict().items())
+    assert all(torch.equal(w, weights[name]) for name, w in predictor.model.state_dict().items())
 
 
-def test_sampled_answers_do_not_depend_on_the_batch(answerer):
+def test_sampled_answers_do_not_depend_on_the_batch(predictor):
     """Nor are repetitions of a question all the same."""
     documents, arguments = [{"images": []}] * 4, {"do_sample": True, "temperature": 5.0, "max_new_tokens": 4}
     told = []
     for size in (1, 3):
         requests = [request(n // 2, QUESTIONS[0], dict(arguments)) for n in range(8)]
-        told.append([f.text for f in adapter(answerer, documents, batch_size=size).generate_until(requests)])
+        told.append([f.text for f in adapter(predictor, documents, batch_size=size).generate_until(requests)])
     assert told[0] == told[1] and len(set(told[0])) == 8
 
 
-def test_half_an_image_is_refused(answerer):
+def test_half_an_image_is_refused(predictor):
     """lmms-eval lets Pillow read half images, everywhere in the process."""
     from PIL import ImageFile
 
@@ -383,13 +383,13 @@ def test_half_an_image_is_refused(answerer):
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     half = Image.open(io.BytesIO(png(1)[:2000]))
     with pytest.raises(UserError, match="row 0"):
-        adapter(answerer, [{}]).generate_until([request(0, "what is it?", {}, lambda d: [half.convert("RGB")])])
+        adapter(predictor, [{}]).generate_until([request(0, "what is it?", {}, lambda d: [half.convert("RGB")])])
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     Tasks().load("easy_vqa")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_stock_multiple_choice_task_takes_the_likeliest(answerer, tmp_path, monkeypatch):
+def test_a_stock_multiple_choice_task_takes_the_likeliest(predictor, tmp_path, monkeypatch):
     """seedbench_ppl, its choices scored by a stand-in: right exactly where the truth is the likeliest."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
@@ -417,8 +417,8 @@ def test_a_stock_multiple_choice_task_takes_the_likeliest(answerer, tmp_path, mo
     def likelihoods(questions):  # the first three rows' truths, and three wrong choices
         return [(-1.0 if choice[6] == "abc"[int(question.split()[3]) % 3] else -2.0, False) for _, question, choice in questions]
 
-    monkeypatch.setattr(answerer, "loglikelihoods", likelihoods)
-    found = run_tasks(DualTower(answerer=answerer), Tasks(tmp_path), ["seedbench_ppl"])["results"]["seedbench_ppl"]
+    monkeypatch.setattr(predictor, "loglikelihoods", likelihoods)
+    found = run_tasks(DualTower(predictor=predictor), Tasks(tmp_path), ["seedbench_ppl"])["results"]["seedbench_ppl"]
     assert found["acc,none"] == 0.5
 
 
@@ -483,7 +483,7 @@ def test_standard_error_of_a_mean_over_uneven_groups():
     assert standard_error("acc", 0.1, plain) is None and standard_error("acc", 1.0, [{"acc": 1}] * 9) is None
 
 
-def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(answerer, tmp_path, capfd):
+def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(predictor, tmp_path, capfd):
     """Also where a filter's name stands behind it; and of lmms-eval's progress bars nothing is seen."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
@@ -495,7 +495,7 @@ def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(answerer, tm
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "ai2d" / "data" / "test-00000-of-00001.parquet")
     tasks = Tasks(tmp_path)
     known = dict(tasks.load("ai2d"))
-    found = run_tasks(DualTower(answerer=answerer, max_new_tokens=2), tasks, ["ai2d"])
+    found = run_tasks(DualTower(predictor=predictor, max_new_tokens=2), tasks, ["ai2d"])
     assert {f"{task}_{metric}" for task, metric, _ in scores_of(found)} == known.keys() == {"ai2d_exact_match (flexible-extract)"}
     assert "it/s" not in capfd.readouterr().err
 
@@ -517,9 +517,9 @@ def test_unknown_tasks():
         Tasks().add("captions:cocoo=x")
 
 
-def exported(folder: Path, answerer: Answerer) -> Path:
-    answerer.model.save_pretrained(folder)
-    answerer.renderer.tokenizer.save(folder)
+def exported(folder: Path, predictor: Predictor) -> Path:
+    predictor.model.save_pretrained(folder)
+    predictor.renderer.tokenizer.save(folder)
     return folder
 
 
@@ -540,9 +540,9 @@ def evaluation_here(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedP
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
-def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
+def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
     """results.json apart from times, and the samples to the byte; by one process, again, and by two."""
-    model = exported(tmp_path / "model", answerer)
+    model = exported(tmp_path / "model", predictor)
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"image": f"{i}.png", "texts": [{"user": QUESTIONS[i % 4], "assistant": f"a red thing {i}"}]}) + "\n" for i in range(5)), encoding="utf-8"
     )
@@ -559,7 +559,7 @@ def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
         str(data_root),
         "--max_new_tokens",
         "5",
-        "--floor",
+        "--random_baseline",
     ]
     assert evaluation_here(*flags, "--output", "b", cwd=tmp_path).returncode == 0
     done, two = run_program([EVALUATION, *flags, "--output", "a"], tmp_path), run_ranks(2, [EVALUATION, *flags, "--output", "c"], tmp_path)
@@ -573,14 +573,14 @@ def test_twice_the_same_and_two_ranks_too(answerer, data_root, tmp_path):
     assert held[0] == held[1]
     assert held[0] == held[2]
     tasks = held[0][0]["tasks"]
-    assert tasks["mmstar"]["samples"] == 13 and tasks["mmstar"]["floor"].keys() == tasks["mmstar"]["scores"].keys()
+    assert tasks["mmstar"]["samples"] == 13 and tasks["mmstar"]["random_baseline"].keys() == tasks["mmstar"]["scores"].keys()
     assert tasks["captions:jsonl=mine.jsonl"]["warnings"] and "CIDEr" in tasks["captions:jsonl=mine.jsonl"]["scores"]
     sample = json.loads(held[0][1]["samples_mmstar.jsonl"].splitlines()[0])
     assert (tmp_path / "a" / sample["images"][0]).is_file() and sample["reference"] == "A"
     assert tasks["mmstar"]["first_prompt"].startswith("<|im_start|>user\n<|global_image|>[4 image tokens]what is it?") and "mmstar" in done.stdout
 
 
-def test_lmms_eval_s_own_command_line(answerer, data_root, tmp_path):
+def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
     """Through the entry point that pyproject.toml declares."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = tmp_path / "site" / "dualtowervlm-0.dist-info"
@@ -598,7 +598,7 @@ def test_lmms_eval_s_own_command_line(answerer, data_root, tmp_path):
         "--model",
         "dualtower",
         "--model_args",
-        f"pretrained={exported(tmp_path / 'model', answerer)},max_new_tokens=3",
+        f"pretrained={exported(tmp_path / 'model', predictor)},max_new_tokens=3",
         "--tasks",
         "mmstar_here",
         "--limit",
@@ -611,14 +611,14 @@ def test_lmms_eval_s_own_command_line(answerer, data_root, tmp_path):
     done = subprocess.run([sys.executable, "-m", "lmms_eval", *flags], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "out").rglob("*results.json")
-    expected = run_tasks(DualTower(answerer=answerer, max_new_tokens=3), Tasks(data_root), ["mmstar"], limit=6)["results"]["mmstar"]
+    expected = run_tasks(DualTower(predictor=predictor, max_new_tokens=3), Tasks(data_root), ["mmstar"], limit=6)["results"]["mmstar"]
     assert json.loads(path.read_text())["results"]["mmstar_here"]["average,none"] == expected["average,none"]
 
 
-def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
+def test_the_stock_task_through_the_hub(predictor, data_root, tmp_path):
     """lmms-eval's mmstar as it is, its data from a Hub on loopback and no token: the scores that the local copy gives."""
-    flags = ["--model", str(exported(tmp_path / "model", answerer)), "--tasks", "mmstar", "--limit", "9", "--max_new_tokens", "4", "--output", "out"]
-    expected = run_tasks(DualTower(answerer=answerer, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9)["results"]["mmstar"]
+    flags = ["--model", str(exported(tmp_path / "model", predictor)), "--tasks", "mmstar", "--limit", "9", "--max_new_tokens", "4", "--output", "out"]
+    expected = run_tasks(DualTower(predictor=predictor, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9)["results"]["mmstar"]
     with hub({"datasets/Lin-Chen/MMStar": data_root / "Lin-Chen" / "MMStar"}) as address:
         there = partial(at_hub, str(address), str(tmp_path / "hf"))
         done = run_program([EVALUATION, *flags], tmp_path, there)
@@ -645,10 +645,10 @@ def test_the_stock_task_through_the_hub(answerer, data_root, tmp_path):
         (["--tasks", "ocrbench_v2"], 1, "task ocrbench_v2 needs the package"),
     ],
 )
-def test_bad_flags(answerer, tmp_path, flags, code, message):
+def test_bad_flags(predictor, tmp_path, flags, code, message):
     (tmp_path / "broken" / "mmstar").mkdir(parents=True)
     (tmp_path / "broken" / "mmstar" / "other.jsonl").write_text('{"question": "?"}\n')
-    done = evaluation_here("--model", str(exported(tmp_path / "model", answerer)), *flags, cwd=tmp_path, PATH=str(tmp_path))
+    done = evaluation_here("--model", str(exported(tmp_path / "model", predictor)), *flags, cwd=tmp_path, PATH=str(tmp_path))
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
     assert message in done.stderr
 

@@ -102,12 +102,20 @@ def sample(number, scores=None, **parts):
 
 
 def task(**parts):
-    return {"scores": {"accuracy": 0.5}, "standard_errors": {}, "floor": None, "higher_is_better": {}, "samples": 2, "cut": 0, "first_prompt": "<|im_start|>user\n"} | parts
+    return {
+        "scores": {"accuracy": 0.5},
+        "standard_errors": {},
+        "random_baseline": None,
+        "higher_is_better": {},
+        "samples": 2,
+        "truncated": 0,
+        "first_prompt": "<|im_start|>user\n",
+    } | parts
 
 
 def write(folder: Path, tasks: dict, samples: dict, **parts) -> Path:
     folder.mkdir(exist_ok=True)
-    head = {"format": 1, "model": "runs/x/model", "settings": {"batch_size": 32}, "versions": {"torch": "2.15.0"}, "tasks": tasks}
+    head = {"format": 2, "model": "runs/x/model", "settings": {"batch_size": 32}, "versions": {"torch": "2.15.0"}, "tasks": tasks}
     (folder / "results.json").write_text(json.dumps(head | parts))
     for name, lines in samples.items():
         (folder / f"samples_{file_name(name)}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -134,7 +142,7 @@ def test_head_table_and_warnings(tmp_path):
     facts = task(
         scores=scores,
         standard_errors={"average": 0.028, "near": 0.0151, "worse": 0.01, "wer": 0.01, "odd": 0.6},
-        floor={"average": 0.24, "near": 0.24, "worse": 0.24, "wer": 0.5, "wer2": 0.5, "odd": 0.2},
+        random_baseline={"average": 0.24, "near": 0.24, "worse": 0.24, "wer": 0.5, "wer2": 0.5, "odd": 0.2},
         higher_is_better={"average": True, "wer": False, "wer2": False},
         warnings=["CIDEr of 12 images: <few>"],
     )
@@ -143,12 +151,12 @@ def test_head_table_and_warnings(tmp_path):
     page = read(folder)
     rows = [[" ".join(cell.split()) for cell in row] for row in page.rows]
     assert rows == [
-        ["metric", "score", "standard error", "floor"],
+        ["metric", "score", "standard error", "random weights"],
         ["quiz 2 samples"],
         ["average", "0.3100", "± 0.0280", "0.2400"],  # 2.5 standard errors above
-        ["near within two standard errors of its floor", "0.2700", "± 0.0151", "0.2400"],
-        ["worse no better than its floor", "0.1000", "± 0.0100", "0.2400"],  # 14 below
-        ["wer lower is better no better than its floor", "0.9000", "± 0.0100", "0.5000"],
+        ["near within two standard errors of random weights", "0.2700", "± 0.0151", "0.2400"],
+        ["worse no better than random weights", "0.1000", "± 0.0100", "0.2400"],  # 14 below
+        ["wer lower is better no better than random weights", "0.9000", "± 0.0100", "0.5000"],
         ["wer2 lower is better", "0.2000", "–", "0.5000"],
         ["plain", "12.50", "–", "–"],
         ["odd", "NaN", "± 0.6000", "0.2000"],
@@ -223,7 +231,16 @@ def test_colours_say_full_marks_and_none(tmp_path, scores, colour):
 
 def test_hostile_text_is_no_markup(tmp_path):
     hostile = sample(HOSTILE, {HOSTILE: 1.0, "x": HOSTILE}, prompt=HOSTILE, reference=[HOSTILE, "b"], answer=HOSTILE, images=[HOSTILE])
-    facts = task(scores={HOSTILE: HOSTILE}, floor={HOSTILE: HOSTILE}, first_prompt=HOSTILE, task_hash=HOSTILE, cut=HOSTILE, samples=HOSTILE, seconds=HOSTILE, warnings=[HOSTILE])
+    facts = task(
+        scores={HOSTILE: HOSTILE},
+        random_baseline={HOSTILE: HOSTILE},
+        first_prompt=HOSTILE,
+        task_hash=HOSTILE,
+        truncated=HOSTILE,
+        samples=HOSTILE,
+        seconds=HOSTILE,
+        warnings=[HOSTILE],
+    )
     page = read(write(tmp_path, {HOSTILE: facts}, {HOSTILE: [hostile]}, model=HOSTILE, settings={HOSTILE: HOSTILE}, versions={HOSTILE: [HOSTILE]}))
     ours = "html head meta title style body header section h1 h2 h3 h4 p dl dt dd div span small b em a ul li table thead tr th td article details summary figure figcaption svg rect path text"
     assert {tag for tag, _ in page.tags} <= set(ours.split())
@@ -269,7 +286,9 @@ def test_references_of_any_kind(tmp_path, reference, shown):
 )
 def test_whatever_a_sample_holds_makes_a_page(tmp_path, anything):
     scores = anything if isinstance(anything, dict) else {"accuracy": anything}
-    page = of(tmp_path, [sample(anything, scores, prompt=anything, reference=anything, answer=anything, images=[anything])], scores=scores, cut=anything, first_prompt=anything)
+    page = of(
+        tmp_path, [sample(anything, scores, prompt=anything, reference=anything, answer=anything, images=[anything])], scores=scores, truncated=anything, first_prompt=anything
+    )
     assert len(page.cards) == 1
     if isinstance(anything, str) and anything.isprintable() and anything.strip():
         assert page.cards[0]["fields"]["answer"] == anything
@@ -336,7 +355,7 @@ def test_a_task_without_samples_or_with_too_few(tmp_path):
     assert "0 of 0" in page.text and "results.json counts 3 samples, samples_few.jsonl holds 1" in page.text and page.text.count("two runs") == 1
     assert read(write(tmp_path, {}, {})).cards == []
     assert of(tmp_path, [sample(1)] * 2).cards  # what may be missing, is
-    (tmp_path / "results.json").write_text('{"format": 1, "tasks": {"quiz": {}}}')
+    (tmp_path / "results.json").write_text('{"format": 2, "tasks": {"quiz": {}}}')
     (tmp_path / "samples_quiz.jsonl").write_text('\n{"id": 1}\n\n{"answer": "b", "images": null, "scores": null}')
     assert [card["fields"]["answer"] for card in read(tmp_path).cards] == ["(empty)", "b"]
 
@@ -354,13 +373,13 @@ def fails(argv: list, kind: type, *parts: str) -> None:
         ("[" * 100_000, ["not valid JSON"]),
         ("[]", ["evaluate again"]),
         ('{"tasks": {}}', ["older version", "evaluate again"]),
-        ('{"format": 2}', ["made by a newer version", "2"]),
+        ('{"format": 3}', ["made by a newer version", "3"]),
         ('{"format": "x"}', ["x", "evaluate again"]),
-        ('{"format": 1, "tasks": []}', []),
-        ('{"format": 1, "tasks": [1]}', ["'tasks' is not an object"]),
-        ('{"format": 1, "tasks": {"quiz": 3}}', ["quiz", "not an object"]),
-        ('{"format": 1, "tasks": {"quiz": {"floor": 0.2}}}', ["quiz", "'floor' is not an object"]),
-        ('{"format": 1, "tasks": {"quiz": {"warnings": "x"}}}', ["quiz", "'warnings' is not a list"]),
+        ('{"format": 2, "tasks": []}', []),
+        ('{"format": 2, "tasks": [1]}', ["'tasks' is not an object"]),
+        ('{"format": 2, "tasks": {"quiz": 3}}', ["quiz", "not an object"]),
+        ('{"format": 2, "tasks": {"quiz": {"random_baseline": 0.2}}}', ["quiz", "'random_baseline' is not an object"]),
+        ('{"format": 2, "tasks": {"quiz": {"warnings": "x"}}}', ["quiz", "'warnings' is not a list"]),
     ],
 )
 def test_damaged_results(tmp_path, text, parts):

@@ -17,9 +17,9 @@ from tests.conftest import TINY
 from tests.programs import run_program
 from tests.test_estimate import make_config
 from tests.test_training import command, learnt, losses
-from training.fit_memory import choose, fitted, peak
+from training.fit_memory import choose, fit_batch_size, peak
 from utils.errors import UsageError, UserError
-from utils.ranks import World
+from utils.ranks import DistributedContext
 
 
 def shallow(context: str) -> Config:
@@ -54,7 +54,7 @@ def of(rows: int, accumulation: int, streams: int = 0) -> Config:
 )
 def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
     """A row takes a GB."""
-    new, line = choose(config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", World(0, ranks))
+    new, line = choose(config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", DistributedContext(0, ranks))
     assert (new.train.rows, new.train.accumulation) == chosen and replace(new, train=config.train) == config
     assert f"train.rows {chosen[0]} × train.accumulation {chosen[1]} = {math.prod(chosen)} rows a step, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
 
@@ -65,7 +65,7 @@ def test_nothing_fits(recompute, turn):
     with pytest.raises(UserError, match=rf"one row takes 3.0 GB \(told\), more than the 2.0 GB given: {turn}"):
         choose(config, lambda rows: rows * 3e9, 2e9, "given", "told")
     with pytest.raises(UserError, match="= 6 rows cannot be shared by 4 ranks or streams"):
-        choose(of(3, 2), lambda rows: 0, 1, "given", "told", World(0, 4))
+        choose(of(3, 2), lambda rows: 0, 1, "given", "told", DistributedContext(0, 4))
 
 
 def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
@@ -76,13 +76,13 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
     told = {1: 0.1e9, 2: 0.2e9}
     monkeypatch.setattr(training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows])
-    new, line = fitted(config, DualTowerVLM, tokenizer.vocabulary)
+    new, line = fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
     assert new.train.rows == 2 and "measured with one row and two" in line and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line  # (0.7 + 1.05 × 0.4 GB)
     told[2] = math.inf
-    assert fitted(config, DualTowerVLM, tokenizer.vocabulary)[0].train.rows == 1
+    assert fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)[0].train.rows == 1
     told[1] = math.inf
     with pytest.raises(UserError, match="one row takes more"):
-        fitted(config, DualTowerVLM, tokenizer.vocabulary)
+        fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
 
 
 def test_a_trial_leaves_the_random_state_alone_and_tells_where_memory_ends(tokenizer):
@@ -105,7 +105,7 @@ def test_what_is_no_number_of_gigabytes(given):
 def test_memory_that_is_not_known_must_be_said(tokenizer, monkeypatch):
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: None)
     with pytest.raises(UsageError, match="say how many GB"):
-        fitted(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)
+        fit_batch_size(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)
 
 
 def settings(folder: Path) -> dict:

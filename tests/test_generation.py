@@ -10,7 +10,7 @@ import models.generation
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.generation import choose, generate, probabilities
 from models.image_store import ImageStore
 from models.kv_cache import DecodingCache
@@ -61,7 +61,7 @@ def test_an_answer_may_be_empty(model, renderer):
     free = generate(model, images=[[], []], stop=-1, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts)).tokens
     for row, (first, *_) in enumerate(free):
         made = generate(model, images=[[], []], stop=first, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts))
-        assert made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free] and made.tokens[row] == [] and made.passes[row] == 1
+        assert made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free] and made.tokens[row] == [] and made.decode_steps[row] == 1
 
 
 def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeypatch):
@@ -80,39 +80,39 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
 
 
 def test_text_only_prompts_work_beside_image_prompts(model, renderer):
-    answerer = Answerer(model, renderer)
+    predictor = Predictor(model, renderer)
     tiles = Tiles((1, 1), random_tiles(1))
     settings = GenerationConfig(max_new_tokens=5)
-    together = answerer.answer([([], "what is it?"), ([tiles], "what color is the shape?")], settings)
-    alone = answerer.answer([([], "what is it?")], settings) + answerer.answer([([tiles], "what color is the shape?")], settings)
+    together = predictor.answer([([], "what is it?"), ([tiles], "what color is the shape?")], settings)
+    alone = predictor.answer([([], "what is it?")], settings) + predictor.answer([([tiles], "what color is the shape?")], settings)
     assert [a.text for a in together] == [a.text for a in alone]
     assert [a.image_kv for a in together + alone] == ["none", "computed", "none", "reused"]
 
 
 def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     size = model.encode_image(random_tiles(1), torch.tensor(renderer.image_block())).data.nbytes
-    answerer = Answerer(model, renderer, ImageStore(memory_bytes=2 * size))
+    predictor = Predictor(model, renderer, ImageStore(memory_bytes=2 * size))
     encoded = []
     original = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images))
     a, b, c = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(3))
     settings = GenerationConfig(max_new_tokens=2)
-    assert [x.image_kv for x in answerer.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]
-    assert [x.image_kv for x in answerer.answer([([b], "y"), ([c], "y")], settings)] == ["reused", "computed"]
-    assert [x.image_kv for x in answerer.answer([([a], "y")], settings)] == ["computed"]  # a was the least recently used of three
+    assert [x.image_kv for x in predictor.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]
+    assert [x.image_kv for x in predictor.answer([([b], "y"), ([c], "y")], settings)] == ["reused", "computed"]
+    assert [x.image_kv for x in predictor.answer([([a], "y")], settings)] == ["computed"]  # a was the least recently used of three
     assert encoded == [2, 1, 1]
 
 
 def test_an_image_is_the_same_wherever_it_stands(model, renderer):
-    answerer, settings = Answerer(model, renderer), GenerationConfig(max_new_tokens=2)
+    predictor, settings = Predictor(model, renderer), GenerationConfig(max_new_tokens=2)
     a, b = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(2))
-    assert [answerer.answer([(images, "x")], settings)[0].image_kv for images in ([a], [b], [b, a], [a, a])] == ["computed", "computed", "reused", "reused"]
+    assert [predictor.answer([(images, "x")], settings)[0].image_kv for images in ([a], [b], [b, a], [a, a])] == ["computed", "computed", "reused", "reused"]
 
 
 def test_seeds_repeat_and_differ(model, renderer):
-    answerer = Answerer(model, renderer)
+    predictor = Predictor(model, renderer)
     asked = [([Tiles((1, 1), random_tiles(1))], "what color?")]
-    answers = [answerer.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[0].text for s in (1, 1, 2)]
+    answers = [predictor.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[0].text for s in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 
@@ -184,39 +184,39 @@ def test_a_cache_of_earlier_turns_is_of_one_row(model, renderer):
 def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
     """The same image has another image KV in another model."""
     store, asked = ImageStore(), [([Tiles((1, 1), random_tiles(1))], "what color?")]
-    one, other = (Answerer(lively_model(tokenizer, seed=seed), renderer, store) for seed in (0, 1))
+    one, other = (Predictor(lively_model(tokenizer, seed=seed), renderer, store) for seed in (0, 1))
     settings = GenerationConfig(max_new_tokens=2)
     assert [one.answer(asked, settings)[0].image_kv for _ in range(2)] == ["computed", "reused"]
     with pytest.raises(ValueError, match="image KVs of another model"):
         other.answer(asked, settings)
     for model, image_kv in ((one.model, "computed"), (one.model, "reused"), (other.model, "")):
-        store = store if image_kv == "reused" else ImageStore(origin=one.model.origin())
-        answerer = Answerer(model, renderer, store)
+        store = store if image_kv == "reused" else ImageStore(fingerprint=one.model.fingerprint())
+        predictor = Predictor(model, renderer, store)
         if image_kv:
-            assert answerer.answer(asked, settings)[0].image_kv == image_kv
+            assert predictor.answer(asked, settings)[0].image_kv == image_kv
             continue
         with pytest.raises(ValueError, match="image KVs of another model"):
-            answerer.answer(asked, settings)
+            predictor.answer(asked, settings)
 
 
 def test_pieces_are_the_answer(tokenizer, renderer):
     """Each token's text and log-probability, up to where a stop string begins; characters of several tokens come with their last."""
-    answerer = Answerer(lively_model(tokenizer), renderer)
-    whole = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
-    assert len(whole.pieces) == whole.tokens == 12 and "".join(text for text, _ in whole.pieces) == whole.text
+    predictor = Predictor(lively_model(tokenizer), renderer)
+    whole = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
+    assert len(whole.token_logprobs) == whole.tokens == 12 and "".join(text for text, _ in whole.token_logprobs) == whole.text
     stop = whole.text[len(whole.text) // 2 :][:3]
-    cut = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop])[0]
-    assert "".join(text for text, _ in cut.pieces) == cut.text and len(cut.pieces) < cut.tokens
-    assert [logprob for _, logprob in cut.pieces] == [logprob for _, logprob in whole.pieces][: len(cut.pieces)]
+    cut = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop])[0]
+    assert "".join(text for text, _ in cut.token_logprobs) == cut.text and len(cut.token_logprobs) < cut.tokens
+    assert [logprob for _, logprob in cut.token_logprobs] == [logprob for _, logprob in whole.token_logprobs][: len(cut.token_logprobs)]
     tokens = [*tokenizer.encode("x 💡"), tokenizer.turn_end]
-    pieces = answerer.pieces(tokens, [0.0] * len(tokens))
-    assert len(pieces) == len(tokens) > 4 and "".join(text for text, _ in pieces) == "x 💡" and pieces[-2][0] == "💡"  # the last says nothing
+    token_logprobs = predictor.token_logprobs(tokens, [0.0] * len(tokens))
+    assert len(token_logprobs) == len(tokens) > 4 and "".join(text for text, _ in token_logprobs) == "x 💡" and token_logprobs[-2][0] == "💡"  # the last says nothing
 
 
 def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
-    answerer = Answerer(lively_model(tokenizer), renderer)
+    predictor = Predictor(lively_model(tokenizer), renderer)
     for tokens, wanted in ((1, 0.0), (5, 1.0)):
-        assert answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[0].tokens_per_pass == wanted
+        assert predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[0].tokens_per_step == wanted
 
 
 @pytest.mark.parametrize(
@@ -244,23 +244,23 @@ def test_bad_settings(bad):
 
 def test_a_prompt_too_long_says_so(model, renderer):
     with pytest.raises(UsageError, match=r"the prompt has \d+ tokens.*256 positions"):
-        Answerer(model, renderer).answer([([], "long " * 300)], GenerationConfig())
+        Predictor(model, renderer).answer([([], "long " * 300)], GenerationConfig())
 
 
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_ends_the_answer_wherever_it_begins(tokenizer, renderer, monkeypatch, sampling, bad):
-    model, original, passes = lively_model(tokenizer), models.generation.verify, []
+    model, original, decode_steps = lively_model(tokenizer), models.generation.verify, []
 
     def verify(*arguments: Any) -> torch.Tensor:
-        passes.append(original(*arguments))
-        return passes[-1] if len(passes) < 3 else passes[-1] * bad
+        decode_steps.append(original(*arguments))
+        return decode_steps[-1] if len(decode_steps) < 3 else decode_steps[-1] * bad
 
     monkeypatch.setattr(models.generation, "verify", verify)
     batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
     with pytest.raises(UserError, match="not finite"):
         generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=8, sampling=sampling), **batch)
-    assert len(passes) == 3
+    assert len(decode_steps) == 3
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 10.0])

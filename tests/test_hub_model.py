@@ -18,7 +18,7 @@ from configs.cli import preset
 from configs.model import GenerationConfig
 from configs.train import Config, DataConfig, HubConfig
 from data.images import Tiles
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from models.weights.pretrained import load_vision_weights
@@ -31,7 +31,7 @@ from training.hub_push import Pusher
 from training.run_card import write_card
 from utils.errors import UserError
 from utils.files import write_text
-from utils.hub import HubAway
+from utils.hub import HubUnavailable
 from utils.plotting import PALETTE
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def test_what_stands_beside_the_weights_goes_along(model, tokenizer, folder, ser
     DualTowerVLM.from_pretrained("me/tiny").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
-    first, again = (Answerer.from_pretrained(source).answer(asked, GenerationConfig())[0].text for source in (folder, tmp_path / "again"))
+    first, again = (Predictor.from_pretrained(source).answer(asked, GenerationConfig())[0].text for source in (folder, tmp_path / "again"))
     assert first == again
 
 
@@ -235,7 +235,7 @@ def test_a_hub_that_stays_away(model, served, uploads, kind):
     served.failures["/commit/"] = repeat(kind)
     with torch.no_grad():
         model.right.norm.weight.add_(1)
-    with pytest.raises(HubAway, match="me/tiny could not be pushed to: "):
+    with pytest.raises(HubUnavailable, match="me/tiny could not be pushed to: "):
         model.push_to_hub("me/tiny")
     assert uploads.repos["me/tiny"].files == before
     del served.failures["/commit/"]
@@ -318,7 +318,7 @@ def test_a_token_is_never_shown(model, served, capsys):
 def test_a_folder_of_a_newer_version(folder):
     head = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(head | {"format": head["format"] + 1}))
-    with pytest.raises(UserError, match="was written by a newer version, which this one, of format 3, cannot read: update this program"):
+    with pytest.raises(UserError, match="was written by a newer version, which this one, of format 4, cannot read: update this program"):
         DualTowerVLM.from_pretrained(folder)
 
 
@@ -354,7 +354,7 @@ def test_the_card_says_what_is_known(model, tmp_path):
     lines = [{"step": i, "loss": 5 - i / 4, "supervised_tokens": 10} for i in range(1, 11)]
     lines += [{"step": 10, "validation_loss": 2.25, "validation_accuracy": 0.5, "validation_dropped": {"a": 1}}]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
-    told = {"scores": {"accuracy": 0.75, "other": 1.0}, "standard_errors": {"accuracy": 0.125}, "floor": {"accuracy": 0.25}, "samples": 1234}
+    told = {"scores": {"accuracy": 0.75, "other": 1.0}, "standard_errors": {"accuracy": 0.125}, "random_baseline": {"accuracy": 0.25}, "samples": 1234}
     write_text(tmp_path / "results.json", json.dumps({"tasks": {"easy_vqa": told}}))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
     for line in (
@@ -397,7 +397,10 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
         ({"tasks": {"a": None, "b": {"scores": None}}}, []),
         ({"tasks": {"a": {"scores": {"accuracy": None, "exact": float("nan"), "cider": "high", "bleu": True}}}}, []),
         ({"tasks": {"a": {"scores": {"accuracy": 0.5}}}}, ["| a: accuracy | 0.5000 |"]),
-        ({"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "floor": []}}}, ["| a (3 samples): accuracy | 0.5000 |"]),
+        (
+            {"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "random_baseline": []}}},
+            ["| a (3 samples): accuracy | 0.5000 |"],
+        ),
     ],
 )
 def test_odd_figures_have_no_line(model, tmp_path, results, lines):
@@ -429,13 +432,13 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
     for file in folder.iterdir():
         assert (tmp_path / "pulled" / file.name).read_bytes() == file.read_bytes()
-    Answerer.from_pretrained(tmp_path / "pulled")
+    Predictor.from_pretrained(tmp_path / "pulled")
     capsys.readouterr()
     served.served.clear()
     program.main(["info", "me/tiny"])
     assert not [path for path in served.served if path.endswith(".safetensors")]
     told = capsys.readouterr().out
-    assert "me/tiny: model of type dual_tower, format 3; private, commit " in told and "model.safetensors" in told
+    assert "me/tiny: model of type dual_tower, format 4; private, commit " in told and "model.safetensors" in told
     program.main(["info", str(folder)])
     numbers = sum(t.numel() for t in DualTowerVLM.from_pretrained(folder).state_dict().values())
     assert f"{numbers:,} numbers" in capsys.readouterr().out
@@ -600,7 +603,7 @@ def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
         done = train(tmp_path, address, "hf_me", "--hub.repo", "tiny", "--hub.licence", "apache-2.0", "--lora.right.r", "2", "--eval.best", "validation_loss")
         assert done.returncode == 0 and f"hub: pushed: {address}/me/tiny/commit/" in done.stdout and "warning" not in done.stdout, done.stdout + done.stderr
         go_to(address)
-        loaded = Answerer.from_pretrained("me/tiny").model
+        loaded = Predictor.from_pretrained("me/tiny").model
     repo, run = uploads.repos["me/tiny"], tmp_path / "run"
     assert repo.messages[1].startswith("step 00000") and repo.messages[-1] == "final model"
     assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == {path.name: path.read_bytes() for path in (run / "model").iterdir()}
@@ -616,7 +619,7 @@ def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
     losses = [[json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "quiet")]
     assert losses[0] == losses[1]
     (run / "evaluation").mkdir()
-    told = {"scores": {"accuracy": 0.5}, "standard_errors": {}, "floor": None, "samples": 3}
+    told = {"scores": {"accuracy": 0.5}, "standard_errors": {}, "random_baseline": None, "samples": 3}
     write_text(run / "evaluation" / "results.json", json.dumps({"tasks": {"mine": told}}))
     program.main(["card", str(run), "--licence", "mit"])
     text = (run / "model" / "README.md").read_text()

@@ -17,7 +17,7 @@ import models.image_store
 from configs.model import GenerationConfig
 from data.images import Tiles
 from data.render import Renderer
-from eval.predictor import Answerer, Block
+from eval.predictor import ImageBlock, Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.image_store import ImageStore
@@ -26,7 +26,7 @@ from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
 from utils.files import replacing
 
-ORIGIN, OTHER = "0a" * 16, "0b" * 16
+FINGERPRINT, OTHER = "0a" * 16, "0b" * 16
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
@@ -54,7 +54,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def as_bf16(kv: ImageKV, path: Path) -> None:
     """The same bytes under the name of another type of number."""
-    kv.save(path, ORIGIN)
+    kv.save(path, FINGERPRINT)
     save_file({"data": kv.data.view(torch.bfloat16)}, path, metadata_of(path))
 
 
@@ -65,16 +65,16 @@ class TestFile:
         data.view(BITS[dtype])[0, 0, 0, 0, :4] = torch.tensor([torch.iinfo(BITS[dtype]).min, 1, 2, 0], dtype=BITS[dtype])  # −0, two subnormal numbers, 0
         for number, made in enumerate((data, data.transpose(3, 4), torch.cat((data, data))[1:3])):  # as it lies in memory, and otherwise
             path = tmp_path / f"{number}.safetensors"
-            ImageKV(made).save(path, ORIGIN)
-            read = ImageKV.load(path, ORIGIN)
+            ImageKV(made).save(path, FINGERPRINT)
+            read = ImageKV.load(path, FINGERPRINT)
             assert same(read, ImageKV(made)) and read.tokens == made.shape[3]
             assert torch.equal(load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype]))  # any reader of safetensors reads it
         assert files(tmp_path) == {"0", "1", "2"}  # nothing beside them
 
     def test_what_was_loaded_does_not_change_with_its_file(self, tmp_path):
         path, kv = tmp_path / "a.safetensors", kv_of(0)
-        kv.save(path, ORIGIN)
-        read = ImageKV.load(path, ORIGIN)
+        kv.save(path, FINGERPRINT)
+        read = ImageKV.load(path, FINGERPRINT)
         with open(path, "r+b") as file:
             file.seek(-64, os.SEEK_END)
             file.write(bytes(64))
@@ -92,68 +92,68 @@ class TestFile:
             (lambda path: (path.unlink(), path.mkdir()), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"), "is damaged, its checksum is another"),
             (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 2"),
-            (lambda path: save_file(load_file(path), path, {"format": "1", "origin": ORIGIN}), "has image KV format '1'; this version reads 2"),
-            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "2", "origin": ORIGIN, "key": ""}), "cannot be read as an image KV"),
-            (lambda path: save_file(load_file(path), path, {"format": "2", "origin": ORIGIN, "key": ""}), "is damaged, its checksum is another"),
+            (lambda path: save_file(load_file(path), path, {"format": "2", "fingerprint": FINGERPRINT}), "has image KV format '2'; this version reads 3"),
+            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "cannot be read as an image KV"),
+            (lambda path: save_file(load_file(path), path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "is damaged, its checksum is another"),
             (lambda path: save_file({"data": load_file(path)["data"].view(2, 2, 2, 8, 8)}, path, metadata_of(path)), "is damaged, its checksum is another"),
             (lambda path: as_bf16(kv_of(0, dtype=torch.float16), path), "is damaged, its checksum is another"),
             (lambda path: kv_of(0).save(path, OTHER), "was made by other weights or another preprocessing"),
-            (lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, ORIGIN), r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, ORIGIN), r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, ORIGIN), r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values"),
-            (lambda path: kv_of(0).save(path, ORIGIN, "ab"), "holds another image than its name says"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(path, ORIGIN), r"of torch.float8_e4m3fn, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, ORIGIN), r"of torch.int32, not the keys and values"),
-            (lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(path, ORIGIN), "holds values that are not finite"),
-            (lambda path: ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)).save(path, ORIGIN), "holds values that are not finite"),
+            (lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, FINGERPRINT), r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, FINGERPRINT), r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, FINGERPRINT), r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values"),
+            (lambda path: kv_of(0).save(path, FINGERPRINT, "ab"), "holds another image than its name says"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(path, FINGERPRINT), r"of torch.float8_e4m3fn, not the keys and values"),
+            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, FINGERPRINT), r"of torch.int32, not the keys and values"),
+            (lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(path, FINGERPRINT), "holds values that are not finite"),
+            (lambda path: ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)).save(path, FINGERPRINT), "holds values that are not finite"),
         ],
     )
     def test_refusals(self, tmp_path, spoil, said):
         path = tmp_path / "a.safetensors"
-        kv_of(0).save(path, ORIGIN)
-        assert same(ImageKV.load(path, ORIGIN), kv_of(0))
+        kv_of(0).save(path, FINGERPRINT)
+        assert same(ImageKV.load(path, FINGERPRINT), kv_of(0))
         spoil(path)
         with pytest.raises(UserError, match=said) as caught:
-            ImageKV.load(path, ORIGIN)
+            ImageKV.load(path, FINGERPRINT)
         message = str(caught.value)
         assert message.startswith(str(path)) and message.endswith(": encode the image again") and "\n" not in message
 
     def test_no_flipped_bit_gives_other_numbers(self, tmp_path):
         """Two bits of each byte, header included: refused, or (blanks at the header's end) the same."""
         path, kv = tmp_path / "a.safetensors", ImageKV(torch.tensor([1.0, -2.0, 3.5, 4.0], dtype=torch.bfloat16).view(1, 2, 1, 2, 1))
-        kv.save(path, ORIGIN)
+        kv.save(path, FINGERPRINT)
         whole, refused = path.read_bytes(), 0
         for place in range(len(whole)):
             for bit in (0, 5):
                 path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
                 try:
-                    assert same(ImageKV.load(path, ORIGIN), kv), (place, bit)
+                    assert same(ImageKV.load(path, FINGERPRINT), kv), (place, bit)
                 except UserError:
                     refused += 1
         assert refused > 2 * len(whole) - 16
 
     def test_a_disk_that_refuses_says_so(self, tmp_path):
         with pytest.raises(UserError, match=r"a\.safetensors could not be written"):
-            kv_of(0).save(tmp_path / "missing" / "a.safetensors", ORIGIN)
+            kv_of(0).save(tmp_path / "missing" / "a.safetensors", FINGERPRINT)
 
 
 class TestOrigin:
     def test_every_tensor_of_the_left_tower_changes_it_and_none_of_the_right(self, model):
-        before = model.origin()
+        before = model.fingerprint()
         assert len(bytes.fromhex(before)) == 16
         seen = {before}
         for tensor in (*model.left.parameters(), *model.left.buffers()):
             with torch.no_grad():
                 old = tensor.flatten()[-1].item()
                 tensor.view(-1)[-1] += 1
-                seen.add(model.origin())
+                seen.add(model.fingerprint())
                 tensor.view(-1)[-1] = old
         assert len(seen) == 1 + len([*model.left.parameters(), *model.left.buffers()])
-        assert model.origin() == before
+        assert model.fingerprint() == before
         with torch.no_grad():
             for parameter in model.right.parameters():
                 parameter.add_(1)
-        assert model.origin() == before
+        assert model.fingerprint() == before
 
     def test_settings_and_types_of_number_change_it(self, tokenizer, model):
         c = TINY_MODEL
@@ -164,13 +164,13 @@ class TestOrigin:
             replace(c, vision=replace(c.vision, max_side=128)),
             replace(c, left=replace(c.left, rope_theta=500.0)),
         ]
-        origins = {tiny_model(tokenizer, config).origin() for config in configs}
-        assert len(origins | {model.origin(), tiny_model(tokenizer, seed=1).origin(), tiny_model(tokenizer).bfloat16().origin()}) == len(configs) + 3
-        assert tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).origin() == model.origin()
+        origins = {tiny_model(tokenizer, config).fingerprint() for config in configs}
+        assert len(origins | {model.fingerprint(), tiny_model(tokenizer, seed=1).fingerprint(), tiny_model(tokenizer).bfloat16().fingerprint()}) == len(configs) + 3
+        assert tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).fingerprint() == model.fingerprint()
 
     def test_a_saved_model_keeps_it(self, model, tmp_path):
         model.save_pretrained(tmp_path)
-        assert DualTowerVLM.from_pretrained(tmp_path).origin() == model.origin()
+        assert DualTowerVLM.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
 
 
 class TestMemory:
@@ -210,15 +210,15 @@ class TestDisk:
     def store(self, folder, **options) -> ImageStore:
         """Without memory, so that every hit comes from the disk; `said` collects its lines."""
         self.said = []
-        return ImageStore(**{"memory_bytes": 0, "folder": folder, "origin": ORIGIN, "say": self.said.append} | options)
+        return ImageStore(**{"memory_bytes": 0, "folder": folder, "fingerprint": FINGERPRINT, "say": self.said.append} | options)
 
     def test_another_process_finds_it(self, tmp_path):
         kv = kv_of(0, dtype=torch.bfloat16)
         self.store(tmp_path / "new" / "folder").put("a1", kv)
-        assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [Path("new/folder") / ORIGIN / "a1.safetensors"]
+        assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [Path("new/folder") / FINGERPRINT / "a1.safetensors"]
         again = self.store(tmp_path / "new" / "folder", memory_bytes=1 << 20)
         assert len(again) == 0 and same(again.get("a1"), kv) and len(again) == 1
-        (tmp_path / "new" / "folder" / ORIGIN / "a1.safetensors").unlink()
+        (tmp_path / "new" / "folder" / FINGERPRINT / "a1.safetensors").unlink()
         assert same(again.get("a1"), kv)  # from memory by now
         assert again.get("b2") is None and not self.said
 
@@ -270,18 +270,18 @@ class TestDisk:
 
     def test_two_stores_share_a_folder_and_its_cap(self, tmp_path):
         cap = 3 * (2048 + 1024)
-        one, two = (self.store(tmp_path, disk_bytes=cap, origin=origin) for origin in (ORIGIN, ORIGIN))
-        other = self.store(tmp_path, disk_bytes=cap, origin=OTHER)
+        one, two = (self.store(tmp_path, disk_bytes=cap, fingerprint=fingerprint) for fingerprint in (FINGERPRINT, FINGERPRINT))
+        other = self.store(tmp_path, disk_bytes=cap, fingerprint=OTHER)
         one.put("a", kv_of(0))
         two.put("b", kv_of(1))
         other.put("a", kv_of(2))  # another model's image KV of the same image
         assert same(two.get("a"), kv_of(0)) and same(one.get("b"), kv_of(1)) and same(other.get("a"), kv_of(2)) and other.get("b") is None
-        assert {p.name for p in tmp_path.iterdir()} == {ORIGIN, OTHER}
+        assert {p.name for p in tmp_path.iterdir()} == {FINGERPRINT, OTHER}
         one.get("a")
         two.put("c", kv_of(3))  # b is the oldest, though one wrote it not
-        assert files(tmp_path / ORIGIN) == {"a", "c"} and files(tmp_path / OTHER) == {"a"}
+        assert files(tmp_path / FINGERPRINT) == {"a", "c"} and files(tmp_path / OTHER) == {"a"}
         two.put("d", kv_of(4))  # now it is the other model's
-        assert files(tmp_path / ORIGIN) == {"a", "c", "d"} and not files(tmp_path / OTHER)
+        assert files(tmp_path / FINGERPRINT) == {"a", "c", "d"} and not files(tmp_path / OTHER)
         assert other.get("a") is None and size(tmp_path) <= cap and not self.said
 
     def test_vanished_files_are_misses(self, tmp_path):
@@ -289,14 +289,14 @@ class TestDisk:
         store = self.store(tmp_path, disk_bytes=cap)
         store.put("a", kv_of(0))
         store.put("b", kv_of(1))
-        for path in list((tmp_path / ORIGIN).iterdir()):
+        for path in list((tmp_path / FINGERPRINT).iterdir()):
             path.unlink()
         assert store.get("a") is None
         store.put("c", kv_of(2))
         store.put("d", kv_of(3))
-        (tmp_path / ORIGIN / "c.safetensors").unlink()
-        (tmp_path / ORIGIN / "d.safetensors").unlink()
-        (tmp_path / ORIGIN).rmdir()
+        (tmp_path / FINGERPRINT / "c.safetensors").unlink()
+        (tmp_path / FINGERPRINT / "d.safetensors").unlink()
+        (tmp_path / FINGERPRINT).rmdir()
         store.put("e", kv_of(4))
         assert files(tmp_path) == {"e"} and not self.said
 
@@ -306,11 +306,11 @@ class TestDisk:
             (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]), "is damaged, its checksum is another"),
             (lambda path: kv_of(0).save(path, OTHER, "a"), "was made by other weights"),
-            (lambda path: kv_of(0).save(path, ORIGIN, "b"), "holds another image than its name says"),
+            (lambda path: kv_of(0).save(path, FINGERPRINT, "b"), "holds another image than its name says"),
         ],
     )
     def test_a_bad_file_is_a_miss_said_once_and_deleted(self, tmp_path, spoil, why):
-        store, path = self.store(tmp_path), tmp_path / ORIGIN / "a.safetensors"
+        store, path = self.store(tmp_path), tmp_path / FINGERPRINT / "a.safetensors"
         for _ in range(2):
             store.put("a", kv_of(0))
             assert same(store.get("a"), kv_of(0))
@@ -327,16 +327,16 @@ class TestDisk:
         assert self.store(tmp_path).get("a", shape) is None and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image" in self.said[0]
 
     def test_lines_go_to_stderr_by_default(self, tmp_path, capsys):
-        store = ImageStore(0, tmp_path, origin=ORIGIN)
-        (tmp_path / ORIGIN / "a.safetensors").write_bytes(b"")
+        store = ImageStore(0, tmp_path, fingerprint=FINGERPRINT)
+        (tmp_path / FINGERPRINT / "a.safetensors").write_bytes(b"")
         assert store.get("a") is None
         assert capsys.readouterr().err.startswith(f"warning: {tmp_path}")
 
     def test_a_whole_file_that_cannot_be_opened_stays(self, tmp_path):
         """Too many open files, say: nothing is wrong with it."""
-        ImageStore(folder=tmp_path, origin=ORIGIN).put("01", kv_of(1))
+        ImageStore(folder=tmp_path, fingerprint=FINGERPRINT).put("01", kv_of(1))
         lines: list[str] = []
-        store, limits, held = ImageStore(folder=tmp_path, origin=ORIGIN, say=lines.append), resource.getrlimit(resource.RLIMIT_NOFILE), []
+        store, limits, held = ImageStore(folder=tmp_path, fingerprint=FINGERPRINT, say=lines.append), resource.getrlimit(resource.RLIMIT_NOFILE), []
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
             with suppress(OSError):
@@ -348,7 +348,7 @@ class TestDisk:
                 os.close(number)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert files(tmp_path) == {"01"} and len(lines) == 1 and "goes on without" in lines[0] and "Too many open files" in lines[0]
-        assert same(ImageStore(folder=tmp_path, origin=ORIGIN).get("01"), kv_of(1))
+        assert same(ImageStore(folder=tmp_path, fingerprint=FINGERPRINT).get("01"), kv_of(1))
 
     def test_two_that_write_one_file_at_once_both_do(self, tmp_path):
         """Threads, or processes of two containers, which may have one number."""
@@ -380,7 +380,7 @@ class TestDisk:
     @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
     def test_a_read_only_folder_is_read_then_said_once(self, tmp_path):
         self.store(tmp_path).put("a", kv_of(0))
-        (tmp_path / ORIGIN).chmod(0o555)
+        (tmp_path / FINGERPRINT).chmod(0o555)
         try:
             store = self.store(tmp_path)
             assert same(store.get("a"), kv_of(0)) and not self.said
@@ -388,7 +388,7 @@ class TestDisk:
             store.put("c", kv_of(2))
             assert len(self.said) == 1 and files(tmp_path) == {"a"}
         finally:
-            (tmp_path / ORIGIN).chmod(0o755)
+            (tmp_path / FINGERPRINT).chmod(0o755)
 
     def test_a_full_disk_is_said_once_and_leaves_nothing_behind(self, tmp_path):
         store = self.store(tmp_path, memory_bytes=1 << 20)
@@ -404,18 +404,18 @@ class TestDisk:
         assert files(tmp_path) == {"a"} and len(store) == 3
 
     def test_killed_runs_leave_nothing_and_other_files_are_let_be(self, tmp_path):
-        (tmp_path / ORIGIN).mkdir()
+        (tmp_path / FINGERPRINT).mkdir()
         (tmp_path / "mine").mkdir()
         old, young = [".a.safetensors.17", ".tmpA1b2C3"], [".b.safetensors.18", ".tmpD4e5F6"]
-        others = [tmp_path / "mine" / "abc.safetensors", tmp_path / ORIGIN / "model.safetensors", tmp_path / ORIGIN / ".tmp", tmp_path / ORIGIN / "notes.txt"]
-        for path in (*(tmp_path / ORIGIN / name for name in old + young), *others):
+        others = [tmp_path / "mine" / "abc.safetensors", tmp_path / FINGERPRINT / "model.safetensors", tmp_path / FINGERPRINT / ".tmp", tmp_path / FINGERPRINT / "notes.txt"]
+        for path in (*(tmp_path / FINGERPRINT / name for name in old + young), *others):
             path.write_bytes(bytes(2000))
             os.utime(path, (time.time() - (10 if path.name in young else 4000),) * 2)
         store = self.store(tmp_path, disk_bytes=2 * 2000 + 2 * (2048 + 1024))
-        assert not any((tmp_path / ORIGIN / name).exists() for name in old)
+        assert not any((tmp_path / FINGERPRINT / name).exists() for name in old)
         for i, key in enumerate(("a", "b", "c")):  # beside what may still be being written there is room for two
             store.put(key, kv_of(i))
-        assert files(tmp_path / ORIGIN) == {"b", "c", *young, "model", ".tmp", "notes.txt"}
+        assert files(tmp_path / FINGERPRINT) == {"b", "c", *young, "model", ".tmp", "notes.txt"}
         assert all(path.exists() for path in others)
 
     def test_names_that_are_not_hex_never_reach_the_disk(self, tmp_path):
@@ -441,8 +441,8 @@ class TestAnswerer:
         monkeypatch.setattr(eval.predictor, "generate", lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made)
 
     def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
-        for store in (None, *(ImageStore(memory_bytes=0, folder=tmp_path, origin=model.origin()) for _ in range(2))):
-            answers = Answerer(model, renderer, store).answer(self.asked(), self.settings)
+        for store in (None, *(ImageStore(memory_bytes=0, folder=tmp_path, fingerprint=model.fingerprint()) for _ in range(2))):
+            answers = Predictor(model, renderer, store).answer(self.asked(), self.settings)
             if store is None:
                 assert [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
         assert [a.image_kv for a in answers] == ["reused", "reused", "none", "reused"]
@@ -451,50 +451,50 @@ class TestAnswerer:
 
     def test_changed_weights_do_not_find_the_old_ones(self, model, renderer, tmp_path):
         asked = self.asked()[:1]
-        Answerer(model, renderer, ImageStore(folder=tmp_path, origin=model.origin())).answer(asked, self.settings)
+        Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(asked, self.settings)
         with torch.no_grad():
             model.left.modality_projector.proj.weight.mul_(-1)
-        expected = Answerer(model, renderer).answer(asked, self.settings)
-        answers = Answerer(model, renderer, ImageStore(folder=tmp_path, origin=model.origin())).answer(asked, self.settings)
+        expected = Predictor(model, renderer).answer(asked, self.settings)
+        answers = Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(asked, self.settings)
         assert [a.image_kv for a in answers] == ["computed"] and answers[0].text == expected[0].text and self.tokens[0] != self.tokens[1]
 
     def test_a_damaged_file_costs_an_encode_and_nothing_else(self, model, renderer, tmp_path):
         said = []
         for _ in range(2):
-            store = ImageStore(folder=tmp_path, origin=model.origin(), say=said.append)
-            kinds = [a.image_kv for a in Answerer(model, renderer, store).answer(self.asked()[:2], self.settings)]
-            path = sorted((tmp_path / model.origin()).iterdir(), key=lambda p: p.stat().st_mtime_ns)[0]
+            store = ImageStore(folder=tmp_path, fingerprint=model.fingerprint(), say=said.append)
+            kinds = [a.image_kv for a in Predictor(model, renderer, store).answer(self.asked()[:2], self.settings)]
+            path = sorted((tmp_path / model.fingerprint()).iterdir(), key=lambda p: p.stat().st_mtime_ns)[0]
             path.write_bytes(path.read_bytes()[:-5])
         assert kinds == ["computed", "reused"] and self.encoded == [3, 1] and self.tokens[0] == self.tokens[1] and len(said) == 1
 
     def test_a_store_without_room_still_serves_the_batch(self, model, renderer):
         asked = self.asked()
-        expected = [a.text for a in Answerer(model, renderer).answer(asked, self.settings)]
+        expected = [a.text for a in Predictor(model, renderer).answer(asked, self.settings)]
         for room in (0, 1500):
             store = ImageStore(memory_bytes=room)
-            answers = Answerer(model, renderer, store).answer(asked, self.settings)
+            answers = Predictor(model, renderer, store).answer(asked, self.settings)
             assert [a.text for a in answers] == expected and [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
             assert sum(kv.data.nbytes for kv in store.memory.values()) == store.bytes <= room
         assert self.encoded == [3, 3, 3]
 
     def test_the_key_knows_bytes_shape_ids_images_and_precision(self, model, renderer):
-        answerer = Answerer(model, renderer)
+        predictor = Predictor(model, renderer)
         ids = renderer.image_block()
         tiles, images = random_tiles(1), [0] * len(ids)
-        first = Block(tiles, ids, images, 0)
+        first = ImageBlock(tiles, ids, images, 0)
         darker = tiles.clone()
         darker[0, 2, 63, 63] ^= 1
         others = [
-            Block(darker, ids, images, 0),
-            Block(tiles.view(1, 3, 32, 128), ids, images, 0),
-            Block(tiles, [ids[0] + 1, *ids[1:]], images, 0),
-            Block(tiles, ids, [1] * len(ids), 0),
+            ImageBlock(darker, ids, images, 0),
+            ImageBlock(tiles.view(1, 3, 32, 128), ids, images, 0),
+            ImageBlock(tiles, [ids[0] + 1, *ids[1:]], images, 0),
+            ImageBlock(tiles, ids, [1] * len(ids), 0),
         ]
         for block in (first, *others):
-            assert answerer.encode([block])[1] == [True]
-        assert answerer.encode([first, *others, first._replace(start=7, tiles=tiles.clone())])[1] == [False] * 6
+            assert predictor.encode([block])[1] == [True]
+        assert predictor.encode([first, *others, first._replace(start=7, tiles=tiles.clone())])[1] == [False] * 6
         with torch.autocast("cpu", torch.bfloat16):
-            assert answerer.encode([first, first])[1] == [True, False]
+            assert predictor.encode([first, first])[1] == [True, False]
         assert self.encoded == [1] * 6
 
     def test_an_image_kv_of_another_model_is_refused(self, model, renderer):
@@ -510,5 +510,5 @@ class TestAnswerer:
     def test_vanilla_models_leave_it_empty(self, tokenizer):
         config = replace(TINY_MODEL, left_context="none")
         store = ImageStore()
-        answers = Answerer(tiny_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, "none"), store).answer(self.asked(), self.settings)
+        answers = Predictor(tiny_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, "none"), store).answer(self.asked(), self.settings)
         assert [a.image_kv for a in answers] == ["none"] * 4 and len(store) == 0

@@ -1,4 +1,4 @@
-"""utils ← configs ← {data, models} ← {eval, hf} ← training ← {tools, scripts}, read from the imports."""
+"""utils ← configs ← {data, models} ← {eval, hf} ← training ← {tools, scripts}, read from the imports; and no circle among the files."""
 
 import ast
 from pathlib import Path
@@ -37,6 +37,20 @@ def test_layers():
     for name, path in modules().items():
         wrong = imported(path) & ((set(ALLOWED) | SCRIPTS) - ALLOWED[name.split(".")[0]])
         assert not wrong, f"{name} imports {wrong}"
+
+
+def test_no_circle():
+    """No file is reached from itself, type-checking imports included."""
+    names = modules()
+    arrows = {name: imported(path) & names.keys() for name, path in names.items()}
+    for start in names:
+        reached, waiting = set(), list(arrows[start])
+        while waiting:
+            name = waiting.pop()
+            if name not in reached:
+                reached.add(name)
+                waiting += arrows[name]
+        assert start not in reached, f"{start} is in a circle of imports with {sorted(n for n in reached if start in arrows[n])}"
 
 
 def test_models_take_tensors():

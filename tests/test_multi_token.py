@@ -20,11 +20,11 @@ from configs.model import GenerationConfig, MultiTokenConfig
 from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
-from eval.predictor import Answerer
-from models.generation import DraftShape, Passed, Shape, _closed_up, accept, draft_shape, follow, generate, prefill, probabilities, verify
+from eval.predictor import Predictor
+from models.generation import DraftScheduler, Shape, StepOutput, _closed_up, accept, draft_scheduler, follow, generate, prefill, probabilities, verify
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
-from models.multi_token import Drafts, ancestors, chains
+from models.multi_token import Drafts, chains, draft_tree_mask
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 from tests.programs import run_program
@@ -57,7 +57,7 @@ class TestLosses:
     def test_losses_are_those_of_a_loop_over_positions(self, tokenizer, renderer, vocabulary):
         """Head by head, position by position, with the whole logits; tokens that cannot be drafted count nothing."""
         model = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, vocabulary)))
-        heads, right, batch = model.right.heads, model.right, batch_of(renderer)
+        heads, right, batch = model.heads, model.right, batch_of(renderer)
         torch.nn.init.normal_(heads.down.weight)
         if vocabulary:
             heads.draft_ids.copy_(torch.arange(0, 302, 2))
@@ -84,13 +84,13 @@ class TestLosses:
 
     def test_heads_alone_learn_where_the_rest_is_frozen(self, tokenizer, renderer):
         model = tiny_model(tokenizer, WITH_HEADS)
-        for p in (model.right.heads.down.weight, model.right.heads.carry.weight):
+        for p in (model.heads.down.weight, model.heads.carry.weight):
             torch.nn.init.normal_(p)  # at first parts of them are 0
         for name, part in model.parts().items():
             part.requires_grad_(name == "heads")
         model(**batch_of(renderer)).head_loss_sums.sum().backward()
         moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        assert moved == {name for name, _ in model.named_parameters() if ".heads." in name}
+        assert moved == {name for name, _ in model.named_parameters() if name.startswith("heads.")}
 
     def test_heads_join_one_after_the_other(self):
         config = TrainConfig(head_weight=0.5, head_decay=0.5, head_warmup=10)
@@ -109,9 +109,9 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
-        self.stands, self.shapes = torch.full((3,), 0.5), {}
+        self.acceptance_rates, self.shapes = torch.full((3,), 0.5), {}
 
-    def rows(self, unembedding):
+    def unembedder(self, unembedding):
         return unembedding
 
     def draft(self, embedding, rows, hidden, tokens, count, pick):
@@ -165,14 +165,14 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         made = generate(model, images=[row], stop=-1, settings=GenerationConfig(max_new_tokens=20, speculative="off"), **one)
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
-    model.right.heads = Oracle(answers, wrong)
+    model.heads = Oracle(answers, wrong)
     monkeypatch.setattr(models.generation, "TREE_ROWS", 100)
     made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True), **batch)
     assert made.tokens == expected
     for one, other in zip(made.logprobs, plain.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     if mode == "on" and wrong > 2:
-        assert sum(made.passes) < 0.7 * sum(plain.passes)
+        assert sum(made.decode_steps) < 0.7 * sum(plain.decode_steps)
 
 
 TREE = Drafts(torch.tensor([[3, 0, 1, 4, 2]]), torch.tensor([[0, 0, 1, 3, 1]]))  # 3 → 1 → 4, 3 → 2, and 0
@@ -180,17 +180,17 @@ WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each place, from the toke
 
 
 def test_a_draft_sees_those_on_its_way():
-    sees = ancestors(TREE.parents)[0]
+    sees = draft_tree_mask(TREE.parents)[0]
     assert [{int(TREE.tokens[0, n - 1]) for n in place.nonzero()[:, 0].tolist() if n} for place in sees] == [set(way) for way in WAYS]
     assert sees.diagonal().all() and sees[:, 0].all() and sees.sum() == sum(len(way) + 1 for way in WAYS)
-    assert torch.equal(ancestors(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool()) and ancestors(torch.empty(3, 0, dtype=torch.int64)).all()
+    assert torch.equal(draft_tree_mask(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool()) and draft_tree_mask(torch.empty(3, 0, dtype=torch.int64)).all()
 
 
 def test_every_draft_counts_as_seen_behind_it():
     seen = torch.zeros(2, 6, dtype=torch.bool)
     seen[:, 5] = True
     tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
-    sees = ancestors(torch.stack((TREE.parents[0], torch.arange(5))))
+    sees = draft_tree_mask(torch.stack((TREE.parents[0], torch.arange(5))))
     found = models.generation._seen_with(seen, tokens, sees)
     expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
     assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == expected
@@ -217,7 +217,7 @@ def test_the_cache_keeps_the_slots_of_a_path():
     for layer in range(2):
         cache.extend(layer, keys[layer], values[layer], None)
     paths = [[0, 2, 4, 5], [0], [0, 1, 3]]
-    cache.settle(start, paths)
+    cache.commit(start, paths)
     assert cache.lengths == [6, 5, 6]
     for row, (at, path) in enumerate(zip(start, paths, strict=True)):
         for kept, new in ((cache.keys, keys), (cache.values, values)):
@@ -228,13 +228,14 @@ def test_the_cache_keeps_the_slots_of_a_path():
 def test_a_tree_holds_the_likeliest_ways(tokenizer):
     """Against the heads applied one by one, three ways followed at each of three steps: the likeliest of all that were found; with width 1 the chain."""
     torch.manual_seed(1)
-    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, 20))).right.heads
+    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, 20))).heads
     heads.draft_ids.copy_(torch.arange(200, 220))
     torch.nn.init.normal_(heads.down.weight)
     embedding, hidden, tokens = torch.nn.Embedding(302, 48), torch.randn(3, 48), torch.tensor([3, 250, 7])
     rows = heads.rows(embedding.weight)
     with torch.no_grad():
-        made = heads.tree(embedding, rows, hidden, tokens, 3, 3, 12)
+        unembed = heads.unembedder(embedding.weight)
+        made = heads.tree(embedding, unembed, hidden, tokens, 3, 3, 12)
         for b in range(3):
             ways: dict[tuple[int, ...], float] = {}
             followed = {(): (0.0, hidden[b])}  # way: log-probability and state
@@ -250,8 +251,8 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
             for token, parent in zip(made.tokens[b].tolist(), made.parents[b].tolist(), strict=True):
                 found.append((*found[parent], token))
             assert sorted(found[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12]) and max(map(len, found)) == 3
-        chain = heads.draft(embedding, rows, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
-        narrow = heads.tree(embedding, rows, hidden, tokens, 2, 1, 8)
+        chain = heads.draft(embedding, unembed, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
+        narrow = heads.tree(embedding, unembed, hidden, tokens, 2, 1, 8)
         assert torch.equal(chain.tokens, narrow.tokens) and torch.equal(chain.parents, narrow.parents)
 
 
@@ -280,7 +281,7 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     """Second tokens of 20,000 answers, drafted by heads, against the exact distribution: χ² within its bound (fixed seed)."""
     model = lively_model(tokenizer, WITH_HEADS)
     torch.manual_seed(3)
-    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt = renderer.prompt([], [{"user": "what is it?"}])
     settings = GenerationConfig(sampling=True, temperature=1.5, top_k=6, max_new_tokens=3, speculative="on", seed=5)
     rows = 10_000
@@ -303,12 +304,12 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     chi = ((seen - rows * expected) ** 2 / (rows * expected))[cells].sum()
     freedom = int(cells.sum()) - 1
     assert chi < freedom + 5 * (2 * freedom) ** 0.5, (chi, freedom)
-    assert sum(made.passes) < 3 * rows  # some drafts stood
+    assert sum(made.decode_steps) < 3 * rows  # some drafts stood
 
 
 def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, renderer):
     model = lively_model(tokenizer, WITH_HEADS)
-    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt, ids = prompt_ids(renderer, 0, "what is it?")
     made = [
         generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode), **collate_prompts([prompt]))
@@ -328,11 +329,11 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
 
 def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     """Ids, not places in the list of what can be drafted; and the distribution lies on them alone."""
-    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(2, 32, 20))).right.heads
+    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(2, 32, 20))).heads
     heads.draft_ids.copy_(torch.arange(200, 220))
     embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
     places = torch.tensor([0, 3, 19, 7, 7])
-    drafts, _, proposed = heads.draft(embedding, heads.rows(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
+    drafts, _, proposed = heads.draft(embedding, heads.unembedder(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
     assert drafts.tolist() == [[200 + p] * 2 for p in places.tolist()]
     assert proposed.shape == (5, 2, 302) and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2)) and proposed[..., :200].sum() == proposed[..., 220:].sum() == 0
 
@@ -355,13 +356,13 @@ def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
 class TestDraftShape:
     def run(self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None) -> float:
         """A decoder whose drafts stand with these chances and cost so much each; `tree`: the same of a tree, and what it costs → tokens in the time that plain decoding takes for one."""
-        g, shapes, clock, made = torch.Generator().manual_seed(0), DraftShape([0.5] * len(chances), "auto", 4 if tree else 1), 0.0, 0
+        g, shapes, clock, made = torch.Generator().manual_seed(0), DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1), 0.0, 0
         while made < tokens:
             k, width = shape = shapes()
-            stands = torch.rand(len(chances), generator=g) < torch.tensor(tree[0] if tree and width > 1 else chances)
-            count = int(stands[:k].long().cumprod(0).sum()) if k else 0
+            acceptance_rates = torch.rand(len(chances), generator=g) < torch.tensor(tree[0] if tree and width > 1 else chances)
+            count = int(acceptance_rates[:k].long().cumprod(0).sum()) if k else 0
             seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
-            shapes.told(shape, [count], [1 + count], seconds)
+            shapes.record_step(shape, [count], [1 + count], seconds)
             clock, made = clock + seconds, made + 1 + count
         return made / clock
 
@@ -390,22 +391,22 @@ class TestDraftShape:
 
     def test_notices_that_the_text_has_become_easy(self):
         """Drafts that never stood and then always do are in use within 300 passes."""
-        shapes = DraftShape([0.5] * 4, "auto")
+        shapes = DraftScheduler([0.5] * 4, "auto")
         easy = []
         for i in range(1300):
             shape = shapes()
-            shapes.told(shape, [shape.depth if i >= 1000 else 0], [1 + (shape.depth if i >= 1000 else 0)], 1 + 0.1 * shape.depth)
+            shapes.record_step(shape, [shape.depth if i >= 1000 else 0], [1 + (shape.depth if i >= 1000 else 0)], 1 + 0.1 * shape.depth)
             easy.append(shape.depth)
         assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19  # a plain pass comes now and then, to be timed
 
     def test_the_first_pass_of_a_shape_says_little_of_its_cost(self):
         """It prepares kernels: answers go on to be drafted."""
-        shapes, made = DraftShape([0.9] * 4, "auto"), set()
+        shapes, made = DraftScheduler([0.9] * 4, "auto"), set()
         for _ in range(4):
-            shapes.prompted(1.0)
+            shapes.start_answer(1.0)
             for _ in range(40):
                 shape = shapes()
-                shapes.told(shape, [shape.depth], [1 + shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
+                shapes.record_step(shape, [shape.depth], [1 + shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
                 made.add(shape)
         assert shapes() == Shape(4) and shapes.cost(Shape(4)) < 1.3
 
@@ -413,77 +414,77 @@ class TestDraftShape:
     def test_a_disturbed_pass_does_not_last(self, times):
         """A plain one seems dear, so all drafts would seem to pay; or a shape's first one."""
         for disturbed in (1, 2, 3, 4):
-            shapes, passes, losses = DraftShape([0.5] * 4, "auto", 4), 0, []
+            shapes, decode_steps, losses = DraftScheduler([0.5] * 4, "auto", 4), 0, []
             for _ in range(8):
-                shapes.prompted(1.0)
+                shapes.start_answer(1.0)
                 seconds, undisturbed = 1.0, 1.0
                 for _ in range(63):
-                    shape, passes = shapes(), passes + 1
+                    shape, decode_steps = shapes(), decode_steps + 1
                     usual = 1 + 0.1 * shape.depth * (2 if shape.width > 1 else 1)
-                    shapes.told(shape, [0], [1], usual * (times if passes == disturbed else 1))
+                    shapes.record_step(shape, [0], [1], usual * (times if decode_steps == disturbed else 1))
                     seconds, undisturbed = seconds + usual, undisturbed + 1
                 losses.append(seconds / undisturbed - 1)
             assert max(losses) < 0.06, (disturbed, losses)
 
     def test_what_plain_passes_take_is_noticed_while_drafts_win(self):
-        shapes, plain = DraftShape([0.9] * 4, "auto"), []
+        shapes, plain = DraftScheduler([0.9] * 4, "auto"), []
         for number in range(400):
             shape = shapes()
             plain += [number] * (shape.depth == 0)
-            shapes.told(shape, [shape.depth], [1 + shape.depth], 1 + 0.05 * shape.depth)
-        assert len(plain) > 6 and max(b - a for a, b in pairwise([*plain, 400])) <= DraftShape.AGAIN + 1
+            shapes.record_step(shape, [shape.depth], [1 + shape.depth], 1 + 0.05 * shape.depth)
+        assert len(plain) > 6 and max(b - a for a, b in pairwise([*plain, 400])) <= DraftScheduler.AGAIN + 1
 
     @pytest.mark.parametrize("width", [1, 4])
     def test_an_answer_lives_off_no_other(self, width):
         """After many whose drafts all stood, a short one whose drafts all fall."""
-        shapes = DraftShape([0.5] * 4, "auto", width)
+        shapes = DraftScheduler([0.5] * 4, "auto", width)
         for number in range(21):
-            shapes.prompted(1.0)
+            shapes.start_answer(1.0)
             seconds, made = 1.0, 1
             while made < 16:
                 shape = shapes()
                 usual, count = 1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1), shape.depth if number < 20 else 0
-                shapes.told(shape, [count], [1 + count], usual)
+                shapes.record_step(shape, [count], [1 + count], usual)
                 seconds, made = seconds + usual, made + 1 + count
-        assert seconds / made < 1.03 + DraftShape.CARRY / 16
+        assert seconds / made < 1.03 + DraftScheduler.CARRY / 16
 
     def test_drafts_that_stand_behind_short_answers_gain_nothing(self):
         """Of two tokens, the second of which ends it: a draft that is this end stands each time, and no pass is saved."""
-        shapes, seconds, plain = DraftShape([0.5] * 4, "auto"), 0.0, 0.0
+        shapes, seconds, plain = DraftScheduler([0.5] * 4, "auto"), 0.0, 0.0
         for _ in range(300):
-            shapes.prompted(1.0)
+            shapes.start_answer(1.0)
             shape = shapes()
-            shapes.told(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.3 * shape.depth)
+            shapes.record_step(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.3 * shape.depth)
             seconds, plain = seconds + 1 + usual, plain + 2
         assert 1 < seconds / plain < 1.03
 
     def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
-        heads, settings = tiny_model(tokenizer, WITH_HEADS).right.heads, GenerationConfig(draft_width=5)
-        assert [draft_shape(heads, rows, settings).width for rows in (1, 2, 3, 8)] == [5, 5, 1, 1]
-        assert draft_shape(heads, 1, replace(settings, sampling=True)).width == draft_shape(heads, 1, replace(settings, draft_width=1)).width == 1
+        heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig(draft_width=5)
+        assert [draft_scheduler(heads, rows, settings).width for rows in (1, 2, 3, 8)] == [5, 5, 1, 1]
+        assert draft_scheduler(heads, 1, replace(settings, sampling=True)).width == draft_scheduler(heads, 1, replace(settings, draft_width=1)).width == 1
 
     def test_off_and_on(self):
-        assert DraftShape([0.5] * 4, "off")() == Shape(0) == DraftShape([], "on")()
-        assert DraftShape([0.0] * 4, "on")() == Shape(4) and DraftShape([0.0] * 4, "on", 3)() == Shape(4, 3)
+        assert DraftScheduler([0.5] * 4, "off")() == Shape(0) == DraftScheduler([], "on")()
+        assert DraftScheduler([0.0] * 4, "on")() == Shape(4) and DraftScheduler([0.0] * 4, "on", 3)() == Shape(4, 3)
 
 
 def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
     """An end-of-turn token among drafts that stand, or behind them; an end that the caller sets; the most tokens of one row of two."""
     model = tiny_model(tokenizer, WITH_HEADS)
     prompt, stop, told = renderer.prompt([], [{"user": "what is it?"}]), 7, []
-    monkeypatch.setattr(DraftShape, "told", lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)))
+    monkeypatch.setattr(DraftScheduler, "record_step", lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)))
 
-    def answers(passes: list[list[list[int]]], most: int, rows: int = 1, on_tokens: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+    def answers(decode_steps: list[list[list[int]]], most: int, rows: int = 1, on_tokens: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
         """Of as many rows; a pass gives each of them tokens."""
 
-        def one_pass(m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any) -> Passed:
-            made = passes.pop(0)
-            return Passed(torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden)
+        def decode_step(m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any) -> StepOutput:
+            made = decode_steps.pop(0)
+            return StepOutput(torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden)
 
         settings = GenerationConfig(max_new_tokens=most, speculative="on", draft_width=1)
-        monkeypatch.setattr(models.generation, "one_pass", one_pass)
+        monkeypatch.setattr(models.generation, "decode_step", decode_step)
         made = generate(model, images=[[]] * rows, stop=stop, settings=settings, on_tokens=on_tokens, **collate_prompts([prompt] * rows))
-        assert not passes
+        assert not decode_steps
         return [tokens[1:] for tokens in made.tokens]  # the first is the model's own
 
     assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and told.pop() == (3, [2], [2])
@@ -503,7 +504,7 @@ def test_rows_that_are_done_leave_the_cache():
         cache.positions = torch.stack([torch.where(torch.arange(8) < n, torch.arange(8), NEVER) for n in cache.lengths])
         before, order = (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()), _closed_up(done)
         assert sorted(order) == [i for i in range(5) if not done[i]] and sum(new != old for new, old in enumerate(order)) == sum(done[: len(order)])
-        cache.keep(order)
+        cache.select_rows(order)
         assert cache.lengths == [before[0][i] for i in order] and torch.equal(cache.positions, before[3][order])
         for made, was in ((cache.keys, before[1]), (cache.values, before[2])):
             assert made.shape[1] == len(order) and all(torch.equal(made[:, new, :, :n], was[:, old, :, :n]) for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True)))
@@ -513,7 +514,7 @@ def test_rows_that_are_done_leave_the_cache():
 def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, renderer, mode):
     """Six prompts of different lengths, ended from outside: the first, the last and those in the middle."""
     model = lively_model(tokenizer, WITH_HEADS)
-    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompts = [
         renderer.prompt([], [{"user": text}]) for text in ("what is it?", "what?", "what color is the shape, and why?", "is it?", "the color?", "a shape or an image of a shape?")
     ]
@@ -532,14 +533,14 @@ def test_speculation_needs_heads(model, renderer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
     """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
-    from models.kernels.packed_linear import Packed
+    from models.kernels.packed_linear import Packed, pack_for_decoding
 
     if not Packed.available(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
     plain, packed = (tiny_model(tokenizer, WITH_HEADS).to(dtype) for _ in range(2))
-    torch.nn.init.normal_(plain.right.heads.down.weight, std=0.3)
+    torch.nn.init.normal_(plain.heads.down.weight, std=0.3)
     packed.load_state_dict(plain.state_dict())
-    packed.right.pack()
+    pack_for_decoding(packed)
     ids = torch.tensor([renderer.prompt([], [{"user": "what is it?"}]).right_ids])
     positions = torch.arange(ids.shape[1])[None]
     mask = (positions[:, None, :] <= positions[:, :, None])[:, None]
@@ -547,9 +548,9 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
         a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
         x, token = torch.randn(2, 32, 48).to(dtype)
-        a, b = (m.right.heads.step(x, token) for m in (plain, packed))
+        a, b = (m.heads.step(x, token) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        blocks, unembedding = packed.right.packed
+        blocks, unembedding = packed.right.decode.blocks, packed.right.unembed
         for part in (blocks[0].gate_up, unembedding):
             assert all(torch.equal(part(x[:n]), part(x)[:n]) for n in (1, 2, 5, 8, 17))
     with pytest.raises(ValueError, match="packed"):
@@ -567,7 +568,7 @@ DECODERS = {
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder):
     """Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as in training. Images, norms and biases are not trivial."""
-    from models.kernels.packed_linear import Packed
+    from models.kernels.packed_linear import Packed, pack_for_decoding
 
     if not Packed.available(torch.empty(1)):
         pytest.skip("oneDNN has no kernels for this CPU")
@@ -577,7 +578,7 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
             if p.dim() == 1 and "right" in name:
                 p.add_(torch.randn(p.shape) * 0.5)
     packed.load_state_dict(plain.state_dict())
-    packed.right.pack()
+    pack_for_decoding(packed)
     tiles = random_tiles(2, seed=5)
     prompt, _ = prompt_ids(renderer, 2, "what color?")
     short = renderer.prompt([], [{"user": "what?"}])
@@ -600,10 +601,10 @@ def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_pa
     tokenizer.save(tmp_path)
     if kernels == "none":
         monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
-    answerer = Answerer.from_pretrained(tmp_path, dtype="bf16")
-    assert (answerer.model.right.packed is None) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    predictor = Predictor.from_pretrained(tmp_path, dtype="bf16")
+    assert (predictor.model.right.decode is None) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for mode in ("on", "off"):
-        answer = answerer.answer([([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode))[0]
+        answer = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode))[0]
         assert answer.tokens == 8 or answer.text
 
 
@@ -633,7 +634,7 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "joint/metrics.jsonl").read_text().splitlines()]
     assert all(len(m["head_losses"]) == 2 and m["head_losses"][0] > 0 for m in metrics if "loss" in m)
-    assert any(name.startswith("right.heads.") for name in load_file(tmp_path / "joint/model/model.safetensors"))
+    assert any(name.startswith("heads.") for name in load_file(tmp_path / "joint/model/model.safetensors"))
     run_program([*train, "--output_dir", "plain"], tmp_path).check_returncode()
     give = [
         sys.executable,
@@ -660,7 +661,7 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
         json.loads(run_program([sys.executable, str(ROOT / "generate.py"), "--checkpoint", folder, *ask, *more], tmp_path).stdout)
         for folder, more in (("plain/model", []), ("with_heads", ["--speculative", "on"]), ("with_heads", ["--speculative", "off"]))
     ]
-    assert said[0]["answer"] == said[1]["answer"] == said[2]["answer"] and said[1]["passes"] <= said[2]["passes"] == said[0]["passes"]
+    assert said[0]["answer"] == said[1]["answer"] == said[2]["answer"] and said[1]["decode_steps"] <= said[2]["decode_steps"] == said[0]["decode_steps"]
 
 
 def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(tmp_path, model, renderer, image_file):
@@ -670,7 +671,7 @@ def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(tmp_pa
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = io.StringIO()
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, tokens=20, answer_tokens=6, rows=5)
-    told = collect(Answerer(model, renderer), config, Console(file=out, width=200))
+    told = collect(Predictor(model, renderer), config, Console(file=out, width=200))
     assert sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1  # one image, one question
     assert "questions left out" in out.getvalue()
 
@@ -682,7 +683,7 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
     lines = [{"image": path.name, "texts": [{"user": f"q{i}", "assistant": "x"}]} for i, path in enumerate(copies)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
-    learnt, held_out = ({text for _, text in next(asked(Answerer(model, renderer), config, held_out=which))} for which in (False, True))
+    learnt, held_out = ({text for _, text in next(asked(Predictor(model, renderer), config, held_out=which))} for which in (False, True))
     assert (len(learnt), len(held_out)) == (4, 2) and learnt | held_out == {f"q{i}" for i in range(6)}
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from configs.model import GenerationConfig, VisionConfig
 from data.images import Tiles
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.vision_encoder import VisionEncoder, complete_vision
+from models.vision_encoder import VisionEncoder, resolve_vision
 from models.weights.pretrained import load_vision_weights
 from tests.conftest import random_tiles
 from utils.errors import UsageError, UserError
@@ -34,10 +34,10 @@ def edit(path, change) -> None:
 
 
 def test_round_trip(model, renderer, folder):
-    again = Answerer.from_pretrained(folder)
+    again = Predictor.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True))
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
-    assert again.answer(asked, GenerationConfig())[0].text == Answerer(model, renderer).answer(asked, GenerationConfig())[0].text
+    assert again.answer(asked, GenerationConfig())[0].text == Predictor(model, renderer).answer(asked, GenerationConfig())[0].text
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -107,7 +107,7 @@ def _cut(name, share):
 def test_damaged_folders(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
-        Answerer.from_pretrained(folder)
+        Predictor.from_pretrained(folder)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
 
 
@@ -116,7 +116,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
 
     Tokenizer.train(["another text altogether, with other words"] * 5, 280).save(folder)
     with pytest.raises(UserError, match="do not belong together"):
-        Answerer.from_pretrained(folder)
+        Predictor.from_pretrained(folder)
 
 
 def test_a_run_folder_points_to_its_model(folder):
@@ -174,16 +174,16 @@ def test_vision_weights_that_cannot_be_had(change, message):
     ],
 )
 def test_timm_says_size_and_grid(name, own_size, grid):
-    config = complete_vision(VisionConfig(name))
+    config = resolve_vision(VisionConfig(name))
     assert (config.image_size, config.grid) == (own_size, grid)
-    twice = complete_vision(VisionConfig(name, image_size=2 * own_size))
+    twice = resolve_vision(VisionConfig(name, image_size=2 * own_size))
     assert (twice.image_size, twice.grid) == (2 * own_size, 2 * grid)
 
 
 @pytest.mark.parametrize(("name", "size"), [("vit_base_patch16_siglip_224", 100), ("vit_small_patch16_dinov3", 100), ("tf_efficientnet_lite0", 8), ("fastvit_mci0", 31)])
 def test_a_tile_size_that_the_encoder_cannot_take(name, size):
     with pytest.raises(UsageError, match=f"image_size = {size}"):
-        complete_vision(VisionConfig(name, image_size=size))
+        resolve_vision(VisionConfig(name, image_size=size))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
@@ -194,7 +194,7 @@ def test_features_of_a_local_file_equal_timms(name, tmp_path):
     torch.manual_seed(0)
     whole = timm.create_model(name).eval()
     save_file(whole.state_dict(), tmp_path / "weights.safetensors")
-    encoder = VisionEncoder(complete_vision(VisionConfig(name, str(tmp_path / "weights.safetensors"))))
+    encoder = VisionEncoder(resolve_vision(VisionConfig(name, str(tmp_path / "weights.safetensors"))))
     load_vision_weights(encoder)
     tiles = random_tiles(1, side=encoder.config.image_size)
     mean, std = (torch.tensor(whole.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))

@@ -15,7 +15,7 @@ from data.packing import Budget, RowStream
 from data.render import IGNORE, Document, Renderer
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS
 from models.kernels import attention
-from models.kernels.attention import attend, planned
+from models.kernels.attention import attend, attention_layout
 from models.masks import NEVER, cache_mask, left_mask, right_mask
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=150)
@@ -151,9 +151,9 @@ def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MOST", most), ("ALIGNED", aligned), ("SPREAD", spread)):
             patch.setattr(attention, name, value)
-        plan = planned(mask, 2)
-    assert isinstance(plan, attention.SpanPlan)
-    out, expected = attend(*inputs, plan), F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
+        layout = attention_layout(mask, 2)
+    assert isinstance(layout, attention.BlockSparseLayout)
+    out, expected = attend(*inputs, layout), F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(out)
     for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True):

@@ -16,10 +16,10 @@ from configs.train import TrainConfig
 from data.collators import collate
 from data.render import Renderer
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.masks import right_mask
-from models.weights.language_models import complete_decoders, decoder_config, find_language_model, load_language_weights, table_rows
+from models.weights.language_models import decoder_config, find_language_model, load_language_weights, resolve_decoders, table_rows
 from tests.conftest import TINY_MODEL
 from tests.test_dual_tower import make_sample
 from tests.test_language_models import reference as tiny_reference
@@ -47,7 +47,7 @@ def tokenizer(folder) -> Tokenizer:
 @pytest.fixture(scope="module")
 def dual(folder, tokenizer) -> DualTowerVLM:
     config = replace(TINY_MODEL, projector=ProjectorConfig(pixel_shuffle=2, norm=True), left=DecoderConfig(weights=SOURCE), right=DecoderConfig(weights=SOURCE))
-    config = complete_decoders(config, folder.parent.parent)
+    config = resolve_decoders(config, folder.parent.parent)
     model = DualTowerVLM(config, tokenizer.vocabulary)
     load_language_weights(model, folder.parent.parent)
     return model.eval()
@@ -133,7 +133,7 @@ def test_new_markers_are_the_mean_embedding_and_the_last_left_layer_has_keys_and
 
 
 def test_it_answers_sensibly(dual, tokenizer):
-    answer = Answerer(dual, Renderer(tokenizer, 4)).answer([([], "What is the capital of France?")], GenerationConfig(max_new_tokens=16))[0]
+    answer = Predictor(dual, Renderer(tokenizer, 4)).answer([([], "What is the capital of France?")], GenerationConfig(max_new_tokens=16))[0]
     assert "Paris" in answer.text
 
 
@@ -208,7 +208,7 @@ def test_every_tensor_of_a_language_model_is_accounted_for_in_either_tower(token
     assert other.config.vocab_size == 90
     towers = {"left": whole, "right": whole, tower: replace(whole, weights=str(source))}
     with pytest.raises(UserError, match=message):
-        config = complete_decoders(replace(TINY_MODEL, **towers), tmp_path)
+        config = resolve_decoders(replace(TINY_MODEL, **towers), tmp_path)
         load_language_weights(DualTowerVLM(config, Vocabulary(100, 65)), tmp_path)
 
 

@@ -20,7 +20,7 @@ from tests.programs import run_program
 from tests.test_diagnostics import Given
 from tests.test_dual_tower import make_sample
 from tests.test_training import command
-from training.ema import KEY, averaged
+from training.ema import KEY, ema_weights
 from training.estimate import dry_run
 from training.muon import Muon, orthogonal
 from training.optim import make_optimizers
@@ -58,7 +58,7 @@ def test_averages_are_those_of_the_weights_after_each_step(tokenizer, rows, monk
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moved = [name for name in weights if not torch.equal(weights[name], start[name])]
     assert any(name.startswith("right.layers") for name in moved)
-    with averaged(optimizers):
+    with ema_weights(optimizers):
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-7)
             assert name not in moved or not torch.equal(p, weights[name]), name
@@ -156,9 +156,9 @@ def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
 
 
 def overflow_often() -> None:
-    import training.loop
+    import training.trainer
 
-    training.loop.grad_scaler = lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**80, backoff_factor=2.0**-30)
+    training.trainer.grad_scaler = lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**80, backoff_factor=2.0**-30)
 
 
 def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):

@@ -62,8 +62,8 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
                     if len(run) <= k or -100 in run:
                         break
                     with torch.no_grad():
-                        state = model.right.heads.step(state, model.right.embed_tokens.weight[run[k - 1]])
-                        guess = int((model.right.heads.norm(state) @ model.right.unembedding.T).argmax())
+                        state = model.heads.step(state, model.right.embed_tokens.weight[run[k - 1]])
+                        guess = int((model.heads.norm(state) @ model.right.unembedding.T).argmax())
                     by_head[k - 1][0] += guess == run[k]
                     by_head[k - 1][1] += 1
                 place += 1

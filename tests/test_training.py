@@ -29,11 +29,11 @@ from configs.model import VisionConfig
 from configs.train import Config, TrainConfig
 from data.collators import collate
 from data.packing import Budget
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from eval.validation import Validation, save_samples
-from models.language_model import Block
+from models.language_model import DecoderBlock
 from models.vision_encoder import VisionEncoder
-from models.weights.pretrained import fingerprint
+from models.weights.pretrained import module_fingerprint
 from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
 from tests.programs import Program, run_program
 from tests.test_dual_tower import make_sample
@@ -41,12 +41,12 @@ from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, rea
 from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
-from training.loop import StopSignals
 from training.optim import make_optimizers, schedule
 from training.step import train_step
+from training.trainer import StopSignals
 from utils.errors import UsageError, UserError
 from utils.files import replacing_folder
-from utils.ranks import ALONE
+from utils.ranks import SINGLE_PROCESS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
@@ -58,7 +58,7 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def save(folder: Path, step: int, model: Any, optimizers: Any, state: dict[str, Any], keep: int = 2) -> None:
-    saver = Saver(folder, keep, ALONE)
+    saver = Saver(folder, keep, SINGLE_PROCESS)
     saver.save(step, model, optimizers, lambda: state, lambda: None)
     saver.wait()
 
@@ -567,9 +567,9 @@ def batches(renderer, tokenizer):
 
 def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
     """Micro-batches with different numbers of supervised tokens: still sum of loss ÷ supervised tokens of the whole step."""
-    pieces, whole = batches
+    token_logprobs, whole = batches
     weights = []
-    for source, accumulation in ((Given(pieces), 8), (Given([whole]), 1)):
+    for source, accumulation in ((Given(token_logprobs), 8), (Given([whole]), 1)):
         model = tiny_model(tokenizer)
         config = Config(model=TINY_MODEL, train=TrainConfig(accumulation=accumulation, dtype="fp32", warmup_steps=0, clip=0.0))
         optimizers = make_optimizers(model, config.train)
@@ -742,7 +742,7 @@ def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, ba
         model = tiny_model(tokenizer).train()
         model.parts()["vision"].requires_grad_(False)  # has no decoder blocks, but most of what is kept
         for block in model.modules():
-            if isinstance(block, Block):
+            if isinstance(block, DecoderBlock):
                 block.recompute = recompute
         kept.append(kept_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
         model(**batches[0][0]).loss_sum.backward()
@@ -759,7 +759,7 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(renderer, tokenize
     for compiled in (False, True):
         model = tiny_model(tokenizer).train()
         for block in model.modules():
-            if isinstance(block, Block) and compiled:
+            if isinstance(block, DecoderBlock) and compiled:
                 block.compiled = torch.compile(block.run)
         losses = []
         for number, batch in enumerate(rows):
@@ -960,7 +960,7 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path):
 
 def test_memory_for_copies_is_made_before_the_first_save(model, tmp_path):
     optimizers = make_optimizers(model, TrainConfig())
-    saver = Saver(tmp_path, 1, ALONE)
+    saver = Saver(tmp_path, 1, SINGLE_PROCESS)
     saver.prepare(model, optimizers)
     saver.copied()
     saver.wait()
@@ -983,7 +983,7 @@ def test_adapters_by_flag_resume_and_end_merged(tmp_path):
     adapter = load_file(tmp_path / "whole" / "adapters" / "right" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # layers, linear layers, A and B
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 1  # a resumed run knows its encoder by the weights
-    Answerer.from_pretrained(tmp_path / "whole" / "model")
+    Predictor.from_pretrained(tmp_path / "whole" / "model")
 
 
 def test_a_failed_export_leaves_the_old_one_whole(tmp_path, monkeypatch):
@@ -1088,6 +1088,6 @@ class TestFeatureCache:
 
     def test_the_fingerprint_knows_weights_and_constants(self):
         a, b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        assert fingerprint(a) == fingerprint(b)
+        assert module_fingerprint(a) == module_fingerprint(b)
         b.running_mean[1] = 0.5
-        assert fingerprint(a) != fingerprint(b)
+        assert module_fingerprint(a) != module_fingerprint(b)

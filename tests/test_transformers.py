@@ -24,7 +24,7 @@ from configs.model import GenerationConfig, MultiTokenConfig
 from configs.train import Config
 from data.collators import collate_prompts
 from data.tokenizer import Tokenizer
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from hf.export import code_files, flattened, main
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model
@@ -62,7 +62,7 @@ print(json.dumps([[row[0]["generated_text"] for row in told], made.tolist()]))
 
 class Exported(NamedTuple):
     folder: Path
-    own: Answerer
+    own: Predictor
     model: Any
     processor: Any
     images: dict[str, str]
@@ -90,11 +90,11 @@ def modules_cache(tmp_path_factory):
 def exported(request, tokenizer, images, modules_cache, tmp_path_factory) -> Exported:
     folder = tmp_path_factory.mktemp("exported") / request.param
     model = lively_model(tokenizer, KINDS[request.param])
-    torch.nn.init.normal_(model.right.heads.down.weight, std=0.3)
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     export(model, folder, tokenizer, Config(model=model.config), folder)
     loaded, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
-    return Exported(folder, Answerer.from_pretrained(folder), loaded, AutoProcessor.from_pretrained(folder, trust_remote_code=True), images)
+    return Exported(folder, Predictor.from_pretrained(folder), loaded, AutoProcessor.from_pretrained(folder, trust_remote_code=True), images)
 
 
 def asked(images: dict[str, str], questions: list[tuple[list[str], str]]) -> list[list[dict]]:
@@ -106,12 +106,12 @@ def inputs_of(e: Exported, chats: list) -> Any:
     return e.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 
 
-def own_tokens(e: Exported, answerer: Answerer, settings: GenerationConfig) -> list[list[int]]:
+def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) -> list[list[int]]:
     """This project's answers to QUESTIONS."""
-    shown = [[answerer.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
-    prompts = [answerer.renderer.prompt([i.grid for i in images], [{"user": text}]) for images, (_, text) in zip(shown, QUESTIONS, strict=True)]
-    kvs, tiles = answerer.images_of(prompts, shown)[0], answerer.tiles_of(shown)
-    return generate(answerer.model, images=kvs, stop=answerer.renderer.tokenizer.turn_end, settings=settings, tiles=tiles, **collate_prompts(prompts)).tokens
+    shown = [[predictor.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
+    prompts = [predictor.renderer.prompt([i.grid for i in images], [{"user": text}]) for images, (_, text) in zip(shown, QUESTIONS, strict=True)]
+    kvs, tiles = predictor.images_of(prompts, shown)[0], predictor.tiles_of(shown)
+    return generate(predictor.model, images=kvs, stop=predictor.renderer.tokenizer.turn_end, settings=settings, tiles=tiles, **collate_prompts(prompts)).tokens
 
 
 def ended(tokens: list[list[int]], most: int, end: int) -> list[list[int]]:
@@ -137,13 +137,13 @@ def test_outside_of_the_project(kind, tokenizer, images, tmp_path):
     """A process of its own, isolated, in another folder: `import models` fails there."""
     model = lively_model(tokenizer, KINDS[kind])
     export(model, tmp_path / "model", tokenizer, Config(model=model.config), tmp_path)
-    answerer = Answerer.from_pretrained(tmp_path / "model")
+    predictor = Predictor.from_pretrained(tmp_path / "model")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", "-c", OUTSIDE, str(tmp_path / "model"), json.dumps(asked(images, QUESTIONS))]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, tokens = json.loads(done.stdout.splitlines()[-1])
-    expected = own_tokens(Exported(tmp_path, answerer, None, None, images), answerer, GenerationConfig(max_new_tokens=9))
+    expected = own_tokens(Exported(tmp_path, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9))
     assert tokens == ended(expected, 9, tokenizer.turn_end) and told == [tokenizer.decode(row) for row in expected]
 
 
@@ -154,7 +154,7 @@ def test_weights_are_those_of_the_file(exported, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(exported.model.buffers(), exported.own.model.buffers(), strict=True))  # those that no file holds too
     exported.model.save_pretrained(tmp_path)
     exported.processor.save_pretrained(tmp_path)
-    again = Answerer.from_pretrained(tmp_path).model.state_dict()
+    again = Predictor.from_pretrained(tmp_path).model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     other = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:]))
@@ -175,7 +175,7 @@ def test_a_folder_that_was_loaded_and_saved_is_whole(exported, tmp_path):
 def test_bf16(exported):
     """As the project converts it: pixels are normalised in fp32."""
     model = AutoModelForImageTextToText.from_pretrained(exported.folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu")
-    own = Answerer(Answerer.from_pretrained(exported.folder).model.to(torch.bfloat16), exported.own.renderer)
+    own = Predictor(Predictor.from_pretrained(exported.folder).model.to(torch.bfloat16), exported.own.renderer)
     for (name, a), b in zip(model.named_buffers(), own.model.buffers(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     assert model.dtype == torch.bfloat16 and all(torch.equal(a, b) for a, b in zip(model.parameters(), own.model.parameters(), strict=True))
@@ -419,7 +419,7 @@ def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
     after = read_json(tmp_path / "config.json")
     assert "docs/transformers.md" in capsys.readouterr().out
     assert {name: after[name] for name in before} == before and after.keys() - before.keys() == {"architectures", "auto_map"}
-    assert Answerer.from_pretrained(tmp_path).model.config == model.config and Tokenizer.load(tmp_path).vocabulary == tokenizer.vocabulary
+    assert Predictor.from_pretrained(tmp_path).model.config == model.config and Tokenizer.load(tmp_path).vocabulary == tokenizer.vocabulary
 
 
 def test_what_is_no_model_folder(tokenizer, tmp_path):

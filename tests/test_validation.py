@@ -15,13 +15,13 @@ from configs.model import GenerationConfig
 from configs.train import EvalConfig
 from data.packing import Budget
 from eval.captions import cider
-from eval.predictor import Answerer
-from eval.validation import Best, TasksInTraining, Validation
+from eval.predictor import Predictor
+from eval.validation import BestCheckpoint, TrainingTasks, Validation
 from tests.conftest import dataset_of, lively_model
 from tests.programs import run_program
 from tests.test_training import ROOT, SMALL
 from utils.errors import UsageError, UserError
-from utils.ranks import World
+from utils.ranks import DistributedContext
 
 
 def captions(folder: Path, count: int) -> Path:
@@ -81,7 +81,7 @@ def test_the_best_model_is_kept(evaluated):
     values = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     step = min(values, key=values.get)
     assert json.loads((folder / "run" / "best.json").read_text()) == {"step": step, "metric": "validation_loss", "value": values[step]}
-    assert Answerer.from_pretrained(folder / "run" / "best").answer([([], "what is it?")], GenerationConfig(max_new_tokens=2))
+    assert Predictor.from_pretrained(folder / "run" / "best").answer([([], "what is it?")], GenerationConfig(max_new_tokens=2))
     same = (folder / "run" / "best" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
     assert same == (step == 6)
 
@@ -102,9 +102,9 @@ def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
     model = lively_model(tokenizer)
     validation = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0)
     found = validation.cider(model, 10, 5)
-    answerer, made = Answerer(model, renderer), {}
+    predictor, made = Predictor(model, renderer), {}
     for record in records:
-        made[record["images"][0]] = answerer.answer([([answerer.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5))[0].text
+        made[record["images"][0]] = predictor.answer([([predictor.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5))[0].text
     asked = validation.captions[:10]
     assert len(found.each) == 10 and found.score == pytest.approx(cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score)
     assert validation.cider(model, 0, 5) is None
@@ -123,7 +123,7 @@ def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
     records = [json.loads(line) for line in captions(tmp_path, 10).read_text().splitlines()]
     records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
     validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
-    tasks = TasksInTraining(EvalConfig(tasks=f"questions:jsonl={tmp_path / 'captions.jsonl'}"))
+    tasks = TrainingTasks(EvalConfig(tasks=f"questions:jsonl={tmp_path / 'captions.jsonl'}"))
     for work in (validation.score, lambda model: validation.cider(model, 10, 5), lambda model: validation.predictions(model, 8), lambda model: tasks.score(model, renderer)):
         found = []
         for _ in range(3):
@@ -133,7 +133,7 @@ def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
         assert found[1] == found[2] and found[0] > sum(p.nbytes for p in model.parameters()), found
 
 
-class Meeting(World):
+class Meeting(DistributedContext):
     """A rank of several in threads of this process."""
 
     def gather(self, value):
@@ -147,10 +147,10 @@ def test_ranks_share_captions_and_predictions(tokenizer, renderer, tmp_path, mon
     records = [json.loads(line) for line in captions(tmp_path, 9).read_text().splitlines()]
     records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
     validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
-    asked, original = [], Answerer.answer
-    monkeypatch.setattr(Answerer, "answer", lambda self, questions, *more: (asked.append(len(questions)), original(self, questions, *more))[1])
+    asked, original = [], Predictor.answer
+    monkeypatch.setattr(Predictor, "answer", lambda self, questions, *more: (asked.append(len(questions)), original(self, questions, *more))[1])
     for work in (lambda world: validation.cider(model, 9, 5, world), lambda world: validation.predictions(model, 7, world)):
-        alone = work(World())
+        alone = work(DistributedContext())
         asked.clear()
         table, barrier = {}, threading.Barrier(2)
         ranks = [Meeting(rank, 2) for rank in range(2)]
@@ -178,7 +178,7 @@ def test_two_ranks_score_as_one_does(tmp_path):
 
 
 def test_best_goes_by_the_metric_s_direction(tmp_path):
-    best = Best(tmp_path, "mmstar_average", {"mmstar_average": True, "mmstar_error": False})
+    best = BestCheckpoint(tmp_path, "mmstar_average", {"mmstar_average": True, "mmstar_error": False})
     told = []
     for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]:
         if best.is_beaten(step, {"mmstar_average": value}):
@@ -187,20 +187,20 @@ def test_best_goes_by_the_metric_s_direction(tmp_path):
     assert told == [1, 3]
     assert best.is_beaten(2, {"mmstar_average": 0.0})  # the run was taken up again before step 3
     assert not best.is_beaten(5, {"validation_loss": 0.0}) and not best.is_beaten(5, {"mmstar_average": float("nan")})
-    lowest = Best(tmp_path, "mmstar_error", {"mmstar_average": True, "mmstar_error": False})
+    lowest = BestCheckpoint(tmp_path, "mmstar_error", {"mmstar_average": True, "mmstar_error": False})
     assert lowest.is_beaten(9, {"mmstar_error": 0.9})  # what was kept by another metric does not count
     lowest.note(9, {"mmstar_error": 0.9})
     assert lowest.is_beaten(10, {"mmstar_error": 0.1}) and not lowest.is_beaten(10, {"mmstar_error": 1.0})
-    never = Best(tmp_path, "mmstar_average", {"mmstar_average": True})  # what is kept is another metric's
+    never = BestCheckpoint(tmp_path, "mmstar_average", {"mmstar_average": True})  # what is kept is another metric's
     assert lowest.warning == "" and never.warning == "eval.best: mmstar_average never came with a number, so no best model was kept"
-    assert Best(tmp_path / "new", "mmstar_average", {"mmstar_average": True}).warning == never.warning and not Best(tmp_path / "new", "", {}).warning
+    assert BestCheckpoint(tmp_path / "new", "mmstar_average", {"mmstar_average": True}).warning == never.warning and not BestCheckpoint(tmp_path / "new", "", {}).warning
     with pytest.raises(UsageError, match="no metric 'mmstar_averge' .did you mean 'mmstar_average'"):
-        Best(tmp_path, "mmstar_averge", {"mmstar_average": True, "mmstar_error": False})
+        BestCheckpoint(tmp_path, "mmstar_averge", {"mmstar_average": True, "mmstar_error": False})
 
 
 def test_tasks_that_cannot_be_are_told_before_training(tmp_path):
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     with pytest.raises(UserError, match="no task named 'mmstr'"):
-        TasksInTraining(EvalConfig(tasks="mmstr"))
+        TrainingTasks(EvalConfig(tasks="mmstr"))
     with pytest.raises(UserError, match="nowhere"):
-        TasksInTraining(EvalConfig(tasks="questions:jsonl=nowhere.jsonl"))
+        TrainingTasks(EvalConfig(tasks="questions:jsonl=nowhere.jsonl"))

@@ -22,16 +22,16 @@ from configs.cli import FlagParser
 from utils.errors import UsageError, UserError, run_script
 from utils.files import file_name, read_json, write_text
 
-FORMAT = 1  # of results.json
+FORMAT = 2  # of results.json
 BEST, LONGEST, BINS = 12, 4000, 10  # samples shown from the other end; letters of a text that are shown; bars of a histogram
 SIGNATURES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
 KEPT = "\n\t\u00a0\u3000\u200c\u200d"  # not printable to Python, but part of good text: line ends, wide spaces, joiners
 COLOURS = {"full marks": "good", "no marks": "bad"}
-PARTS = {"scores": dict, "standard_errors": dict, "floor": dict, "higher_is_better": dict, "warnings": list}
+PARTS = {"scores": dict, "standard_errors": dict, "random_baseline": dict, "higher_is_better": dict, "warnings": list}
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskResult:
     """One task of results.json, in the folder that also holds its samples."""
 
     name: str
@@ -176,7 +176,7 @@ def histogram(metric: str, values: list[float]) -> str:
     return f'<figure><svg viewBox="0 0 220 86" role="img" aria-label="histogram of {told}">{bars}{axis}</svg><figcaption>{told}</figcaption></figure>'
 
 
-def card(task: Task, rank: int, sample: dict[str, Any], verdict: str) -> str:
+def card(task: TaskResult, rank: int, sample: dict[str, Any], verdict: str) -> str:
     """One sample: images, and beside them prompt, references, answer and scores."""
     file, given = task.file, sample.get("reference")
     references = "".join(block(r, file) for r in (given if isinstance(given, list) else [given]) or [None])
@@ -188,26 +188,26 @@ def card(task: Task, rank: int, sample: dict[str, Any], verdict: str) -> str:
     return f'<article><h4>{rank:,} <small>sample {_escape(sample.get("id"), 80)}</small></h4><div class="pictures">{images}</div><dl>{told}</dl></article>'
 
 
-def score_table(tasks: list[Task]) -> str:
-    """Scores, their standard errors and floors; what an untrained model might have scored as well is marked in words."""
-    rows = ["<thead><tr><th>metric</th><th>score</th><th>standard error</th><th>floor</th></tr></thead>"]
+def score_table(tasks: list[TaskResult]) -> str:
+    """Scores, their standard errors and random-weights baselines; what an untrained model might have scored as well is marked in words."""
+    rows = ["<thead><tr><th>metric</th><th>score</th><th>standard error</th><th>random weights</th></tr></thead>"]
     for number, task in enumerate(tasks, 1):
         rows.append(f'<tr class="task"><th colspan="4"><a href="#task-{number}">{_escape(task.name)}</a> <small>{_number(task.facts.get("samples"))} samples</small></th></tr>')
         for metric, score in task.facts["scores"].items():
-            error, floor = task.facts["standard_errors"].get(metric), task.facts["floor"].get(metric)
-            above = task.sign(metric) * (score - floor) if _finite(score) and _finite(floor) else None
+            error, baseline = task.facts["standard_errors"].get(metric), task.facts["random_baseline"].get(metric)
+            above = task.sign(metric) * (score - baseline) if _finite(score) and _finite(baseline) else None
             near = above is not None and _finite(error) and abs(above) <= 2 * error
-            mark = "within two standard errors of its floor" if near else "no better than its floor" if above is not None and above <= 0 else ""
+            mark = "within two standard errors of random weights" if near else "no better than random weights" if above is not None and above <= 0 else ""
             notes = "<small>lower is better</small> " * (task.sign(metric) < 0) + f"<em>{mark}</em>" * bool(mark)
-            cells = (f"{_escape(metric)} {notes}", _number(score), f"± {_number(error)}" if _finite(error) else "–", _number(floor))
+            cells = (f"{_escape(metric)} {notes}", _number(score), f"± {_number(error)}" if _finite(error) else "–", _number(baseline))
             rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="quiet">Floor: what an untrained model scores under the same matcher, where known.</p>'
+    return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="quiet">Random weights: the same model untrained, scored with the same matcher, where known.</p>'
 
 
-def section(task: Task, number: int, limit: int) -> str:
+def section(task: TaskResult, number: int, limit: int) -> str:
     """A task: its first prompt, how its scores are spread, its samples."""
     facts, ranked, values, file = task.facts, task.ranked(), task.values(), _escape(task.file)
-    names = {"cut": "{} answers cut at the token limit", "seconds": "{} seconds", "tokens_per_s": "{} tokens/s", "task_hash": "task {}"}
+    names = {"truncated": "{} answers truncated at the token limit", "seconds": "{} seconds", "tokens_per_s": "{} tokens/s", "task_hash": "task {}"}
     told = " · ".join(what.format(_number(facts[name])) for name, what in names.items() if facts.get(name))
     out = [f'<h2>{_escape(task.name)}</h2><p class="quiet">{told}</p>']
     if facts.get("first_prompt"):
@@ -249,7 +249,7 @@ figure { margin: 0; width: 15rem; max-width: 100%; } svg { display: block; width
 """
 
 
-def page(results: dict[str, Any], tasks: list[Task], made: datetime, limit: int) -> str:
+def page(results: dict[str, Any], tasks: list[TaskResult], made: datetime, limit: int) -> str:
     """A whole HTML page. Text of the evaluation is escaped; the policy forbids scripts and fetches besides."""
     model = _escape(_plain(results.get("model")) or "unnamed model")
     facts = {"evaluated": made.strftime("%Y-%m-%d %H:%M %Z")} | {part: ", ".join(f"{k} {_plain(v)}" for k, v in results[part].items()) for part in ("versions", "settings")}
@@ -281,7 +281,7 @@ def main(argv: list[str]) -> None:
     output = folder / "report.html" if args.output is None else Path(args.output)
     if (output.exists() and not output.is_file()) or not output.parent.is_dir() or output.suffix in (".json", ".jsonl"):
         raise UsageError(f"--output: '{output}' is no file, lies in a folder that does not exist, or has the name of JSON: give a file that ends in .html")
-    tasks = [Task(name, facts, folder) for name, facts in results["tasks"].items()]
+    tasks = [TaskResult(name, facts, folder) for name, facts in results["tasks"].items()]
     text = page(results, tasks, datetime.fromtimestamp((folder / "results.json").stat().st_mtime).astimezone(), args.limit)
     write_text(output, text)
     print(f"{output}: tasks {len(tasks)}, samples {sum(len(task.samples or []) for task in tasks)}, {len(text) / 2**20:.1f} MB; open it in a browser")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from configs.cli import FlagParser
 from configs.serialization import load_json
 from configs.train import Config
-from models.weights.folder import MODEL_TYPES, damaged, find_model, read_head, weight_files
+from models.weights.folder import MODEL_TYPES, damaged, find_model, read_model_config, weight_files
 from utils.errors import UsageError, UserError, run_script
 from utils.files import read_json, replacing_folder
 from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
@@ -25,7 +25,7 @@ from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
 
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    kind = str(kind_of(read_head(folder)))  # errors before anything is made
+    kind = str(kind_of(read_model_config(folder)))  # errors before anything is made
     numbers(folder)
     if not (folder / "tokenizer.json").is_file() and kind in MODEL_TYPES:
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
@@ -41,7 +41,7 @@ def pull(args: argparse.Namespace) -> None:
         raise UsageError(f"'{args.repo}' is no repository: OWNER/NAME or OWNER/NAME@REVISION")
     find_model(args.repo)  # one of ours: else no more is fetched
     found = fetch(args.repo, ["*"], "the model")
-    read_head(found)  # of a version that can be read
+    read_model_config(found)  # of a version that can be read
     numbers(found)  # and whole
     with replacing_folder(to) as beside:
         shutil.copytree(found, beside, dirs_exist_ok=True)
@@ -58,7 +58,7 @@ def info(args: argparse.Namespace) -> None:
             raise UserError(f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object")
     else:
         folder = Path(args.source)
-        head, state = read_head(folder), f"{numbers(folder):,} numbers"
+        head, state = read_model_config(folder), f"{numbers(folder):,} numbers"
         files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
     print(f"{args.source}: model of type {head.get('model_type')}, format {head.get('format')}; {state}")
     for name, size in files:

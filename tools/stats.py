@@ -279,9 +279,9 @@ def _histogram(axes: "Axes", groups: list[list[float]], end: int = 0, **options:
 def main(argv: list[str]) -> None:
     args, config, flags = arguments(argv, str(__doc__), OWN)
     torch.set_num_threads(1)  # tiles are small: threads only wait for one another
-    from training.script import complete, language_model
+    from training.script import language_model, resolve_config
 
-    config = complete(config, flags)
+    config = resolve_config(config, flags)
     with TemporaryDirectory() as folder:
         data = build_data(config, Path(folder), language_model(config))
     stats = gather(config, data, args.samples)

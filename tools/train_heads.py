@@ -30,7 +30,7 @@ from data.images import ImageError
 from data.parquet import UnreadableBlock
 from data.render import Document
 from data.sources import open_sources
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from hf.export import add_hf_code
 from models.generation import generate, prefill
 from models.layers import computes_bf16
@@ -73,19 +73,19 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True)
-class Told:
+class AnswerStates:
     """An answer of the model: the hidden states that its tokens were chosen from, and the tokens."""
 
     hidden: Tensor  # (T, D)
     tokens: Tensor  # (T,)
 
 
-def asked(answerer: Answerer, config: HeadsConfig, held_out: bool = False) -> Iterator[list[Question]]:
+def asked(predictor: Predictor, config: HeadsConfig, held_out: bool = False) -> Iterator[list[Question]]:
     """Batches of (images, question) without end. `held_out`: of the sources' validation images, that neither the model nor its heads learnt from."""
     generator = torch.Generator().manual_seed(config.seed)
     if not config.prompts and not config.sources:
         while True:
-            yield [([], text) for text in invented(answerer, config.rows, generator)]
+            yield [([], text) for text in invented(predictor, config.rows, generator)]
     if config.prompts:
         lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         found: list[Callable[[], list[Question]]] = [lambda line=line: [([], line)] for line in lines]
@@ -117,14 +117,14 @@ def questions_of(records: Any, index: int) -> list[Question]:
     return [(record["images"], turn["user"]) for turn in record["texts"] or () if isinstance(turn.get("user"), str) and turn["user"].strip()]
 
 
-def invented(answerer: Answerer, rows: int, generator: torch.Generator) -> list[str]:
+def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> list[str]:
     """What the model says where a user would speak: sampled, up to its first sentence's end."""
-    renderer = answerer.renderer
+    renderer = predictor.renderer
     start = renderer.user
     settings = GenerationConfig(sampling=True, min_p=0.01, max_new_tokens=40, seed=int(torch.randint(1 << 30, (), generator=generator)), speculative="off")
     prompt = Document([], [], [], start, list(range(len(start))), [-100] * len(start))
-    batch = {name: t.to(answerer.model.device) for name, t in collate_prompts([prompt] * rows).items()}
-    made = generate(answerer.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch)
+    batch = {name: t.to(predictor.model.device) for name, t in collate_prompts([prompt] * rows).items()}
+    made = generate(predictor.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch)
     texts = []
     for tokens in made.tokens:
         text = renderer.tokenizer.decode(tokens).strip()
@@ -134,19 +134,19 @@ def invented(answerer: Answerer, rows: int, generator: torch.Generator) -> list[
 
 
 @torch.inference_mode()
-def answers(answerer: Answerer, questions: list[tuple[list[Any], str]], config: HeadsConfig) -> list[Told]:
+def answers(predictor: Predictor, questions: list[tuple[list[Any], str]], config: HeadsConfig) -> list[AnswerStates]:
     """The model's greedy answers with the hidden states along them."""
-    model, renderer = answerer.model, answerer.renderer
+    model, renderer = predictor.model, predictor.renderer
     tiles, prompts = [], []
     for images, text in questions:
         try:
-            tiles.append([answerer.tiles(image) for image in images])
+            tiles.append([predictor.tiles(image) for image in images])
         except ImageError:
             continue  # collect() counts the answers that are missing
         prompts.append(renderer.prompt([t.grid for t in tiles[-1]], [{"user": text}]))
     if not prompts:
         return []
-    rows, extra = answerer.images_of(prompts, tiles)[0], answerer.tiles_of(tiles)
+    rows, extra = predictor.images_of(prompts, tiles)[0], predictor.tiles_of(tiles)
     batch = {name: t.to(model.device) for name, t in collate_prompts(prompts).items()}
     settings = GenerationConfig(max_new_tokens=config.answer_tokens, speculative="off")
     made = generate(model, images=rows, stop=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch)
@@ -160,17 +160,17 @@ def answers(answerer: Answerer, questions: list[tuple[list[Any], str]], config: 
     told = []
     for b, (start, tokens) in enumerate(zip(starts, made.tokens, strict=True)):
         ended = len(tokens) < config.answer_tokens
-        told.append(Told(hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu(), torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended])))
+        told.append(AnswerStates(hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu(), torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended])))
     return [t for t in told if len(t.tokens)]
 
 
-def collect(answerer: Answerer, config: HeadsConfig, console: Console) -> list[Told]:
-    told: list[Told] = []
+def collect(predictor: Predictor, config: HeadsConfig, console: Console) -> list[AnswerStates]:
+    told: list[AnswerStates] = []
     missing = 0
     with Progress(console=console, transient=True) as bar:
         task, done = bar.add_task("the model answers", total=config.tokens), 0
-        for questions in asked(answerer, config):
-            new = answers(answerer, questions, config)
+        for questions in asked(predictor, config):
+            new = answers(predictor, questions, config)
             if not new:
                 raise UserError("the model's answers are empty: nothing to learn from")
             told += new
@@ -184,7 +184,7 @@ def collect(answerer: Answerer, config: HeadsConfig, console: Console) -> list[T
     raise AssertionError("asked() does not end")
 
 
-def fit(model: Any, heads: MultiTokenHeads, told: list[Told], config: HeadsConfig, console: Console) -> None:
+def fit(model: Any, heads: MultiTokenHeads, told: list[AnswerStates], config: HeadsConfig, console: Console) -> None:
     """Train the heads on kept hidden states."""
     embedding, unembedding = model.right.embed_tokens, model.right.unembedding.detach()
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -215,7 +215,7 @@ def fit(model: Any, heads: MultiTokenHeads, told: list[Told], config: HeadsConfi
                 bar.update(task, completed=step)
 
 
-def as_row(batch: list[Told], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def as_row(batch: list[AnswerStates], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Answers → one packed row: hidden (1, R, D), labels and documents (1, R)."""
     hidden = torch.cat([t.hidden for t in batch])[None].float().to(device)
     labels = torch.cat([t.tokens for t in batch])[None].to(device)
@@ -224,21 +224,21 @@ def as_row(batch: list[Told], device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 @torch.inference_mode()
-def acceptance(model: Any, heads: MultiTokenHeads, told: list[Told]) -> tuple[list[float], float]:
+def acceptance(model: Any, heads: MultiTokenHeads, told: list[AnswerStates]) -> tuple[list[float], float]:
     """On answers: how often each head is right where those before it are, and the tokens that a greedy pass would give."""
-    right, reached, passes = [0] * heads.count, [0] * heads.count, 0
-    rows = heads.rows(model.right.unembedding)
+    right, reached, decode_steps = [0] * heads.count, [0] * heads.count, 0
+    unembed = heads.unembedder(model.right.unembedding)
     for t in told:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
-        drafts = heads.draft(model.right.embed_tokens, rows, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
+        drafts = heads.draft(model.right.embed_tokens, unembed, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
         good = (drafts.tokens == targets[:, 1:]).long().cumprod(1)  # (S, K)
-        passes += len(targets)
+        decode_steps += len(targets)
         for k in range(heads.count):
             known = targets[:, k + 1] >= 0
             reached[k] += int((known & (good[:, k - 1] > 0 if k else True)).sum())
             right[k] += int(good[:, k].sum())
-    return [r / max(1, n) for r, n in zip(right, reached, strict=True)], 1 + sum(right) / max(1, passes)
+    return [r / max(1, n) for r, n in zip(right, reached, strict=True)], 1 + sum(right) / max(1, decode_steps)
 
 
 def main(argv: list[str]) -> None:
@@ -255,11 +255,11 @@ def main(argv: list[str]) -> None:
     console = Console()
     torch.manual_seed(config.seed)
     started = time.perf_counter()
-    told = collect(Answerer.from_pretrained(flags["checkpoint"], config.dtype), config, console)
+    told = collect(Predictor.from_pretrained(flags["checkpoint"], config.dtype), config, console)
     tokens = sum(len(t.tokens) for t in told)
     console.print(f"{len(told):,} answers of {tokens:,} tokens in {time.perf_counter() - started:.0f} s")
-    answerer = Answerer.from_pretrained(flags["checkpoint"])
-    model = answerer.model
+    predictor = Predictor.from_pretrained(flags["checkpoint"])
+    model = predictor.model
     counts, V = Counter(int(i) for t in told for i in t.tokens), len(model.right.unembedding)
     settings = MultiTokenConfig(config.heads, config.mlp_size, config.vocabulary if config.vocabulary < V else 0)
     heads = MultiTokenHeads(settings, model.right.config, V).to(model.device)
@@ -273,13 +273,13 @@ def main(argv: list[str]) -> None:
     console.print(f"{config.epochs} epochs in {time.perf_counter() - started:.0f} s")
     shares, per_pass = acceptance(model, heads, held_out)
     console.print("on answers held out, head by head right where those before it are: " + ", ".join(f"{s:.1%}" for s in shares) + f"; {per_pass:.2f} tokens a pass")
-    heads.stands.copy_(torch.tensor(shares))
-    model.right.heads = heads
+    heads.acceptance_rates.copy_(torch.tensor(shares))
+    model.heads = heads
     model.config = replace(model.config, multi_token=settings)
     with replacing_folder(output) as beside:
         model.save_pretrained(beside)
-        answerer.renderer.tokenizer.save(beside)
-        add_hf_code(beside, answerer.renderer.tokenizer)
+        predictor.renderer.tokenizer.save(beside)
+        add_hf_code(beside, predictor.renderer.tokenizer)
     console.print(f"model: {output}", soft_wrap=True)
 
 

@@ -53,7 +53,7 @@ class Curve(NamedTuple):
 
 
 @dataclass
-class Run:
+class RunCurves:
     folder: Path
     name: str
     config: dict[str, Any]  # flat: "train.lr_left"
@@ -96,7 +96,7 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Key, float]]:
                 yield Key(name, str(part)), v if v is not None and abs(v) < 1e100 else math.nan
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> RunCurves:
     """A run folder, checked."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -124,7 +124,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not isinstance(config, dict):
         notes.append("no config.json: its settings are not known")
         config = {}
-    return Run(folder, name, dict(_flat(config)), curves, last, skipped, notes)
+    return RunCurves(folder, name, dict(_flat(config)), curves, last, skipped, notes)
 
 
 def _skipped(folder: Path, steps: array, losses: array, last: float, notes: list[str]) -> dict[float, str]:
@@ -149,7 +149,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def charts(runs: list[Run]) -> dict[str, list[Line]]:
+def charts(runs: list[RunCurves]) -> dict[str, list[Line]]:
     """Title → lines, loss and validation first. Of one run the parts of a key share a chart; of several runs each part has its own, where a style is a run."""
     out: dict[str, list[Line]] = {}
     for key in sorted(dict.fromkeys(key for run in runs for key in run.curves), key=lambda key: not re.match("loss$|validation", key.name)):
@@ -240,7 +240,7 @@ def value_table(found: dict[str, list[Line]]) -> str:
     return table(["metric", "", "last", "at step", "least", "at step", "greatest", "at step"], rows)
 
 
-def differences(runs: list[Run]) -> str:
+def differences(runs: list[RunCurves]) -> str:
     """Settings that are not the same in all runs; last those that only some of them know, being older or newer. Where a run lies is no difference."""
     known = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in known for key in run.config if key not in ("output_dir", "resume"))
@@ -250,7 +250,7 @@ def differences(runs: list[Run]) -> str:
     return f"<h2>Settings that differ</h2>{table(['setting', *(run.name for run in known)], rows)}" if rows else ""
 
 
-def heading(run: Run) -> str:
+def heading(run: RunCurves) -> str:
     """A run in the page's head: how far it is, what was skipped, what was noted."""
     written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime).astimezone()
     notes = list(run.notes)
@@ -264,7 +264,7 @@ def heading(run: Run) -> str:
 SHEETS = {"": "predictions", "_tokens": "predicted tokens, and the true ones"}  # how the names of sheets end → what they show
 
 
-def sheets(run: Run) -> str:
+def sheets(run: RunCurves) -> str:
     """The latest picture of each kind in samples/."""
     out = ""
     for suffix, what in SHEETS.items():
@@ -284,7 +284,7 @@ table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .15rem 
 """
 
 
-def page(runs: list[Run]) -> tuple[str, int]:
+def page(runs: list[RunCurves]) -> tuple[str, int]:
     """A whole HTML page, and how many charts it has. Text of the runs is escaped; the policy forbids scripts and fetches besides."""
     import matplotlib
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from utils.errors import UserError
 from utils.files import sync
-from utils.ranks import ALONE, World
+from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 FORMAT = 2  # of the folder
 FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
@@ -44,14 +44,14 @@ class Saver:
     The last `keep` stay, and beside them that of step `spared`.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, saved: Callable[[Path], None] = lambda folder: None) -> None:
+    def __init__(self, folder: Path, keep: int, world: DistributedContext, saved: Callable[[Path], None] = lambda folder: None) -> None:
         self.folder, self.keep, self.world, self.saved = folder, keep, world, saved
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
         self.thread: threading.Thread | None = None
         self.copies = threading.Event()
         self.copies.set()
-        self.spared = -1
+        self.protected_step = -1
         self.memory: dict[str, Tensor] = {}  # of the copies
         self.failure: BaseException | None = None
         self.deleted: list[str] = []  # to make room for the last one
@@ -92,7 +92,7 @@ class Saver:
                 beside.mkdir()
             except OSError as error:
                 problem = f"checkpoint {self.final} could not be written: {error.strerror or error} ({self._others})"
-        if problem := self.world.shared(problem):
+        if problem := self.world.broadcast(problem):
             raise UserError(problem)
         self.copies.clear()
         self.thread = threading.Thread(target=self._run, args=(tensors, kept, beside, before), name="checkpoint")
@@ -119,7 +119,7 @@ class Saver:
 
     def _make_room(self, size: int) -> None:
         """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest; none, where all of them would not do. Errors: `OSError`."""
-        old = [*_abandoned(self.folder), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.spared)]
+        old = [*_abandoned(self.folder), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.protected_step)]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
             if free + sum(map(_size, old)) < MARGIN * size:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
@@ -163,7 +163,7 @@ class Saver:
                 sync(self.folder)
                 shutil.rmtree(self.folder / f".{self.final.name}.old", ignore_errors=True)
                 for old in checkpoints(self.folder)[: -self.keep]:
-                    if step_of(old) != self.spared:
+                    if step_of(old) != self.protected_step:
                         shutil.rmtree(old)
                 self.saved(self.final)
         except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
@@ -203,12 +203,12 @@ def tensors_of(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str,
     return out
 
 
-def set_aside(folder: Path, step: int) -> list[Path]:
+def abandon_later(folder: Path, step: int) -> list[Path]:
     """Checkpoints under `folder` of steps after `step`, from where a run goes on, are no longer its own: they go to `folder/abandoned`. → where they are now."""
-    return [put_aside(later, folder) for later in checkpoints(folder) if step_of(later) > step]
+    return [move_to_abandoned(later, folder) for later in checkpoints(folder) if step_of(later) > step]
 
 
-def put_aside(path: Path, folder: Path) -> Path:
+def move_to_abandoned(path: Path, folder: Path) -> Path:
     """A file or folder of a run goes to `folder/abandoned`, under a name that is free there. → where it is now."""
     aside = folder / ABANDONED
     aside.mkdir(exist_ok=True, parents=True)
@@ -260,7 +260,7 @@ def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], world: World = ALONE) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
     """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`; checksums were compared when the run was opened."""
     state = read_state(folder, verify=False)
     _load(folder, model, optimizers)

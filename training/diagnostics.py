@@ -16,7 +16,7 @@ SHARE = 1 << 16  # numbers of a tensor that are looked at: its first
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12}
 
 
-class Details:
+class Diagnostics:
     """`look` before an update, `found` after it."""
 
     def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -72,7 +72,7 @@ def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -
     return numbers[groups[supervised] + (counts.cumsum(0) - counts).repeat_interleave(supervised.sum(1))]
 
 
-class Achieved:
+class FlopsMeter:
     """FLOP/s of training: the products of every token, tile and supervised position, padding left out. Tiles whose features are cached count nothing."""
 
     def __init__(self, model: Any, device: torch.device, ranks: int) -> None:

@@ -15,14 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.train import Config
-from models.language_model import Block
+from models.language_model import DecoderBlock
 from utils.errors import UsageError, UserError
-from utils.ranks import World, world_of_torchrun
+from utils.ranks import DistributedContext, torchrun_context
 
 BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "Timed out waiting", "gloo")  # how a lost rank is told
 
 
-def check_world(config: Config, world: World, resumed: bool = False) -> None:
+def check_world(config: Config, world: DistributedContext, resumed: bool = False) -> None:
     """What a configuration, new or `resumed`, and a number of ranks cannot do together: `UsageError`."""
     accumulation, streams = config.train.accumulation, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
@@ -38,9 +38,9 @@ def check_world(config: Config, world: World, resumed: bool = False) -> None:
 
 
 @contextmanager
-def opened(device: torch.device) -> Iterator[World]:
+def opened(device: torch.device) -> Iterator[DistributedContext]:
     """The process group of torchrun's ranks: gloo on CPU, and NCCL on CUDA. That another rank was lost raises `UserError`."""
-    world = world_of_torchrun()
+    world = torchrun_context()
     if world.size == 1:
         yield world
         return
@@ -59,7 +59,7 @@ def opened(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: World) -> Any:
+def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: DistributedContext) -> Any:
     """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `dtype`: what FSDP computes in."""
     model.blank_tile = True  # rows without image run the encoder all the same, or other ranks would wait for it; alone too, so that the optimizer sees the same gradients
     if world.size == 1:
@@ -70,7 +70,7 @@ def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, wo
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
     encoder = model.parts()["vision"]
     frozen = set(encoder.parameters()) if encoder.frozen else set()  # its features may be known already, on some ranks: nobody must wait for it
-    for block in (m for m in model.modules() if isinstance(m, Block)):
+    for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if not encoder.frozen:
         # Batch statistics are in fp32, and their layers want weights so; autocast computes in `dtype` all the same.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 KEY = "average"  # in a parameter's state
 
 
-def update_averages(optimizers: list[torch.optim.Optimizer], step: int, decay: float) -> None:
+def update_ema(optimizers: list[torch.optim.Optimizer], step: int, decay: float) -> None:
     """After the optimizers' 1-based `step`. Early on the decay is (1 + step) ÷ (10 + step) at most, else the start would weigh for long."""
     known: list[tuple[Tensor, Tensor]] = []
     for parameter, state in ((p, state) for optimizer in optimizers for p, state in optimizer.state.items()):
@@ -28,7 +28,7 @@ def update_averages(optimizers: list[torch.optim.Optimizer], step: int, decay: f
 
 
 @torch.no_grad()
-def swap_averages(optimizers: list[torch.optim.Optimizer]) -> None:
+def swap_ema(optimizers: list[torch.optim.Optimizer]) -> None:
     """The averages, where there are any, become the model's weights, and the reverse."""
     for parameter, state in ((p, state) for optimizer in optimizers for p, state in optimizer.state.items()):
         if KEY in state:
@@ -39,16 +39,16 @@ def swap_averages(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 @contextmanager
-def averaged(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+def ema_weights(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
     """Inside the block the model has the averages, where there are any. No checkpoint may be copying its weights."""
-    swap_averages(optimizers)
+    swap_ema(optimizers)
     try:
         yield
     finally:
-        swap_averages(optimizers)
+        swap_ema(optimizers)
 
 
-def load_averages(checkpoint: Path, model: Any) -> None:
+def load_ema(checkpoint: Path, model: Any) -> None:
     """Into a model that this rank has for itself, over its weights; what has no average yet stays."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     found = reader.read_metadata().state_dict_metadata

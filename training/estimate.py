@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.model import DecoderConfig, ModelConfig, Vocabulary
 from configs.train import Config
-from models.kernels.attention import SpanPlan
-from models.language_model import Block
+from models.kernels.attention import BlockSparseLayout
+from models.language_model import DecoderBlock
 from models.losses import CHUNK as LOGITS
 from models.masks import left_mask, right_mask
 from models.weights.lora import add_adapters
@@ -69,7 +69,7 @@ class Flops:
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """Forward and backward, attention as a CPU computes it (`SpanPlan`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        """Forward and backward, attention as a CPU computes it (`BlockSparseLayout`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         trained = {"left": 0.0} | trained
@@ -80,7 +80,7 @@ class Flops:
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
-        pairs = [sum(spans.hidden.numel() for spans in SpanPlan(mask, 1).spans) for mask in masks]
+        pairs = [sum(segments.hidden.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
         total += left_attention * (not before_right)
@@ -142,7 +142,7 @@ def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: 
     """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
     model = trial_model(config, model_class, vocabulary, layers)
     for block in model.modules():
-        if isinstance(block, Block):
+        if isinstance(block, DecoderBlock):
             block.recompute = config.train.recompute
     batch = full_batch(config, vocabulary, rows)
     with autocast(config.train, torch.device("cpu")), WithoutProducts():

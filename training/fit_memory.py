@@ -18,17 +18,17 @@ from configs.model import Vocabulary
 from configs.train import Config
 from models.layers import pick_device
 from training.estimate import full_batch, step_memory, trial_model
-from training.loop import set_blocks
 from training.optim import make_optimizers
 from training.step import Batch, train_step
+from training.trainer import set_blocks
 from utils.errors import UsageError, UserError
-from utils.ranks import ALONE, World
+from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 BESIDE = 0.7e9  # bytes that PyTorch takes by itself: its code, on a GPU its context
 MARGIN = 1.05  # for what is allocated in pieces that do not fit into one another
 
 
-def fitted(config: Config, model_class: Any, vocabulary: Vocabulary, world: World = ALONE) -> tuple[Config, str]:
+def fit_batch_size(config: Config, model_class: Any, vocabulary: Vocabulary, world: DistributedContext = SINGLE_PROCESS) -> tuple[Config, str]:
     """→ `config` with the rows and accumulation that fit, their product unchanged, and a line that says why. Where nothing fits: `UserError`.
 
     Of several ranks the first one's device stands for all. The random state stays as it is.
@@ -51,7 +51,7 @@ def fitted(config: Config, model_class: Any, vocabulary: Vocabulary, world: Worl
     return choose(config, lambda rows: BESIDE + MARGIN * (one if rows == 1 else one + (rows - 1) * (two - one)), limit, whose, how, world)
 
 
-def choose(config: Config, needed: Callable[[int], float], limit: float, whose: str, how: str, world: World = ALONE) -> tuple[Config, str]:
+def choose(config: Config, needed: Callable[[int], float], limit: float, whose: str, how: str, world: DistributedContext = SINGLE_PROCESS) -> tuple[Config, str]:
     """The most rows that take at most `limit` bytes and divide the batch, with an accumulation that ranks and streams can share."""
     c = config.train
     batch, shared = c.rows * c.accumulation, math.lcm(world.size, config.data.streams or world.size)
@@ -80,7 +80,7 @@ def free_memory(device: torch.device) -> float | None:
     return None
 
 
-class Again:
+class RepeatedBatch:
     """Batches for `train_step`: the same one, again and again."""
 
     def __init__(self, batch: Batch) -> None:
@@ -104,7 +104,7 @@ def peak(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, de
         with torch.random.fork_rng(devices):
             model = trial_model(config, model_class, vocabulary).to(device)
             set_blocks(model, config.train)
-            optimizers, batches = make_optimizers(model, config.train), Again(full_batch(config, vocabulary, rows))
+            optimizers, batches = make_optimizers(model, config.train), RepeatedBatch(full_batch(config, vocabulary, rows))
             scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.dtype == "fp16")  # nothing overflows
 
             def steps() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from configs.train import HubConfig
 from utils.errors import UserError
-from utils.hub import HubAway, open_repo, push
+from utils.hub import HubUnavailable, open_repo, push
 
 
 class Pusher:
@@ -30,7 +30,7 @@ class Pusher:
         try:
             self.repo = self._opened()
             say(f"hub: the model will be pushed to {self.repo}")
-        except HubAway as error:
+        except HubUnavailable as error:
             self._warn(str(error))
 
     def _opened(self) -> str:

@@ -96,7 +96,7 @@ def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
         counted = f" ({samples:,} samples)" if type(samples) is int else ""
         for metric, value in _part(told, "scores").items():
             if _finite(value):
-                shown = (f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else "" for name in ("standard_errors", "floor"))
+                shown = (f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else "" for name in ("standard_errors", "random_baseline"))
                 yield (f"{task}{counted}: {metric}", f"{value:.4f}", *shown)  # type: ignore[misc]
 
 

@@ -34,7 +34,7 @@ CHANGEABLE = (
     "log",
     "data.workers",
     "train.log_every",
-    "train.detail_every",
+    "train.diagnostics_every",
     "train.stall_minutes",
     "train.eval_every",
     "train.checkpoint_every",
@@ -49,17 +49,17 @@ CHANGEABLE = (
 )
 
 
-def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config], Config], lock: Callable[[Path], None]) -> tuple[Config, Path, Path | None]:
+def open_run(config: Config, flags: dict[str, Any], resolve_config: Callable[[Config], Config], lock: Callable[[Path], None]) -> tuple[Config, Path, Path | None]:
     """→ the configuration in force, the run folder, and the checkpoint to resume from. Nothing is written but what `lock` writes: `keep_config` follows when all else is well.
 
     `complete` fills in a new run's configuration, before its folder is made; `lock` makes the folder this process's own.
 
     A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
     """
-    folder, checkpoint = _find(config) if config.resume else (_of_this_torchrun(config), None)
+    folder, checkpoint = _find(config) if config.resume else (_run_of_this_torchrun(config), None)
     if folder is None:
         _not_taken(config)
-        config = complete(config)
+        config = resolve_config(config)
         return config, _new_folder(config, lock), None
     lock(folder)
     saved = load_json(Config, folder / "config.json")
@@ -75,7 +75,7 @@ def open_run(config: Config, flags: dict[str, Any], complete: Callable[[Config],
     return replace(wanted, output_dir=str(folder)), folder, checkpoint
 
 
-def keep_config(config: Config, folder: Path) -> None:
+def write_config(config: Config, folder: Path) -> None:
     """Write `config.json`, which makes the folder a run, and under torchrun which one began it, or went on with it, last."""
     if _torchrun():
         write_text(folder / BEGUN_BY, _torchrun() + "\n")
@@ -93,7 +93,7 @@ def _started_again(folder: Path) -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.is_file() and mark.read_text().strip() == _torchrun()
 
 
-def _of_this_torchrun(config: Config) -> Path | None:
+def _run_of_this_torchrun(config: Config) -> Path | None:
     """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
     known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
     return next((folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None)

@@ -23,31 +23,31 @@ from configs.train import Config
 from data.datasets import by_source
 from data.sources import parse_sources
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from eval.validation import Best, TasksInTraining, Validation, forget_samples, save_picture, save_samples
+from eval.validation import BestCheckpoint, TrainingTasks, Validation, forget_samples, save_picture, save_samples
 from hf.export import add_hf_code
 from models.layers import pick_device
 from models.modality_projector import check_kind
-from models.vision_encoder import complete_vision
-from models.weights.language_models import complete_decoders, find_language_model, load_language_weights, table_rows
+from models.vision_encoder import resolve_vision
+from models.weights.language_models import find_language_model, load_language_weights, resolve_decoders, table_rows
 from models.weights.lora import add_adapters, check_lora, merge_adapters, save_adapters
-from models.weights.pretrained import fingerprint, left_tower_of, load_left_tower, load_vision_weights
-from training.checkpoint import load_weights_of, put_aside, read_state
+from models.weights.pretrained import left_tower_of, load_left_tower, load_vision_weights, module_fingerprint
+from training.checkpoint import load_weights_of, move_to_abandoned, read_state
 from training.distributed import check_world, gathered, opened
-from training.ema import load_averages
+from training.ema import load_ema
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
-from training.fit_memory import fitted
+from training.fit_memory import fit_batch_size
 from training.hub_push import Pusher
 from training.logging import RunLog
-from training.loop import Stopped, Task, train
 from training.precision import autocast
 from training.run_card import write_card
-from training.run_dir import keep_config, locked, open_run
+from training.run_dir import locked, open_run, write_config
 from training.setup import Data, build_data
 from training.trackers import Trackers
+from training.trainer import Stopped, TrainingCallbacks, train
 from utils.errors import UsageError, UserError
 from utils.files import replacing_folder
-from utils.ranks import World, world_of_torchrun
+from utils.ranks import DistributedContext, torchrun_context
 
 NEW_TOKENIZER = ".tokenizer"
 TORCHRUN = (
@@ -55,7 +55,7 @@ TORCHRUN = (
 )  # signals go on to the ranks, which have minutes to end a step and save it
 
 
-def complete(config: Config, flags: dict[str, Any]) -> Config:
+def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
     """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
     model = config.model
     parse_sources(config.data.sources)
@@ -71,8 +71,8 @@ def complete(config: Config, flags: dict[str, Any]) -> Config:
         settled = [name for name in flags if name.startswith(f"model.{tower}.") and name != f"model.{tower}.weights"]
         if settled and (getattr(model, tower).weights != "random" or (tower == "left" and config.init_left_from)):
             raise UsageError(f"--{settled[0]} follows from the pretrained weights of the {tower} tower: leave it out, or say --model.{tower}.weights random")
-    model = complete_decoders(model, Path(config.cache_dir))
-    config = replace(config, model=replace(model, vision=complete_vision(model.vision)))
+    model = resolve_decoders(model, Path(config.cache_dir))
+    config = replace(config, model=replace(model, vision=resolve_vision(model.vision)))
     if (source := language_model(config)) is not None:
         Tokenizer.of_language_model(*source, impose_chatml=config.data.chat_template == "chatml")  # raises now what it would raise later
     return config
@@ -116,7 +116,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
     """Train `model_class` and export it. `flags` are those that the command line gave."""
     check_script(config, model_class)
     if not config.resume and not config.fit_memory:  # else by the run's own configuration, below
-        check_world(config, world_of_torchrun())
+        check_world(config, torchrun_context())
     Trackers.check(config.log)
     check_compiler(config)
     check_kind(config.model.projector)
@@ -125,22 +125,22 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         if getattr(config.lora, tower).r and getattr(config.train, f"lr_{tower}") == 0:
             raise UsageError(f"--lora.{tower}.r: adapters learn with train.lr_{tower}, which is 0")
     if config.dry_run:
-        config = complete(config, flags)
+        config = resolve_config(config, flags)
         if config.fit_memory:
-            config, why = fitted(config, model_class, vocabulary_of(config))
+            config, why = fit_batch_size(config, model_class, vocabulary_of(config))
             print(why)
         dry_run(config, model_class, vocabulary_of(config))
         return
     if any(name.startswith("eval.") for name in flags):
-        TasksInTraining(config.eval)  # raises now, before anything is written
+        TrainingTasks(config.eval)  # raises now, before anything is written
     with ending_in_order(), ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
         chosen: list[str] = []
 
         def settled(new: Config) -> Config:
-            new = complete(new, flags)
+            new = resolve_config(new, flags)
             new = replace(new, data=replace(new.data, streams=new.data.streams or world.size))  # of data, as many as there are ranks where nothing else is said
             if new.fit_memory:
-                new, why = fitted(new, model_class, vocabulary_of(new), world)
+                new, why = fit_batch_size(new, model_class, vocabulary_of(new), world)
                 chosen.append(why)
             check_world(new, world)
             return new
@@ -152,12 +152,12 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             check_world(config_now, world, resumed=not new)
             return config_now, folder, checkpoint, new
 
-        config, folder, checkpoint, new = world.agreed(open_and_lock)
+        config, folder, checkpoint, new = world.run_on_rank0(open_and_lock)
         Trackers.check(config.log)
         if new and world.first:
-            until_the_end.enter_context(leaving_no_tokenizer(folder))
-        with world.in_turn():
-            tasks = TasksInTraining(config.eval)
+            until_the_end.enter_context(removing_new_tokenizer(folder))
+        with world.rank0_first():
+            tasks = TrainingTasks(config.eval)
             model, data, validation, cache, log = prepare(config, folder, folder / (NEW_TOKENIZER if new else "tokenizer"), checkpoint, model_class, world)
             for line in chosen:
                 log.say(line)
@@ -193,7 +193,7 @@ def ending_in_order() -> Iterator[None]:
 
 
 @contextmanager
-def leaving_no_tokenizer(folder: Path) -> Iterator[None]:
+def removing_new_tokenizer(folder: Path) -> Iterator[None]:
     """A new run's, under the name that it has until the run begins; also that of a start that was killed."""
     shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
     try:
@@ -202,7 +202,9 @@ def leaving_no_tokenizer(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
 
 
-def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | None, model_class: Any, world: World) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
+def prepare(
+    config: Config, folder: Path, tokenizer: Path, checkpoint: Path | None, model_class: Any, world: DistributedContext
+) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
     """Everything that training needs, loaded and checked; `tokenizer`: its folder."""
     log = RunLog(folder, silent=not world.first)
     torch.manual_seed(config.seed)
@@ -216,7 +218,7 @@ def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | No
     add_adapters(model, config.lora)
     if checkpoint is not None:
         load_weights_of(checkpoint, model)  # now, for the feature cache goes by the encoder's weights
-    cache = FeatureCache(Path(config.cache_dir) / "features" / fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30 / world.size))
+    cache = FeatureCache(Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30 / world.size))
     encoder.cache = cache
     validation = Validation(data.validation, data.budget, config.train.rows, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
@@ -231,7 +233,7 @@ def prepare(config: Config, folder: Path, tokenizer: Path, checkpoint: Path | No
     return model, data, validation, cache, log
 
 
-def kept_of(data: Data) -> dict[str, Any]:
+def data_identity(data: Data) -> dict[str, Any]:
     """What must be the same when a run goes on: the tokenizer, and how many records each source has, by which their order is drawn."""
     records = {use: [[source.name, len(source)] for source in part.sources] for use, part in (("training", data.training), ("validation", data.validation))}
     return {"tokenizer": data.tokenizer.fingerprint(), "records": records}
@@ -239,7 +241,7 @@ def kept_of(data: Data) -> dict[str, Any]:
 
 def check_data(checkpoint: Path, data: Data, tokenizer: Path) -> None:
     """Is the data what it was at a checkpoint? Else `UserError`; `tokenizer`: its folder."""
-    then, now = read_state(checkpoint, verify=False), kept_of(data)
+    then, now = read_state(checkpoint, verify=False), data_identity(data)
     if then.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
         raise UserError(f"checkpoint {checkpoint} was made with another tokenizer than {tokenizer} holds now: put that one back, or start a new run")
     for use, sources in now["records"].items():
@@ -275,7 +277,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model_class: Any, tokenize
     model.load_state_dict({name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}, assign=True)
     load_weights_of(checkpoint, model)
     if config.train.ema:
-        load_averages(checkpoint, model)
+        load_ema(checkpoint, model)
     merge_adapters(model)
     export(model, folder, tokenizer, config, run)
 
@@ -303,17 +305,17 @@ def _train_and_export(
     model: Any,
     data: Data,
     validation: Validation,
-    tasks: TasksInTraining,
+    tasks: TrainingTasks,
     cache: FeatureCache,
     log: RunLog,
-    world: World,
+    world: DistributedContext,
     pusher: Pusher | None,
 ) -> None:
     model_class, trained = type(model), model  # FSDP changes the class
     shown: list[dict[str, Any]] = []  # the last predictions
     warned: list[str] = []
     e = config.eval
-    best = Best(folder, e.best, validation.metrics(e.captions) | tasks.metrics)
+    best = BestCheckpoint(folder, e.best, validation.metrics(e.captions) | tasks.metrics)
 
     def evaluate(step: int) -> dict[str, Any]:
         model = plain(trained, config, model_class)
@@ -353,7 +355,7 @@ def _train_and_export(
             pusher.saved(checkpoint)
 
     begin = partial(_begin, config, folder, best)
-    task = Task(data.batches, evaluate, cache.save, kept_of(data), saved, lambda: best.step if world.first else -1, begin)
+    task = TrainingCallbacks(data.batches, evaluate, cache.save, data_identity(data), saved, lambda: best.step if world.first else -1, begin)
     try:
         train(config, model, task, folder, log, checkpoint, world)
         if best.warning:
@@ -373,12 +375,12 @@ def _train_and_export(
     _hand_over(model, config, folder, data.tokenizer, shown[0], log, pusher)
 
 
-def _begin(config: Config, folder: Path, best: Best, step: int, back: bool) -> None:
+def _begin(config: Config, folder: Path, best: BestCheckpoint, step: int, back: bool) -> None:
     """Nothing is refused any more: the folder becomes a run, or goes on behind `step`; `back`: it was further."""
-    keep_config(config, folder)
+    write_config(config, folder)
     if (folder / NEW_TOKENIZER).is_dir():
         (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
-    aside = partial(put_aside, folder=folder / "checkpoints")
+    aside = partial(move_to_abandoned, folder=folder / "checkpoints")
     best.go_back(step, aside)
     for exported in (folder / "model", folder / "adapters") if back else ():  # of the end that it had
         if exported.exists():
@@ -386,7 +388,7 @@ def _begin(config: Config, folder: Path, best: Best, step: int, back: bool) -> N
     forget_samples(folder / "samples", step)
 
 
-def _how_to_go_on(folder: Path, world: World) -> str:
+def _how_to_go_on(folder: Path, world: DistributedContext) -> str:
     script = [sys.argv[0], "--output_dir", str(folder), "--resume", "auto"]
     if (nodes := world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) > 1:  # no rank knows what their torchruns were told
         return f"go on with the same torchrun on each of the {nodes} nodes, and behind its own flags:\n  {shlex.join(script)}"

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from configs.train import Config
 from models.multi_token import chains
-from training.diagnostics import Achieved, sources_of
+from training.diagnostics import FlopsMeter, sources_of
 from training.distributed import accumulating, gathered
-from training.ema import update_averages
+from training.ema import update_ema
 from training.optim import head_weights, set_learning_rates
 from training.precision import autocast, grad_scaler
-from utils.ranks import ALONE, World
+from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 Batch = dict[str, Tensor]
 PIECE = 1 << 16  # numbers of a dot product
@@ -30,9 +30,9 @@ def train_step(
     batches: Any,
     step: int,
     device: torch.device,
-    world: World = ALONE,
+    world: DistributedContext = SINGLE_PROCESS,
     before_update: Callable[[], None] = lambda: None,
-    achieved: Achieved | None = None,
+    flops_meter: FlopsMeter | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
     """One optimizer step. The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
@@ -81,12 +81,12 @@ def train_step(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if learns and c.ema:
-        update_averages(optimizers, step, c.ema)
+        update_ema(optimizers, step, c.ema)
     scale = scaler.get_scale() * world.size
     scaler.update()
     seconds = time.perf_counter() - started
     speed = {"tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds, "tiles_per_s": count["tiles"] / seconds, "data_wait": waited / seconds}
-    speed |= achieved.of(count, seconds) if achieved is not None else {}
+    speed |= flops_meter.of(count, seconds) if flops_meter is not None else {}
     if supervised and told and not learns and scaler.is_enabled():
         return {"loss": loss, "grad_norm": None, "overflow": scale} | speed
     if not learns:
@@ -99,7 +99,7 @@ def train_step(
     return learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
 
 
-def _count(micro: list[Batch], heads: int, world: World) -> tuple[dict[str, int], Tensor]:
+def _count(micro: list[Batch], heads: int, world: DistributedContext) -> tuple[dict[str, int], Tensor]:
     """What all ranks' micro-batches hold: tokens, tiles, pairs of a query and a key that it sees; and each head's targets (K,)."""
     tokens = [sum(int((b[name] >= 0).sum()) for b in micro) for name in ("left_groups", "right_documents")]
     pairs = [sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro) for side, name in (("left", "left_groups"), ("right", "right_documents"))]

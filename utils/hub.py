@@ -22,7 +22,7 @@ SETTINGS = ["generation_config.json", "processor_config.json", "preprocessor_con
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]
 CODE = ["configs_*.py", "data_*.py", "hf_*.py", "models_*.py", "utils_*.py", "remote_*.py"]  # as hf/export.py names it; the last: older folders
 BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
-ANCESTOR = "an ancestor's"
+NANOVLM = "an ancestor's"
 ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")  # what a repository may hold before there is a model
 NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
 REFUSALS = {
@@ -35,7 +35,7 @@ REFUSALS = {
 }  # by status; the server's own words follow
 
 
-class HubAway(UserError):
+class HubUnavailable(UserError):
     """The Hub is out of reach, or has a bad moment: later it may work."""
 
 
@@ -48,7 +48,7 @@ def kind_of(config: Any) -> str | None:
     """What type of model a `config.json` describes: its `model_type`, or `ANCESTOR`'s, which have none."""
     if not isinstance(config, dict):
         return None
-    return ANCESTOR if "vit_hidden_dim" in config and "lm_hidden_dim" in config else config.get("model_type")
+    return NANOVLM if "vit_hidden_dim" in config and "lm_hidden_dim" in config else config.get("model_type")
 
 
 def fetch(source: str, patterns: list[str], what: str, kind: str = "model", token: str | None = None) -> Path:
@@ -225,14 +225,14 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
 
 
 def writing(repo: str, do: Callable[[], T]) -> T:
-    """`do()`, which writes to `repo`: tried again where the network or the Hub may have had a bad moment. Errors: `UserError`, `HubAway` where it stays so."""
+    """`do()`, which writes to `repo`: tried again where the network or the Hub may have had a bad moment. Errors: `UserError`, `HubUnavailable` where it stays so."""
     _prepare()
     try:
         return trying(repo, do, _writing_may_pass)
     except UserError:
         raise
     except Exception as error:  # every HTTP library has its own
-        raise (HubAway if _writing_may_pass(error) else UserError)(f"{repo} could not be pushed to: {_refusal(error)}") from error
+        raise (HubUnavailable if _writing_may_pass(error) else UserError)(f"{repo} could not be pushed to: {_refusal(error)}") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The ranks of a run; this process is number `rank` of `size`. Every rank makes the same calls, in the same order."""
 
     rank: int = 0
@@ -41,7 +41,7 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def shared(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value."""
         import torch.distributed as dist
 
@@ -50,36 +50,36 @@ class World:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def agreed(self, make: Callable[[], T]) -> T:
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
         """What `make` gives on the first rank. Its `UserError` ends all ranks; the first one tells it."""
         made: Any = None
         if self.first:
             try:
                 made = make()
             except UserError as error:
-                self.shared(error)
+                self.broadcast(error)
                 raise
-        made = self.shared(made)
+        made = self.broadcast(made)
         if isinstance(made, UserError):
             raise SystemExit(made.exit_code)
         return made  # type: ignore[no-any-return]
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def rank0_first(self) -> Iterator[None]:
         """The block on the first rank, then on all others: what it makes on the disk, they find."""
         if not self.first:
-            self.shared(None)
+            self.broadcast(None)
         yield
         if self.first:
-            self.shared(None)
+            self.broadcast(None)
 
 
-ALONE = World()
+SINGLE_PROCESS = DistributedContext()
 
 
-def world_of_torchrun() -> World:
+def torchrun_context() -> DistributedContext:
     """What torchrun's environment says; nothing is opened."""
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    world = DistributedContext(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if not 0 <= world.rank < world.size:
         raise UserError(f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: torchrun sets both; unset RANK for a single process")
     return world

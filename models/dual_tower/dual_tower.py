@@ -9,9 +9,10 @@ from models.kv_cache import ImageKV, KeyValueRecorder
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
+from models.multi_token import make_heads
 from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
-from models.weights.pretrained import fingerprint
+from models.weights.pretrained import module_fingerprint
 
 IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
 
@@ -63,7 +64,8 @@ class DualTowerVLM(HubModel):
         config.check_join()
         self.config, self.vocabulary = config, vocabulary
         self.left = LeftTower(config, vocabulary)
-        self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size, config.multi_token)
+        self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size)
+        self.heads = make_heads(config, self.right.embed_tokens.num_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +74,8 @@ class DualTowerVLM(HubModel):
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
         left_decoder = nn.ModuleList((self.left.embed_tokens, self.left.decoder))
-        return {"vision": self.left.vision_encoder, "projector": self.left.modality_projector, "left": left_decoder, "right": self.right.trunk()} | (
-            {"heads": self.right.heads} if self.right.heads is not None else {}
+        return {"vision": self.left.vision_encoder, "projector": self.left.modality_projector, "left": left_decoder, "right": self.right} | (
+            {"heads": self.heads} if self.heads is not None else {}
         )
 
     def forward(
@@ -92,7 +94,9 @@ class DualTowerVLM(HubModel):
         """Tiles (N, 3, h, w) uint8, left stream (B, L), right stream (B, R); see DESIGN's batch table in docs/architecture.md."""
         image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
         hidden = self.right.read(image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups)
-        return self.right.output(hidden, labels, right_documents)
+        heads, right = self.heads, self.right
+        head_loss_sums = heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding) if heads is not None and labels is not None else None
+        return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """What the right tower reads of token ids (B, T): (B, T, D). It never sees tiles."""
@@ -123,8 +127,8 @@ class DualTowerVLM(HubModel):
         """Image KV of one image: its tiles (n, 3, h, w) uint8 and its block's token ids (T,)."""
         return self.encode_images(tiles, [block])[0]
 
-    def origin(self) -> str:
+    def fingerprint(self) -> str:
         """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. Computed at each call."""
         c = self.config
         settings = (IMAGE_KV_VERSION, c.vision, c.projector, c.left, c.left_context, c.image_isolation, c.left_attention, self.vocabulary)
-        return fingerprint(self.left, repr(settings))
+        return module_fingerprint(self.left, repr(settings))

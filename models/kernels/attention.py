@@ -20,7 +20,7 @@ ALIGNED = 32  # softmax over bf16 wants so many keys, or a multiple, on a CPU
 SPREAD = 1.25  # keys of the longest of the spans that are computed together ÷ those of the shortest
 
 
-class Spans(NamedTuple):
+class Segments(NamedTuple):
     """Spans with about the same number of keys, computed together. A span: some queries of a row next to one another, and the keys that any of them sees.
 
     Indices count the rows of queries (B · T · G) and keys (B · S · G), G heads of a token next to one another.
@@ -32,34 +32,34 @@ class Spans(NamedTuple):
     none: Tensor  # those of `queries`, flat, that are none
 
 
-class _Cut(NamedTuple):
+class _Segment(NamedTuple):
     row: int
     start: int  # of its queries
     end: int
     keys: Array
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         return -(-len(self.keys) // ALIGNED) * ALIGNED
 
 
-class SpanPlan:
+class BlockSparseLayout:
     """The spans of a mask (B, 1, T, S): all that is seen, and little else."""
 
     def __init__(self, mask: Tensor, kv_heads: int) -> None:
         B, _, T, S = mask.shape
         seen, heads = mask[:, 0].numpy(), np.arange(kv_heads)
-        cuts = [_Cut(row, start, end, np.flatnonzero(seen[row, start:end].any(0))) for row in range(B) for start, end in _cut(seen[row])]
-        cuts.sort(key=lambda cut: cut.room)
-        self.spans: list[Spans] = []
+        cuts = [_Segment(row, start, end, np.flatnonzero(seen[row, start:end].any(0))) for row in range(B) for start, end in _split_queries(seen[row])]
+        cuts.sort(key=lambda cut: cut.capacity)
+        self.segments: list[Segments] = []
         back = np.empty((B * T, kv_heads), np.int64)  # where a query stands among those of all spans
         key, place = [np.empty(0, np.int64)], [np.empty((0, kv_heads), np.int64)]  # each key of each span, and where it stands among those of all spans
         Q = K = 0
         while cuts:
-            some = [cut for cut in cuts if cut.room <= SPREAD * cuts[0].room]
+            some = [cut for cut in cuts if cut.capacity <= SPREAD * cuts[0].capacity]
             cuts = cuts[len(some) :]
             lengths = np.array([cut.end - cut.start for cut in some])
-            n, t, s = len(some), lengths.max(), some[-1].room
+            n, t, s = len(some), lengths.max(), some[-1].capacity
             queries, keys, hidden = np.zeros((n, t), np.int64), np.zeros((n, s), np.int64), np.ones((n, t, s), bool)
             for i, ((row, start, end, sees), length) in enumerate(zip(some, lengths, strict=True)):
                 queries[i, :length], keys[i, : len(sees)] = np.arange(row * T + start, row * T + end), row * S + sees
@@ -69,22 +69,22 @@ class SpanPlan:
                 place.append(K + (i * kv_heads + heads) * s + np.arange(len(sees))[:, None])
             none = np.flatnonzero(np.broadcast_to(np.arange(t) >= lengths[:, None, None], (n, kv_heads, t)))
             q, k = (index[:, None] * kv_heads + heads[:, None] for index in (queries, keys))
-            self.spans.append(Spans(*map(torch.from_numpy, (q, k, hidden, none))))
+            self.segments.append(Segments(*map(torch.from_numpy, (q, k, hidden, none))))
             Q, K = Q + n * kv_heads * t, K + n * kv_heads * s
         self.queries, self.keys = Q, K  # of all spans and heads
         self.back = torch.from_numpy(back.reshape(-1))
-        first, more = _in_turn(key, place, B * S, K)
+        first, more = _occurrences(key, place, B * S, K)
         self.keys_back, self.more_keys = torch.from_numpy(first), [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in more]
         self._bias: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
         """What is added to the scores (n, G, t, H ÷ G, s) of each of `spans`: 0, or −∞ where nothing is to be seen. Made once for all layers."""
         if dtype not in self._bias:
-            self._bias[dtype] = [torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None] for s in self.spans]
+            self._bias[dtype] = [torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None] for s in self.segments]
         return self._bias[dtype]
 
 
-def _cut(seen: Array) -> list[tuple[int, int]]:
+def _split_queries(seen: Array) -> list[tuple[int, int]]:
     """Queries of a row (T, S): as many whole documents as fit into a span, long ones in equal parts. A document ends where the next query sees none of the same keys."""
     T = len(seen)
     ends = np.flatnonzero(~(seen[1:] & seen[:-1]).any(1)) + 1
@@ -101,7 +101,7 @@ def _cut(seen: Array) -> list[tuple[int, int]]:
     return [*out, (start, T)] if start < T else out
 
 
-def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> tuple[Array, list[tuple[Array, Array]]]:
+def _occurrences(key: list[Array], place: list[Array], keys: int, nowhere: int) -> tuple[Array, list[tuple[Array, Array]]]:
     """A place of each of `keys` and their heads, `nowhere` where nobody sees it; then (rows of keys, their second places) of those that have one, their third, and so on."""
     every, at = np.concatenate(key), np.concatenate(place)
     order = every.argsort(kind="stable")
@@ -113,10 +113,10 @@ def _in_turn(key: list[Array], place: list[Array], keys: int, nowhere: int) -> t
     return first.reshape(-1), [(rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)]
 
 
-Plan = Union[Tensor, SpanPlan, "BlockMask"]
+AttentionLayout = Union[Tensor, BlockSparseLayout, "BlockMask"]
 
 
-def planned(mask: Tensor, kv_heads: int) -> Plan:
+def attention_layout(mask: Tensor, kv_heads: int) -> AttentionLayout:
     """What `attend` shall be given for a mask (B, 1, T, S), the same in every layer: where gradients are computed, spans on a CPU, FlexAttention's blocks on CUDA.
 
     A packed row's documents see nothing of one another, and no token sees a later one: most scores need not be computed.
@@ -124,11 +124,11 @@ def planned(mask: Tensor, kv_heads: int) -> Plan:
     if not torch.is_grad_enabled():
         return mask
     if mask.device.type == "cuda" and find_spec("triton") is not None:  # in which its kernels are written
-        return blocks_of(mask)
-    return SpanPlan(mask, kv_heads) if mask.device.type == "cpu" else mask
+        return flex_block_mask(mask)
+    return BlockSparseLayout(mask, kv_heads) if mask.device.type == "cpu" else mask
 
 
-def blocks_of(mask: Tensor) -> "BlockMask":
+def flex_block_mask(mask: Tensor) -> "BlockMask":
     """Of a mask (B, 1, T, S): blocks of 128 × 128 of which nothing is seen are left out, those that are seen in part look the mask up."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -144,61 +144,61 @@ def flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Plan) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout) -> Tensor:
     """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where the mask (B, 1, T, S), or what was `planned` of it, allows; a float mask is added."""
-    if isinstance(mask, SpanPlan):
-        return SpanAttention.apply(queries, keys, values, mask)
+    if isinstance(mask, BlockSparseLayout):
+        return SegmentAttention.apply(queries, keys, values, mask)
     if not isinstance(mask, Tensor):
         return flex()(queries, keys.to(queries.dtype), values.to(queries.dtype), block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
 
 
-class SpanAttention(torch.autograd.Function):
+class SegmentAttention(torch.autograd.Function):
     """Attention over spans, by matrix products; the weights are kept for the backward pass.
 
     Queries, keys and values are gathered span by span, and what comes out is put back in the same way (docs/experiments.md has how much time that saves).
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, plan: SpanPlan) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, layout: BlockSparseLayout) -> Tensor:
         B, H, T, E = queries.shape
         G = keys.shape[1]
         q, k, v = _rows(queries, G), _rows(keys, G), _rows(values, G)
-        out, kept, at = q.new_empty(plan.queries, q.shape[1]), [], 0
-        for spans, bias in zip(plan.spans, plan.bias(queries.dtype), strict=True):
-            own_q, own_k, own_v = _gather(q, spans.queries, E), _gather(k, spans.keys, E), _gather(v, spans.keys, E)
+        out, kept, at = q.new_empty(layout.queries, q.shape[1]), [], 0
+        for segments, bias in zip(layout.segments, layout.bias(queries.dtype), strict=True):
+            own_q, own_k, own_v = _gather(q, segments.queries, E), _gather(k, segments.keys, E), _gather(v, segments.keys, E)
             scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2)).view(-1, G, bias.shape[2], H // G, bias.shape[4])
             weights = torch.softmax(scores.add_(bias), -1, out=scores).view(len(own_q), -1, bias.shape[-1])
-            at, part = _next(out, at, spans.queries, E)
+            at, part = _next(out, at, segments.queries, E)
             torch.bmm(weights, own_v, out=part)
             kept.append(weights)
         ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.plan = plan
-        return out.index_select(0, plan.back).view(B, T, H, E).transpose(1, 2)
+        ctx.layout = layout
+        return out.index_select(0, layout.back).view(B, T, H, E).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, *kept = ctx.saved_tensors
-        plan = ctx.plan
+        layout = ctx.layout
         B, H, T, E = queries.shape
         G = keys.shape[1]
         q, k, v, g = _rows(queries, G), _rows(keys, G), _rows(values, G), _rows(gradient, G)
-        d_q = q.new_empty(plan.queries, q.shape[1])
-        d_k, d_v = k.new_empty(plan.keys + 1, E), v.new_empty(plan.keys + 1, E)
+        d_q = q.new_empty(layout.queries, q.shape[1])
+        d_k, d_v = k.new_empty(layout.keys + 1, E), v.new_empty(layout.keys + 1, E)
         d_k[-1], d_v[-1] = 0, 0  # of keys that nobody sees
         at = key_at = 0
-        for spans, weights in zip(plan.spans, kept, strict=True):
-            own_g = _gather(g, spans.queries, E, spans.none)
-            at, part = _next(d_q, at, spans.queries, E)
-            _, k_part = _next(d_k, key_at, spans.keys, E)
-            key_at, v_part = _next(d_v, key_at, spans.keys, E)
+        for segments, weights in zip(layout.segments, kept, strict=True):
+            own_g = _gather(g, segments.queries, E, segments.none)
+            at, part = _next(d_q, at, segments.queries, E)
+            _, k_part = _next(d_k, key_at, segments.keys, E)
+            key_at, v_part = _next(d_v, key_at, segments.keys, E)
             torch.bmm(weights.transpose(1, 2), own_g, out=v_part)
-            d = torch.bmm(own_g, _gather(v, spans.keys, E).transpose(1, 2))  # of the weights, then of the scores
+            d = torch.bmm(own_g, _gather(v, segments.keys, E).transpose(1, 2))  # of the weights, then of the scores
             torch.ops.aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d).mul_(E**-0.5)
-            torch.bmm(d, _gather(k, spans.keys, E), out=part)
-            torch.bmm(d.transpose(1, 2), _gather(q, spans.queries, E), out=k_part)
-        d_queries = d_q.index_select(0, plan.back).view(B, T, H, E).transpose(1, 2)
-        d_keys, d_values = (_add_up(d, plan).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
+            torch.bmm(d, _gather(k, segments.keys, E), out=part)
+            torch.bmm(d.transpose(1, 2), _gather(q, segments.queries, E), out=k_part)
+        d_queries = d_q.index_select(0, layout.back).view(B, T, H, E).transpose(1, 2)
+        d_keys, d_values = (_add_up(d, layout).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
         return d_queries, d_keys, d_values, None
 
 
@@ -221,9 +221,9 @@ def _next(rows: Tensor, at: int, index: Tensor, size: int) -> tuple[int, Tensor]
     return end, rows[at:end].view(index.shape[0] * index.shape[1], -1, size)
 
 
-def _add_up(rows: Tensor, plan: SpanPlan) -> Tensor:
+def _add_up(rows: Tensor, layout: BlockSparseLayout) -> Tensor:
     """Sums over the places where each key stands."""
-    out = rows.index_select(0, plan.keys_back)
-    for index, place in plan.more_keys:
+    out = rows.index_select(0, layout.keys_back)
+    for index, place in layout.more_keys:
         out.index_copy_(0, index, out.index_select(0, index).add_(rows.index_select(0, place)))
     return out

@@ -1,6 +1,6 @@
 """A decoder's weights laid out anew for decoding on a CPU, and its block over few tokens."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from models.kernels.attention import attend
 from models.kv_cache import DecodingCache
-from models.layers import Rotary
-
-if TYPE_CHECKING:
-    from models.language_model import Block
+from models.language_model import DecoderBlock
+from models.layers import KVSource, RMSNorm, Rotary
 
 
 class Packed:
@@ -55,7 +53,7 @@ class Packed:
 class PackedBlock:
     """A decoder block over as many tokens as `Packed` takes, with a cache: what `Block` computes, in half the calls, which at one token are a fourth of the time."""
 
-    def __init__(self, block: "Block") -> None:
+    def __init__(self, block: DecoderBlock) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.layer, self.has_rope, self.config = attention.layer, attention.has_rope, attention.config
         self.norms = [norm.forward for norm in (block.input_layernorm, block.post_attention_layernorm)]
@@ -71,9 +69,36 @@ class PackedBlock:
         if self.qk_norms is not None:
             queries_keys = torch.cat((self.qk_norms[0](qkv.narrow(1, 0, H)), self.qk_norms[1](qkv.narrow(1, H, G))), 1)
         if self.has_rope:
-            queries_keys = rotary.turn(queries_keys)
+            queries_keys = rotary.rotate(queries_keys)
         keys, values = past.extend(self.layer, queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G), None)  # turned already
         out = attend(queries_keys.narrow(1, 0, H), keys, values, mask)
         x = x + self.out(out.transpose(1, 2).flatten(2))
         gate_up = self.gate_up(self.norms[1](x))
         return x + self.down(F.silu(gate_up.narrow(-1, 0, M)) * gate_up.narrow(-1, M, M))
+
+
+class PackedDecoder:
+    """All blocks of a decoder; takes few tokens over a `DecodingCache`, and nothing else."""
+
+    def __init__(self, blocks: list[DecoderBlock]) -> None:
+        self.blocks = [PackedBlock(block) for block in blocks]
+
+    def __call__(self, x: Tensor, rotary: Rotary, mask: Tensor, past: KVSource | None) -> Tensor | None:
+        if not isinstance(past, DecodingCache) or not Packed.takes(x):
+            return None
+        for block in self.blocks:
+            x = block(x, rotary, mask, past)
+        return x
+
+
+def pack_for_decoding(model: Any) -> None:
+    """Lay out anew the weights of a model's right tower and multi-token heads: decoding on a CPU is faster, for as much memory again."""
+    right, heads = model.right, model.heads
+    for module in (*right.modules(), *(heads.modules() if heads is not None else ())):
+        if isinstance(module, RMSNorm):
+            module.pack()
+    right.decode, right.unembed = PackedDecoder(list(right.layers)), Packed(right.unembedding)
+    if heads is not None:
+        for layer in (heads.carry, heads.gate_up, heads.down):
+            layer.forward = Packed(layer)
+        heads.unembed = Packed(heads.rows(right.unembedding))

@@ -5,16 +5,16 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import in_cache, read_json
-from utils.hub import ANCESTOR, BESIDE, WEIGHTS, fetch, is_hub_id, kind_of
+from utils.hub import BESIDE, NANOVLM, WEIGHTS, fetch, is_hub_id, kind_of
 
-FORMAT = 3  # of a model folder
+FORMAT, OLDEST = 4, 3  # of a model folder: written, and still read
 INDEX = "model.safetensors.index.json"  # of weights in several files
 MODEL_TYPES = ("dual_tower", "vanilla")
 
 
-def is_ancestor(config: Any) -> bool:
+def is_nanovlm(config: Any) -> bool:
     """Is this the content of an ancestor's `config.json`?"""
-    return kind_of(config) == ANCESTOR
+    return kind_of(config) == NANOVLM
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -39,28 +39,28 @@ def _check_there(folder: Path, name: str, where: str = "") -> None:
         raise UserError(f"{where or folder} holds no {name}: not a complete model folder{hint}")
 
 
-def read_head(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a complete model folder, of this version or of an ancestor."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
-    head = _checked_head(folder, str(folder))
+    head = _checked_config(folder, str(folder))
     weight_files(folder)
     return head
 
 
-def _checked_head(folder: Path, where: str) -> dict[str, Any]:
+def _checked_config(folder: Path, where: str) -> dict[str, Any]:
     _check_there(folder, "config.json", where)
     head = read_json(folder / "config.json")
     found = head.get("format") if isinstance(head, dict) else None
     if type(found) is int and found > FORMAT:
         raise UserError(f"{where} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program")
-    if is_ancestor(head):
+    if is_nanovlm(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{where}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
-    if found != FORMAT:
-        raise UserError(f"{where} has model format {found!r}; this version reads {FORMAT}")
+    if type(found) is not int or not OLDEST <= found <= FORMAT:
+        raise UserError(f"{where} has model format {found!r}; this version reads {OLDEST} to {FORMAT}")
     return dict(head)
 
 
@@ -68,7 +68,7 @@ def find_model(source: str | Path, token: str | None = None) -> Path:
     """A local model folder, or a Hub id, which is fetched: its `config.json` first, and no more where that is not of a model that can be read."""
     if not is_hub_id(str(source)):
         return Path(source)
-    _checked_head(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
+    _checked_config(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
     return fetch(str(source), ["config.json", *WEIGHTS, *BESIDE], "the model", token=token)
 
 

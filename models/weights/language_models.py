@@ -60,7 +60,7 @@ def _file_of_package(package: str) -> Path:
     return Path(str(found[0].locate()))
 
 
-def complete_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
+def resolve_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
     """Fill in the sizes of every tower that has pretrained weights, from its source's `config.json`; no weights are read."""
     for tower in config.towers:
         wanted: DecoderConfig = getattr(config, tower)
@@ -185,7 +185,6 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where:
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
-    tensors |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}  # ours, and at their start
     load_tensors(model, tensors, where, assign=True)
 
 

@@ -98,8 +98,8 @@ def _scores(scores: tuple[tuple[str, str, str, str], ...]) -> str:
     shown = [column for column in range(4) if column < 2 or any(row[column] for row in scores)]
     head = ("score", "value", "± standard error", "untrained")
     table = _table([head[column] for column in shown], [[row[column] for column in shown] for row in scores])
-    floor = "\n\nUntrained: the same model with random weights, scored the same way. A score says something by what it has above this floor."
-    return table + floor * (3 in shown)
+    baseline = "\n\nUntrained: the same model with random weights, scored the same way. Compare a score with this baseline."
+    return table + baseline * (3 in shown)
 
 
 def _licence(licence: str) -> str:

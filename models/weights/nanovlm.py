@@ -38,7 +38,7 @@ RENAMED = (
 )
 
 
-def read_ancestor(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+def read_nanovlm(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """→ model type, configuration, vocabulary, and the tensors under this project's names (with those nobody reads)."""
     dual = any(name.startswith("left_tower.") for name in tensors)
     try:

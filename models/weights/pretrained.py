@@ -22,17 +22,18 @@ from torch.overrides import TorchFunctionMode
 from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
 from models.vision_encoder import create_backbone
-from models.weights.folder import FORMAT, INDEX, damaged, find_model, is_ancestor, read_head, weight_files
-from models.weights.nanovlm import read_ancestor
+from models.weights.folder import FORMAT, INDEX, damaged, find_model, is_nanovlm, read_model_config, weight_files
+from models.weights.nanovlm import read_nanovlm
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
 from utils.hub import BESIDE, WEIGHTS
 
 SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks
+RENAMED = ((r"^right\.heads\.stands$", "heads.acceptance_rates"), (r"^right\.heads\.", "heads."))  # names in folders of format 3 → today's
 COUNTER = "num_batches_tracked"  # of batch normalisation; in some files, read by nobody
 
 
-def fingerprint(module: nn.Module, salt: str = "") -> str:
+def module_fingerprint(module: nn.Module, salt: str = "") -> str:
     """32 hex digits of a module's weights and buffers, normalisation constants included; `salt` is what else its output depends on."""
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
@@ -62,9 +63,10 @@ def save_model(model: Any, folder: Path) -> None:
 
 def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """Our own folder or an ancestor's → `config.json`, model type, configuration, vocabulary, tensors."""
-    head, tensors = read_head(folder), {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
-    if is_ancestor(head):
-        return head, *read_ancestor(head, tensors, str(folder))
+    head = read_model_config(folder)
+    tensors = {_current_name(name): tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
+    if is_nanovlm(head):
+        return head, *read_nanovlm(head, tensors, str(folder))
     try:
         config, vocabulary = from_dict(ModelConfig, head.get("model"), "model"), from_dict(Vocabulary, head.get("vocabulary"), "vocabulary")
     except UsageError as error:
@@ -72,10 +74,16 @@ def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabul
     return head, head["model_type"], config, vocabulary, tensors
 
 
-def ancestor_tokenizer(folder: Path) -> tuple[str, int] | None:
+def _current_name(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def nanovlm_tokenizer(folder: Path) -> tuple[str, int] | None:
     """For an ancestor's folder: the language model whose tokenizer it takes, and that model's vocabulary size."""
-    head = read_head(folder)
-    return (str(head.get("lm_tokenizer")), int(head["lm_base_vocab_size"])) if is_ancestor(head) else None
+    head = read_model_config(folder)
+    return (str(head.get("lm_tokenizer")), int(head["lm_base_vocab_size"])) if is_nanovlm(head) else None
 
 
 def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tensor]]:
@@ -120,9 +128,9 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
     except UsageError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     model.beside = {path.name: path.read_bytes() for pattern in BESIDE for path in folder.glob(pattern) if path.name not in ("config.json", INDEX)}
-    model.code = {key: head[key] for key in ("architectures", "auto_map") if key in head and not is_ancestor(head)}
+    model.code = {key: head[key] for key in ("architectures", "auto_map") if key in head and not is_nanovlm(head)}
     own = model.state_dict()
-    model.dropped_tensors = [name for name in tensors if is_ancestor(head) and name.startswith("left.decoder.") and name not in own]
+    model.dropped_tensors = [name for name in tensors if is_nanovlm(head) and name.startswith("left.decoder.") and name not in own]
     load_tensors(model, {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}, str(folder), assign=True)
     return model.eval()
 

@@ -26,7 +26,7 @@ SMALL = TOWERS | {
     "train.local_batch_size": 2,
     "train.global_batch_size": 4,
     "train.dtype": "fp32",
-    "train.detail_every": 7,
+    "train.diagnostics_every": 7,
     "train.eval_every": 25,
     "train.checkpoint_every": 15,
 }
@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two ranks, DDP": {"ranks": 2},
     "two ranks, FSDP2": {"ranks": 2, "parallel": "fsdp"},
 }
-RENAMED = {"right.heads.stands": "right.heads.acceptance_rates"}  # names in model.safetensors, older → newer
-OLD_FLAGS = {"train.local_batch_size": "train.rows", "train.global_batch_size": "train.accumulation"}
+RENAMED = {"right.heads.stands": "heads.acceptance_rates", "right.heads.": "heads."}  # names in model.safetensors, older → newer
+OLD_FLAGS = {"train.local_batch_size": "train.rows", "train.global_batch_size": "train.accumulation", "train.diagnostics_every": "train.detail_every"}
 
 
 @contextmanager
@@ -94,7 +94,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {RENAMED.get(name, name): tensor for name, tensor in load_file(run / "model" / "model.safetensors").items()}
+    return {current_name(name): tensor for name, tensor in load_file(run / "model" / "model.safetensors").items()}
+
+
+def current_name(name: str) -> str:
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
 
 
 def same(base: Path, here: Path) -> str:
@@ -117,7 +123,7 @@ def gradients(run: Path) -> dict[str, torch.Tensor]:
     for file in sorted((run / "checkpoints" / "step_000001").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if name.endswith((".exp_avg", ".momentum_buffer")):
-                out[name] = tensor.float() * (10 if name.endswith(".exp_avg") else 20)
+                out[current_name(name)] = tensor.float() * (10 if name.endswith(".exp_avg") else 20)
     return out
 
 

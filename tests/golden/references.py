@@ -19,7 +19,7 @@ from data.images import Tiles
 from data.packing import Budget, Window
 from data.render import Document, Renderer
 from data.tokenizer import Tokenizer
-from eval.predictor import Answerer
+from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.vision_language_model import VisionLanguageModel
@@ -155,7 +155,8 @@ def fill(model: torch.nn.Module) -> None:
     """Weights by NumPy's generator, the same on every machine; large, so that logits are far from one another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = np.random.default_rng(crc32(name.encode())).standard_normal(tuple(parameter.shape))
+            seed = crc32(("right." * name.startswith("heads.") + name).encode())  # the name that it had when the references were stored
+            values = np.random.default_rng(seed).standard_normal(tuple(parameter.shape))
             scale = 1.0 if parameter.dim() < 2 else 3.0 * parameter[0].numel() ** -0.5
             own = torch.from_numpy(values).float() * scale
             parameter.copy_(own.abs() * 0.5 + 0.5 if parameter.dim() < 2 and name.endswith("weight") else own * 0.1 if parameter.dim() < 2 else own)
@@ -167,15 +168,15 @@ def answers() -> dict[str, Any]:
     for name, config in MODELS.items():
         model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(config, tokenizer.vocabulary).eval()
         fill(model)
-        answerer = Answerer(model, Renderer(tokenizer, config.tokens_per_tile, config.left_context))
+        predictor = Predictor(model, Renderer(tokenizer, config.tokens_per_tile, config.left_context))
         pixels = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (3, 1, 3, 64, 64), dtype=np.uint8))
         images = [[Tiles((1, 1), pixels[0])], [Tiles((1, 1), pixels[1]), Tiles((1, 1), pixels[2])], []]
-        prompts = [answerer.renderer.prompt([i.grid for i in row], [{"user": turn["user"]}]) for row, turn in zip(images, TURNS, strict=False)]
+        prompts = [predictor.renderer.prompt([i.grid for i in row], [{"user": turn["user"]}]) for row, turn in zip(images, TURNS, strict=False)]
         for what, settings in SETTINGS.items():
             if "drafts" in what and name != "heads":
                 continue
-            placed = answerer.images_of(prompts, images)[0]
-            made = generate(model, images=placed, stop=tokenizer.turn_end, settings=settings, tiles=answerer.tiles_of(images), **collate_prompts(prompts))
+            placed = predictor.images_of(prompts, images)[0]
+            made = generate(model, images=placed, stop=tokenizer.turn_end, settings=settings, tiles=predictor.tiles_of(images), **collate_prompts(prompts))
             out[f"{name}, {what}"] = made.tokens
     return out
 

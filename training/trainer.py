@@ -24,19 +24,19 @@ import torch
 from configs.serialization import to_dict
 from configs.train import Config, TrainConfig
 from data.loader import merged
-from models.language_model import Block
+from models.language_model import DecoderBlock
 from models.layers import pick_device
-from training.checkpoint import Saver, checkpoints, load_checkpoint, set_aside
-from training.diagnostics import Achieved, Details
+from training.checkpoint import Saver, abandon_later, checkpoints, load_checkpoint
+from training.diagnostics import Diagnostics, FlopsMeter
 from training.distributed import parallel
-from training.ema import averaged, swap_averages
+from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
 from training.precision import computed_in, grad_scaler, load_scale, scale_state
 from training.step import Batch, train_step
 from utils.errors import UserError
 from utils.files import append_text
-from utils.ranks import ALONE, World
+from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 SPIKE, NORMS = 5.0, 100  # a gradient norm so many times the median of the last so many is told
 
@@ -80,7 +80,7 @@ class StopSignals:
 
 
 @dataclass
-class Task:
+class TrainingCallbacks:
     """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
 
     batches: Batches
@@ -93,16 +93,16 @@ class Task:
     begin: Callable[[int, bool], None] = lambda step, back: None
 
 
-def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, checkpoint: Path | None, world: World = ALONE) -> None:
+def train(config: Config, model: Any, task: TrainingCallbacks, folder: Path, log: RunLog, checkpoint: Path | None, world: DistributedContext = SINGLE_PROCESS) -> None:
     """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved. At the end the model has the averages of `train.ema`."""
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    run = Run(config, model, task, folder, log, device, world)
+    run = Trainer(config, model, task, folder, log, device, world)
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
     rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     if world.first:
-        aside = set_aside(folder / "checkpoints", run.step)  # first of all: from here on `auto` goes on from this step
+        aside = abandon_later(folder / "checkpoints", run.step)  # first of all: from here on `auto` goes on from this step
         for path in aside:
             log.say(f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it")
         task.begin(run.step, bool(aside))
@@ -114,11 +114,11 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
     well = False  # ended as it should
     try:
         with Watchdog(config.train.stall_minutes) as watchdog, StopSignals(patience=1 if world.size == 1 else 2) as stop:  # torchrun passes on what the terminal sent to all
-            if run.owes:
+            if run.pending_evaluation:
                 run.evaluate()
                 run.save()  # which owes nothing
             while run.step < config.max_steps:
-                watchdog.heard()
+                watchdog.progress()
                 values = run.learn()
                 run.saver.prepare(model, run.optimizers)
                 run.tell(values)
@@ -130,34 +130,34 @@ def train(config: Config, model: Any, task: Task, folder: Path, log: RunLog, che
                     well = True
                     raise Stopped(f"{stop.name or 'another rank was told to stop'}: stopped after step {run.step}, whose checkpoint is {saved}")
             run.saver.wait()
-            swap_averages(run.optimizers)
+            swap_ema(run.optimizers)
             well = True
     finally:
         log.stop(well)
         task.batches.close()
 
 
-class Run:
+class Trainer:
     """A model in training: optimizers, what happens after each step, and what a checkpoint holds of it."""
 
-    def __init__(self, config: Config, model: Any, task: Task, folder: Path, log: RunLog, device: torch.device, world: World) -> None:
+    def __init__(self, config: Config, model: Any, task: TrainingCallbacks, folder: Path, log: RunLog, device: torch.device, world: DistributedContext) -> None:
         c = config.train
         self.config, self.task, self.folder, self.log, self.device, self.world = config, task, folder, log, device, world
         self.model = model.to(device).train()
         freeze(model, c)
         set_blocks(model, c)
-        self.achieved = Achieved(model, device, world.size)
+        self.flops_meter = FlopsMeter(model, device, world.size)
         self.called = parallel(model, config.parallel, device, computed_in(c, device), world)
         self.optimizers = make_optimizers(model, c)
         self.scaler = grad_scaler(c, device, world.size)
-        self.details = Details(model, self.optimizers)
+        self.details = Diagnostics(model, self.optimizers)
         self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
         self.saved_at = time.monotonic()
         self.step = 0  # steps that are done
         self.failed = 0  # steps in a row, up to this one, from which nothing was learnt
         self.norms: deque[float] = deque(maxlen=NORMS)
         self.dropped: dict[str, int] = {}  # as it was told last
-        self.owes = False  # the evaluation after this step, which failed
+        self.pending_evaluation = False  # the evaluation after this step, which failed
 
     @property
     def evaluates(self) -> bool:
@@ -170,7 +170,7 @@ class Run:
         state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
         self.step, self.failed = state["step"], state["skipped"]
         self.norms.extend(state.get("norms", []))
-        self.dropped, self.owes = state.get("dropped", {}), state.get("owes", False)
+        self.dropped, self.pending_evaluation = state.get("dropped", {}), state.get("pending_evaluation", False)
         load_scale(self.scaler, state.get("scaler", {}), self.world.size)
         try:
             self.task.batches.load_state(state["data"])
@@ -182,7 +182,7 @@ class Run:
     def save(self) -> Path:
         def state() -> dict[str, Any]:
             data = merged(self.world.gather(self.task.batches.state()))
-            told = {"skipped": self.failed, "norms": list(self.norms), "logged": self.log.logged, "dropped": self.dropped, "owes": self.owes}
+            told = {"skipped": self.failed, "norms": list(self.norms), "logged": self.log.logged, "dropped": self.dropped, "pending_evaluation": self.pending_evaluation}
             return told | {"data": data, "scaler": scale_state(self.scaler, self.world.size)} | self.task.kept
 
         def before() -> None:
@@ -195,8 +195,8 @@ class Run:
     def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
         """→ the checkpoint, and whether a rank was told to stop."""
         c = self.config.train
-        self.saver.spared = self.task.best()
-        late = self.world.first and (0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at or self.saver.spared == self.step)
+        self.saver.protected_step = self.task.best()
+        late = self.world.first and (0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at or self.saver.protected_step == self.step)
         due = torch.tensor([bool(signal), late], dtype=torch.int64)
         self.world.sum(due)
         stopped = bool(due[0])
@@ -207,14 +207,14 @@ class Run:
     def learn(self) -> dict[str, Any]:
         """One step → its values for the log. After too many in a row from which nothing was learnt `UserError`."""
         c, self.step = self.config.train, self.step + 1
-        looked = bool(c.detail_every) and self.step % c.detail_every == 0
+        looked = bool(c.diagnostics_every) and self.step % c.diagnostics_every == 0
 
         def before_update() -> None:
             self.saver.copied()
             if looked:
                 self.details.look()
 
-        values = train_step(self.config, self.called, self.optimizers, self.task.batches, self.step, self.device, self.world, before_update, self.achieved, self.scaler)
+        values = train_step(self.config, self.called, self.optimizers, self.task.batches, self.step, self.device, self.world, before_update, self.flops_meter, self.scaler)
         failed = "skipped" in values or "overflow" in values
         if looked and not failed:
             values["update_ratios"], histograms = self.details.found()
@@ -223,9 +223,9 @@ class Run:
         if "overflow" in values:
             self.log.say(f"step {self.step} skipped: its gradients overflow fp16 at a loss scale of {values['overflow']:g}, which is halved")
         elif failed:
-            _note_skipped(values, self.step, self.folder, self.log, self.world)
+            _log_skipped(values, self.step, self.folder, self.log, self.world)
         else:
-            _tell_spike(values, self.norms, c.clip, self.step, self.log)
+            _log_spike(values, self.norms, c.clip, self.step, self.log)
         if self.failed == c.skips:
             self.saver.wait()
             kept = checkpoints(self.folder / "checkpoints")
@@ -256,10 +256,10 @@ class Run:
         self.saver.copied()  # averages change places with weights
         try:
             evaluate(self.model, self.optimizers, self.task, self.step, self.log)
-            self.owes = False
+            self.pending_evaluation = False
         except Exception:
             if self.world.size == 1:
-                self.owes = True
+                self.pending_evaluation = True
                 self.save()
                 self.saver.wait()
             raise
@@ -267,7 +267,7 @@ class Run:
 
 def set_blocks(model: Any, config: TrainConfig) -> None:
     for block in model.modules():
-        if isinstance(block, Block):
+        if isinstance(block, DecoderBlock):
             block.recompute = config.recompute
             block.compiled = torch.compile(block.run) if config.compile else None
 
@@ -288,7 +288,7 @@ class Watchdog:
             self.thread.start()
         return self
 
-    def heard(self) -> None:
+    def progress(self) -> None:
         """Training goes on: a new silence begins."""
         self.last = time.monotonic()
 
@@ -317,7 +317,7 @@ def _stacks(minutes: float) -> str:
     return f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n{''.join(told)}"
 
 
-def _tell_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
+def _log_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
     """A gradient norm far above the last ones is "spike" in the metrics, and a line where it is above `least` too: near a loss of 0 there are hundreds that clipping lets through."""
     norm = values["grad_norm"]
     if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
@@ -327,7 +327,7 @@ def _tell_spike(values: dict[str, Any], norms: deque[float], least: float, step:
     norms.append(norm)
 
 
-def _note_skipped(values: dict[str, Any], step: int, folder: Path, log: RunLog, world: World) -> None:
+def _log_skipped(values: dict[str, Any], step: int, folder: Path, log: RunLog, world: DistributedContext) -> None:
     """The samples of a skipped step, of all ranks, into `skipped.jsonl`."""
     reason, samples = values.pop("skipped"), [sample for rank in world.gather(values.pop("samples")) for sample in rank]
     if world.first:
@@ -343,12 +343,12 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def evaluate(model: Any, optimizers: list[torch.optim.Optimizer], task: Task, step: int, log: RunLog) -> None:
+def evaluate(model: Any, optimizers: list[torch.optim.Optimizer], task: TrainingCallbacks, step: int, log: RunLog) -> None:
     """Validation between two steps, in evaluation mode and without gradients, of the averages where there are any; the metrics are logged. Training goes on as if there had been none."""
     model.eval()
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (other libraries use it)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices), averaged(optimizers):
+    with torch.no_grad(), torch.random.fork_rng(devices), ema_weights(optimizers):
         values = task.evaluate(step)
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
