@@ -33,7 +33,7 @@ SMALL = [
     "data.validation_images=8",
     "data.right_length=64",
     "data.window=6",
-    "train.rows=2",
+    "train.local_batch_size=2",
     "train.dtype=fp32",
     "train.checkpoint_every=1",
     "train.eval_every=50",
@@ -43,7 +43,7 @@ TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "d
 
 def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    settings = [f"model.{setting}" for setting in TINY] + SMALL + ([f"data.streams={ranks}", f"train.accumulation={ranks}"] if ranks > 1 else [])
+    settings = [f"model.{setting}" for setting in TINY] + SMALL + [f"data.streams={ranks}", f"train.global_batch_size={2 * ranks}"]
     flags = [part for setting in settings for part in ("--" + setting.split("=")[0], setting.split("=")[1])]
     run = ["--max_steps", str(steps), "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), "--parallel", parallel]
     return [*start, str(ROOT / "train_dual_tower.py"), *flags, *run]

@@ -88,10 +88,10 @@ def resident(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak_memory(kind: str, size: str, dtype: str, device: torch.device, accumulation: int) -> int:
+def peak_memory(kind: str, size: str, dtype: str, device: torch.device, rows: int) -> int:
     """Bytes that three steps take, at most. For a process of its own: a peak does not go away again."""
     before = resident("VmRSS")
-    trial = Trial(kind, size, dtype, device, accumulation=accumulation)
+    trial = Trial(kind, size, dtype, device, rows=rows)
     for _ in range(3):
         trial.step()
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") - before
@@ -124,12 +124,12 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, accumulation: int) -> dict[str, Any]:
+def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, rows: int) -> dict[str, Any]:
     parameters = {kind: count_parameters(kind, size) for kind in kinds}
     check_memory(16 * max(parameters.values()), device, "weights, gradients and moments alone")
-    memory = {kind: apart(peak_memory, kind, size, dtype, device, accumulation) for kind in kinds}
+    memory = {kind: apart(peak_memory, kind, size, dtype, device, rows) for kind in kinds}
     check_memory(sum(memory.values()), device, " and ".join(kinds) + ", side by side,")
-    trials = {kind: Trial(kind, size, dtype, device, accumulation=accumulation) for kind in kinds}
+    trials = {kind: Trial(kind, size, dtype, device, rows=rows) for kind in kinds}
     flops = {kind: trial.flops() for kind, trial in trials.items()}
     kernels = {kind: Products(trial.products(), torch.bfloat16 if dtype == "bf16" else torch.float32, device) for kind, trial in trials.items()}
     steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
@@ -212,13 +212,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the machine computes in it")
-    parser.add_argument("--accumulation", type=int, default=1, help="rows of a step, one after the other (default: 1)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a step, one after the other (default: 1)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--profile", type=int, nargs="?", const=25, metavar="N", help="print the N operations that take most, instead of measuring")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    if args.accumulation < 1:
-        parser.error(f"--accumulation {args.accumulation}: a step has one row at least")
+    if args.rows < 1:
+        parser.error(f"--rows {args.rows}: a step has one row at least")
     device = pick_device(args.device, "--device")
     dtype = args.dtype or ("bf16" if computes_bf16(device) else "fp32")
     kinds = list(MODELS) if args.model == "both" else [args.model]
@@ -229,22 +229,22 @@ def main(argv: list[str]) -> None:
         "device": on,
         "size": args.size,
         "dtype": dtype,
-        "accumulation": args.accumulation,
+        "rows": args.rows,
         "repeats": max(1, args.repeats),
     }
     try:
         if args.profile:
             for kind in kinds:
-                print(f"{kind}, {args.size}, {dtype}", profiled(Trial(kind, args.size, dtype, device, accumulation=args.accumulation), args.profile), sep="\n")
+                print(f"{kind}, {args.size}, {dtype}", profiled(Trial(kind, args.size, dtype, device, rows=args.rows), args.profile), sep="\n")
                 gc.collect()  # a trial and its hooks hold one another
             return
-        result = measure(kinds, args.size, dtype, device, head["repeats"], args.accumulation)
+        result = measure(kinds, args.size, dtype, device, head["repeats"], args.rows)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise UserError(f"memory ran out on {on}: take a smaller --size, or one --model at a time ({str(error).splitlines()[0]})") from None
         raise
     place = on if device.type == "cuda" else f"{head['machine']}, {os.cpu_count()} cores, threads: {head['threads']}"
-    show(result, f"a training step, {args.size}, {dtype}, {args.accumulation} row{'s' * (args.accumulation > 1)}, {place}, torch {head['torch']}, {head['date']}")
+    show(result, f"a training step, {args.size}, {dtype}, {args.rows} row{'s' * (args.rows > 1)}, {place}, torch {head['torch']}, {head['date']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | result, indent=2) + "\n")

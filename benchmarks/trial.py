@@ -72,7 +72,7 @@ KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in ("
 ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {getattr(torch.ops.aten, f"{op.__name__}_backward"): _backward_flops for op in KERNELS}
 
 
-def make_config(kind: str, size: Size, dtype: str, heads: int = 0, accumulation: int = 1) -> Config:
+def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1) -> Config:
     model = ModelConfig(
         vision=size.vision,
         projector=ProjectorConfig(pixel_shuffle=size.shuffle),
@@ -82,7 +82,9 @@ def make_config(kind: str, size: Size, dtype: str, heads: int = 0, accumulation:
         multi_token=MultiTokenConfig(heads, mlp_size=size.decoder.mlp_size),
     )
     rates = {f"lr_{part}": 1e-5 for part in ("vision", "projector", "left", "right", "heads")}
-    return Config(model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(rows=1, accumulation=accumulation, dtype=dtype, warmup_steps=0, **rates))
+    return Config(
+        model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(local_batch_size=1, global_batch_size=rows, dtype=dtype, warmup_steps=0, **rates)
+    )
 
 
 def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
@@ -103,10 +105,10 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
 
 
 class Trial:
-    """A model with its optimizers and the standard row, of which a step has `accumulation`, one after the other."""
+    """A model with its optimizers and the standard row, of which a step has `rows`, one after the other."""
 
-    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, accumulation: int = 1) -> None:
-        self.config, self.device = make_config(kind, SIZES[size], dtype, heads, accumulation), device
+    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1) -> None:
+        self.config, self.device = make_config(kind, SIZES[size], dtype, heads, rows), device
         if device.type == "cpu":
             keep_freed_memory()  # as `train` does
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
@@ -115,7 +117,7 @@ class Trial:
         self.optimizers = make_optimizers(self.model, self.config.train)
         self.row = standard_row(self.config.model, vocabulary)
         self.batches, self.steps = RepeatedBatch(self.row), 0
-        self.tokens = accumulation * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
+        self.tokens = rows * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
         self.marks: dict[str, list[Any]] = {}
         self.model.register_forward_pre_hook(lambda *_: self.mark("called"))
         self.model.register_forward_hook(lambda model, args, output: self._after_forward(output.loss_sum))
@@ -166,7 +168,7 @@ class Trial:
 
     def flops(self) -> dict[str, float]:
         """FLOPs of a step's forwards and backwards: as estimated, and counted."""
-        times = self.config.train.accumulation
+        times = self.config.train.micro_batches
         estimate = times * count_flops(self.model).training(self.row, trained_shares(self.model))
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             self.forward().backward()

@@ -27,8 +27,8 @@ CONFIG = Config(
     # On lengths like The Cauldron's a mean sample has some 340 image and 193 text tokens: the budgets have their proportion, and a row fills up from a window of 2,000. Workers: an image takes some 3 ms.
     data=DataConfig(sources="the_cauldron", validation_images=500, turns="chain", left_length=2600, right_length=1496, window=2000, workers=8),
     train=TrainConfig(
-        rows=4,  # 16,384 tokens
-        accumulation=8,  # a step of 131,072 tokens, some 240 samples: large enough that the gradient of many tasks is not one task's
+        local_batch_size=4,  # 16,384 tokens
+        global_batch_size=32,  # a step of 131,072 tokens, some 240 samples: large enough that the gradient of many tasks is not one task's
         lr_vision=5e-5,  # pretrained for just this; a little, for text in images
         lr_projector=5e-3,  # starts at random, and a linear map stands a high rate
         lr_left=5e-5,  # pretrained: a hundredth of the projector's

@@ -19,5 +19,5 @@ CONFIG = replace(
     # Rows of 1,024 tokens: what a small card holds.
     data=replace(FULL.data, left_length=600, right_length=424),
     # An effective batch of 128 rows. Two at a time take some 11 GB, by the estimate of --fit-memory 12; on a larger card --fit-memory takes more.
-    train=replace(FULL.train, rows=2, accumulation=64),
+    train=replace(FULL.train, local_batch_size=2, global_batch_size=128),
 )

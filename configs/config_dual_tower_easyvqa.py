@@ -25,7 +25,8 @@ CONFIG = Config(
     # Short rows: attention over a packed row is dense on a CPU. A row holds up to two images of 17 tokens.
     data=DataConfig(left_length=34, right_length=128),
     train=TrainConfig(
-        rows=20,
+        local_batch_size=20,
+        global_batch_size=20,
         optimizer="muon",  # reads colour within the first epoch; AdamW not in three
         lr_vision=0.0,  # frozen: its features are computed once
         lr_projector=5e-3,

@@ -25,7 +25,8 @@ CONFIG = Config(
     # A row: up to four images of 17 tokens, and their questions.
     data=DataConfig(sources="easy_vqa,openmoji", validation_images=60, left_length=68, right_length=256),
     train=TrainConfig(
-        rows=4,  # casts, norms and AdamW of 240 M parameters cost the same for any number of rows: fewer steps, larger ones
+        local_batch_size=4,
+        global_batch_size=4,  # casts, norms and AdamW of 240 M parameters cost the same for any number of rows: fewer steps, larger ones
         lr_vision=0.0,  # frozen: its features are computed once
         lr_projector=2e-3,  # starts at random
         lr_left=2e-4,  # pretrained, but its inputs are new

@@ -85,8 +85,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    rows: int = opt(8, "packed rows of a micro-batch")
-    accumulation: int = opt(1, "micro-batches of an optimizer step, of all ranks together")
+    local_batch_size: int = opt(8, "packed rows of a forward, on each rank")
+    global_batch_size: int = opt(8, "packed rows of an optimizer step, of all ranks together; a multiple of local_batch_size × ranks")
     optimizer: Literal["adamw", "muon"] = opt("adamw", "muon: Muon for the weights of linear layers, AdamW for the rest")
     lr_vision: float = opt(0.0, "learning rate of the vision encoder (0 freezes a part)")
     lr_projector: float = opt(2e-3, "learning rate of the modality projector")
@@ -123,12 +123,15 @@ class TrainConfig:
     keep_checkpoints: int = opt(2, "checkpoints kept, the last ones; the best one too where eval.best says what that is")
 
     def __post_init__(self) -> None:
-        for name in ("rows", "accumulation", "log_every", "keep_checkpoints", "skips"):
+        for name in ("local_batch_size", "global_batch_size", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("rows", "accumulation"):
-            if getattr(self, name) > 1 << 16:
-                raise UsageError(f"train.{name} = {getattr(self, name)} must be at most {1 << 16:,}")
+        if self.global_batch_size > 1 << 20:
+            raise UsageError(f"train.global_batch_size = {self.global_batch_size} must be at most {1 << 20:,}")
+        if self.global_batch_size % self.local_batch_size:
+            raise UsageError(
+                f"train.global_batch_size = {self.global_batch_size} rows of a step is not a multiple of train.local_batch_size = {self.local_batch_size} rows of a forward: change one of them"
+            )
         for name in ("eval_every", "diagnostics_every", "checkpoint_every", "warmup_steps", "head_warmup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
@@ -148,6 +151,11 @@ class TrainConfig:
         for name in ("beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
+
+    @property
+    def micro_batches(self) -> int:
+        """Forwards of an optimizer step, of all ranks together."""
+        return self.global_batch_size // self.local_batch_size
 
 
 @dataclass(frozen=True)
@@ -205,9 +213,7 @@ class Config:
     dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
     init_left_from: str = opt("", "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id")
     parallel: Literal["ddp", "fsdp"] = opt("ddp", "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)")
-    fit_memory: str = opt(
-        "", "GB of memory (alone: what is free) that train.rows and train.accumulation are chosen to fit at a run's start; their product, the batch, stays", const="auto"
-    )
+    fit_memory: str = opt("", "GB of memory (alone: what is free) that train.local_batch_size is chosen to fit at a run's start; train.global_batch_size stays", const="auto")
     log: str = opt("", "experiment trackers that are told too, commas apart: wandb, tensorboard, trackio (metrics.jsonl is always written)")
     seed: int = opt(0, "of weights and data order")
     cache_dir: str = opt(CACHE, "folder of what is computed once: vision features")

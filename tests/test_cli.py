@@ -26,7 +26,7 @@ def run(script: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProce
 def trained(tmp_path_factory) -> Path:
     """A model folder made by the training script, barely trained."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    flags = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.rows", "2"]
+    flags = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.local_batch_size", "2", "--train.global_batch_size", "2"]
     done = run("train_dual_tower.py", *flags, "--output_dir", str(folder), "--cache_dir", str(folder / "cache"), cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
@@ -49,7 +49,7 @@ def test_a_run_folder_is_complete(trained):
     ("script", "flags"), [("train_vanilla.py", []), ("train_dual_tower.py", ["--model.left_context", "prefix", "--model.image_isolation", "false", "--data.left_length", "40"])]
 )
 def test_other_routings_train_answer_and_evaluate(script, flags, tmp_path, image_file):
-    small = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.rows", "2"]
+    small = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "8", "--train.local_batch_size", "2", "--train.global_batch_size", "2"]
     done = run(script, *small, *flags, "--output_dir", "run", "--cache_dir", "cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     asked = ["--image", str(image_file), "--prompt", "what is it?", "--prompt", "is it blue?", "--json", "--max_new_tokens", "3"]
@@ -170,9 +170,9 @@ ERRORS = [
     ("train_dual_tower.py", ["--train.warmup_vision", "9", "--dry_run"], 2, "train.warmup_vision says nothing here"),
     ("train_dual_tower.py", ["--train.head_warmup", "9", "--dry_run"], 2, "train.head_warmup says nothing here, for model.multi_token.heads is 0"),
     ("train_dual_tower.py", ["--data.filters.min_answer", "9", "--data.filters.max_answer", "3"], 2, "no answer has at least 9 characters (min_answer) and at most 3"),
-    ("train_dual_tower.py", ["--train.rows", "99999999999", "--dry_run"], 2, "train.rows = 99999999999 must be at most 65,536"),
+    ("train_dual_tower.py", ["--train.global_batch_size", "99999999999", "--dry_run"], 2, "train.global_batch_size = 99999999999 must be at most 1,048,576"),
     ("train_dual_tower.py", ["--max_steps", "1" + "0" * 400], 2, "must be at most 1,000,000,000,000"),
-    ("train_dual_tower.py", ["--train.accumulation", "1" + "0" * 30], 2, "must be at most 65,536"),
+    ("train_dual_tower.py", ["--train.local_batch_size", "7"], 2, "train.global_batch_size = 20 rows of a step is not a multiple of train.local_batch_size = 7 rows of a forward"),
     ("train_dual_tower.py", ["--data.vocab_size", "1" + "0" * 20], 2, "must be at most 1,000,000"),
     ("train_dual_tower.py", ["--data.read_gb", "inf"], 2, "data.read_gb = inf must be"),
     ("train_dual_tower.py", ["--data.temperature", "1e-300"], 2, "data.temperature = 1e-300 must be at least 0.1"),

@@ -137,7 +137,22 @@ SMALL = [f"--model.{tower}.{name}" for tower in ("left", "right") for name in ("
 
 def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
     flags = [part for flag in SMALL for part in flag.split("=")]
-    flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2", "--train.dtype", "fp32"]
+    flags += [
+        "--model.vision.image_size",
+        "64",
+        "--data.limit",
+        "20",
+        "--data.validation_images",
+        "4",
+        "--data.right_length",
+        "64",
+        "--train.local_batch_size",
+        "2",
+        "--train.global_batch_size",
+        "2",
+        "--train.dtype",
+        "fp32",
+    ]
     flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.diagnostics_every", "2"]
     done = run_program([str(ROOT / "train_dual_tower.py"), *flags], tmp_path, before=slow_third_step)
     assert done.returncode == 0, done.stderr
@@ -180,7 +195,20 @@ def test_the_watchdog_ends_nothing_and_sees_what_holds_the_interpreter(tmp_path)
 
 def test_training_without_a_standard_error(tmp_path):
     flags = [part for flag in SMALL for part in flag.split("=")]
-    flags += ["--model.vision.image_size", "64", "--data.limit", "20", "--data.validation_images", "4", "--data.right_length", "64", "--train.rows", "2"]
+    flags += [
+        "--model.vision.image_size",
+        "64",
+        "--data.limit",
+        "20",
+        "--data.validation_images",
+        "4",
+        "--data.right_length",
+        "64",
+        "--train.local_batch_size",
+        "2",
+        "--train.global_batch_size",
+        "2",
+    ]
     command = shlex.join([sys.executable, str(ROOT / "train_dual_tower.py"), *flags, "--max_steps", "2", "--output_dir", "run", "--cache_dir", "cache"])
     done = subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").is_file()

@@ -30,8 +30,8 @@ PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 SHARED = [
     "--data.streams",
     "2",
-    "--train.accumulation",
-    "2",
+    "--train.global_batch_size",
+    "4",
     "--train.optimizer",
     "adamw",
     "--train.dtype",
@@ -145,7 +145,7 @@ def test_the_command_for_several_nodes_is_theirs(tmp_path):
 
 def test_ranks_without_torchrun_are_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")} | {"WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run([sys.executable, *command("--train.accumulation", "2")[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command("--train.global_batch_size", "4")[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     single = {name: value for name, value in environment.items() if name != "WORLD_SIZE"} | {"RANK": "1"}
     lone = subprocess.run([sys.executable, *command()[1:]], cwd=tmp_path, env=single, capture_output=True, text=True, check=False)
     assert lone.returncode == 1 and "RANK = 1 and WORLD_SIZE = 1 do not fit" in lone.stderr and lone.stderr.count("\n") == 1, lone.stderr
@@ -193,8 +193,10 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
         "1",
         "--train.lr_vision",
         "1e-4",
-        "--train.rows",
+        "--train.local_batch_size",
         "1",
+        "--train.global_batch_size",
+        "2",
         "--data.right_length",
         "32",
     ]
@@ -210,15 +212,15 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
     ("size", "config", "message"),
     [
         (1, Config(parallel="fsdp"), "there is one: start the script with torchrun"),
-        (2, Config(), "train.accumulation = 1.*is not a multiple of the 2 ranks"),
-        (3, Config(data=DataConfig(streams=2), train=TrainConfig(accumulation=6)), "3 ranks cannot take the data's 2 streams"),
-        (2, Config(data=DataConfig(streams=4), train=TrainConfig(accumulation=6)), "not a multiple of the 4 streams"),
+        (2, Config(), "train.global_batch_size = 8 is 1 forwards of 8 rows, which 2 ranks cannot share"),
+        (3, Config(data=DataConfig(streams=2), train=TrainConfig(global_batch_size=48)), "3 ranks cannot take the data's 2 streams"),
+        (2, Config(data=DataConfig(streams=4), train=TrainConfig(global_batch_size=48)), "which 4 streams cannot share"),
     ],
 )
 def test_contradictions_are_one_line(size, config, message):
     with pytest.raises(UsageError, match=message):
         check_world(config, DistributedContext(0, size))
-    if "accumulation" in message:  # which a run that is resumed keeps
+    if "global_batch_size" in message:  # which a run that is resumed keeps
         with pytest.raises(UsageError, match="resume with a number of ranks that divides it"):
             check_world(config, DistributedContext(0, size), resumed=True)
 

@@ -35,7 +35,7 @@ def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -
     tower = replace(TINY, layers=10)  # in a frozen right tower's first layer no gradient goes below attention: not modelled, one layer of many
     model = replace(TINY_MODEL, vision=VIT, left_context=context, left=tower, right=tower)
     data = DataConfig(left_length=30, right_length=96)
-    return Config(model=model, data=data, lora=lora, train=TrainConfig(rows=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)))
+    return Config(model=model, data=data, lora=lora, train=TrainConfig(local_batch_size=3, global_batch_size=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)))
 
 
 @pytest.fixture
@@ -78,7 +78,9 @@ def test_activations_follow_from_one_and_two_layers_and_rows(tokenizer, model_cl
     def measure(rows: int, layers: int) -> int:
         return saved_bytes(config, model_class, tokenizer.vocabulary, rows, layers)
 
-    assert estimate_activations(config.train.rows, config.model.right.layers, measure) == pytest.approx(measure(config.train.rows, config.model.right.layers), rel=0.02)
+    assert estimate_activations(config.train.local_batch_size, config.model.right.layers, measure) == pytest.approx(
+        measure(config.train.local_batch_size, config.model.right.layers), rel=0.02
+    )
 
 
 def test_a_full_batch_is_full(tokenizer):

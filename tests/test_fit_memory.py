@@ -36,8 +36,8 @@ def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute)
     assert 0.99 * found <= estimate <= (1.15 if recompute else 1.04) * found
 
 
-def of(rows: int, accumulation: int, streams: int = 0) -> Config:
-    return Config(data=DataConfig(streams=streams), train=TrainConfig(rows=rows, accumulation=accumulation))
+def of(rows: int, forwards: int, streams: int = 0) -> Config:
+    return Config(data=DataConfig(streams=streams), train=TrainConfig(local_batch_size=rows, global_batch_size=rows * forwards))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def of(rows: int, accumulation: int, streams: int = 0) -> Config:
 def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
     """A row takes a GB."""
     new, line = choose(config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", DistributedContext(0, ranks))
-    assert (new.train.rows, new.train.accumulation) == chosen and replace(new, train=config.train) == config
-    assert f"train.rows {chosen[0]} × train.accumulation {chosen[1]} = {math.prod(chosen)} rows a step, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
+    assert (new.train.local_batch_size, new.train.micro_batches) == chosen and replace(new, train=config.train) == config
+    assert f"train.local_batch_size {chosen[0]} of train.global_batch_size {math.prod(chosen)}, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
 
 
 @pytest.mark.parametrize(("recompute", "turn"), [(False, "turn on --train.recompute"), (True, "shorten data.left_length")])
@@ -71,15 +71,17 @@ def test_nothing_fits(recompute, turn):
 def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
     """CUDA's counter replaced by that of the CPU; a second row for which there is no memory; and not even one."""
     config = replace(make_config("image"), fit_memory="auto")
-    config = replace(config, train=replace(config.train, rows=4, accumulation=2, device="cpu"))
+    config = replace(config, train=replace(config.train, local_batch_size=4, global_batch_size=8, device="cpu"))
     monkeypatch.setattr(training.fit_memory, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
     told = {1: 0.1e9, 2: 0.2e9}
     monkeypatch.setattr(training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows])
     new, line = fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
-    assert new.train.rows == 2 and "measured with one row and two" in line and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line  # (0.7 + 1.05 × 0.4 GB)
+    assert (
+        new.train.local_batch_size == 2 and "measured with one row and two" in line and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line
+    )  # (0.7 + 1.05 × 0.4 GB)
     told[2] = math.inf
-    assert fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)[0].train.rows == 1
+    assert fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)[0].train.local_batch_size == 1
     told[1] = math.inf
     with pytest.raises(UserError, match="one row takes more"):
         fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
@@ -114,17 +116,17 @@ def settings(folder: Path) -> dict:
 
 def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_path):
     """2 × 3 rows, where 6 fit: bit for bit what 6 × 1 gives; the very command, with --resume, goes on with what was chosen."""
-    flags = ("--cache_dir", "cache", "--train.accumulation", "3", "--output_dir", "fitted")
+    flags = ("--cache_dir", "cache", "--train.global_batch_size", "6", "--output_dir", "fitted")
     dry = run_program(command(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
-    assert dry.returncode == 0 and "train.rows 6 × train.accumulation 1" in dry.stdout and "a micro-batch: 6 full rows" in dry.stdout, dry.stderr
+    assert dry.returncode == 0 and "train.local_batch_size 6 of train.global_batch_size 6" in dry.stdout and "a micro-batch: 6 full rows" in dry.stdout, dry.stderr
     small = run_program(command(*flags, "--fit_memory", "0.1"), tmp_path)
     assert small.returncode == 1 and "one row takes 0.7 GB" in small.stderr and small.stderr.count("\n") == 1 and not (tmp_path / "fitted").exists(), small.stderr
     done = run_program(command(*flags, "--fit-memory", "--max_steps", "4"), tmp_path)
-    assert done.returncode == 0 and "--fit-memory: train.rows 6 × train.accumulation 1 = 6 rows a step" in done.stdout, done.stderr
-    assert (settings(tmp_path / "fitted")["train"]["rows"], settings(tmp_path / "fitted")["train"]["accumulation"]) == (6, 1)
-    by_hand = run_program(command("--cache_dir", "cache", "--train.rows", "6", "--output_dir", "hand", "--max_steps", "4"), tmp_path)
+    assert done.returncode == 0 and "--fit-memory: train.local_batch_size 6 of train.global_batch_size 6, " in done.stdout, done.stderr
+    assert (settings(tmp_path / "fitted")["train"]["local_batch_size"], settings(tmp_path / "fitted")["train"]["global_batch_size"]) == (6, 6)
+    by_hand = run_program(command("--cache_dir", "cache", "--train.local_batch_size", "6", "--train.global_batch_size", "6", "--output_dir", "hand", "--max_steps", "4"), tmp_path)
     assert by_hand.returncode == 0 and losses(tmp_path / "fitted") == losses(tmp_path / "hand") and learnt(tmp_path / "fitted") == learnt(tmp_path / "hand")
     again = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
-    assert again.returncode == 0 and "resumed from" in again.stdout and settings(tmp_path / "fitted")["train"]["rows"] == 6, again.stderr
-    other = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.accumulation", "4"), tmp_path)
-    assert other.returncode == 2 and "cannot change train.rows (was 6, now 2), train.accumulation (was 1, now 4)" in other.stderr, other.stderr
+    assert again.returncode == 0 and "resumed from" in again.stdout and settings(tmp_path / "fitted")["train"]["local_batch_size"] == 6, again.stderr
+    other = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.global_batch_size", "12"), tmp_path)
+    assert other.returncode == 2 and "cannot change train.global_batch_size (was 6, now 12)" in other.stderr, other.stderr

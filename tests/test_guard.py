@@ -110,7 +110,7 @@ def test_the_standard_row(kind):
 
 def test_several_rows_a_step():
     """Tokens and FLOPs are those of all; the phases of all micro-batches are added up and make the step; they do not go on into the next."""
-    one, three = Trial("vanilla", "tiny", "fp32", CPU), Trial("vanilla", "tiny", "fp32", CPU, accumulation=3)
+    one, three = Trial("vanilla", "tiny", "fp32", CPU), Trial("vanilla", "tiny", "fp32", CPU, rows=3)
     assert three.tokens == 3 * one.tokens and {name: 3 * value for name, value in one.flops().items()} == three.flops()
     forwards: list[int] = []
     three.model.register_forward_hook(lambda *_: forwards.append(1))

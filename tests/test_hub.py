@@ -17,7 +17,22 @@ from tests.programs import at_hub, run_program
 from tests.test_language_models import reference
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--model.vision.image_size", "64", "--train.eval_every", "0"]
+FLAGS = [
+    "--max_steps",
+    "2",
+    "--data.limit",
+    "20",
+    "--data.validation_images",
+    "4",
+    "--train.local_batch_size",
+    "2",
+    "--train.global_batch_size",
+    "2",
+    "--model.vision.image_size",
+    "64",
+    "--train.eval_every",
+    "0",
+]
 
 
 def tiny_llama(folder: Path, **changes: int) -> Path:

@@ -592,7 +592,22 @@ def test_a_hub_that_comes_later(served, uploads, folder, tmp_path, go_to):
 
 
 def train(tmp_path: Path, endpoint: str, token: str, *flags: str) -> subprocess.CompletedProcess:
-    short = ["--max_steps", "6", "--train.checkpoint_every", "2", "--train.eval_every", "3", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2"]
+    short = [
+        "--max_steps",
+        "6",
+        "--train.checkpoint_every",
+        "2",
+        "--train.eval_every",
+        "3",
+        "--data.limit",
+        "20",
+        "--data.validation_images",
+        "4",
+        "--train.local_batch_size",
+        "2",
+        "--train.global_batch_size",
+        "2",
+    ]
     command = [str(ROOT / "train_dual_tower.py"), *short, "--model.vision.image_size", "64", "--output_dir", str(tmp_path / "run"), *flags]
     return run_program([*command, "--cache_dir", str(tmp_path / "cache")], tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf"), token))
 

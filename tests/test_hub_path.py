@@ -25,7 +25,22 @@ ROOT = Path(__file__).parent.parent
 CONFIG = preset("dual_tower_cauldron")
 VISION, DECODER = f"timm/{CONFIG.model.vision.name}", CONFIG.model.right.weights
 OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-SMALL = ["--max_steps", "1", "--train.rows", "1", "--train.accumulation", "1", "--train.dtype", "fp32", "--train.eval_every", "0", "--data.window", "8", "--data.workers", "0"]
+SMALL = [
+    "--max_steps",
+    "1",
+    "--train.local_batch_size",
+    "1",
+    "--train.global_batch_size",
+    "1",
+    "--train.dtype",
+    "fp32",
+    "--train.eval_every",
+    "0",
+    "--data.window",
+    "8",
+    "--data.workers",
+    "0",
+]
 SMALL += ["--data.validation_images", "50", "--data.left_length", "130", "--data.right_length", "300", "--model.vision.options", json.dumps(OPTIONS)]
 
 

@@ -91,7 +91,7 @@ class TestFile:
             (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "cannot be read as an image KV"),
             (lambda path: (path.unlink(), path.mkdir()), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"), "is damaged, its checksum is another"),
-            (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 2"),
+            (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 3"),
             (lambda path: save_file(load_file(path), path, {"format": "2", "fingerprint": FINGERPRINT}), "has image KV format '2'; this version reads 3"),
             (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "cannot be read as an image KV"),
             (lambda path: save_file(load_file(path), path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "is damaged, its checksum is another"),
@@ -419,7 +419,7 @@ class TestDisk:
         assert all(path.exists() for path in others)
 
     def test_names_that_are_not_hex_never_reach_the_disk(self, tmp_path):
-        with pytest.raises(ValueError, match="origin '' is no fingerprint"):
+        with pytest.raises(ValueError, match="fingerprint '' is not in hex"):
             ImageStore(folder=tmp_path)
         with pytest.raises(ValueError, match="key '../a' is not in hex"):
             self.store(tmp_path).put("../a", kv_of(0))

@@ -622,7 +622,22 @@ def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, rendere
         assert model.logits(hidden)[-7:-1].argmax(-1).tolist() == made
 
 
-SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
+SMALL = [
+    "--model.vision.image_size",
+    "64",
+    "--data.limit",
+    "40",
+    "--data.validation_images",
+    "8",
+    "--data.right_length",
+    "64",
+    "--train.local_batch_size",
+    "2",
+    "--train.global_batch_size",
+    "2",
+    "--data.window",
+    "6",
+]
 for tower in ("left", "right"):
     SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
 

@@ -22,7 +22,7 @@ from tests.programs import run_program
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NO_FLAGS = ("nproc-per-node", "max-restarts", "signals-to-handle", "shutdown-timeout", "flag")  # torchrun's, and what stands for any
-SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.rows", "2", "--data.window", "8"]
+SHORT = ["--max_steps", "2", "--data.limit", "20", "--data.validation_images", "4", "--train.local_batch_size", "2", "--train.global_batch_size", "2", "--data.window", "8"]
 
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}

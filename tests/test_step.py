@@ -111,7 +111,7 @@ def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
 def test_the_dry_run_counts_averages(tokenizer, capsys):
     told = []
     for decay in (0.0, 0.999):
-        dry_run(Config(model=TINY_MODEL, train=TrainConfig(ema=decay, rows=1)), DualTowerVLM, tokenizer.vocabulary)
+        dry_run(Config(model=TINY_MODEL, train=TrainConfig(ema=decay, local_batch_size=1)), DualTowerVLM, tokenizer.vocabulary)
         told.append("averaged weights" in capsys.readouterr().out)
     assert told == [False, True]
 
@@ -188,7 +188,7 @@ class TwoSources(Given):
 def test_losses_by_source_are_means_over_that_source_s_tokens(tokenizer, rows, heads):
     """Against the logits of each sample; "c" is not in the batch. Together they are the loss."""
     c = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=heads, mlp_size=32))
-    train = TrainConfig(dtype="fp32", accumulation=2)
+    train = TrainConfig(dtype="fp32", global_batch_size=16)
     model = tiny_model(tokenizer, c)
     with torch.no_grad():
         logits = model.logits(model(**rows).hidden)

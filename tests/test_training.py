@@ -49,7 +49,22 @@ from utils.files import replacing_folder
 from utils.ranks import SINGLE_PROCESS
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--model.vision.image_size", "64", "--data.limit", "40", "--data.validation_images", "8", "--data.right_length", "64", "--train.rows", "2", "--data.window", "6"]
+SMALL = [
+    "--model.vision.image_size",
+    "64",
+    "--data.limit",
+    "40",
+    "--data.validation_images",
+    "8",
+    "--data.right_length",
+    "64",
+    "--train.local_batch_size",
+    "2",
+    "--train.global_batch_size",
+    "2",
+    "--data.window",
+    "6",
+]
 for tower in ("left", "right"):
     SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
 
@@ -567,11 +582,11 @@ def batches(renderer, tokenizer):
 
 def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
     """Micro-batches with different numbers of supervised tokens: still sum of loss ÷ supervised tokens of the whole step."""
-    token_logprobs, whole = batches
+    singles, whole = batches
     weights = []
-    for source, accumulation in ((Given(token_logprobs), 8), (Given([whole]), 1)):
+    for source, forwards in ((Given(singles), 8), (Given([whole]), 1)):
         model = tiny_model(tokenizer)
-        config = Config(model=TINY_MODEL, train=TrainConfig(accumulation=accumulation, dtype="fp32", warmup_steps=0, clip=0.0))
+        config = Config(model=TINY_MODEL, train=TrainConfig(global_batch_size=8 * forwards, dtype="fp32", warmup_steps=0, clip=0.0))
         optimizers = make_optimizers(model, config.train)
         values = train_step(config, model, optimizers, source, 1, torch.device("cpu"))
         gradients = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -851,7 +866,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
     """Files cannot grow beyond a limit. With the last two, a checkpoint's weights are refused, and its optimizer state."""
     folder = tmp_path / "run"
-    flags = ["--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache"), "--train.rows", "8"]
+    flags = ["--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache"), "--train.local_batch_size", "8", "--train.global_batch_size", "8"]
 
     done = run_program(command(*flags), tmp_path, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024)))
     assert done.returncode == 1 and f"{what} " in done.stderr and "could not be written" in done.stderr.splitlines()[-1], done.stderr

@@ -166,7 +166,18 @@ def test_two_ranks_score_as_one_does(tmp_path):
     """Under torchrun: validation, CIDEr and lmms-eval's tasks while two processes train, against one process on the same batches."""
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     captions(tmp_path, 20)
-    flags = ["--data.streams", "2", "--train.accumulation", "2", "--train.optimizer", "adamw", "--train.dtype", "fp32", "--data.sources", f"jsonl={tmp_path / 'captions.jsonl'}"]
+    flags = [
+        "--data.streams",
+        "2",
+        "--train.global_batch_size",
+        "4",
+        "--train.optimizer",
+        "adamw",
+        "--train.dtype",
+        "fp32",
+        "--data.sources",
+        f"jsonl={tmp_path / 'captions.jsonl'}",
+    ]
     flags += ["--data.vocab_size", "300", "--eval.tasks", f"questions:jsonl={tmp_path / 'captions.jsonl'}", "--eval.limit", "5", "--eval.caption_tokens", "6", "--max_steps", "3"]
     told = []
     for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):

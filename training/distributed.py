@@ -24,7 +24,7 @@ BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", 
 
 def check_world(config: Config, world: DistributedContext, resumed: bool = False) -> None:
     """What a configuration, new or `resumed`, and a number of ranks cannot do together: `UsageError`."""
-    accumulation, streams = config.train.accumulation, config.data.streams or world.size
+    train, streams = config.train, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp")
     if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
@@ -32,9 +32,11 @@ def check_world(config: Config, world: DistributedContext, resumed: bool = False
     if world.size % streams and streams % world.size:
         raise UsageError(f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)")
     for what, number in (("ranks", world.size), ("streams", streams)):
-        if accumulation % number:
-            do = "the run keeps it, so resume with a number of ranks that divides it" if resumed else "raise it, and lower train.rows to keep the batch"
-            raise UsageError(f"train.accumulation = {accumulation}, micro-batches of all ranks together, is not a multiple of the {number} {what}: {do}")
+        if train.micro_batches % number:
+            do = "the run keeps both, so resume with a number of ranks that divides it" if resumed else "lower --train.local_batch_size, or raise --train.global_batch_size"
+            raise UsageError(
+                f"train.global_batch_size = {train.global_batch_size} is {train.micro_batches} forwards of {train.local_batch_size} rows, which {number} {what} cannot share: {do}"
+            )
 
 
 @contextmanager

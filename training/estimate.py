@@ -184,7 +184,7 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
     # What is kept has nothing to do with these: it is measured once for --fit-memory and --dry_run.
-    one = replace(config, train=replace(config.train, rows=1, accumulation=1), fit_memory="")
+    one = replace(config, train=replace(config.train, local_batch_size=1, global_batch_size=1), fit_memory="")
     whole = replace(one, train=replace(one.train, recompute=False))
     supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
 
@@ -225,7 +225,7 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     table.add_row("all", f"{total:,}", f"{trained:,}", "float32", f"{total * 4 / 2**20:,.0f}")
     console.print(table)
 
-    flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.rows)
+    flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.local_batch_size)
     tokens = batch["left_ids"].numel() + batch["right_ids"].numel()
     step = flops.training(batch, trained_shares(model))
     table = Table("forward FLOPs of", "GFLOP")
@@ -238,14 +238,14 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         if value:
             table.add_row(name, f"{value / 1e9:.4g}")
     table.add_row(
-        f"a micro-batch: {config.train.rows} full rows of {batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]} tokens, {len(batch['tiles'])} tiles",
+        f"a micro-batch: {config.train.local_batch_size} full rows of {batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]} tokens, {len(batch['tiles'])} tiles",
         f"{flops.forward(batch) / 1e9:,.0f}",
     )
     table.add_row(f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}")
     console.print(table)
 
     table = Table("memory of a step", "GiB")
-    parts = step_memory(config, model_class, vocabulary)(config.train.rows)
+    parts = step_memory(config, model_class, vocabulary)(config.train.local_batch_size)
     for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")
     console.print(table)

@@ -29,7 +29,7 @@ MARGIN = 1.05  # for what is allocated in pieces that do not fit into one anothe
 
 
 def fit_batch_size(config: Config, model_class: Any, vocabulary: Vocabulary, world: DistributedContext = SINGLE_PROCESS) -> tuple[Config, str]:
-    """→ `config` with the rows and accumulation that fit, their product unchanged, and a line that says why. Where nothing fits: `UserError`.
+    """→ `config` with the local batch size that fits, and a line that says why. Where nothing fits: `UserError`.
 
     Of several ranks the first one's device stands for all. The random state stays as it is.
     """
@@ -52,12 +52,12 @@ def fit_batch_size(config: Config, model_class: Any, vocabulary: Vocabulary, wor
 
 
 def choose(config: Config, needed: Callable[[int], float], limit: float, whose: str, how: str, world: DistributedContext = SINGLE_PROCESS) -> tuple[Config, str]:
-    """The most rows that take at most `limit` bytes and divide the batch, with an accumulation that ranks and streams can share."""
+    """The most rows that take at most `limit` bytes and divide the global batch so that ranks and streams can share it."""
     c = config.train
-    batch, shared = c.rows * c.accumulation, math.lcm(world.size, config.data.streams or world.size)
+    batch, shared = c.global_batch_size, math.lcm(world.size, config.data.streams or world.size)
     choices = [rows for rows in range(1, batch + 1) if batch % rows == 0 and batch // rows % shared == 0]
     if not choices:
-        raise UserError(f"--fit-memory: the batch of train.rows × train.accumulation = {batch} rows cannot be shared by {shared} ranks or streams")
+        raise UserError(f"--fit-memory: train.global_batch_size = {batch} rows cannot be shared by {shared} ranks or streams")
     fit = [rows for rows in choices if needed(rows) <= limit]
     if not fit:
         turn = "shorten data.left_length and data.right_length, or train fewer parts" if c.recompute else "turn on --train.recompute"
@@ -66,8 +66,8 @@ def choose(config: Config, needed: Callable[[int], float], limit: float, whose: 
     rows = max(fit)
     more = next((r for r in choices if r > rows), None)
     beyond = f"; {more} rows would take {needed(more) / 1e9:.1f}" if more and math.isfinite(needed(more)) else ""
-    line = f"--fit-memory: train.rows {rows} × train.accumulation {batch // rows} = {batch} rows a step, {needed(rows) / 1e9:.1f} GB ({how}) of the {limit / 1e9:.1f} GB {whose}{beyond}"
-    return replace(config, train=replace(c, rows=rows, accumulation=batch // rows)), line
+    line = f"--fit-memory: train.local_batch_size {rows} of train.global_batch_size {batch}, {needed(rows) / 1e9:.1f} GB ({how}) of the {limit / 1e9:.1f} GB {whose}{beyond}"
+    return replace(config, train=replace(c, local_batch_size=rows)), line
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -98,7 +98,7 @@ class RepeatedBatch:
 
 def peak(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, device: torch.device, watched: Callable[[Callable[[], Any]], float] | None = None) -> float:
     """The most bytes that two steps of two micro-batches of `rows` full rows have in use; infinite where the device has not as many. `watched` calls and counts; without, CUDA does."""
-    config = replace(config, train=replace(config.train, rows=rows, accumulation=2, compile=False))
+    config = replace(config, train=replace(config.train, local_batch_size=rows, global_batch_size=2 * rows, compile=False))
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):

@@ -75,7 +75,7 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
         if all(type(count) is int and count >= 0 for count in counts):
             yield "tokens learnt from", f"{sum(counts):,}"
     length = config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
-    yield "a step's batch", f"{c.rows * c.accumulation} packed rows of {length:,} tokens"
+    yield "a step's batch", f"{c.global_batch_size} packed rows of {length:,} tokens"
     rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {tower: getattr(c, f"lr_{tower}") for tower in config.model.towers}
     yield "optimizer", f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}"
     if c.ema:

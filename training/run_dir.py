@@ -63,7 +63,7 @@ def open_run(config: Config, flags: dict[str, Any], resolve_config: Callable[[Co
         return config, _new_folder(config, lock), None
     lock(folder)
     saved = load_json(Config, folder / "config.json")
-    chosen = ("train.rows", "train.accumulation") if saved.fit_memory and _batch(saved) == _batch(config) else ()  # by --fit-memory, when the run began
+    chosen = ("train.local_batch_size",) if saved.fit_memory else ()  # by --fit-memory, when the run began
     wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
     changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
     if changed:
@@ -97,10 +97,6 @@ def _run_of_this_torchrun(config: Config) -> Path | None:
     """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
     known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
     return next((folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None)
-
-
-def _batch(config: Config) -> int:
-    return config.train.rows * config.train.accumulation
 
 
 def _holds(folder: Path) -> str:

@@ -220,7 +220,7 @@ def prepare(
         load_weights_of(checkpoint, model)  # now, for the feature cache goes by the encoder's weights
     cache = FeatureCache(Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)), int(config.train.feature_cache_gb * 2**30 / world.size))
     encoder.cache = cache
-    validation = Validation(data.validation, data.budget, config.train.rows, data.padding_id)
+    validation = Validation(data.validation, data.budget, config.train.local_batch_size, data.padding_id)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items())
     log.say(
         f"run {folder}: {sum(map(len, data.training.sources))} training and {sum(map(len, data.validation.sources))} validation records of {config.data.sources}; parameters: {sizes}"

@@ -60,7 +60,7 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
     for number in range(rank % streams, streams, min(ranks, streams)):
         train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
         rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, number, streams)), budget, d.window)
-        loaders[number] = Loader(rows, config.train.rows, tokenizer.global_image, d.workers, part, parts)
+        loaders[number] = Loader(rows, config.train.local_batch_size, tokenizer.global_image, d.workers, part, parts)
     batches = Streams(loaders)
     return Data(tokenizer, batches.rows.stream.dataset, validation_set, budget, batches)
 

@@ -42,7 +42,7 @@ def train_step(
     """
     c, started = config.train, time.perf_counter()
     micro, samples = [], []
-    for _ in range(c.accumulation // world.size):
+    for _ in range(c.micro_batches // world.size):
         micro.append(next(batches))
         samples.append(batches.samples())
     waited = time.perf_counter() - started
@@ -95,7 +95,7 @@ def train_step(
     learnt = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates} | ({"head_losses": more[:heads]} if heads else {})
     learnt |= {"source_losses": {name: total / n for name, total, n in zip(names, *by_source.tolist(), strict=True) if n}} if names else {}
     learnt |= {"loss_scale": scale} if scaler.is_enabled() else {}
-    full = c.rows * c.accumulation * (config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0))
+    full = c.global_batch_size * (config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0))
     return learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
 
 
