@@ -17,21 +17,62 @@ from utils.errors import UsageError, UserError, run_script
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID", help="model folder, as training exports it (runs/NAME/model), or a Hub id")
+    parser = FlagParser(
+        description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH_OR_HUB_ID",
+        help="model folder, as training exports it (runs/NAME/model), or a Hub id",
+    )
     parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N questions of each task (0: all)")
-    parser.add_argument("--max_new_tokens", type=int, default=0, help="longest answer (0: what a task says, or 64) [0]")
-    parser.add_argument("--data_root", metavar="DIR", help="copies of data sets, DIR/OWNER/NAME as on the Hub: used before the network")
-    parser.add_argument("--process_with_media", action="store_true", help="let tasks see a row's image when they score its answer; most need not")
-    parser.add_argument("--caption_metrics", default="CIDEr,BLEU-4,ROUGE-L", help="of caption tasks; METEOR and SPICE too, with Java [CIDEr,BLEU-4,ROUGE-L]")
-    parser.add_argument("--tokenizer", choices=("python", "java"), default="python", help="that splits captions into words [python]")
-    parser.add_argument("--matcher", choices=("exact", "normalised", "vqa"), default="normalised", help="when an answer to questions:SOURCE is right [normalised]")
-    parser.add_argument("--random_baseline", action="store_true", help="also score the same model untrained: what a score must exceed to mean anything")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="only the first N questions of each task (0: all)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=0, help="longest answer (0: what a task says, or 64) [0]"
+    )
+    parser.add_argument(
+        "--data_root",
+        metavar="DIR",
+        help="copies of data sets, DIR/OWNER/NAME as on the Hub: used before the network",
+    )
+    parser.add_argument(
+        "--process_with_media",
+        action="store_true",
+        help="let tasks see a row's image when they score its answer; most need not",
+    )
+    parser.add_argument(
+        "--caption_metrics",
+        default="CIDEr,BLEU-4,ROUGE-L",
+        help="of caption tasks; METEOR and SPICE too, with Java [CIDEr,BLEU-4,ROUGE-L]",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("python", "java"),
+        default="python",
+        help="that splits captions into words [python]",
+    )
+    parser.add_argument(
+        "--matcher",
+        choices=("exact", "normalised", "vqa"),
+        default="normalised",
+        help="when an answer to questions:SOURCE is right [normalised]",
+    )
+    parser.add_argument(
+        "--random_baseline",
+        action="store_true",
+        help="also score the same model untrained: what a score must exceed to mean anything",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    parser.add_argument("--output", metavar="DIR", help="folder for results.json, the samples and their images")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for results.json, the samples and their images"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse(argv)
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
@@ -51,7 +92,9 @@ def main(argv: list[str]) -> None:
     try:
         from eval.results import evaluate
     except ModuleNotFoundError as error:
-        raise UserError(f"the package {error.name} is not installed: evaluation needs the group eval (pip install -e '.[eval]')") from None
+        raise UserError(
+            f"the package {error.name} is not installed: evaluation needs the group eval (pip install -e '.[eval]')"
+        ) from None
     evaluate(args, output)
 
 

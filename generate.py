@@ -19,18 +19,51 @@ from utils.imports import exit_at_once, faster_imports
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder, as training exports it (runs/NAME/model)")
-    parser.add_argument("--image", action="append", metavar="FILE", help="the image that the prompts are about; may be given several times; none: text only")
+    parser = FlagParser(
+        description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="model folder, as training exports it (runs/NAME/model)",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="the image that the prompts are about; may be given several times; none: text only",
+    )
     parser.add_argument("--prompt", action="append", help="a question; may be given several times")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
     parser.add_argument("--chat", action="store_true", help="ask in turns, on the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    parser.add_argument("--stats", action="store_true", help="show time to first token, tokens/s, and tokens per pass of the right tower")
-    parser.add_argument("--store", metavar="DIR", help="folder that keeps image KVs: an image is not encoded again in a later call")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32", help="of the weights; auto: bf16 where the machine multiplies in it [fp32]")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="show time to first token, tokens/s, and tokens per pass of the right tower",
+    )
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        help="folder that keeps image KVs: an image is not encoded again in a later call",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
+        help="of the weights; auto: bf16 where the machine multiplies in it [fp32]",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
-    parser.add_argument("--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'")
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, GenerationConfig, GenerationConfig(), group="generation")
     flags = vars(parser.parse(argv))
@@ -57,10 +90,15 @@ def main(argv: list[str]) -> None:
         from eval.chat import Chat, answer_all, talk
         from eval.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None)
+    predictor = Predictor.from_pretrained(
+        flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None
+    )
     images = [predictor.tiles(image) for image in flags["image"] or ()]
     if flags["chat"]:
-        if talk(predictor, Chat(predictor, settings, flags["stop"]), images, flags["stats"]) and not sys.stdin.isatty():
+        if (
+            talk(predictor, Chat(predictor, settings, flags["stop"]), images, flags["stats"])
+            and not sys.stdin.isatty()
+        ):
             sys.exit(1)  # on a terminal they were seen
         return
     answer_all(predictor, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])

@@ -30,7 +30,15 @@ from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "coco_captions" / "ptb_tokens.jsonl"
-SUBJECTS = ("A man", "Two women", "The dog's owner", 'A bus that says "7th St."', "A black-and-white cat", "Someone who isn't here", "A zebra, a giraffe")
+SUBJECTS = (
+    "A man",
+    "Two women",
+    "The dog's owner",
+    'A bus that says "7th St."',
+    "A black-and-white cat",
+    "Someone who isn't here",
+    "A zebra, a giraffe",
+)
 WORDS = "red small wooden old street sign table water grass holding riding sitting near behind under with and on in the a of large green phone ball food plate".split()  # noqa: SIM905
 
 
@@ -38,7 +46,9 @@ def seed_captions(rng: random.Random) -> list[str]:
     """Captions to make others from: COCO's of the fixture, else made-up ones of the same length."""
     if FIXTURE.is_file():
         return [json.loads(line)["caption"] for line in FIXTURE.read_text().splitlines()]
-    return [f"{rng.choice(SUBJECTS)} {' '.join(rng.choices(WORDS, k=rng.randint(6, 10)))}." for _ in range(3500)]
+    return [
+        f"{rng.choice(SUBJECTS)} {' '.join(rng.choices(WORDS, k=rng.randint(6, 10)))}." for _ in range(3500)
+    ]
 
 
 def corpus(images: int, references: int, seed: int) -> tuple[list[str], list[list[str]]]:
@@ -67,7 +77,11 @@ def seconds(function: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cider", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cider",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--references", type=int, default=5, help="of each image")
     parser.add_argument("--repeats", type=int, default=5)
@@ -86,13 +100,20 @@ def main(argv: list[str]) -> None:
     }
     try:
         results["score_java"] = cider(candidates, references, tokenizer="java").score
-        results["seconds"]["java"] = seconds(lambda: cider(candidates, references, tokenizer="java"), args.repeats)
+        results["seconds"]["java"] = seconds(
+            lambda: cider(candidates, references, tokenizer="java"), args.repeats
+        )
         results["agreement"] = agreement(captions)
     except UserError as problem:  # the figure that matters needs none of it
         results["java"] = str(problem)
     show(results, args.images, args.references)
     if args.json:
-        head = about() | {"captions": "coco" if FIXTURE.is_file() else "made up", "images": args.images, "references": args.references, "repeats": args.repeats}
+        head = about() | {
+            "captions": "coco" if FIXTURE.is_file() else "made up",
+            "images": args.images,
+            "references": args.references,
+            "repeats": args.repeats,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | results, indent=2) + "\n")
 
@@ -100,17 +121,27 @@ def main(argv: list[str]) -> None:
 def agreement(captions: list[str]) -> float:
     from eval.captions import _tokenize_java
 
-    return sum(tokenize(caption) == tokens for caption, tokens in zip(captions, _tokenize_java(captions), strict=True)) / len(captions)
+    return sum(
+        tokenize(caption) == tokens
+        for caption, tokens in zip(captions, _tokenize_java(captions), strict=True)
+    ) / len(captions)
 
 
 def show(results: dict[str, Any], images: int, references: int) -> None:
     table = Table(
-        "what", "figure", title=f"{images:,} captions, {references} references each, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
+        "what",
+        "figure",
+        title=f"{images:,} captions, {references} references each, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}",
     )
     for name, s in results["seconds"].items():
-        table.add_row("cider, Java's tokens" if name == "java" else name, f"{s['median']:.2f} s ({s['least']:.2f} to {s['most']:.2f})")
+        table.add_row(
+            "cider, Java's tokens" if name == "java" else name,
+            f"{s['median']:.2f} s ({s['least']:.2f} to {s['most']:.2f})",
+        )
     if "agreement" in results:
-        table.add_row("CIDEr, Python's and Java's tokens", f"{results['score']:.6f}, {results['score_java']:.6f}")
+        table.add_row(
+            "CIDEr, Python's and Java's tokens", f"{results['score']:.6f}, {results['score_java']:.6f}"
+        )
         table.add_row("captions with the same tokens", f"{results['agreement']:.3%}")
     else:
         table.add_row("Java", results["java"])

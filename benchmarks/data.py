@@ -58,7 +58,11 @@ def cauldron_like(count: int, seed: int) -> list[Sample]:
     tiles = rng.choice([1, 2, 3, 5, 7, 9, 13, 17], count, p=[0.3, 0.05, 0.1, 0.2, 0.1, 0.15, 0.05, 0.05])
     lists = {n: [0] * n for n in {*text.tolist(), *(BLOCK * tiles).tolist()}}
     return [
-        Sample((0, i, 0), torch.empty(n, 0), [Document(lists[n * BLOCK], lists[n * BLOCK], lists[n * BLOCK], lists[t], lists[t], lists[t])])
+        Sample(
+            (0, i, 0),
+            torch.empty(n, 0),
+            [Document(lists[n * BLOCK], lists[n * BLOCK], lists[n * BLOCK], lists[t], lists[t], lists[t])],
+        )
         for i, (n, t) in enumerate(zip(tiles.tolist(), text.tolist(), strict=True))
     ]
 
@@ -66,12 +70,20 @@ def cauldron_like(count: int, seed: int) -> list[Sample]:
 def fill(samples: int, window: int, repeats: int) -> dict[str, Any]:
     """Rows of 4,096 packed through a window that is kept full. Where the samples end the window's rest is not packed."""
     out: dict[str, Any] = {}
-    for name, budget in (("two budgets", Budget(40 * BLOCK, 4096 - 40 * BLOCK, BLOCK)), ("vanilla", Budget(0, 4096))):
+    for name, budget in (
+        ("two budgets", Budget(40 * BLOCK, 4096 - 40 * BLOCK, BLOCK)),
+        ("vanilla", Budget(0, 4096)),
+    ):
         fills, costs, dropped = [], [], []
         for seed in range(repeats):
             made = cauldron_like(samples, seed)
             if name == "vanilla":  # all tokens in one stream
-                made = [Sample(s.key, s.tiles, [Document([], [], [], [0] * (s.left_length + s.right_length), [], [])]) for s in made]
+                made = [
+                    Sample(
+                        s.key, s.tiles, [Document([], [], [], [0] * (s.left_length + s.right_length), [], [])]
+                    )
+                    for s in made
+                ]
             usable = [s for s in made if s.right_length <= budget.right]
             dropped.append(1 - len(usable) / len(made))
             waiting, rows, packed, used = Window(budget), 0, 0, 0
@@ -99,12 +111,25 @@ def jpegs(folder: Path, count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     records = []
     for i in range(count):
-        soft = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        soft = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(soft).astype(np.float32) + rng.normal(0, 6, (480, 640, 3))
         path = folder / f"{i}.jpg"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         words = rng.choice(WORDS, int(rng.lognormal(4.9, 0.5)))
-        records.append({"images": [str(path)], "texts": [{"user": " ".join(words[: len(words) // 2]), "assistant": " ".join(words[len(words) // 2 :]) or "yes"}], "id": str(i)})
+        records.append(
+            {
+                "images": [str(path)],
+                "texts": [
+                    {
+                        "user": " ".join(words[: len(words) // 2]),
+                        "assistant": " ".join(words[len(words) // 2 :]) or "yes",
+                    }
+                ],
+                "id": str(i),
+            }
+        )
     return records
 
 
@@ -123,8 +148,19 @@ def plain_share(records: list[dict[str, Any]], tokenizer_folder: Path) -> float:
 
 def loader_of(records: list[dict[str, Any]], tokenizer: Tokenizer, workers: int) -> Loader:
     config = DataConfig(left_length=4 * BLOCK, right_length=1024, window=64)
-    dataset = SampleDataset([Source("jpegs", InMemoryRecords(records), 0, len(records))], Renderer(tokenizer, BLOCK - 1), VISION, config, 8192, keep=False)
-    rows = RowStream(SampleStream(dataset, Mixture(dataset.sources, 0)), Budget(config.left_length, config.right_length, BLOCK), config.window)
+    dataset = SampleDataset(
+        [Source("jpegs", InMemoryRecords(records), 0, len(records))],
+        Renderer(tokenizer, BLOCK - 1),
+        VISION,
+        config,
+        8192,
+        keep=False,
+    )
+    rows = RowStream(
+        SampleStream(dataset, Mixture(dataset.sources, 0)),
+        Budget(config.left_length, config.right_length, BLOCK),
+        config.window,
+    )
     return Loader(rows, 4, tokenizer.global_image, workers)
 
 
@@ -180,7 +216,9 @@ def split_of_time(records: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[s
     for sample in whole:
         window.add(sample)
     rows = [timed("pack", window.take_row) for _ in range(len(records) // 5)]
-    timed("collate", lambda: [collate(rows[i : i + 4], tokenizer.global_image) for i in range(0, len(rows), 4)])
+    timed(
+        "collate", lambda: [collate(rows[i : i + 4], tokenizer.global_image) for i in range(0, len(rows), 4)]
+    )
     torch.set_num_threads(os.cpu_count() or 1)
     return spent
 
@@ -201,7 +239,14 @@ def memory(folder: Path, workers: int, samples: int) -> dict[str, Any]:
     for i in range(200):
         files.append(str(folder / f"small{i}.jpg"))
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(files[-1])
-    records = [{"images": [files[i % 200]], "texts": [{"user": f"what is {i}?", "assistant": f"number {i}"}], "id": str(i)} for i in range(samples)]
+    records = [
+        {
+            "images": [files[i % 200]],
+            "texts": [{"user": f"what is {i}?", "assistant": f"number {i}"}],
+            "id": str(i),
+        }
+        for i in range(samples)
+    ]
     tokenizer = Tokenizer.train(("what is number 0123456789?",), 300)
     loader = loader_of(records, tokenizer, workers)
     loader.dataset.vision = VisionConfig(image_size=64, grid=4)
@@ -212,7 +257,12 @@ def memory(folder: Path, workers: int, samples: int) -> dict[str, Any]:
             curve.append(round(resident_mb(), 1))
             due += samples // 10
     loader.close()
-    return {"samples": samples, "mb_after_each_tenth": curve, "growth": curve[-1] / curve[0] - 1, "growth_second_half": curve[-1] / curve[4] - 1}
+    return {
+        "samples": samples,
+        "mb_after_each_tenth": curve,
+        "growth": curve[-1] / curve[0] - 1,
+        "growth_second_half": curve[-1] / curve[4] - 1,
+    }
 
 
 def streaming(folder: Path, rows: int) -> dict[str, Any]:
@@ -221,13 +271,18 @@ def streaming(folder: Path, rows: int) -> dict[str, Any]:
     import pyarrow.parquet
 
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)).save(file, "JPEG", quality=90)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)).save(
+        file, "JPEG", quality=90
+    )
     image, total = file.getvalue(), 0
     (folder / "set").mkdir()
     for shard in range(rows // 10_000):
         numbers = range(shard * 10_000, (shard + 1) * 10_000)
         table = pyarrow.table(
-            {"images": [[{"bytes": image + i.to_bytes(4, "big"), "path": None}] for i in numbers], "texts": [[{"user": f"which of {i}?", "assistant": f"{i}"}] for i in numbers]}
+            {
+                "images": [[{"bytes": image + i.to_bytes(4, "big"), "path": None}] for i in numbers],
+                "texts": [[{"user": f"which of {i}?", "assistant": f"{i}"}] for i in numbers],
+            }
         )
         path = folder / "set" / f"train-{shard:05d}.parquet"
         pyarrow.parquet.write_table(table, path, row_group_size=100)
@@ -244,16 +299,37 @@ def streaming(folder: Path, rows: int) -> dict[str, Any]:
     config = DataConfig(sources=f"tables/set={folder}", left_length=4 * BLOCK, right_length=1024, window=256)
     sources, _ = open_sources(config)
     opened = time.perf_counter() - started
-    dataset = SampleDataset(sources, Renderer(Tokenizer.train(("which of 0123456789?",), 300), BLOCK - 1), VISION, config, 8192, keep=False)
-    stream = RowStream(SampleStream(dataset, Mixture(sources, 0)), Budget(config.left_length, config.right_length, BLOCK), config.window)
+    dataset = SampleDataset(
+        sources,
+        Renderer(Tokenizer.train(("which of 0123456789?",), 300), BLOCK - 1),
+        VISION,
+        config,
+        8192,
+        keep=False,
+    )
+    stream = RowStream(
+        SampleStream(dataset, Mixture(sources, 0)),
+        Budget(config.left_length, config.right_length, BLOCK),
+        config.window,
+    )
     next(Loader(stream, 4, dataset.renderer.tokenizer.global_image, 0))
     first = time.perf_counter() - started
     TableRecords._read = original  # type: ignore[method-assign]
-    return {"rows": rows, "mb_on_disk": total / 2**20, "seconds_to_open": opened, "seconds_to_first_batch": first, "mb_read": sum(read) / 2**20}
+    return {
+        "rows": rows,
+        "mb_on_disk": total / 2**20,
+        "seconds_to_open": opened,
+        "seconds_to_first_batch": first,
+        "mb_read": sum(read) / 2**20,
+    }
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--samples", type=int, default=100_000, help="of the fill rate, in each repetition")
     parser.add_argument("--window", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2)
@@ -276,25 +352,36 @@ def main(argv: list[str]) -> None:
 
 
 def show(results: dict[str, Any]) -> None:
-    title = f"data engine, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
+    title = (
+        f"data engine, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
+    )
     table = Table("what", "figure", title=title)
     for name, r in results["packing"].items():
         table.add_row(
-            f"fill, {name}", f"{r['fill']:.2%} (least {r['fill_least']:.2%}); {r['us_per_sample']:.1f} µs a sample (most {r['us_most']:.1f}); {r['too_long']:.2%} too long"
+            f"fill, {name}",
+            f"{r['fill']:.2%} (least {r['fill_least']:.2%}); {r['us_per_sample']:.1f} µs a sample (most {r['us_most']:.1f}); {r['too_long']:.2%} too long",
         )
     t = results["throughput"]
-    table.add_row(f"loader, {t['workers']} workers", f"{t['samples_per_s_per_worker']:.0f} samples/s a worker")
     table.add_row(
-        f"plain loop, {t['workers']} processes", f"{t['plain_samples_per_s_per_worker']:.0f} samples/s a process; loader ÷ loop {t['ratio']:.2f} (least {t['ratio_least']:.2f})"
+        f"loader, {t['workers']} workers", f"{t['samples_per_s_per_worker']:.0f} samples/s a worker"
     )
-    table.add_row("ms a sample, one process", ", ".join(f"{stage} {ms:.2f}" for stage, ms in t["ms_per_sample"].items()))
+    table.add_row(
+        f"plain loop, {t['workers']} processes",
+        f"{t['plain_samples_per_s_per_worker']:.0f} samples/s a process; loader ÷ loop {t['ratio']:.2f} (least {t['ratio_least']:.2f})",
+    )
+    table.add_row(
+        "ms a sample, one process", ", ".join(f"{stage} {ms:.2f}" for stage, ms in t["ms_per_sample"].items())
+    )
     m = results["memory"]
     table.add_row(
         f"memory over {m['samples']:,} samples",
         f"{m['mb_after_each_tenth'][0]:.0f} MB after a tenth, {m['mb_after_each_tenth'][-1]:.0f} MB at the end ({m['growth_second_half']:+.1%} in the second half)",
     )
     s = results["streaming"]
-    table.add_row(f"stream of {s['rows']:,} rows, {s['mb_on_disk']:.0f} MB", f"{s['seconds_to_first_batch']:.1f} s to the first batch; {s['mb_read']:.0f} MB read")
+    table.add_row(
+        f"stream of {s['rows']:,} rows, {s['mb_on_disk']:.0f} MB",
+        f"{s['seconds_to_first_batch']:.1f} s to the first batch; {s['mb_read']:.0f} MB read",
+    )
     Console(width=130).print(table)
 
 

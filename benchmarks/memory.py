@@ -29,7 +29,9 @@ from utils.errors import UserError, run_script
 SIZES = {
     "random": None,
     "HuggingFaceTB/SmolLM2-135M-Instruct": DecoderConfig(),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": DecoderConfig(layers=32, hidden_size=960, heads=15, kv_heads=5, mlp_size=2560),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": DecoderConfig(
+        layers=32, hidden_size=960, heads=15, kv_heads=5, mlp_size=2560
+    ),
 }
 TEXT, MARKERS = 49152, 65  # tokens of SmolLM2's vocabulary; the global image's marker and 8 × 8 tiles'
 
@@ -47,18 +49,36 @@ def sized(config: Config) -> Config:
         name = getattr(config.model, tower).weights
         if name not in SIZES:
             raise UserError(f"the sizes of {name} are not known here: {', '.join(SIZES)}")
-        config = replace(config, model=replace(config.model, **{tower: SIZES[name] or getattr(config.model, tower)}))
-    return replace(config, model=replace(config.model, vision=resolve_vision(replace(config.model.vision, weights="random"))))
+        config = replace(
+            config, model=replace(config.model, **{tower: SIZES[name] or getattr(config.model, tower)})
+        )
+    return replace(
+        config,
+        model=replace(config.model, vision=resolve_vision(replace(config.model.vision, weights="random"))),
+    )
 
 
-def compared(config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]) -> list[tuple[int, float, float]]:
+def compared(
+    config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]
+) -> list[tuple[int, float, float]]:
     """→ (rows, estimated bytes, counted bytes)"""
     of = step_memory(config, model_class, vocabulary)
-    return [(n, sum(of(n).values()), of(n)["weights"] + peak(config, model_class, vocabulary, n, torch.device("cpu"), counted)) for n in rows]
+    return [
+        (
+            n,
+            sum(of(n).values()),
+            of(n)["weights"] + peak(config, model_class, vocabulary, n, torch.device("cpu"), counted),
+        )
+        for n in rows
+    ]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", default="dual_tower_cauldron_222m")
     parser.add_argument("--rows", default="1,2", help="of a micro-batch, commas apart")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -68,8 +88,16 @@ def main(argv: list[str]) -> None:
     config = replace(config, train=replace(config.train, dtype=args.dtype, recompute=args.recompute))
     model_class = VisionLanguageModel if config.model.left_context == "none" else DualTowerVLM
     text = TEXT if config.model.right.layers >= 30 else config.data.vocab_size
-    table = Table("rows", "estimate, GB", "counted, GB", "estimate ÷ counted", title=f"{args.config}, {args.dtype}{', recompute' * args.recompute}")
-    for rows, estimate, found in compared(config, model_class, Vocabulary(text, MARKERS), [int(n) for n in args.rows.split(",")]):
+    table = Table(
+        "rows",
+        "estimate, GB",
+        "counted, GB",
+        "estimate ÷ counted",
+        title=f"{args.config}, {args.dtype}{', recompute' * args.recompute}",
+    )
+    for rows, estimate, found in compared(
+        config, model_class, Vocabulary(text, MARKERS), [int(n) for n in args.rows.split(",")]
+    ):
         table.add_row(str(rows), f"{estimate / 1e9:.2f}", f"{found / 1e9:.2f}", f"{estimate / found:.3f}")
     Console().print(table)
 

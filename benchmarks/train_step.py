@@ -52,9 +52,14 @@ WARM_UP = 2
 class Products:
     """Bare matrix products of a step's linear layers."""
 
-    def __init__(self, shapes: Counter[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Counter[tuple[int, int, int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.shapes, self.device = shapes, device
-        self.operands = {(r, i, o): [torch.randn(shape, device=device).to(dtype) for shape in ((r, i), (o, i), (r, o))] for r, i, o in shapes}
+        self.operands = {
+            (r, i, o): [torch.randn(shape, device=device).to(dtype) for shape in ((r, i), (o, i), (r, o))]
+            for r, i, o in shapes
+        }
 
     def seconds(self) -> dict[tuple[int, int, int], float]:
         """Of one layer of each shape: its three products, measured anew."""
@@ -103,19 +108,25 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:
-            raise UserError(f"the process that ran {function.__name__}({', '.join(map(str, args))}) was killed: most likely memory ran out, take a smaller --size") from None
+            raise UserError(
+                f"the process that ran {function.__name__}({', '.join(map(str, args))}) was killed: most likely memory ran out, take a smaller --size"
+            ) from None
 
 
 def check_memory(needed: float, device: torch.device, what: str) -> None:
     """More than is free raises `UserError`: on a CPU the system would end some process, perhaps another's."""
     free = free_memory(device)
     if free is not None and needed > free:
-        raise UserError(f"{what} would take some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: take a smaller --size, or one --model at a time")
+        raise UserError(
+            f"{what} would take some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: take a smaller --size, or one --model at a time"
+        )
 
 
 def count_parameters(kind: str, size: str) -> int:
     with torch.device("meta"):
-        model = MODELS[kind](make_config(kind, SIZES[size], "fp32").model, Vocabulary(SIZES[size].text, MARKERS))
+        model = MODELS[kind](
+            make_config(kind, SIZES[size], "fp32").model, Vocabulary(SIZES[size].text, MARKERS)
+        )
     return sum(p.numel() for p in model.parameters())
 
 
@@ -124,14 +135,19 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, rows: int) -> dict[str, Any]:
+def measure(
+    kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, rows: int
+) -> dict[str, Any]:
     parameters = {kind: count_parameters(kind, size) for kind in kinds}
     check_memory(16 * max(parameters.values()), device, "weights, gradients and moments alone")
     memory = {kind: apart(peak_memory, kind, size, dtype, device, rows) for kind in kinds}
     check_memory(sum(memory.values()), device, " and ".join(kinds) + ", side by side,")
     trials = {kind: Trial(kind, size, dtype, device, rows=rows) for kind in kinds}
     flops = {kind: trial.flops() for kind, trial in trials.items()}
-    kernels = {kind: Products(trial.products(), torch.bfloat16 if dtype == "bf16" else torch.float32, device) for kind, trial in trials.items()}
+    kernels = {
+        kind: Products(trial.products(), torch.bfloat16 if dtype == "bf16" else torch.float32, device)
+        for kind, trial in trials.items()
+    }
     steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     alone: dict[str, list[dict[tuple[int, int, int], float]]] = {kind: [] for kind in kinds}
     for turn in range(WARM_UP + repeats):
@@ -148,7 +164,10 @@ def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repea
             "parameters": parameters[kind],
             "tokens": trial.tokens,
             "tokens_per_s": spread(trial.tokens / step["step"] for step in steps[kind]),
-            "seconds": {phase: spread(step[phase] for step in steps[kind]) for phase in ("step", "forward", "backward", "optimizer")},
+            "seconds": {
+                phase: spread(step[phase] for step in steps[kind])
+                for phase in ("step", "forward", "backward", "optimizer")
+            },
             "turns": [step["step"] for step in steps[kind]],  # one that another program disturbed stands out
             "peak_memory_bytes": memory[kind],
             "flops": flops[kind],
@@ -156,15 +175,28 @@ def measure(kinds: list[str], size: str, dtype: str, device: torch.device, repea
             "products_flops_per_s": spread(rates),
             "share_of_products": spread(a / b for a, b in zip(reached, rates, strict=True)),
             "products": [
-                {"rows": r, "inputs": i, "outputs": o, "layers": n, "flops_per_s": 6 * r * i * o / statistics.median(s[r, i, o] for s in alone[kind])}
+                {
+                    "rows": r,
+                    "inputs": i,
+                    "outputs": o,
+                    "layers": n,
+                    "flops_per_s": 6 * r * i * o / statistics.median(s[r, i, o] for s in alone[kind]),
+                }
                 for (r, i, o), n in kernels[kind].shapes.items()
             ],
         }
     if len(kinds) == 2:
         pairs = list(zip(steps["dual_tower"], steps["vanilla"], strict=True))
         out["ratio"] = {"tokens_per_s": spread(v["step"] / d["step"] for d, v in pairs)}
-        out["ratio"] |= {f"seconds_{phase}": spread(d[phase] / v[phase] for d, v in pairs) for phase in ("forward", "backward", "optimizer")}
-        for name, values in (("parameters", parameters), ("peak_memory", memory), ("flops", {kind: f["counted"] for kind, f in flops.items()})):
+        out["ratio"] |= {
+            f"seconds_{phase}": spread(d[phase] / v[phase] for d, v in pairs)
+            for phase in ("forward", "backward", "optimizer")
+        }
+        for name, values in (
+            ("parameters", parameters),
+            ("peak_memory", memory),
+            ("flops", {kind: f["counted"] for kind, f in flops.items()}),
+        ):
             out["ratio"][name] = values["dual_tower"] / values["vanilla"]
     return out
 
@@ -183,13 +215,22 @@ def show(result: dict[str, Any], title: str) -> None:
         table.add_row(name, *(cell(result[kind]) for kind in kinds), *([beside] if ratio else []))
 
     add("parameters", lambda m: f"{m['parameters']:,}", "parameters")
-    add(f"tokens/s, {result[kinds[0]]['tokens']:,} a step", lambda m: figure(m["tokens_per_s"], ".1f"), "tokens_per_s")
+    add(
+        f"tokens/s, {result[kinds[0]]['tokens']:,} a step",
+        lambda m: figure(m["tokens_per_s"], ".1f"),
+        "tokens_per_s",
+    )
     add("seconds of a step", lambda m: figure(m["seconds"]["step"], ".3f"))
     for phase in ("forward", "backward", "optimizer"):
         add(f"  {phase}", lambda m, phase=phase: figure(m["seconds"][phase], ".3f"), f"seconds_{phase}")
     add("peak memory, GiB", lambda m: f"{m['peak_memory_bytes'] / 2**30:.2f}", "peak_memory")
     add("FLOPs of a step, counted", lambda m: f"{m['flops']['counted'] / 1e9:,.4g} G", "flops")
-    add("FLOPs of a step, estimated", lambda m: f"{m['flops']['estimate'] / 1e9:,.4g} G ({m['flops']['estimate'] / m['flops']['counted'] - 1:+.1%})")
+    add(
+        "FLOPs of a step, estimated",
+        lambda m: (
+            f"{m['flops']['estimate'] / 1e9:,.4g} G ({m['flops']['estimate'] / m['flops']['counted'] - 1:+.1%})"
+        ),
+    )
     add("GFLOP/s of the step", lambda m: figure(m["flops_per_s"], ",.0f", 1e-9))
     add("GFLOP/s of its bare products", lambda m: figure(m["products_flops_per_s"], ",.0f", 1e-9))
     add("share of the bare products", lambda m: figure(m["share_of_products"], ".0%"))
@@ -203,18 +244,35 @@ def profiled(trial: Trial, rows: int) -> str:
     cuda = trial.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         trial.step()
-    return profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=rows, max_name_column_width=60)
+    return profiler.key_averages().table(
+        sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=rows, max_name_column_width=60
+    )
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--size", choices=SIZES, default="222m")
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the machine computes in it")
-    parser.add_argument("--rows", type=int, default=1, help="rows of a step, one after the other (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp32"], help="default: bf16 where the machine computes in it"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1, help="rows of a step, one after the other (default: 1)"
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", type=int, nargs="?", const=25, metavar="N", help="print the N operations that take most, instead of measuring")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=25,
+        metavar="N",
+        help="print the N operations that take most, instead of measuring",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if args.rows < 1:
@@ -235,16 +293,29 @@ def main(argv: list[str]) -> None:
     try:
         if args.profile:
             for kind in kinds:
-                print(f"{kind}, {args.size}, {dtype}", profiled(Trial(kind, args.size, dtype, device, rows=args.rows), args.profile), sep="\n")
+                print(
+                    f"{kind}, {args.size}, {dtype}",
+                    profiled(Trial(kind, args.size, dtype, device, rows=args.rows), args.profile),
+                    sep="\n",
+                )
                 gc.collect()  # a trial and its hooks hold one another
             return
         result = measure(kinds, args.size, dtype, device, head["repeats"], args.rows)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise UserError(f"memory ran out on {on}: take a smaller --size, or one --model at a time ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"memory ran out on {on}: take a smaller --size, or one --model at a time ({str(error).splitlines()[0]})"
+            ) from None
         raise
-    place = on if device.type == "cuda" else f"{head['machine']}, {os.cpu_count()} cores, threads: {head['threads']}"
-    show(result, f"a training step, {args.size}, {dtype}, {args.rows} row{'s' * (args.rows > 1)}, {place}, torch {head['torch']}, {head['date']}")
+    place = (
+        on
+        if device.type == "cuda"
+        else f"{head['machine']}, {os.cpu_count()} cores, threads: {head['threads']}"
+    )
+    show(
+        result,
+        f"a training step, {args.size}, {dtype}, {args.rows} row{'s' * (args.rows > 1)}, {place}, torch {head['torch']}, {head['date']}",
+    )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | result, indent=2) + "\n")

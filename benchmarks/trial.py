@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.model import DecoderConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, VisionConfig, Vocabulary
+from configs.model import (
+    DecoderConfig,
+    ModelConfig,
+    MultiTokenConfig,
+    ProjectorConfig,
+    VisionConfig,
+    Vocabulary,
+)
 from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
@@ -44,12 +51,23 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        VisionConfig("vit_base_patch16_siglip_224", "random", image_size=32, grid=4, options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}'),
+        VisionConfig(
+            "vit_base_patch16_siglip_224",
+            "random",
+            image_size=32,
+            grid=4,
+            options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}',
+        ),
         2,
         DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96),
         499,
     ),
-    "222m": Size(VisionConfig("vit_base_patch16_siglip_224", "random", image_size=224, grid=14), 2, DecoderConfig(), 49152),
+    "222m": Size(
+        VisionConfig("vit_base_patch16_siglip_224", "random", image_size=224, grid=14),
+        2,
+        DecoderConfig(),
+        49152,
+    ),
     "450m": Size(
         VisionConfig("vit_base_patch16_siglip_512.v2_webli", "random", image_size=512, grid=32),
         4,
@@ -64,12 +82,19 @@ def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])  # scores once more, then a gradient for each factor
+    return (
+        2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+    )  # scores once more, then a gradient for each factor
 
 
 # Counters before torch 2.15 know neither the kernel of CPUs nor grouped queries.
-KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]
-ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {getattr(torch.ops.aten, f"{op.__name__}_backward"): _backward_flops for op in KERNELS}
+KERNELS = [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+]
+ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {
+    getattr(torch.ops.aten, f"{op.__name__}_backward"): _backward_flops for op in KERNELS
+}
 
 
 def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1) -> Config:
@@ -83,7 +108,9 @@ def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1
     )
     rates = {f"lr_{part}": 1e-5 for part in ("vision", "projector", "left", "right", "heads")}
     return Config(
-        model=model, data=DataConfig(left_length=1024, right_length=1024), train=TrainConfig(local_batch_size=1, global_batch_size=rows, dtype=dtype, warmup_steps=0, **rates)
+        model=model,
+        data=DataConfig(left_length=1024, right_length=1024),
+        train=TrainConfig(local_batch_size=1, global_batch_size=rows, dtype=dtype, warmup_steps=0, **rates),
     )
 
 
@@ -91,14 +118,21 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
     """One packed row, the same at every call. In a document the image comes first, then the question, then the answer."""
     length = model.tokens_per_tile + QUESTION + ANSWER
     generator = torch.Generator().manual_seed(0)
-    positions, documents = torch.arange(length).repeat(DOCUMENTS), torch.arange(DOCUMENTS).repeat_interleave(length)
+    positions, documents = (
+        torch.arange(length).repeat(DOCUMENTS),
+        torch.arange(DOCUMENTS).repeat_interleave(length),
+    )
     image = positions < model.tokens_per_tile
-    ids = torch.randint(0, vocabulary.text_size, image.shape, generator=generator).masked_fill(image, vocabulary.image_token_id)
+    ids = torch.randint(0, vocabulary.text_size, image.shape, generator=generator).masked_fill(
+        image, vocabulary.image_token_id
+    )
     labels = ids.roll(-1).masked_fill((positions < length - ANSWER - 1) | (positions == length - 1), -100)
     left = image if model.left_context != "none" else torch.zeros_like(image)
     columns = {"ids": ids, "positions": positions, "groups": documents}
     batch = {f"left_{name}": column[left] for name, column in (columns | {"images": documents}).items()}
-    batch |= {f"right_{name}": column[~left] for name, column in (columns | {"documents": documents}).items()} | {"labels": labels[~left]}
+    batch |= {
+        f"right_{name}": column[~left] for name, column in (columns | {"documents": documents}).items()
+    } | {"labels": labels[~left]}
     side = model.vision.image_size
     tiles = torch.randint(0, 256, (DOCUMENTS, 3, side, side), dtype=torch.uint8, generator=generator)
     return {name: column[None] for name, column in batch.items()} | {"tiles": tiles}
@@ -107,7 +141,9 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
 class Trial:
     """A model with its optimizers and the standard row, of which a step has `rows`, one after the other."""
 
-    def __init__(self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1) -> None:
+    def __init__(
+        self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1
+    ) -> None:
         self.config, self.device = make_config(kind, SIZES[size], dtype, heads, rows), device
         if device.type == "cpu":
             keep_freed_memory()  # as `train` does
@@ -140,7 +176,11 @@ class Trial:
     def _after_forward(self, loss: Tensor) -> None:
         self.mark("forward")
         if loss.requires_grad:  # called at the start of the backward pass, to be called again at its end
-            loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(lambda: self.mark("backward")))
+            loss.register_hook(
+                lambda _: torch.autograd.Variable._execution_engine.queue_callback(
+                    lambda: self.mark("backward")
+                )
+            )
 
     def step(self) -> dict[str, float]:
         """One optimizer step → its seconds, and those of its phases."""
@@ -163,7 +203,11 @@ class Trial:
         """As in `train_step` → the sum of the losses."""
         with autocast(self.config.train, self.device):
             output = self.model(**{name: column.to(self.device) for name, column in self.row.items()})
-        loss: Tensor = output.loss_sum if output.head_loss_sums is None else output.loss_sum + output.head_loss_sums.sum()
+        loss: Tensor = (
+            output.loss_sum
+            if output.head_loss_sums is None
+            else output.loss_sum + output.head_loss_sums.sum()
+        )
         return loss
 
     def flops(self) -> dict[str, float]:
@@ -179,7 +223,12 @@ class Trial:
         """(rows, inputs, outputs) of the linear layers and of the logits, each with how often it comes in a forward."""
         shapes: Counter[tuple[int, int, int]] = Counter()
         linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
-        hooks = [m.register_forward_pre_hook(lambda m, x: shapes.update([(x[0].numel() // m.in_features, m.in_features, m.out_features)])) for m in linear]
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda m, x: shapes.update([(x[0].numel() // m.in_features, m.in_features, m.out_features)])
+            )
+            for m in linear
+        ]
         with torch.no_grad():
             self.forward()
         for hook in hooks:

@@ -22,7 +22,9 @@ def preset(name: str) -> Config:
     name = name.replace("-", "_").removeprefix("config_").removesuffix(".py")
     known = sorted(p.stem.removeprefix("config_") for p in Path(__file__).parent.glob("config_*.py"))
     if name not in known:
-        raise UsageError(f"no config named '{name}'{nearest(name, known)}; configs are the files configs/config_NAME.py: {', '.join(known)}")
+        raise UsageError(
+            f"no config named '{name}'{nearest(name, known)}; configs are the files configs/config_NAME.py: {', '.join(known)}"
+        )
     return dataclasses.replace(importlib.import_module(f"configs.config_{name}").CONFIG, config=name)
 
 
@@ -33,7 +35,11 @@ class FlagParser(argparse.ArgumentParser):
         args, unknown = self.parse_known(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags()) if flag.startswith("--") else ""
+            hint = (
+                nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags())
+                if flag.startswith("--")
+                else ""
+            )
             raise UsageError(f"unknown argument {flag!r}{hint}; see --help")
         return args
 
@@ -59,7 +65,9 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes", "on")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str = "", group: str = "run") -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str = "", group: str = "run"
+) -> None:
     """One flag a field of dataclass `cls`, nested ones as `--section.field`; the help shows the value in `base`."""
     types = typing.get_type_hints(cls)
     section = parser.add_argument_group(prefix.rstrip(".") or group)
@@ -95,12 +103,16 @@ def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
     return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
 
 
-def resolve(argv: list[str], description: str, default: str = DEFAULT_PRESET) -> tuple[Config, dict[str, Any]]:
+def resolve(
+    argv: list[str], description: str, default: str = DEFAULT_PRESET
+) -> tuple[Config, dict[str, Any]]:
     """Command line → (the whole configuration, the flags that were given, dotted)."""
     early = FlagParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=default)
     base = preset(early.parse_known(argv)[0].config)
-    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, Config, base)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = vars(parser.parse(argv))

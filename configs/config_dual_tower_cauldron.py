@@ -19,13 +19,23 @@ CONFIG = Config(
             weights="hub",
             max_side=2048,  # up to 4 × 4 tiles, as nanoVLM cuts them: documents and charts need the detail
         ),
-        projector=ProjectorConfig(pixel_shuffle=4),  # 1024 features → 64 image tokens: text, not pixels, fills the rows
+        projector=ProjectorConfig(
+            pixel_shuffle=4
+        ),  # 1024 features → 64 image tokens: text, not pixels, fills the rows
         left=SMOLLM2,  # its layers already make keys and values that the right tower's queries understand
         right=SMOLLM2,
         left_attention="causal",  # as the pretrained decoder has seen its tokens
     ),
     # On lengths like The Cauldron's a mean sample has some 340 image and 193 text tokens: the budgets have their proportion, and a row fills up from a window of 2,000. Workers: an image takes some 3 ms.
-    data=DataConfig(sources="the_cauldron", validation_images=500, turns="chain", left_length=2600, right_length=1496, window=2000, workers=8),
+    data=DataConfig(
+        sources="the_cauldron",
+        validation_images=500,
+        turns="chain",
+        left_length=2600,
+        right_length=1496,
+        window=2000,
+        workers=8,
+    ),
     train=TrainConfig(
         local_batch_size=4,  # 16,384 tokens
         global_batch_size=32,  # a step of 131,072 tokens, some 240 samples: large enough that the gradient of many tasks is not one task's

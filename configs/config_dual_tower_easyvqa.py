@@ -6,7 +6,16 @@ Choices were made on validation images; docs/experiments.md has what was tried.
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from configs.train import Config, DataConfig, TrainConfig
 
-DECODER = DecoderConfig(layers=3, hidden_size=128, heads=4, kv_heads=2, head_size=32, mlp_size=384, rope_theta=10000.0, max_positions=1024)
+DECODER = DecoderConfig(
+    layers=3,
+    hidden_size=128,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    mlp_size=384,
+    rope_theta=10000.0,
+    max_positions=1024,
+)
 
 CONFIG = Config(
     max_steps=3000,

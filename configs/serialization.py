@@ -26,7 +26,11 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
     for key, value in values.items():
         if key not in known:
             raise UsageError(f"{where}: unknown key '{key}'{nearest(key, list(known))}")
-        out[key] = from_dict(types[key], value, f"{where}: {key}") if is_dataclass(types[key]) else _check(types[key], value, f"{where}: {key}")
+        out[key] = (
+            from_dict(types[key], value, f"{where}: {key}")
+            if is_dataclass(types[key])
+            else _check(types[key], value, f"{where}: {key}")
+        )
     for name, f in known.items():
         if name not in out and f.default is dataclasses.MISSING:
             raise UsageError(f"{where}: '{name}' is missing")

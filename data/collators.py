@@ -37,9 +37,17 @@ def collate(rows: list[Row], padding_id: int, tiles: Tensor | None = None) -> Ba
                 right["right_documents"][-1] += [documents] * n
                 right["right_groups"][-1] += [group] * n
                 documents += 1
-    padding = {"left_ids": padding_id, "right_ids": 0, "left_positions": 0, "right_positions": 0, "labels": IGNORE}
+    padding = {
+        "left_ids": padding_id,
+        "right_ids": 0,
+        "left_positions": 0,
+        "right_positions": 0,
+        "labels": IGNORE,
+    }
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in left.items()}
-    batch |= {name: _pad(column, padding.get(name, -1), least=1) for name, column in right.items()}  # rows of which nothing is left
+    batch |= {
+        name: _pad(column, padding.get(name, -1), least=1) for name, column in right.items()
+    }  # rows of which nothing is left
     if tiles is None:
         tiles = torch.cat([sample.tiles for row in rows for sample in row])
     return {"tiles": tiles} | batch
@@ -55,4 +63,7 @@ def _pad(lists: list[list[int]], value: int, least: int = 0) -> Tensor:
 
 def collate_prompts(prompts: list[Document]) -> Batch:
     """Prompts → `ids` and `positions` (B, R), padded on the right with position −1."""
-    return {"ids": _pad([p.right_ids for p in prompts], 0), "positions": _pad([p.right_positions for p in prompts], -1)}
+    return {
+        "ids": _pad([p.right_ids for p in prompts], 0),
+        "positions": _pad([p.right_positions for p in prompts], -1),
+    }

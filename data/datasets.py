@@ -35,7 +35,9 @@ class Sample:
     images: list[Any] = field(default_factory=list)  # path or encoded bytes of each
     grids: list[Grid] = field(default_factory=list)
     source: str = ""
-    first: bool = False  # seen for the first time: only then is it counted, should its images turn out damaged
+    first: bool = (
+        False  # seen for the first time: only then is it counted, should its images turn out damaged
+    )
 
     @property
     def left_length(self) -> int:
@@ -58,7 +60,9 @@ def decode(sample: Sample, config: VisionConfig) -> Sample:
     for image, grid in zip(sample.images, sample.grids, strict=True):
         made = to_tiles(open_pixels(image), config)
         if made.grid != grid:  # a header that promises another size
-            raise ImageError("damaged", f"an image of {sample.source} is not of the size that its header says")
+            raise ImageError(
+                "damaged", f"an image of {sample.source} is not of the size that its header says"
+            )
         tiles.append(made.pixels)
     none = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
     return replace(sample, tiles=tiles[0] if len(tiles) == 1 else torch.cat([none, *tiles]), images=[])
@@ -71,8 +75,22 @@ class SampleDataset:
     in memory, up to half a gigabyte: an epoch over a small set is not tokenised and decoded twice.
     """
 
-    def __init__(self, sources: list[Source], renderer: Renderer, vision: VisionConfig, config: DataConfig, max_positions: int, keep: bool = True) -> None:
-        self.sources, self.renderer, self.vision, self.config, self.max_positions = sources, renderer, vision, config, max_positions
+    def __init__(
+        self,
+        sources: list[Source],
+        renderer: Renderer,
+        vision: VisionConfig,
+        config: DataConfig,
+        max_positions: int,
+        keep: bool = True,
+    ) -> None:
+        self.sources, self.renderer, self.vision, self.config, self.max_positions = (
+            sources,
+            renderer,
+            vision,
+            config,
+            max_positions,
+        )
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.duplicates = DuplicateImages() if config.filters.duplicates else None
         self.cache: dict[tuple[int, int], list[Sample]] = {}
@@ -105,7 +123,12 @@ class SampleDataset:
             self.dropped[source, reason] += n
 
     def keep(self, place: tuple[int, int], samples: list[Sample]) -> None:
-        self.capacity -= sum(4096 + (s.tiles.nbytes if s.tiles is not None else 0) + sum(len(i) for i in s.images if isinstance(i, bytes)) for s in samples)
+        self.capacity -= sum(
+            4096
+            + (s.tiles.nbytes if s.tiles is not None else 0)
+            + sum(len(i) for i in s.images if isinstance(i, bytes))
+            for s in samples
+        )
         if self.capacity > 0:
             self.cache[place] = samples
 
@@ -133,11 +156,19 @@ class SampleDataset:
         try:
             if record["images"] is None:
                 raise ImageError("missing", f"{record['id']} has no list of images")
-            if filters.min_clip_score and isinstance(score := record.get("clip_score"), int | float) and score < filters.min_clip_score:
+            if (
+                filters.min_clip_score
+                and isinstance(score := record.get("clip_score"), int | float)
+                and score < filters.min_clip_score
+            ):
                 counts["clip_score"] += 1
                 return []
             grids = [self._grid(image) for image in record["images"]]
-            if self.duplicates is not None and record["images"] and self.duplicates.seen(record["images"], (source, index)):
+            if (
+                self.duplicates is not None
+                and record["images"]
+                and self.duplicates.seen(record["images"], (source, index))
+            ):
                 counts["duplicate"] += 1
                 return []
         except ImageError as error:
@@ -154,7 +185,10 @@ class SampleDataset:
             parts[-1].append(document)
             capacity -= len(document.right_ids)
         name = self.sources[source].name
-        return [Sample((source, index, part), None, documents, list(record["images"]), grids, name, first) for part, documents in enumerate(parts)]
+        return [
+            Sample((source, index, part), None, documents, list(record["images"]), grids, name, first)
+            for part, documents in enumerate(parts)
+        ]
 
     def _grid(self, image: Any) -> Grid:
         if image is None:
@@ -166,13 +200,17 @@ class SampleDataset:
             raise ImageError("small", f"an image of {width}×{height} pixels")
         return grid_of(width, height, self.vision)
 
-    def _documents(self, grids: list[Grid], conversations: list[list[dict[str, Any]]], counts: Counter[str]) -> list[Document]:
+    def _documents(
+        self, grids: list[Grid], conversations: list[list[dict[str, Any]]], counts: Counter[str]
+    ) -> list[Document]:
         """Rendered conversations, those that are too long split between two turns. What does not fit even so is counted."""
         made: list[Document] = []
         for turns in conversations:
             document = self.renderer.conversation(grids, turns)
             unit = self.renderer.left_unit
-            if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles):
+            if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (
+                self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles
+            ):
                 counts["too_many_images"] += 1
                 return []
             if self._fits(document):
@@ -214,17 +252,27 @@ class SampleStream:
                     self.dataset.sources[which[announced]].records.prefetch(int(record[announced]))
                     announced += 1
                 # A record that is in part behind us was counted when its first part came.
-                samples = self.dataset.samples(int(which[self.cursor]), int(record[self.cursor]), bool(first[self.cursor]) and self.part == 0)
+                samples = self.dataset.samples(
+                    int(which[self.cursor]),
+                    int(record[self.cursor]),
+                    bool(first[self.cursor]) and self.part == 0,
+                )
                 while self.part < len(samples):
                     usable = True
                     self.part += 1
                     yield samples[self.part - 1]
                 self.cursor, self.part = self.cursor + 1, 0
             if not len(which) and self.mixture.is_empty():
-                raise UserError(f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks")
+                raise UserError(
+                    f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks"
+                )
             consecutive_empty = 0 if usable else consecutive_empty + len(which)
-            if consecutive_empty >= sum(map(len, self.dataset.sources)):  # a lap, of which an epoch may be a small part
-                raise UserError(f"none of the {consecutive_empty} training records can be used: {by_source(self.dataset.dropped)}")
+            if consecutive_empty >= sum(
+                map(len, self.dataset.sources)
+            ):  # a lap, of which an epoch may be a small part
+                raise UserError(
+                    f"none of the {consecutive_empty} training records can be used: {by_source(self.dataset.dropped)}"
+                )
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def sample(self, key: Key, first: bool) -> Sample | None:
@@ -242,7 +290,13 @@ class SampleStream:
         """The images that were seen are given as their number only: they are many."""
         images = len(self.dataset.duplicates.owners) if self.dataset.duplicates is not None else 0
         dropped = [[*k, n] for k, n in self.dataset.dropped.items()]
-        return {"epoch": self.epoch, "cursor": self.cursor, "part": self.part, "dropped": dropped, "images": images}
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "part": self.part,
+            "dropped": dropped,
+            "images": images,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.cursor, self.part = state["epoch"], state["cursor"], state["part"]

@@ -56,7 +56,9 @@ class DuplicateImages:
         hashes = tuple(map(image_hash, images))
         for key in self._keys(hashes):
             for other in self.bands.get(key, ()):
-                if self.owners[other] != owner and all((a ^ b).bit_count() <= NEAR for a, b in zip(hashes, other, strict=True)):
+                if self.owners[other] != owner and all(
+                    (a ^ b).bit_count() <= NEAR for a, b in zip(hashes, other, strict=True)
+                ):
                     return True
         self.add(hashes, owner)
         return False

@@ -23,7 +23,12 @@ Splits = tuple[list[Record], list[Record] | None]
 CAPTION_PROMPT = "Describe the image."
 IMAGES_TRIED = 100
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"), no tokenizer takes it
-KINDS: dict[type | UnionType, str] = {list: "a list ", str: "a text ", int | str: "a number or text ", object: ""}
+KINDS: dict[type | UnionType, str] = {
+    list: "a list ",
+    str: "a text ",
+    int | str: "a number or text ",
+    object: "",
+}
 
 
 def field(entry: Any, key: str, kind: type | UnionType, where: str | Path) -> Any:
@@ -56,7 +61,9 @@ def find_images(path: Path, roots: Sequence[Path], names: Sequence[Sequence[str]
     inner = list(dict.fromkeys(str(PurePosixPath(name).parent) for name in names[0][1:]))
     within = f" and their sub-folders {', '.join(inner)}" if inner else ""
     others = f" nor are {len(tried) - 1} others" if len(tried) > 1 else ""
-    raise UserError(f"{path}: its images are not there: looked in {', '.join(map(str, roots))}{within}, {first} is in none of them{others}")
+    raise UserError(
+        f"{path}: its images are not there: looked in {', '.join(map(str, roots))}{within}, {first} is in none of them{others}"
+    )
 
 
 class Captioned(NamedTuple):
@@ -84,7 +91,10 @@ def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Cap
         entries[number] = Captioned("train", number, year[1] if year else "", file, [])
     for i, annotation in enumerate(annotations):
         where = f"{path}: annotations[{i}]"
-        number, caption = field(annotation, "image_id", int | str, where), field(annotation, "caption", object, where)
+        number, caption = (
+            field(annotation, "image_id", int | str, where),
+            field(annotation, "caption", object, where),
+        )
         if number not in entries:
             raise UserError(f"{where}: 'images' has no image with the id {number}")
         entries[number].captions.append(text(caption).strip())
@@ -101,8 +111,16 @@ def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
             raise UserError(f"{where}: no split '{split}'{nearest(split, list(KARPATHY_SPLITS))}")
         if number in entries:
             raise UserError(f"{where}: an image before it has the cocoid {number} too")
-        captions = [text(field(sentence, "raw", object, f"{where}.sentences")).strip() for sentence in sentences]
-        entries[number] = Captioned(KARPATHY_SPLITS[split], number, field(image, "filepath", str, where), field(image, "filename", str, where), captions)
+        captions = [
+            text(field(sentence, "raw", object, f"{where}.sentences")).strip() for sentence in sentences
+        ]
+        entries[number] = Captioned(
+            KARPATHY_SPLITS[split],
+            number,
+            field(image, "filepath", str, where),
+            field(image, "filename", str, where),
+            captions,
+        )
     return [entry for entry in entries.values() if entry.split]
 
 
@@ -114,7 +132,11 @@ def coco(path: Path) -> Splits:
     """
     found = read_json(path)
     images = field(found, "images", list, path)
-    entries = _official(path, images, field(found, "annotations", list, path)) if "annotations" in found else _karpathy(path, images)
+    entries = (
+        _official(path, images, field(found, "annotations", list, path))
+        if "annotations" in found
+        else _karpathy(path, images)
+    )
     if not any(entry.split == "train" for entry in entries):
         raise UserError(f"{path}: expected captioned images, found none to train on among {len(images)}")
     near = path.absolute().parent
@@ -125,7 +147,15 @@ def coco(path: Path) -> Splits:
     for entry, image in zip(entries, find_images(path, roots, names), strict=True):
         texts = [{"user": CAPTION_PROMPT, "assistant": caption} for caption in entry.captions]
         references = [caption for caption in entry.captions if caption]
-        records[entry.split].append({"images": [image], "texts": texts, "id": f"coco/{entry.id}", "turns": "branch", "references": references})
+        records[entry.split].append(
+            {
+                "images": [image],
+                "texts": texts,
+                "id": f"coco/{entry.id}",
+                "turns": "branch",
+                "references": references,
+            }
+        )
     return records["train"], records["validation"] or None
 
 
@@ -134,7 +164,9 @@ def ocr_vqa(path: Path) -> Splits:
     path = path / "dataset.json" if path.is_dir() else path
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f'{path}: expected an object {{image id: {{"imageURL", "questions", "answers", "split"}}}}')
+        raise UserError(
+            f'{path}: expected an object {{image id: {{"imageURL", "questions", "answers", "split"}}}}'
+        )
     records: dict[int, list[Record]] = {1: [], 2: [], 3: []}
     for number, entry in found.items():
         where = f"{path}: '{number}'"
@@ -142,8 +174,16 @@ def ocr_vqa(path: Path) -> Splits:
         if not isinstance(split, int) or split not in records:
             raise UserError(f"{where}: 'split' must be 1, 2 or 3, not {json.dumps(split)[:80]}")
         name = number + PurePosixPath(field(entry, "imageURL", str, where)).suffix
-        pairs = zip_longest(field(entry, "questions", list, where), field(entry, "answers", list, where))  # the half that is missing: empty, so counted
-        records[split].append({"images": [name], "texts": [{"user": text(q), "assistant": text(a)} for q, a in pairs], "id": f"ocr_vqa/{number}"})
+        pairs = zip_longest(
+            field(entry, "questions", list, where), field(entry, "answers", list, where)
+        )  # the half that is missing: empty, so counted
+        records[split].append(
+            {
+                "images": [name],
+                "texts": [{"user": text(q), "assistant": text(a)} for q, a in pairs],
+                "id": f"ocr_vqa/{number}",
+            }
+        )
     if not records[1]:
         raise UserError(f"{path}: expected images with split 1, found none to train on among {len(found)}")
     used = records[1] + records[2]
@@ -158,7 +198,13 @@ def _place(path: Path, records: list[Record], roots: list[Path]) -> None:
         record["images"] = [next(places) for _ in record["images"]]
 
 
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LLAVA_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 PLACEHOLDER = "<image>"
 
 
@@ -172,7 +218,10 @@ def _conversation(turns: list[Any], images: int, where: str) -> tuple[list[dict[
     roles = [LLAVA_ROLES.get(field(turn, "from", str, where), "") for turn in turns]
     values = [text(field(turn, "value", object, where)) for turn in turns]
     if "system" in roles:
-        return [], "system_turn"  # the model's template has no place for one, and leaving it out would change what the answers answer
+        return (
+            [],
+            "system_turn",
+        )  # the model's template has no place for one, and leaving it out would change what the answers answer
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         return [], "turn_order"
     clean = list(map(without_placeholders, values))
@@ -188,19 +237,25 @@ def llava(path: Path) -> Splits:
     """
     found = read_json(path)
     if not isinstance(found, list) or not found:
-        raise UserError(f'{path}: expected a list of {{"id", "image", "conversations"}}, {"empty" if found == [] else type(found).__name__} found')
+        raise UserError(
+            f'{path}: expected a list of {{"id", "image", "conversations"}}, {"empty" if found == [] else type(found).__name__} found'
+        )
     records: dict[str, Record] = {}
     for index, entry in enumerate(found):
         where = f"{path}: [{index}]"
         turns, image = field(entry, "conversations", list, where), entry.get("image")
         images = image if isinstance(image, list) else [] if image is None else [image]
         if not _texts(images):
-            raise UserError(f"{where}: 'image' must be a path or a list of paths, not {json.dumps(image)[:80]}")
+            raise UserError(
+                f"{where}: 'image' must be a path or a list of paths, not {json.dumps(image)[:80]}"
+            )
         number = entry.get("id")
         name = f"llava/{index if number is None else number}"
         name = f"{name}@{index}" if name in records else name
         texts, problem = _conversation(turns, len(images), f"{where}.conversations")
-        records[name] = {"images": images, "texts": texts, "id": name} | ({"problem": problem} if problem else {})
+        records[name] = {"images": images, "texts": texts, "id": name} | (
+            {"problem": problem} if problem else {}
+        )
     training = list(records.values())
     near = path.absolute().parent
     _place(path, training, [near, near / "images"])
@@ -216,7 +271,12 @@ def _turns(value: Any) -> bool:
     return (
         isinstance(value, list)
         and value != []
-        and all(isinstance(t, dict) and {"user", "assistant"} <= t.keys() <= TURN_KEYS and _texts([t["user"] or "", t["assistant"] or ""]) for t in value)
+        and all(
+            isinstance(t, dict)
+            and {"user", "assistant"} <= t.keys() <= TURN_KEYS
+            and _texts([t["user"] or "", t["assistant"] or ""])
+            for t in value
+        )
     )
 
 
@@ -229,7 +289,10 @@ JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "id": ("a text", lambda v: isinstance(v, str)),
     "references": ("a list of texts", _texts),
     "turns": ('"branch"', lambda v: v == "branch"),
-    "clip_score": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9),  # NaN is not < 1e9
+    "clip_score": (
+        "a number",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9,
+    ),  # NaN is not < 1e9
 }
 
 
@@ -253,7 +316,11 @@ def _jsonl_record(line: bytes, folder: Path, where: str, default_id: str) -> Rec
         raise UserError(f"{where}: 'image' and 'images' are both there; keep one")
     images = [found["image"]] if "image" in found else found.get("images", [])
     further = {key: found[key] for key in ("references", "turns", "clip_score") if key in found}
-    return {"images": [image and str(folder / image) for image in images], "texts": found["texts"], "id": found.get("id", default_id)} | further
+    return {
+        "images": [image and str(folder / image) for image in images],
+        "texts": found["texts"],
+        "id": found.get("id", default_id),
+    } | further
 
 
 def jsonl(path: Path) -> Splits:
@@ -272,7 +339,9 @@ def jsonl(path: Path) -> Splits:
                     continue
                 record = _jsonl_record(line, folder, f"{path}:{number}", f"jsonl/{path.stem}/{number}")
                 if lines.setdefault(record["id"], number) != number:
-                    raise UserError(f"{path}:{number}: line {lines[record['id']]} has the id '{record['id']}' too")
+                    raise UserError(
+                        f"{path}:{number}: line {lines[record['id']]} has the id '{record['id']}' too"
+                    )
                 records.append(record)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

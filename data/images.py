@@ -42,7 +42,9 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     """
     where = _name(source)
     if not isinstance(source, str | Path | bytes | Image.Image):
-        raise ImageError("missing", f"{where} is of type {type(source).__name__}, not a path, bytes or a Pillow image")
+        raise ImageError(
+            "missing", f"{where} is of type {type(source).__name__}, not a path, bytes or a Pillow image"
+        )
     try:
         if isinstance(source, Image.Image):
             if not source.width or not source.height:
@@ -57,7 +59,9 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
             data = draw(data, where)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below, before decoding; what cannot be decoded raises
+            warnings.simplefilter(
+                "ignore"
+            )  # the size is checked below, before decoding; what cannot be decoded raises
             image = Image.open(io.BytesIO(data))
         width, height = image.size
         _check_size(width, height, where)
@@ -66,14 +70,18 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         return _to_rgb(image, orientation)
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
-            raise ImageError("damaged", f"{where} begins like an image but cannot be decoded: cut short or damaged") from None
+            raise ImageError(
+                "damaged", f"{where} begins like an image but cannot be decoded: cut short or damaged"
+            ) from None
         raise ImageError("not_an_image", f"{where} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ImageError("too_large", f"{where} has more than {MAX_PIXELS:,} pixels") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like for damaged files
-        raise ImageError("damaged", f"{where} cannot be decoded: {getattr(error, 'strerror', None) or error}") from None
+        raise ImageError(
+            "damaged", f"{where} cannot be decoded: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _name(source: Any) -> str:
@@ -96,12 +104,17 @@ def _head(source: str | Path | bytes) -> bytes:
 
 def _check_size(width: int, height: int, where: str) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ImageError("too_large", f"{where} is {width}×{height} pixels: more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}")
+        raise ImageError(
+            "too_large",
+            f"{where} is {width}×{height} pixels: more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}",
+        )
 
 
 def _orientation(image: Image.Image) -> int:
     """How an image that is not decoded yet lies, 1 to 8. What a PNG says behind its pixels is not heard: to hear it, they would have to be decoded for their size."""
-    asked = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & set(image.info)
+    asked = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & set(
+        image.info
+    )
     return image.getexif().get(EXIF_ORIENTATION, 1) if asked else 1
 
 
@@ -194,7 +207,9 @@ def to_tiles(pixels: Tensor, config: VisionConfig) -> Tiles:
     if (rows, columns) == (1, 1):
         return Tiles((1, 1), square)
     whole = _resize(pixels, rows * side, columns * side)[0]  # (3, rows·h, columns·w)
-    parts = whole.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)  # (rows, columns, 3, h, w)
+    parts = (
+        whole.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)
+    )  # (rows, columns, 3, h, w)
     return Tiles((rows, columns), torch.cat([square, parts.flatten(0, 1)]))
 
 

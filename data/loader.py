@@ -25,12 +25,16 @@ from data.images import ImageError
 from data.packing import Row, RowStream
 from utils.errors import UserError
 
-Decoded = tuple[Tensor | None, list[tuple[int, str]]]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
+Decoded = tuple[
+    Tensor | None, list[tuple[int, str]]
+]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
 SILENCE = 600  # seconds after which workers that give nothing are given up
 LOOK = 2  # seconds between two looks at whether they live
 DEATH = 1  # seconds that a worker whose connection broke has to be seen dead
 PREFETCH = 4  # batches that each worker is ahead
-SLOTS = PREFETCH + 12  # batches of each worker that can be in shared memory: those ahead, and those that training holds for one step
+SLOTS = (
+    PREFETCH + 12
+)  # batches of each worker that can be in shared memory: those ahead, and those that training holds for one step
 
 
 class Loader:
@@ -41,11 +45,15 @@ class Loader:
     far the workers are ahead. A batch of which nothing can be used is empty: no rank gets ahead of the others.
     """
 
-    def __init__(self, rows: RowStream, size: int, padding_id: int, workers: int, part: int = 0, parts: int = 1) -> None:
+    def __init__(
+        self, rows: RowStream, size: int, padding_id: int, workers: int, part: int = 0, parts: int = 1
+    ) -> None:
         self.rows, self.size, self.padding_id, self.workers = rows, size, padding_id, workers
         self.part, self.parts = part, parts
         self.dataset = rows.stream.dataset
-        self.plan: deque[tuple[list[Row], dict[str, Any]]] = deque()  # what the workers are at, and the state behind each
+        self.plan: deque[tuple[list[Row], dict[str, Any]]] = (
+            deque()
+        )  # what the workers are at, and the state behind each
         self.damaged: Counter[tuple[str, str]] = Counter()  # found when decoding
         self.last_epoch = 0  # in which there was a batch
         self.consecutive_empty = 0  # records since, none of which could be decoded
@@ -80,7 +88,9 @@ class Loader:
     def dropped(self) -> Counter[tuple[str, str]]:
         """What could not be used so far, by (source, reason)."""
         planned = self.rows.state() if self.behind is None else self.behind
-        counted = planned["dropped"] if self.part == 0 else []  # the first of those who share a stream tells what all saw
+        counted = (
+            planned["dropped"] if self.part == 0 else []
+        )  # the first of those who share a stream tells what all saw
         return self.damaged + Counter({(source, reason): n for source, reason, n in counted})
 
     def state(self) -> dict[str, Any]:
@@ -91,7 +101,9 @@ class Loader:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.rows.load_state(state)
-        self.damaged = Counter({(source, reason): n for source, reason, n in state["damaged"] if self.part == 0})
+        self.damaged = Counter(
+            {(source, reason): n for source, reason, n in state["damaged"] if self.part == 0}
+        )
         self.last_epoch = state["epoch"]
 
     def _plans(self) -> Iterator[list[Row]]:
@@ -121,7 +133,9 @@ class Loader:
             self.last_epoch, self.consecutive_empty = self.behind["epoch"], 0
             return collate(rows, self.padding_id, tiles)
         self.consecutive_empty += sum(sample.key[2] == 0 for row in plan for sample in row)
-        if self.behind["epoch"] > self.last_epoch + 1 and self.consecutive_empty >= sum(map(len, self.dataset.sources)):  # an epoch may be a small part of the data
+        if self.behind["epoch"] > self.last_epoch + 1 and self.consecutive_empty >= sum(
+            map(len, self.dataset.sources)
+        ):  # an epoch may be a small part of the data
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
         side = self.dataset.vision.image_size
         return collate(rows, self.padding_id, torch.empty(0, 3, side, side, dtype=torch.uint8))
@@ -138,7 +152,9 @@ class Loader:
             if isinstance(made, UserError):
                 raise made
             tiles, dropped = made
-            if tiles is not None and slot is not None:  # the worker may use the memory again when no tensor does any more
+            if (
+                tiles is not None and slot is not None
+            ):  # the worker may use the memory again when no tensor does any more
                 pixels = tiles.numpy()
                 weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
                 tiles = torch.from_numpy(pixels)
@@ -148,13 +164,18 @@ class Loader:
         """What new workers make of the plans, in the plans' order."""
         before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+            warnings.filterwarnings(
+                "ignore", "This DataLoader will create"
+            )  # more workers than cores: the user's choice
             made = iter(
                 DataLoader(
                     decoder,
                     batch_size=None,
                     collate_fn=_as_it_is,
-                    sampler=([replace(sample, documents=[]) for row in plan for sample in row] for plan in self._plans()),  # type: ignore[arg-type]
+                    sampler=(
+                        [replace(sample, documents=[]) for row in plan for sample in row]
+                        for plan in self._plans()
+                    ),  # type: ignore[arg-type]
                     num_workers=self.workers,
                     prefetch_factor=PREFETCH,
                     timeout=LOOK,
@@ -163,7 +184,9 @@ class Loader:
                 )
             )
         if handler is not None and current_thread() is main_thread():
-            signal.signal(signal.SIGCHLD, handler)  # PyTorch's raises wherever the program is: in half a checkpoint, or in a destructor, where nobody hears it
+            signal.signal(
+                signal.SIGCHLD, handler
+            )  # PyTorch's raises wherever the program is: in half a checkpoint, or in a destructor, where nobody hears it
         return _while_alive(made, set(active_children()) - before)
 
 
@@ -237,8 +260,14 @@ def _while_alive(made: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any
             for worker in workers:
                 if worker.sentinel in ended:
                     worker.join()
-                    how = signal.Signals(-worker.exitcode).name if worker.exitcode and worker.exitcode < 0 else f"exit status {worker.exitcode}"
-                    raise UserError(f"a data worker died (process {worker.pid}, {how}): out of memory? {advice}") from error
+                    how = (
+                        signal.Signals(-worker.exitcode).name
+                        if worker.exitcode and worker.exitcode < 0
+                        else f"exit status {worker.exitcode}"
+                    )
+                    raise UserError(
+                        f"a data worker died (process {worker.pid}, {how}): out of memory? {advice}"
+                    ) from error
             silent += LOOK
             if not late:
                 raise
@@ -291,7 +320,9 @@ def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles
         except ImageError as error:
             dropped.append((number, error.reason))
         except MemoryError:
-            raise UserError(f"not enough memory to decode an image of {sample.source}: --data.workers takes fewer") from None
+            raise UserError(
+                f"not enough memory to decode an image of {sample.source}: --data.workers takes fewer"
+            ) from None
     return (tiles[:count] if len(dropped) < len(samples) else None), dropped
 
 

@@ -64,14 +64,18 @@ class Mixture:
     Of `ranks` disjoint shares this is number `rank`'s.
     """
 
-    def __init__(self, sources: list[Source], seed: int, temperature: float = 1.0, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, sources: list[Source], seed: int, temperature: float = 1.0, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.sources, self.seed, self.rank, self.ranks = sources, seed, rank, ranks
         sizes = [len(s) for s in sources]
         tempered = [n ** (1 / temperature) if n else 0.0 for n in sizes]
         scale = sum(sizes) / sum(tempered) if temperature != 1 else 1.0
         wanted = [scale * t * s.weight for t, s in zip(tempered, sources, strict=True)]
         exact = [Fraction(w).limit_denominator(LEAST) or Fraction(w) for w in wanted]  # 0.29 · 100 is 29
-        self.drawn = [min(x, Fraction(s.cap)) if s.cap else x for x, s in zip(exact, sources, strict=True)]  # records of an epoch, of all ranks
+        self.drawn = [
+            min(x, Fraction(s.cap)) if s.cap else x for x, s in zip(exact, sources, strict=True)
+        ]  # records of an epoch, of all ranks
         if sum(self.drawn) < 1:
             raise UserError("data.sources: an epoch of these sources, weights and caps holds no record")
 
@@ -102,4 +106,8 @@ class Mixture:
     def is_empty(self) -> bool:
         """Whether this rank has no record at all, whatever the epoch."""
         rng = np.random.default_rng(self.seed)
-        return not any(len(s.records.order(s.start, s.stop, rng, self.rank, self.ranks)) for s, drawn in zip(self.sources, self.drawn, strict=True) if drawn)
+        return not any(
+            len(s.records.order(s.start, s.stop, rng, self.rank, self.ranks))
+            for s, drawn in zip(self.sources, self.drawn, strict=True)
+            if drawn
+        )

@@ -11,7 +11,10 @@ from data.datasets import Sample, SampleStream
 
 Row = list[Sample]
 
-LEFT, RIGHT = 44, 20  # bits: a waiting sample is one integer, left units · right tokens · number, and integers are sorted
+LEFT, RIGHT = (
+    44,
+    20,
+)  # bits: a waiting sample is one integer, left units · right tokens · number, and integers are sorted
 NUMBER = (1 << RIGHT) - 1
 ACCEPT = 8  # tokens: a row with no more waste is good enough
 TAILS, PROBES, SHORTEST = 4, 64, 6
@@ -43,7 +46,9 @@ class Window:
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self.units = budget, budget.left // budget.unit
-        self.waiting: OrderedDict[int, tuple[Sample, int, int]] = OrderedDict()  # number → sample, its integer, its tiles; in order
+        self.waiting: OrderedDict[int, tuple[Sample, int, int]] = (
+            OrderedDict()
+        )  # number → sample, its integer, its tiles; in order
         self.number = 0  # of the next sample
         self.sorted = np.empty(0, np.int64)
         self.unsorted: list[int] = []  # not yet in `sorted`
@@ -69,7 +74,11 @@ class Window:
         keys = head[:kept] + end
         left, right, tiles = rests[kept - 1]
         for key in end:
-            left, right, tiles = left - (key >> LEFT), right - (key >> RIGHT & NUMBER), tiles - self.waiting[key & NUMBER][2]
+            left, right, tiles = (
+                left - (key >> LEFT),
+                right - (key >> RIGHT & NUMBER),
+                tiles - self.waiting[key & NUMBER][2],
+            )
         if left * self.budget.unit + right > (self.budget.left + self.budget.right) // 50:
             keys += self._fill_up(left, right, tiles)
         return [self.waiting.pop(key & NUMBER)[0] for key in keys]
@@ -82,7 +91,11 @@ class Window:
         rests: list[tuple[int, int, int]] = []
         slope = SLANT * right / left if left else 0.0
         for _, key, in_it in self.waiting.values():
-            less_left, less_right, less_tiles = left - (key >> LEFT), right - (key >> RIGHT & NUMBER), tiles - in_it
+            less_left, less_right, less_tiles = (
+                left - (key >> LEFT),
+                right - (key >> RIGHT & NUMBER),
+                tiles - in_it,
+            )
             if less_left < 0 or less_right < 0 or less_tiles < 0:
                 continue
             if head and (less_left < little_left or less_right < little_right):
@@ -113,10 +126,14 @@ class Window:
             return kept, end
         first = max(0, len(rests) - TAILS)
         step = max(1, len(keys) // PROBES)
-        probe = np.concatenate([NONE, keys[self.number % step :: step]])  # for a first sample: none, or one of these
+        probe = np.concatenate(
+            [NONE, keys[self.number % step :: step]]
+        )  # for a first sample: none, or one of these
         room = np.array([(left << LEFT) | (right << RIGHT) | NUMBER for left, right, _ in rests[first:]])
         whole = room[:, None] - (probe & ~NUMBER)
-        for short in range(min(SHORTEST, max(left for left, _, _ in rests[first:]) + 1)):  # left units that stay empty
+        for short in range(
+            min(SHORTEST, max(left for left, _, _ in rests[first:]) + 1)
+        ):  # left units that stay empty
             if waste <= max(ACCEPT, short * unit):
                 break
             # Right tokens below 0 borrow from the left units: such a difference is near no key of the same left units.
@@ -131,7 +148,10 @@ class Window:
                 if total >= min(waste, NUMBER):
                     break
                 best = [int(found[which, column]), int(probe[column])][: 1 + (column > 0)]
-                if not self.budget.tiles or sum(self.waiting[key & NUMBER][2] for key in best) <= rests[first + which][2]:
+                if (
+                    not self.budget.tiles
+                    or sum(self.waiting[key & NUMBER][2] for key in best) <= rests[first + which][2]
+                ):
                     waste, kept, end = total, first + which + 1, best
                     break
         return kept, end
@@ -145,13 +165,19 @@ class Window:
             lefts, rights = self.sorted >> LEFT, self.sorted >> RIGHT & NUMBER
             fits = (lefts <= left) & (rights <= right)
             if self.budget.tiles:
-                fits &= np.array([self.waiting[key & NUMBER][2] <= tiles for key in self.sorted.tolist()], bool)
+                fits &= np.array(
+                    [self.waiting[key & NUMBER][2] <= tiles for key in self.sorted.tolist()], bool
+                )
             if not fits.any():
                 return taken
             key = int(self.sorted[np.where(fits, lefts * self.budget.unit + rights, -1).argmax()])
             self._update([key])
             taken.append(key)
-            left, right, tiles = left - (key >> LEFT), right - (key >> RIGHT & NUMBER), tiles - self.waiting[key & NUMBER][2]
+            left, right, tiles = (
+                left - (key >> LEFT),
+                right - (key >> RIGHT & NUMBER),
+                tiles - self.waiting[key & NUMBER][2],
+            )
 
 
 def pack(samples: Iterable[Sample], budget: Budget) -> list[Row]:
@@ -181,7 +207,12 @@ class RowStream:
 
     def state(self) -> dict[str, Any]:
         """Where the next row starts from; plain JSON once `window` is listed."""
-        return self.stream.state() | {"window": [(number, sample.key, sample.first) for number, (sample, _, _) in self.window.waiting.items()], "number": self.window.number}
+        return self.stream.state() | {
+            "window": [
+                (number, sample.key, sample.first) for number, (sample, _, _) in self.window.waiting.items()
+            ],
+            "number": self.window.number,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.stream.load_state(state)

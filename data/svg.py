@@ -13,7 +13,11 @@ from utils.errors import ImageError, UserError
 
 WIDTH = 256
 MAX_TALL = 78  # times as tall as wide
-MAX_BYTES, MAX_ELEMENTS, MAX_LEVELS = 2_000_000, 20_000, 64  # a drawing of OpenMoji has at most 35,000, 112 and 8
+MAX_BYTES, MAX_ELEMENTS, MAX_LEVELS = (
+    2_000_000,
+    20_000,
+    64,
+)  # a drawing of OpenMoji has at most 35,000, 112 and 8
 SECONDS, MEMORY = 5, 1 << 30  # that drawing one may take; a few milliseconds are usual
 PROGRAM = f"""
 import resource, signal, struct, sys
@@ -60,12 +64,22 @@ def _checked(svg: str, where: str) -> dict[str, str]:
         nonlocal level, elements
         level, elements = level + 1, elements + 1
         if level > MAX_LEVELS or elements > MAX_ELEMENTS:
-            raise ImageError("too_large", f"{where} is an SVG of more than {MAX_ELEMENTS:,} elements or {MAX_LEVELS} levels")
+            raise ImageError(
+                "too_large",
+                f"{where} is an SVG of more than {MAX_ELEMENTS:,} elements or {MAX_LEVELS} levels",
+            )
         if elements == 1:
             root.update(attributes)
         for key, value in attributes.items():
-            if key.rpartition(":")[2] == "href" and name.rpartition(":")[2] != "a" and not value.strip().startswith("#"):
-                raise ImageError("damaged", f"{where} refers to other files or embeds images: an SVG may hold drawings alone")
+            if (
+                key.rpartition(":")[2] == "href"
+                and name.rpartition(":")[2] != "a"
+                and not value.strip().startswith("#")
+            ):
+                raise ImageError(
+                    "damaged",
+                    f"{where} refers to other files or embeds images: an SVG may hold drawings alone",
+                )
 
     def end(_: str) -> None:
         nonlocal level
@@ -89,7 +103,13 @@ def _proportion(root: dict[str, str], where: str) -> float:
     sides = [re.fullmatch(number, root.get(name, "")) for name in ("width", "height")]
     box = root.get("viewBox", "").replace(",", " ").split()
     try:
-        width, height = (float(side[1]) for side in sides) if all(sides) else map(float, box[2:]) if len(box) == 4 else (1.0, 1.0)  # type: ignore[index]
+        width, height = (
+            (float(side[1]) for side in sides)
+            if all(sides)
+            else map(float, box[2:])
+            if len(box) == 4
+            else (1.0, 1.0)
+        )  # type: ignore[index]
         return height / width
     except (ValueError, ZeroDivisionError):
         raise ImageError("damaged", f"{where} is an SVG without a size") from None
@@ -114,16 +134,27 @@ class _Drawer:
                     self.process.kill()
                     self.process.wait()
         if not answer:
-            raise ImageError("too_large", f"{where} cannot be drawn within {SECONDS} s and {MEMORY >> 20:,} MB")
+            raise ImageError(
+                "too_large", f"{where} cannot be drawn within {SECONDS} s and {MEMORY >> 20:,} MB"
+            )
         if answer[:1] == b"-":
-            raise ImageError("damaged", f"{where} cannot be drawn: {' '.join(answer[1:].decode().split())[:200]}")
+            raise ImageError(
+                "damaged", f"{where} cannot be drawn: {' '.join(answer[1:].decode().split())[:200]}"
+            )
         return answer[1:]
 
 
 def _started() -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     if not process.stdout or process.stdout.read(1) != b".":
-        raise UserError(f"the process that draws SVGs does not start; try {sys.executable} -c 'import resvg_py'")
+        raise UserError(
+            f"the process that draws SVGs does not start; try {sys.executable} -c 'import resvg_py'"
+        )
     return process
 
 

@@ -16,7 +16,11 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"
 CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
 TILE_MARKERS = tuple(f"<row_{r}_col_{c}>" for r in range(1, MAX_GRID + 1) for c in range(1, MAX_GRID + 1))
-IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE, *TILE_MARKERS)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
+IMAGE_TOKENS = (
+    IMAGE,
+    GLOBAL_IMAGE,
+    *TILE_MARKERS,
+)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
 
 # What the renderer does, in the form that other libraries read (ChatML): one placeholder an image, before its turn's text.
 CHAT_TEMPLATE = (
@@ -36,8 +40,12 @@ class Tokenizer:
         self.backend = backend
         backend.encode_special_tokens = True
         ids = [backend.token_to_id(token) for token in (*CHAT_TOKENS, *IMAGE_TOKENS)]
-        if None in ids or ids[2:] != list(range(backend.get_vocab_size() - len(IMAGE_TOKENS), backend.get_vocab_size())):
-            raise UserError(f"the tokenizer lacks {' '.join(CHAT_TOKENS)}, or {IMAGE} {GLOBAL_IMAGE} {TILE_MARKERS[0]} … {TILE_MARKERS[-1]} at its end")
+        if None in ids or ids[2:] != list(
+            range(backend.get_vocab_size() - len(IMAGE_TOKENS), backend.get_vocab_size())
+        ):
+            raise UserError(
+                f"the tokenizer lacks {' '.join(CHAT_TOKENS)}, or {IMAGE} {GLOBAL_IMAGE} {TILE_MARKERS[0]} … {TILE_MARKERS[-1]} at its end"
+            )
         self.turn_start, self.turn_end, self.image, self.global_image = ids[:4]
         self.tile_markers = ids[4:]
 
@@ -70,7 +78,9 @@ class Tokenizer:
         backend = HFTokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([*CHAT_TOKENS, *IMAGE_TOKENS])
         return cls(backend)
@@ -85,12 +95,20 @@ class Tokenizer:
         """
         template = _chat_template(folder)
         if not impose_chatml and TURN_START not in (template or ""):
-            what = "has no chat template" if template is None else f"has a chat template that is not ChatML (no {TURN_START})"
-            raise UserError(f"the tokenizer of {folder} {what}: take an instruction-tuned model that speaks ChatML, or teach it that with --data.chat_template chatml")
+            what = (
+                "has no chat template"
+                if template is None
+                else f"has a chat template that is not ChatML (no {TURN_START})"
+            )
+            raise UserError(
+                f"the tokenizer of {folder} {what}: take an instruction-tuned model that speaks ChatML, or teach it that with --data.chat_template chatml"
+            )
         backend = _read(folder)
         top = max(backend.get_vocab(with_added_tokens=True).values())
         if top >= rows:
-            raise UserError(f"the tokenizer of {folder} has ids up to {top}, its embedding table {rows} rows: they do not belong together")
+            raise UserError(
+                f"the tokenizer of {folder} has ids up to {top}, its embedding table {rows} rows: they do not belong together"
+            )
         backend.add_special_tokens(list(CHAT_TOKENS))
         backend.add_special_tokens([f"<|padding_{i}|>" for i in range(rows - backend.get_vocab_size())])
         backend.add_special_tokens(list(IMAGE_TOKENS))
@@ -134,7 +152,9 @@ def _chat_template(folder: Path) -> str | None:
         if (folder / "chat_template.jinja").is_file():
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")
         path = folder / "tokenizer_config.json"
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        template = (
+            json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        )
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'tokenizer_config.json'} cannot be read: {error}") from None
     return template if isinstance(template, str | None) else json.dumps(template)  # several named templates

@@ -27,7 +27,13 @@ ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+\."  # U.S., p.m.
 NUMBER = r"[-+]?[.,:]?[0-9]+"
 END = "(?![A-Za-z])"
 CLITIC = "(?i:[sdm]|ll|re|ve)"
-QUOTES = dict(zip("‘‛‹’›“«”»\x91\x92\x93\x94", ["`", "`", "`", "'", "'", "``", "``", "''", "''", "`", "'", "``", "''"], strict=True)) | {c: c for c in "`‚„‟"}
+QUOTES = dict(
+    zip(
+        "‘‛‹’›“«”»\x91\x92\x93\x94",
+        ["`", "`", "`", "'", "'", "``", "``", "''", "''", "`", "'", "``", "''"],
+        strict=True,
+    )
+) | {c: c for c in "`‚„‟"}
 QUOTE = "['’‘‛`\x91\x92]"
 INNER = f"{QUOTE}(?!{CLITIC}{END})"  # the apostrophe of O'Brien, not that of it's
 SPLIT = f"(?i:can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:gim|lem)(?=me))(?=(?i:not|[nt]a|me)(?![-_]?[{A}]|['’]{CLITIC}{END}))"
@@ -83,10 +89,37 @@ TOKEN = re.compile(
   ) | '' | -{{2,4}} | \.{{3,}})""",
     re.VERBOSE,
 )
-WRITTEN = {"[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
-WRITTEN |= dict.fromkeys("€¤₠\x80", "$") | {f"’{c}": f"'{c}" for c in ("s", "d", "m", "ll", "re", "ve")} | {"n’t": "n't", "n‘t": "n`t", "n‛t": "n`t"}
-WRITTEN |= dict.fromkeys(["''", "``", "'", "`"], "")  # quotes are left out; two of unlike kinds side by side are not
-ENTITIES = {"amp": "&", "lt": " < ", "gt": " > ", "quot": ' " ', "apos": "’", "nbsp": " ", "ndash": " -- ", "mdash": " -- "}
+WRITTEN = {
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "£": "#",
+    "¢": "cents",
+    "½": "1/2",
+    "¼": "1/4",
+    "¾": "3/4",
+    "⅓": "1/3",
+    "⅔": "2/3",
+}
+WRITTEN |= (
+    dict.fromkeys("€¤₠\x80", "$")
+    | {f"’{c}": f"'{c}" for c in ("s", "d", "m", "ll", "re", "ve")}
+    | {"n’t": "n't", "n‘t": "n`t", "n‛t": "n`t"}
+)
+WRITTEN |= dict.fromkeys(
+    ["''", "``", "'", "`"], ""
+)  # quotes are left out; two of unlike kinds side by side are not
+ENTITIES = {
+    "amp": "&",
+    "lt": " < ",
+    "gt": " > ",
+    "quot": ' " ',
+    "apos": "’",
+    "nbsp": " ",
+    "ndash": " -- ",
+    "mdash": " -- ",
+}
 ENTITY = re.compile(f"&({'|'.join(ENTITIES)}|(?<![A-Z]&)(?:LT|GT|NBSP|NDASH|MDASH)|(?i:amp));")
 
 
@@ -101,7 +134,10 @@ def tokenize(caption: str) -> str:
         text = ENTITY.sub(lambda match: ENTITIES[match[1].lower()], text)
     tokens = [token.lower() for token in TOKEN.findall(text) if token]
     if not text.isascii():
-        tokens = ["".join(QUOTES[c] for c in token) if QUOTES.keys() >= set(token) else token.replace("\xad", "") for token in tokens]
+        tokens = [
+            "".join(QUOTES[c] for c in token) if QUOTES.keys() >= set(token) else token.replace("\xad", "")
+            for token in tokens
+        ]
     written = [WRITTEN.get(token, token).replace(" ", "\xa0") for token in tokens]
     return " ".join(token for token in written if token).replace("(", "-lrb-").replace(")", "-rrb-")
 
@@ -115,7 +151,9 @@ def _tokenize_java(captions: list[str]) -> list[str]:
     lines = [" ".join(caption.split()).encode(errors="ignore").decode() for caption in captions] + ["end"]
     found = PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in enumerate(lines)})
     if found.get(len(captions)) != ["end"]:
-        raise UserError(f"the Java tokenizer failed: {len(found)} lines came back of {len(lines)}; `java -version` must work, and pycocoevalcap's folder be writable")
+        raise UserError(
+            f"the Java tokenizer failed: {len(found)} lines came back of {len(lines)}; `java -version` must work, and pycocoevalcap's folder be writable"
+        )
     return [found[i][0] for i in range(len(captions))]
 
 
@@ -125,7 +163,9 @@ def _needs_java(what: str) -> None:
     except ImportError:
         raise UserError(f"{what} needs the package pycocoevalcap: pip install pycocoevalcap") from None
     if shutil.which("java") is None:
-        raise UserError(f"{what} needs Java, and there is no `java` on the PATH: install a runtime (Debian: apt install default-jre-headless)")
+        raise UserError(
+            f"{what} needs Java, and there is no `java` on the PATH: install a runtime (Debian: apt install default-jre-headless)"
+        )
 
 
 # --- scores, of captions as `tokenize` writes them ---
@@ -137,9 +177,13 @@ def _cider_each(candidates: list[str], references: list[list[str]]) -> tuple[np.
     """CIDEr-D of each image (images,), 0 to 10, and the greatest weight of an n-gram, log(images / images whose references have it)."""
     images = len(candidates)
     split = [text.split() for text in (*candidates, *(text for texts in references for text in texts))]
-    image = np.concatenate([np.arange(images), np.repeat(np.arange(images), [len(texts) for texts in references])])  # (captions,), candidates first
+    image = np.concatenate(
+        [np.arange(images), np.repeat(np.arange(images), [len(texts) for texts in references])]
+    )  # (captions,), candidates first
     vocabulary: dict[str, int] = {}
-    words = np.array([vocabulary.setdefault(word, len(vocabulary)) for tokens in split for word in tokens], np.int64)
+    words = np.array(
+        [vocabulary.setdefault(word, len(vocabulary)) for tokens in split for word in tokens], np.int64
+    )
     length = np.array([len(tokens) for tokens in split])
     owner = np.repeat(np.arange(len(split)), length)  # the caption of each word
     cosine, heaviest, grams = np.zeros(len(split)), 0.0, words
@@ -149,10 +193,14 @@ def _cider_each(candidates: list[str], references: list[list[str]]) -> tuple[np.
         starts = owner[: len(grams)]
         inside = starts == owner[n - 1 :]
         kinds = int(grams.max(initial=0)) + 1
-        seen, times = np.unique(starts[inside] * kinds + grams[inside], return_counts=True)  # (entries,), sorted: the candidates' come first
+        seen, times = np.unique(
+            starts[inside] * kinds + grams[inside], return_counts=True
+        )  # (entries,), sorted: the candidates' come first
         caption, gram = seen // kinds, seen % kinds
         ours = int(np.searchsorted(caption, images))
-        keys = image[caption[ours:]] * kinds + gram[ours:]  # what a candidate's entry would be that a reference's meets
+        keys = (
+            image[caption[ours:]] * kinds + gram[ours:]
+        )  # what a candidate's entry would be that a reference's meets
         document_frequency = np.bincount(np.unique(keys) % kinds, minlength=kinds)
         weight = np.log(images / np.maximum(document_frequency, 1))  # exactly 0 for what all images have
         heaviest = max(heaviest, weight[document_frequency > 0].max(initial=0.0))
@@ -163,8 +211,15 @@ def _cider_each(candidates: list[str], references: list[list[str]]) -> tuple[np.
         theirs = value[ours:]
         shared = np.where(met, np.minimum(np.append(value[:ours], 0.0)[place], theirs) * theirs, 0.0)
         norms = norm * norm[image]
-        cosine += np.divide(np.bincount(caption[ours:], shared, minlength=len(split)), norms, out=np.zeros(len(split)), where=norms > 0)
-    similar = (10 / ORDERS * cosine * np.exp(-((length - length[image]) ** 2) / (2 * 6.0**2)))[images:]  # sigma 6 words
+        cosine += np.divide(
+            np.bincount(caption[ours:], shared, minlength=len(split)),
+            norms,
+            out=np.zeros(len(split)),
+            where=norms > 0,
+        )
+    similar = (10 / ORDERS * cosine * np.exp(-((length - length[image]) ** 2) / (2 * 6.0**2)))[
+        images:
+    ]  # sigma 6 words
     return np.bincount(image[images:], similar) / np.bincount(image[images:]), float(heaviest)
 
 
@@ -179,7 +234,10 @@ def _bleu_counts(candidates: list[str], references: list[list[str]]) -> np.ndarr
         split = [text.split() for text in texts]
         counted = [_ngrams(tokens) for tokens in split]
         ours = _ngrams(candidate)
-        right = [sum(min(times, max(reference[i][gram] for reference in counted)) for gram, times in grams.items()) for i, grams in enumerate(ours)]
+        right = [
+            sum(min(times, max(reference[i][gram] for reference in counted)) for gram, times in grams.items())
+            for i, grams in enumerate(ours)
+        ]
         nearest_length = min((abs(len(tokens) - len(candidate)), len(tokens)) for tokens in split)[1]
         out.append([*right, *(grams.total() for grams in ours), len(candidate), nearest_length])
     return np.array(out, np.float64)
@@ -187,7 +245,12 @@ def _bleu_counts(candidates: list[str], references: list[list[str]]) -> np.ndarr
 
 def _bleu(counts: np.ndarray) -> np.ndarray:
     """BLEU-1 to BLEU-4 (…, ORDERS) over corpora whose `_bleu_counts` sum to `counts` (aclanthology.org/P02-1040). 0 to 1."""
-    right, made, length, nearest_length = counts[..., :ORDERS], counts[..., ORDERS:-2], counts[..., -2:-1], counts[..., -1:]
+    right, made, length, nearest_length = (
+        counts[..., :ORDERS],
+        counts[..., ORDERS:-2],
+        counts[..., -2:-1],
+        counts[..., -1:],
+    )
     precision = np.cumprod((right + 1e-15) / (made + 1e-9), -1) ** (1 / np.arange(1, ORDERS + 1))
     return precision * np.exp(np.minimum(0.0, 1 - (nearest_length + 1e-9) / (length + 1e-15)))
 
@@ -226,12 +289,18 @@ class Cider(NamedTuple):
     warning: str | None
 
 
-def _prepare(candidates: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> tuple[list[str], list[list[str]]]:
+def _prepare(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[list[str], list[list[str]]]:
     if len(candidates) != len(references) or not candidates:
-        raise ValueError(f"expected as many captions as images with references, one at least: {len(candidates)} captions, {len(references)} images")
+        raise ValueError(
+            f"expected as many captions as images with references, one at least: {len(candidates)} captions, {len(references)} images"
+        )
     for i, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
-            raise ValueError(f"image {i} of {len(references)}: expected a list of references, one at least, not {texts!r}")
+            raise ValueError(
+                f"image {i} of {len(references)}: expected a list of references, one at least, not {texts!r}"
+            )
     if tokenizer not in ("python", "java"):
         raise UsageError(f"no tokenizer '{tokenizer}'{nearest(tokenizer, ['python', 'java'])}")
     captions = [*candidates, *(text for texts in references for text in texts)]
@@ -276,7 +345,12 @@ def check_metrics(metrics: Sequence[str]) -> None:
             _needs_java(name)
 
 
-def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str], tokenizer: str = "python") -> dict[str, float]:
+def caption_scores(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    tokenizer: str = "python",
+) -> dict[str, float]:
     """Each of `metrics` over the corpus. Errors: those of `cider` and `check_metrics`."""
     check_metrics(metrics)
     written, truths = _prepare(candidates, references, tokenizer)
@@ -293,10 +367,17 @@ def _score(name: str, candidates: list[str], references: list[list[str]]) -> flo
 
 def _each(name: str, candidates: list[str], references: list[list[str]]) -> np.ndarray:
     """CIDEr or ROUGE-L of each image (images,): the score is their mean."""
-    return _rouge_l_each(candidates, references) if name == "ROUGE-L" else _cider_each(candidates, references)[0]
+    return (
+        _rouge_l_each(candidates, references) if name == "ROUGE-L" else _cider_each(candidates, references)[0]
+    )
 
 
-def caption_errors(candidates: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str], tokenizer: str = "python") -> dict[str, float]:
+def caption_errors(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    tokenizer: str = "python",
+) -> dict[str, float]:
     """Standard errors: of means over images by their spread (CIDEr's words weighed as they are), BLEU's by leaving out each image in turn (jackknife).
 
     METEOR's and SPICE's are not known here, nor is one of fewer than two images, or of images that all score the same.
@@ -320,6 +401,10 @@ def _java_score(name: str, candidates: list[str], references: list[list[str]]) -
 
     try:
         scorer = {"METEOR": Meteor, "SPICE": Spice}[name]()
-        return float(scorer.compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})[0])
+        return float(
+            scorer.compute_score(
+                dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)}
+            )[0]
+        )
     except (OSError, ValueError, subprocess.CalledProcessError) as problem:
         raise UserError(f"{name}: pycocoevalcap's program failed: {problem}") from problem

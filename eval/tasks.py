@@ -31,10 +31,14 @@ from eval.captions import JAVA_METRICS, caption_scores, check_metrics
 from eval.lmms_eval_wrapper import DualTower
 from utils.errors import UsageError, UserError, nearest
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it for the whole process: half an image is none
+ImageFile.LOAD_TRUNCATED_IMAGES = (
+    False  # importing lmms-eval sets it for the whole process: half an image is none
+)
 OURS = Path(__file__).parent / "tasks"
 # Metrics of lmms-eval's own caption tasks, all of which start Java, are PREFIX_NAME: this name → ours, equal to 1e-4.
-STOCK_CAPTIONS = {"CIDEr": "CIDEr", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR", "SPICE": "SPICE"} | {f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}
+STOCK_CAPTIONS = {"CIDEr": "CIDEr", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR", "SPICE": "SPICE"} | {
+    f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)
+}
 CAPTION_METRICS = ("CIDEr", "BLEU-4", "ROUGE-L")
 
 
@@ -62,12 +66,23 @@ class Tasks(TaskManager):
     collects what stock tasks would need Java for where there is none.
     """
 
-    def __init__(self, data_root: Path | None = None, caption_metrics: Sequence[str] = CAPTION_METRICS, tokenizer: str = "python", matcher: str = "normalised") -> None:
+    def __init__(
+        self,
+        data_root: Path | None = None,
+        caption_metrics: Sequence[str] = CAPTION_METRICS,
+        tokenizer: str = "python",
+        matcher: str = "normalised",
+    ) -> None:
         check_metrics(caption_metrics)
         os.environ.setdefault("HF_HOME", HF_HOME)  # some tasks read it
         with read_by_libyaml():
             super().__init__(verbosity="ERROR", include_path=str(OURS), model_name="dualtower")
-        self.data_root, self.caption_metrics, self.tokenizer, self.matcher = data_root, caption_metrics, tokenizer, matcher
+        self.data_root, self.caption_metrics, self.tokenizer, self.matcher = (
+            data_root,
+            caption_metrics,
+            tokenizer,
+            matcher,
+        )
         self.left_out: list[str] = []
         self.sources: dict[str, str] = {}  # of tasks that the caller named by theirs
         self.captions: dict[str, str] = {}  # metrics that are computed here, of captions, → our name of each
@@ -76,16 +91,28 @@ class Tasks(TaskManager):
         config = super()._get_config(name)
         if name in self.sources:
             matcher = {"matcher": self.matcher} if name.startswith("questions:") else {}
-            config |= {"task": name, "metadata": config["metadata"] | matcher | {"source": self.sources[name]}}
+            config |= {
+                "task": name,
+                "metadata": config["metadata"] | matcher | {"source": self.sources[name]},
+            }
         if (copy := self._local_copy(config, name)) is not None:
             config["dataset_path"], config["dataset_kwargs"] = str(copy), {"cache_dir": cache_of(copy)}
-        elif (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:  # most sets are public: one that is not will say so
-            config["dataset_kwargs"] = {key: value for key, value in config["dataset_kwargs"].items() if key != "token"}
+        elif (config.get("dataset_kwargs") or {}).get(
+            "token"
+        ) is True and get_token() is None:  # most sets are public: one that is not will say so
+            config["dataset_kwargs"] = {
+                key: value for key, value in config["dataset_kwargs"].items() if key != "token"
+            }
         if name.partition(":")[0] in ("captions", "openmoji_captions"):
-            config["metric_list"] = [{"metric": m, "aggregation": self._scorer(m), "higher_is_better": True} for m in self.caption_metrics]
+            config["metric_list"] = [
+                {"metric": m, "aggregation": self._scorer(m), "higher_is_better": True}
+                for m in self.caption_metrics
+            ]
             self.captions |= {m: m for m in self.caption_metrics}
         elif config.get("metric_list"):
-            config["metric_list"] = [metric for metric in map(self._without_java, config["metric_list"]) if metric is not None]
+            config["metric_list"] = [
+                metric for metric in map(self._without_java, config["metric_list"]) if metric is not None
+            ]
         return config
 
     def _without_java(self, metric: dict[str, Any]) -> dict[str, Any] | None:
@@ -105,7 +132,9 @@ class Tasks(TaskManager):
         return metric | {"aggregation": self._scorer(ours)}
 
     def _scorer(self, name: str) -> Callable[..., float]:
-        def aggregate(rows: list[dict[str, Any]], args: Any = None) -> float:  # lmms-eval hands `args` to functions that take it
+        def aggregate(
+            rows: list[dict[str, Any]], args: Any = None
+        ) -> float:  # lmms-eval hands `args` to functions that take it
             answers, references = zip(*map(captioned, rows), strict=True)
             return caption_scores(answers, references, [name], self.tokenizer)[name]
 
@@ -116,7 +145,18 @@ class Tasks(TaskManager):
         path = config.get("dataset_path")
         if self.data_root is None or not isinstance(path, str):
             return None
-        return next((folder for folder in (self.data_root / path, self.data_root / path.split("/")[-1], self.data_root / name) if folder.is_dir()), None)
+        return next(
+            (
+                folder
+                for folder in (
+                    self.data_root / path,
+                    self.data_root / path.split("/")[-1],
+                    self.data_root / name,
+                )
+                if folder.is_dir()
+            ),
+            None,
+        )
 
     def add(self, name: str) -> None:
         """Check that there is such a task; `captions:SOURCE` and `questions:SOURCE`, a source as in `data.sources`, become ones."""
@@ -140,19 +180,41 @@ class Tasks(TaskManager):
             except (RetryError, UserError, OSError):
                 raise
             except ModuleNotFoundError as error:
-                raise UserError(f"task {name} needs the package {error.name}: pip install {error.name}") from error
+                raise UserError(
+                    f"task {name} needs the package {error.name}: pip install {error.name}"
+                ) from error
             except Exception as error:  # whatever a task's own code does with data of another form
-                copied = "; a copy of a data set is all of its repository: README.md says which files are which split" if self.data_root is not None else ""
-                raise UserError(f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}){copied}") from error
-        told = [(task, made, metric, better) for task, made in leaves(loaded) for metric, better in made.higher_is_better().items()]
-        return [(f"{task}_{named(metric, chosen.name)}", better) for task, made, metric, better in told for chosen in made._filters]
+                copied = (
+                    "; a copy of a data set is all of its repository: README.md says which files are which split"
+                    if self.data_root is not None
+                    else ""
+                )
+                raise UserError(
+                    f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}){copied}"
+                ) from error
+        told = [
+            (task, made, metric, better)
+            for task, made in leaves(loaded)
+            for metric, better in made.higher_is_better().items()
+        ]
+        return [
+            (f"{task}_{named(metric, chosen.name)}", better)
+            for task, made, metric, better in told
+            for chosen in made._filters
+        ]
 
 
 def cache_of(copy: Path) -> str:
     """Where `datasets` keeps what it makes of a copy: another place for other files, for it takes two folders with the same README.md for one, and does not see a file change."""
-    files = [(path.relative_to(copy).as_posix(), path.stat()) for path in sorted(copy.rglob("*")) if path.is_file()]
+    files = [
+        (path.relative_to(copy).as_posix(), path.stat()) for path in sorted(copy.rglob("*")) if path.is_file()
+    ]
     told = [str(copy.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "copies" / hashlib.blake2b("\n".join(told).encode(), digest_size=8).hexdigest())
+    return str(
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / "copies"
+        / hashlib.blake2b("\n".join(told).encode(), digest_size=8).hexdigest()
+    )
 
 
 def captioned(row: dict[str, Any]) -> tuple[str, list[str]]:
@@ -170,7 +232,11 @@ def named(metric: str, chosen: str) -> str:
 
 def leaves(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
     """The tasks of groups within groups."""
-    return [leaf for name, made in loaded.items() for leaf in (leaves(made) if isinstance(made, dict) else [(str(name), made)])]
+    return [
+        leaf
+        for name, made in loaded.items()
+        for leaf in (leaves(made) if isinstance(made, dict) else [(str(name), made)])
+    ]
 
 
 def silent(bar: Any) -> Callable[..., Any]:
@@ -196,7 +262,9 @@ def plain_errors(name: str) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
             text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-            if "download" in (frame.name for frame in traceback.extract_tb(cause.__traceback__ if cause else None)):
+            if "download" in (
+                frame.name for frame in traceback.extract_tb(cause.__traceback__ if cause else None)
+            ):
                 text = f"the data cannot be had ({text}): put a copy of the data set where --data-root finds it (DIR/OWNER/NAME), or go online"
             else:
                 text = f"an answer could not be scored ({text}): does the copy of the data have the form that the task expects?"
@@ -228,11 +296,22 @@ def unscored(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_tasks(model: DualTower, tasks: Tasks, names: list[str], limit: int = 0, process_with_media: bool = False, output: Path | None = None) -> dict[str, Any]:
+def run_tasks(
+    model: DualTower,
+    tasks: Tasks,
+    names: list[str],
+    limit: int = 0,
+    process_with_media: bool = False,
+    output: Path | None = None,
+) -> dict[str, Any]:
     """lmms-eval's results of all `names`; on all ranks but the first, nothing. Random states stay as they are."""
     for name in names:
         tasks.add(name)
-    settings = Namespace(process_with_media=process_with_media, output_path=str(output) if output is not None else None, reasoning_tags=None)
+    settings = Namespace(
+        process_with_media=process_with_media,
+        output_path=str(output) if output is not None else None,
+        reasoning_tags=None,
+    )
     with plain_errors(", ".join(names)):
         results = simple_evaluate(
             model=model,

@@ -48,7 +48,14 @@ class Agreement:
     def __post_init__(self) -> None:
         self.by_head = torch.zeros(2, self.heads, dtype=torch.float64)
 
-    def add(self, model: Any, batch: dict[str, Tensor], hidden: Tensor, predicted: Tensor, tokenizer: Tokenizer | None) -> None:
+    def add(
+        self,
+        model: Any,
+        batch: dict[str, Tensor],
+        hidden: Tensor,
+        predicted: Tensor,
+        tokenizer: Tokenizer | None,
+    ) -> None:
         """`hidden` (B, R, D); `predicted` (S,) at its supervised tokens. With a tokenizer answers are kept, while there is room."""
         labels, documents = batch["labels"], batch["right_documents"]
         truth, place = labels[labels != -100], places(labels, documents)
@@ -58,13 +65,22 @@ class Agreement:
         columns = [predicted[:, None]]
         if self.heads:
             right = model.right
-            drafted, targets = model.heads.predictions(hidden, labels, documents, right.embed_tokens, right.unembedding)  # (S, K) both
+            drafted, targets = model.heads.predictions(
+                hidden, labels, documents, right.embed_tokens, right.unembedding
+            )  # (S, K) both
             self.by_head += torch.stack(((drafted == targets) & (targets >= 0), targets >= 0)).sum(1).cpu()
             columns.append(drafted)
         if tokenizer is not None and len(self.answers) < SHOWN:
             self._keep(batch, truth.tolist(), place.tolist(), torch.cat(columns, 1).tolist(), tokenizer)
 
-    def _keep(self, batch: dict[str, Tensor], truth: list[int], place: list[int], said: list[list[int]], tokenizer: Tokenizer) -> None:
+    def _keep(
+        self,
+        batch: dict[str, Tensor],
+        truth: list[int],
+        place: list[int],
+        said: list[list[int]],
+        tokenizer: Tokenizer,
+    ) -> None:
         rows, at = (batch["labels"] != -100).nonzero(as_tuple=True)
         starts = [i for i, p in enumerate(place) if p == 0]
         for start, end in zip(starts, [*starts[1:], len(place)], strict=True):
@@ -73,8 +89,16 @@ class Agreement:
             asked = tokenizer.decode(batch["right_ids"][row, : first + 1][document[: first + 1]].tolist())
             question = " ".join(asked.strip().removeprefix("user").removesuffix("assistant").split())
             tokens = range(start, min(end, start + LONGEST))
-            by_row = [[said[i - k][k] if i - k >= start else -1 for i in tokens] for k in range(1 + self.heads)]
-            self.answers.append(TokenComparison(question, [tokenizer.show(truth[i]) for i in tokens], [[tokenizer.show(t) if t >= 0 else None for t in one] for one in by_row]))
+            by_row = [
+                [said[i - k][k] if i - k >= start else -1 for i in tokens] for k in range(1 + self.heads)
+            ]
+            self.answers.append(
+                TokenComparison(
+                    question,
+                    [tokenizer.show(truth[i]) for i in tokens],
+                    [[tokenizer.show(t) if t >= 0 else None for t in one] for one in by_row],
+                )
+            )
             if len(self.answers) == SHOWN:
                 return
 
@@ -86,13 +110,24 @@ class Agreement:
         """Share of right tokens at each place that occurs, the first 8 at most; of each head, where its target exists."""
         right, every = (row[self.places[1] > 0] for row in self.places)
         out = {"position_accuracy": (right / every).tolist()}
-        return out | ({"head_accuracy": (self.by_head[0] / self.by_head[1].clamp(min=1)).tolist()} if self.heads else {})
+        return out | (
+            {"head_accuracy": (self.by_head[0] / self.by_head[1].clamp(min=1)).tolist()} if self.heads else {}
+        )
 
     def picture(self) -> Image.Image:
         """The answers that were kept, and below them the accuracy over the places."""
         found = self.scores()
-        sheets = [agreement([(a.question, a.truth, a.said) for a in self.answers], ["next", *(f"head {k}" for k in range(1, self.heads + 1))])]
+        sheets = [
+            agreement(
+                [(a.question, a.truth, a.said) for a in self.answers],
+                ["next", *(f"head {k}" for k in range(1, self.heads + 1))],
+            )
+        ]
         accuracy = found["position_accuracy"]
-        heads = "".join(f", head {k} {share:.0%}" for k, share in enumerate(found.get("head_accuracy", []), 1))
+        heads = "".join(
+            f", head {k} {share:.0%}" for k, share in enumerate(found.get("head_accuracy", []), 1)
+        )
         title = f"accuracy by place in the answer, from 1 on (teacher-forced, all validation records){heads}"
-        return stacked([*sheets, curves(title, {"next token": (range(1, len(accuracy) + 1), accuracy)}, height=180)])
+        return stacked(
+            [*sheets, curves(title, {"next token": (range(1, len(accuracy) + 1), accuracy)}, height=180)]
+        )

@@ -37,12 +37,22 @@ class Validation:
 
     def __init__(self, dataset: SampleDataset, budget: Budget, rows: int, padding_id: int) -> None:
         self.dataset, self.padding_id = dataset, padding_id
-        places = [(number, index) for number, source in enumerate(dataset.sources) for index in range(source.start, source.stop)]
-        self.questions: list[tuple[list[Any], dict[str, str]]] = []  # images, turn: one a record, each record another of its turns
-        self.captions: list[tuple[list[Any], str, list[str]]] = []  # images, prompt, references: of records that are captions
+        places = [
+            (number, index)
+            for number, source in enumerate(dataset.sources)
+            for index in range(source.start, source.stop)
+        ]
+        self.questions: list[
+            tuple[list[Any], dict[str, str]]
+        ] = []  # images, turn: one a record, each record another of its turns
+        self.captions: list[
+            tuple[list[Any], str, list[str]]
+        ] = []  # images, prompt, references: of records that are captions
         samples = [sample for place in places for sample in self._usable(*place)]
         if not samples:
-            raise UserError(f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}")
+            raise UserError(
+                f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}"
+            )
         packed = pack(samples, budget)
         self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
         self.sources = list(dict.fromkeys(sample.source for sample in samples))
@@ -56,7 +66,9 @@ class Validation:
         try:
             for sample in samples:
                 dataset.decoded(sample)
-            record = dataset.record(source, index)  # read a moment ago: later it might have to be read again, and be gone
+            record = dataset.record(
+                source, index
+            )  # read a moment ago: later it might have to be read again, and be gone
         except ImageError as error:
             dataset.dropped[dataset.sources[source].name, f"image_{error.reason}"] += 1
             return []
@@ -66,7 +78,9 @@ class Validation:
         turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
         if references := record.get("references"):
             self.captions.append((record["images"], turns[0]["user"], references))
-        self.questions.append((record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0]))
+        self.questions.append(
+            (record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0])
+        )
         return samples
 
     def score(self, model: Any, world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
@@ -75,34 +89,64 @@ class Validation:
         total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
         for chunk in self.chunks[world.rank :: world.size]:
-            batch = collate([[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id)
+            batch = collate(
+                [[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id
+            )
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            source_of = torch.tensor([self.sources.index(sample.source) for row in chunk for sample in row for _ in sample.documents])
+            source_of = torch.tensor(
+                [
+                    self.sources.index(sample.source)
+                    for row in chunk
+                    for sample in row
+                    for _ in sample.documents
+                ]
+            )
             labels = batch["labels"]
             supervised = labels != -100
             output = model(**batch)
             wrong = torch.zeros_like(labels)
             predicted = model.logits(output.hidden[supervised]).argmax(-1)
             wrong[supervised] = (predicted != labels[supervised]).long()
-            self.agreement.add(model, batch, output.hidden, predicted, self.dataset.renderer.tokenizer if world.first else None)
+            self.agreement.add(
+                model,
+                batch,
+                output.hidden,
+                predicted,
+                self.dataset.renderer.tokenizer if world.first else None,
+            )
             row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
             document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
-            mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(0, document, wrong[supervised])
+            mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(
+                0, document, wrong[supervised]
+            )
             good = (mistakes[document.unique()] == 0).cpu()
             total += torch.tensor([output.loss_sum.item(), int(supervised.sum())])
             right.index_add_(0, source_of, good.double())
             documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
         world.sum(total, right, documents)
         self.agreement.share(world)
-        scores = {"loss": (total[0] / total[1]).item(), "accuracy": (right.sum() / documents.sum()).item()} | self.agreement.scores()
-        return scores | {f"accuracy_{name}": (r / n).item() for name, r, n in zip(self.sources, right, documents, strict=True) if len(self.sources) > 1}
+        scores = {
+            "loss": (total[0] / total[1]).item(),
+            "accuracy": (right.sum() / documents.sum()).item(),
+        } | self.agreement.scores()
+        return scores | {
+            f"accuracy_{name}": (r / n).item()
+            for name, r, n in zip(self.sources, right, documents, strict=True)
+            if len(self.sources) > 1
+        }
 
     def metrics(self, captions: int) -> dict[str, bool]:
         """What will be logged of this, and whether higher is better; with `captions` their CIDEr."""
-        names = ["accuracy", *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1), *(["cider"] if captions and self.captions else [])]
+        names = [
+            "accuracy",
+            *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1),
+            *(["cider"] if captions and self.captions else []),
+        ]
         return {"validation_loss": False} | {f"validation_{name}": True for name in names}
 
-    def cider(self, model: Any, count: int, tokens: int, world: DistributedContext = SINGLE_PROCESS, rows: int = 32) -> Cider | None:
+    def cider(
+        self, model: Any, count: int, tokens: int, world: DistributedContext = SINGLE_PROCESS, rows: int = 32
+    ) -> Cider | None:
         """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
         asked = self.captions[:count]
         if not asked:
@@ -111,20 +155,44 @@ class Validation:
         made = []
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows][world.rank :: world.size]
-            answers = predictor.answer([([predictor.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings) if part else []
-            made += list(zip(range(start + world.rank, start + rows, world.size), (a.text for a in answers), strict=False))
+            answers = (
+                predictor.answer(
+                    [([predictor.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings
+                )
+                if part
+                else []
+            )
+            made += list(
+                zip(
+                    range(start + world.rank, start + rows, world.size),
+                    (a.text for a in answers),
+                    strict=False,
+                )
+            )
         texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
         return cider(texts, [references for _, _, references in asked])
 
-    def predictions(self, model: Any, count: int, world: DistributedContext = SINGLE_PROCESS) -> list[dict[str, Any]]:
+    def predictions(
+        self, model: Any, count: int, world: DistributedContext = SINGLE_PROCESS
+    ) -> list[dict[str, Any]]:
         """Greedy answers to the first `count` questions, each on another image."""
         predictor = Predictor(model, self.dataset.renderer)
         asked = self.questions[:count]
-        mine = [([predictor.tiles(i) for i in images], turn["user"]) for images, turn in asked[world.rank :: world.size]]
-        answers = [a.text for a in predictor.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
+        mine = [
+            ([predictor.tiles(i) for i in images], turn["user"])
+            for images, turn in asked[world.rank :: world.size]
+        ]
+        answers = (
+            [a.text for a in predictor.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
+        )
         said = world.gather(answers)
         return [
-            {"image": images[0] if images else None, "question": turn["user"], "answer": turn["assistant"], "prediction": said[n % world.size][n // world.size]}
+            {
+                "image": images[0] if images else None,
+                "question": turn["user"],
+                "answer": turn["assistant"],
+                "prediction": said[n % world.size][n // world.size],
+            }
             for n, (images, turn) in enumerate(asked)
         ]
 
@@ -134,26 +202,37 @@ class TrainingTasks:
 
     def __init__(self, config: EvalConfig) -> None:
         self.metrics: dict[str, bool] = {}  # what `score` will tell, and whether higher is better
-        self.config, self.names = config, list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
+        self.config, self.names = (
+            config,
+            list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip())),
+        )
         if not self.names:
             return
         try:
             from eval.tasks import Tasks
         except ModuleNotFoundError as error:
-            raise UserError(f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')") from None
+            raise UserError(
+                f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')"
+            ) from None
         self.tasks = Tasks(Path(config.data_root) if config.data_root else None)
         for name in self.names:
             self.metrics |= dict(self.tasks.load(name))
 
-    def score(self, model: Any, renderer: Renderer, world: DistributedContext = SINGLE_PROCESS) -> dict[str, float]:
+    def score(
+        self, model: Any, renderer: Renderer, world: DistributedContext = SINGLE_PROCESS
+    ) -> dict[str, float]:
         """`<task>_<metric>` of every task."""
         if not self.names:
             return {}
         from eval.lmms_eval_wrapper import DualTower
         from eval.tasks import run_tasks, scores_of
 
-        found = run_tasks(DualTower(predictor=Predictor(model, renderer)), self.tasks, self.names, self.config.limit)
-        return world.broadcast({f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {})
+        found = run_tasks(
+            DualTower(predictor=Predictor(model, renderer)), self.tasks, self.names, self.config.limit
+        )
+        return world.broadcast(
+            {f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {}
+        )
 
 
 class BestCheckpoint:
@@ -161,7 +240,9 @@ class BestCheckpoint:
 
     def __init__(self, folder: Path, metric: str, known: dict[str, bool]) -> None:
         if metric and metric not in known:
-            raise UsageError(f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}")
+            raise UsageError(
+                f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}"
+            )
         self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
 
     @property
@@ -189,10 +270,17 @@ class BestCheckpoint:
         if not self.metric or value is None or not math.isfinite(value):
             return False
         before = read_json(self.path) if self.path.is_file() else None
-        return before is None or before["metric"] != self.metric or before["step"] >= step or self.sign * value > self.sign * before["value"]
+        return (
+            before is None
+            or before["metric"] != self.metric
+            or before["step"] >= step
+            or self.sign * value > self.sign * before["value"]
+        )
 
     def note(self, step: int, scores: dict[str, Any]) -> None:
-        write_text(self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n")
+        write_text(
+            self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n"
+        )
 
 
 def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> None:

@@ -8,7 +8,9 @@ from transformers import PretrainedConfig
 class TowerConfig(PretrainedConfig):
     """`model` and `vocabulary` hold what `ModelConfig` and `Vocabulary` of configs/model.py hold, as dictionaries."""
 
-    def __init__(self, model: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         self.model, self.vocabulary = model, vocabulary
         super().__init__(**kwargs)
 

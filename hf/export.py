@@ -44,8 +44,12 @@ def code_files() -> dict[str, str]:
                 texts[module] = f"# {path} of DualTowerVLM, with relative imports\n{text}"
             waiting += set(imports[module]) - reached
             reached |= set(imports[module])
-        if others := "".join(f"    from .{flat(module)} import *  # noqa: F403\n" for module in sorted(reached - {root})):
-            texts[root] += f"\n\nif False:  # older transformers, 5.0 to 5.8 at least, look for files in this one's own imports alone\n{others}"
+        if others := "".join(
+            f"    from .{flat(module)} import *  # noqa: F403\n" for module in sorted(reached - {root})
+        ):
+            texts[root] += (
+                f"\n\nif False:  # older transformers, 5.0 to 5.8 at least, look for files in this one's own imports alone\n{others}"
+            )
     return {f"{flat(module)}.py": text for module, text in texts.items()}
 
 
@@ -54,11 +58,15 @@ def flattened(text: str) -> tuple[str, list[str]]:
     lines, needed = text.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] in PACKAGES for alias in node.names), f"line {node.lineno}: import names from the module instead"
+            assert not any(alias.name.split(".")[0] in PACKAGES for alias in node.names), (
+                f"line {node.lineno}: import names from the module instead"
+            )
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
             before, line = f"from {node.module} import", lines[node.lineno - 1]
             assert line[node.col_offset :].startswith(before), f"line {node.lineno}: {line}"
-            lines[node.lineno - 1] = f"{line[: node.col_offset]}from .{flat(node.module)} import{line[node.col_offset + len(before) :]}"
+            lines[node.lineno - 1] = (
+                f"{line[: node.col_offset]}from .{flat(node.module)} import{line[node.col_offset + len(before) :]}"
+            )
             needed.append(node.module)
     return "".join(lines), needed
 
@@ -67,15 +75,33 @@ def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
     """Add to a model folder the code, and the keys and files by which transformers finds it. What is not a complete folder of ours raises `UserError`."""
     head = read_model_config(folder)
     if is_nanovlm(head):
-        raise UserError(f"{folder} holds an ancestor's checkpoint, which has no place for code: load it and save it with save_pretrained first")
-    kind, model = CLASSES[head["model_type"]], from_dict(ModelConfig, head["model"], f"{folder / 'config.json'}: model")
-    names = {"AutoConfig": f"configuration.{kind}Config", "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration"}
+        raise UserError(
+            f"{folder} holds an ancestor's checkpoint, which has no place for code: load it and save it with save_pretrained first"
+        )
+    kind, model = (
+        CLASSES[head["model_type"]],
+        from_dict(ModelConfig, head["model"], f"{folder / 'config.json'}: model"),
+    )
+    names = {
+        "AutoConfig": f"configuration.{kind}Config",
+        "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration",
+    }
     auto_map = {auto: f"hf_{name}" for auto, name in names.items()}
     for name, text in code_files().items():
         (folder / name).write_text(text, encoding="utf-8")  # config.json, written last, makes them count
     _write(folder / "processor_config.json", processor_config(model))
-    _write(folder / "generation_config.json", {"max_new_tokens": GenerationConfig().max_new_tokens, "eos_token_id": tokenizer.turn_end, "pad_token_id": tokenizer.turn_end})
-    _write(folder / "config.json", head | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map})
+    _write(
+        folder / "generation_config.json",
+        {
+            "max_new_tokens": GenerationConfig().max_new_tokens,
+            "eos_token_id": tokenizer.turn_end,
+            "pad_token_id": tokenizer.turn_end,
+        },
+    )
+    _write(
+        folder / "config.json",
+        head | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map},
+    )
 
 
 def processor_config(model: ModelConfig) -> dict[str, Any]:
@@ -92,7 +118,12 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(prog="python -m hf.export", description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        prog="python -m hf.export",
+        description=str(__doc__),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     folder = parser.parse(argv).folder

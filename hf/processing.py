@@ -35,7 +35,9 @@ Chat = tuple[list[Message], bool]  # the last message, the assistant's, is to be
 class DualTowerProcessor(ProcessorMixin):
     """`vision` is a `VisionConfig` as a dictionary; `tokens_per_tile` as in the model's configuration. Serves both models."""
 
-    def __init__(self, tokenizer: Any, vision: dict[str, Any], tokens_per_tile: int, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, vision: dict[str, Any], tokens_per_tile: int, chat_template: str | None = None
+    ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.vision, self.tokens_per_tile = vision, tokens_per_tile
         from_dict(VisionConfig, vision, "processor_config.json: vision")  # raises now
@@ -43,7 +45,11 @@ class DualTowerProcessor(ProcessorMixin):
     @cached_property
     def renderer(self) -> Renderer:
         """All tokens in one sequence: the model routes them. Its tokenizer is a copy, for it writes special tokens that stand in text as text."""
-        return Renderer(Tokenizer(HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())), self.tokens_per_tile, "none")
+        return Renderer(
+            Tokenizer(HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())),
+            self.tokens_per_tile,
+            "none",
+        )
 
     @property
     def image_processor(self) -> "DualTowerProcessor":
@@ -66,11 +72,19 @@ class DualTowerProcessor(ProcessorMixin):
         """
         _refuse(unknown)
         if text is None:
-            raise UsageError("the processor needs text: a question, or a chat that apply_chat_template has written")
+            raise UsageError(
+                "the processor needs text: a question, or a chat that apply_chat_template has written"
+            )
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        if (
+            not isinstance(texts, list | tuple)
+            or not texts
+            or not all(isinstance(text, str) for text in texts)
+        ):
             raise UsageError(f"the processor needs text, or a list of texts, found {_kinds(texts)}")
-        chats = [_parsed(text, shown) for text, shown in zip(texts, _by_text(images, len(texts)), strict=True)]
+        chats = [
+            _parsed(text, shown) for text, shown in zip(texts, _by_text(images, len(texts)), strict=True)
+        ]
         return self._batch(chats, padding, padding_side, return_tensors)
 
     def apply_chat_template(
@@ -92,18 +106,43 @@ class DualTowerProcessor(ProcessorMixin):
         if not isinstance(conversation, list | tuple) or not conversation:
             raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
         conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-        chats = [_chat(messages, add_generation_prompt, continue_final_message, tokenize) for messages in conversations]
-        options = {"padding": True, "padding_side": None, "return_tensors": return_tensors} | (processor_kwargs or {}) | kwargs
-        _refuse({name: value for name, value in options.items() if name not in ("padding", "padding_side", "return_tensors")})
+        chats = [
+            _chat(messages, add_generation_prompt, continue_final_message, tokenize)
+            for messages in conversations
+        ]
+        options = (
+            {"padding": True, "padding_side": None, "return_tensors": return_tensors}
+            | (processor_kwargs or {})
+            | kwargs
+        )
+        _refuse(
+            {
+                name: value
+                for name, value in options.items()
+                if name not in ("padding", "padding_side", "return_tensors")
+            }
+        )
         if not tokenize:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+            return self.tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         made = self._batch(chats, **options)
         return made if return_dict else made["input_ids"]
 
-    def _batch(self, chats: list[Chat], padding: bool | str, padding_side: str | None, return_tensors: str | None) -> BatchFeature:
+    def _batch(
+        self, chats: list[Chat], padding: bool | str, padding_side: str | None, return_tensors: str | None
+    ) -> BatchFeature:
         if padding not in (True, False, "longest"):
-            raise UsageError(f"processor: padding = {padding!r} is not supported, only True ('longest') and False")
-        rows, tiles = [], [torch.empty(0, 3, self.vision["image_size"], self.vision["image_size"], dtype=torch.uint8)]
+            raise UsageError(
+                f"processor: padding = {padding!r} is not supported, only True ('longest') and False"
+            )
+        rows, tiles = (
+            [],
+            [torch.empty(0, 3, self.vision["image_size"], self.vision["image_size"], dtype=torch.uint8)],
+        )
         for chat in chats:
             ids, shown = self._rendered(*chat)
             rows.append(ids)
@@ -113,13 +152,19 @@ class DualTowerProcessor(ProcessorMixin):
         made: dict[str, Any] = {"input_ids": [], "attention_mask": []}
         for ids in rows:
             empty = max(0, longest - len(ids))
-            for name, own, filler in (("input_ids", ids, self.tokenizer.pad_token_id), ("attention_mask", [1] * len(ids), 0)):
+            for name, own, filler in (
+                ("input_ids", ids, self.tokenizer.pad_token_id),
+                ("attention_mask", [1] * len(ids), 0),
+            ):
                 made[name].append([filler] * empty + own if left else own + [filler] * empty)
         return BatchFeature(made | {"pixel_values": torch.cat(tiles)}, tensor_type=return_tensors)
 
     def _rendered(self, messages: list[Message], open_end: bool) -> tuple[list[int], list[Tiles]]:
         """A chat's token ids, image blocks included, and its images."""
-        tokenizer, config = self.renderer.tokenizer, from_dict(VisionConfig, self.vision, "processor_config.json: vision")
+        tokenizer, config = (
+            self.renderer.tokenizer,
+            from_dict(VisionConfig, self.vision, "processor_config.json: vision"),
+        )
         ids: list[int] = []
         images: list[Tiles] = []
         last: list[int] = []  # tokens of the answer before
@@ -129,7 +174,11 @@ class DualTowerProcessor(ProcessorMixin):
                 continue
             shown = [to_tiles(open_pixels(_source(image)), config) for image in message.images]
             grids = [image.grid for image in shown]
-            document = self.renderer.follow_up(grids, message.text, last, len(ids)) if ids else self.renderer.prompt(grids, [{"user": message.text}])
+            document = (
+                self.renderer.follow_up(grids, message.text, last, len(ids))
+                if ids
+                else self.renderer.prompt(grids, [{"user": message.text}])
+            )
             ids += document.right_ids
             images += shown
         if messages[-1].role == "user":  # no answer is asked for
@@ -139,21 +188,31 @@ class DualTowerProcessor(ProcessorMixin):
 
 def _refuse(unknown: dict[str, Any]) -> None:
     if unknown:
-        raise UsageError(f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a pipeline as generate_kwargs={{…}}")
+        raise UsageError(
+            f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a pipeline as generate_kwargs={{…}}"
+        )
 
 
 def _kinds(found: Any) -> str:
     """What was given, without its content, which may be long."""
-    return f"{type(found).__name__} of {', '.join(sorted({type(part).__name__ for part in found})) or 'nothing'}" if isinstance(found, list | tuple) else type(found).__name__
+    return (
+        f"{type(found).__name__} of {', '.join(sorted({type(part).__name__ for part in found})) or 'nothing'}"
+        if isinstance(found, list | tuple)
+        else type(found).__name__
+    )
 
 
-def _chat(messages: list[Any], add_generation_prompt: bool, continue_final_message: bool, sources: bool) -> Chat:
+def _chat(
+    messages: list[Any], add_generation_prompt: bool, continue_final_message: bool, sources: bool
+) -> Chat:
     """Messages in transformers' format, checked. `sources`: images must say what they are."""
     if not isinstance(messages, list | tuple) or not messages:
         raise UsageError(f"a conversation is a list of messages, found {_kinds(messages)}")
     chat = [_message(message, sources) for message in messages]
     if continue_final_message and (add_generation_prompt or chat[-1].role != "assistant"):
-        raise UsageError("continue_final_message goes on with a last message of the assistant, and without add_generation_prompt")
+        raise UsageError(
+            "continue_final_message goes on with a last message of the assistant, and without add_generation_prompt"
+        )
     if add_generation_prompt:
         chat.append(Message("assistant", "", []))
     return _in_turn(chat), add_generation_prompt or continue_final_message
@@ -163,26 +222,36 @@ def _in_turn(chat: list[Message]) -> list[Message]:
     for number, message in enumerate(chat):
         wanted = ("user", "assistant")[number % 2]
         if message.role != wanted:
-            raise UsageError(f"message {number + 1} of the chat is of role '{message.role}', expected '{wanted}': user and assistant speak in turn, and the user begins")
+            raise UsageError(
+                f"message {number + 1} of the chat is of role '{message.role}', expected '{wanted}': user and assistant speak in turn, and the user begins"
+            )
         if message.images and wanted == "assistant":
-            raise UsageError(f"message {number + 1} of the chat is the assistant's and holds an image: only the user shows images")
+            raise UsageError(
+                f"message {number + 1} of the chat is the assistant's and holds an image: only the user shows images"
+            )
     return chat
 
 
 def _message(message: Any, sources: bool) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UsageError(f"a chat message must be a dictionary with role and content, found {list(message) if isinstance(message, dict) else type(message).__name__}")
+        raise UsageError(
+            f"a chat message must be a dictionary with role and content, found {list(message) if isinstance(message, dict) else type(message).__name__}"
+        )
     content = message["content"]
     if isinstance(content, str):
         return Message(message["role"], content, [])
     if not isinstance(content, list | tuple) or not all(isinstance(part, dict) for part in content):
-        raise UsageError(f"the content of a chat message is a string, or a list of parts {{'type': 'text', 'text': …}} and {{'type': 'image', …}}, found {_kinds(content)}")
+        raise UsageError(
+            f"the content of a chat message is a string, or a list of parts {{'type': 'text', 'text': …}} and {{'type': 'image', …}}, found {_kinds(content)}"
+        )
     texts, images = [], []
     for part in content:
         kind = part.get("type")
         if kind == "text":
             if not isinstance(part.get("text"), str):
-                raise UsageError(f"a part of a chat message is of type 'text', and its text is {_kinds(part.get('text'))}")
+                raise UsageError(
+                    f"a part of a chat message is of type 'text', and its text is {_kinds(part.get('text'))}"
+                )
             texts.append(part["text"])
         elif kind == "image_url":  # OpenAI's form, and what some write instead of it
             url = part.get("image_url")
@@ -202,17 +271,25 @@ def _parsed(text: str, images: list[Any]) -> Chat:
     if TURN_START not in text:
         asked = re.sub(rf"^(?:{re.escape(IMAGE)}\s*)+", "", text)
         if IMAGE in asked or text.count(IMAGE) not in (0, len(images)):
-            raise UsageError(f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} images: leave them out, or put all of them in front")
+            raise UsageError(
+                f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} images: leave them out, or put all of them in front"
+            )
         return [Message("user", asked, images), Message("assistant", "", [])], True
     count, rest, messages, at, ended = text.count(IMAGE), iter(images), [], 0, True
     if count != len(images):
-        raise UsageError(f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given")
+        raise UsageError(
+            f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given"
+        )
     while at < len(text):
         found = MESSAGE.match(text, at)
         if found is None:
-            raise UsageError(f"the text is not a chat as apply_chat_template writes it, from {text[at : at + 40]!r} on")
+            raise UsageError(
+                f"the text is not a chat as apply_chat_template writes it, from {text[at : at + 40]!r} on"
+            )
         role, said, end = found.groups()
-        messages.append(Message(role, said.replace(IMAGE, ""), [next(rest) for _ in range(said.count(IMAGE))]))
+        messages.append(
+            Message(role, said.replace(IMAGE, ""), [next(rest) for _ in range(said.count(IMAGE))])
+        )
         at, ended = found.end(), end is not None
     if not ended and messages[-1].role != "assistant":
         raise UsageError(f"the text's last message, the user's, does not end with {TURN_END}")
@@ -229,7 +306,9 @@ def _by_text(images: Any, texts: int) -> list[list[Any]]:
     else:
         nested = [list(images)] if texts == 1 else [[image] for image in images]
     if len(nested) != texts:
-        raise UsageError(f"{len(nested)} images or lists of images for {texts} texts: give a list of images for each text")
+        raise UsageError(
+            f"{len(nested)} images or lists of images for {texts} texts: give a list of images for each text"
+        )
     return nested
 
 

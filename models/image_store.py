@@ -45,14 +45,26 @@ class ImageStore:
         say: Callable[[str], None] | None = None,
     ) -> None:
         if folder is not None and not KEY.fullmatch(fingerprint):
-            raise ValueError(f"fingerprint {fingerprint!r} is not in hex: image KVs on disk need their model's")
-        self.memory_bytes, self.folder, self.disk_bytes, self.fingerprint, self.say = memory_bytes, folder, disk_bytes, fingerprint, say or _to_stderr
+            raise ValueError(
+                f"fingerprint {fingerprint!r} is not in hex: image KVs on disk need their model's"
+            )
+        self.memory_bytes, self.folder, self.disk_bytes, self.fingerprint, self.say = (
+            memory_bytes,
+            folder,
+            disk_bytes,
+            fingerprint,
+            say or _to_stderr,
+        )
         self.memory: OrderedDict[str, ImageKV] = OrderedDict()
         self.bytes = 0  # of `memory`
         self.told: set[Path] = set()
         self.model: weakref.ref[Any] | None = None  # the last one that asked
-        self.used = self.written = 0  # bytes in the folder, as far as is known; of them, written here since it was looked through
-        self.oldest: list[tuple[int, int, Path]] = []  # (last use in ns, bytes, file), the least recently used at the end
+        self.used = self.written = (
+            0  # bytes in the folder, as far as is known; of them, written here since it was looked through
+        )
+        self.oldest: list[
+            tuple[int, int, Path]
+        ] = []  # (last use in ns, bytes, file), the least recently used at the end
         if folder is not None:
             try:
                 (folder / fingerprint).mkdir(parents=True, exist_ok=True)
@@ -64,8 +76,12 @@ class ImageStore:
         """`model` is about to ask; `fingerprint`, where it is known already. Another model than the store's raises `ValueError`, for the same image gives another image KV there."""
         if self.model is not None and self.model() is model:
             return
-        if (self.model is not None and not self.fingerprint) or (self.fingerprint and self.fingerprint != (fingerprint or model.fingerprint())):
-            raise ValueError("this image store holds image KVs of another model: give each model a store of its own, with its fingerprint")
+        if (self.model is not None and not self.fingerprint) or (
+            self.fingerprint and self.fingerprint != (fingerprint or model.fingerprint())
+        ):
+            raise ValueError(
+                "this image store holds image KVs of another model: give each model a store of its own, with its fingerprint"
+            )
         self.model = weakref.ref(model)
 
     def __len__(self) -> int:
@@ -169,7 +185,12 @@ class ImageStore:
         """Count the folder's bytes, order its files by last use, and delete temporary files that killed runs left."""
         self.used = self.written = 0
         self.oldest = []
-        for path in (path for part in folder.iterdir() if KEY.fullmatch(part.name) and part.is_dir() for path in part.iterdir()):
+        for path in (
+            path
+            for part in folder.iterdir()
+            if KEY.fullmatch(part.name) and part.is_dir()
+            for path in part.iterdir()
+        ):
             temporary = TEMPORARY.fullmatch(path.name) is not None
             if not temporary and not FILE.fullmatch(path.name):
                 continue  # nobody's business

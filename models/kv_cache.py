@@ -35,32 +35,54 @@ class ImageKV:
     def save(self, path: str | Path, fingerprint: str, key: str = "") -> None:
         """Write a safetensors file, beside and renamed. `fingerprint` says what made the image KV: `DualTowerVLM.fingerprint`; `key` of what image. A disk that refuses raises `UserError`."""
         data = self.data.detach().cpu().contiguous()
-        metadata = {"format": str(FORMAT), "fingerprint": fingerprint, "key": key, "checksum": _checksum(data, fingerprint, key)}
+        metadata = {
+            "format": str(FORMAT),
+            "fingerprint": fingerprint,
+            "key": key,
+            "checksum": _checksum(data, fingerprint, key),
+        }
         try:
             with replacing(Path(path)) as beside:
                 save_file({"data": data}, beside, metadata=metadata)
-        except (SafetensorError, OSError) as error:  # a full disk; a read-only one, where not even clearing up is allowed
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # a full disk; a read-only one, where not even clearing up is allowed
             raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None) -> "ImageKV":
+    def load(
+        cls, path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None
+    ) -> "ImageKV":
         """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `fingerprint`, `key` or `shape` (None: any), raises `UserError`."""
         again = "encode the image again"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != str(FORMAT):
-                    raise UserError(f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}")
+                    raise UserError(
+                        f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}"
+                    )
                 if metadata.get("fingerprint") != fingerprint:
                     raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
                 if metadata.get("key") != key:
                     raise UserError(f"{path} holds another image than its name says: {again}")
-                data = file.get_tensor("data").clone()  # the file is mapped: what changes on the disk later would change here
+                data = file.get_tensor(
+                    "data"
+                ).clone()  # the file is mapped: what changes on the disk later would change here
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}") from None
+            raise UserError(
+                f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}"
+            ) from None
         if metadata.get("checksum") != _checksum(data, fingerprint, key):
             raise UserError(f"{path} is damaged, its checksum is another: {again}")
-        if data.dim() != 5 or data.shape[1] != 2 or not data.numel() or data.dtype not in DTYPES or shape not in (None, tuple(data.shape)):
+        if (
+            data.dim() != 5
+            or data.shape[1] != 2
+            or not data.numel()
+            or data.dtype not in DTYPES
+            or shape not in (None, tuple(data.shape))
+        ):
             wanted = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
             raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not {wanted}: {again}")
         if not torch.isfinite(torch.stack(data.aminmax())).all():
@@ -70,7 +92,9 @@ class ImageKV:
 
 def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
     """Of a tensor's bytes, of the type and shape without which they say something else, and of what made it of which image."""
-    digest = hashlib.blake2b(repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16
+    )
     digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -78,10 +102,14 @@ def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
 class KeyValueRecorder:
     """The left tower's past: attends to nothing but itself, and keeps every layer's unrotated keys and values (B, G, L, E)."""
 
-    def __init__(self) -> None:  # no dataclass: FSDP hands a block a copy of one, and what it records would be lost
+    def __init__(
+        self,
+    ) -> None:  # no dataclass: FSDP hands a block a copy of one, and what it records would be lost
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
         assert layer <= len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
         if layer == len(self.layers):  # else computed again, in the backward pass
             self.layers.append((keys, values))
@@ -95,7 +123,9 @@ class ImageContext:
     layers: list[tuple[Tensor, Tensor]]
     rotary: Rotary
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
         image_keys, image_values = self.layers[layer]
         image_keys = rotate(self.rotary if rotary is not None else None, image_keys)
         keys = torch.cat((image_keys, rotate(rotary, keys)), dim=2)  # (B, G, L + R, E)
@@ -109,7 +139,16 @@ class DecodingCache:
     query's; but for padding they are written anew.
     """
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        slots: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.keys = torch.zeros(layers, rows, kv_heads, slots, head_size, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.positions = torch.full((rows, slots), NEVER, dtype=torch.int64, device=device)
@@ -128,17 +167,23 @@ class DecodingCache:
             self.positions[:, self.slots] = positions
         else:
             rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
-            slots = torch.tensor(self.lengths, device=positions.device)[:, None] + torch.arange(T, device=positions.device)  # (B, T)
+            slots = torch.tensor(self.lengths, device=positions.device)[:, None] + torch.arange(
+                T, device=positions.device
+            )  # (B, T)
             self.slots = (rows, slice(None), slots)
             self.positions[rows, slots] = positions
         self.lengths = [length + T for length in self.lengths]
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
         for cached, new in ((self.keys[layer], rotate(rotary, keys)), (self.values[layer], values)):
             if isinstance(self.slots, slice):
                 cached[:, :, self.slots] = new
             else:
-                cached[self.slots] = new.transpose(1, 2)  # (B, T, G, E), as indices with a slice between them want it
+                cached[self.slots] = new.transpose(
+                    1, 2
+                )  # (B, T, G, E), as indices with a slice between them want it
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
     def commit(self, start: list[int], paths: list[list[int]]) -> None:
@@ -159,7 +204,9 @@ class DecodingCache:
         more = max(self.lengths) + slots - self.positions.shape[1]
         if more > 0:
             self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
-            self.positions = torch.cat((self.positions, self.positions.new_full((len(self.positions), more), NEVER)), 1)
+            self.positions = torch.cat(
+                (self.positions, self.positions.new_full((len(self.positions), more), NEVER)), 1
+            )
 
     def select_rows(self, rows: list[int]) -> None:
         """Leave only `rows`, in this order, none of them before its new place: those that are done cost nothing any more."""
@@ -168,5 +215,9 @@ class DecodingCache:
                 for cached in (self.keys, self.values):
                     cached[:, new, :, : self.lengths[old]] = cached[:, old, :, : self.lengths[old]]
                 self.positions[new] = self.positions[old]
-        self.keys, self.values, self.positions = self.keys[:, : len(rows)], self.values[:, : len(rows)], self.positions[: len(rows)]
+        self.keys, self.values, self.positions = (
+            self.keys[:, : len(rows)],
+            self.values[:, : len(rows)],
+            self.positions[: len(rows)],
+        )
         self.lengths = [self.lengths[row] for row in rows]

@@ -49,7 +49,9 @@ class LanguageModel(nn.Module):
     """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
 
     # Faster forms for decoding, set from outside (models/kernels/packed_linear.py). Weights that change later are not seen: `train()` refuses.
-    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = None  # of the blocks; None for what it does not take
+    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = (
+        None  # of the blocks; None for what it does not take
+    )
     unembed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
@@ -67,7 +69,9 @@ class LanguageModel(nn.Module):
         """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         if self.decode is not None:
-            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)  # else every layer would make this of it
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(
+                ~mask, -torch.inf
+            )  # else every layer would make this of it
             if (decoded := self.decode(x, rotary, mask, past)) is not None:
                 return self.norm(decoded)
         layout = attention_layout(mask, self.config.kv_heads)
@@ -122,7 +126,9 @@ class KeyValueDecoder(nn.Module):
         self.config = config
         last = config.layers - 1
         with building(config):
-            self.layers = nn.ModuleList([*(DecoderBlock(config, i) for i in range(last)), KeyValueLayer(config)])
+            self.layers = nn.ModuleList(
+                [*(DecoderBlock(config, i) for i in range(last)), KeyValueLayer(config)]
+            )
         init_weights(self, config)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource) -> None:

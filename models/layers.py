@@ -26,7 +26,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.twice is not None:
             size = x.shape[-1]
-            return torch.layer_norm((x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps).narrow(-1, 0, size)
+            return torch.layer_norm(
+                (x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps
+            ).narrow(-1, 0, size)
         dtype = working_dtype(x.dtype, x.device)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return TrainedNorm.apply(x.to(self.weight.dtype), self.weight, self.eps, dtype)
@@ -46,7 +48,9 @@ class TrainedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(dtype)
 
@@ -55,7 +59,9 @@ class TrainedNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         gradient, size = gradient.to(x.dtype), x.shape[-1:]
         needed = [True, ctx.needs_input_grad[1], False]
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(gradient, x, size, torch.zeros_like(scale), scale, weight, None, needed)
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, size, torch.zeros_like(scale), scale, weight, None, needed
+        )
         return d_x.add_((gradient @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(scale)), d_weight, None, None
 
 
@@ -83,7 +89,9 @@ class Rotary(NamedTuple):
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     """theta^(−2i/E), (E/2,); with `rope_scaling` the low ones are slowed down as Llama 3.1 does, smoothly in between."""
-    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size)
+    inverse = 1.0 / config.rope_theta ** (
+        torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
+    )
     s = config.rope_scaling
     if s.factor == 1.0:
         return inverse
@@ -100,7 +108,9 @@ def rotate(rotary: Rotary | None, x: Tensor) -> Tensor:
 class KVSource(Protocol):
     """What attention reads besides the tokens at hand. The implementations stand in `models/kv_cache.py`."""
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
         """Take a layer's new unrotated keys and its values (B, G, T, E); return all rotated keys and values to attend to."""
         ...
 
@@ -143,8 +153,18 @@ class Attention(KeyValue):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rope: Rotary | None, mask: AttentionLayout, past: KVSource | None) -> Tensor:
-        keys, values = past.extend(self.layer, keys, values, rope) if past is not None else (rotate(rope, keys), values)
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rope: Rotary | None,
+        mask: AttentionLayout,
+        past: KVSource | None,
+    ) -> Tensor:
+        keys, values = (
+            past.extend(self.layer, keys, values, rope) if past is not None else (rotate(rope, keys), values)
+        )
         return attend(queries, keys, values, mask)
 
 
@@ -189,14 +209,22 @@ def init_weights(module: nn.Module, config: DecoderConfig) -> None:
         if name.endswith(".bias"):
             nn.init.zeros_(weight)
         elif weight.dim() >= 2:
-            std = 0.02 / (2 * config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = (
+                0.02 / (2 * config.layers) ** 0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0.02
+            )
             nn.init.normal_(weight, std=std)
 
 
 def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return (
+        device.type == "cpu"
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
 
 
 def pick_device(name: str, flag: str = "train.device") -> torch.device:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from models.kernels.linear import working_dtype
 
-CHUNK = 1 << 25  # logits that exist at a time; a fourth of them, or what stays in a CPU's cache, also in float32
+CHUNK = (
+    1 << 25
+)  # logits that exist at a time; a fourth of them, or what stays in a CPU's cache, also in float32
 CACHED = 1 << 19
 
 
@@ -28,7 +30,9 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         dtype = working_dtype(weight.dtype, weight.device)
         h, w = hidden.to(dtype), weight.to(dtype)
-        wanted, logs = torch.empty(2, len(labels), device=hidden.device)  # logits of the labels; logarithms of the sums of exponentials
+        wanted, logs = torch.empty(
+            2, len(labels), device=hidden.device
+        )  # logits of the labels; logarithms of the sums of exponentials
         for at in _chunks(labels, w):
             logits = F.linear(h[at], w)
             few = max(1, (CACHED if logits.device.type == "cpu" else CHUNK // 4) // len(w))
@@ -48,7 +52,9 @@ class CrossEntropy(torch.autograd.Function):
         for at in _chunks(labels, w):
             y, logits = labels[at], F.linear(h[at], w)
             d = torch.softmax(logits, -1, out=logits)
-            d.scatter_(1, y.clamp(min=0)[:, None], torch.expm1(-losses[at])[:, None].to(d.dtype))  # the label's probability less 1
+            d.scatter_(
+                1, y.clamp(min=0)[:, None], torch.expm1(-losses[at])[:, None].to(d.dtype)
+            )  # the label's probability less 1
             d.mul_((gradient[at] * (y >= 0)).to(d.dtype)[:, None])
             if ctx.needs_input_grad[0]:
                 d_hidden[at] = d @ w

@@ -9,10 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-NEVER = torch.iinfo(torch.int64).max  # the position of a cache slot that holds nothing: later than every query
+NEVER = torch.iinfo(
+    torch.int64
+).max  # the position of a cache slot that holds nothing: later than every query
 
 
-def left_mask(positions: Tensor, groups: Tensor, images: Tensor, isolation: bool, attention: Literal["causal", "bidirectional"]) -> Tensor:
+def left_mask(
+    positions: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    isolation: bool,
+    attention: Literal["causal", "bidirectional"],
+) -> Tensor:
     """Left tower over itself; arguments (B, L).
 
     With isolation, image A of three tokens and image B of two, in one group:
@@ -36,7 +44,9 @@ def left_mask(positions: Tensor, groups: Tensor, images: Tensor, isolation: bool
     return (seen & same_group)[:, None]
 
 
-def right_mask(positions: Tensor, documents: Tensor, groups: Tensor, left_positions: Tensor, left_groups: Tensor) -> Tensor:
+def right_mask(
+    positions: Tensor, documents: Tensor, groups: Tensor, left_positions: Tensor, left_groups: Tensor
+) -> Tensor:
     """Right tower over [image KV | right stream]; arguments (B, R), and (B, L) of the left stream; returns (B, 1, R, L + R).
 
     Two questions d0, d1 on image A (group 0), whose block stands at positions 1 and 2 of each document:
@@ -48,7 +58,9 @@ def right_mask(positions: Tensor, documents: Tensor, groups: Tensor, left_positi
         d1p0                |                    x
         d1p3         x  x   |                    x    x
     """
-    image = (groups[:, :, None] == left_groups[:, None, :]) & (left_positions[:, None, :] < positions[:, :, None])
+    image = (groups[:, :, None] == left_groups[:, None, :]) & (
+        left_positions[:, None, :] < positions[:, :, None]
+    )
     text = (documents[:, :, None] == documents[:, None, :]) & (positions[:, None, :] <= positions[:, :, None])
     return torch.cat((image, text), dim=-1)[:, None]
 

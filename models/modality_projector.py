@@ -24,7 +24,9 @@ PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "mlp
 
 def check_kind(config: ProjectorConfig) -> str:
     if config.kind not in PROJECTORS:
-        raise UsageError(f"model.projector.kind = '{config.kind}' is unknown{nearest(config.kind, list(PROJECTORS))}")
+        raise UsageError(
+            f"model.projector.kind = '{config.kind}' is unknown{nearest(config.kind, list(PROJECTORS))}"
+        )
     return config.kind
 
 
@@ -62,5 +64,7 @@ def put_image_tokens(x: Tensor, placeholders: Tensor, image_tokens: Tensor) -> T
     """Embeddings `x` (B, T, D) with `image_tokens` (N, P, D) in the places where `placeholders` (B, T) is True, in order."""
     needed, given = int(placeholders.sum()), image_tokens.shape[0] * image_tokens.shape[1]
     if needed != given:
-        raise ValueError(f"{needed} image placeholders, but {len(image_tokens)} tiles make {given} image tokens")
+        raise ValueError(
+            f"{needed} image placeholders, but {len(image_tokens)} tiles make {given} image tokens"
+        )
     return x.masked_scatter(placeholders[..., None], image_tokens.flatten(0, 1).to(x.dtype))

@@ -51,9 +51,13 @@ class MultiTokenHeads(nn.Module):
         self.gate_up = nn.Linear(2 * D, 2 * M, bias=False)
         self.down = nn.Linear(M, D, bias=False)
         self.norm = RMSNorm(D, decoder.norm_eps)
-        ids = torch.arange(min(config.vocabulary or vocab_size, vocab_size))  # the first merges of a BPE are its commonest
+        ids = torch.arange(
+            min(config.vocabulary or vocab_size, vocab_size)
+        )  # the first merges of a BPE are its commonest
         self.register_buffer("draft_ids", ids)
-        self.register_buffer("acceptance_rates", torch.full((self.count,), 0.5))  # each draft's chance where those before it stand, as far as it is known
+        self.register_buffer(
+            "acceptance_rates", torch.full((self.count,), 0.5)
+        )  # each draft's chance where those before it stand, as far as it is known
         self.shapes: dict[Any, Any] = {}  # models/generation.py: which drafts pay
         with torch.no_grad():  # at first a head carries the state on as it is
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
@@ -67,7 +71,9 @@ class MultiTokenHeads(nn.Module):
         gate, up = self.gate_up(normed).chunk(2, -1)
         return self.carry(both) + self.down(F.silu(gate) * up)
 
-    def losses(self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor) -> Tensor:
+    def losses(
+        self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor
+    ) -> Tensor:
         """Every head's cross-entropy, summed over its targets: (K,).
 
         `hidden` (B, R, D), `labels` and `documents` (B, R) as in the batch. Head k's target is `labels` k places on, where it and
@@ -83,10 +89,14 @@ class MultiTokenHeads(nn.Module):
         for k in range(1, self.count + 1):
             state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
             state = self.step(state, embedding(targets[:, k - 1]))
-            sums.append(cross_entropy(self.norm(state), rows, place[targets[:, k]]).sum())  # −100: a token that no head can draft
+            sums.append(
+                cross_entropy(self.norm(state), rows, place[targets[:, k]]).sum()
+            )  # −100: a token that no head can draft
         return torch.stack(sums)
 
-    def predictions(self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor) -> tuple[Tensor, Tensor]:
+    def predictions(
+        self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What every head says at each supervised position where all tokens before are the true ones, and its targets: (S, K) both, −1 where there is none. Arguments as of `losses`."""
         every = targets = chains(labels, documents, self.count)
         said, at = torch.full_like(every[:, 1:], -1), torch.arange(len(every), device=labels.device)
@@ -110,7 +120,13 @@ class MultiTokenHeads(nn.Module):
         return lambda normed: F.linear(normed, rows)
 
     def draft(
-        self, embedding: nn.Embedding, unembed: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+        self,
+        embedding: nn.Embedding,
+        unembed: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        tokens: Tensor,
+        count: int,
+        pick: Callable[[Tensor], tuple[Tensor, Tensor | None]],
     ) -> Drafts:
         """`hidden` (B, D) at the last verified token and the token chosen after it (B,) → a chain of `count` drafts. `unembed`: what `unembedder` gives.
 
@@ -123,30 +139,62 @@ class MultiTokenHeads(nn.Module):
             tokens = self.draft_ids[place]
             drafts.append(tokens)
             if distribution is not None:
-                proposed.append(distribution.new_zeros(len(tokens), embedding.num_embeddings).index_copy_(1, self.draft_ids, distribution))
+                proposed.append(
+                    distribution.new_zeros(len(tokens), embedding.num_embeddings).index_copy_(
+                        1, self.draft_ids, distribution
+                    )
+                )
         parents = torch.arange(count, device=tokens.device).expand(len(tokens), count)
         return Drafts(torch.stack(drafts, 1), parents, torch.stack(proposed, 1) if proposed else None)
 
-    def tree(self, embedding: nn.Embedding, unembed: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, depth: int, width: int, size: int) -> Drafts:
+    def tree(
+        self,
+        embedding: nn.Embedding,
+        unembed: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        tokens: Tensor,
+        depth: int,
+        width: int,
+        size: int,
+    ) -> Drafts:
         """As `draft`, but the `size` likeliest drafts, by what the heads believe, of all that are found on the way.
 
         At each of `depth` steps the `width` likeliest ways so far are followed, and of each the `width` likeliest next tokens (arXiv 2406.16858).
         """
         B, D = hidden.shape
-        states, ways, place, belief = hidden[:, None], tokens[:, None], tokens.new_zeros(B, 1), hidden.new_zeros(B, 1, dtype=torch.float32)  # (B, w, …)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, parents and log-probability of the whole way, (B, w · width) each
+        states, ways, place, belief = (
+            hidden[:, None],
+            tokens[:, None],
+            tokens.new_zeros(B, 1),
+            hidden.new_zeros(B, 1, dtype=torch.float32),
+        )  # (B, w, …)
+        found: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # tokens, parents and log-probability of the whole way, (B, w · width) each
         count = 1  # places given away
         for _ in range(depth):
             states = self.step(states, embedding(ways))
-            best, at = unembed(self.norm(states)).float().log_softmax(-1).topk(min(width, len(self.draft_ids)))  # (B, w, width)
-            found.append((self.draft_ids[at].flatten(1), place.repeat_interleave(best.shape[-1], 1), (belief[..., None] + best).flatten(1)))
+            best, at = (
+                unembed(self.norm(states)).float().log_softmax(-1).topk(min(width, len(self.draft_ids)))
+            )  # (B, w, width)
+            found.append(
+                (
+                    self.draft_ids[at].flatten(1),
+                    place.repeat_interleave(best.shape[-1], 1),
+                    (belief[..., None] + best).flatten(1),
+                )
+            )
             belief, top = found[-1][2].topk(min(width, found[-1][2].shape[1]))
             states = states.gather(1, (top // best.shape[-1])[..., None].expand(-1, -1, D))
             ways, place, count = found[-1][0].gather(1, top), count + top, count + found[-1][2].shape[1]
         every, parents, beliefs = (torch.cat(part, 1) for part in zip(*found, strict=True))  # (B, C)
-        kept = beliefs.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values  # no draft is likelier than its parent, which comes first
+        kept = (
+            beliefs.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
+        )  # no draft is likelier than its parent, which comes first
         renamed = torch.zeros(B, count, dtype=torch.int64, device=tokens.device)
-        renamed.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=tokens.device).expand_as(kept))
+        renamed.scatter_(
+            1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=tokens.device).expand_as(kept)
+        )
         return Drafts(every.gather(1, kept), renamed.gather(1, parents.gather(1, kept)))
 
 

@@ -18,13 +18,24 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
     """timm's model, with random weights or those of the Hub. Transformers that take one image size only are made for `config.image_size`."""
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
-        raise UsageError(f"model.vision.name: timm has no model '{config.name}'" + (f" (some it has: {', '.join(near)})" if near else ""))
+        raise UsageError(
+            f"model.vision.name: timm has no model '{config.name}'"
+            + (f" (some it has: {', '.join(near)})" if near else "")
+        )
     try:
         options: dict[str, Any] = json.loads(config.options or "{}")
         if config.image_size and _takes_one_size(config.name):
             options["img_size"] = config.image_size
         return timm.create_model(config.name, pretrained=pretrained, **options)
-    except (TypeError, ValueError, AssertionError, LookupError, ArithmeticError, RuntimeError, OSError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        OSError,
+    ) as error:
         if pretrained:
             raise  # the Hub's
         raise UsageError(
@@ -49,9 +60,13 @@ def resolve_vision(config: VisionConfig) -> VisionConfig:
         try:
             shape = probe.encode(torch.empty(1, 3, side, side, dtype=torch.uint8)).shape
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"model.vision.image_size = {side} does not suit {config.name}: {' '.join(str(error).split())}") from None
+            raise UsageError(
+                f"model.vision.image_size = {side} does not suit {config.name}: {' '.join(str(error).split())}"
+            ) from None
     if shape[2:] != (side // probe.stride, side // probe.stride) or side % probe.stride:
-        raise UsageError(f"model.vision.image_size = {side} must be a multiple of {probe.stride}, the pixels that a feature of {config.name} stands for")
+        raise UsageError(
+            f"model.vision.image_size = {side} must be a multiple of {probe.stride}, the pixels that a feature of {config.name} stands for"
+        )
     return replace(config, image_size=side, grid=shape[2])
 
 
@@ -77,22 +92,38 @@ class VisionEncoder(nn.Module):
             raise UsageError(f"model.vision.name: timm's {config.name} does not give its feature maps")
         levels: list[dict[str, Any]] = list(self.backbone.feature_info)
         if not -len(levels) <= config.level < len(levels):
-            raise UsageError(f"model.vision.level = {config.level}: {config.name} has {len(levels)} feature levels, 0 to {len(levels) - 1}")
+            raise UsageError(
+                f"model.vision.level = {config.level}: {config.name} has {len(levels)} feature levels, 0 to {len(levels) - 1}"
+            )
         self.level = config.level % len(levels)
         self.last = self.level == len(levels) - 1
         self.features: int = levels[self.level]["num_chs"]
-        self.stride: int = levels[self.level]["reduction"]  # pixels that a feature stands for, along each side
+        self.stride: int = levels[self.level][
+            "reduction"
+        ]  # pixels that a feature stands for, along each side
         if config.grid and config.image_size != config.grid * self.stride:
-            raise UsageError(f"model.vision.grid = {config.grid} does not follow from image_size = {config.image_size} and {self.stride} pixels a feature")
+            raise UsageError(
+                f"model.vision.grid = {config.grid} does not follow from image_size = {config.image_size} and {self.stride} pixels a feature"
+            )
         settings = self.backbone.default_cfg
         self.own_size: int = settings["input_size"][-1]
-        self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)  # layers that nothing would read
-        mean, std = (settings["mean"], settings["std"]) if config.normalize == "timm" else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+        self.backbone.prune_intermediate_layers(
+            [self.level], prune_norm=not self.last, prune_head=True
+        )  # layers that nothing would read
+        mean, std = (
+            (settings["mean"], settings["std"]) if config.normalize == "timm" else ((0.0,) * 3, (1.0,) * 3)
+        )
+        self.register_buffer(
+            "mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False
+        )
         self.eval()
         self.attentions: list[Any] = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
-        self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None  # training/feature_cache.py
+        self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = (
+            None  # training/feature_cache.py
+        )
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         return super().train(False)
@@ -119,8 +150,18 @@ class VisionEncoder(nn.Module):
 
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            plain = torch.is_grad_enabled() and tiles.device.type == "cpu" and working_dtype(self.dtype, tiles.device) == torch.bfloat16
+            plain = (
+                torch.is_grad_enabled()
+                and tiles.device.type == "cpu"
+                and working_dtype(self.dtype, tiles.device) == torch.bfloat16
+            )
             for attention in self.attentions:  # where the backward pass of torch's fused kernel takes three times as long as plain products' (docs/experiments.md)
                 attention.fused_attn = not plain
-            pixels = ((tiles.float() - self.mean) / self.std).to(self.dtype).contiguous(memory_format=torch.channels_last)
-            return self.backbone.forward_intermediates(pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True)[0]
+            pixels = (
+                ((tiles.float() - self.mean) / self.std)
+                .to(self.dtype)
+                .contiguous(memory_format=torch.channels_last)
+            )
+            return self.backbone.forward_intermediates(
+                pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True
+            )[0]

@@ -22,7 +22,9 @@ class VisionLanguageModel(HubModel):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.vision_encoder = VisionEncoder(config.vision)
-        self.modality_projector = ModalityProjector(config.projector, self.vision_encoder.features, config.right.hidden_size)
+        self.modality_projector = ModalityProjector(
+            config.projector, self.vision_encoder.features, config.right.hidden_size
+        )
         self.right = LanguageModel(config.right, vocabulary.size)
         self.heads = make_heads(config, vocabulary.size)
 
@@ -32,7 +34,9 @@ class VisionLanguageModel(HubModel):
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
-        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right} | ({"heads": self.heads} if self.heads is not None else {})
+        return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right} | (
+            {"heads": self.heads} if self.heads is not None else {}
+        )
 
     def forward(
         self,
@@ -49,11 +53,17 @@ class VisionLanguageModel(HubModel):
     ) -> Output:
         """Tiles (N, 3, h, w) uint8, an empty left stream (B, 0), right stream (B, R)."""
         if left_ids.shape[1]:
-            raise ValueError(f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row")
+            raise ValueError(
+                f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row"
+            )
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
         heads, right = self.heads, self.right
-        head_loss_sums = heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding) if heads is not None and labels is not None else None
+        head_loss_sums = (
+            heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding)
+            if heads is not None and labels is not None
+            else None
+        )
         return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
@@ -63,7 +73,13 @@ class VisionLanguageModel(HubModel):
         if tiles is not None and not len(tiles) and self.blank_tile:
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         if tiles is None or not len(tiles):
-            return x if not placeholders.any() else put_image_tokens(x, placeholders, x.new_empty(0, self.config.tokens_per_tile, x.shape[-1]))
+            return (
+                x
+                if not placeholders.any()
+                else put_image_tokens(
+                    x, placeholders, x.new_empty(0, self.config.tokens_per_tile, x.shape[-1])
+                )
+            )
         return put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
 
     def logits(self, hidden: Tensor) -> Tensor:

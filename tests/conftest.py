@@ -18,9 +18,21 @@ from tests.hub_server import hub_constants
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
 
-TINY = DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96, rope_theta=10000.0, max_positions=256)
+TINY = DecoderConfig(
+    layers=3,
+    hidden_size=48,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    mlp_size=96,
+    rope_theta=10000.0,
+    max_positions=256,
+)
 TINY_MODEL = ModelConfig(
-    vision=VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4), projector=ProjectorConfig(pixel_shuffle=2, norm=True), left=TINY, right=TINY
+    vision=VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4),
+    projector=ProjectorConfig(pixel_shuffle=2, norm=True),
+    left=TINY,
+    right=TINY,
 )  # 4 image tokens a tile
 
 TURNS = [
@@ -45,9 +57,13 @@ def renderer(tokenizer: Tokenizer) -> Renderer:
 def tiny_model(tokenizer: Tokenizer, config: ModelConfig = TINY_MODEL, seed: int = 0) -> DualTowerVLM:
     """A dual tower with random weights, large enough for logits to tell inputs apart."""
     torch.manual_seed(seed)
-    model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(config, tokenizer.vocabulary)
+    model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(
+        config, tokenizer.vocabulary
+    )
     with torch.no_grad():
-        for p in [p for name, part in model.parts().items() if name in ("left", "right") for p in part.parameters()]:
+        for p in [
+            p for name, part in model.parts().items() if name in ("left", "right") for p in part.parameters()
+        ]:
             if p.dim() >= 2:
                 p.mul_(5)
     return model.eval()
@@ -69,13 +85,29 @@ def model(tokenizer: Tokenizer) -> DualTowerVLM:
 
 
 def random_tiles(images: int, seed: int = 0, side: int = 64) -> torch.Tensor:
-    return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (images, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def dataset_of(records: list, renderer: Renderer, vision: VisionConfig = TINY_MODEL.vision, max_positions: int = 256, keep: bool = True, **options) -> SampleDataset:
+def dataset_of(
+    records: list,
+    renderer: Renderer,
+    vision: VisionConfig = TINY_MODEL.vision,
+    max_positions: int = 256,
+    keep: bool = True,
+    **options,
+) -> SampleDataset:
     """Records as a source called test; `options` are DataConfig's."""
     config = DataConfig(**{"left_length": 64, "right_length": 128} | options)
-    return SampleDataset([Source("test", InMemoryRecords(records), 0, len(records))], renderer, vision, config, max_positions, keep)
+    return SampleDataset(
+        [Source("test", InMemoryRecords(records), 0, len(records))],
+        renderer,
+        vision,
+        config,
+        max_positions,
+        keep,
+    )
 
 
 @pytest.fixture

@@ -64,7 +64,14 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
         def fails(self) -> bool:
             """Whether this request goes wrong, as `failures` wants it; what is to be answered then has been."""
             path = urlsplit(self.path).path
-            self.failure = next((kind for part, kinds in here.failures.items() if part in path and (kind := next(kinds, None))), None)
+            self.failure = next(
+                (
+                    kind
+                    for part, kinds in here.failures.items()
+                    if part in path and (kind := next(kinds, None))
+                ),
+                None,
+            )
             if self.failure == "silence":
                 here.ended.wait()
             if self.failure == "drop" and self.command == "PUT":
@@ -110,36 +117,81 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
             if self.user() == "":
                 return self.answer(401, b"{}", **UNKNOWN)
             match = API.fullmatch(address.path) or FILE.fullmatch(address.path)
-            kind, name, route, revision, path = [unquote(group or "") for group in match.groups()] if match else [""] * 5
+            kind, name, route, revision, path = (
+                [unquote(group or "") for group in match.groups()] if match else [""] * 5
+            )
             name = f"{kind}/{name}" if kind else name
-            if name in gated and (route == "resolve" or name not in repos):  # what files there are, everyone may know
-                return self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message=f"Access to {name} is restricted.")
+            if name in gated and (
+                route == "resolve" or name not in repos
+            ):  # what files there are, everyone may know
+                return self.answer(
+                    403, b"{}", X_Error_Code="GatedRepo", X_Error_Message=f"Access to {name} is restricted."
+                )
             written = uploads.visible(name, self.user()) if uploads is not None else None
             if written is None and name not in repos:
-                return self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-            commit = written.find(revision or "main") if written is not None else COMMIT if (revision or None) in REVISIONS else None
+                return self.answer(
+                    404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found"
+                )
+            commit = (
+                written.find(revision or "main")
+                if written is not None
+                else COMMIT
+                if (revision or None) in REVISIONS
+                else None
+            )
             if commit is None:
-                return self.answer(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+                return self.answer(
+                    404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id"
+                )
             root = written.commits[commit] if written is not None else repos[name]
             target = root / path
             if route == "resolve" and target.is_file():
                 return self.file(target.read_bytes(), commit)
             if route == "tree" and target.is_dir():
-                found = sorted(target.rglob("*") if "recursive=true" in address.query.lower() else target.iterdir())
+                found = sorted(
+                    target.rglob("*") if "recursive=true" in address.query.lower() else target.iterdir()
+                )
                 kinds = {True: "directory", False: "file"}
-                return self.json([{"type": kinds[p.is_dir()], "path": p.relative_to(root).as_posix(), "size": p.stat().st_size, "oid": COMMIT} for p in found])
+                return self.json(
+                    [
+                        {
+                            "type": kinds[p.is_dir()],
+                            "path": p.relative_to(root).as_posix(),
+                            "size": p.stat().st_size,
+                            "oid": COMMIT,
+                        }
+                        for p in found
+                    ]
+                )
             if route in ("", "revision"):
-                siblings = [{"rfilename": p.relative_to(root).as_posix(), "size": p.stat().st_size} for p in sorted(root.rglob("*")) if p.is_file()]
-                return self.json({"id": name.removeprefix("datasets/"), "sha": commit, "private": written is not None and written.private, "siblings": siblings})
+                siblings = [
+                    {"rfilename": p.relative_to(root).as_posix(), "size": p.stat().st_size}
+                    for p in sorted(root.rglob("*"))
+                    if p.is_file()
+                ]
+                return self.json(
+                    {
+                        "id": name.removeprefix("datasets/"),
+                        "sha": commit,
+                        "private": written is not None and written.private,
+                        "siblings": siblings,
+                    }
+                )
             return self.answer(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
 
         def file(self, body: bytes, commit: str) -> None:
-            headers = {"X_Repo_Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept_Ranges": "bytes"}
+            headers = {
+                "X_Repo_Commit": commit,
+                "ETag": f'"{hashlib.sha1(body).hexdigest()}"',
+                "Accept_Ranges": "bytes",
+            }
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
             if asked is None:
                 return self.answer(200, body, **headers)
             first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
-            return self.answer(206, body[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(body)}", **headers)
+            return self.answer(
+                206, body[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(body)}", **headers
+            )
 
         do_HEAD = do_GET
 
@@ -163,6 +215,9 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
 if __name__ == "__main__":
     import tempfile
 
-    with tempfile.TemporaryDirectory() as store, hub({}, uploads=Uploads(Path(store), {"hf_me": "me"})) as served:
+    with (
+        tempfile.TemporaryDirectory() as store,
+        hub({}, uploads=Uploads(Path(store), {"hf_me": "me"})) as served,
+    ):
         print(f"export HF_ENDPOINT={served} HF_TOKEN=hf_me HF_HUB_DISABLE_XET=1", flush=True)
         threading.Event().wait()

@@ -32,7 +32,11 @@ class Repo:
     def files(self) -> dict[str, bytes]:
         """Of the last commit on main."""
         folder = self.commits[self.branches["main"]]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
 
 
 class Uploads:
@@ -55,7 +59,9 @@ class Uploads:
             return 401, {"error": "Invalid username or password."}, {}
         if path == "/api/repos/create":
             return self._create(json.loads(body), user, address)
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path) or re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/(objects)/(batch)", path)
+        match = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path
+        ) or re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/(objects)/(batch)", path)
         repo = self.visible(match[1], user) if match else None
         if match is None or repo is None:
             return 404, {}, {"X_Error_Code": "RepoNotFound", "X_Error_Message": "Repository not found"}
@@ -67,21 +73,41 @@ class Uploads:
             return self._batch(json.loads(body), address)
         branch = unquote(match[3])
         if branch not in repo.branches:
-            return 404, {}, {"X_Error_Code": "RevisionNotFound", "X_Error_Message": f"Invalid rev id: {branch}"}
-        return self._preupload(repo, branch, json.loads(body)) if match[2] == "preupload" else self._commit(match[1], repo, branch, body, address)
+            return (
+                404,
+                {},
+                {"X_Error_Code": "RevisionNotFound", "X_Error_Message": f"Invalid rev id: {branch}"},
+            )
+        return (
+            self._preupload(repo, branch, json.loads(body))
+            if match[2] == "preupload"
+            else self._commit(match[1], repo, branch, body, address)
+        )
 
     def _validate(self, card: str) -> Answer:
         matter = re.match(r"---\n(.*?)\n---\n", card, re.S)
         values = yaml.safe_load(matter[1]) if matter else None
         wrong = [] if isinstance(values, dict) else ["no metadata"]
-        wrong += ['"license" must be a string'] if not wrong and not isinstance(values.get("license", ""), str) else []
-        return 400 if wrong else 200, {"errors": [{"message": problem} for problem in wrong], "warnings": []}, {}
+        wrong += (
+            ['"license" must be a string']
+            if not wrong and not isinstance(values.get("license", ""), str)
+            else []
+        )
+        return (
+            400 if wrong else 200,
+            {"errors": [{"message": problem} for problem in wrong], "warnings": []},
+            {},
+        )
 
     def _create(self, asked: dict, user: str, address: str) -> Answer:
         owner = asked.get("organization") or user
         name = f"{owner}/{asked['name']}"
         if owner != user:
-            return 403, {"error": f'You don\'t have the rights to create a model under the namespace "{owner}"'}, {}
+            return (
+                403,
+                {"error": f'You don\'t have the rights to create a model under the namespace "{owner}"'},
+                {},
+            )
         if name in self.repos:
             return 409, {"error": "You already created this model repo", "url": f"{address}/{name}"}, {}
         repo = self.repos[name] = Repo(asked.get("visibility") == "private")
@@ -101,19 +127,40 @@ class Uploads:
             there, oid = folder / file["path"], None
             if there.is_file():
                 data = there.read_bytes()
-                oid = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            out.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+                oid = (
+                    hashlib.sha256(data).hexdigest()
+                    if large
+                    else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+                )
+            out.append(
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": oid,
+                }
+            )
         return 200, {"files": out}, {}
 
     def _batch(self, asked: dict, address: str) -> Answer:
         out = []
         for entry in asked["objects"]:
             if entry["size"] > self.largest:
-                out.append(entry | {"error": {"code": 422, "message": "This file is larger than your plan allows"}})
+                out.append(
+                    entry | {"error": {"code": 422, "message": "This file is larger than your plan allows"}}
+                )
             elif entry["oid"] in self.objects:
                 out.append(entry)
             else:
-                out.append(entry | {"actions": {"upload": {"href": f"{address}/put/{entry['oid']}"}, "verify": {"href": f"{address}/lfs/verify"}}})
+                out.append(
+                    entry
+                    | {
+                        "actions": {
+                            "upload": {"href": f"{address}/put/{entry['oid']}"},
+                            "verify": {"href": f"{address}/lfs/verify"},
+                        }
+                    }
+                )
         return 200, {"transfer": "basic", "objects": out}, {}
 
     def receive(self, oid: str, body: bytes) -> int:
@@ -126,7 +173,11 @@ class Uploads:
     def _commit(self, name: str, repo: Repo, branch: str, body: bytes, address: str) -> Answer:
         lines = [json.loads(line) for line in body.splitlines()]
         folder = repo.commits[repo.branches[branch]]
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         for key, value in ((line["key"], line["value"]) for line in lines[1:]):
             if key == "deletedFile":
                 files.pop(value["path"])
@@ -137,7 +188,11 @@ class Uploads:
             else:
                 files[value["path"]] = self.objects[value["oid"]]
         commit = self._add(name, repo, branch, files, lines[0]["value"]["summary"])
-        return 200, {"success": True, "commitOid": commit, "commitUrl": f"{address}/{name}/commit/{commit}"}, {}
+        return (
+            200,
+            {"success": True, "commitOid": commit, "commitUrl": f"{address}/{name}/commit/{commit}"},
+            {},
+        )
 
     def _add(self, name: str, repo: Repo, branch: str, files: dict[str, bytes], message: str) -> str:
         commit = hashlib.sha1(f"{name} {len(repo.commits)}".encode()).hexdigest()

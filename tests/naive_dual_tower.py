@@ -19,7 +19,10 @@ def _rotate(x: Tensor, theta: float) -> Tensor:
     """x (T, heads, E) at positions 0…T−1: components i and i + E/2 as one complex number, turned by t · theta^(−2i/E)."""
     T, _, E = x.shape
     angles = torch.tensor([[t * theta ** (-2 * i / E) for i in range(E // 2)] for t in range(T)])
-    turned = torch.complex(x[..., : E // 2], x[..., E // 2 :]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = (
+        torch.complex(x[..., : E // 2], x[..., E // 2 :])
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
     return torch.cat((turned.real, turned.imag), -1)
 
 
@@ -56,7 +59,11 @@ class Naive:
             x = x + out.flatten(1) @ w[f"{q}o_proj.weight"].T
             h = _norm(x, w[f"{p}post_attention_layernorm.weight"], c.norm_eps)
             gate = h @ w[f"{p}mlp.gate_proj.weight"].T
-            x = x + (gate * gate.sigmoid() * (h @ w[f"{p}mlp.up_proj.weight"].T)) @ w[f"{p}mlp.down_proj.weight"].T
+            x = (
+                x
+                + (gate * gate.sigmoid() * (h @ w[f"{p}mlp.up_proj.weight"].T))
+                @ w[f"{p}mlp.down_proj.weight"].T
+            )
         return x, kvs
 
     def logits(self, ids: list[int], tiles: Tensor) -> Tensor:
@@ -69,7 +76,11 @@ class Naive:
             image_of[t] = image if i >= v.text_size else -1
         is_image = image_of >= 0
         last = int(is_image.nonzero().max()) if is_image.any() else -1
-        goes_left = {"image": is_image, "prefix": torch.arange(T) <= last, "none": torch.zeros(T, dtype=torch.bool)}[context]
+        goes_left = {
+            "image": is_image,
+            "prefix": torch.arange(T) <= last,
+            "none": torch.zeros(T, dtype=torch.bool),
+        }[context]
         features = self.image_tokens(tiles).flatten(0, 1) if len(tiles) else tiles
 
         def embedded(table: Tensor, first: int, where: Tensor) -> Tensor:
@@ -92,11 +103,17 @@ class Naive:
                         continue
                     same = bool(is_image[q] and image_of[q] == image_of[k])
                     allowed = same or not self.config.image_isolation
-                    mask[q, k] = allowed and (k <= q or (same and self.config.left_attention == "bidirectional"))
-            left_x = embedded(self.w["left.embed_tokens.weight"], v.first_marker_id if context == "image" else 0, goes_left)
+                    mask[q, k] = allowed and (
+                        k <= q or (same and self.config.left_attention == "bidirectional")
+                    )
+            left_x = embedded(
+                self.w["left.embed_tokens.weight"], v.first_marker_id if context == "image" else 0, goes_left
+            )
             replaced = goes_left, self.tower("left.decoder.", self.config.left, left_x, mask)[1]
             table = self.w["right.embed_tokens.weight"]
-            x = torch.stack([torch.randn(table.shape[1]) if goes_left[t] else table[i] for t, i in enumerate(ids)])
+            x = torch.stack(
+                [torch.randn(table.shape[1]) if goes_left[t] else table[i] for t, i in enumerate(ids)]
+            )
         causal = torch.ones(T, T, dtype=torch.bool).tril()
         hidden, _ = self.tower("right.", self.config.right, x, causal, replaced)
         hidden = _norm(hidden, self.w["right.norm.weight"], self.config.right.norm_eps)

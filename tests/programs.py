@@ -74,7 +74,9 @@ def at_hub(address: str, cache: str, token: str = "") -> None:
         setattr(constants, name, value)
 
 
-def run_program(command: list[str], cwd: Path, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess:
+def run_program(
+    command: list[str], cwd: Path, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess:
     """`command` to its end; `before` is called in its process first."""
     return Program(command, cwd, before).wait()
 
@@ -88,7 +90,12 @@ def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.Complete
                 rank.process.kill()
         time.sleep(0.01)
     done = [rank.wait() for rank in ranks]
-    return subprocess.CompletedProcess(command, next((d.returncode for d in done if d.returncode), 0), "".join(d.stdout for d in done), "".join(d.stderr for d in done))
+    return subprocess.CompletedProcess(
+        command,
+        next((d.returncode for d in done if d.returncode), 0),
+        "".join(d.stdout for d in done),
+        "".join(d.stderr for d in done),
+    )
 
 
 def start_ranks(number: int, command: list[str], cwd: Path, local: int = 0) -> list[Program]:
@@ -96,16 +103,28 @@ def start_ranks(number: int, command: list[str], cwd: Path, local: int = 0) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Program(command, cwd, partial(_as_rank, rank, number, local or number, port)) for rank in range(number)]
+    return [
+        Program(command, cwd, partial(_as_rank, rank, number, local or number, port))
+        for rank in range(number)
+    ]
 
 
 def _as_rank(rank: int, number: int, local: int, port: int) -> None:
-    told = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank % local,
+        "WORLD_SIZE": number,
+        "LOCAL_WORLD_SIZE": local,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in told.items()}
 
 
 def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] | None) -> None:
-    multiprocessing.set_start_method(None, force=True)  # as in a program from a shell: its data workers are its own children
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # as in a program from a shell: its data workers are its own children
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)

@@ -28,21 +28,51 @@ def test_tokens_of_coco():
 RECORDED = [
     ('A man, a plan... and "two" cats!', "a man a plan and two cats"),
     ("The bear (left) is [sic] {odd}.", "the bear -lrb- left -rrb- is -lsb- sic -rsb- -lcb- odd -rcb-"),
-    ("I can't see it; you cannot, and they're gonna go.", "i ca n't see it you can not and they 're gon na go"),
-    ("The dogs' bowls aren't James's, y'all: 'tis the '80s.", "the dogs bowls are n't james 's y' all 't is the '80s"),
-    ("Rock 'n' roll at six o'clock with O'Brien's s'mores.", "rock 'n' roll at six o'clock with o'brien 's s'mores"),
-    ("It costs $5 or £3.50, 99¢, 5% off of €10 at #23.", "it costs $ 5 or # 3.50 99 cents 5 % off of $ 10 at # 23"),
+    (
+        "I can't see it; you cannot, and they're gonna go.",
+        "i ca n't see it you can not and they 're gon na go",
+    ),
+    (
+        "The dogs' bowls aren't James's, y'all: 'tis the '80s.",
+        "the dogs bowls are n't james 's y' all 't is the '80s",
+    ),
+    (
+        "Rock 'n' roll at six o'clock with O'Brien's s'mores.",
+        "rock 'n' roll at six o'clock with o'brien 's s'mores",
+    ),
+    (
+        "It costs $5 or £3.50, 99¢, 5% off of €10 at #23.",
+        "it costs $ 5 or # 3.50 99 cents 5 % off of $ 10 at # 23",
+    ),
     ("At 10:30am or 4pm, 5 p.m. in the U.S. in 1990's.", "at 10:30 am or 4pm 5 p.m. in the u.s. in 1990 's"),
-    ("Mr. Smith, Jr. of St. Louis, Calif. met e.g. Ph.D. students etc.", "mr. smith jr. of st. louis calif. met e.g. ph.d. students etc."),
-    ("He took No. 5, no. 7 and said no. Then plan B. The end is vitamin C.", "he took no. 5 no. 7 and said no then plan b the end is vitamin c."),
+    (
+        "Mr. Smith, Jr. of St. Louis, Calif. met e.g. Ph.D. students etc.",
+        "mr. smith jr. of st. louis calif. met e.g. ph.d. students etc.",
+    ),
+    (
+        "He took No. 5, no. 7 and said no. Then plan B. The end is vitamin C.",
+        "he took no. 5 no. 7 and said no then plan b the end is vitamin c.",
+    ),
     (
         "A red-and-white T-shirt and/or 1/2 of 2 1/2 pies, ½ eaten -- or a man-made one — not -here.",
         "a red-and-white t-shirt and/or 1/2 of 2\xa01/2 pies 1/2 eaten or a man-made one not here",
     ),
-    ("See http://a.org/b?c=d. Mail me@b.co.uk, @cat_1 #dog or www.cat.com!", "see http://a.org/b?c=d mail me@b.co.uk, @cat_1 #dog or www.cat.com"),
-    ("“Don’t walk,” says the ‘sign’ … it’s 5′2″ • naïve ☕ 😀.", "do n't walk says the sign it 's 5 ′ 2 ″ • naïve ☕"),
-    ("R&amp;B or R&B &quot;bar&quot; at a b&b, <b>AT&T</b>, C++ and C#.", "r&b or r&b bar at a b & b <b> at&t </b> c++ and c#"),
-    ("cats,dogs cats,2 dogs street.and one;two 3x4 5°C x² =) :-( <3 ^_^", "cats dogs cats ,2 dogs street.and one two 3x4 5 ° c x ² =-rrb- :--lrb- < 3 ^_^"),
+    (
+        "See http://a.org/b?c=d. Mail me@b.co.uk, @cat_1 #dog or www.cat.com!",
+        "see http://a.org/b?c=d mail me@b.co.uk, @cat_1 #dog or www.cat.com",
+    ),
+    (
+        "“Don’t walk,” says the ‘sign’ … it’s 5′2″ • naïve ☕ 😀.",
+        "do n't walk says the sign it 's 5 ′ 2 ″ • naïve ☕",
+    ),
+    (
+        "R&amp;B or R&B &quot;bar&quot; at a b&b, <b>AT&T</b>, C++ and C#.",
+        "r&b or r&b bar at a b & b <b> at&t </b> c++ and c#",
+    ),
+    (
+        "cats,dogs cats,2 dogs street.and one;two 3x4 5°C x² =) :-( <3 ^_^",
+        "cats dogs cats ,2 dogs street.and one two 3x4 5 ° c x ² =-rrb- :--lrb- < 3 ^_^",
+    ),
     ("ÉTÉ Ελλάς 日本語 한국 “‘quoted’”", "été ελλάς 日本語 한국 ``` quoted '''"),
     ("One\r\ntwo\x0cthree\u2028four\tfive\xa0six\x07seven", "one two three four five six seven"),
     (
@@ -61,9 +91,49 @@ def test_tokens(caption, tokens):
     assert tokenize(caption) == tokens
 
 
-NOUNS = ["man", "woman", "dog", "cat", "giraffe", "bus", "train", "pizza", "clock", "umbrella", "sign", "bench", "café", "zebra", "T-shirt", "fire hydrant", "teddy bear"]
-VERBS = ["is standing", "sits", "reads", "isn't looking", "cannot see", "rides", "is holding", "can't reach", "is gonna eat", "DOESN'T like", "waits for", "looks at"]
-PLACES = ["on the street", "at the U.S. Open", "in the men's room", "near St. Paul's", "by the sea", "on Elm St.", "in Washington, D.C.", "on a double-decker bus"]
+NOUNS = [
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "giraffe",
+    "bus",
+    "train",
+    "pizza",
+    "clock",
+    "umbrella",
+    "sign",
+    "bench",
+    "café",
+    "zebra",
+    "T-shirt",
+    "fire hydrant",
+    "teddy bear",
+]
+VERBS = [
+    "is standing",
+    "sits",
+    "reads",
+    "isn't looking",
+    "cannot see",
+    "rides",
+    "is holding",
+    "can't reach",
+    "is gonna eat",
+    "DOESN'T like",
+    "waits for",
+    "looks at",
+]
+PLACES = [
+    "on the street",
+    "at the U.S. Open",
+    "in the men's room",
+    "near St. Paul's",
+    "by the sea",
+    "on Elm St.",
+    "in Washington, D.C.",
+    "on a double-decker bus",
+]
 PIECES = r"""
 don't  Don't  DON'T  won't  I'm  it's  they've  he'd  you're  she'll  could've  shouldn't've  ain't  y'all  'tis  'twas  gonna  wanna
 gimme  lemme  gotta  cannot  Cannot  o'clock  O'Brien's  rock 'n' roll  rock'n'roll  the '80s  1980's  the dogs' bowls  James's  ma'am  s'mores
@@ -108,7 +178,29 @@ UNSEEN = [
     "",
     "  ",
 ]
-ENDS = [".", ".", ".", "", "", "!", "?", "...", ' ."', '."', ".)", "..", " .", "!!", ",", ";", "…", "?!", "\n", "’s.", " etc."]
+ENDS = [
+    ".",
+    ".",
+    ".",
+    "",
+    "",
+    "!",
+    "?",
+    "...",
+    ' ."',
+    '."',
+    ".)",
+    "..",
+    " .",
+    "!!",
+    ",",
+    ";",
+    "…",
+    "?!",
+    "\n",
+    "’s.",
+    " etc.",
+]
 
 
 def nasty(count: int, seed: int) -> list[str]:
@@ -118,14 +210,48 @@ def nasty(count: int, seed: int) -> list[str]:
     captions = []
     for _ in range(count):
         article = rng.choice(["A", "The", "Two", "a", "There's a", "An old", "THIS", "“A", '"The', "(The"])
-        words = [article, rng.choice(NOUNS), rng.choice(VERBS), rng.choice(["a", "the", "his", "one's"]), rng.choice(NOUNS), *rng.choice(PLACES).split()]
+        words = [
+            article,
+            rng.choice(NOUNS),
+            rng.choice(VERBS),
+            rng.choice(["a", "the", "his", "one's"]),
+            rng.choice(NOUNS),
+            *rng.choice(PLACES).split(),
+        ]
         for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 4])):
             piece = rng.choice(token_logprobs)
-            around = rng.choice(["{}"] * 10 + ["{},", "{}.", "({})", '"{}"', "“{}”", "'{}'", "{};", "{}:", "{}!", "{}-like", "{}'s", "non-{}", "{}…", "[{}]", "{}/{}"])
+            around = rng.choice(
+                ["{}"] * 10
+                + [
+                    "{},",
+                    "{}.",
+                    "({})",
+                    '"{}"',
+                    "“{}”",
+                    "'{}'",
+                    "{};",
+                    "{}:",
+                    "{}!",
+                    "{}-like",
+                    "{}'s",
+                    "non-{}",
+                    "{}…",
+                    "[{}]",
+                    "{}/{}",
+                ]
+            )
             words.insert(rng.randint(0, len(words)), around.format(piece, rng.choice(token_logprobs)))
         caption = " ".join(words) + rng.choice(ENDS)
         change = rng.random()
-        captions.append(caption.upper() if change < 0.05 else caption.lower() if change < 0.1 else "" if change < 0.105 else caption)
+        captions.append(
+            caption.upper()
+            if change < 0.05
+            else caption.lower()
+            if change < 0.1
+            else ""
+            if change < 0.105
+            else caption
+        )
     return captions
 
 
@@ -137,7 +263,11 @@ def test_tokens_are_those_of_java():
     captions = nasty(5000, 0)
     # The line after a caption can change its tokens there ("plan B." before "The"); "end" does not.
     expected = _tokenize_java([line for caption in captions for line in (caption, "end")])[::2]
-    wrong = [(caption, tokens, tokenize(caption)) for caption, tokens in zip(captions, expected, strict=True) if tokenize(caption) != tokens]
+    wrong = [
+        (caption, tokens, tokenize(caption))
+        for caption, tokens in zip(captions, expected, strict=True)
+        if tokenize(caption) != tokens
+    ]
     assert len(wrong) <= 5, wrong[:20]
 
 
@@ -153,7 +283,10 @@ def test_java_can_be_chosen():
 @needs_fixtures
 def test_cider_of_the_fixture():
     stored = json.loads((FIXTURES / "cider.json").read_text())
-    found = cider([image["candidate"] for image in stored["images"]], [image["references"] for image in stored["images"]])
+    found = cider(
+        [image["candidate"] for image in stored["images"]],
+        [image["references"] for image in stored["images"]],
+    )
     assert found.score == pytest.approx(stored["cider"], abs=1e-4)
     assert found.each == pytest.approx([image["cider"] for image in stored["images"]], abs=1e-4)
     assert found.warning is None
@@ -164,7 +297,11 @@ REFERENCES = [
     ["A dog is running in a park.", "Dogs run", "A brown dog runs through the green park."],
     ["Two red buses on a street."],
 ]
-CANDIDATES = ["A cat sits on the mat", "A dog is running in the park.", "Two buses are on the street near a red car."]
+CANDIDATES = [
+    "A cat sits on the mat",
+    "A dog is running in the park.",
+    "Two buses are on the street near a red car.",
+]
 POOR = ["", "Dog", "two two buses"]
 SHORT = ["cat sat on a", "a dog is running", "red buses on a street"]
 
@@ -172,14 +309,21 @@ SHORT = ["cat sat on a", "a dog is running", "red buses on a street"]
 @pytest.mark.parametrize(
     "candidates, each, bleu, rouge",  # from pycocoevalcap 1.2, on the tokens
     [
-        (CANDIDATES, [2.657652660890086, 2.6350452592563034, 1.5097043872771105], 0.30976435098368943, 0.713151491673047),
+        (
+            CANDIDATES,
+            [2.657652660890086, 2.6350452592563034, 1.5097043872771105],
+            0.30976435098368943,
+            0.713151491673047,
+        ),
         (SHORT, [3.7884288747474, 2.065654191948176, 8.442064654729759], 0.92596107843919, 0.786587289802888),
         (POOR, [0.0, 0.4188612220150606, 0.97027926901575], 6.423498275663901e-11, 0.2131535309174968),
     ],
 )
 def test_scores(candidates, each, bleu, rouge):
     found = cider(candidates, REFERENCES)
-    assert found.each == pytest.approx(each, abs=1e-9) and found.score == pytest.approx(sum(each) / 3, abs=1e-9)
+    assert found.each == pytest.approx(each, abs=1e-9) and found.score == pytest.approx(
+        sum(each) / 3, abs=1e-9
+    )
     scores = caption_scores(candidates, REFERENCES, ["ROUGE-L", "CIDEr", "BLEU-4"])
     assert list(scores) == ["ROUGE-L", "CIDEr", "BLEU-4"]
     assert scores == pytest.approx({"CIDEr": found.score, "BLEU-4": bleu, "ROUGE-L": rouge}, abs=1e-9)
@@ -194,13 +338,25 @@ def test_scores_are_those_of_pycocoevalcap():
     rng = random.Random(0)
     whole = nasty(300, 1)
     first = [" ".join(caption.split()[: rng.randint(0, 12)]) for caption in whole]
-    references = [[" ".join(word for word in caption.split() for _ in range(rng.choice([0, 1, 1, 1, 2]))) for _ in range(rng.randint(1, 5))] for caption in whole]
+    references = [
+        [
+            " ".join(word for word in caption.split() for _ in range(rng.choice([0, 1, 1, 1, 2])))
+            for _ in range(rng.randint(1, 5))
+        ]
+        for caption in whole
+    ]
     truths = {i: [tokenize(text) for text in texts] for i, texts in enumerate(references)}
     results = {i: [tokenize(text)] for i, text in enumerate(first)}
     score, each = Cider().compute_score(truths, results)
     found = cider(first, references)
     assert found.score == pytest.approx(score, abs=1e-9) and found.each == pytest.approx(list(each), abs=1e-9)
-    expected = dict(zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(truths, results, verbose=0)[0], strict=True))
+    expected = dict(
+        zip(
+            ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
+            Bleu(4).compute_score(truths, results, verbose=0)[0],
+            strict=True,
+        )
+    )
     expected["ROUGE-L"] = Rouge().compute_score(truths, results)[0]
     assert caption_scores(first, references, list(expected)) == pytest.approx(expected, abs=1e-9)
 
@@ -208,9 +364,27 @@ def test_scores_are_those_of_pycocoevalcap():
 def test_standard_errors_are_the_spread_over_samples_of_images():
     """Against scores of corpora drawn anew, with replacement; CIDEr's against its definition, for its weights change with the corpus."""
     rng = random.Random(0)
-    words = ["a", "red", "blue", "cat", "dog", "bus", "street", "on", "the", "in", "park", "runs", "sits", "two"]
+    words = [
+        "a",
+        "red",
+        "blue",
+        "cat",
+        "dog",
+        "bus",
+        "street",
+        "on",
+        "the",
+        "in",
+        "park",
+        "runs",
+        "sits",
+        "two",
+    ]
     references = [[" ".join(rng.choices(words, k=rng.randint(4, 9))) for _ in range(3)] for _ in range(80)]
-    candidates = [" ".join(word if rng.random() < 0.7 else rng.choice(words) for word in texts[0].split()) for texts in references]
+    candidates = [
+        " ".join(word if rng.random() < 0.7 else rng.choice(words) for word in texts[0].split())
+        for texts in references
+    ]
     names = ["CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L", "METEOR"]
     errors = caption_errors(candidates, references, names)
     each = cider(candidates, references).each
@@ -218,28 +392,46 @@ def test_standard_errors_are_the_spread_over_samples_of_images():
     drawn = {name: [] for name in names[1:-1]}
     for _ in range(300):
         images = rng.choices(range(80), k=80)
-        for name, score in caption_scores([candidates[i] for i in images], [references[i] for i in images], list(drawn)).items():
+        for name, score in caption_scores(
+            [candidates[i] for i in images], [references[i] for i in images], list(drawn)
+        ).items():
             drawn[name].append(score)
     for name, scores in drawn.items():
         assert errors[name] == pytest.approx(statistics.stdev(scores), rel=0.2), name
-    assert caption_errors(["a"], [["a"]], names) == caption_errors(["a cat"] * 3, [["a cat"]] * 3, names) == {}
+    assert (
+        caption_errors(["a"], [["a"]], names) == caption_errors(["a cat"] * 3, [["a cat"]] * 3, names) == {}
+    )
 
 
 def test_rouge_by_hand():  # two of three words of the caption, all of the reference: 2.44 · ⅔ · 1 / (1 + 1.44 · ⅔)
-    assert caption_scores(["red cat here"], [["red here"]], ["ROUGE-L"]) == {"ROUGE-L": pytest.approx(0.829931972789, abs=1e-9)}
+    assert caption_scores(["red cat here"], [["red here"]], ["ROUGE-L"]) == {
+        "ROUGE-L": pytest.approx(0.829931972789, abs=1e-9)
+    }
 
 
 @needs_java
 def test_meteor():
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
     scores = caption_scores(CANDIDATES, REFERENCES, ["METEOR", "CIDEr"])
-    assert scores["METEOR"] == pytest.approx(0.4452462513283359, abs=1e-6) and scores["CIDEr"] == cider(CANDIDATES, REFERENCES).score
+    assert (
+        scores["METEOR"] == pytest.approx(0.4452462513283359, abs=1e-6)
+        and scores["CIDEr"] == cider(CANDIDATES, REFERENCES).score
+    )
 
 
 OTHERS = [[f"word{i} and another{i} in image{i}"] for i in range(200)]
 
 
-@pytest.mark.parametrize("text, most", [("cat", 2.5), ("red cat", 5.0), ("a red cat", 7.5), ("a red cat sits", 10.0), ("a red cat sits here", 10.0)])
+@pytest.mark.parametrize(
+    "text, most",
+    [
+        ("cat", 2.5),
+        ("red cat", 5.0),
+        ("a red cat", 7.5),
+        ("a red cat sits", 10.0),
+        ("a red cat sits here", 10.0),
+    ],
+)
 def test_a_perfect_caption_of_few_words_is_capped(text, most):
     found = cider([text, *(texts[0] for texts in OTHERS)], [[text], *OTHERS])
     assert found.each[0] == pytest.approx(most) and found.warning is None
@@ -249,7 +441,11 @@ def test_a_perfect_caption_of_few_words_is_capped(text, most):
 def test_references_of_few_words_are_told(count, words, most):
     references = [[" ".join(f"word{i}{j}" for j in range(words))] for i in range(count)]
     found = cider([texts[0] for texts in references], references)
-    assert found.score == pytest.approx(float(most)) and f"cannot exceed {most} " in found.warning and "\n" not in found.warning
+    assert (
+        found.score == pytest.approx(float(most))
+        and f"cannot exceed {most} " in found.warning
+        and "\n" not in found.warning
+    )
 
 
 def test_one_image_scores_nothing():
@@ -272,7 +468,11 @@ def test_few_images_are_told():
 def test_captions_without_words():
     found = cider(["", "..."], [["", "."], [""]])
     assert found.each == [0.0, 0.0] and "0 whatever the captions" in found.warning
-    assert caption_scores(["", "..."], [["a cat"], ["two"]], ["CIDEr", "BLEU-4", "ROUGE-L"]) == {"CIDEr": 0.0, "BLEU-4": 0.0, "ROUGE-L": 0.0}
+    assert caption_scores(["", "..."], [["a cat"], ["two"]], ["CIDEr", "BLEU-4", "ROUGE-L"]) == {
+        "CIDEr": 0.0,
+        "BLEU-4": 0.0,
+        "ROUGE-L": 0.0,
+    }
 
 
 def test_counts_must_match():
@@ -293,7 +493,10 @@ def test_unknown_names():
         cider(["a"], [["a"]], tokenizer="jave")
 
 
-@pytest.mark.parametrize("use", [lambda: cider(["a"], [["a"]], tokenizer="java"), lambda: caption_scores(["a"], [["a"]], ["SPICE"])])
+@pytest.mark.parametrize(
+    "use",
+    [lambda: cider(["a"], [["a"]], tokenizer="java"), lambda: caption_scores(["a"], [["a"]], ["SPICE"])],
+)
 def test_what_java_needs_is_told(use, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.raises(UserError, match="needs the package pycocoevalcap: pip install pycocoevalcap"):

@@ -28,7 +28,9 @@ SQUARE = (1, 1)
 @pytest.mark.parametrize("heads", [0, 3])
 def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(tokenizer, context, heads):
     """Three turns, an image in the first and another in the third: token for token, and each image encoded once."""
-    model = lively_model(tokenizer, replace(TINY_MODEL, left_context=context, multi_token=MultiTokenConfig(heads, 32)))
+    model = lively_model(
+        tokenizer, replace(TINY_MODEL, left_context=context, multi_token=MultiTokenConfig(heads, 32))
+    )
     renderer = Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context)
     settings = GenerationConfig(max_new_tokens=6, speculative="on" if heads else "off")
     chat, naive = Chat(Predictor(model, renderer), settings), Naive(model)
@@ -37,7 +39,14 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
         images = [Tiles(SQUARE, random_tiles(1, seed=turn))] * new
         tiles += [image.pixels for image in images]
         ids += [tokenizer.turn_end, *tokenizer.encode("\n")] * (turn > 0)
-        ids += [tokenizer.turn_start, *tokenizer.encode("user\n"), *renderer.image_block() * new, *tokenizer.encode(text), tokenizer.turn_end, *tokenizer.encode("\n")]
+        ids += [
+            tokenizer.turn_start,
+            *tokenizer.encode("user\n"),
+            *renderer.image_block() * new,
+            *tokenizer.encode(text),
+            tokenizer.turn_end,
+            *tokenizer.encode("\n"),
+        ]
         ids += [tokenizer.turn_start, *tokenizer.encode("assistant\n")]
         answer = chat.ask(text, images)
         expected = naive_greedy(naive, ids, torch.cat(tiles), tokenizer.turn_end, 6)
@@ -55,12 +64,20 @@ def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monk
     model = lively_model(tokenizer)
     naive, settings, tiles = Naive(model), GenerationConfig(max_new_tokens=6), random_tiles(1)
     prompt = renderer.prompt([SQUARE], [{"user": "what is it?"}])
-    ids = dict(zip([*prompt.left_positions, *prompt.right_positions], [*prompt.left_ids, *prompt.right_ids], strict=True))
+    ids = dict(
+        zip(
+            [*prompt.left_positions, *prompt.right_positions],
+            [*prompt.left_ids, *prompt.right_ids],
+            strict=True,
+        )
+    )
     ids = [ids[p] for p in sorted(ids)]
     answer = naive_greedy(naive, ids, tiles, -1, 6)
     stop = next(token for i, token in enumerate(answer) if i >= 2 and token not in answer[:i])
     original = eval.chat.generate
-    monkeypatch.setattr(eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"stop": stop}))
+    monkeypatch.setattr(
+        eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"stop": stop})
+    )
     chat = Chat(Predictor(model, renderer), settings)
     assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
     follow = renderer.follow_up([], "is it large?", chat.last, chat.position)
@@ -90,23 +107,39 @@ def test_a_turn_that_is_stopped_is_forgotten(model, renderer, monkeypatch):
 
 def test_the_terminals_side(model, renderer, image_file, monkeypatch, capsys):
     """Turns until an empty line; /image shows one; what is wrong is said and the conversation goes on."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {image_file}\nwhat is it?\n/image nowhere.png\n{'long ' * 400}\nand now?\n\nnever read\n"))
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.StringIO(
+            f"/image {image_file}\nwhat is it?\n/image nowhere.png\n{'long ' * 400}\nand now?\n\nnever read\n"
+        ),
+    )
     predictor = Predictor(model, renderer)
     talk(predictor, Chat(predictor, GenerationConfig(max_new_tokens=4)), [], stats=True)
     out, err = capsys.readouterr()
-    alone = predictor.answer([([predictor.tiles(image_file)], "what is it?")], GenerationConfig(max_new_tokens=4))[0]
+    alone = predictor.answer(
+        [([predictor.tiles(image_file)], "what is it?")], GenerationConfig(max_new_tokens=4)
+    )[0]
     assert out.startswith(alone.text + "\n") and err.count("[first token") == 2
     assert "image KV computed" in err and "nowhere.png does not exist" in err and "positions" in err
 
 
 def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, monkeypatch, capsys):
     """More images than the model has positions for; a byte that is no UTF-8; /image without a file."""
-    lines = f"/image {image_file}\n" * 200 + "what is it?\nand now?\n" + "a\udcffb\nand then?\n/image\n/image \n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape")), encoding="utf-8"))
+    lines = (
+        f"/image {image_file}\n" * 200 + "what is it?\nand now?\n" + "a\udcffb\nand then?\n/image\n/image \n"
+    )
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape")), encoding="utf-8")
+    )
     predictor = Predictor(model, renderer)
     talk(predictor, Chat(predictor, GenerationConfig(max_new_tokens=4)), [], stats=True)
     out, err = capsys.readouterr()
-    assert err.count("[first token") == 2 == out.count("\n") and "(200 images put away: show them again with /image)" in err and "not Unicode" in err
+    assert (
+        err.count("[first token") == 2 == out.count("\n")
+        and "(200 images put away: show them again with /image)" in err
+        and "not Unicode" in err
+    )
     assert err.count("give a file behind /image") == 2 and err.count("error: ") == 4
 
 
@@ -125,11 +158,20 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
     for text in ("what is it?", "is it large?"):
         said += [{"user": text, "assistant": chat.ask(text, []).text}]
     first = renderer.prompt([], [{"user": "what is it?"}])
-    made = generate(model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])).tokens[0]
+    made = generate(
+        model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])
+    ).tokens[0]
     assert counted == [set(), {*first.right_ids, *made}]
     follow = renderer.follow_up([], "is it large?", made[-1:], first.right_positions[-1] + len(made))
     ids = [*first.right_ids, *made[:-1], *follow.right_ids]
-    again = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings)
+    again = generate(
+        model,
+        torch.tensor([ids]),
+        torch.arange(len(ids))[None],
+        images=[[]],
+        stop=tokenizer.turn_end,
+        settings=settings,
+    )
     assert tokenizer.decode(again.tokens[0]) == said[1]["assistant"]
     plain = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=6))
     assert [plain.ask(turn["user"], []).text for turn in said] != [turn["assistant"] for turn in said]
@@ -150,13 +192,18 @@ def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, ca
     monkeypatch.setattr(chat, "ask", ask)
     talk(chat.predictor, chat, [], stats=False)
     out, err = capsys.readouterr()
-    assert out.startswith("half an\n") and out.count("\n") == 2 and err == "[stopped: this turn is forgotten]\n"
+    assert (
+        out.startswith("half an\n") and out.count("\n") == 2 and err == "[stopped: this turn is forgotten]\n"
+    )
 
 
 def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
     """As a model may that knows nothing yet."""
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="none"))
-    chat = Chat(Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "none")), GenerationConfig(max_new_tokens=1, repetition_penalty=1.5))
+    chat = Chat(
+        Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "none")),
+        GenerationConfig(max_new_tokens=1, repetition_penalty=1.5),
+    )
     with torch.no_grad():
         model.right.unembedding[model.vocabulary.image_token_id] *= 50
     original, kinds = eval.chat.generate, []
@@ -168,12 +215,20 @@ def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
         return made
 
     monkeypatch.setattr(eval.chat, "generate", said)
-    assert [chat.ask(text, [Tiles(SQUARE, random_tiles(1))] * (n == 1)).tokens for n, text in enumerate("abc")] == [1, 1, 1] and len(kinds) == 3
+    assert [
+        chat.ask(text, [Tiles(SQUARE, random_tiles(1))] * (n == 1)).tokens for n, text in enumerate("abc")
+    ] == [1, 1, 1] and len(kinds) == 3
 
 
 def test_images_that_are_read_together_are_of_one_turn(tokenizer):
     model = lively_model(tokenizer, replace(TINY_MODEL, image_isolation=False))
-    chat, image = Chat(Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image")), GenerationConfig(max_new_tokens=2)), Tiles(SQUARE, random_tiles(1))
+    chat, image = (
+        Chat(
+            Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image")),
+            GenerationConfig(max_new_tokens=2),
+        ),
+        Tiles(SQUARE, random_tiles(1)),
+    )
     chat.ask("and before?", [])
     chat.ask("what are they?", [image, image])
     chat.ask("is it large?", [])
@@ -199,25 +254,45 @@ def test_stop_strings_and_streaming(tokenizer, renderer):
     whole = predictor.answer(asked, GenerationConfig(max_new_tokens=12))[0]
     stop = whole.text[len(whole.text) // 2 :][:3]
     seen: list[str] = []
-    cut = predictor.answer(asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop])[0]
+    cut = predictor.answer(
+        asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop]
+    )[0]
     assert cut.text == whole.text.split(stop)[0] and cut.tokens < whole.tokens
-    assert seen[-1] == cut.text and all(b.startswith(a) for a, b in pairwise(seen)) and not any(stop in s for s in seen)
+    assert (
+        seen[-1] == cut.text
+        and all(b.startswith(a) for a, b in pairwise(seen))
+        and not any(stop in s for s in seen)
+    )
 
 
 def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
     """The next turn goes on from the last token before it, and not from those behind."""
     model = lively_model(tokenizer)
-    settings, first = GenerationConfig(max_new_tokens=12, repetition_penalty=1.3), renderer.prompt([], [{"user": "what is it?"}])
+    settings, first = (
+        GenerationConfig(max_new_tokens=12, repetition_penalty=1.3),
+        renderer.prompt([], [{"user": "what is it?"}]),
+    )
     made = generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([first])).tokens[0]
     for kept in (0, 1, 5):
         text = tokenizer.decode(made[:kept])
         stop = tokenizer.decode(made)[len(text) :][:4]
         chat = Chat(Predictor(model, renderer), settings, ["", "never", stop])
         assert tokenizer.decode(made).index(stop) == len(text) and chat.ask("what is it?", []).text == text
-        follow = renderer.follow_up([], "is it large?", made[:kept][-1:], first.right_positions[-1] + max(1, kept))
+        follow = renderer.follow_up(
+            [], "is it large?", made[:kept][-1:], first.right_positions[-1] + max(1, kept)
+        )
         ids = [*first.right_ids, *made[: max(0, kept - 1)], *follow.right_ids]
-        expected = generate(model, torch.tensor([ids]), torch.arange(len(ids))[None], images=[[]], stop=tokenizer.turn_end, settings=settings).tokens[0]
-        assert chat.ask("is it large?", []).text == tokenizer.decode(expected).split(stop)[0].split("never")[0]
+        expected = generate(
+            model,
+            torch.tensor([ids]),
+            torch.arange(len(ids))[None],
+            images=[[]],
+            stop=tokenizer.turn_end,
+            settings=settings,
+        ).tokens[0]
+        assert (
+            chat.ask("is it large?", []).text == tokenizer.decode(expected).split(stop)[0].split("never")[0]
+        )
         assert not set(made[kept:]) & chat.seen - {*ids, *expected}
 
 
@@ -228,18 +303,37 @@ def test_an_answer_is_out_before_the_next_begins(model, renderer, monkeypatch):
         whole, seen = predictor.answer, []
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "utf-8"))
         with monkeypatch.context() as patched:
-            patched.setattr(predictor, "answer", lambda *a, whole=whole, seen=seen, out=out: (seen.append(out.getvalue()), whole(*a))[1])
-            answer_all(predictor, ["what is it?", "is it large?"], [], GenerationConfig(max_new_tokens=2), [], as_json, stats=False)
+            patched.setattr(
+                predictor,
+                "answer",
+                lambda *a, whole=whole, seen=seen, out=out: (seen.append(out.getvalue()), whole(*a))[1],
+            )
+            answer_all(
+                predictor,
+                ["what is it?", "is it large?"],
+                [],
+                GenerationConfig(max_new_tokens=2),
+                [],
+                as_json,
+                stats=False,
+            )
         assert seen[0] == b"" and b"what is it?" in seen[1] and b"is it large?" in out.getvalue()
 
 
 def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):
     chat = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=4))
-    for lines, failed in (("what is it?\n", 0), ("/image nowhere.png\nwhat is it?\n\nnever read\n", 1), ("/image\n/image nowhere.png\n", 2)):
+    for lines, failed in (
+        ("what is it?\n", 0),
+        ("/image nowhere.png\nwhat is it?\n\nnever read\n", 1),
+        ("/image\n/image nowhere.png\n", 2),
+    ):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         assert talk(chat.predictor, chat, [], stats=False) == failed
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\nand now?\n"))
-    assert talk(chat.predictor, Chat(chat.predictor, GenerationConfig(max_new_tokens=10**6)), [], stats=False) == 2
+    assert (
+        talk(chat.predictor, Chat(chat.predictor, GenerationConfig(max_new_tokens=10**6)), [], stats=False)
+        == 2
+    )
     assert capsys.readouterr().err.count("error: ") == 5
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UsageError, match="no standard input"):

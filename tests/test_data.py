@@ -68,28 +68,41 @@ def close_loaders():
 def loader_of(records, renderer, workers=0, window=5, rank=0, ranks=1, **options) -> Loader:
     dataset = dataset_of(records, renderer, keep=workers == 0, **SHORT | options)
     stream = stream_of(dataset, 3, rank=rank, ranks=ranks)
-    LOADERS.append(Loader(RowStream(stream, Budget(15, 60, 5), window), 2, renderer.tokenizer.global_image, workers))
+    LOADERS.append(
+        Loader(RowStream(stream, Budget(15, 60, 5), window), 2, renderer.tokenizer.global_image, workers)
+    )
     return LOADERS[-1]
 
 
 def digest(batch) -> str:
-    return " ".join(f"{name}{tuple(value.shape)}{hash(value.numpy().tobytes())}" for name, value in sorted(batch.items()))
+    return " ".join(
+        f"{name}{tuple(value.shape)}{hash(value.numpy().tobytes())}" for name, value in sorted(batch.items())
+    )
 
 
 class TestEpochs:
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_every_sample_once(self, records, renderer, ranks):
-        dataset = dataset_of(records, renderer, left_length=15, right_length=40)  # so short that records split into parts
+        dataset = dataset_of(
+            records, renderer, left_length=15, right_length=40
+        )  # so short that records split into parts
         expected = Counter(s.key for s in samples_of(dataset))
-        assert any(part for _, _, part in expected) and sum(len(s.documents) for s in samples_of(dataset)) == sum(len(r["texts"]) for r in records)
+        assert any(part for _, _, part in expected) and sum(
+            len(s.documents) for s in samples_of(dataset)
+        ) == sum(len(r["texts"]) for r in records)
         streams = [iter(stream_of(dataset, rank=rank, ranks=ranks)) for rank in range(ranks)]
-        own = [{int(i) for i in Mixture(dataset.sources, 0, rank=rank, ranks=ranks).epoch(0)[1]} for rank in range(ranks)]
+        own = [
+            {int(i) for i in Mixture(dataset.sources, 0, rank=rank, ranks=ranks).epoch(0)[1]}
+            for rank in range(ranks)
+        ]
         assert sum(map(len, own)) == len(records)  # disjoint
         for _ in range(3):
             epoch = []
             for rank, stream in enumerate(streams):
                 own = {int(i) for i in Mixture(dataset.sources, 0, rank=rank, ranks=ranks).epoch(_)[1]}
-                epoch += [s.key for s in islice(stream, sum(n for key, n in expected.items() if key[1] in own))]
+                epoch += [
+                    s.key for s in islice(stream, sum(n for key, n in expected.items() if key[1] in own))
+                ]
             assert Counter(epoch) == expected
 
     def test_order_depends_on_seed_and_epoch(self, records, renderer):
@@ -116,15 +129,23 @@ class TestEpochs:
             for counts, whole in zip(seen, sources, strict=True):  # none comes again before all have come
                 counted = [counts[i] for i in range(len(whole))]
                 assert max(counted) - min(counted) <= 1
-        assert Mixture([source("large", 900), source("small", 100)], 0, temperature=2.0).drawn == [750, 250]  # √900 : √100 = 3 : 1
+        assert Mixture([source("large", 900), source("small", 100)], 0, temperature=2.0).drawn == [
+            750,
+            250,
+        ]  # √900 : √100 = 3 : 1
         with pytest.raises(UserError, match="holds no record"):
             Mixture([source("a", 10, 0.01)], 0)
-        assert Mixture([source(str(n), 100, n / 100) for n in range(1, 100)], 0).drawn == [*range(1, 100)]  # 0.29 · 100 is less than 29
+        assert Mixture([source(str(n), 100, n / 100) for n in range(1, 100)], 0).drawn == [
+            *range(1, 100)
+        ]  # 0.29 · 100 is less than 29
 
     @pytest.mark.parametrize("ranks", [1, 3])
     def test_parts_of_a_record_are_carried_over(self, ranks):
         """Sources that are due less than once an epoch come in time; none of their records comes again before all have come."""
-        sources = [Source(name, InMemoryRecords([{}] * n), 0, n, weight) for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))]
+        sources = [
+            Source(name, InMemoryRecords([{}] * n), 0, n, weight)
+            for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))
+        ]
         mixtures = [Mixture(sources, 5, rank=rank, ranks=ranks) for rank in range(ranks)]
         assert mixtures[0].drawn == [30, Fraction(2, 5), Fraction(5, 2), Fraction(3, 10)]
         seen = [Counter() for _ in sources]
@@ -135,23 +156,34 @@ class TestEpochs:
                     assert new == (r not in seen[s])
                     seen[s][r] += 1
             if ranks == 1:
-                assert [sum(counts.values()) for counts in seen] == [floor((epoch + 1) * drawn) for drawn in mixtures[0].drawn]
+                assert [sum(counts.values()) for counts in seen] == [
+                    floor((epoch + 1) * drawn) for drawn in mixtures[0].drawn
+                ]
             if epoch % 2:
                 assert set(seen[2].values()) == {(epoch + 1) // 2}, "half of it, the other half in the next"
         assert [sorted(counts.values()) for counts in seen] == [[20] * 30, [2] * 4, [10] * 5, [6]]
 
     def test_an_epoch_without_a_record_is_passed_over(self, renderer):
-        sources = [Source(name, InMemoryRecords([{"images": [], "texts": TURNS[:1], "id": name}] * 5), 0, 5, 0.1) for name in "ab"]
+        sources = [
+            Source(name, InMemoryRecords([{"images": [], "texts": TURNS[:1], "id": name}] * 5), 0, 5, 0.1)
+            for name in "ab"
+        ]
         dataset = dataset_of([], renderer)
         dataset.sources[:] = sources
         stream = stream_of(dataset)
-        assert not len(stream.mixture.epoch(0)[0]) and Counter(s.key[0] for s in islice(stream, 10)) == {0: 5, 1: 5}
+        assert not len(stream.mixture.epoch(0)[0]) and Counter(s.key[0] for s in islice(stream, 10)) == {
+            0: 5,
+            1: 5,
+        }
 
     def test_sources_are_mixed_and_ranks_differ(self):
         sources = [Source(name, InMemoryRecords([{}] * 200), 0, 200) for name in "ab"]
         which = Mixture(sources, 0).epoch(0)[0]
         assert 60 < sum(which[:200]) < 140
-        shares = [{*zip(*(x.tolist() for x in Mixture(sources, 0, rank=r, ranks=3).epoch(4)[:2]), strict=True)} for r in range(3)]
+        shares = [
+            {*zip(*(x.tolist() for x in Mixture(sources, 0, rank=r, ranks=3).epoch(4)[:2]), strict=True)}
+            for r in range(3)
+        ]
         assert sum(map(len, shares)) == 400 == len(set.union(*shares))
 
 
@@ -166,8 +198,12 @@ class TestLoader:
         for workers in (1, 2, 3):
             torch.manual_seed(1)
             loader = loader_of(records, renderer, workers)
-            assert [digest(b) for b in islice(loader, 50)] == expected  # so many that the memory of early ones is used again
-            assert torch.equal(torch.get_rng_state(), after) and loader.dropped() == plain.dropped() == {("test", "image_missing"): 1}
+            assert [
+                digest(b) for b in islice(loader, 50)
+            ] == expected  # so many that the memory of early ones is used again
+            assert torch.equal(torch.get_rng_state(), after) and loader.dropped() == plain.dropped() == {
+                ("test", "image_missing"): 1
+            }
             assert json.dumps(loader.state()) == json.dumps(plain.state())
 
     def test_batches_that_are_kept_do_not_change(self, records, renderer):
@@ -178,7 +214,9 @@ class TestLoader:
 
     @pytest.mark.parametrize("workers", [1, 2, 3])
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_an_epoch_of_batches_holds_every_sample_once(self, records, renderer, workers, ranks, monkeypatch):
+    def test_an_epoch_of_batches_holds_every_sample_once(
+        self, records, renderer, workers, ranks, monkeypatch
+    ):
         consumed: list[tuple[int, int, int]] = []
         finish = Loader._finish
 
@@ -192,8 +230,13 @@ class TestLoader:
             loader = loader_of(records, renderer, workers, window=1, rank=rank, ranks=ranks, right_length=40)
             while not loader.behind or loader.behind["epoch"] < 2:
                 next(loader)
-            everything = Counter(s.key for s in samples_of(dataset_of(records, renderer, **SHORT | {"right_length": 40})))
-            own = [set(Mixture(loader.dataset.sources, 3, rank=rank, ranks=ranks).epoch(e)[1].tolist()) for e in (0, 1)]
+            everything = Counter(
+                s.key for s in samples_of(dataset_of(records, renderer, **SHORT | {"right_length": 40}))
+            )
+            own = [
+                set(Mixture(loader.dataset.sources, 3, rank=rank, ranks=ranks).epoch(e)[1].tolist())
+                for e in (0, 1)
+            ]
             sizes = [sum(n for key, n in everything.items() if key[1] in share) for share in own]
             epochs.append((Counter(consumed[: sizes[0]]), Counter(consumed[sizes[0] : sum(sizes)])))
             consumed.clear()
@@ -224,7 +267,12 @@ class TestLoader:
         monkeypatch.setattr("data.datasets.open_pixels", failing)
         loader = loader_of(records, renderer, workers)
         for _ in range(2):  # the second time it is at no end
-            with pytest.raises(UserError, match="^drawing an SVG needs a package$" if str(error) else "^not enough memory to decode an image of test: "):
+            with pytest.raises(
+                UserError,
+                match="^drawing an SVG needs a package$"
+                if str(error)
+                else "^not enough memory to decode an image of test: ",
+            ):
                 next(loader)
 
     @pytest.mark.parametrize("end", ["killed", "exit 0"])
@@ -248,7 +296,10 @@ class TestLoader:
             last.touch()
         before = time.monotonic()
         for _ in range(2):
-            with pytest.raises(UserError, match=f"^a data worker died .process [0-9]+, {'SIGKILL' if end == 'killed' else 'exit status 0'}.: .*--resume auto"):
+            with pytest.raises(
+                UserError,
+                match=f"^a data worker died .process [0-9]+, {'SIGKILL' if end == 'killed' else 'exit status 0'}.: .*--resume auto",
+            ):
                 while True:
                     next(loader)
         assert time.monotonic() - before < 30
@@ -260,7 +311,10 @@ class TestLoader:
             raise error
             yield
 
-        dead, alive = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,)) for seconds in (0, 60))
+        dead, alive = (
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))
+            for seconds in (0, 60)
+        )
         dead.start(), alive.start()
         try:
             for error in (ConnectionResetError("reset"), EOFError(), FileNotFoundError("socket")):
@@ -298,8 +352,12 @@ class TestLoader:
         dataset = dataset_of(records, renderer, **SHORT)
         dataset.sources[0] = replace(dataset.sources[0], cap=1)
         for epoch in range(11):  # all but the last
-            Path(records[int(stream_of(dataset).mixture.epoch(epoch)[1][0])]["images"][0]).write_bytes(b"\x89PNG nothing")
-        loader = Loader(RowStream(stream_of(dataset), Budget(15, 60, 5), 1), 1, renderer.tokenizer.global_image, 0)
+            Path(records[int(stream_of(dataset).mixture.epoch(epoch)[1][0])]["images"][0]).write_bytes(
+                b"\x89PNG nothing"
+            )
+        loader = Loader(
+            RowStream(stream_of(dataset), Budget(15, 60, 5), 1), 1, renderer.tokenizer.global_image, 0
+        )
         found = [len(next(loader)["tiles"]) for _ in range(40)]
         assert found[0] == 0 and 1 in found
 
@@ -308,7 +366,11 @@ class TestLoader:
 
         def tiled() -> Loader:
             dataset = dataset_of(records, renderer, vision, keep=False, **SHORT | {"left_length": 60})
-            LOADERS.append(Loader(RowStream(stream_of(dataset), Budget(60, 60, 5), 8), 2, renderer.tokenizer.global_image, 0))
+            LOADERS.append(
+                Loader(
+                    RowStream(stream_of(dataset), Budget(60, 60, 5), 8), 2, renderer.tokenizer.global_image, 0
+                )
+            )
             return LOADERS[-1]
 
         first = tiled()
@@ -343,7 +405,14 @@ class TestLoader:
         for rank in range(2):
             stream = iter(loader_of(records, renderer, rank=rank, ranks=2).rows)
             seen.append({s.key[1] for row in islice(stream, 30) for s in row})
-        epoch = [set(Mixture([Source("test", InMemoryRecords(records), 0, 12)], 3, rank=r, ranks=2).epoch(0)[1].tolist()) for r in range(2)]
+        epoch = [
+            set(
+                Mixture([Source("test", InMemoryRecords(records), 0, 12)], 3, rank=r, ranks=2)
+                .epoch(0)[1]
+                .tolist()
+            )
+            for r in range(2)
+        ]
         assert not epoch[0] & epoch[1] and len(epoch[0] | epoch[1]) == 12 and all(seen)
 
     def test_memory_is_not_needed_for_exactness(self, records, renderer):
@@ -357,20 +426,28 @@ class TestSamples:
     def test_branch_shares_the_image_and_chain_is_one_conversation(self, records, renderer, tokenizer):
         record = [records[3]]  # four turns
         branch, chain, marked = (
-            dataset_of(r, renderer, left_length=15, turns=t) for r, t in ((record, "branch"), (record, "chain"), ([records[3] | {"turns": "branch"}], "chain"))
+            dataset_of(r, renderer, left_length=15, turns=t)
+            for r, t in ((record, "branch"), (record, "chain"), ([records[3] | {"turns": "branch"}], "chain"))
         )
         (branched,), (chained,), (own,) = samples_of(branch), samples_of(chain), samples_of(marked)
         assert len(branched.documents) == 4 == len(own.documents) and len(chained.documents) == 1
         assert branched.left_length == chained.left_length == 5
         batch = collate([[branch.decoded(branched)]], tokenizer.global_image)
-        assert batch["left_ids"].shape == (1, 5) and batch["right_documents"].unique().tolist() == [0, 1, 2, 3]
+        assert batch["left_ids"].shape == (1, 5) and batch["right_documents"].unique().tolist() == [
+            0,
+            1,
+            2,
+            3,
+        ]
         assert batch["right_groups"].unique().tolist() == [0]
 
     def test_a_long_conversation_is_split_between_turns(self, records, renderer):
         """Every answer stays whole and is learnt once; only a turn that is too long by itself is dropped."""
         turns = [{"user": f"question {i}?", "assistant": "answer " * (1 + i % 3) + str(i)} for i in range(12)]
         turns[7] = {"user": "tell me all", "assistant": "much " * 200}
-        dataset = dataset_of([records[0] | {"texts": turns}], renderer, **SHORT | {"right_length": 100}, turns="chain")
+        dataset = dataset_of(
+            [records[0] | {"texts": turns}], renderer, **SHORT | {"right_length": 100}, turns="chain"
+        )
         samples = samples_of(dataset)
         assert len(samples) > 1 and dataset.dropped == {("test", "too_long"): 1}
         learnt = []
@@ -379,22 +456,37 @@ class TestSamples:
             assert len(document.right_ids) <= 100 and sample.left_length == 5
             assert [sample.key[2]] == [samples.index(sample)]
             learnt += [t for t in document.labels if t >= 0]
-        answers = [token for i, turn in enumerate(turns) if i != 7 for token in (*renderer.tokenizer.encode(turn["assistant"]), renderer.tokenizer.turn_end)]
+        answers = [
+            token
+            for i, turn in enumerate(turns)
+            if i != 7
+            for token in (*renderer.tokenizer.encode(turn["assistant"]), renderer.tokenizer.turn_end)
+        ]
         assert learnt == answers
         shorter = [len(renderer.conversation([(1, 1)], turns[:n]).right_ids) for n in (1, 2, 3, 4)]
-        assert max(n for n in range(4) if shorter[n] <= 100) + 1 == sum(t == renderer.tokenizer.turn_end for t in samples[0].documents[0].labels)
+        assert max(n for n in range(4) if shorter[n] <= 100) + 1 == sum(
+            t == renderer.tokenizer.turn_end for t in samples[0].documents[0].labels
+        )
 
     def test_tiles(self, renderer, tmp_path):
         """Two images of a record, one cut into 2 × 3 tiles: tokens, tiles and grid belong together."""
         vision = replace(TINY_MODEL.vision, max_side=192)
         wide, small = Image.new("RGB", (190, 120), "red"), Image.new("RGB", (30, 40), "blue")
         wide.save(tmp_path / "wide.png"), small.save(tmp_path / "small.png")
-        record = {"images": [str(tmp_path / "wide.png"), str(tmp_path / "small.png")], "texts": TURNS[:1], "id": "x"}
+        record = {
+            "images": [str(tmp_path / "wide.png"), str(tmp_path / "small.png")],
+            "texts": TURNS[:1],
+            "id": "x",
+        }
         dataset = dataset_of([record], renderer, vision)
         (sample,) = samples_of(dataset)
         assert sample.grids == [(2, 3), (1, 1)] and sample.tile_total == 8 and sample.left_length == 8 * 5
         sample = dataset.decoded(sample)
-        assert sample.tiles.shape == (8, 3, 64, 64) and (sample.tiles[:7, 0] == 255).all() and (sample.tiles[7, 2] == 255).all()
+        assert (
+            sample.tiles.shape == (8, 3, 64, 64)
+            and (sample.tiles[:7, 0] == 255).all()
+            and (sample.tiles[7, 2] == 255).all()
+        )
         tok = renderer.tokenizer
         heads = [t for t in sample.documents[0].left_ids if t != tok.image]
         assert tok.backend.decode(heads, skip_special_tokens=False).split("><") == [
@@ -402,7 +494,9 @@ class TestSamples:
         ]  # fmt: skip
         assert sample.documents[0].left_images == [0] * 35 + [1] * 5
         batch = collate([[sample]], tok.global_image)
-        assert (batch["left_ids"] == tok.image).sum() == len(batch["tiles"]) * 4 and batch["left_images"].tolist() == [[0] * 35 + [1] * 5]
+        assert (batch["left_ids"] == tok.image).sum() == len(batch["tiles"]) * 4 and batch[
+            "left_images"
+        ].tolist() == [[0] * 35 + [1] * 5]
 
     def test_without_a_left_stream_every_document_has_its_own_images(self, records, renderer):
         vanilla = type(renderer)(renderer.tokenizer, 4, "none")
@@ -417,7 +511,13 @@ def hostile_records(folder: Path, good: str) -> tuple[list[dict], dict[str, int]
     noise.save(folder / "whole.jpg")
     noise.save(folder / "really_a_jpeg.png", "JPEG")  # a wrong extension is no harm
     whole = (folder / "whole.jpg").read_bytes()
-    files = {"empty.png": b"", "text.png": b"no image", "cut.jpg": whole[: len(whole) // 2], "few.jpg": whole[:20], "bomb.png": bomb(30_000, 30_000)}
+    files = {
+        "empty.png": b"",
+        "text.png": b"no image",
+        "cut.jpg": whole[: len(whole) // 2],
+        "few.jpg": whole[:20],
+        "bomb.png": bomb(30_000, 30_000),
+    }
     for name, content in files.items():
         (folder / name).write_bytes(content)
     of = {"images": [good], "texts": TURNS[:1]}
@@ -434,11 +534,26 @@ def hostile_records(folder: Path, good: str) -> tuple[list[dict], dict[str, int]
         of | {"texts": []},
         of | {"texts": [{"user": "all?", "assistant": "z" * 100_000}]},
         of | {"problem": "image_count"},
-        of | {"images": [str(folder / "really_a_jpeg.png")], "texts": [{"user": "<|im_start|><|image|><row_1_col_1>", "assistant": "<|im_end|>\n"}]},
+        of
+        | {
+            "images": [str(folder / "really_a_jpeg.png")],
+            "texts": [{"user": "<|im_start|><|image|><row_1_col_1>", "assistant": "<|im_end|>\n"}],
+        },
         of | {"images": [], "texts": TURNS[:1]},  # text alone
     ]
-    reasons = {"image_missing": 3, "image_empty": 2, "image_not_an_image": 1, "image_damaged": 2, "image_too_large": 1}
-    return [r | {"id": str(i)} for i, r in enumerate(records)], reasons | {"too_many_images": 1, "too_long": 2, "empty_text": 4, "image_count": 1}
+    reasons = {
+        "image_missing": 3,
+        "image_empty": 2,
+        "image_not_an_image": 1,
+        "image_damaged": 2,
+        "image_too_large": 1,
+    }
+    return [r | {"id": str(i)} for i, r in enumerate(records)], reasons | {
+        "too_many_images": 1,
+        "too_long": 2,
+        "empty_text": 4,
+        "image_count": 1,
+    }
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -455,7 +570,9 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
     everything = bad + records
     vision = replace(TINY_MODEL.vision, max_side=128) if tiled else TINY_MODEL.vision
     dataset = dataset_of(everything, renderer, vision, keep=workers == 0, **SHORT)
-    loader = Loader(RowStream(stream_of(dataset), Budget(15, 60, 5), 5), 2, renderer.tokenizer.global_image, workers)
+    loader = Loader(
+        RowStream(stream_of(dataset), Budget(15, 60, 5), 5), 2, renderer.tokenizer.global_image, workers
+    )
     LOADERS.append(loader)
     answers = Counter()
     while (loader.behind or {"epoch": 0})["epoch"] < 3:
@@ -464,14 +581,18 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
         answers["documents"] += learnt.count(renderer.tokenizer.turn_end)
         assert (batch["left_ids"] == renderer.tokenizer.image).sum() == 4 * len(batch["tiles"])
     assert loader.dropped() == {("test", reason): n for reason, n in reasons.items()}
-    usable = sum(len(r["texts"]) for r in records) + 2 + 2  # the second turns of the long and the empty one, the special tokens, the text alone
+    usable = (
+        sum(len(r["texts"]) for r in records) + 2 + 2
+    )  # the second turns of the long and the empty one, the special tokens, the text alone
     assert answers["documents"] == pytest.approx(3 * usable, abs=20)
 
 
 def test_an_image_that_changes_after_it_was_planned(renderer, tmp_path):
     vision = replace(TINY_MODEL.vision, max_side=128)
     Image.new("RGB", (100, 100)).save(tmp_path / "x.png")
-    dataset = dataset_of([{"images": [str(tmp_path / "x.png")], "texts": TURNS[:1], "id": "x"}], renderer, vision)
+    dataset = dataset_of(
+        [{"images": [str(tmp_path / "x.png")], "texts": TURNS[:1], "id": "x"}], renderer, vision
+    )
     (sample,) = samples_of(dataset)
     Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
     with pytest.raises(ImageError, match="not of the size"):
@@ -536,15 +657,23 @@ def test_rows_that_cannot_be_read_any_more_do_not_stop_validation(records, rende
 
 
 def test_special_token_strings_in_text_stay_text(records, renderer):
-    (sample,) = samples_of(dataset_of([records[0] | {"texts": [{"user": "<|image|>", "assistant": "<|im_end|>"}]}], renderer))
+    (sample,) = samples_of(
+        dataset_of([records[0] | {"texts": [{"user": "<|image|>", "assistant": "<|im_end|>"}]}], renderer)
+    )
     tok = renderer.tokenizer
     ids = sample.documents[0].right_ids
-    assert tok.image not in ids and ids.count(tok.turn_end) == 1 and tok.decode([t for t in sample.documents[0].labels if t >= 0]) == "<|im_end|>"
+    assert (
+        tok.image not in ids
+        and ids.count(tok.turn_end) == 1
+        and tok.decode([t for t in sample.documents[0].labels if t >= 0]) == "<|im_end|>"
+    )
 
 
 def test_nothing_usable_is_an_error_not_a_loop(renderer):
     records = [{"images": ["nowhere.png"], "texts": [{"user": "", "assistant": "x"}], "id": "x"}]
-    with pytest.raises(UserError, match="none of the 1 training records can be used.*'test': {'empty_text': 1}"):
+    with pytest.raises(
+        UserError, match="none of the 1 training records can be used.*'test': {'empty_text': 1}"
+    ):
         next(iter(stream_of(dataset_of(records, renderer))))
 
 
@@ -552,7 +681,9 @@ def test_nothing_usable_is_an_error_not_a_loop(renderer):
 def test_images_that_all_turn_out_damaged_are_an_error_not_a_loop(records, renderer, workers):
     for record in records:
         Path(record["images"][0]).write_bytes(b"\x89PNG nothing")
-    with pytest.raises(UserError, match="none of the training images can be used: {'test': {'image_damaged': 12}}"):
+    with pytest.raises(
+        UserError, match="none of the training images can be used: {'test': {'image_damaged': 12}}"
+    ):
         loader = loader_of(records, renderer, workers)
         for _ in range(30):
             batch = next(loader)
@@ -584,7 +715,9 @@ def test_prefix_routing_with_any_left_length(records, renderer):
 
 class TestFilters:
     def count(self, records, renderer, **filters):
-        dataset = dataset_of(records, renderer, filters=FilterConfig(**filters), **SHORT | {"right_length": 200})
+        dataset = dataset_of(
+            records, renderer, filters=FilterConfig(**filters), **SHORT | {"right_length": 200}
+        )
         kept = [document for sample in samples_of(dataset) for document in sample.documents]
         return len(kept), {reason: n for (_, reason), n in dataset.dropped.items()}
 
@@ -597,12 +730,18 @@ class TestFilters:
         of = [records[0] | {"texts": turns}]  # an image of 20 × 30
         assert self.count(of, renderer) == (3, {})
         assert self.count(of, renderer, min_relevance=4) == (2, {"rating_relevance": 1})
-        assert self.count(of, renderer, min_formatting=3, min_visual_dependency=5) == (2, {"rating_formatting": 1})
+        assert self.count(of, renderer, min_formatting=3, min_visual_dependency=5) == (
+            2,
+            {"rating_formatting": 1},
+        )
         assert self.count(of, renderer, min_question=7) == (2, {"short_question": 1})
         assert self.count(of, renderer, max_question=11) == (2, {"long_question": 1})
         assert self.count(of, renderer, min_answer=4) == (2, {"short_answer": 1})
         assert self.count(of, renderer, max_answer=4) == (2, {"long_answer": 1})
-        assert self.count(of, renderer, min_side=20) == (3, {}) and self.count(of, renderer, min_side=21) == (0, {"image_small": 1})
+        assert self.count(of, renderer, min_side=20) == (3, {}) and self.count(of, renderer, min_side=21) == (
+            0,
+            {"image_small": 1},
+        )
         scored = [of[0] | {"clip_score": 0.2}, of[0] | {"clip_score": 0.3}, of[0]]
         assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
         assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
@@ -612,24 +751,41 @@ class TestFilters:
         rng = np.random.default_rng(5)
         records = []
         for i in range(40):
-            base = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((160, 120), Image.Resampling.BICUBIC)
+            base = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
+                (160, 120), Image.Resampling.BICUBIC
+            )
             variants = [(base, {}), (base.resize((200, 150)), {"quality": 60})] if i % 2 else [(base, {})]
             for number, (image, options) in enumerate(variants):
                 image.save(tmp_path / f"{i}_{number}.jpg", **options)
-                records.append({"images": [str(tmp_path / f"{i}_{number}.jpg")], "texts": TURNS[:1], "id": f"{i}_{number}"})
+                records.append(
+                    {
+                        "images": [str(tmp_path / f"{i}_{number}.jpg")],
+                        "texts": TURNS[:1],
+                        "id": f"{i}_{number}",
+                    }
+                )
         for i, color in enumerate(((200, 0, 0), (0, 200, 0), (200, 60, 0))):
             Image.new("RGB", (50, 50), color).save(tmp_path / f"plain{i}.png")
-            records.append({"images": [str(tmp_path / f"plain{i}.png")], "texts": TURNS[:1], "id": f"plain{i}"})
+            records.append(
+                {"images": [str(tmp_path / f"plain{i}.png")], "texts": TURNS[:1], "id": f"plain{i}"}
+            )
         random.Random(0).shuffle(records)
         dataset = dataset_of(records, renderer, keep=False, filters=FilterConfig(duplicates=True))
         first = [s.key for s in samples_of(dataset)]
         assert len(first) == 43 and dataset.dropped == {("test", "duplicate"): 20}
-        assert {records[key[1]]["id"].split("_")[0] for key in first} == {*map(str, range(40)), "plain0", "plain1", "plain2"}
+        assert {records[key[1]]["id"].split("_")[0] for key in first} == {
+            *map(str, range(40)),
+            "plain0",
+            "plain1",
+            "plain2",
+        }
         assert [s.key for s in samples_of(dataset, False)] == first
 
     def test_seen_images_are_part_of_the_state(self, records, renderer, tmp_path):
         for i, record in enumerate(records):
-            Image.fromarray(np.random.default_rng(i // 2).integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(record["images"][0])
+            Image.fromarray(np.random.default_rng(i // 2).integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(
+                record["images"][0]
+            )
         options = {"filters": FilterConfig(duplicates=True), "window": 2}
         whole = loader_of(records, renderer, **options)
         expected = [digest(b) for b in islice(whole, 10)]
@@ -637,4 +793,6 @@ class TestFilters:
         list(islice(first, 1))
         again = loader_of(records, renderer, **options)
         again.load_state(json.loads(json.dumps(first.state())))
-        assert [digest(b) for b in islice(again, 9)] == expected[1:] and again.dropped() == whole.dropped() == {("test", "duplicate"): 6}
+        assert [digest(b) for b in islice(again, 9)] == expected[
+            1:
+        ] and again.dropped() == whole.dropped() == {("test", "duplicate"): 6}

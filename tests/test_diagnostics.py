@@ -32,7 +32,10 @@ from utils.errors import UsageError
 
 @pytest.fixture
 def rows(renderer, tokenizer):
-    samples = [make_sample(renderer, images, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns) for turns, images in ((1, 1), (2, 1), (3, 2))]
+    samples = [
+        make_sample(renderer, images, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns)
+        for turns, images in ((1, 1), (2, 1), (3, 2))
+    ]
     return collate([samples[:2], samples[2:]], tokenizer.global_image)
 
 
@@ -54,7 +57,9 @@ class Given:
 
 def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
     model = tiny_model(tokenizer)
-    config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0))
+    config = Config(
+        model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0)
+    )
     optimizers = make_optimizers(model, config.train)
     details = Diagnostics(model, optimizers)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -72,12 +77,21 @@ def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
         members = [names[id(p)] for p in model.parts()[part].parameters()]
         now = dict(model.named_parameters())
         moved = torch.cat([(now[n].detach() - before[n]).flatten() for n in members if n in gradients]).norm()
-        assert ratios[part] == pytest.approx((moved / torch.cat([before[n].flatten() for n in members if n in gradients]).norm()).item(), rel=1e-4)
+        assert ratios[part] == pytest.approx(
+            (moved / torch.cat([before[n].flatten() for n in members if n in gradients]).norm()).item(),
+            rel=1e-4,
+        )
     layer = [g.flatten() for n, g in gradients.items() if n.startswith("right.layers.0.")]
     counts, edges = spread["gradients/right.layers.0"]
     expected = np.histogram(torch.cat(layer).numpy(), bins=64)
-    assert counts.sum() == sum(map(len, layer)) and np.array_equal(counts, expected[0]) and np.allclose(edges, expected[1])
-    assert {"weights/right.layers.0", "weights/left.decoder.layers.0", "gradients/right.embed_tokens"} <= set(spread)
+    assert (
+        counts.sum() == sum(map(len, layer))
+        and np.array_equal(counts, expected[0])
+        and np.allclose(edges, expected[1])
+    )
+    assert {"weights/right.layers.0", "weights/left.decoder.layers.0", "gradients/right.embed_tokens"} <= set(
+        spread
+    )
 
 
 def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
@@ -88,15 +102,31 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     flops_meter, seen = FlopsMeter(model, torch.device("cpu"), 1), {}
     real = flops_meter.of
     flops_meter.of = lambda counts, seconds: seen.update(counts) or real(counts, seconds)
-    values = train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), flops_meter=flops_meter)
-    left = left_mask(rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal")[:, 0][rows["left_groups"] >= 0]
-    right = right_mask(rows["right_positions"], rows["right_documents"], rows["right_groups"], rows["left_positions"], rows["left_groups"])[:, 0][rows["right_documents"] >= 0]
+    values = train_step(
+        config, model, optimizers, Given(rows), 1, torch.device("cpu"), flops_meter=flops_meter
+    )
+    left = left_mask(
+        rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal"
+    )[:, 0][rows["left_groups"] >= 0]
+    right = right_mask(
+        rows["right_positions"],
+        rows["right_documents"],
+        rows["right_groups"],
+        rows["left_positions"],
+        rows["left_groups"],
+    )[:, 0][rows["right_documents"] >= 0]
     assert seen["right_pairs"] == int(right.sum()) and seen["right"] == len(right)
-    text_between = seen["left_pairs"] - int(left.sum())  # the second image stands behind text that the left stream does not hold
+    text_between = seen["left_pairs"] - int(
+        left.sum()
+    )  # the second image stands behind text that the left stream does not hold
     assert 0 <= text_between < 0.5 * seen["left_pairs"] and seen["left"] == len(left)
     flops = count_flops(model)
     whole = flops.training(rows, trained_shares(model))
-    assert 0.3 * whole < values["tflops_per_s"] * 1e12 * (seen["supervised"] / values["supervised_tokens_per_s"]) < whole  # padding and what nobody sees left out
+    assert (
+        0.3 * whole
+        < values["tflops_per_s"] * 1e12 * (seen["supervised"] / values["supervised_tokens_per_s"])
+        < whole
+    )  # padding and what nobody sees left out
     assert "mfu" not in values
     flops_meter.peak = 1e12
     assert flops_meter.of(seen, 2.0)["mfu"] == pytest.approx(flops_meter.of(seen, 2.0)["tflops_per_s"])
@@ -109,12 +139,18 @@ def test_a_spike_is_told():
         values = {"grad_norm": norm}
         training.trainer._log_spike(values, norms, 1.0, step, log)
         assert ("spike" in values) == (norm == 5.1)
-    assert told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"] and len(norms) == 28
+    assert (
+        told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"]
+        and len(norms) == 28
+    )
     few = deque(maxlen=100)
     for norm in (1.0, 100.0):
         training.trainer._log_spike({"grad_norm": norm}, few, 1.0, 1, log)
     assert len(told) == 1
-    for least, lines in ((1.0, 1), (0.4, 2)):  # clipping does nothing to the first: it is told in the metrics alone
+    for least, lines in (
+        (1.0, 1),
+        (0.4, 2),
+    ):  # clipping does nothing to the first: it is told in the metrics alone
         values = {"grad_norm": 0.5}
         training.trainer._log_spike(values, deque([0.01] * 25), least, 1, log)
         assert values["spike"] == pytest.approx(50) and len(told) == lines
@@ -132,7 +168,11 @@ def slow_third_step():
 
 
 ROOT = Path(__file__).parent.parent
-SMALL = [f"--model.{tower}.{name}" for tower in ("left", "right") for name in ("layers=1", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")]
+SMALL = [
+    f"--model.{tower}.{name}"
+    for tower in ("left", "right")
+    for name in ("layers=1", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")
+]
 
 
 def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
@@ -153,10 +193,25 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
         "--train.dtype",
         "fp32",
     ]
-    flags += ["--max_steps", "4", "--output_dir", "run", "--cache_dir", "cache", "--train.stall_minutes", "0.02", "--train.diagnostics_every", "2"]
+    flags += [
+        "--max_steps",
+        "4",
+        "--output_dir",
+        "run",
+        "--cache_dir",
+        "cache",
+        "--train.stall_minutes",
+        "0.02",
+        "--train.diagnostics_every",
+        "2",
+    ]
     done = run_program([str(ROOT / "train_dual_tower.py"), *flags], tmp_path, before=slow_third_step)
     assert done.returncode == 0, done.stderr
-    assert "no step for 0.02 minutes" in done.stderr and "thread MainThread, most recent call last:" in done.stderr and "Fatal" not in done.stderr
+    assert (
+        "no step for 0.02 minutes" in done.stderr
+        and "thread MainThread, most recent call last:" in done.stderr
+        and "Fatal" not in done.stderr
+    )
     assert "in slow_third_step" not in done.stderr and "trainer.py" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     looked = [row["step"] for row in rows if "update_ratios" in row]
@@ -169,7 +224,14 @@ def busy_under_a_watchdog() -> None:
 
     over = time.monotonic() + 3
     with Watchdog(1e-9):
-        workers = [threading.Thread(target=lambda: [json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)]) for _ in range(2)]
+        workers = [
+            threading.Thread(
+                target=lambda: [
+                    json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)
+                ]
+            )
+            for _ in range(2)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -190,7 +252,11 @@ def test_the_watchdog_ends_nothing_and_sees_what_holds_the_interpreter(tmp_path)
     done = run_program(["-c"], tmp_path, before=busy_under_a_watchdog)
     assert done.returncode == 7 and done.stderr.count("no step for 1e-09 minutes") > 10, done.stderr[-500:]
     done = run_program(["-c"], tmp_path, before=hold_the_interpreter)
-    assert done.returncode == 7 and "hold_the_interpreter" in done.stderr and "no step" not in done.stderr.partition("hold_the_interpreter")[0], done.stderr[-500:]
+    assert (
+        done.returncode == 7
+        and "hold_the_interpreter" in done.stderr
+        and "no step" not in done.stderr.partition("hold_the_interpreter")[0]
+    ), done.stderr[-500:]
 
 
 def test_training_without_a_standard_error(tmp_path):
@@ -209,7 +275,19 @@ def test_training_without_a_standard_error(tmp_path):
         "--train.global_batch_size",
         "2",
     ]
-    command = shlex.join([sys.executable, str(ROOT / "train_dual_tower.py"), *flags, "--max_steps", "2", "--output_dir", "run", "--cache_dir", "cache"])
+    command = shlex.join(
+        [
+            sys.executable,
+            str(ROOT / "train_dual_tower.py"),
+            *flags,
+            "--max_steps",
+            "2",
+            "--output_dir",
+            "run",
+            "--cache_dir",
+            "cache",
+        ]
+    )
     done = subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").is_file()
 

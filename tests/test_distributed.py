@@ -48,16 +48,33 @@ SHARED = [
 
 
 def ranks(number: int, *flags: str) -> list[str]:
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(number), *TORCHRUN, "--", *command(*SHARED, *flags)[1:]]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(number),
+        *TORCHRUN,
+        "--",
+        *command(*SHARED, *flags)[1:],
+    ]
 
 
 def told(folder: Path) -> dict[tuple[int, str], float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {(line["step"], key): line[key] for line in lines for key in ("loss", "validation_loss", "validation_accuracy") if key in line}
-    return found | {(line["step"], name): value for line in lines for name, value in line.get("source_losses", {}).items()}
+    found = {
+        (line["step"], key): line[key]
+        for line in lines
+        for key in ("loss", "validation_loss", "validation_accuracy")
+        if key in line
+    }
+    return found | {
+        (line["step"], name): value for line in lines for name, value in line.get("source_losses", {}).items()
+    }
 
 
-def assert_near(got: dict[tuple[int, str], float], wanted: dict[tuple[int, str], float], most: float = 1e-5) -> None:
+def assert_near(
+    got: dict[tuple[int, str], float], wanted: dict[tuple[int, str], float], most: float = 1e-5
+) -> None:
     assert got.keys() == wanted.keys() and wanted
     assert max(abs(got[key] - wanted[key]) for key in wanted) <= most
 
@@ -72,7 +89,9 @@ def alone(tmp_path_factory) -> Path:
 
 @PARALLEL
 def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
-    done = run_ranks(2, command(*SHARED, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path)
+    done = run_ranks(
+        2, command(*SHARED, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert_near(told(tmp_path / "run"), told(alone))
     assert done.stdout.count("validation loss") == 10  # one rank tells
@@ -88,16 +107,26 @@ def stopped_at(step: int, program: list[str], folder: Path, number: signal.Signa
     os.kill(process.pid, number)
     stopped = process.wait()
     # torchrun that was told itself ends so, whatever its ranks did.
-    assert stopped.returncode == ("torch.distributed.run" in program) and f"{number.name}: stopped after step" in stopped.stdout, stopped.stderr
+    assert (
+        stopped.returncode == ("torch.distributed.run" in program)
+        and f"{number.name}: stopped after step" in stopped.stdout
+    ), stopped.stderr
 
 
 @PARALLEL
 def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, parallel):
     end = ["--output_dir", "run", "--max_steps", "50"]
-    stopped_at(15, ranks(2, *end, "--parallel", parallel), tmp_path, signal.SIGTERM if parallel == "ddp" else signal.SIGUSR1)
+    stopped_at(
+        15,
+        ranks(2, *end, "--parallel", parallel),
+        tmp_path,
+        signal.SIGTERM if parallel == "ddp" else signal.SIGUSR1,
+    )
     assert 15 <= int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_")) < 50
     if parallel == "fsdp":  # which one process cannot be asked to do: the flag of the other kind resumes it
-        stopped_at(30, command(*SHARED, *end, "--resume", "auto", "--parallel", "ddp"), tmp_path, signal.SIGTERM)
+        stopped_at(
+            30, command(*SHARED, *end, "--resume", "auto", "--parallel", "ddp"), tmp_path, signal.SIGTERM
+        )
         last = command(*SHARED, *end, "--resume", "auto", "--parallel", "fsdp")
     else:
         stopped_at(30, command(*SHARED, *end, "--resume", "auto"), tmp_path, signal.SIGTERM)
@@ -117,15 +146,34 @@ def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
     stopped = process.wait()
     assert stopped.returncode == 0 and "stopped after step" in stopped.stdout, stopped.stderr
     again = run_program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
-    assert again.returncode == 0 and "resumed from" in again.stdout and (tmp_path / "run" / "model").is_dir(), again.stderr
+    assert (
+        again.returncode == 0 and "resumed from" in again.stdout and (tmp_path / "run" / "model").is_dir()
+    ), again.stderr
 
 
-@pytest.mark.parametrize(("number", "flags"), [("bf16", []), ("fp16", []), ("fp32", ["--lora.right.r", "1", "--train.optimizer", "muon"])])
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [("bf16", []), ("fp16", []), ("fp32", ["--lora.right.r", "1", "--train.optimizer", "muon"])],
+)
 def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
     """An encoder with batch statistics, in two types; matrices of fewer rows than ranks. Within the type's rounding."""
     found = []
     for parallel in ("ddp", "fsdp"):
-        more = [*flags, "--train.dtype", number, "--train.lr_vision", "1e-3", "--max_steps", "3", "--train.eval_every", "0", "--parallel", parallel, "--output_dir", parallel]
+        more = [
+            *flags,
+            "--train.dtype",
+            number,
+            "--train.lr_vision",
+            "1e-3",
+            "--max_steps",
+            "3",
+            "--train.eval_every",
+            "0",
+            "--parallel",
+            parallel,
+            "--output_dir",
+            parallel,
+        ]
         done = run_ranks(2, command(*SHARED, *more), tmp_path)
         assert done.returncode == 0, done.stderr
         found.append({key: value for key, value in told(tmp_path / parallel).items() if value is not None})
@@ -134,22 +182,53 @@ def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
 
 def test_the_command_for_several_nodes_is_theirs(tmp_path):
     """No rank knows what their torchruns were told."""
-    processes, metrics = start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1), tmp_path / "run" / "metrics.jsonl"
+    processes, metrics = (
+        start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1),
+        tmp_path / "run" / "metrics.jsonl",
+    )
     while processes[0].poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
         time.sleep(0.002)
     os.kill(processes[0].pid, signal.SIGUSR1)
     done = [process.wait() for process in processes]
     out = "".join(d.stdout for d in done)
-    assert [d.returncode for d in done] == [0, 0] and "stopped after step" in out and "go on with the same torchrun on each of the 2 nodes" in out
+    assert (
+        [d.returncode for d in done] == [0, 0]
+        and "stopped after step" in out
+        and "go on with the same torchrun on each of the 2 nodes" in out
+    )
 
 
 def test_ranks_without_torchrun_are_one_line(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")} | {"WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run([sys.executable, *command("--train.global_batch_size", "4")[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")
+    } | {"WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, *command("--train.global_batch_size", "4")[1:]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     single = {name: value for name, value in environment.items() if name != "WORLD_SIZE"} | {"RANK": "1"}
-    lone = subprocess.run([sys.executable, *command()[1:]], cwd=tmp_path, env=single, capture_output=True, text=True, check=False)
-    assert lone.returncode == 1 and "RANK = 1 and WORLD_SIZE = 1 do not fit" in lone.stderr and lone.stderr.count("\n") == 1, lone.stderr
-    assert done.returncode == 2 and "WORLD_SIZE = 2 stands in the environment without MASTER_ADDR" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    lone = subprocess.run(
+        [sys.executable, *command()[1:]],
+        cwd=tmp_path,
+        env=single,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        lone.returncode == 1
+        and "RANK = 1 and WORLD_SIZE = 1 do not fit" in lone.stderr
+        and lone.stderr.count("\n") == 1
+    ), lone.stderr
+    assert (
+        done.returncode == 2
+        and "WORLD_SIZE = 2 stands in the environment without MASTER_ADDR" in done.stderr
+        and done.stderr.count("\n") == 1
+    ), done.stderr
 
 
 @PARALLEL
@@ -213,8 +292,16 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
     [
         (1, Config(parallel="fsdp"), "there is one: start the script with torchrun"),
         (2, Config(), "train.global_batch_size = 8 is 1 forwards of 8 rows, which 2 ranks cannot share"),
-        (3, Config(data=DataConfig(streams=2), train=TrainConfig(global_batch_size=48)), "3 ranks cannot take the data's 2 streams"),
-        (2, Config(data=DataConfig(streams=4), train=TrainConfig(global_batch_size=48)), "which 4 streams cannot share"),
+        (
+            3,
+            Config(data=DataConfig(streams=2), train=TrainConfig(global_batch_size=48)),
+            "3 ranks cannot take the data's 2 streams",
+        ),
+        (
+            2,
+            Config(data=DataConfig(streams=4), train=TrainConfig(global_batch_size=48)),
+            "which 4 streams cannot share",
+        ),
     ],
 )
 def test_contradictions_are_one_line(size, config, message):
@@ -227,9 +314,20 @@ def test_contradictions_are_one_line(size, config, message):
 
 def test_states_of_all_ranks_are_one_of_each_stream():
     """Two ranks that share a stream: what each found damaged is added up."""
-    shared = [{0: {"epoch": 1, "damaged": [["a", "image_damaged", 2]]}}, {0: {"epoch": 1, "damaged": [["a", "image_damaged", 3], ["b", "image_missing", 1]]}}]
+    shared = [
+        {0: {"epoch": 1, "damaged": [["a", "image_damaged", 2]]}},
+        {0: {"epoch": 1, "damaged": [["a", "image_damaged", 3], ["b", "image_missing", 1]]}},
+    ]
     assert merged(shared) == [{"epoch": 1, "damaged": [["a", "image_damaged", 5], ["b", "image_missing", 1]]}]
-    assert [state["epoch"] for state in merged([{0: {"epoch": 4, "damaged": []}, 2: {"epoch": 6, "damaged": []}}, {1: {"epoch": 5, "damaged": []}}])] == [4, 5, 6]
+    assert [
+        state["epoch"]
+        for state in merged(
+            [
+                {0: {"epoch": 4, "damaged": []}, 2: {"epoch": 6, "damaged": []}},
+                {1: {"epoch": 5, "damaged": []}},
+            ]
+        )
+    ] == [4, 5, 6]
 
 
 def test_fp16_holds_the_same_numbers_on_any_number_of_ranks(tmp_path):
@@ -245,7 +343,9 @@ def test_fp16_holds_the_same_numbers_on_any_number_of_ranks(tmp_path):
     load_scale(off, scale_state(off, 2), 4)
     flags = ["--train.dtype", "fp16", "--max_steps", "2", "--output_dir", "run"]
     for number, step in ((2, 2), (1, 3)):
-        done = run_ranks(number, command(*SHARED, *flags, "--resume", "auto", "--max_steps", str(step)), tmp_path)
+        done = run_ranks(
+            number, command(*SHARED, *flags, "--resume", "auto", "--max_steps", str(step)), tmp_path
+        )
         assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss_scale"] for line in lines if "grad_norm" in line] == [65536] * 3

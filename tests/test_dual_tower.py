@@ -44,9 +44,13 @@ def document_logits(model, batch, row: int, document: int) -> torch.Tensor:
 @pytest.fixture
 def samples(renderer) -> list[Sample]:
     return [
-        make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]], [TURNS[2]]], seed=1),  # three questions on one image
+        make_sample(
+            renderer, 1, [[TURNS[0]], [TURNS[1]], [TURNS[2]]], seed=1
+        ),  # three questions on one image
         make_sample(renderer, 3, [TURNS], seed=2),  # a conversation about three images
-        make_sample(renderer, [(2, 1), (1, 1)], [[TURNS[3]], TURNS[:2]], seed=3),  # the first image is cut into two tiles
+        make_sample(
+            renderer, [(2, 1), (1, 1)], [[TURNS[3]], TURNS[:2]], seed=3
+        ),  # the first image is cut into two tiles
         make_sample(renderer, 0, [[TURNS[2]]], seed=4),  # text alone
     ]
 
@@ -61,9 +65,14 @@ def test_equals_the_naive_dual_tower(tokenizer, renderer, samples, isolation, at
     for number, sample in enumerate(samples):
         alone = collate([[sample]], tokenizer.global_image)
         for d in range(len(sample.documents)):
-            expected = naive.logits(full_ids(renderer, sample, d), sample.tiles) if len(sample.tiles) else None
+            expected = (
+                naive.logits(full_ids(renderer, sample, d), sample.tiles) if len(sample.tiles) else None
+            )
             row, first = places[number]
-            got_packed, got_alone = document_logits(model, packed, row, first + d), document_logits(model, alone, 0, d)
+            got_packed, got_alone = (
+                document_logits(model, packed, row, first + d),
+                document_logits(model, alone, 0, d),
+            )
             torch.testing.assert_close(got_packed, got_alone, atol=1e-5, rtol=0)
             if expected is not None:
                 torch.testing.assert_close(got_packed, expected, atol=1e-5, rtol=0)
@@ -77,24 +86,43 @@ def test_other_routings_equal_their_naive_models(tokenizer, attention, context):
     model = tiny_model(tokenizer, config)
     renderer = Renderer(tokenizer, config.tokens_per_tile, context)
     naive = Naive(model)
-    first = [make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]]], seed=1)] if context == "prefix" else [make_sample(renderer, 1, [[t]], seed=1) for t in TURNS[:2]]
-    samples = [*first, make_sample(renderer, 2, [TURNS[:2]], seed=2), make_sample(renderer, 0, [[TURNS[2]]], seed=3)]
+    first = (
+        [make_sample(renderer, 1, [[TURNS[0]], [TURNS[1]]], seed=1)]
+        if context == "prefix"
+        else [make_sample(renderer, 1, [[t]], seed=1) for t in TURNS[:2]]
+    )
+    samples = [
+        *first,
+        make_sample(renderer, 2, [TURNS[:2]], seed=2),
+        make_sample(renderer, 0, [[TURNS[2]]], seed=3),
+    ]
     packed = collate([samples], tokenizer.global_image)
     numbers = [(s, d) for s in samples for d in range(len(s.documents))]
     for place, (sample, d) in enumerate(numbers):
-        got, alone = document_logits(model, packed, 0, place), document_logits(model, collate([[sample]], tokenizer.global_image), 0, d)
+        got, alone = (
+            document_logits(model, packed, 0, place),
+            document_logits(model, collate([[sample]], tokenizer.global_image), 0, d),
+        )
         torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
         if len(sample.tiles):
-            torch.testing.assert_close(got, naive.logits(full_ids(renderer, sample, d), sample.tiles), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                got, naive.logits(full_ids(renderer, sample, d), sample.tiles), atol=1e-5, rtol=0
+            )
     batch = {k: v for k, v in packed.items() if k != "labels"}
     with torch.no_grad():
         base = model.logits(model(**batch).hidden)[0]
-        changed = model.logits(model(**batch | {"tiles": torch.cat((255 - batch["tiles"][:1], batch["tiles"][1:]))}).hidden)[0]
-    assert torch.equal(base[batch["right_groups"][0] != 0], changed[batch["right_groups"][0] != 0]) and not torch.equal(base, changed)
+        changed = model.logits(
+            model(**batch | {"tiles": torch.cat((255 - batch["tiles"][:1], batch["tiles"][1:]))}).hidden
+        )[0]
+    assert torch.equal(
+        base[batch["right_groups"][0] != 0], changed[batch["right_groups"][0] != 0]
+    ) and not torch.equal(base, changed)
 
 
 def test_the_image_changes_the_answer(model, tokenizer, renderer):
-    batches = [collate([[make_sample(renderer, 1, [[TURNS[0]]], seed)]], tokenizer.global_image) for seed in (1, 2)]
+    batches = [
+        collate([[make_sample(renderer, 1, [[TURNS[0]]], seed)]], tokenizer.global_image) for seed in (1, 2)
+    ]
     a, b = (document_logits(model, batch, 0, 0) for batch in batches)
     before = 3  # <|im_start|>, user and newline stand before the image
     assert torch.equal(a[:before], b[:before])
@@ -112,12 +140,16 @@ def test_packing_leaks_nothing(model, tokenizer, samples):
             return model.logits(model(**inputs | changed).hidden)[0]
 
     with torch.no_grad():  # once: the left tower never sees what changes
-        image_kv = model.left(*(batch[name] for name in ("tiles", "left_ids", "left_positions", "left_groups", "left_images")))
+        image_kv = model.left(
+            *(batch[name] for name in ("tiles", "left_ids", "left_positions", "left_groups", "left_images"))
+        )
 
     def logits_of_text(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             places = (batch[name] for name in ("right_positions", "right_documents", "right_groups"))
-            return model.logits(model.right.read(image_kv, batch["left_positions"], batch["left_groups"], ids, *places))[0]
+            return model.logits(
+                model.right.read(image_kv, batch["left_positions"], batch["left_groups"], ids, *places)
+            )[0]
 
     base = logits()
     assert torch.equal(logits_of_text(batch["right_ids"]), base)
@@ -128,7 +160,9 @@ def test_packing_leaks_nothing(model, tokenizer, samples):
         others = documents != documents[t]
         assert torch.equal(changed[others], base[others])
         assert not torch.equal(changed[t], base[t])
-        own_earlier = (documents == documents[t]) & (batch["right_positions"][0] < batch["right_positions"][0, t])
+        own_earlier = (documents == documents[t]) & (
+            batch["right_positions"][0] < batch["right_positions"][0, t]
+        )
         assert torch.equal(changed[own_earlier], base[own_earlier])
     tiles = batch["tiles"].clone()
     tiles[0] = 255 - tiles[0]  # the image of group 0
@@ -141,7 +175,9 @@ def test_padding_changes_nothing(model, tokenizer, samples):
     alone = collate([[samples[0]]], tokenizer.global_image)
     padded = collate([[samples[0]], [samples[1], samples[2]]], tokenizer.global_image)
     for d in range(3):
-        torch.testing.assert_close(document_logits(model, padded, 0, d), document_logits(model, alone, 0, d), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            document_logits(model, padded, 0, d), document_logits(model, alone, 0, d), atol=1e-5, rtol=0
+        )
 
 
 def test_loss_is_cross_entropy_over_supervised_tokens(monkeypatch, model, tokenizer, samples):
@@ -151,7 +187,9 @@ def test_loss_is_cross_entropy_over_supervised_tokens(monkeypatch, model, tokeni
         logits = model.logits(output.hidden)
         monkeypatch.setattr(losses, "CHUNK", model.vocabulary.text_size * 3)
         chunked = model.right.loss(output.hidden, batch["labels"])
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=-100)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", ignore_index=-100
+    )
     torch.testing.assert_close(output.loss_sum, expected)
     torch.testing.assert_close(chunked.sum(), expected)
 

@@ -28,14 +28,30 @@ FROZEN = {
 
 
 # A small ViT: torch counts the backward of EfficientNet's depthwise convolutions as if they were dense.
-VIT = VisionConfig("vit_base_patch16_siglip_224", "random", image_size=32, grid=4, normalize="unit", options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}')
+VIT = VisionConfig(
+    "vit_base_patch16_siglip_224",
+    "random",
+    image_size=32,
+    grid=4,
+    normalize="unit",
+    options='{"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}',
+)
 
 
 def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -> Config:  # noqa: B008
-    tower = replace(TINY, layers=10)  # in a frozen right tower's first layer no gradient goes below attention: not modelled, one layer of many
+    tower = replace(
+        TINY, layers=10
+    )  # in a frozen right tower's first layer no gradient goes below attention: not modelled, one layer of many
     model = replace(TINY_MODEL, vision=VIT, left_context=context, left=tower, right=tower)
     data = DataConfig(left_length=30, right_length=96)
-    return Config(model=model, data=data, lora=lora, train=TrainConfig(local_batch_size=3, global_batch_size=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)))
+    return Config(
+        model=model,
+        data=data,
+        lora=lora,
+        train=TrainConfig(
+            local_batch_size=3, global_batch_size=3, dtype="bf16", **({"lr_vision": 1e-3} | rates)
+        ),
+    )
 
 
 @pytest.fixture
@@ -56,7 +72,11 @@ def test_flops_are_those_of_the_counter(tokenizer, context, frozen, plain_attent
     make_optimizers(model, config.train)  # freezes
     batch = full_batch(config, tokenizer.vocabulary, 3)
     flops = count_flops(model)
-    with FlopCounterMode(display=False) as forward, torch.no_grad(), autocast(config.train, torch.device("cpu")):
+    with (
+        FlopCounterMode(display=False) as forward,
+        torch.no_grad(),
+        autocast(config.train, torch.device("cpu")),
+    ):
         model(**batch)
     assert flops.forward(batch) == pytest.approx(forward.get_total_flops(), rel=0.02)
     with FlopCounterMode(display=False) as both, autocast(config.train, torch.device("cpu")):
@@ -78,15 +98,22 @@ def test_activations_follow_from_one_and_two_layers_and_rows(tokenizer, model_cl
     def measure(rows: int, layers: int) -> int:
         return saved_bytes(config, model_class, tokenizer.vocabulary, rows, layers)
 
-    assert estimate_activations(config.train.local_batch_size, config.model.right.layers, measure) == pytest.approx(
-        measure(config.train.local_batch_size, config.model.right.layers), rel=0.02
-    )
+    assert estimate_activations(
+        config.train.local_batch_size, config.model.right.layers, measure
+    ) == pytest.approx(measure(config.train.local_batch_size, config.model.right.layers), rel=0.02)
 
 
 def test_a_full_batch_is_full(tokenizer):
     config = make_config("image")
     batch = full_batch(config, tokenizer.vocabulary, 3)
-    assert batch["left_ids"].shape == (3, 30) and batch["right_ids"].shape == (3, 96) and len(batch["tiles"]) == 3 * 6
+    assert (
+        batch["left_ids"].shape == (3, 30)
+        and batch["right_ids"].shape == (3, 96)
+        and len(batch["tiles"]) == 3 * 6
+    )
     assert (batch["left_groups"].amax(1) == 5).all() and (batch["right_groups"].amax(1) == 5).all()
     vanilla = full_batch(make_config("none"), tokenizer.vocabulary, 1)
-    assert vanilla["right_ids"].shape == (1, 96) and int((vanilla["right_ids"] == tokenizer.image).sum()) == len(vanilla["tiles"]) * 4
+    assert (
+        vanilla["right_ids"].shape == (1, 96)
+        and int((vanilla["right_ids"] == tokenizer.image).sum()) == len(vanilla["tiles"]) * 4
+    )

@@ -51,7 +51,12 @@ MMSTAR = {  # category → its l2 categories, as in MMStar
     "science & technology": ["biology & chemistry & physics", "geography & earth science & agriculture"],
     "math": ["geometry", "statistical reasoning"],
 }
-QUESTIONS = ["what is it?", "is there a red circle in the image?", "what color is the shape?", "is it large or is it small?"]
+QUESTIONS = [
+    "what is it?",
+    "is there a red circle in the image?",
+    "what color is the shape?",
+    "is it large or is it small?",
+]
 
 
 def png(seed: int, side: int = 64) -> bytes:
@@ -66,7 +71,15 @@ def mmstar_rows(count: int) -> list[dict]:
         category = list(MMSTAR)[i % 6]
         question = f"{QUESTIONS[i % 4]} \nOptions: A: red, B: blue, C: no, D: small"
         about = {"source": "made", "split": "val", "image_path": f"{i}.png"}
-        rows.append({"index": i, "question": question, "image": {"bytes": png(i // 2, 64 + i % 3), "path": None}, "answer": "ABCD"[i * 7 % 4], "category": category})
+        rows.append(
+            {
+                "index": i,
+                "question": question,
+                "image": {"bytes": png(i // 2, 64 + i % 3), "path": None},
+                "answer": "ABCD"[i * 7 % 4],
+                "category": category,
+            }
+        )
         rows[-1] |= {"l2_category": MMSTAR[category][i // 6 % 2], "meta_info": about}
     return rows
 
@@ -77,7 +90,17 @@ def write_mmstar(folder: Path, rows: list[dict]) -> None:
 
     text = Value("string")
     about = {"source": text, "split": text, "image_path": text}
-    features = Features({"index": Value("int64"), "question": text, "image": ImageFeature(), "answer": text, "category": text, "l2_category": text, "meta_info": about})
+    features = Features(
+        {
+            "index": Value("int64"),
+            "question": text,
+            "image": ImageFeature(),
+            "answer": text,
+            "category": text,
+            "l2_category": text,
+            "meta_info": about,
+        }
+    )
     (folder / "data").mkdir(parents=True)
     Dataset.from_list(rows, features=features).to_parquet(folder / "data" / "val-00000-of-00001.parquet")
 
@@ -111,18 +134,33 @@ def adapter(predictor: Predictor, documents: list[dict], **options) -> DualTower
     return made
 
 
-def request(number: int, text: str, second, visuals=lambda d: d["images"], kind: str = "generate_until", *more) -> Instance:
-    return Instance(kind, (text, second, visuals, *more, number, "task", "test"), 0, {"task": "task", "doc_id": number, "repeats": 1})
+def request(
+    number: int, text: str, second, visuals=lambda d: d["images"], kind: str = "generate_until", *more
+) -> Instance:
+    return Instance(
+        kind,
+        (text, second, visuals, *more, number, "task", "test"),
+        0,
+        {"task": "task", "doc_id": number, "repeats": 1},
+    )
 
 
 @pytest.mark.parametrize("context", ["image", "none"])
 def test_ragged_batches_answer_as_single_questions_do(tokenizer, context):
     """The whole small set, in fp32, dual tower and vanilla; images with another size, none and two, questions of many lengths."""
-    predictor = Predictor(lively_model(tokenizer, replace(TINY_MODEL, left_context=context)), Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context))
-    documents = [{"images": [Image.open(io.BytesIO(png(i + j, 64 + 8 * i))) for j in range(i % 3)]} for i in range(12)]
+    predictor = Predictor(
+        lively_model(tokenizer, replace(TINY_MODEL, left_context=context)),
+        Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context),
+    )
+    documents = [
+        {"images": [Image.open(io.BytesIO(png(i + j, 64 + 8 * i))) for j in range(i % 3)]} for i in range(12)
+    ]
     texts = [" ".join(QUESTIONS[: 1 + i % 4]) for i in range(12)]
     settings = GenerationConfig(max_new_tokens=7)
-    alone = [predictor.answer([([predictor.tiles(i) for i in d["images"]], t)], settings)[0].text for d, t in zip(documents, texts, strict=True)]
+    alone = [
+        predictor.answer([([predictor.tiles(i) for i in d["images"]], t)], settings)[0].text
+        for d, t in zip(documents, texts, strict=True)
+    ]
     assert len(set(alone)) > 6
     for size in (1, 5, 12):
         made = adapter(predictor, documents, batch_size=size, max_new_tokens=7)
@@ -135,14 +173,25 @@ def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, predictor
     question, greedy = next(  # what the model says, in so few tokens that the text is spelt with them again
         (question, text)
         for question in [*QUESTIONS, "blue", "red", "no", "a", "small", "circle"]
-        if tokenizer.encode(text := predictor.answer([([], question)], GenerationConfig(max_new_tokens=1))[0].text) and text == text.strip() and "\ufffd" not in text
+        if tokenizer.encode(
+            text := predictor.answer([([], question)], GenerationConfig(max_new_tokens=1))[0].text
+        )
+        and text == text.strip()
+        and "\ufffd" not in text
     )
     answers, questions = [" blue", " a rectangle", " no", " it is small", greedy], [*QUESTIONS, question]
-    found = adapter(predictor, documents, batch_size=3).loglikelihood([request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)])
+    found = adapter(predictor, documents, batch_size=3).loglikelihood(
+        [request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)]
+    )
     for n, (document, answer) in enumerate(zip(documents, answers, strict=True)):
         tiles = [predictor.tiles(image) for image in document["images"]]
-        told = renderer.conversation([t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}])
-        batch = collate([[Sample((0, 0, 0), torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0), [told])]], tokenizer.global_image)
+        told = renderer.conversation(
+            [t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}]
+        )
+        batch = collate(
+            [[Sample((0, 0, 0), torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0), [told])]],
+            tokenizer.global_image,
+        )
         with torch.no_grad():
             logprobs = predictor.model.logits(predictor.model(**batch).hidden[0]).log_softmax(-1)
         labels = batch["labels"][0]
@@ -162,7 +211,13 @@ def test_multi_round(predictor, monkeypatch):
 
     def next_round(document, previous_output, round_idx, previous_round_info):
         asked.append((list(previous_output), round_idx, previous_round_info))
-        return document["images"], QUESTIONS[round_idx], round_idx == document["rounds"], list(previous_output), f"after {round_idx}"
+        return (
+            document["images"],
+            QUESTIONS[round_idx],
+            round_idx == document["rounds"],
+            list(previous_output),
+            f"after {round_idx}",
+        )
 
     documents = [{"images": [Image.open(io.BytesIO(png(3 + i)))], "rounds": 1 + i} for i in range(3)]
     made = adapter(predictor, documents)
@@ -176,12 +231,22 @@ def test_multi_round(predictor, monkeypatch):
         for i in range(3)
     ]
     batches, original = [], predictor.answer
-    monkeypatch.setattr(predictor, "answer", lambda questions, *more, **named: (batches.append(len(questions)), original(questions, *more, **named))[1])
+    monkeypatch.setattr(
+        predictor,
+        "answer",
+        lambda questions, *more, **named: (
+            batches.append(len(questions)),
+            original(questions, *more, **named),
+        )[1],
+    )
     told = made.generate_until_multi_round(requests)
     assert batches == [3, 2, 1]  # a round of all at once
     for document, answers in zip(documents, told, strict=True):
         tiles = predictor.tiles(document["images"][0])
-        assert answers == [original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text for q in QUESTIONS[: document["rounds"]]]
+        assert answers == [
+            original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text
+            for q in QUESTIONS[: document["rounds"]]
+        ]
     rounds = [(len(previous), number, info) for previous, number, info in asked]
     assert rounds == [(1, 1, None)] * 3 + [(2, 2, "after 1")] * 2 + [(3, 3, "after 2")]
 
@@ -189,9 +254,15 @@ def test_multi_round(predictor, monkeypatch):
 def test_an_image_is_encoded_once(predictor, monkeypatch):
     encoded = []
     original = predictor.model.encode_images
-    monkeypatch.setattr(predictor.model, "encode_images", lambda tiles, *more: (encoded.append(len(tiles)), original(tiles, *more))[1])
+    monkeypatch.setattr(
+        predictor.model,
+        "encode_images",
+        lambda tiles, *more: (encoded.append(len(tiles)), original(tiles, *more))[1],
+    )
     image = Image.open(io.BytesIO(png(1)))
-    adapter(predictor, [{"images": [image]}] * 9, batch_size=2, max_new_tokens=2).generate_until([request(n, QUESTIONS[n % 4], {}) for n in range(9)])
+    adapter(predictor, [{"images": [image]}] * 9, batch_size=2, max_new_tokens=2).generate_until(
+        [request(n, QUESTIONS[n % 4], {}) for n in range(9)]
+    )
     assert sum(encoded) == 1
 
 
@@ -199,7 +270,18 @@ def test_an_image_is_encoded_once(predictor, monkeypatch):
     "arguments, sampling, tokens",
     [
         ({}, False, 64),
-        ({"max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1, "do_sample": False, "until": ["\n\n"]}, False, 5),
+        (
+            {
+                "max_new_tokens": 5,
+                "temperature": 0,
+                "top_p": None,
+                "num_beams": 1,
+                "do_sample": False,
+                "until": ["\n\n"],
+            },
+            False,
+            5,
+        ),
         ({"stop_sequences": ["."]}, False, 64),
         ({"temperature": 0.7, "top_p": 0.9}, True, 64),
         ({"do_sample": True, "temperature": 0}, False, 64),
@@ -215,12 +297,23 @@ def test_generation_arguments(predictor, arguments, sampling, tokens):
 
 def test_answers_end_before_any_of_the_strings(predictor):
     documents = [{"images": []}]
-    (whole,) = adapter(predictor, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {})])
+    (whole,) = adapter(predictor, documents, max_new_tokens=12).generate_until(
+        [request(0, "what is it?", {})]
+    )
     ends = [whole.text[5:7], whole.text[3:4], "never"]
-    (cut,) = adapter(predictor, documents, max_new_tokens=12).generate_until([request(0, "what is it?", {"until": ends})])
-    assert DualTower(predictor=predictor, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens == 7
-    assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(whole.text)
-    assert cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12  # and it was not made to its longest first
+    (cut,) = adapter(predictor, documents, max_new_tokens=12).generate_until(
+        [request(0, "what is it?", {"until": ends})]
+    )
+    assert (
+        DualTower(predictor=predictor, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens
+        == 7
+    )
+    assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(
+        whole.text
+    )
+    assert (
+        cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12
+    )  # and it was not made to its longest first
 
 
 def test_answers_at_their_longest_length_are_counted(predictor):
@@ -235,7 +328,11 @@ def test_answers_at_their_longest_length_are_counted(predictor):
     [
         ({"num_beams": 4}, lambda d: [], "num_beams = 4 is not supported"),
         ({"grammar": "x", "penalty_alpha": 1}, lambda d: [], "not supported: grammar, penalty_alpha"),
-        ({}, lambda d: [d["image"].convert("RGB")], "task task: row 0 has no image that can be used (KeyError"),
+        (
+            {},
+            lambda d: [d["image"].convert("RGB")],
+            "task task: row 0 has no image that can be used (KeyError",
+        ),
         ({}, lambda d: [None], "task task: row 0 has no image"),
         ({}, lambda d: ["clip.mp4"], "has a str for an image: this model reads images alone"),
         ({}, lambda d: [b"no image"], "task task: row 0: "),
@@ -250,8 +347,17 @@ def test_a_request_that_fails_is_raised(predictor, second, visuals, error):
 def test_an_image_with_many_questions_is_encoded_once(tokenizer):
     """Though questions are sorted by length, and though the store holds a quarter of the images."""
     model = lively_model(tokenizer)
-    one = 4 * 2 * model.config.left.layers * model.config.left.kv_heads * model.config.left.head_size * (model.config.tokens_per_tile + 1)
-    predictor = Predictor(model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image"), ImageStore(memory_bytes=10 * one))
+    one = (
+        4
+        * 2
+        * model.config.left.layers
+        * model.config.left.kv_heads
+        * model.config.left.head_size
+        * (model.config.tokens_per_tile + 1)
+    )
+    predictor = Predictor(
+        model, Renderer(tokenizer, TINY_MODEL.tokens_per_tile, "image"), ImageStore(memory_bytes=10 * one)
+    )
     documents = [{"images": [Image.open(io.BytesIO(png(n // 3)))]} for n in range(120)]
     kinds: list[str] = []
     answer = predictor.answer
@@ -273,17 +379,28 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(predictor, monkeypatch)
 
     monkeypatch.setattr(predictor, "answer", answer)
     requests = [request(n, QUESTIONS[n % 4], {}) for n in range(12)]
-    plain = [f.text for f in adapter(predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3).generate_until(requests)]
+    plain = [
+        f.text
+        for f in adapter(predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3).generate_until(
+            requests
+        )
+    ]
     sizes.clear()
     made = adapter(predictor, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
     assert [f.text for f in made.generate_until(requests)] == plain
-    assert made.batch_size == 4 and sizes == [8, 4, 4, 4] and said == ["out of memory at batch size 8: going on with 4"]
+    assert (
+        made.batch_size == 4
+        and sizes == [8, 4, 4, 4]
+        and said == ["out of memory at batch size 8: going on with 4"]
+    )
     limit = 3
     with pytest.raises(UserError, match="out of memory at batch size 4 too"):  # once is enough
         made.generate_until(requests)
     limit = 1
     with pytest.raises(UserError, match="out of memory at batch size 2 too: give a smaller --batch_size"):
-        adapter(predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append).generate_until(requests)
+        adapter(
+            predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append
+        ).generate_until(requests)
 
 
 def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> DualTower:
@@ -292,7 +409,12 @@ def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> Dual
     real = made.answer
 
     def answer(questions, settings, ends):
-        return [a._replace(text=answers[text]) for a, (_, text) in zip(real(questions, replace(settings, max_new_tokens=1), ends), questions, strict=True)]
+        return [
+            a._replace(text=answers[text])
+            for a, (_, text) in zip(
+                real(questions, replace(settings, max_new_tokens=1), ends), questions, strict=True
+            )
+        ]
 
     monkeypatch.setattr(made, "answer", answer)
     return made
@@ -329,13 +451,33 @@ def test_a_copy_that_changes_is_read_anew(predictor, tmp_path):
 def test_the_hash_of_the_data_is_of_the_images_too(predictor, tmp_path):
     """And an earlier run's results stay until there are new ones, which is told."""
     model, said = exported(tmp_path / "model", predictor), []
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "texts": [{"user": "what?", "assistant": "it"}]}) + "\n" for i in range(3)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(
+            json.dumps({"image": f"{i}.png", "texts": [{"user": "what?", "assistant": "it"}]}) + "\n"
+            for i in range(3)
+        )
+    )
     for first in (0, 0, 5):
         for i in range(3):
             (tmp_path / f"{i}.png").write_bytes(png(first + i))
-        done = evaluation_here("--model", str(model), "--tasks", "questions:jsonl=mine.jsonl", "--max_new_tokens", "2", "--output", "out", cwd=tmp_path)
+        done = evaluation_here(
+            "--model",
+            str(model),
+            "--tasks",
+            "questions:jsonl=mine.jsonl",
+            "--max_new_tokens",
+            "2",
+            "--output",
+            "out",
+            cwd=tmp_path,
+        )
         told = json.loads((tmp_path / "out" / "results.json").read_text())
-        said.append((told["tasks"]["questions:jsonl=mine.jsonl"]["data_hash"], "results of an earlier run" in done.stdout))
+        said.append(
+            (
+                told["tasks"]["questions:jsonl=mine.jsonl"]["data_hash"],
+                "results of an earlier run" in done.stdout,
+            )
+        )
     assert said[0][0] == said[1][0] != said[2][0] and [earlier for _, earlier in said] == [False, True, True]
 
 
@@ -346,12 +488,22 @@ def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
         row["question"] = f"{i}: {row['question']}"
     write_mmstar(tmp_path / "MMStar", rows)
     rng = random.Random(1)
-    said = {row["question"].strip() + "\nAnswer with the option's letter from the given choices directly": rng.choice("ABCD") for row in rows}
-    found = run_tasks(scripted(predictor, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"]["mmstar"]
+    said = {
+        row["question"].strip()
+        + "\nAnswer with the option's letter from the given choices directly": rng.choice("ABCD")
+        for row in rows
+    }
+    found = run_tasks(scripted(predictor, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"][
+        "mmstar"
+    ]
     for name, among in [("average", [c for l2 in MMSTAR.values() for c in l2]), *MMSTAR.items()]:
         shares = []
         for l2 in among:
-            right = [a == row["answer"] for row, a in zip(rows, said.values(), strict=True) if row["l2_category"] == l2]
+            right = [
+                a == row["answer"]
+                for row, a in zip(rows, said.values(), strict=True)
+                if row["l2_category"] == l2
+            ]
             shares += [sum(right) / len(right)] if right else []
         assert found[f"{name},none"] == pytest.approx(sum(shares) / len(shares)), name
     assert 0 < found["average,none"] < 1
@@ -383,7 +535,9 @@ def test_half_an_image_is_refused(predictor):
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     half = Image.open(io.BytesIO(png(1)[:2000]))
     with pytest.raises(UserError, match="row 0"):
-        adapter(predictor, [{}]).generate_until([request(0, "what is it?", {}, lambda d: [half.convert("RGB")])])
+        adapter(predictor, [{}]).generate_until(
+            [request(0, "what is it?", {}, lambda d: [half.convert("RGB")])]
+        )
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     Tasks().load("easy_vqa")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -409,16 +563,29 @@ def test_a_stock_multiple_choice_task_takes_the_likeliest(predictor, tmp_path, m
         | {f"choice_{c}": f"thing {c} {i}" for c in "abcd"}
         for i in range(6)
     ]
-    features = dict.fromkeys(("question", "answer", "data_type", "question_id", "data_id", *(f"choice_{c}" for c in "abcd")), text)
-    features |= {"image": List(ImageFeature()), "question_type_id": Value("int64"), "segment": List(Value("int64"))}
+    features = dict.fromkeys(
+        ("question", "answer", "data_type", "question_id", "data_id", *(f"choice_{c}" for c in "abcd")), text
+    )
+    features |= {
+        "image": List(ImageFeature()),
+        "question_type_id": Value("int64"),
+        "segment": List(Value("int64")),
+    }
     (tmp_path / "seedbench_ppl" / "data").mkdir(parents=True)
-    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "seedbench_ppl" / "data" / "test-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=Features(features)).to_parquet(
+        tmp_path / "seedbench_ppl" / "data" / "test-00000-of-00001.parquet"
+    )
 
     def likelihoods(questions):  # the first three rows' truths, and three wrong choices
-        return [(-1.0 if choice[6] == "abc"[int(question.split()[3]) % 3] else -2.0, False) for _, question, choice in questions]
+        return [
+            (-1.0 if choice[6] == "abc"[int(question.split()[3]) % 3] else -2.0, False)
+            for _, question, choice in questions
+        ]
 
     monkeypatch.setattr(predictor, "loglikelihoods", likelihoods)
-    found = run_tasks(DualTower(predictor=predictor), Tasks(tmp_path), ["seedbench_ppl"])["results"]["seedbench_ppl"]
+    found = run_tasks(DualTower(predictor=predictor), Tasks(tmp_path), ["seedbench_ppl"])["results"][
+        "seedbench_ppl"
+    ]
     assert found["acc,none"] == 0.5
 
 
@@ -441,33 +608,72 @@ def test_matchers(matcher, answer, references, right):
 
 
 CAPTIONS = [
-    {"pred": "a red bus (two)", "answer": ["a red bus on a street", "the bus is red"], "instruction": "press the red bus", "ann_id": "1"},
-    {"pred": "two dogs run", "answer": ["two dogs are running", "dogs in a park"], "instruction": "two dogs run here", "ann_id": "2"},
-    {"pred": "a cat sits on a mat", "answer": ["a cat sits on the mat"], "instruction": "a cat sits on it", "ann_id": "3"},
+    {
+        "pred": "a red bus (two)",
+        "answer": ["a red bus on a street", "the bus is red"],
+        "instruction": "press the red bus",
+        "ann_id": "1",
+    },
+    {
+        "pred": "two dogs run",
+        "answer": ["two dogs are running", "dogs in a park"],
+        "instruction": "two dogs run here",
+        "ann_id": "2",
+    },
+    {
+        "pred": "a cat sits on a mat",
+        "answer": ["a cat sits on the mat"],
+        "instruction": "a cat sits on it",
+        "ann_id": "3",
+    },
 ]
 
 
-@pytest.mark.parametrize("name", ["coco2014_cap_val", "flickr30k_test", "nocaps_val", "textcaps_val", "refcoco_bbox_val", "screenspot_reg_test", "vatex_val_zh"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coco2014_cap_val",
+        "flickr30k_test",
+        "nocaps_val",
+        "textcaps_val",
+        "refcoco_bbox_val",
+        "screenspot_reg_test",
+        "vatex_val_zh",
+    ],
+)
 def test_stock_caption_tasks_need_no_java(name, monkeypatch):
     """All but METEOR, which is named as left out."""
     monkeypatch.setattr("eval.tasks.shutil.which", lambda program: None)
     tasks = Tasks()
     metrics = tasks._get_config(name)["metric_list"]
-    assert any(metric["metric"].endswith("_CIDEr") for metric in metrics) and all(metric["metric"] in tasks.captions for metric in metrics)
+    assert any(metric["metric"].endswith("_CIDEr") for metric in metrics) and all(
+        metric["metric"] in tasks.captions for metric in metrics
+    )
     assert all(left.endswith("METEOR") for left in tasks.left_out)
     key = "instruction" if "screenspot" in name else "answer"
     rows = [{"pred": row["pred"], key: row[key]} for row in CAPTIONS]
     for metric in metrics:
-        ours = caption_scores([row["pred"] for row in rows], [[row[key]] if isinstance(row[key], str) else row[key] for row in rows], [tasks.captions[metric["metric"]]])
+        ours = caption_scores(
+            [row["pred"] for row in rows],
+            [[row[key]] if isinstance(row[key], str) else row[key] for row in rows],
+            [tasks.captions[metric["metric"]]],
+        )
         assert metric["aggregation"](rows) == next(iter(ours.values())), metric["metric"]
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
-@pytest.mark.parametrize("name, chosen", [("refcoco_bbox_val", "refcoco_Bleu_2"), ("screenspot_reg_test", "screenspot_CIDEr")])
+@pytest.mark.parametrize(
+    "name, chosen", [("refcoco_bbox_val", "refcoco_Bleu_2"), ("screenspot_reg_test", "screenspot_CIDEr")]
+)
 def test_stock_caption_tasks_score_as_their_own_code_does(name, chosen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours, theirs = ({m["metric"]: m["aggregation"] for m in config["metric_list"]}[chosen] for config in (Tasks()._get_config(name), TaskManager("ERROR")._get_config(name)))
-    assert ours(CAPTIONS if "refcoco" in name else [row | {"answer": None} for row in CAPTIONS]) == pytest.approx(theirs(CAPTIONS), abs=1e-4)
+    ours, theirs = (
+        {m["metric"]: m["aggregation"] for m in config["metric_list"]}[chosen]
+        for config in (Tasks()._get_config(name), TaskManager("ERROR")._get_config(name))
+    )
+    assert ours(
+        CAPTIONS if "refcoco" in name else [row | {"answer": None} for row in CAPTIONS]
+    ) == pytest.approx(theirs(CAPTIONS), abs=1e-4)
 
 
 def test_standard_error_of_a_mean_over_uneven_groups():
@@ -475,11 +681,20 @@ def test_standard_error_of_a_mean_over_uneven_groups():
     rng = random.Random(0)
     groups = {"a": [0, 1, 1, 1, 0, 1] * 4, "b": [0, 1, 0] * 3, "c": [1] * 5}
     average = statistics.fmean(map(statistics.fmean, groups.values()))
-    samples = [{"average": {"question_id": i, "l2_category": name, "score": score}} for name, scores in groups.items() for i, score in enumerate(scores)]
-    drawn = [statistics.fmean(statistics.fmean(rng.choices(scores, k=len(scores))) for scores in groups.values()) for _ in range(3000)]
+    samples = [
+        {"average": {"question_id": i, "l2_category": name, "score": score}}
+        for name, scores in groups.items()
+        for i, score in enumerate(scores)
+    ]
+    drawn = [
+        statistics.fmean(statistics.fmean(rng.choices(scores, k=len(scores))) for scores in groups.values())
+        for _ in range(3000)
+    ]
     assert standard_error("average", average, samples) == pytest.approx(statistics.stdev(drawn), rel=0.1)
     plain = [{"acc": right} for right in groups["a"]]
-    assert standard_error("acc", statistics.fmean(groups["a"]), plain) == pytest.approx(statistics.stdev(groups["a"]) / 24**0.5)
+    assert standard_error("acc", statistics.fmean(groups["a"]), plain) == pytest.approx(
+        statistics.stdev(groups["a"]) / 24**0.5
+    )
     assert standard_error("acc", 0.1, plain) is None and standard_error("acc", 1.0, [{"acc": 1}] * 9) is None
 
 
@@ -489,14 +704,28 @@ def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(predictor, t
     from datasets import Image as ImageFeature
 
     text = Value("string")
-    rows = [{"question": f"what is it? {i}", "options": ["red", "blue"], "answer": str(i % 2), "image": {"bytes": png(i), "path": None}} for i in range(4)]
+    rows = [
+        {
+            "question": f"what is it? {i}",
+            "options": ["red", "blue"],
+            "answer": str(i % 2),
+            "image": {"bytes": png(i), "path": None},
+        }
+        for i in range(4)
+    ]
     (tmp_path / "ai2d" / "data").mkdir(parents=True)
     features = Features({"question": text, "options": List(text), "answer": text, "image": ImageFeature()})
-    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "ai2d" / "data" / "test-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=features).to_parquet(
+        tmp_path / "ai2d" / "data" / "test-00000-of-00001.parquet"
+    )
     tasks = Tasks(tmp_path)
     known = dict(tasks.load("ai2d"))
     found = run_tasks(DualTower(predictor=predictor, max_new_tokens=2), tasks, ["ai2d"])
-    assert {f"{task}_{metric}" for task, metric, _ in scores_of(found)} == known.keys() == {"ai2d_exact_match (flexible-extract)"}
+    assert (
+        {f"{task}_{metric}" for task, metric, _ in scores_of(found)}
+        == known.keys()
+        == {"ai2d_exact_match (flexible-extract)"}
+    )
     assert "it/s" not in capfd.readouterr().err
 
 
@@ -504,7 +733,11 @@ def test_tasks_are_found_as_lmms_eval_finds_them():
     import yaml
 
     found, theirs = Tasks(), TaskManager(include_path=str(ROOT / "eval" / "tasks"))
-    assert found.task_index == theirs.task_index and found.all_tasks == theirs.all_tasks and len(found.all_tasks) > 1900
+    assert (
+        found.task_index == theirs.task_index
+        and found.all_tasks == theirs.all_tasks
+        and len(found.all_tasks) > 1900
+    )
     assert yaml.full_load("a: 1") == {"a": 1} and yaml.full_load.__module__ == "yaml"
 
 
@@ -529,7 +762,11 @@ EVALUATION = str(ROOT / "evaluation.py")
 def evaluation_here(*flags: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     """The same in this process, which has imported lmms-eval already."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    around = contextlib.chdir(cwd), patch.dict(os.environ, env), patch.object(sys, "argv", ["evaluation.py", *flags])
+    around = (
+        contextlib.chdir(cwd),
+        patch.dict(os.environ, env),
+        patch.object(sys, "argv", ["evaluation.py", *flags]),
+    )
     with contextlib.ExitStack() as stack:
         for context in (*around, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
             stack.enter_context(context)
@@ -544,7 +781,14 @@ def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
     """results.json apart from times, and the samples to the byte; by one process, again, and by two."""
     model = exported(tmp_path / "model", predictor)
     (tmp_path / "mine.jsonl").write_text(
-        "".join(json.dumps({"image": f"{i}.png", "texts": [{"user": QUESTIONS[i % 4], "assistant": f"a red thing {i}"}]}) + "\n" for i in range(5)), encoding="utf-8"
+        "".join(
+            json.dumps(
+                {"image": f"{i}.png", "texts": [{"user": QUESTIONS[i % 4], "assistant": f"a red thing {i}"}]}
+            )
+            + "\n"
+            for i in range(5)
+        ),
+        encoding="utf-8",
     )
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(png(i))
@@ -562,7 +806,10 @@ def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
         "--random_baseline",
     ]
     assert evaluation_here(*flags, "--output", "b", cwd=tmp_path).returncode == 0
-    done, two = run_program([EVALUATION, *flags, "--output", "a"], tmp_path), run_ranks(2, [EVALUATION, *flags, "--output", "c"], tmp_path)
+    done, two = (
+        run_program([EVALUATION, *flags, "--output", "a"], tmp_path),
+        run_ranks(2, [EVALUATION, *flags, "--output", "c"], tmp_path),
+    )
     assert (done.returncode, two.returncode) == (0, 0), done.stderr + two.stderr
     held = []
     for out in "abc":
@@ -573,11 +820,22 @@ def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
     assert held[0] == held[1]
     assert held[0] == held[2]
     tasks = held[0][0]["tasks"]
-    assert tasks["mmstar"]["samples"] == 13 and tasks["mmstar"]["random_baseline"].keys() == tasks["mmstar"]["scores"].keys()
-    assert tasks["captions:jsonl=mine.jsonl"]["warnings"] and "CIDEr" in tasks["captions:jsonl=mine.jsonl"]["scores"]
+    assert (
+        tasks["mmstar"]["samples"] == 13
+        and tasks["mmstar"]["random_baseline"].keys() == tasks["mmstar"]["scores"].keys()
+    )
+    assert (
+        tasks["captions:jsonl=mine.jsonl"]["warnings"]
+        and "CIDEr" in tasks["captions:jsonl=mine.jsonl"]["scores"]
+    )
     sample = json.loads(held[0][1]["samples_mmstar.jsonl"].splitlines()[0])
     assert (tmp_path / "a" / sample["images"][0]).is_file() and sample["reference"] == "A"
-    assert tasks["mmstar"]["first_prompt"].startswith("<|im_start|>user\n<|global_image|>[4 image tokens]what is it?") and "mmstar" in done.stdout
+    assert (
+        tasks["mmstar"]["first_prompt"].startswith(
+            "<|im_start|>user\n<|global_image|>[4 image tokens]what is it?"
+        )
+        and "mmstar" in done.stdout
+    )
 
 
 def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
@@ -586,14 +844,19 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
     installed = tmp_path / "site" / "dualtowervlm-0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dualtowervlm\nVersion: 0\n")
-    points = "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in project["entry-points"].items())
+    points = "".join(
+        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items())
+        for group, entries in project["entry-points"].items()
+    )
     (installed / "entry_points.txt").write_text(points)
     yaml = tmp_path / "tasks" / "mmstar_here.yaml"
     yaml.parent.mkdir()
     import lmms_eval
 
     stock = Path(lmms_eval.__file__).parent / "tasks" / "mmstar" / "mmstar.yaml"
-    yaml.write_text(f"include: {stock}\ntask: mmstar_here\ndataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n")
+    yaml.write_text(
+        f"include: {stock}\ntask: mmstar_here\ndataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n"
+    )
     flags = [
         "--model",
         "dualtower",
@@ -608,17 +871,34 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
     ]
     flags += ["--include_path", str(yaml.parent), "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
     env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "lmms_eval", *flags], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *flags], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "out").rglob("*results.json")
-    expected = run_tasks(DualTower(predictor=predictor, max_new_tokens=3), Tasks(data_root), ["mmstar"], limit=6)["results"]["mmstar"]
+    expected = run_tasks(
+        DualTower(predictor=predictor, max_new_tokens=3), Tasks(data_root), ["mmstar"], limit=6
+    )["results"]["mmstar"]
     assert json.loads(path.read_text())["results"]["mmstar_here"]["average,none"] == expected["average,none"]
 
 
 def test_the_stock_task_through_the_hub(predictor, data_root, tmp_path):
     """lmms-eval's mmstar as it is, its data from a Hub on loopback and no token: the scores that the local copy gives."""
-    flags = ["--model", str(exported(tmp_path / "model", predictor)), "--tasks", "mmstar", "--limit", "9", "--max_new_tokens", "4", "--output", "out"]
-    expected = run_tasks(DualTower(predictor=predictor, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9)["results"]["mmstar"]
+    flags = [
+        "--model",
+        str(exported(tmp_path / "model", predictor)),
+        "--tasks",
+        "mmstar",
+        "--limit",
+        "9",
+        "--max_new_tokens",
+        "4",
+        "--output",
+        "out",
+    ]
+    expected = run_tasks(
+        DualTower(predictor=predictor, max_new_tokens=4), Tasks(data_root), ["mmstar"], limit=9
+    )["results"]["mmstar"]
     with hub({"datasets/Lin-Chen/MMStar": data_root / "Lin-Chen" / "MMStar"}) as address:
         there = partial(at_hub, str(address), str(tmp_path / "hf"))
         done = run_program([EVALUATION, *flags], tmp_path, there)
@@ -626,8 +906,16 @@ def test_the_stock_task_through_the_hub(predictor, data_root, tmp_path):
         assert any("parquet" in path for path in address.served)
         missing = run_program([EVALUATION, *flags[:3], "mme"], tmp_path, there)
     scores = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mmstar"]["scores"]
-    assert scores == {key.split(",")[0]: value for key, value in expected.items() if key.endswith(",none") and "stderr" not in key}
-    assert missing.returncode == 1 and "error: mme: the data cannot be had" in missing.stderr and "--data-root" in missing.stderr
+    assert scores == {
+        key.split(",")[0]: value
+        for key, value in expected.items()
+        if key.endswith(",none") and "stderr" not in key
+    }
+    assert (
+        missing.returncode == 1
+        and "error: mme: the data cannot be had" in missing.stderr
+        and "--data-root" in missing.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -648,7 +936,9 @@ def test_the_stock_task_through_the_hub(predictor, data_root, tmp_path):
 def test_bad_flags(predictor, tmp_path, flags, code, message):
     (tmp_path / "broken" / "mmstar").mkdir(parents=True)
     (tmp_path / "broken" / "mmstar" / "other.jsonl").write_text('{"question": "?"}\n')
-    done = evaluation_here("--model", str(exported(tmp_path / "model", predictor)), *flags, cwd=tmp_path, PATH=str(tmp_path))
+    done = evaluation_here(
+        "--model", str(exported(tmp_path / "model", predictor)), *flags, cwd=tmp_path, PATH=str(tmp_path)
+    )
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
     assert message in done.stderr
 

@@ -98,7 +98,14 @@ class Reader(HTMLParser):
 
 
 def sample(number, scores=None, **parts):
-    return {"id": number, "images": [], "prompt": f"question {number}", "reference": "yes", "answer": f"answer {number}", "scores": {} if scores is None else scores} | parts
+    return {
+        "id": number,
+        "images": [],
+        "prompt": f"question {number}",
+        "reference": "yes",
+        "answer": f"answer {number}",
+        "scores": {} if scores is None else scores,
+    } | parts
 
 
 def task(**parts):
@@ -115,10 +122,18 @@ def task(**parts):
 
 def write(folder: Path, tasks: dict, samples: dict, **parts) -> Path:
     folder.mkdir(exist_ok=True)
-    head = {"format": 2, "model": "runs/x/model", "settings": {"batch_size": 32}, "versions": {"torch": "2.15.0"}, "tasks": tasks}
+    head = {
+        "format": 2,
+        "model": "runs/x/model",
+        "settings": {"batch_size": 32},
+        "versions": {"torch": "2.15.0"},
+        "tasks": tasks,
+    }
     (folder / "results.json").write_text(json.dumps(head | parts))
     for name, lines in samples.items():
-        (folder / f"samples_{file_name(name)}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / f"samples_{file_name(name)}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     return folder
 
 
@@ -138,7 +153,15 @@ def jpeg(colour) -> bytes:
 
 
 def test_head_table_and_warnings(tmp_path):
-    scores = {"average": 0.31, "near": 0.27, "worse": 0.1, "wer": 0.9, "wer2": 0.2, "plain": 12.5, "odd": math.nan}
+    scores = {
+        "average": 0.31,
+        "near": 0.27,
+        "worse": 0.1,
+        "wer": 0.9,
+        "wer2": 0.2,
+        "plain": 12.5,
+        "odd": math.nan,
+    }
     facts = task(
         scores=scores,
         standard_errors={"average": 0.028, "near": 0.0151, "worse": 0.01, "wer": 0.01, "odd": 0.6},
@@ -161,8 +184,15 @@ def test_head_table_and_warnings(tmp_path):
         ["plain", "12.50", "–", "–"],
         ["odd", "NaN", "± 0.6000", "0.2000"],
     ]
-    assert page.headings[:2] == ["runs/x/model", "Warnings"] and "quiz: CIDEr of 12 images: <few>" in page.text
-    assert "2023-11-1" in page.text and "torch 2.15.0" in page.text and "dtype fp32, limit 0" in page.text and "<|im_start|>user\n" in page.text
+    assert (
+        page.headings[:2] == ["runs/x/model", "Warnings"] and "quiz: CIDEr of 12 images: <few>" in page.text
+    )
+    assert (
+        "2023-11-1" in page.text
+        and "torch 2.15.0" in page.text
+        and "dtype fp32, limit 0" in page.text
+        and "<|im_start|>user\n" in page.text
+    )
 
 
 def test_worst_first_and_ties_in_the_order_of_the_file(tmp_path):
@@ -176,7 +206,11 @@ def test_worst_first_and_ties_in_the_order_of_the_file(tmp_path):
 def test_the_key_is_the_mean_and_errors_count_downwards(tmp_path):
     """Keys by hand: a (1 − 0.9)/2 = 0.05, b (0.2 − 0)/2 = 0.1, c (0.5 − 3)/2 = −1.25, d 0 (one score is no number)."""
     pairs = {"a": (1, 0.9), "b": (0.2, 0), "c": (0.5, 3), "d": (0, math.nan)}
-    page = of(tmp_path, [sample(name, {"accuracy": up, "wer": down}) for name, (up, down) in pairs.items()], higher_is_better={"accuracy": True, "wer": False})
+    page = of(
+        tmp_path,
+        [sample(name, {"accuracy": up, "wer": down}) for name, (up, down) in pairs.items()],
+        higher_is_better={"accuracy": True, "wer": False},
+    )
     assert page.order == ["c", "d", "a", "b"]
 
 
@@ -184,10 +218,16 @@ def test_names_as_evaluation_writes_them(tmp_path):
     """A group's metrics are `task: metric` in results.json, and `metric` in its samples; a task's file has letters, digits, _ and - alone."""
     better = {"a: wer": False, "b: acc": True}
     folder = write(
-        tmp_path, {"x/y.z": task(higher_is_better=better, scores={"a: wer": 0.5, "b: acc": 1})}, {"x/y.z": [sample("best", {"wer": 0.1}), sample("worst", {"wer": 0.9})]}
+        tmp_path,
+        {"x/y.z": task(higher_is_better=better, scores={"a: wer": 0.5, "b: acc": 1})},
+        {"x/y.z": [sample("best", {"wer": 0.1}), sample("worst", {"wer": 0.9})]},
     )
     page = read(folder)
-    assert page.order == ["worst", "best"] and [row[0].split(" lower")[0] for row in page.rows[2:]] == ["a: wer", "b: acc "] and page.text.count("lower is better") == 1
+    assert (
+        page.order == ["worst", "best"]
+        and [row[0].split(" lower")[0] for row in page.rows[2:]] == ["a: wer", "b: acc "]
+        and page.text.count("lower is better") == 1
+    )
 
 
 def test_limit_shows_the_worst_then_a_dozen_of_the_best(tmp_path):
@@ -196,10 +236,17 @@ def test_limit_shows_the_worst_then_a_dozen_of_the_best(tmp_path):
     page = of(tmp_path, samples, "--limit", "20", samples=101)
     assert page.order == [str(i) for i in by_score[:20] + by_score[:-13:-1]]
     assert [card["title"].split()[0] for card in page.cards[20:]] == [str(i) for i in range(100, 88, -1)]
-    assert "20 of 101, 69 left out (--limit 0 shows all), 1 without a score (last), the 12 best at the end" in " ".join(page.headings)
+    assert (
+        "20 of 101, 69 left out (--limit 0 shows all), 1 without a score (last), the 12 best at the end"
+        in " ".join(page.headings)
+    )
     few = of(tmp_path, samples, "--limit", "95", samples=101)  # the best of those left out: none twice
     assert few.order == [str(i) for i in by_score[:95] + by_score[:94:-1]]
-    assert of(tmp_path, samples, "--limit", "0").order == [str(i) for i in by_score] + ["none"] == of(tmp_path, samples).order
+    assert (
+        of(tmp_path, samples, "--limit", "0").order
+        == [str(i) for i in by_score] + ["none"]
+        == of(tmp_path, samples).order
+    )
     tied = of(tmp_path, [sample(i, {"accuracy": 1.0}) for i in range(9)], "--limit", "2")
     assert tied.order == list("018765432")
 
@@ -226,11 +273,20 @@ def test_colours_say_full_marks_and_none(tmp_path, scores, colour):
     others = [sample(1, {"percent": 30.0}), sample(2, {"accuracy": 0.5})]
     page = of(tmp_path, [*others, sample("it", scores)], higher_is_better={"wer": False, "percent": True})
     assert page.cards[page.order.index("it")]["colour"] == colour
-    assert page.text.count("(full marks)") == (colour == {"good"}) and page.text.count("(no marks)") == (colour == {"bad"})
+    assert page.text.count("(full marks)") == (colour == {"good"}) and page.text.count("(no marks)") == (
+        colour == {"bad"}
+    )
 
 
 def test_hostile_text_is_no_markup(tmp_path):
-    hostile = sample(HOSTILE, {HOSTILE: 1.0, "x": HOSTILE}, prompt=HOSTILE, reference=[HOSTILE, "b"], answer=HOSTILE, images=[HOSTILE])
+    hostile = sample(
+        HOSTILE,
+        {HOSTILE: 1.0, "x": HOSTILE},
+        prompt=HOSTILE,
+        reference=[HOSTILE, "b"],
+        answer=HOSTILE,
+        images=[HOSTILE],
+    )
     facts = task(
         scores={HOSTILE: HOSTILE},
         random_baseline={HOSTILE: HOSTILE},
@@ -241,15 +297,30 @@ def test_hostile_text_is_no_markup(tmp_path):
         seconds=HOSTILE,
         warnings=[HOSTILE],
     )
-    page = read(write(tmp_path, {HOSTILE: facts}, {HOSTILE: [hostile]}, model=HOSTILE, settings={HOSTILE: HOSTILE}, versions={HOSTILE: [HOSTILE]}))
+    page = read(
+        write(
+            tmp_path,
+            {HOSTILE: facts},
+            {HOSTILE: [hostile]},
+            model=HOSTILE,
+            settings={HOSTILE: HOSTILE},
+            versions={HOSTILE: [HOSTILE]},
+        )
+    )
     ours = "html head meta title style body header section h1 h2 h3 h4 p dl dt dd div span small b em a ul li table thead tr th td article details summary figure figcaption svg rect path text"
     assert {tag for tag, _ in page.tags} <= set(ours.split())
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
     assert {attrs["href"].startswith("#") for tag, attrs in page.tags if tag == "a"} == {True}
     (card,) = page.cards
-    assert card["fields"]["prompt"] == card["fields"]["answer"] == HOSTILE and card["fields"]["reference"] == HOSTILE + "b" and page.headings[0] == HOSTILE
+    assert (
+        card["fields"]["prompt"] == card["fields"]["answer"] == HOSTILE
+        and card["fields"]["reference"] == HOSTILE + "b"
+        and page.headings[0] == HOSTILE
+    )
     assert card["missing"] == [f"missing image: {HOSTILE}"]
-    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -263,17 +334,39 @@ def test_letters_that_print_nothing_are_seen_and_lines_are_kept(tmp_path):
     answers |= {"": "(empty)", " \n": "(nothing but white space)"}
     page = of(tmp_path, [sample(i, answer=answer) for i, answer in enumerate(answers)])
     assert [card["fields"]["answer"] for card in page.cards] == list(answers.values())
-    assert all(attrs["dir"] == "auto" for tag, attrs in page.tags if attrs.get("class", "").strip() == "text answer") and "white-space: pre-wrap" in report.STYLE
+    assert (
+        all(
+            attrs["dir"] == "auto"
+            for tag, attrs in page.tags
+            if attrs.get("class", "").strip() == "text answer"
+        )
+        and "white-space: pre-wrap" in report.STYLE
+    )
 
 
 def test_a_long_text_is_cut_with_a_note(tmp_path):
     page = of(tmp_path, [sample(1, answer="ab" * 50_000, prompt="p" * report.LONGEST)])
     answer = page.cards[0]["fields"]["answer"]
-    assert answer.startswith("ab" * (report.LONGEST // 2) + "cut here") and "all 100,000 characters" in answer and "samples_quiz.jsonl" in answer
+    assert (
+        answer.startswith("ab" * (report.LONGEST // 2) + "cut here")
+        and "all 100,000 characters" in answer
+        and "samples_quiz.jsonl" in answer
+    )
     assert page.cards[0]["fields"]["prompt"] == "p" * report.LONGEST
 
 
-@pytest.mark.parametrize(("reference", "shown"), [("x", "x"), (["a", "b"], "ab"), ([], "(empty)"), (None, "(empty)"), (3, "3"), (0, "0"), ({"k": [1]}, '{"k": [1]}')])
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("x", "x"),
+        (["a", "b"], "ab"),
+        ([], "(empty)"),
+        (None, "(empty)"),
+        (3, "3"),
+        (0, "0"),
+        ({"k": [1]}, '{"k": [1]}'),
+    ],
+)
 def test_references_of_any_kind(tmp_path, reference, shown):
     assert of(tmp_path, [sample(1, reference=reference)]).cards[0]["fields"]["reference"] == shown
 
@@ -281,13 +374,22 @@ def test_references_of_any_kind(tmp_path, reference, shown):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     anything=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(st.characters(exclude_categories=())),
+        lambda v: st.lists(v) | st.dictionaries(st.text(), v),
     )
 )
 def test_whatever_a_sample_holds_makes_a_page(tmp_path, anything):
     scores = anything if isinstance(anything, dict) else {"accuracy": anything}
     page = of(
-        tmp_path, [sample(anything, scores, prompt=anything, reference=anything, answer=anything, images=[anything])], scores=scores, truncated=anything, first_prompt=anything
+        tmp_path,
+        [sample(anything, scores, prompt=anything, reference=anything, answer=anything, images=[anything])],
+        scores=scores,
+        truncated=anything,
+        first_prompt=anything,
     )
     assert len(page.cards) == 1
     if isinstance(anything, str) and anything.isprintable() and anything.strip():
@@ -299,12 +401,27 @@ def test_images_are_the_files_byte_for_byte(tmp_path):
     files = {f"images/{i}.jpg": jpeg((40 * i, 9, 200)) for i in range(3)}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    page = of(tmp_path, [sample("none"), sample("two", images=["images/2.jpg", "images/0.jpg"]), sample("gone", images=["images/9.jpg", "images/1.jpg"])])
+    page = of(
+        tmp_path,
+        [
+            sample("none"),
+            sample("two", images=["images/2.jpg", "images/0.jpg"]),
+            sample("gone", images=["images/9.jpg", "images/1.jpg"]),
+        ],
+    )
     none, two, gone = page.cards
-    assert not none["images"] and none["missing"] == ["no image"] and gone["missing"] == ["missing image: images/9.jpg"]
+    assert (
+        not none["images"]
+        and none["missing"] == ["no image"]
+        and gone["missing"] == ["missing image: images/9.jpg"]
+    )
     for card, names in ((two, ["images/2.jpg", "images/0.jpg"]), (gone, ["images/1.jpg"])):
-        assert [source.partition(",")[0] for source in card["images"]] == ["data:image/jpeg;base64"] * len(names)
-        assert [base64.b64decode(source.partition(",")[2], validate=True) for source in card["images"]] == [files[name] for name in names]
+        assert [source.partition(",")[0] for source in card["images"]] == ["data:image/jpeg;base64"] * len(
+            names
+        )
+        assert [base64.b64decode(source.partition(",")[2], validate=True) for source in card["images"]] == [
+            files[name] for name in names
+        ]
 
 
 def test_no_image_path_leads_out_of_the_folder(tmp_path):
@@ -319,11 +436,24 @@ def test_no_image_path_leads_out_of_the_folder(tmp_path):
     (folder / "images/fine.jpg").symlink_to("../real.jpg")
     (folder / "text.jpg").write_text("<svg onload=alert(1)>")
     os.mkfifo(folder / "pipe.jpg")
-    wrong = ["../out/secret.jpg", str(outside / "secret.jpg"), str(folder / "real.jpg"), "../in/real.jpg", "images/link.jpg", "images/folder/secret.jpg", "images/circle.jpg"]
+    wrong = [
+        "../out/secret.jpg",
+        str(outside / "secret.jpg"),
+        str(folder / "real.jpg"),
+        "../in/real.jpg",
+        "images/link.jpg",
+        "images/folder/secret.jpg",
+        "images/circle.jpg",
+    ]
     wrong += ["images", "", "x\0y.jpg", "n" * 5000, "pipe.jpg", 3, None, "results.json", "text.jpg"]
     page = of(folder, [sample(1, images=[*wrong, "images/fine.jpg"])])
-    assert len(page.cards[0]["missing"]) == len(wrong) and sum("not an image" in m for m in page.cards[0]["missing"]) == 2
-    assert [base64.b64decode(source.partition(",")[2]) for source in page.cards[0]["images"]] == [(folder / "real.jpg").read_bytes()]
+    assert (
+        len(page.cards[0]["missing"]) == len(wrong)
+        and sum("not an image" in m for m in page.cards[0]["missing"]) == 2
+    )
+    assert [base64.b64decode(source.partition(",")[2]) for source in page.cards[0]["images"]] == [
+        (folder / "real.jpg").read_bytes()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -344,19 +474,36 @@ def test_histogram_counts(tmp_path, values, shown):
 
 def test_bars_are_as_tall_as_their_counts(tmp_path):
     page = of(tmp_path, [sample(i, {"accuracy": v}) for i, v in enumerate([0] * 8 + [0.55] * 4 + [1.0])])
-    bars = [(float(attrs["x"]), float(attrs["height"]), float(attrs["y"])) for tag, attrs in page.tags if tag == "rect"]
-    assert [(round((x - 1) / 22), height / bars[0][1]) for x, height, _ in bars] == [(0, 1.0), (5, 0.5), (9, 0.125)] and {height + y for _, height, y in bars} == {70}
+    bars = [
+        (float(attrs["x"]), float(attrs["height"]), float(attrs["y"]))
+        for tag, attrs in page.tags
+        if tag == "rect"
+    ]
+    assert [(round((x - 1) / 22), height / bars[0][1]) for x, height, _ in bars] == [
+        (0, 1.0),
+        (5, 0.5),
+        (9, 0.125),
+    ] and {height + y for _, height, y in bars} == {70}
 
 
 def test_a_task_without_samples_or_with_too_few(tmp_path):
     tasks = {"gone": task(), "empty": task(samples=0), "few": task(samples=3), "a/b": task()}
     page = read(write(tmp_path, tasks, {"empty": [], "few": [sample(1, {"accuracy": 1})]}))
-    assert "There is no samples_gone.jsonl in this folder" in page.text and "There is no samples_a_b-" in page.text
-    assert "0 of 0" in page.text and "results.json counts 3 samples, samples_few.jsonl holds 1" in page.text and page.text.count("two runs") == 1
+    assert (
+        "There is no samples_gone.jsonl in this folder" in page.text
+        and "There is no samples_a_b-" in page.text
+    )
+    assert (
+        "0 of 0" in page.text
+        and "results.json counts 3 samples, samples_few.jsonl holds 1" in page.text
+        and page.text.count("two runs") == 1
+    )
     assert read(write(tmp_path, {}, {})).cards == []
     assert of(tmp_path, [sample(1)] * 2).cards  # what may be missing, is
     (tmp_path / "results.json").write_text('{"format": 2, "tasks": {"quiz": {}}}')
-    (tmp_path / "samples_quiz.jsonl").write_text('\n{"id": 1}\n\n{"answer": "b", "images": null, "scores": null}')
+    (tmp_path / "samples_quiz.jsonl").write_text(
+        '\n{"id": 1}\n\n{"answer": "b", "images": null, "scores": null}'
+    )
     assert [card["fields"]["answer"] for card in read(tmp_path).cards] == ["(empty)", "b"]
 
 
@@ -378,7 +525,10 @@ def fails(argv: list, kind: type, *parts: str) -> None:
         ('{"format": 2, "tasks": []}', []),
         ('{"format": 2, "tasks": [1]}', ["'tasks' is not an object"]),
         ('{"format": 2, "tasks": {"quiz": 3}}', ["quiz", "not an object"]),
-        ('{"format": 2, "tasks": {"quiz": {"random_baseline": 0.2}}}', ["quiz", "'random_baseline' is not an object"]),
+        (
+            '{"format": 2, "tasks": {"quiz": {"random_baseline": 0.2}}}',
+            ["quiz", "'random_baseline' is not an object"],
+        ),
         ('{"format": 2, "tasks": {"quiz": {"warnings": "x"}}}', ["quiz", "'warnings' is not a list"]),
     ],
 )
@@ -391,10 +541,23 @@ def test_damaged_results(tmp_path, text, parts):
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b"NULL", b'{"answer": "\xff"}', b'{"scores": [1]}', b'{"images": "a.jpg"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[1]",
+        b"NULL",
+        b'{"answer": "\xff"}',
+        b'{"scores": [1]}',
+        b'{"images": "a.jpg"}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     write(tmp_path, {"quiz": task()}, {})
-    (tmp_path / "samples_quiz.jsonl").write_bytes(b'{"id": "line\xe2\x80\xa8separator"}\n\n' + line + b"\n{}\n")
+    (tmp_path / "samples_quiz.jsonl").write_bytes(
+        b'{"id": "line\xe2\x80\xa8separator"}\n\n' + line + b"\n{}\n"
+    )
     fails([tmp_path], UserError, "samples_quiz.jsonl, line 3", "delete that line, or evaluate again")
 
 
@@ -411,7 +574,16 @@ def test_wrong_command_lines(tmp_path):
     fails([good, "--limit", "x"], UsageError, "--limit")
     before = (good / "results.json").read_bytes()
     os.mkfifo(empty / "pipe")
-    for output in (".", "", "nowhere/x.html", empty / "pipe", good, good / "results.json", good / "samples_quiz.jsonl", good / "results.json" / "x.html"):
+    for output in (
+        ".",
+        "",
+        "nowhere/x.html",
+        empty / "pipe",
+        good,
+        good / "results.json",
+        good / "samples_quiz.jsonl",
+        good / "results.json" / "x.html",
+    ):
         fails([good, "--output", output], UsageError, "--output")
     assert (good / "results.json").read_bytes() == before
     report.main([str(good), "--output", str(empty / "page.html")])
@@ -436,13 +608,34 @@ def test_the_program_itself(tmp_path):
     write(tmp_path, {"quiz": task()}, {"quiz": [sample(1, {"accuracy": 1.0}, answer="é")]})
 
     def run(*argv):
-        return subprocess.run([sys.executable, "-m", "tools.evaluation_report", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, "-m", "tools.evaluation_report", *map(str, argv)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     done = run(tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path}/report.html: tasks 1, samples 1") and not done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith(f"{tmp_path}/report.html: tasks 1, samples 1")
+        and not done.stderr
+    )
     (tmp_path / "samples_quiz.jsonl").write_text("{}\nnonsense\n")
     for argv, code, part in (((tmp_path,), 1, "line 2"), ((tmp_path / "nowhere",), 2, "no folder")):
         done = run(*argv)
-        assert done.returncode == code and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and part in done.stderr and not done.stdout
+        assert (
+            done.returncode == code
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+            and part in done.stderr
+            and not done.stdout
+        )
     heavy = "import sys, tools.evaluation_report; print(sorted({'torch', 'datasets', 'lmms_eval', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ).stdout
+        == "[]\n"
+    )

@@ -17,5 +17,8 @@ def test_the_worked_example_trains(tmp_path):
     assert (python, name) == (".venv/bin/python", "my_train.py")
     done = run_program([name, *flags, "--output_dir", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "52 training and 8 validation records of stripes" in done.stdout and (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (
+        "52 training and 8 validation records of stripes" in done.stdout
+        and (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    )
     assert "how many stripes?" in done.stdout

@@ -27,7 +27,9 @@ def shallow(context: str) -> Config:
     return replace(config, model=replace(config.model, left=TINY, right=TINY))
 
 
-@pytest.mark.parametrize(("model_class", "recompute"), [(DualTowerVLM, False), (DualTowerVLM, True), (VisionLanguageModel, False)])
+@pytest.mark.parametrize(
+    ("model_class", "recompute"), [(DualTowerVLM, False), (DualTowerVLM, True), (VisionLanguageModel, False)]
+)
 def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute):
     """Rows that were not measured for it; never less, and little more: recomputed blocks of both towers count, though they come one after the other."""
     config = shallow("none" if model_class is VisionLanguageModel else "image")
@@ -37,7 +39,10 @@ def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute)
 
 
 def of(rows: int, forwards: int, streams: int = 0) -> Config:
-    return Config(data=DataConfig(streams=streams), train=TrainConfig(local_batch_size=rows, global_batch_size=rows * forwards))
+    return Config(
+        data=DataConfig(streams=streams),
+        train=TrainConfig(local_batch_size=rows, global_batch_size=rows * forwards),
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,15 +59,26 @@ def of(rows: int, forwards: int, streams: int = 0) -> Config:
 )
 def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
     """A row takes a GB."""
-    new, line = choose(config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", DistributedContext(0, ranks))
-    assert (new.train.local_batch_size, new.train.micro_batches) == chosen and replace(new, train=config.train) == config
-    assert f"train.local_batch_size {chosen[0]} of train.global_batch_size {math.prod(chosen)}, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
+    new, line = choose(
+        config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", DistributedContext(0, ranks)
+    )
+    assert (new.train.local_batch_size, new.train.micro_batches) == chosen and replace(
+        new, train=config.train
+    ) == config
+    assert (
+        f"train.local_batch_size {chosen[0]} of train.global_batch_size {math.prod(chosen)}, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given"
+        in line
+    )
 
 
-@pytest.mark.parametrize(("recompute", "turn"), [(False, "turn on --train.recompute"), (True, "shorten data.left_length")])
+@pytest.mark.parametrize(
+    ("recompute", "turn"), [(False, "turn on --train.recompute"), (True, "shorten data.left_length")]
+)
 def test_nothing_fits(recompute, turn):
     config = replace(of(8, 16), train=TrainConfig(recompute=recompute))
-    with pytest.raises(UserError, match=rf"one row takes 3.0 GB \(told\), more than the 2.0 GB given: {turn}"):
+    with pytest.raises(
+        UserError, match=rf"one row takes 3.0 GB \(told\), more than the 2.0 GB given: {turn}"
+    ):
         choose(config, lambda rows: rows * 3e9, 2e9, "given", "told")
     with pytest.raises(UserError, match="= 6 rows cannot be shared by 4 ranks or streams"):
         choose(of(3, 2), lambda rows: 0, 1, "given", "told", DistributedContext(0, 4))
@@ -71,14 +87,20 @@ def test_nothing_fits(recompute, turn):
 def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
     """CUDA's counter replaced by that of the CPU; a second row for which there is no memory; and not even one."""
     config = replace(make_config("image"), fit_memory="auto")
-    config = replace(config, train=replace(config.train, local_batch_size=4, global_batch_size=8, device="cpu"))
+    config = replace(
+        config, train=replace(config.train, local_batch_size=4, global_batch_size=8, device="cpu")
+    )
     monkeypatch.setattr(training.fit_memory, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
     told = {1: 0.1e9, 2: 0.2e9}
-    monkeypatch.setattr(training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows])
+    monkeypatch.setattr(
+        training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows]
+    )
     new, line = fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
     assert (
-        new.train.local_batch_size == 2 and "measured with one row and two" in line and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line
+        new.train.local_batch_size == 2
+        and "measured with one row and two" in line
+        and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line
     )  # (0.7 + 1.05 × 0.4 GB)
     told[2] = math.inf
     assert fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)[0].train.local_batch_size == 1
@@ -89,7 +111,10 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
 
 def test_a_trial_leaves_the_random_state_alone_and_tells_where_memory_ends(tokenizer):
     config, state = shallow("image"), torch.get_rng_state()
-    assert peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), lambda steps: steps() or 7.0) == 7
+    assert (
+        peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), lambda steps: steps() or 7.0)
+        == 7
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
     def none_left(steps: object) -> float:
@@ -118,15 +143,59 @@ def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_p
     """2 × 3 rows, where 6 fit: bit for bit what 6 × 1 gives; the very command, with --resume, goes on with what was chosen."""
     flags = ("--cache_dir", "cache", "--train.global_batch_size", "6", "--output_dir", "fitted")
     dry = run_program(command(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
-    assert dry.returncode == 0 and "train.local_batch_size 6 of train.global_batch_size 6" in dry.stdout and "a micro-batch: 6 full rows" in dry.stdout, dry.stderr
+    assert (
+        dry.returncode == 0
+        and "train.local_batch_size 6 of train.global_batch_size 6" in dry.stdout
+        and "a micro-batch: 6 full rows" in dry.stdout
+    ), dry.stderr
     small = run_program(command(*flags, "--fit_memory", "0.1"), tmp_path)
-    assert small.returncode == 1 and "one row takes 0.7 GB" in small.stderr and small.stderr.count("\n") == 1 and not (tmp_path / "fitted").exists(), small.stderr
+    assert (
+        small.returncode == 1
+        and "one row takes 0.7 GB" in small.stderr
+        and small.stderr.count("\n") == 1
+        and not (tmp_path / "fitted").exists()
+    ), small.stderr
     done = run_program(command(*flags, "--fit-memory", "--max_steps", "4"), tmp_path)
-    assert done.returncode == 0 and "--fit-memory: train.local_batch_size 6 of train.global_batch_size 6, " in done.stdout, done.stderr
-    assert (settings(tmp_path / "fitted")["train"]["local_batch_size"], settings(tmp_path / "fitted")["train"]["global_batch_size"]) == (6, 6)
-    by_hand = run_program(command("--cache_dir", "cache", "--train.local_batch_size", "6", "--train.global_batch_size", "6", "--output_dir", "hand", "--max_steps", "4"), tmp_path)
-    assert by_hand.returncode == 0 and losses(tmp_path / "fitted") == losses(tmp_path / "hand") and learnt(tmp_path / "fitted") == learnt(tmp_path / "hand")
+    assert (
+        done.returncode == 0
+        and "--fit-memory: train.local_batch_size 6 of train.global_batch_size 6, " in done.stdout
+    ), done.stderr
+    assert (
+        settings(tmp_path / "fitted")["train"]["local_batch_size"],
+        settings(tmp_path / "fitted")["train"]["global_batch_size"],
+    ) == (6, 6)
+    by_hand = run_program(
+        command(
+            "--cache_dir",
+            "cache",
+            "--train.local_batch_size",
+            "6",
+            "--train.global_batch_size",
+            "6",
+            "--output_dir",
+            "hand",
+            "--max_steps",
+            "4",
+        ),
+        tmp_path,
+    )
+    assert (
+        by_hand.returncode == 0
+        and losses(tmp_path / "fitted") == losses(tmp_path / "hand")
+        and learnt(tmp_path / "fitted") == learnt(tmp_path / "hand")
+    )
     again = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
-    assert again.returncode == 0 and "resumed from" in again.stdout and settings(tmp_path / "fitted")["train"]["local_batch_size"] == 6, again.stderr
-    other = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.global_batch_size", "12"), tmp_path)
-    assert other.returncode == 2 and "cannot change train.global_batch_size (was 6, now 12)" in other.stderr, other.stderr
+    assert (
+        again.returncode == 0
+        and "resumed from" in again.stdout
+        and settings(tmp_path / "fitted")["train"]["local_batch_size"] == 6
+    ), again.stderr
+    other = run_program(
+        command(
+            *flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.global_batch_size", "12"
+        ),
+        tmp_path,
+    )
+    assert (
+        other.returncode == 2 and "cannot change train.global_batch_size (was 6, now 12)" in other.stderr
+    ), other.stderr

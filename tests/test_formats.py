@@ -28,12 +28,22 @@ def write(path: Path, content: object) -> Path:
 def official(*files: str) -> dict:
     """Image 1 has two captions, any other none."""
     captions = [{"image_id": 1, "caption": "A cat. "}, {"image_id": 1, "caption": "A grey cat."}]
-    return {"info": {}, "images": [{"id": i, "file_name": file} for i, file in enumerate(files, 1)], "annotations": captions}
+    return {
+        "info": {},
+        "images": [{"id": i, "file_name": file} for i, file in enumerate(files, 1)],
+        "annotations": captions,
+    }
 
 
 def karpathy(number: int, split: str, folder: str, *captions: str) -> dict:
     sentences = [{"raw": caption, "tokens": []} for caption in captions]
-    return {"filepath": folder, "filename": f"COCO_{folder}_{number}.jpg", "cocoid": number, "split": split, "sentences": sentences}
+    return {
+        "filepath": folder,
+        "filename": f"COCO_{folder}_{number}.jpg",
+        "cocoid": number,
+        "split": split,
+        "sentences": sentences,
+    }
 
 
 def test_coco_official(tmp_path):
@@ -43,9 +53,27 @@ def test_coco_official(tmp_path):
     folder = tmp_path / "train2017"
     assert coco(path) == (
         [
-            {"images": [str(folder / "1.jpg")], "texts": texts, "id": "coco/1", "turns": "branch", "references": ["A cat.", "A grey cat."]},
-            {"images": [str(folder / "2.jpg")], "texts": [], "id": "coco/2", "turns": "branch", "references": []},
-            {"images": [str(folder / "gone.jpg")], "texts": [], "id": "coco/3", "turns": "branch", "references": []},
+            {
+                "images": [str(folder / "1.jpg")],
+                "texts": texts,
+                "id": "coco/1",
+                "turns": "branch",
+                "references": ["A cat.", "A grey cat."],
+            },
+            {
+                "images": [str(folder / "2.jpg")],
+                "texts": [],
+                "id": "coco/2",
+                "turns": "branch",
+                "references": [],
+            },
+            {
+                "images": [str(folder / "gone.jpg")],
+                "texts": [],
+                "id": "coco/3",
+                "turns": "branch",
+                "references": [],
+            },
         ],
         None,
     )
@@ -53,9 +81,17 @@ def test_coco_official(tmp_path):
 
 def test_coco_caption_that_is_no_text_is_left_to_be_counted(tmp_path):
     lay(tmp_path, "1.jpg")
-    content = official("1.jpg") | {"annotations": [{"image_id": 1, "caption": None}, {"image_id": 1, "caption": "half \ud83d"}, {"image_id": 1, "caption": "A cat."}]}
+    content = official("1.jpg") | {
+        "annotations": [
+            {"image_id": 1, "caption": None},
+            {"image_id": 1, "caption": "half \ud83d"},
+            {"image_id": 1, "caption": "A cat."},
+        ]
+    }
     [record] = coco(write(tmp_path / "c.json", content))[0]
-    assert [turn["assistant"] for turn in record["texts"]] == ["", "", "A cat."] and record["references"] == ["A cat."]
+    assert [turn["assistant"] for turn in record["texts"]] == ["", "", "A cat."] and record["references"] == [
+        "A cat."
+    ]
 
 
 def test_coco_karpathy(tmp_path):
@@ -67,16 +103,33 @@ def test_coco_karpathy(tmp_path):
         karpathy(3, "val", "val2014", "A cow."),
     ]
     training, validation = coco(write(tmp_path / "dataset_coco.json", {"images": entries, "dataset": "coco"}))
-    assert [r["images"] for r in training] == [[str(tmp_path / "images/train2014/COCO_train2014_1.jpg")], [str(tmp_path / "images/val2014/COCO_val2014_2.jpg")]]
-    assert [(r["id"], r["references"]) for r in training] == [("coco/1", ["A cat."]), ("coco/2", ["A dog.", "Dogs."])]
+    assert [r["images"] for r in training] == [
+        [str(tmp_path / "images/train2014/COCO_train2014_1.jpg")],
+        [str(tmp_path / "images/val2014/COCO_val2014_2.jpg")],
+    ]
+    assert [(r["id"], r["references"]) for r in training] == [
+        ("coco/1", ["A cat."]),
+        ("coco/2", ["A dog.", "Dogs."]),
+    ]
     image = str(tmp_path / "images/val2014/COCO_val2014_3.jpg")
     texts = [{"user": ASK, "assistant": "A cow."}]
-    assert validation == [{"images": [image], "texts": texts, "id": "coco/3", "turns": "branch", "references": ["A cow."]}]
+    assert validation == [
+        {"images": [image], "texts": texts, "id": "coco/3", "turns": "branch", "references": ["A cow."]}
+    ]
     assert coco(write(tmp_path / "train.json", {"images": entries[:3]}))[1] is None
 
 
 @pytest.mark.parametrize("folder", ["set", "set/images", ".", "images"])
-@pytest.mark.parametrize("name, inner", [("COCO_train2014_01.jpg", "train2014"), ("01.jpg", "val2014"), ("01.jpg", "val2017"), ("01.jpg", "."), ("val2014/01.jpg", ".")])
+@pytest.mark.parametrize(
+    "name, inner",
+    [
+        ("COCO_train2014_01.jpg", "train2014"),
+        ("01.jpg", "val2014"),
+        ("01.jpg", "val2017"),
+        ("01.jpg", "."),
+        ("val2014/01.jpg", "."),
+    ],
+)
 def test_coco_finds_the_folder_of_the_images(tmp_path, folder, name, inner):
     place = Path(folder) / inner / name
     lay(tmp_path, str(place))
@@ -95,7 +148,9 @@ def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "images")
     write(tmp_path / "images" / "c.json", official("1.jpg"))
     write(tmp_path / "images" / "l.json", [{"image": "1.jpg", "conversations": []}])
-    (tmp_path / "images" / "r.jsonl").write_text('{"image": "1.jpg", "texts": [{"user": "a", "assistant": "b"}]}')
+    (tmp_path / "images" / "r.jsonl").write_text(
+        '{"image": "1.jpg", "texts": [{"user": "a", "assistant": "b"}]}'
+    )
     for read, name in ((coco, "c.json"), (llava, "l.json"), (jsonl, "r.jsonl")):
         assert read(Path(name))[0][0]["images"] == [str(tmp_path / "images/1.jpg")], name
 
@@ -107,7 +162,14 @@ def test_images_that_are_missing_at_the_front_do_not_hide_the_rest(tmp_path):
 
 
 def book(split: int, questions: list, answers: list, url: str = "http://x.org/I/51a.jpg") -> dict:
-    return {"imageURL": url, "questions": questions, "answers": answers, "split": split, "title": "T", "genre": "G"}
+    return {
+        "imageURL": url,
+        "questions": questions,
+        "answers": answers,
+        "split": split,
+        "title": "T",
+        "genre": "G",
+    }
 
 
 def test_ocr_vqa(tmp_path):
@@ -125,16 +187,36 @@ def test_ocr_vqa(tmp_path):
         [
             {
                 "images": [str(images / "0761183272.jpg")],
-                "texts": [{"user": "Who wrote this?", "assistant": "Ann"}, {"user": "Which genre?", "assistant": "Poetry"}],
+                "texts": [
+                    {"user": "Who wrote this?", "assistant": "Ann"},
+                    {"user": "Which genre?", "assistant": "Poetry"},
+                ],
                 "id": "ocr_vqa/0761183272",
             },
-            {"images": [str(images / "more.jpg")], "texts": [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": ""}], "id": "ocr_vqa/more"},
-            {"images": [str(images / "none.jpg")], "texts": [{"user": "", "assistant": "1"}, {"user": "", "assistant": "2"}], "id": "ocr_vqa/none"},
+            {
+                "images": [str(images / "more.jpg")],
+                "texts": [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": ""}],
+                "id": "ocr_vqa/more",
+            },
+            {
+                "images": [str(images / "none.jpg")],
+                "texts": [{"user": "", "assistant": "1"}, {"user": "", "assistant": "2"}],
+                "id": "ocr_vqa/none",
+            },
         ],
-        [{"images": [str(images / "v.gif")], "texts": [{"user": "Is it a comic?", "assistant": "No"}], "id": "ocr_vqa/v"}],
+        [
+            {
+                "images": [str(images / "v.gif")],
+                "texts": [{"user": "Is it a comic?", "assistant": "No"}],
+                "id": "ocr_vqa/v",
+            }
+        ],
     )
     assert ocr_vqa(path) == expected == ocr_vqa(tmp_path)
-    assert ocr_vqa(write(tmp_path / "train.json", {"0761183272": books["0761183272"]})) == (expected[0][:1], None)
+    assert ocr_vqa(write(tmp_path / "train.json", {"0761183272": books["0761183272"]})) == (
+        expected[0][:1],
+        None,
+    )
 
 
 def say(*turns: tuple[str, object]) -> list[dict]:
@@ -144,8 +226,21 @@ def say(*turns: tuple[str, object]) -> list[dict]:
 def test_llava(tmp_path):
     lay(tmp_path, "coco/1.jpg", "gqa/2.jpg")
     entries = [
-        {"id": "a", "image": "coco/1.jpg", "conversations": say(("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Where?"), ("gpt", "On a\nmat."))},
-        {"id": 7, "image": ["coco/1.jpg", "gqa/gone.jpg"], "conversations": say(("user", "<image>\n<image>\nSame?"), ("assistant", "No."))},
+        {
+            "id": "a",
+            "image": "coco/1.jpg",
+            "conversations": say(
+                ("human", "<image>\nWhat is it?"),
+                ("gpt", "A cat."),
+                ("human", "Where?"),
+                ("gpt", "On a\nmat."),
+            ),
+        },
+        {
+            "id": 7,
+            "image": ["coco/1.jpg", "gqa/gone.jpg"],
+            "conversations": say(("user", "<image>\n<image>\nSame?"), ("assistant", "No.")),
+        },
         {"id": "a", "conversations": say(("human", " Hello. "), ("gpt", "Hi."))},
         {"image": None, "conversations": say(("human", "Half \ud83d"), ("gpt", None))},
     ]
@@ -153,10 +248,17 @@ def test_llava(tmp_path):
         [
             {
                 "images": [str(tmp_path / "coco/1.jpg")],
-                "texts": [{"user": "What is it?", "assistant": "A cat."}, {"user": "Where?", "assistant": "On a\nmat."}],
+                "texts": [
+                    {"user": "What is it?", "assistant": "A cat."},
+                    {"user": "Where?", "assistant": "On a\nmat."},
+                ],
                 "id": "llava/a",
             },
-            {"images": [str(tmp_path / "coco/1.jpg"), str(tmp_path / "gqa/gone.jpg")], "texts": [{"user": "Same?", "assistant": "No."}], "id": "llava/7"},
+            {
+                "images": [str(tmp_path / "coco/1.jpg"), str(tmp_path / "gqa/gone.jpg")],
+                "texts": [{"user": "Same?", "assistant": "No."}],
+                "id": "llava/7",
+            },
             {"images": [], "texts": [{"user": " Hello. ", "assistant": "Hi."}], "id": "llava/a@2"},
             {"images": [], "texts": [{"user": "", "assistant": ""}], "id": "llava/3"},
         ],
@@ -169,7 +271,10 @@ def test_llava_images_beside_the_file(tmp_path):
     pair = say(("human", "<image>"), ("gpt", "A cat."))
     entries = [{"id": i, "image": f"004/{i}.jpg", "conversations": pair} for i in (1, 2)]
     training, _ = llava(write(tmp_path / "chat.json", entries))
-    assert [r["images"] for r in training] == [[str(tmp_path / "images/004/1.jpg")], [str(tmp_path / "images/004/2.jpg")]]
+    assert [r["images"] for r in training] == [
+        [str(tmp_path / "images/004/1.jpg")],
+        [str(tmp_path / "images/004/2.jpg")],
+    ]
     assert training[0]["texts"] == [{"user": "", "assistant": "A cat."}]
 
 
@@ -194,8 +299,14 @@ CLEAN = [{"user": "What?", "assistant": "That."}]
 )
 def test_llava_problems(tmp_path, turns, problem, texts):
     lay(tmp_path, "1.jpg")
-    [record] = llava(write(tmp_path / "chat.json", [{"id": "a", "image": "1.jpg", "conversations": say(*turns)}]))[0]
-    assert (record.get("problem"), record["texts"], record["images"]) == (problem, texts, [str(tmp_path / "1.jpg")])
+    [record] = llava(
+        write(tmp_path / "chat.json", [{"id": "a", "image": "1.jpg", "conversations": say(*turns)}])
+    )[0]
+    assert (record.get("problem"), record["texts"], record["images"]) == (
+        problem,
+        texts,
+        [str(tmp_path / "1.jpg")],
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,8 +340,19 @@ def test_jsonl(tmp_path):
     folder, pair = tmp_path, [{"user": "Q", "assistant": "A"}]
     assert jsonl(path) == (
         [
-            {"images": [str(folder / "a.png"), "/data/b.png"], "texts": [{"user": "Q1", "assistant": "é"}, {"user": "Q2", "assistant": ""}], "id": "first"},
-            {"images": [str(folder / "in/a.png")], "texts": pair, "id": "jsonl/mine/3", "references": ["A", "B"], "turns": "branch", "clip_score": 0.5},
+            {
+                "images": [str(folder / "a.png"), "/data/b.png"],
+                "texts": [{"user": "Q1", "assistant": "é"}, {"user": "Q2", "assistant": ""}],
+                "id": "first",
+            },
+            {
+                "images": [str(folder / "in/a.png")],
+                "texts": pair,
+                "id": "jsonl/mine/3",
+                "references": ["A", "B"],
+                "turns": "branch",
+                "clip_score": 0.5,
+            },
             {"images": [], "texts": [{"user": "Q", "assistant": "A 😀"}], "id": "jsonl/mine/5"},
         ],
         None,
@@ -245,7 +367,10 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
     "line, message",
     [
         (b"{'texts'}", "not valid JSON: Expecting property name enclosed in double quotes at character 2"),
-        (b'{"texts": "\xe9"}', "not valid JSON: 'utf-8' codec can't decode byte 0xe9 in position 11: invalid continuation byte"),
+        (
+            b'{"texts": "\xe9"}',
+            "not valid JSON: 'utf-8' codec can't decode byte 0xe9 in position 11: invalid continuation byte",
+        ),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
         (GOOD + '"id": "a\\ud83d"}', "not valid Unicode: half a character, \\ud83d"),
         ("[1]", "expected an object with 'texts'"),
@@ -266,13 +391,20 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
         ('{"texts": {"user": "Q", "assistant": "A"}}', TURNS_FORM + '{"user": "Q", "assistant": "A"}'),
         ('{"texts": [{"user": "Q"}]}', TURNS_FORM + '[{"user": "Q"}]'),
         ('{"texts": [{"user": "Q", "assistant": 1}]}', TURNS_FORM + '[{"user": "Q", "assistant": 1}]'),
-        ('{"texts": [{"user": "Q", "assistant": "A", "sauce": "S"}]}', TURNS_FORM + '[{"user": "Q", "assistant": "A", "sauce": "S"}]'),
+        (
+            '{"texts": [{"user": "Q", "assistant": "A", "sauce": "S"}]}',
+            TURNS_FORM + '[{"user": "Q", "assistant": "A", "sauce": "S"}]',
+        ),
         (GOOD + '"id": "jsonl/bad/1"}', "line 1 has the id 'jsonl/bad/1' too"),
     ],
 )
 def test_jsonl_names_the_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"texts": [{"user": "Q", "assistant": "A"}]}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\nnever read")
+    path.write_bytes(
+        b'{"texts": [{"user": "Q", "assistant": "A"}]}\n\n'
+        + (line if isinstance(line, bytes) else line.encode())
+        + b"\nnever read"
+    )
     with pytest.raises(UserError, match="^" + re.escape(f"{path}:3: {message}")) as caught:
         jsonl(path)
     assert "\n" not in str(caught.value)
@@ -288,17 +420,53 @@ BOOK, PAIR = book(1, ["Q"], ["A"]), say(ASKED, ANSWERED)
         (coco, [], "expected an object with a list 'images'"),
         (coco, {"images": {}}, "expected an object with a list 'images'"),
         (coco, {"images": [IMAGE]}, "images[0]: expected an object with a list 'sentences'"),
-        (coco, {"images": [], "annotations": []}, "expected captioned images, found none to train on among 0"),
+        (
+            coco,
+            {"images": [], "annotations": []},
+            "expected captioned images, found none to train on among 0",
+        ),
         (coco, {"images": [IMAGE], "annotations": {}}, "expected an object with a list 'annotations'"),
-        (coco, {"images": [IMAGE, IMAGE], "annotations": []}, "images[1]: an image before it has the id 1 too"),
-        (coco, {"images": [{"id": 1}], "annotations": []}, "images[0]: expected an object with a text 'file_name'"),
-        (coco, {"images": [IMAGE | {"id": [1]}], "annotations": []}, "images[0]: expected an object with a number or text 'id'"),
-        (coco, {"images": [IMAGE], "annotations": [{"image_id": 1, "bbox": []}]}, "annotations[0]: expected an object with 'caption'"),
-        (coco, {"images": [IMAGE], "annotations": [{"image_id": 2, "caption": "A cat."}]}, "annotations[0]: 'images' has no image with the id 2"),
-        (coco, {"images": [SPLIT_ENTRY | {"split": "trian"}]}, "images[0]: no split 'trian' (did you mean 'train'?)"),
-        (coco, {"images": [SPLIT_ENTRY | {"split": "val"}]}, "expected captioned images, found none to train on among 1"),
+        (
+            coco,
+            {"images": [IMAGE, IMAGE], "annotations": []},
+            "images[1]: an image before it has the id 1 too",
+        ),
+        (
+            coco,
+            {"images": [{"id": 1}], "annotations": []},
+            "images[0]: expected an object with a text 'file_name'",
+        ),
+        (
+            coco,
+            {"images": [IMAGE | {"id": [1]}], "annotations": []},
+            "images[0]: expected an object with a number or text 'id'",
+        ),
+        (
+            coco,
+            {"images": [IMAGE], "annotations": [{"image_id": 1, "bbox": []}]},
+            "annotations[0]: expected an object with 'caption'",
+        ),
+        (
+            coco,
+            {"images": [IMAGE], "annotations": [{"image_id": 2, "caption": "A cat."}]},
+            "annotations[0]: 'images' has no image with the id 2",
+        ),
+        (
+            coco,
+            {"images": [SPLIT_ENTRY | {"split": "trian"}]},
+            "images[0]: no split 'trian' (did you mean 'train'?)",
+        ),
+        (
+            coco,
+            {"images": [SPLIT_ENTRY | {"split": "val"}]},
+            "expected captioned images, found none to train on among 1",
+        ),
         (coco, {"images": [SPLIT_ENTRY, SPLIT_ENTRY]}, "images[1]: an image before it has the cocoid 1 too"),
-        (coco, {"images": [SPLIT_ENTRY | {"sentences": [{"tokens": []}]}]}, "images[0].sentences: expected an object with 'raw'"),
+        (
+            coco,
+            {"images": [SPLIT_ENTRY | {"sentences": [{"tokens": []}]}]},
+            "images[0].sentences: expected an object with 'raw'",
+        ),
         (ocr_vqa, [], 'expected an object {image id: {"imageURL", "questions", "answers", "split"}}'),
         (ocr_vqa, {}, "expected images with split 1, found none to train on among 0"),
         (ocr_vqa, {"b": BOOK | {"split": 2}}, "expected images with split 1, found none to train on among 1"),
@@ -309,9 +477,21 @@ BOOK, PAIR = book(1, ["Q"], ["A"]), say(ASKED, ANSWERED)
         (llava, {}, 'expected a list of {"id", "image", "conversations"}, dict found'),
         (llava, [], 'expected a list of {"id", "image", "conversations"}, empty found'),
         (llava, ["a"], "[0]: expected an object with a list 'conversations'"),
-        (llava, [{"conversations": [{"role": "user"}]}], "[0].conversations: expected an object with a text 'from'"),
-        (llava, [{"conversations": [{"from": "human", "text": ""}]}], "[0].conversations: expected an object with 'value'"),
-        (llava, [{"conversations": PAIR, "image": 3}], "[0]: 'image' must be a path or a list of paths, not 3"),
+        (
+            llava,
+            [{"conversations": [{"role": "user"}]}],
+            "[0].conversations: expected an object with a text 'from'",
+        ),
+        (
+            llava,
+            [{"conversations": [{"from": "human", "text": ""}]}],
+            "[0].conversations: expected an object with 'value'",
+        ),
+        (
+            llava,
+            [{"conversations": PAIR, "image": 3}],
+            "[0]: 'image' must be a path or a list of paths, not 3",
+        ),
     ],
 )
 def test_sets_not_of_the_form(tmp_path, read, content, message):
@@ -323,27 +503,48 @@ def test_sets_not_of_the_form(tmp_path, read, content, message):
 @pytest.mark.parametrize(
     "read, content, message",
     [
-        (coco, official("1.jpg"), "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, val2014, train2017, val2017, 1.jpg is in none of them"),
-        (coco, {"images": [SPLIT_ENTRY]}, "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, COCO_train2014_1.jpg is in none of them"),
+        (
+            coco,
+            official("1.jpg"),
+            "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, val2014, train2017, val2017, 1.jpg is in none of them",
+        ),
+        (
+            coco,
+            {"images": [SPLIT_ENTRY]},
+            "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, COCO_train2014_1.jpg is in none of them",
+        ),
         (ocr_vqa, {"b": BOOK, "c": BOOK}, "{0}/images, b.jpg is in none of them nor are 1 others"),
         (llava, [{"conversations": PAIR, "image": "x/1.jpg"}], "{0}, {0}/images, x/1.jpg is in none of them"),
     ],
 )
 def test_images_found_nowhere(tmp_path, read, content, message):
     path = write(tmp_path / "set" / "bad.json", content)
-    with pytest.raises(UserError, match="^" + re.escape(f"{path}: its images are not there: looked in " + message.format(path.parent, tmp_path)) + "$"):
+    with pytest.raises(
+        UserError,
+        match="^"
+        + re.escape(f"{path}: its images are not there: looked in " + message.format(path.parent, tmp_path))
+        + "$",
+    ):
         read(path)
 
 
 @pytest.mark.parametrize("read", [coco, ocr_vqa, llava, jsonl])
 def test_files_that_cannot_be_read(tmp_path, read):
-    with pytest.raises(UserError, match=f"^{tmp_path}/gone.json (does not exist|cannot be read: No such file or directory)$"):
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/gone.json (does not exist|cannot be read: No such file or directory)$"
+    ):
         read(tmp_path / "gone.json")
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
-    with pytest.raises(UserError, match=f"^{tmp_path}/latin.json(:1:)? .*'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$"):
+    with pytest.raises(
+        UserError,
+        match=f"^{tmp_path}/latin.json(:1:)? .*'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$",
+    ):
         read(tmp_path / "latin.json")
     (tmp_path / "empty.json").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none| is not valid JSON: Expecting value.*)$'):
+    with pytest.raises(
+        UserError,
+        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none| is not valid JSON: Expecting value.*)$',
+    ):
         read(tmp_path / "empty.json")
 
 
@@ -356,7 +557,10 @@ def test_folders_given_for_files(tmp_path):
 
 
 def test_jsonl_leaves_nulls_for_the_pipeline_to_count(tmp_path):
-    lines = ['{"image": null, "texts": [{"user": "Q", "assistant": null, "source": "S"}]}', '{"images": [null, "a.png"], "texts": [{"user": null, "assistant": "A"}]}']
+    lines = [
+        '{"image": null, "texts": [{"user": "Q", "assistant": null, "source": "S"}]}',
+        '{"images": [null, "a.png"], "texts": [{"user": null, "assistant": "A"}]}',
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     first, second = jsonl(tmp_path / "x.jsonl")[0]
     assert first["images"] == [None] and first["texts"][0]["assistant"] is None

@@ -46,10 +46,15 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
     prompts = [prompt_ids(renderer, n, q) for n, q in asked]
     block = torch.tensor(renderer.image_block())
-    images = [list(zip(model.encode_images(t, [block] * len(t)), block_starts(prompt), strict=True)) for t, (prompt, _) in zip(tiles, prompts, strict=True)]
+    images = [
+        list(zip(model.encode_images(t, [block] * len(t)), block_starts(prompt), strict=True))
+        for t, (prompt, _) in zip(tiles, prompts, strict=True)
+    ]
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
     settings = GenerationConfig(max_new_tokens=6)
-    made = generate(model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts]))
+    made = generate(
+        model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts])
+    )
     expected = [naive_greedy(naive, ids, t, stop, 6) for (_, ids), t in zip(prompts, tiles, strict=True)]
     assert made.tokens == expected
     assert any(expected)
@@ -57,11 +62,29 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
 
 def test_an_answer_may_be_empty(model, renderer):
     """Where the first token is the end of turn, and in a row beside one that goes on."""
-    prompts = [prompt_ids(renderer, 0, question)[0] for question in ("what is it?", "is it large or is it small?")]
-    free = generate(model, images=[[], []], stop=-1, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts)).tokens
+    prompts = [
+        prompt_ids(renderer, 0, question)[0] for question in ("what is it?", "is it large or is it small?")
+    ]
+    free = generate(
+        model,
+        images=[[], []],
+        stop=-1,
+        settings=GenerationConfig(max_new_tokens=4),
+        **collate_prompts(prompts),
+    ).tokens
     for row, (first, *_) in enumerate(free):
-        made = generate(model, images=[[], []], stop=first, settings=GenerationConfig(max_new_tokens=4), **collate_prompts(prompts))
-        assert made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free] and made.tokens[row] == [] and made.decode_steps[row] == 1
+        made = generate(
+            model,
+            images=[[], []],
+            stop=first,
+            settings=GenerationConfig(max_new_tokens=4),
+            **collate_prompts(prompts),
+        )
+        assert (
+            made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free]
+            and made.tokens[row] == []
+            and made.decode_steps[row] == 1
+        )
 
 
 def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeypatch):
@@ -69,14 +92,30 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
     model, seen = lively_model(tokenizer), []
     naive, tiles = Naive(model), random_tiles(2, seed=5)
     prompt, ids = prompt_ids(renderer, 2, "what color?")
-    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), block_starts(prompt), strict=True))
+    images = list(
+        zip(
+            model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2),
+            block_starts(prompt),
+            strict=True,
+        )
+    )
     verify = models.generation.verify
-    monkeypatch.setattr(models.generation, "verify", lambda *arguments: seen.append(verify(*arguments)) or seen[-1])
-    made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=5), **collate_prompts([prompt]))
+    monkeypatch.setattr(
+        models.generation, "verify", lambda *arguments: seen.append(verify(*arguments)) or seen[-1]
+    )
+    made = generate(
+        model,
+        images=[images],
+        stop=-1,
+        settings=GenerationConfig(max_new_tokens=5),
+        **collate_prompts([prompt]),
+    )
     assert len(seen) == 4 and len(made.tokens[0]) == 5
     for step, hidden in enumerate(seen, start=1):
         expected = naive.logits([*ids, *made.tokens[0][:step]], tiles)[-1]
-        torch.testing.assert_close(F.linear(hidden.clone(), model.right.unembedding.detach())[0, 0], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            F.linear(hidden.clone(), model.right.unembedding.detach())[0, 0], expected, atol=1e-4, rtol=0
+        )
 
 
 def test_text_only_prompts_work_beside_image_prompts(model, renderer):
@@ -84,7 +123,9 @@ def test_text_only_prompts_work_beside_image_prompts(model, renderer):
     tiles = Tiles((1, 1), random_tiles(1))
     settings = GenerationConfig(max_new_tokens=5)
     together = predictor.answer([([], "what is it?"), ([tiles], "what color is the shape?")], settings)
-    alone = predictor.answer([([], "what is it?")], settings) + predictor.answer([([tiles], "what color is the shape?")], settings)
+    alone = predictor.answer([([], "what is it?")], settings) + predictor.answer(
+        [([tiles], "what color is the shape?")], settings
+    )
     assert [a.text for a in together] == [a.text for a in alone]
     assert [a.image_kv for a in together + alone] == ["none", "computed", "none", "reused"]
 
@@ -94,25 +135,45 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     predictor = Predictor(model, renderer, ImageStore(memory_bytes=2 * size))
     encoded = []
     original = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images))
+    monkeypatch.setattr(
+        model,
+        "encode_images",
+        lambda tiles, blocks, images: encoded.append(len(blocks)) or original(tiles, blocks, images),
+    )
     a, b, c = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(3))
     settings = GenerationConfig(max_new_tokens=2)
-    assert [x.image_kv for x in predictor.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == ["computed", "reused", "computed"]
-    assert [x.image_kv for x in predictor.answer([([b], "y"), ([c], "y")], settings)] == ["reused", "computed"]
-    assert [x.image_kv for x in predictor.answer([([a], "y")], settings)] == ["computed"]  # a was the least recently used of three
+    assert [x.image_kv for x in predictor.answer([([a], "x"), ([a], "y"), ([b], "x")], settings)] == [
+        "computed",
+        "reused",
+        "computed",
+    ]
+    assert [x.image_kv for x in predictor.answer([([b], "y"), ([c], "y")], settings)] == [
+        "reused",
+        "computed",
+    ]
+    assert [x.image_kv for x in predictor.answer([([a], "y")], settings)] == [
+        "computed"
+    ]  # a was the least recently used of three
     assert encoded == [2, 1, 1]
 
 
 def test_an_image_is_the_same_wherever_it_stands(model, renderer):
     predictor, settings = Predictor(model, renderer), GenerationConfig(max_new_tokens=2)
     a, b = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(2))
-    assert [predictor.answer([(images, "x")], settings)[0].image_kv for images in ([a], [b], [b, a], [a, a])] == ["computed", "computed", "reused", "reused"]
+    assert [
+        predictor.answer([(images, "x")], settings)[0].image_kv for images in ([a], [b], [b, a], [a, a])
+    ] == ["computed", "computed", "reused", "reused"]
 
 
 def test_seeds_repeat_and_differ(model, renderer):
     predictor = Predictor(model, renderer)
     asked = [([Tiles((1, 1), random_tiles(1))], "what color?")]
-    answers = [predictor.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[0].text for s in (1, 1, 2)]
+    answers = [
+        predictor.answer(asked, GenerationConfig(sampling=True, temperature=3.0, max_new_tokens=12, seed=s))[
+            0
+        ].text
+        for s in (1, 1, 2)
+    ]
     assert answers[0] == answers[1] != answers[2]
 
 
@@ -148,16 +209,32 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
     """arXiv 1909.05858: a positive logit is divided, a negative one multiplied; unseen ones stay."""
     logits, seen = torch.tensor([2.0, -2.0, 0.5, -0.5]), torch.tensor([True, True, False, False])
     settings = GenerationConfig(sampling=True, repetition_penalty=1.6)
-    torch.testing.assert_close(probabilities(logits, settings, seen), torch.tensor([1.25, -3.2, 0.5, -0.5]).softmax(-1))
+    torch.testing.assert_close(
+        probabilities(logits, settings, seen), torch.tensor([1.25, -3.2, 0.5, -0.5]).softmax(-1)
+    )
 
 
 def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
     """Also for the token that is 0, which stands in the padding too."""
     model = lively_model(tokenizer)
-    prompts = [prompt_ids(renderer, 0, question)[0] for question in (f"what is it{tokenizer.decode([0])}?", "is it large, or is it not so large as the other one?", "is it?")]
-    assert 0 in prompts[0].right_ids and not {0} & {*prompts[1].right_ids, *prompts[2].right_ids}  # and the first and the third are padded
+    prompts = [
+        prompt_ids(renderer, 0, question)[0]
+        for question in (
+            f"what is it{tokenizer.decode([0])}?",
+            "is it large, or is it not so large as the other one?",
+            "is it?",
+        )
+    ]
+    assert 0 in prompts[0].right_ids and not {0} & {
+        *prompts[1].right_ids,
+        *prompts[2].right_ids,
+    }  # and the first and the third are padded
     with torch.no_grad():
-        model.right.unembedding[0] += 0.2 * model.right.unembedding.std() * torch.randn(model.right.unembedding.shape[1], generator=torch.Generator().manual_seed(0))
+        model.right.unembedding[0] += (
+            0.2
+            * model.right.unembedding.std()
+            * torch.randn(model.right.unembedding.shape[1], generator=torch.Generator().manual_seed(0))
+        )
     seen = []
     original = models.generation.probabilities
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=5.0, speculative="off")
@@ -171,14 +248,24 @@ def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
         made = generate(model, images=[[]] * 3, stop=-1, settings=settings, **collate_prompts(prompts))
     for row, prompt in enumerate(prompts):
         assert seen[0][row].nonzero()[:, 0].tolist() == sorted(set(prompt.right_ids))
-        assert made.tokens[row] == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+        assert (
+            made.tokens[row]
+            == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+        )
 
 
 def test_a_cache_of_earlier_turns_is_of_one_row(model, renderer):
     prompts = [prompt_ids(renderer, 0, question)[0] for question in ("a", "b")]
     cache = DecodingCache(1, 2, 1, 0, 2, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="2 prompts: a given cache goes on with one"):
-        generate(model, images=[[], []], stop=-1, settings=GenerationConfig(), cache=cache, **collate_prompts(prompts))
+        generate(
+            model,
+            images=[[], []],
+            stop=-1,
+            settings=GenerationConfig(),
+            cache=cache,
+            **collate_prompts(prompts),
+        )
 
 
 def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
@@ -203,20 +290,38 @@ def test_pieces_are_the_answer(tokenizer, renderer):
     """Each token's text and log-probability, up to where a stop string begins; characters of several tokens come with their last."""
     predictor = Predictor(lively_model(tokenizer), renderer)
     whole = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
-    assert len(whole.token_logprobs) == whole.tokens == 12 and "".join(text for text, _ in whole.token_logprobs) == whole.text
+    assert (
+        len(whole.token_logprobs) == whole.tokens == 12
+        and "".join(text for text, _ in whole.token_logprobs) == whole.text
+    )
     stop = whole.text[len(whole.text) // 2 :][:3]
-    cut = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop])[0]
-    assert "".join(text for text, _ in cut.token_logprobs) == cut.text and len(cut.token_logprobs) < cut.tokens
-    assert [logprob for _, logprob in cut.token_logprobs] == [logprob for _, logprob in whole.token_logprobs][: len(cut.token_logprobs)]
+    cut = predictor.answer(
+        [([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop]
+    )[0]
+    assert (
+        "".join(text for text, _ in cut.token_logprobs) == cut.text and len(cut.token_logprobs) < cut.tokens
+    )
+    assert [logprob for _, logprob in cut.token_logprobs] == [logprob for _, logprob in whole.token_logprobs][
+        : len(cut.token_logprobs)
+    ]
     tokens = [*tokenizer.encode("x 💡"), tokenizer.turn_end]
     token_logprobs = predictor.token_logprobs(tokens, [0.0] * len(tokens))
-    assert len(token_logprobs) == len(tokens) > 4 and "".join(text for text, _ in token_logprobs) == "x 💡" and token_logprobs[-2][0] == "💡"  # the last says nothing
+    assert (
+        len(token_logprobs) == len(tokens) > 4
+        and "".join(text for text, _ in token_logprobs) == "x 💡"
+        and token_logprobs[-2][0] == "💡"
+    )  # the last says nothing
 
 
 def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
     predictor = Predictor(lively_model(tokenizer), renderer)
     for tokens, wanted in ((1, 0.0), (5, 1.0)):
-        assert predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[0].tokens_per_step == wanted
+        assert (
+            predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[
+                0
+            ].tokens_per_step
+            == wanted
+        )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +354,9 @@ def test_a_prompt_too_long_says_so(model, renderer):
 
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_ends_the_answer_wherever_it_begins(tokenizer, renderer, monkeypatch, sampling, bad):
+def test_what_is_not_finite_ends_the_answer_wherever_it_begins(
+    tokenizer, renderer, monkeypatch, sampling, bad
+):
     model, original, decode_steps = lively_model(tokenizer), models.generation.verify, []
 
     def verify(*arguments: Any) -> torch.Tensor:
@@ -259,7 +366,13 @@ def test_what_is_not_finite_ends_the_answer_wherever_it_begins(tokenizer, render
     monkeypatch.setattr(models.generation, "verify", verify)
     batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
     with pytest.raises(UserError, match="not finite"):
-        generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=8, sampling=sampling), **batch)
+        generate(
+            model,
+            images=[[]],
+            stop=-1,
+            settings=GenerationConfig(max_new_tokens=8, sampling=sampling),
+            **batch,
+        )
     assert len(decode_steps) == 3
 
 
@@ -278,4 +391,8 @@ def test_top_p_in_a_vocabulary_of_any_size(spread, top_p):
             before += row[token]
         differ = set(kept) ^ set(found.nonzero()[:, 0].tolist())
         assert len(differ) <= 1  # the last one, by rounding
-        assert torch.allclose(found[kept[:-1]] / found[kept[0]], torch.tensor([row[token] / row[kept[0]] for token in kept[:-1]]), rtol=1e-4)
+        assert torch.allclose(
+            found[kept[:-1]] / found[kept[0]],
+            torch.tensor([row[token] / row[kept[0]] for token in kept[:-1]]),
+            rtol=1e-4,
+        )

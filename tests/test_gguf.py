@@ -19,7 +19,11 @@ NAMES = {
 
 def in_gguf(name: str) -> str:
     if not name.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}[name]
+        return {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }[name]
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
     stem, kind = rest.rsplit(".", 1)
     return f"blk.{layer}.{NAMES[stem]}.{kind}"
@@ -74,9 +78,14 @@ def test_logits_equal_those_of_the_model_written(kind, tmp_path):
         with torch.no_grad():
             expected = model(ids).logits
         places = torch.arange(20).expand_as(ids)
-        torch.testing.assert_close(logits(ours(folder), ids, places, torch.zeros_like(ids)), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits(ours(folder), ids, places, torch.zeros_like(ids)), expected, atol=1e-4, rtol=1e-4
+        )
         written = (folder / "model.safetensors").stat().st_mtime_ns
-        assert find_language_model(str(tmp_path / f"{seed}.gguf"), tmp_path) == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
+        assert (
+            find_language_model(str(tmp_path / f"{seed}.gguf"), tmp_path) == folder
+            and (folder / "model.safetensors").stat().st_mtime_ns == written
+        )
 
 
 def test_a_quantised_tensor_is_undone(tmp_path):
@@ -99,10 +108,20 @@ def test_what_cannot_be_read_says_why(tmp_path):
     model = reference("Llama", 0, tmp_path / "hf", hidden_size=256)
 
     def strange(name, values):
-        return (np.zeros((values.shape[0], 292), np.uint8), (values.shape[0], 292), Kind.Q8_K) if name.endswith("0.mlp.up_proj.weight") else None
+        return (
+            (np.zeros((values.shape[0], 292), np.uint8), (values.shape[0], 292), Kind.Q8_K)
+            if name.endswith("0.mlp.up_proj.weight")
+            else None
+        )
 
     for name, kind, change, settings, message in (
-        ("a", "gemma", None, {}, "architecture 'gemma' is not supported; supported in GGUF files are llama, qwen2, qwen3"),
+        (
+            "a",
+            "gemma",
+            None,
+            {},
+            "architecture 'gemma' is not supported; supported in GGUF files are llama, qwen2, qwen3",
+        ),
         ("b", "llama", strange, {}, "blk.0.ffn_up.weight is quantised as Q8_K"),
         ("c", "llama", None, {"tokenizer": "llama"}, "a tokenizer of kind 'llama'"),
         ("d", "llama", None, {"pre": "falcon"}, "cuts text like 'falcon'"),

@@ -20,5 +20,7 @@ def test_equals_the_stored_references(part):
 @pytest.mark.parametrize("name", STORED["runs"])
 def test_a_run_has_the_stored_rows_and_batches(name):
     title, _, streams = name.rpartition(", streams ")
-    found = json.loads(json.dumps(references.run([*references.RUNS[title], *references.SMALL, "--data.streams", streams])))
+    found = json.loads(
+        json.dumps(references.run([*references.RUNS[title], *references.SMALL, "--data.streams", streams]))
+    )
     assert found == STORED["runs"][name]

@@ -16,7 +16,9 @@ from models.layers import MLP, Attention
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
-logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)  # under a failed test its lines would fill pages
+logging.getLogger("torch.__trace").setLevel(
+    logging.CRITICAL
+)  # under a failed test its lines would fill pages
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +61,21 @@ def test_more_work_is_caught(now, monkeypatch):
         return plain(self, x.exp().log())
 
     monkeypatch.setattr(LanguageModel, "loss", all_logits)
-    monkeypatch.setattr(Attention, "forward", lambda self, x, rotary, mask, past: (once(self, x, rotary, mask, past) + once(self, x, rotary, mask, past)) / 2)
+    monkeypatch.setattr(
+        Attention,
+        "forward",
+        lambda self, x, rotary, mask, past: (
+            (once(self, x, rotary, mask, past) + once(self, x, rotary, mask, past)) / 2
+        ),
+    )
     monkeypatch.setattr(MLP, "forward", breaking)
     trial = Trial("vanilla", "tiny", "fp32", CPU)
     for group in [g for o in trial.optimizers for g in o.param_groups]:
         group["fused"] = False
     grew, shrank = guard.compare({"vanilla": now["vanilla"]}, {"vanilla": guard.measure_one(trial)})
-    assert [line.split(":")[0] for line in grew] == sorted(f"vanilla {name}" for name in now["vanilla"]) and not shrank
+    assert [line.split(":")[0] for line in grew] == sorted(
+        f"vanilla {name}" for name in now["vanilla"]
+    ) and not shrank
 
 
 def test_a_run_is_like_the_one_before(now):
@@ -86,7 +96,10 @@ def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
     assert "none grew" in run() and "none grew" in run(flops=1019)
     with pytest.raises(UserError, match="1 of 2 values"):
         run(flops=1021)
-    assert "vanilla flops: was 1,000, is 1,021, +2.1% (python -m benchmarks.guard --update, if that is meant)" in capsys.readouterr().out
+    assert (
+        "vanilla flops: was 1,000, is 1,021, +2.1% (python -m benchmarks.guard --update, if that is meant)"
+        in capsys.readouterr().out
+    )
     for more in ({"graph_breaks": 1}, {"another": 5}):
         with pytest.raises(UserError):
             run(**more)
@@ -111,7 +124,10 @@ def test_the_standard_row(kind):
 def test_several_rows_a_step():
     """Tokens and FLOPs are those of all; the phases of all micro-batches are added up and make the step; they do not go on into the next."""
     one, three = Trial("vanilla", "tiny", "fp32", CPU), Trial("vanilla", "tiny", "fp32", CPU, rows=3)
-    assert three.tokens == 3 * one.tokens and {name: 3 * value for name, value in one.flops().items()} == three.flops()
+    assert (
+        three.tokens == 3 * one.tokens
+        and {name: 3 * value for name, value in one.flops().items()} == three.flops()
+    )
     forwards: list[int] = []
     three.model.register_forward_hook(lambda *_: forwards.append(1))
     for steps in (1, 2):

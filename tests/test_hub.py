@@ -54,18 +54,40 @@ def folder(tmp_path_factory) -> Path:
 
 
 def command(tmp_path: Path, source: str, *flags: str) -> list[str]:
-    command = [sys.executable, str(ROOT / "train_dual_tower.py"), *FLAGS, "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        str(ROOT / "train_dual_tower.py"),
+        *FLAGS,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
     return [*command, "--model.left.weights", source, "--model.right.weights", source, *flags]
 
 
 def train_from_a_shell(tmp_path: Path, endpoint: str, *flags: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(command(tmp_path, "org/tiny", *flags), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return subprocess.run(
+        command(tmp_path, "org/tiny", *flags),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def train(tmp_path: Path, endpoint: str, source: str) -> subprocess.CompletedProcess:
-    return run_program(command(tmp_path, source), tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf")))
+    return run_program(
+        command(tmp_path, source), tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf"))
+    )
 
 
 def test_a_language_model_by_its_id(folder, tmp_path):
@@ -95,7 +117,10 @@ def test_what_goes_wrong_is_one_line_before_anything_is_written(folder, tmp_path
     config = tmp_path / "bert" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"bert"'))
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
-    with hub({"org/tiny": folder, "org/bert": tmp_path / "bert", "org/base": tmp_path / "base"}, gated=("org/gated",)) as endpoint:
+    with hub(
+        {"org/tiny": folder, "org/bert": tmp_path / "bert", "org/base": tmp_path / "base"},
+        gated=("org/gated",),
+    ) as endpoint:
         done = train(tmp_path, endpoint, source)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
@@ -103,5 +128,9 @@ def test_what_goes_wrong_is_one_line_before_anything_is_written(folder, tmp_path
 
 def test_a_hub_out_of_reach(tmp_path):
     done = train(tmp_path, "http://127.0.0.1:9", "org/tiny")
-    assert done.returncode == 1 and "could not be fetched from the Hub" in done.stderr and "a local folder with the same files works as well" in done.stderr
+    assert (
+        done.returncode == 1
+        and "could not be fetched from the Hub" in done.stderr
+        and "a local folder with the same files works as well" in done.stderr
+    )
     assert done.stderr.count("\n") == 1

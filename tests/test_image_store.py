@@ -36,7 +36,11 @@ def kv_of(seed: int, tokens: int = 8, dtype: torch.dtype = torch.float32) -> Ima
 
 
 def same(a: ImageKV | None, b: ImageKV) -> bool:
-    return a is not None and a.data.dtype == b.data.dtype and torch.equal(a.data.view(BITS[a.data.dtype]), b.data.view(BITS[b.data.dtype]))
+    return (
+        a is not None
+        and a.data.dtype == b.data.dtype
+        and torch.equal(a.data.view(BITS[a.data.dtype]), b.data.view(BITS[b.data.dtype]))
+    )
 
 
 def files(folder: Path) -> set[str]:
@@ -62,13 +66,19 @@ class TestFile:
     @pytest.mark.parametrize("dtype", BITS)
     def test_comes_back_bit_for_bit(self, tmp_path, dtype):
         data = kv_of(0, dtype=dtype).data
-        data.view(BITS[dtype])[0, 0, 0, 0, :4] = torch.tensor([torch.iinfo(BITS[dtype]).min, 1, 2, 0], dtype=BITS[dtype])  # −0, two subnormal numbers, 0
-        for number, made in enumerate((data, data.transpose(3, 4), torch.cat((data, data))[1:3])):  # as it lies in memory, and otherwise
+        data.view(BITS[dtype])[0, 0, 0, 0, :4] = torch.tensor(
+            [torch.iinfo(BITS[dtype]).min, 1, 2, 0], dtype=BITS[dtype]
+        )  # −0, two subnormal numbers, 0
+        for number, made in enumerate(
+            (data, data.transpose(3, 4), torch.cat((data, data))[1:3])
+        ):  # as it lies in memory, and otherwise
             path = tmp_path / f"{number}.safetensors"
             ImageKV(made).save(path, FINGERPRINT)
             read = ImageKV.load(path, FINGERPRINT)
             assert same(read, ImageKV(made)) and read.tokens == made.shape[3]
-            assert torch.equal(load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype]))  # any reader of safetensors reads it
+            assert torch.equal(
+                load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype])
+            )  # any reader of safetensors reads it
         assert files(tmp_path) == {"0", "1", "2"}  # nothing beside them
 
     def test_what_was_loaded_does_not_change_with_its_file(self, tmp_path):
@@ -85,27 +95,81 @@ class TestFile:
         [
             (lambda path: path.unlink(), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(b""), "cannot be read as an image KV"),
-            (lambda path: path.write_text("an image of a cat, in words alone"), "cannot be read as an image KV"),
+            (
+                lambda path: path.write_text("an image of a cat, in words alone"),
+                "cannot be read as an image KV",
+            ),
             (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "cannot be read as an image KV"),
             (lambda path: (path.unlink(), path.mkdir()), "cannot be read as an image KV"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"), "is damaged, its checksum is another"),
+            (
+                lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x11"),
+                "is damaged, its checksum is another",
+            ),
             (lambda path: save_file(load_file(path), path), "has image KV format None; this version reads 3"),
-            (lambda path: save_file(load_file(path), path, {"format": "2", "fingerprint": FINGERPRINT}), "has image KV format '2'; this version reads 3"),
-            (lambda path: save_file({"other": torch.zeros(2)}, path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "cannot be read as an image KV"),
-            (lambda path: save_file(load_file(path), path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}), "is damaged, its checksum is another"),
-            (lambda path: save_file({"data": load_file(path)["data"].view(2, 2, 2, 8, 8)}, path, metadata_of(path)), "is damaged, its checksum is another"),
-            (lambda path: as_bf16(kv_of(0, dtype=torch.float16), path), "is damaged, its checksum is another"),
+            (
+                lambda path: save_file(load_file(path), path, {"format": "2", "fingerprint": FINGERPRINT}),
+                "has image KV format '2'; this version reads 3",
+            ),
+            (
+                lambda path: save_file(
+                    {"other": torch.zeros(2)}, path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}
+                ),
+                "cannot be read as an image KV",
+            ),
+            (
+                lambda path: save_file(
+                    load_file(path), path, {"format": "3", "fingerprint": FINGERPRINT, "key": ""}
+                ),
+                "is damaged, its checksum is another",
+            ),
+            (
+                lambda path: save_file(
+                    {"data": load_file(path)["data"].view(2, 2, 2, 8, 8)}, path, metadata_of(path)
+                ),
+                "is damaged, its checksum is another",
+            ),
+            (
+                lambda path: as_bf16(kv_of(0, dtype=torch.float16), path),
+                "is damaged, its checksum is another",
+            ),
             (lambda path: kv_of(0).save(path, OTHER), "was made by other weights or another preprocessing"),
-            (lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, FINGERPRINT), r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, FINGERPRINT), r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, FINGERPRINT), r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values"),
+            (
+                lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, FINGERPRINT),
+                r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values",
+            ),
+            (
+                lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, FINGERPRINT),
+                r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values",
+            ),
+            (
+                lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, FINGERPRINT),
+                r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values",
+            ),
             (lambda path: kv_of(0).save(path, FINGERPRINT, "ab"), "holds another image than its name says"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(path, FINGERPRINT), r"of torch.float8_e4m3fn, not the keys and values"),
-            (lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, FINGERPRINT), r"of torch.int32, not the keys and values"),
-            (lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(path, FINGERPRINT), "holds values that are not finite"),
-            (lambda path: ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)).save(path, FINGERPRINT), "holds values that are not finite"),
+            (
+                lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(
+                    path, FINGERPRINT
+                ),
+                r"of torch.float8_e4m3fn, not the keys and values",
+            ),
+            (
+                lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, FINGERPRINT),
+                r"of torch.int32, not the keys and values",
+            ),
+            (
+                lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(
+                    path, FINGERPRINT
+                ),
+                "holds values that are not finite",
+            ),
+            (
+                lambda path: ImageKV(
+                    kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)
+                ).save(path, FINGERPRINT),
+                "holds values that are not finite",
+            ),
         ],
     )
     def test_refusals(self, tmp_path, spoil, said):
@@ -116,11 +180,18 @@ class TestFile:
         with pytest.raises(UserError, match=said) as caught:
             ImageKV.load(path, FINGERPRINT)
         message = str(caught.value)
-        assert message.startswith(str(path)) and message.endswith(": encode the image again") and "\n" not in message
+        assert (
+            message.startswith(str(path))
+            and message.endswith(": encode the image again")
+            and "\n" not in message
+        )
 
     def test_no_flipped_bit_gives_other_numbers(self, tmp_path):
         """Two bits of each byte, header included: refused, or (blanks at the header's end) the same."""
-        path, kv = tmp_path / "a.safetensors", ImageKV(torch.tensor([1.0, -2.0, 3.5, 4.0], dtype=torch.bfloat16).view(1, 2, 1, 2, 1))
+        path, kv = (
+            tmp_path / "a.safetensors",
+            ImageKV(torch.tensor([1.0, -2.0, 3.5, 4.0], dtype=torch.bfloat16).view(1, 2, 1, 2, 1)),
+        )
         kv.save(path, FINGERPRINT)
         whole, refused = path.read_bytes(), 0
         for place in range(len(whole)):
@@ -165,8 +236,21 @@ class TestOrigin:
             replace(c, left=replace(c.left, rope_theta=500.0)),
         ]
         origins = {tiny_model(tokenizer, config).fingerprint() for config in configs}
-        assert len(origins | {model.fingerprint(), tiny_model(tokenizer, seed=1).fingerprint(), tiny_model(tokenizer).bfloat16().fingerprint()}) == len(configs) + 3
-        assert tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).fingerprint() == model.fingerprint()
+        assert (
+            len(
+                origins
+                | {
+                    model.fingerprint(),
+                    tiny_model(tokenizer, seed=1).fingerprint(),
+                    tiny_model(tokenizer).bfloat16().fingerprint(),
+                }
+            )
+            == len(configs) + 3
+        )
+        assert (
+            tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).fingerprint()
+            == model.fingerprint()
+        )
 
     def test_a_saved_model_keeps_it(self, model, tmp_path):
         model.save_pretrained(tmp_path)
@@ -180,7 +264,11 @@ class TestMemory:
             store.put(key, kvs[key])
         assert store.get("a") is kvs["a"]
         store.put("d", kvs["d"])
-        assert [key for key in "abcd" if store.get(key) is kvs[key]] == ["a", "c", "d"] and store.get("b") is None and len(store) == 3
+        assert (
+            [key for key in "abcd" if store.get(key) is kvs[key]] == ["a", "c", "d"]
+            and store.get("b") is None
+            and len(store) == 3
+        )
         store.put("a", kvs["a"])  # a use, too
         store.put("e", kvs["e"])
         assert [key for key in "abcde" if store.get(key) is not None] == ["a", "d", "e"]
@@ -193,7 +281,9 @@ class TestMemory:
         assert len(store) == 3
         store.put("d", kv_of(3, tokens=1))
         assert len(store) == 3 and store.get("a") is None
-        store.put("b", kv_of(1, tokens=3))  # smaller than the one it replaces: 256 + 1024 + 768, so that 2048 fit
+        store.put(
+            "b", kv_of(1, tokens=3)
+        )  # smaller than the one it replaces: 256 + 1024 + 768, so that 2048 fit
         store.put("e", kv_of(4, tokens=8))
         assert len(store) == 4 and store.get("b").tokens == 3
         store.put("f", kv_of(5, tokens=8, dtype=torch.bfloat16))  # 1024 bytes: as many as c holds
@@ -210,12 +300,17 @@ class TestDisk:
     def store(self, folder, **options) -> ImageStore:
         """Without memory, so that every hit comes from the disk; `said` collects its lines."""
         self.said = []
-        return ImageStore(**{"memory_bytes": 0, "folder": folder, "fingerprint": FINGERPRINT, "say": self.said.append} | options)
+        return ImageStore(
+            **{"memory_bytes": 0, "folder": folder, "fingerprint": FINGERPRINT, "say": self.said.append}
+            | options
+        )
 
     def test_another_process_finds_it(self, tmp_path):
         kv = kv_of(0, dtype=torch.bfloat16)
         self.store(tmp_path / "new" / "folder").put("a1", kv)
-        assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [Path("new/folder") / FINGERPRINT / "a1.safetensors"]
+        assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [
+            Path("new/folder") / FINGERPRINT / "a1.safetensors"
+        ]
         again = self.store(tmp_path / "new" / "folder", memory_bytes=1 << 20)
         assert len(again) == 0 and same(again.get("a1"), kv) and len(again) == 1
         (tmp_path / "new" / "folder" / FINGERPRINT / "a1.safetensors").unlink()
@@ -234,7 +329,11 @@ class TestDisk:
         store.put("b19", kv_of(4, tokens=16))  # 4096 bytes: two make room
         assert files(tmp_path) == {"d", "b19"} and size(tmp_path) <= cap
         store.put("fff", kv_of(5, tokens=64))  # larger than the cap
-        assert files(tmp_path) == {"d", "b19"} and store.get("fff") is None and same(store.get("b19"), kv_of(4, tokens=16))
+        assert (
+            files(tmp_path) == {"d", "b19"}
+            and store.get("fff") is None
+            and same(store.get("b19"), kv_of(4, tokens=16))
+        )
 
     def test_many_files_never_exceed_the_cap(self, tmp_path, monkeypatch):
         """The folder is not looked through at every write: the count must hold in between."""
@@ -270,12 +369,20 @@ class TestDisk:
 
     def test_two_stores_share_a_folder_and_its_cap(self, tmp_path):
         cap = 3 * (2048 + 1024)
-        one, two = (self.store(tmp_path, disk_bytes=cap, fingerprint=fingerprint) for fingerprint in (FINGERPRINT, FINGERPRINT))
+        one, two = (
+            self.store(tmp_path, disk_bytes=cap, fingerprint=fingerprint)
+            for fingerprint in (FINGERPRINT, FINGERPRINT)
+        )
         other = self.store(tmp_path, disk_bytes=cap, fingerprint=OTHER)
         one.put("a", kv_of(0))
         two.put("b", kv_of(1))
         other.put("a", kv_of(2))  # another model's image KV of the same image
-        assert same(two.get("a"), kv_of(0)) and same(one.get("b"), kv_of(1)) and same(other.get("a"), kv_of(2)) and other.get("b") is None
+        assert (
+            same(two.get("a"), kv_of(0))
+            and same(one.get("b"), kv_of(1))
+            and same(other.get("a"), kv_of(2))
+            and other.get("b") is None
+        )
         assert {p.name for p in tmp_path.iterdir()} == {FINGERPRINT, OTHER}
         one.get("a")
         two.put("c", kv_of(3))  # b is the oldest, though one wrote it not
@@ -304,7 +411,10 @@ class TestDisk:
         ("spoil", "why"),
         [
             (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read as an image KV"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]), "is damaged, its checksum is another"),
+            (
+                lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]),
+                "is damaged, its checksum is another",
+            ),
             (lambda path: kv_of(0).save(path, OTHER, "a"), "was made by other weights"),
             (lambda path: kv_of(0).save(path, FINGERPRINT, "b"), "holds another image than its name says"),
         ],
@@ -316,15 +426,25 @@ class TestDisk:
             assert same(store.get("a"), kv_of(0))
             spoil(path)
             assert store.get("a") is None and store.get("a") is None and not path.exists()
-        assert len(self.said) == 1 and str(path) in self.said[0] and why in self.said[0] and "\n" not in self.said[0]
+        assert (
+            len(self.said) == 1
+            and str(path) in self.said[0]
+            and why in self.said[0]
+            and "\n" not in self.said[0]
+        )
         store.put("b", kv_of(1))
         assert same(store.get("b"), kv_of(1))  # the disk is still in use
 
-    @pytest.mark.parametrize("shape", [(3, 2, 1, 8, 16), (2, 2, 2, 8, 16), (2, 2, 1, 9, 16), (2, 2, 1, 8, 32)])
+    @pytest.mark.parametrize(
+        "shape", [(3, 2, 1, 8, 16), (2, 2, 2, 8, 16), (2, 2, 1, 9, 16), (2, 2, 1, 8, 32)]
+    )
     def test_a_file_of_another_shape_is_a_miss(self, tmp_path, shape):
         self.store(tmp_path).put("a", kv_of(0))
         assert same(self.store(tmp_path).get("a", (2, 2, 1, 8, 16)), kv_of(0)) and not self.said
-        assert self.store(tmp_path).get("a", shape) is None and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image" in self.said[0]
+        assert (
+            self.store(tmp_path).get("a", shape) is None
+            and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image" in self.said[0]
+        )
 
     def test_lines_go_to_stderr_by_default(self, tmp_path, capsys):
         store = ImageStore(0, tmp_path, fingerprint=FINGERPRINT)
@@ -336,7 +456,11 @@ class TestDisk:
         """Too many open files, say: nothing is wrong with it."""
         ImageStore(folder=tmp_path, fingerprint=FINGERPRINT).put("01", kv_of(1))
         lines: list[str] = []
-        store, limits, held = ImageStore(folder=tmp_path, fingerprint=FINGERPRINT, say=lines.append), resource.getrlimit(resource.RLIMIT_NOFILE), []
+        store, limits, held = (
+            ImageStore(folder=tmp_path, fingerprint=FINGERPRINT, say=lines.append),
+            resource.getrlimit(resource.RLIMIT_NOFILE),
+            [],
+        )
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
             with suppress(OSError):
@@ -347,7 +471,12 @@ class TestDisk:
             for number in held:
                 os.close(number)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert files(tmp_path) == {"01"} and len(lines) == 1 and "goes on without" in lines[0] and "Too many open files" in lines[0]
+        assert (
+            files(tmp_path) == {"01"}
+            and len(lines) == 1
+            and "goes on without" in lines[0]
+            and "Too many open files" in lines[0]
+        )
         assert same(ImageStore(folder=tmp_path, fingerprint=FINGERPRINT).get("01"), kv_of(1))
 
     def test_two_that_write_one_file_at_once_both_do(self, tmp_path):
@@ -407,13 +536,20 @@ class TestDisk:
         (tmp_path / FINGERPRINT).mkdir()
         (tmp_path / "mine").mkdir()
         old, young = [".a.safetensors.17", ".tmpA1b2C3"], [".b.safetensors.18", ".tmpD4e5F6"]
-        others = [tmp_path / "mine" / "abc.safetensors", tmp_path / FINGERPRINT / "model.safetensors", tmp_path / FINGERPRINT / ".tmp", tmp_path / FINGERPRINT / "notes.txt"]
+        others = [
+            tmp_path / "mine" / "abc.safetensors",
+            tmp_path / FINGERPRINT / "model.safetensors",
+            tmp_path / FINGERPRINT / ".tmp",
+            tmp_path / FINGERPRINT / "notes.txt",
+        ]
         for path in (*(tmp_path / FINGERPRINT / name for name in old + young), *others):
             path.write_bytes(bytes(2000))
             os.utime(path, (time.time() - (10 if path.name in young else 4000),) * 2)
         store = self.store(tmp_path, disk_bytes=2 * 2000 + 2 * (2048 + 1024))
         assert not any((tmp_path / FINGERPRINT / name).exists() for name in old)
-        for i, key in enumerate(("a", "b", "c")):  # beside what may still be being written there is room for two
+        for i, key in enumerate(
+            ("a", "b", "c")
+        ):  # beside what may still be being written there is room for two
             store.put(key, kv_of(i))
         assert files(tmp_path / FINGERPRINT) == {"b", "c", *young, "model", ".tmp", "notes.txt"}
         assert all(path.exists() for path in others)
@@ -430,42 +566,77 @@ class TestAnswerer:
 
     def asked(self) -> list:
         a, b, c = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(3))
-        return [([a], "what color is the shape?"), ([b, c], "what is it?"), ([], "is it small?"), ([a], "is there a red circle in the image?")]
+        return [
+            ([a], "what color is the shape?"),
+            ([b, c], "what is it?"),
+            ([], "is it small?"),
+            ([a], "is there a red circle in the image?"),
+        ]
 
     @pytest.fixture(autouse=True)
     def watch(self, model, monkeypatch):
         """Blocks encoded at each call, and the tokens of every answer."""
         self.encoded, self.tokens = [], []
         encode, generate = model.encode_images, eval.predictor.generate
-        monkeypatch.setattr(model, "encode_images", lambda tiles, blocks, images: self.encoded.append(len(blocks)) or encode(tiles, blocks, images))
-        monkeypatch.setattr(eval.predictor, "generate", lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made)
+        monkeypatch.setattr(
+            model,
+            "encode_images",
+            lambda tiles, blocks, images: self.encoded.append(len(blocks)) or encode(tiles, blocks, images),
+        )
+        monkeypatch.setattr(
+            eval.predictor,
+            "generate",
+            lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made,
+        )
 
     def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
-        for store in (None, *(ImageStore(memory_bytes=0, folder=tmp_path, fingerprint=model.fingerprint()) for _ in range(2))):
+        for store in (
+            None,
+            *(ImageStore(memory_bytes=0, folder=tmp_path, fingerprint=model.fingerprint()) for _ in range(2)),
+        ):
             answers = Predictor(model, renderer, store).answer(self.asked(), self.settings)
             if store is None:
                 assert [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
         assert [a.image_kv for a in answers] == ["reused", "reused", "none", "reused"]
         assert self.encoded == [3, 3]  # not by the third
-        assert self.tokens[0] == self.tokens[1] == self.tokens[2] and all(self.tokens[0]) and len({tuple(row) for row in self.tokens[0]}) == 4
+        assert (
+            self.tokens[0] == self.tokens[1] == self.tokens[2]
+            and all(self.tokens[0])
+            and len({tuple(row) for row in self.tokens[0]}) == 4
+        )
 
     def test_changed_weights_do_not_find_the_old_ones(self, model, renderer, tmp_path):
         asked = self.asked()[:1]
-        Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(asked, self.settings)
+        Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(
+            asked, self.settings
+        )
         with torch.no_grad():
             model.left.modality_projector.proj.weight.mul_(-1)
         expected = Predictor(model, renderer).answer(asked, self.settings)
-        answers = Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(asked, self.settings)
-        assert [a.image_kv for a in answers] == ["computed"] and answers[0].text == expected[0].text and self.tokens[0] != self.tokens[1]
+        answers = Predictor(
+            model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())
+        ).answer(asked, self.settings)
+        assert (
+            [a.image_kv for a in answers] == ["computed"]
+            and answers[0].text == expected[0].text
+            and self.tokens[0] != self.tokens[1]
+        )
 
     def test_a_damaged_file_costs_an_encode_and_nothing_else(self, model, renderer, tmp_path):
         said = []
         for _ in range(2):
             store = ImageStore(folder=tmp_path, fingerprint=model.fingerprint(), say=said.append)
-            kinds = [a.image_kv for a in Predictor(model, renderer, store).answer(self.asked()[:2], self.settings)]
+            kinds = [
+                a.image_kv for a in Predictor(model, renderer, store).answer(self.asked()[:2], self.settings)
+            ]
             path = sorted((tmp_path / model.fingerprint()).iterdir(), key=lambda p: p.stat().st_mtime_ns)[0]
             path.write_bytes(path.read_bytes()[:-5])
-        assert kinds == ["computed", "reused"] and self.encoded == [3, 1] and self.tokens[0] == self.tokens[1] and len(said) == 1
+        assert (
+            kinds == ["computed", "reused"]
+            and self.encoded == [3, 1]
+            and self.tokens[0] == self.tokens[1]
+            and len(said) == 1
+        )
 
     def test_a_store_without_room_still_serves_the_batch(self, model, renderer):
         asked = self.asked()
@@ -473,7 +644,12 @@ class TestAnswerer:
         for room in (0, 1500):
             store = ImageStore(memory_bytes=room)
             answers = Predictor(model, renderer, store).answer(asked, self.settings)
-            assert [a.text for a in answers] == expected and [a.image_kv for a in answers] == ["computed", "computed", "none", "reused"]
+            assert [a.text for a in answers] == expected and [a.image_kv for a in answers] == [
+                "computed",
+                "computed",
+                "none",
+                "reused",
+            ]
             assert sum(kv.data.nbytes for kv in store.memory.values()) == store.bytes <= room
         assert self.encoded == [3, 3, 3]
 
@@ -492,7 +668,9 @@ class TestAnswerer:
         ]
         for block in (first, *others):
             assert predictor.encode([block])[1] == [True]
-        assert predictor.encode([first, *others, first._replace(start=7, tiles=tiles.clone())])[1] == [False] * 6
+        assert (
+            predictor.encode([first, *others, first._replace(start=7, tiles=tiles.clone())])[1] == [False] * 6
+        )
         with torch.autocast("cpu", torch.bfloat16):
             assert predictor.encode([first, first])[1] == [True, False]
         assert self.encoded == [1] * 6
@@ -501,14 +679,25 @@ class TestAnswerer:
         """Fewer layers, more heads, larger heads: none is read as if it were this model's."""
         prompt, config = renderer.prompt([(1, 1)], [{"user": "what is it?"}]), model.right.config
         batch = {"ids": torch.tensor([prompt.right_ids]), "positions": torch.tensor([prompt.right_positions])}
-        settings, shape = GenerationConfig(max_new_tokens=1), [config.layers, 2, config.kv_heads, 5, config.head_size]
+        settings, shape = (
+            GenerationConfig(max_new_tokens=1),
+            [config.layers, 2, config.kv_heads, 5, config.head_size],
+        )
         generate(model, images=[[(ImageKV(torch.zeros(shape)), 0)]], stop=-1, settings=settings, **batch)
         for place, other in ((0, 1), (2, 2 * config.kv_heads), (4, 2 * config.head_size)):
             with pytest.raises(UserError, match="of another model"):
-                generate(model, images=[[(ImageKV(torch.zeros([*shape[:place], other, *shape[place + 1 :]])), 0)]], stop=-1, settings=settings, **batch)
+                generate(
+                    model,
+                    images=[[(ImageKV(torch.zeros([*shape[:place], other, *shape[place + 1 :]])), 0)]],
+                    stop=-1,
+                    settings=settings,
+                    **batch,
+                )
 
     def test_vanilla_models_leave_it_empty(self, tokenizer):
         config = replace(TINY_MODEL, left_context="none")
         store = ImageStore()
-        answers = Predictor(tiny_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, "none"), store).answer(self.asked(), self.settings)
+        answers = Predictor(
+            tiny_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, "none"), store
+        ).answer(self.asked(), self.settings)
         assert [a.image_kv for a in answers] == ["none"] * 4 and len(store) == 0

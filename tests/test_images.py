@@ -14,7 +14,16 @@ import pytest
 from PIL import Image
 
 from configs.model import VisionConfig
-from data.images import ImageError, grid_of, image_size, open_image, open_pixels, pixels_of, tile_count, to_tiles
+from data.images import (
+    ImageError,
+    grid_of,
+    image_size,
+    open_image,
+    open_pixels,
+    pixels_of,
+    tile_count,
+    to_tiles,
+)
 from data.svg import _checked as drawings_checked
 from data.svg import _drawer
 
@@ -29,12 +38,23 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header promises a size that its few bytes do not hold."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "empty"), (b"hello", "not_an_image"), (png_of_size(30_000, 30_000), "too_large"), (png_of_size(30_000, 10), "too_large"), (png_of_size(64, 64), "damaged")],
+    [
+        (b"", "empty"),
+        (b"hello", "not_an_image"),
+        (png_of_size(30_000, 30_000), "too_large"),
+        (png_of_size(30_000, 10), "too_large"),
+        (png_of_size(64, 64), "damaged"),
+    ],
 )
 def test_bad_files(tmp_path, content, reason):
     path = tmp_path / "bad.png"
@@ -142,7 +162,10 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_not_heard(tmp_path, place)
 
 
 def test_tiles_are_pixels_in_order():
-    tiles = to_tiles(pixels_of(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32))), VisionConfig(image_size=32)).pixels
+    tiles = to_tiles(
+        pixels_of(Image.fromarray(np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)).resize((32, 32))),
+        VisionConfig(image_size=32),
+    ).pixels
     assert tiles.shape == (1, 3, 32, 32) and str(tiles.dtype) == "torch.uint8"
     assert (tiles[0, 0].int() + tiles[0, 1].int() - 255).abs().max() <= 2
 
@@ -164,14 +187,21 @@ def test_tiles_are_pixels_in_order():
 )
 def test_grids(size, max_side, enlarge, grid):
     config = VisionConfig(image_size=512, max_side=max_side, enlarge=enlarge)
-    assert grid_of(*size, config) == grid and tile_count(grid) == (1 if grid == (1, 1) else 1 + grid[0] * grid[1])
+    assert grid_of(*size, config) == grid and tile_count(grid) == (
+        1 if grid == (1, 1) else 1 + grid[0] * grid[1]
+    )
 
 
 def test_tiles_are_pillows_resized_image_cut_up():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8)).resize((450, 300), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8)).resize(
+        (450, 300), Image.Resampling.BICUBIC
+    )
     tiles = to_tiles(pixels_of(image), VisionConfig(image_size=128, max_side=512))
     assert tiles.grid == (3, 4) and tiles.pixels.shape == (13, 3, 128, 128)
-    whole, square = (np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(int) for size in ((512, 384), (128, 128)))
+    whole, square = (
+        np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(int)
+        for size in ((512, 384), (128, 128))
+    )
     pixels = tiles.pixels.permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(pixels[0] - square).max() <= 2
     for row in range(3):
@@ -194,7 +224,15 @@ def test_a_turned_photograph_has_its_upright_size(tmp_path):
     assert image_size(tmp_path / "turned.jpg") == open_image(tmp_path / "turned.jpg").size == (40, 70)
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"text", "not_an_image"), (b"\xff\xd8\xff", "damaged"), (png_of_size(30_000, 30_000), "too_large")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"text", "not_an_image"),
+        (b"\xff\xd8\xff", "damaged"),
+        (png_of_size(30_000, 30_000), "too_large"),
+    ],
+)
 def test_a_header_that_cannot_be_read(tmp_path, content, reason):
     (tmp_path / "x.png").write_bytes(content)
     for source in (tmp_path / "x.png", content):
@@ -206,13 +244,18 @@ def test_a_header_that_cannot_be_read(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 40}, {"orientation": 6}, {"orientation": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0, "quality": 40}, {"orientation": 6}, {"orientation": 2}],
+)
 def test_jpegs_are_read_as_pillow_reads_them(tmp_path, mode, options):
     """Bit for bit: every colour mode, sampling and orientation."""
     orientation = options.get("orientation")
     exif = Image.Exif()
     exif[0x0112] = orientation or 1
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (41, 67, 3), dtype=np.uint8)).convert(mode)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (41, 67, 3), dtype=np.uint8)).convert(
+        mode
+    )
     noise.save(tmp_path / "x.jpg", exif=exif, **{k: v for k, v in options.items() if k != "orientation"})
     expected = np.asarray(open_image(tmp_path / "x.jpg"))
     assert expected.shape == ((67, 41, 3) if orientation == 6 else (41, 67, 3))
@@ -237,7 +280,10 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">'
 def patterns_of_patterns(levels: int) -> str:
     """Each is drawn twice by the next."""
     size = 'width="9" height="9"'
-    inner = [f'<pattern id="p{i}" {size} patternUnits="userSpaceOnUse">{f"""<rect {size} fill="url(#p{i - 1})"/>""" * 2}</pattern>' for i in range(1, levels + 1)]
+    inner = [
+        f'<pattern id="p{i}" {size} patternUnits="userSpaceOnUse">{f"""<rect {size} fill="url(#p{i - 1})"/>""" * 2}</pattern>'
+        for i in range(1, levels + 1)
+    ]
     return f'<pattern id="p0" {size} patternUnits="userSpaceOnUse"><rect {size}/></pattern>{"".join(inner)}<rect {size} fill="url(#p{levels})"/>'
 
 
@@ -247,7 +293,10 @@ def patterns_of_patterns(levels: int) -> str:
         ('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="100000"/>', "too_large"),
         ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1e30"/>', "too_large"),
         ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="5"/>', "damaged"),
-        ('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="secret.png"/></svg>', "damaged"),
+        (
+            '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="secret.png"/></svg>',
+            "damaged",
+        ),
         ("<svg", "damaged"),
         (SVG + "<g>" * 300 + "</g>" * 300 + "</svg>", "too_large"),
         (SVG + "<g opacity='.5'>" * 200_000, "too_large"),
@@ -255,12 +304,20 @@ def patterns_of_patterns(levels: int) -> str:
         (SVG + " " * 2_000_000 + "</svg>", "too_large"),
         ('<!DOCTYPE svg [<!ENTITY e "x">]>' + SVG + "&e;</svg>", "damaged"),
         (SVG + '<image href="data:image/svg+xml;base64,PHN2Zy8+"/></svg>', "damaged"),
-        (SVG + '<image xmlns:l="http://www.w3.org/1999/xlink" l:href="data:image/png;base64,"/></svg>', "damaged"),
         (
-            SVG + '<pattern id="p" width="1000000" height="1000000" patternUnits="userSpaceOnUse"><path d="M0 0L9 9"/></pattern><rect width="9" height="9" fill="url(#p)"/></svg>',
+            SVG + '<image xmlns:l="http://www.w3.org/1999/xlink" l:href="data:image/png;base64,"/></svg>',
+            "damaged",
+        ),
+        (
+            SVG
+            + '<pattern id="p" width="1000000" height="1000000" patternUnits="userSpaceOnUse"><path d="M0 0L9 9"/></pattern><rect width="9" height="9" fill="url(#p)"/></svg>',
             "too_large",
         ),
-        (SVG + '<filter id="f"><feTurbulence baseFrequency="0.9" numOctaves="100000"/></filter><rect width="9" height="9" filter="url(#f)"/></svg>', "too_large"),
+        (
+            SVG
+            + '<filter id="f"><feTurbulence baseFrequency="0.9" numOctaves="100000"/></filter><rect width="9" height="9" filter="url(#f)"/></svg>',
+            "too_large",
+        ),
         (SVG + patterns_of_patterns(12) + "</svg>", "too_large"),
     ],
 )
@@ -271,7 +328,9 @@ def test_drawings_that_are_refused(svg, reason, monkeypatch):
         open_image(svg.encode())
     assert caught.value.reason == reason and "\n" not in str(caught.value)
     monkeypatch.setattr("data.svg.SECONDS", 60)
-    assert open_image((SVG + '<a href="https://example.org"><rect width="9" height="9" fill="red"/></a></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)
+    assert open_image(
+        (SVG + '<a href="https://example.org"><rect width="9" height="9" fill="red"/></a></svg>').encode()
+    ).getpixel((9, 9)) == (255, 0, 0)
 
 
 def test_every_drawing_of_openmoji_is_let_through():
@@ -311,14 +370,29 @@ def test_an_interrupted_drawing_does_not_answer_for_the_next(monkeypatch):
         patch.setattr("data.svg.struct.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             open_image(SVG.encode() + b"</svg>")
-    assert open_image((SVG + '<rect width="9" height="9" fill="red"/></svg>').encode()).getpixel((9, 9)) == (255, 0, 0)
+    assert open_image((SVG + '<rect width="9" height="9" fill="red"/></svg>').encode()).getpixel((9, 9)) == (
+        255,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
-    ("size", "drawn"), [('width="30" height="60"', (256, 512)), ('viewBox="0 0 72 36"', (256, 128)), ('width="2in" height="1in" viewBox="0 0 9 9"', (256, 128)), ("", (256, 256))]
+    ("size", "drawn"),
+    [
+        ('width="30" height="60"', (256, 512)),
+        ('viewBox="0 0 72 36"', (256, 128)),
+        ('width="2in" height="1in" viewBox="0 0 9 9"', (256, 128)),
+        ("", (256, 256)),
+    ],
 )
 def test_drawings_keep_their_proportion(size, drawn):
-    assert open_image(f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="9" height="9" fill="red"/></svg>'.encode()).size == drawn
+    assert (
+        open_image(
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="9" height="9" fill="red"/></svg>'.encode()
+        ).size
+        == drawn
+    )
 
 
 def test_a_photograph_that_mentions_svg_is_a_photograph(tmp_path):
@@ -342,4 +416,7 @@ def test_the_planned_grid_is_the_decoded_one(tmp_path, extension, orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (90, 40), "red").save(tmp_path / f"x.{extension}", exif=exif)
     config = VisionConfig(image_size=16, max_side=64)
-    assert grid_of(*image_size(tmp_path / f"x.{extension}"), config) == to_tiles(open_pixels(tmp_path / f"x.{extension}"), config).grid
+    assert (
+        grid_of(*image_size(tmp_path / f"x.{extension}"), config)
+        == to_tiles(open_pixels(tmp_path / f"x.{extension}"), config).grid
+    )

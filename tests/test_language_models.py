@@ -11,11 +11,23 @@ from safetensors.torch import load_file, save_file
 from models.kv_cache import KeyValueRecorder
 from models.language_model import KeyValueDecoder, LanguageModel
 from models.masks import right_mask
-from models.weights.language_models import decoder_config, load_language_model, load_left_decoder, read_tensors
+from models.weights.language_models import (
+    decoder_config,
+    load_language_model,
+    load_left_decoder,
+    read_tensors,
+)
 from utils.errors import UserError
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "SmolLM3"]
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 500.0,
+}
 
 
 def reference(kind: str, seed: int, folder, **changes):
@@ -32,9 +44,13 @@ def reference(kind: str, seed: int, folder, **changes):
     if kind == "Qwen2":
         options["hidden_size"] = options.pop("head_dim") * heads
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options | changes)).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**options | changes)
+    ).eval()
     with torch.no_grad():
-        for p in model.parameters():  # norms and biases that differ from what they start as; logits that tell tokens apart
+        for p in (
+            model.parameters()
+        ):  # norms and biases that differ from what they start as; logits that tell tokens apart
             p.add_(torch.randn_like(p) * (0.3 if p.dim() < 2 else 0.1))
     model.save_pretrained(folder)
     return model
@@ -47,10 +63,18 @@ def ours(folder, extra_tokens: int = 0) -> LanguageModel:
     return model
 
 
-def logits(model: LanguageModel, ids: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+def logits(
+    model: LanguageModel, ids: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor
+) -> torch.Tensor:
     nothing = torch.empty(len(ids), 0, dtype=torch.int64)
     with torch.no_grad():
-        return model.logits(model(model.embed_tokens(ids), positions, right_mask(positions, documents, documents, nothing, nothing)))
+        return model.logits(
+            model(
+                model.embed_tokens(ids),
+                positions,
+                right_mask(positions, documents, documents, nothing, nothing),
+            )
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -65,15 +89,28 @@ def test_logits_equal_transformers(kind, seed, tmp_path):
         expected_a, expected_b = theirs(a).logits[0], theirs(b).logits[0]
     count, zeros = torch.arange(60)[None], torch.zeros(1, 60, dtype=torch.int64)
     torch.testing.assert_close(logits(model, a, count, zeros)[0], expected_a, atol=1e-4, rtol=0)
-    packed = logits(model, torch.cat((a, b), 1), torch.cat((count, count[:, :17]), 1), torch.cat((zeros, zeros[:, :17] + 1), 1))[0]
+    packed = logits(
+        model,
+        torch.cat((a, b), 1),
+        torch.cat((count, count[:, :17]), 1),
+        torch.cat((zeros, zeros[:, :17] + 1), 1),
+    )[0]
     torch.testing.assert_close(packed, torch.cat((expected_a, expected_b)), atol=1e-4, rtol=0)
-    padded = logits(model, torch.cat((zeros[:, :9], b), 1), torch.cat((zeros[:, :9], count[:, :17]), 1), torch.cat((zeros[:, :9] - 1, zeros[:, :17]), 1))[0, 9:]
+    padded = logits(
+        model,
+        torch.cat((zeros[:, :9], b), 1),
+        torch.cat((zeros[:, :9], count[:, :17]), 1),
+        torch.cat((zeros[:, :9] - 1, zeros[:, :17]), 1),
+    )[0, 9:]
     torch.testing.assert_close(padded, expected_b, atol=1e-4, rtol=0)
 
 
 def test_scaling_and_missing_rope_matter(tmp_path):
     """What the comparison above rests on is not the same with the feature left out."""
-    plain, scaled = reference("Llama", 1, tmp_path / "a"), reference("Llama", 1, tmp_path / "b", rope_parameters=LLAMA3 | {"rope_theta": 1e3})
+    plain, scaled = (
+        reference("Llama", 1, tmp_path / "a"),
+        reference("Llama", 1, tmp_path / "b", rope_parameters=LLAMA3 | {"rope_theta": 1e3}),
+    )
     ids = torch.randint(0, 90, (1, 60))
     with torch.no_grad():
         assert (plain(ids).logits - scaled(ids).logits).abs().max() > 1e-2
@@ -98,10 +135,20 @@ def test_the_left_decoder_takes_a_language_models_keys_and_values(tmp_path):
     left = KeyValueDecoder(config)
     unused = load_left_decoder(left, read_tensors(tmp_path), str(tmp_path))
     last = f"layers.{config.layers - 1}."
-    assert {"norm.weight", "embed_tokens.weight", f"{last}self_attn.q_proj.weight", f"{last}mlp.up_proj.weight"} <= set(unused)
+    assert {
+        "norm.weight",
+        "embed_tokens.weight",
+        f"{last}self_attn.q_proj.weight",
+        f"{last}mlp.up_proj.weight",
+    } <= set(unused)
     ids, recorder, positions = torch.randint(0, 90, (1, 20)), KeyValueRecorder(), torch.arange(20)[None]
     with torch.no_grad():
-        left(theirs.get_input_embeddings()(ids), positions, torch.ones(20, 20, dtype=torch.bool).tril()[None, None], recorder)
+        left(
+            theirs.get_input_embeddings()(ids),
+            positions,
+            torch.ones(20, 20, dtype=torch.bool).tril()[None, None],
+            recorder,
+        )
         cache = theirs(ids, use_cache=True).past_key_values
     for layer, (_, values) in enumerate(recorder.layers):
         torch.testing.assert_close(values, cache.layers[layer].values, atol=1e-4, rtol=0)

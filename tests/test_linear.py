@@ -18,7 +18,15 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-SHAPES = [(1008, 576, 576), (714, 1536, 576), (1176, 768, 768), (1000, 520, 601), (33, 40, 700), (1008, 576, 192), (600, 512, 300)]
+SHAPES = [
+    (1008, 576, 576),
+    (714, 1536, 576),
+    (1176, 768, 768),
+    (1000, 520, 601),
+    (33, 40, 700),
+    (1008, 576, 192),
+    (600, 512, 300),
+]
 
 
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
@@ -27,7 +35,11 @@ def test_product(monkeypatch, M, K, N, bias):
     """Whole, in halves of the rows, and in halves of the columns; no half is left out, and none is rounded more than torch's whole."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
-    a, b, c = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16().t(), torch.randn(N).bfloat16() if bias else None
+    a, b, c = (
+        torch.randn(M, K).bfloat16(),
+        torch.randn(N, K).bfloat16().t(),
+        torch.randn(N).bfloat16() if bias else None,
+    )
     expected = a.double() @ b.double() + (0 if c is None else c.double())
     out = product(a, b, c)
     assert out.dtype == torch.bfloat16 and out.is_contiguous()
@@ -84,9 +96,15 @@ def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         ours = run(lambda: layer(x))
-    assert kept == [shape for shape, of in (((600, inputs), "weight"), ((outputs, inputs), "input")) if needed in (of, "all")]  # what nobody needs is not kept
+    assert kept == [
+        shape
+        for shape, of in (((600, inputs), "weight"), ((outputs, inputs), "input"))
+        if needed in (of, "all")
+    ]  # what nobody needs is not kept
     theirs = run(lambda: F.linear(x, layer.weight, layer.bias))
-    double = [t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())]
+    double = [
+        t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())
+    ]
     exact = F.linear(*double)
     exact.backward(upstream.double())
     for mine, other, best in zip(ours, theirs, [exact.detach(), *(t.grad for t in double)], strict=True):
@@ -118,7 +136,12 @@ def test_an_encoders_linear_layers_are_these():
     own.load_state_dict(encoder.backbone.state_dict(), strict=False)
     pixels = torch.randn(2, 3, 32, 32)
     theirs = own.forward_intermediates(pixels, indices=[1], intermediates_only=True)[0]
-    torch.testing.assert_close(encoder.backbone.forward_intermediates(pixels, indices=[1], norm=False, intermediates_only=True)[0], theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.backbone.forward_intermediates(pixels, indices=[1], norm=False, intermediates_only=True)[0],
+        theirs,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (1, 3, 2, 24)])
@@ -127,7 +150,9 @@ def test_the_norms_gradient(shape):
     norm = RMSNorm(24, 1e-5).double()
     norm.weight.data.uniform_(-2, 2)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: TrainedNorm.apply(x, w, 1e-5, torch.float64), (x, norm.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: TrainedNorm.apply(x, w, 1e-5, torch.float64), (x, norm.weight)
+    )
     torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-5), rtol=1e-12, atol=1e-12)
 
 
@@ -160,7 +185,9 @@ def test_a_norm_in_training(dtype, frozen):
         if mine is not None:
             assert mine.dtype == other.dtype
             scale = best.abs().amax(-1, keepdim=True)
-            assert ((mine.double() - best) / scale).abs().max() <= 2 * max(((other.double() - best) / scale).abs().max(), 2**-21)
+            assert ((mine.double() - best) / scale).abs().max() <= 2 * max(
+                ((other.double() - best) / scale).abs().max(), 2**-21
+            )
 
 
 def test_a_gated_product():
@@ -169,6 +196,12 @@ def test_a_gated_product():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(Gated.apply, (gate, up))
     torch.testing.assert_close(Gated.apply(gate, up), F.silu(gate) * up, rtol=1e-15, atol=0)
-    inputs, upstream = [torch.randn(40, 64).bfloat16().requires_grad_() for _ in range(2)], torch.randn(40, 64).bfloat16()
-    ours, theirs = ([out, *torch.autograd.grad(out, inputs, upstream)] for out in (Gated.apply(*inputs), F.silu(inputs[0]) * inputs[1]))
+    inputs, upstream = (
+        [torch.randn(40, 64).bfloat16().requires_grad_() for _ in range(2)],
+        torch.randn(40, 64).bfloat16(),
+    )
+    ours, theirs = (
+        [out, *torch.autograd.grad(out, inputs, upstream)]
+        for out in (Gated.apply(*inputs), F.silu(inputs[0]) * inputs[1])
+    )
     assert all(map(torch.equal, ours, theirs))

@@ -18,7 +18,10 @@ LORA = LoraConfig(left=LoraTower(r=4), right=LoraTower(r=8, targets="q_proj,v_pr
 
 @pytest.fixture
 def batch(renderer):
-    return collate([[make_sample(renderer, 1, [TURNS[:2]]), make_sample(renderer, 2, [[TURNS[2]]], seed=1)]], renderer.tokenizer.global_image)
+    return collate(
+        [[make_sample(renderer, 1, [TURNS[:2]]), make_sample(renderer, 2, [[TURNS[2]]], seed=1)]],
+        renderer.tokenizer.global_image,
+    )
 
 
 def hidden(model, batch):
@@ -27,7 +30,9 @@ def hidden(model, batch):
 
 
 def train(model, batch, **rates: float) -> None:
-    optimizers = make_optimizers(model, TrainConfig(**({"lr_projector": 1e-2, "lr_left": 1e-2, "lr_right": 1e-2} | rates)))
+    optimizers = make_optimizers(
+        model, TrainConfig(**({"lr_projector": 1e-2, "lr_left": 1e-2, "lr_right": 1e-2} | rates))
+    )
     model.train()
     for _ in range(2):
         model(**batch).loss_sum.backward()
@@ -52,7 +57,10 @@ def test_trained_alone_saved_and_merged(tokenizer, batch, tmp_path):
     }
     lora = {name for name in before if "lora_" in name}
     assert {name for name in lora if name.startswith("right.")} == {
-        f"right.layers.{i}.{m}.lora_{ab}.default.weight" for i in range(3) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj") for ab in "AB"
+        f"right.layers.{i}.{m}.lora_{ab}.default.weight"
+        for i in range(3)
+        for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+        for ab in "AB"
     }
     assert changed >= lora
     trained = hidden(model, batch)
@@ -86,14 +94,20 @@ def test_transformers_reads_the_right_towers_adapter(tokenizer, tmp_path):
         num_key_value_heads=c.kv_heads, head_dim=c.head_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
-    base = {f"model.{n.replace('.base_layer', '')}": p for n, p in model.right.state_dict().items() if "lora_" not in n}
+    base = {
+        f"model.{n.replace('.base_layer', '')}": p
+        for n, p in model.right.state_dict().items()
+        if "lora_" not in n
+    }
     theirs.load_state_dict(base | {"lm_head.weight": base["model.embed_tokens.weight"]})
     ids = torch.randint(0, 200, (1, 12), generator=torch.Generator().manual_seed(0))
     causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
         ours = model.logits(model.right(model.embed(ids), torch.arange(12)[None], causal))
         assert not torch.allclose(theirs(ids).logits, ours, atol=1e-2)
-        torch.testing.assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path / "right")(ids).logits, ours, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            peft.PeftModel.from_pretrained(theirs, tmp_path / "right")(ids).logits, ours, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_what_does_not_fit_says_so(tokenizer, tmp_path):

@@ -21,7 +21,19 @@ from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
-from models.generation import DraftScheduler, Shape, StepOutput, _closed_up, accept, draft_scheduler, follow, generate, prefill, probabilities, verify
+from models.generation import (
+    DraftScheduler,
+    Shape,
+    StepOutput,
+    _closed_up,
+    accept,
+    draft_scheduler,
+    follow,
+    generate,
+    prefill,
+    probabilities,
+    verify,
+)
 from models.kv_cache import DecodingCache
 from models.masks import NEVER
 from models.multi_token import Drafts, chains, draft_tree_mask
@@ -40,7 +52,13 @@ WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=
 
 def batch_of(renderer) -> dict[str, torch.Tensor]:
     return collate(
-        [[make_sample(renderer, 1, [TURNS[:2]]), make_sample(renderer, 2, [[TURNS[2]], [TURNS[3]]], seed=1)], [make_sample(renderer, 1, [TURNS], seed=2)]],
+        [
+            [
+                make_sample(renderer, 1, [TURNS[:2]]),
+                make_sample(renderer, 2, [[TURNS[2]], [TURNS[3]]], seed=1),
+            ],
+            [make_sample(renderer, 1, [TURNS], seed=2)],
+        ],
         renderer.tokenizer.global_image,
     )
 
@@ -49,9 +67,19 @@ class TestLosses:
     def test_chains_stop_at_a_documents_end_and_at_what_is_not_learnt(self):
         labels = torch.tensor([[-100, 5, 6, 7, -100, 8, 9, 3, 4, -100]])
         documents = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, -1]])
-        expected = [[5, 6, 7, -1], [6, 7, -1, -1], [7, -1, -1, -1], [8, 9, -1, -1], [9, -1, -1, -1], [3, 4, -1, -1], [4, -1, -1, -1]]
+        expected = [
+            [5, 6, 7, -1],
+            [6, 7, -1, -1],
+            [7, -1, -1, -1],
+            [8, 9, -1, -1],
+            [9, -1, -1, -1],
+            [3, 4, -1, -1],
+            [4, -1, -1, -1],
+        ]
         assert chains(labels, documents, 3).tolist() == expected
-        assert chains(labels[:, :2], documents[:, :2], 3).tolist() == [[5, -1, -1, -1]]  # more heads than the row is long
+        assert chains(labels[:, :2], documents[:, :2], 3).tolist() == [
+            [5, -1, -1, -1]
+        ]  # more heads than the row is long
 
     @pytest.mark.parametrize("vocabulary", [0, 151])
     def test_losses_are_those_of_a_loop_over_positions(self, tokenizer, renderer, vocabulary):
@@ -72,7 +100,11 @@ class TestLosses:
                 state, known = output.hidden[b, t], labels[b, t]
                 for k in range(3):
                     there = t + 1 + k
-                    if there >= ids.shape[1] or documents[b, there] != documents[b, t] or labels[b, there] == -100:
+                    if (
+                        there >= ids.shape[1]
+                        or documents[b, there] != documents[b, t]
+                        or labels[b, there] == -100
+                    ):
                         break
                     state = heads.step(state, right.embed_tokens.weight[known])
                     known = labels[b, there]
@@ -80,7 +112,9 @@ class TestLosses:
                         logits = (right.embed_tokens.weight @ heads.norm(state))[drafted]
                         expected[k] += float(-logits.log_softmax(0)[drafted.index(int(known))].detach())
         assert expected[0] > 0 and (vocabulary or min(expected) > 0)
-        torch.testing.assert_close(output.head_loss_sums.detach(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            output.head_loss_sums.detach(), torch.tensor(expected), rtol=1e-4, atol=1e-4
+        )
 
     def test_heads_alone_learn_where_the_rest_is_frozen(self, tokenizer, renderer):
         model = tiny_model(tokenizer, WITH_HEADS)
@@ -89,13 +123,19 @@ class TestLosses:
         for name, part in model.parts().items():
             part.requires_grad_(name == "heads")
         model(**batch_of(renderer)).head_loss_sums.sum().backward()
-        moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        moved = {
+            name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+        }
         assert moved == {name for name, _ in model.named_parameters() if name.startswith("heads.")}
 
     def test_heads_join_one_after_the_other(self):
         config = TrainConfig(head_weight=0.5, head_decay=0.5, head_warmup=10)
         assert head_weights(0, 3, config) == [0, 0, 0] and head_weights(5, 3, config) == [0.25, 0, 0]
-        assert head_weights(15, 3, config) == [0.5, 0.125, 0] and head_weights(40, 3, config) == [0.5, 0.25, 0.125] == head_weights(0, 3, replace(config, head_warmup=0))
+        assert head_weights(15, 3, config) == [0.5, 0.125, 0] and head_weights(40, 3, config) == [
+            0.5,
+            0.25,
+            0.125,
+        ] == head_weights(0, 3, replace(config, head_warmup=0))
 
     def test_parts_hold_every_parameter_once(self, tokenizer):
         for config in (WITH_HEADS, replace(WITH_HEADS, left_context="none")):
@@ -117,7 +157,12 @@ class Oracle:
     def draft(self, embedding, rows, hidden, tokens, count, pick):
         drafts = []
         for token, row in zip(tokens.tolist(), hidden, strict=True):
-            answer, place = next((a, i) for a in self.answers for i, h in enumerate(a[1]) if torch.allclose(h, row, atol=1e-4) and i < len(a[0]) and a[0][i] == token)
+            answer, place = next(
+                (a, i)
+                for a in self.answers
+                for i, h in enumerate(a[1])
+                if torch.allclose(h, row, atol=1e-4) and i < len(a[0]) and a[0][i] == token
+            )
             new = [*answer[0][place + 1 : place + 1 + count], *[0] * count][:count]
             for k in range(count):
                 self.drafted += 1
@@ -145,29 +190,57 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     """Ragged rows with none to three images, rows that end early, drafts that are wrong here and there: the naive model's tokens, in fewer passes."""
     model = lively_model(tokenizer)
     naive = Naive(model)
-    asked = [(1, "what color?"), (3, "is there a red circle in the image?"), (2, "what is it"), (0, "what is it")]
+    asked = [
+        (1, "what color?"),
+        (3, "is there a red circle in the image?"),
+        (2, "what is it"),
+        (0, "what is it"),
+    ]
     tiles = [random_tiles(n, seed=10 + n) for n, _ in asked]
     prompts = [prompt_ids(renderer, n, q) for n, q in asked]
     block = torch.tensor(renderer.image_block())
-    images = [list(zip(model.encode_images(t, [block] * len(t)), block_starts(p), strict=True)) if len(t) else [] for t, (p, _) in zip(tiles, prompts, strict=True)]
+    images = [
+        list(zip(model.encode_images(t, [block] * len(t)), block_starts(p), strict=True)) if len(t) else []
+        for t, (p, _) in zip(tiles, prompts, strict=True)
+    ]
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])
     expected = [naive_greedy(naive, ids, t, stop, 14) for (_, ids), t in zip(prompts, tiles, strict=True)]
     seen: list = []
     original = models.generation.verify
     monkeypatch.setattr(models.generation, "verify", lambda *a: seen.append(original(*a)) or seen[-1])
     batch = collate_prompts([p for p, _ in prompts])
-    plain = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative="off", logprobs=True), **batch)
+    plain = generate(
+        model,
+        images=images,
+        stop=stop,
+        settings=GenerationConfig(max_new_tokens=14, speculative="off", logprobs=True),
+        **batch,
+    )
     assert plain.tokens == expected
     answers = []
-    for (prompt, _), row in zip(prompts, images, strict=True):  # each alone: its hidden states along the answer
+    for (prompt, _), row in zip(
+        prompts, images, strict=True
+    ):  # each alone: its hidden states along the answer
         seen.clear()
         one = collate_prompts([prompt])
-        made = generate(model, images=[row], stop=-1, settings=GenerationConfig(max_new_tokens=20, speculative="off"), **one)
+        made = generate(
+            model,
+            images=[row],
+            stop=-1,
+            settings=GenerationConfig(max_new_tokens=20, speculative="off"),
+            **one,
+        )
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
     model.heads = Oracle(answers, wrong)
     monkeypatch.setattr(models.generation, "TREE_ROWS", 100)
-    made = generate(model, images=images, stop=stop, settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True), **batch)
+    made = generate(
+        model,
+        images=images,
+        stop=stop,
+        settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True),
+        **batch,
+    )
     assert made.tokens == expected
     for one, other in zip(made.logprobs, plain.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -181,9 +254,14 @@ WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each place, from the toke
 
 def test_a_draft_sees_those_on_its_way():
     sees = draft_tree_mask(TREE.parents)[0]
-    assert [{int(TREE.tokens[0, n - 1]) for n in place.nonzero()[:, 0].tolist() if n} for place in sees] == [set(way) for way in WAYS]
+    assert [{int(TREE.tokens[0, n - 1]) for n in place.nonzero()[:, 0].tolist() if n} for place in sees] == [
+        set(way) for way in WAYS
+    ]
     assert sees.diagonal().all() and sees[:, 0].all() and sees.sum() == sum(len(way) + 1 for way in WAYS)
-    assert torch.equal(draft_tree_mask(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool()) and draft_tree_mask(torch.empty(3, 0, dtype=torch.int64)).all()
+    assert (
+        torch.equal(draft_tree_mask(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool())
+        and draft_tree_mask(torch.empty(3, 0, dtype=torch.int64)).all()
+    )
 
 
 def test_every_draft_counts_as_seen_behind_it():
@@ -199,8 +277,17 @@ def test_every_draft_counts_as_seen_behind_it():
 def test_a_draft_falls_with_the_one_before_it():
     """Greedy: drafts as long as each is what is wanted at its parent."""
     chains = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
-    assert follow(Drafts(chains, torch.arange(3).expand(4, 3)), torch.tensor([3, 1, 4, 2]).expand(4, 4)) == [[0, 1, 2, 3], [0, 1], [0], [0]]
-    for way, path in zip([*WAYS, [1], [3, 4], [0, 1]], [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 5], [0], [0, 1], [0, 2]], strict=True):
+    assert follow(Drafts(chains, torch.arange(3).expand(4, 3)), torch.tensor([3, 1, 4, 2]).expand(4, 4)) == [
+        [0, 1, 2, 3],
+        [0, 1],
+        [0],
+        [0],
+    ]
+    for way, path in zip(
+        [*WAYS, [1], [3, 4], [0, 1]],
+        [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 5], [0], [0, 1], [0, 2]],
+        strict=True,
+    ):
         wanted = torch.full((1, 6), 9)
         for place, known in enumerate(WAYS):  # at a place on this way its next token is wanted
             if way[: len(known)] == known and len(way) > len(known):
@@ -222,7 +309,9 @@ def test_the_cache_keeps_the_slots_of_a_path():
     for row, (at, path) in enumerate(zip(start, paths, strict=True)):
         for kept, new in ((cache.keys, keys), (cache.values, values)):
             assert torch.equal(kept[:, row, :, at : at + len(path)], new[:, row, :, path])
-        assert cache.positions[row].tolist() == [NEVER] * at + [10, 11, 12, 13][: len(path)] + [NEVER] * (12 - at - len(path))
+        assert cache.positions[row].tolist() == [NEVER] * at + [10, 11, 12, 13][: len(path)] + [NEVER] * (
+            12 - at - len(path)
+        )
 
 
 def test_a_tree_holds_the_likeliest_ways(tokenizer):
@@ -244,13 +333,19 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
                 for way, (belief, state) in followed.items():
                     state = heads.step(state, embedding.weight[way[-1] if way else tokens[b]])
                     said = (rows @ heads.norm(state)).log_softmax(0)
-                    new |= {(*way, 200 + j): (belief + float(said[j]), state) for j in said.topk(3).indices.tolist()}
+                    new |= {
+                        (*way, 200 + j): (belief + float(said[j]), state)
+                        for j in said.topk(3).indices.tolist()
+                    }
                 ways |= {way: belief for way, (belief, _) in new.items()}
                 followed = dict(sorted(new.items(), key=lambda item: -item[1][0])[:3])
             found: list[tuple[int, ...]] = [()]
             for token, parent in zip(made.tokens[b].tolist(), made.parents[b].tolist(), strict=True):
                 found.append((*found[parent], token))
-            assert sorted(found[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12]) and max(map(len, found)) == 3
+            assert (
+                sorted(found[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12])
+                and max(map(len, found)) == 3
+            )
         chain = heads.draft(embedding, unembed, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
         narrow = heads.tree(embedding, unembed, hidden, tokens, 2, 1, 8)
         assert torch.equal(chain.tokens, narrow.tokens) and torch.equal(chain.parents, narrow.parents)
@@ -265,12 +360,18 @@ def test_a_draft_stands_as_often_as_it_may(seed):
     proposed = [(2 * torch.rand(V, generator=g)).softmax(0), (2 * torch.rand(V, V, generator=g)).softmax(-1)]
     a = torch.multinomial(proposed[0], N, replacement=True, generator=g)
     b = torch.multinomial(proposed[1][a], 1, generator=g)[:, 0]
-    target = torch.stack([first.expand(N, V), second[a], second[b]], 1)  # behind two drafts: the chain goes on
-    counts, last = accept(torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, g)
+    target = torch.stack(
+        [first.expand(N, V), second[a], second[b]], 1
+    )  # behind two drafts: the chain goes on
+    counts, last = accept(
+        torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, g
+    )
     counts = torch.tensor(counts)
     x = torch.where(counts > 0, a, last)
     y = torch.where(counts > 1, b, torch.where(counts == 1, last, -1))
-    y = torch.where(y < 0, torch.multinomial(second[x], 1, generator=g)[:, 0], y)  # rows that stopped after one: what comes next is plain
+    y = torch.where(
+        y < 0, torch.multinomial(second[x], 1, generator=g)[:, 0], y
+    )  # rows that stopped after one: what comes next is plain
     share = torch.bincount(x * V + y, minlength=V * V) / N
     expected = (first[:, None] * second).flatten()
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / N).sqrt()).all(), (share, expected)
@@ -283,7 +384,9 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     torch.manual_seed(3)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt = renderer.prompt([], [{"user": "what is it?"}])
-    settings = GenerationConfig(sampling=True, temperature=1.5, top_k=6, max_new_tokens=3, speculative="on", seed=5)
+    settings = GenerationConfig(
+        sampling=True, temperature=1.5, top_k=6, max_new_tokens=3, speculative="on", seed=5
+    )
     rows = 10_000
     batch = {k: v.expand(rows, -1) for k, v in collate_prompts([prompt]).items()}
     made = generate(model, images=[[]] * rows, stop=-1, settings=settings, **batch)
@@ -298,7 +401,9 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     expected = torch.zeros(len(first), len(first))
     for token in first.nonzero()[:, 0].tolist():
         expected[token] = first[token] * after([token])
-    seen = torch.zeros_like(expected).index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(rows), accumulate=True)
+    seen = torch.zeros_like(expected).index_put_(
+        (drawn[:, 0], drawn[:, 1]), torch.ones(rows), accumulate=True
+    )
     cells = expected > 0
     assert seen[~cells].sum() == 0
     chi = ((seen - rows * expected) ** 2 / (rows * expected))[cells].sum()
@@ -312,18 +417,31 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt, ids = prompt_ids(renderer, 0, "what is it?")
     made = [
-        generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode), **collate_prompts([prompt]))
+        generate(
+            model,
+            images=[[]],
+            stop=-1,
+            settings=GenerationConfig(
+                max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode
+            ),
+            **collate_prompts([prompt]),
+        )
         for mode in ("on", "off")
     ]
     assert made[0].tokens == made[1].tokens
     naive, tokens = Naive(model), made[0].tokens[0]
     for i, (token, logprob) in enumerate(zip(tokens, made[0].logprobs[0], strict=True)):
         logits = naive.logits([*ids, *tokens[:i]], random_tiles(0))[-1]
-        assert abs(logits.log_softmax(-1)[token] - logprob) < 1e-4 and abs(made[1].logprobs[0][i] - logprob) < 1e-4
+        assert (
+            abs(logits.log_softmax(-1)[token] - logprob) < 1e-4
+            and abs(made[1].logprobs[0][i] - logprob) < 1e-4
+        )
         for seen in {*ids, *tokens[:i]}:
             logits[seen] = logits[seen] / 1.7 if logits[seen] > 0 else logits[seen] * 1.7
         assert int(logits.argmax()) == token
-    free = generate(model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12), **collate_prompts([prompt]))
+    free = generate(
+        model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12), **collate_prompts([prompt])
+    )
     assert free.tokens != made[0].tokens
 
 
@@ -333,9 +451,20 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     heads.draft_ids.copy_(torch.arange(200, 220))
     embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
     places = torch.tensor([0, 3, 19, 7, 7])
-    drafts, _, proposed = heads.draft(embedding, heads.unembedder(embedding.weight), hidden, places, 2, lambda logits: (places, logits.softmax(-1)))
+    drafts, _, proposed = heads.draft(
+        embedding,
+        heads.unembedder(embedding.weight),
+        hidden,
+        places,
+        2,
+        lambda logits: (places, logits.softmax(-1)),
+    )
     assert drafts.tolist() == [[200 + p] * 2 for p in places.tolist()]
-    assert proposed.shape == (5, 2, 302) and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2)) and proposed[..., :200].sum() == proposed[..., 220:].sum() == 0
+    assert (
+        proposed.shape == (5, 2, 302)
+        and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2))
+        and proposed[..., :200].sum() == proposed[..., 220:].sum() == 0
+    )
 
 
 def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
@@ -354,12 +483,21 @@ def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
 
 
 class TestDraftShape:
-    def run(self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None) -> float:
+    def run(
+        self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None
+    ) -> float:
         """A decoder whose drafts stand with these chances and cost so much each; `tree`: the same of a tree, and what it costs → tokens in the time that plain decoding takes for one."""
-        g, shapes, clock, made = torch.Generator().manual_seed(0), DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1), 0.0, 0
+        g, shapes, clock, made = (
+            torch.Generator().manual_seed(0),
+            DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1),
+            0.0,
+            0,
+        )
         while made < tokens:
             k, width = shape = shapes()
-            acceptance_rates = torch.rand(len(chances), generator=g) < torch.tensor(tree[0] if tree and width > 1 else chances)
+            acceptance_rates = torch.rand(len(chances), generator=g) < torch.tensor(
+                tree[0] if tree and width > 1 else chances
+            )
             count = int(acceptance_rates[:k].long().cumprod(0).sum()) if k else 0
             seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
             shapes.record_step(shape, [count], [1 + count], seconds)
@@ -385,7 +523,9 @@ class TestDraftShape:
         best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
         assert self.run([0.8] * 4, 0.1, 3000) > 0.95 * best
         assert self.run([0.8] * 4, 0.1, 3000, ([0.82] * 4, 3.0)) > 0.95 * best
-        assert self.run([0.8, 0.05, 0.05, 0.05], 0.25, 3000) > 0.95 * 1.8 / 1.25  # one draft, which was never measured at first
+        assert (
+            self.run([0.8, 0.05, 0.05, 0.05], 0.25, 3000) > 0.95 * 1.8 / 1.25
+        )  # one draft, which was never measured at first
         wide = sum(0.9**k for k in range(5)) / 1.4
         assert self.run([0.5] * 4, 0.1, 3000, ([0.9] * 4, 0.4)) > 0.95 * wide
 
@@ -395,9 +535,16 @@ class TestDraftShape:
         easy = []
         for i in range(1300):
             shape = shapes()
-            shapes.record_step(shape, [shape.depth if i >= 1000 else 0], [1 + (shape.depth if i >= 1000 else 0)], 1 + 0.1 * shape.depth)
+            shapes.record_step(
+                shape,
+                [shape.depth if i >= 1000 else 0],
+                [1 + (shape.depth if i >= 1000 else 0)],
+                1 + 0.1 * shape.depth,
+            )
             easy.append(shape.depth)
-        assert sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19  # a plain pass comes now and then, to be timed
+        assert (
+            sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19
+        )  # a plain pass comes now and then, to be timed
 
     def test_the_first_pass_of_a_shape_says_little_of_its_cost(self):
         """It prepares kernels: answers go on to be drafted."""
@@ -406,7 +553,12 @@ class TestDraftShape:
             shapes.start_answer(1.0)
             for _ in range(40):
                 shape = shapes()
-                shapes.record_step(shape, [shape.depth], [1 + shape.depth], (1 + 0.05 * shape.depth) * (9 if shape not in made else 1))
+                shapes.record_step(
+                    shape,
+                    [shape.depth],
+                    [1 + shape.depth],
+                    (1 + 0.05 * shape.depth) * (9 if shape not in made else 1),
+                )
                 made.add(shape)
         assert shapes() == Shape(4) and shapes.cost(Shape(4)) < 1.3
 
@@ -443,7 +595,10 @@ class TestDraftShape:
             seconds, made = 1.0, 1
             while made < 16:
                 shape = shapes()
-                usual, count = 1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1), shape.depth if number < 20 else 0
+                usual, count = (
+                    1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1),
+                    shape.depth if number < 20 else 0,
+                )
                 shapes.record_step(shape, [count], [1 + count], usual)
                 seconds, made = seconds + usual, made + 1 + count
         assert seconds / made < 1.03 + DraftScheduler.CARRY / 16
@@ -461,53 +616,98 @@ class TestDraftShape:
     def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
         heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig(draft_width=5)
         assert [draft_scheduler(heads, rows, settings).width for rows in (1, 2, 3, 8)] == [5, 5, 1, 1]
-        assert draft_scheduler(heads, 1, replace(settings, sampling=True)).width == draft_scheduler(heads, 1, replace(settings, draft_width=1)).width == 1
+        assert (
+            draft_scheduler(heads, 1, replace(settings, sampling=True)).width
+            == draft_scheduler(heads, 1, replace(settings, draft_width=1)).width
+            == 1
+        )
 
     def test_off_and_on(self):
         assert DraftScheduler([0.5] * 4, "off")() == Shape(0) == DraftScheduler([], "on")()
-        assert DraftScheduler([0.0] * 4, "on")() == Shape(4) and DraftScheduler([0.0] * 4, "on", 3)() == Shape(4, 3)
+        assert DraftScheduler([0.0] * 4, "on")() == Shape(4) and DraftScheduler(
+            [0.0] * 4, "on", 3
+        )() == Shape(4, 3)
 
 
 def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
     """An end-of-turn token among drafts that stand, or behind them; an end that the caller sets; the most tokens of one row of two."""
     model = tiny_model(tokenizer, WITH_HEADS)
     prompt, stop, told = renderer.prompt([], [{"user": "what is it?"}]), 7, []
-    monkeypatch.setattr(DraftScheduler, "record_step", lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)))
+    monkeypatch.setattr(
+        DraftScheduler,
+        "record_step",
+        lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)),
+    )
 
-    def answers(decode_steps: list[list[list[int]]], most: int, rows: int = 1, on_tokens: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+    def answers(
+        decode_steps: list[list[list[int]]],
+        most: int,
+        rows: int = 1,
+        on_tokens: Callable[[int, list[int]], bool] | None = None,
+    ) -> list[list[int]]:
         """Of as many rows; a pass gives each of them tokens."""
 
-        def decode_step(m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any) -> StepOutput:
+        def decode_step(
+            m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any
+        ) -> StepOutput:
             made = decode_steps.pop(0)
-            return StepOutput(torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden)
+            return StepOutput(
+                torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden
+            )
 
         settings = GenerationConfig(max_new_tokens=most, speculative="on", draft_width=1)
         monkeypatch.setattr(models.generation, "decode_step", decode_step)
-        made = generate(model, images=[[]] * rows, stop=stop, settings=settings, on_tokens=on_tokens, **collate_prompts([prompt] * rows))
+        made = generate(
+            model,
+            images=[[]] * rows,
+            stop=stop,
+            settings=settings,
+            on_tokens=on_tokens,
+            **collate_prompts([prompt] * rows),
+        )
         assert not decode_steps
         return [tokens[1:] for tokens in made.tokens]  # the first is the model's own
 
     assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and told.pop() == (3, [2], [2])
     assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and told.pop() == (3, [1], [1])
     assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and told.pop() == (3, [3], [4])
-    assert answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6) == [[5, 6]] and told.pop() == (3, [2], [2])
+    assert answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6) == [
+        [5, 6]
+    ] and told.pop() == (3, [2], [2])
     assert answers([[[5, 6], [5]], [[8, 9], [6, 8]]], 4, rows=2) == [[5, 6, 8], [5, 6, 8]]
     assert told == [(2, [1, 0], [2, 1]), (1, [1, 1], [1, 2])]
 
 
 def test_rows_that_are_done_leave_the_cache():
     """The last rows move into their places, and hold what they held."""
-    for done in ([False] * 5, [True, False, True, False, False], [False, False, False, True, True], [True, True, True, True, False]):
+    for done in (
+        [False] * 5,
+        [True, False, True, False, False],
+        [False, False, False, True, True],
+        [True, True, True, True, False],
+    ):
         cache = DecodingCache(2, 5, 1, 8, 4, torch.float32, torch.device("cpu"))
         cache.lengths = [3, 5, 1, 8, 2]
         cache.keys, cache.values = torch.randn(2, *cache.keys.shape)
-        cache.positions = torch.stack([torch.where(torch.arange(8) < n, torch.arange(8), NEVER) for n in cache.lengths])
-        before, order = (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()), _closed_up(done)
-        assert sorted(order) == [i for i in range(5) if not done[i]] and sum(new != old for new, old in enumerate(order)) == sum(done[: len(order)])
+        cache.positions = torch.stack(
+            [torch.where(torch.arange(8) < n, torch.arange(8), NEVER) for n in cache.lengths]
+        )
+        before, order = (
+            (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()),
+            _closed_up(done),
+        )
+        assert sorted(order) == [i for i in range(5) if not done[i]] and sum(
+            new != old for new, old in enumerate(order)
+        ) == sum(done[: len(order)])
         cache.select_rows(order)
-        assert cache.lengths == [before[0][i] for i in order] and torch.equal(cache.positions, before[3][order])
+        assert cache.lengths == [before[0][i] for i in order] and torch.equal(
+            cache.positions, before[3][order]
+        )
         for made, was in ((cache.keys, before[1]), (cache.values, before[2])):
-            assert made.shape[1] == len(order) and all(torch.equal(made[:, new, :, :n], was[:, old, :, :n]) for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True)))
+            assert made.shape[1] == len(order) and all(
+                torch.equal(made[:, new, :, :n], was[:, old, :, :n])
+                for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True))
+            )
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
@@ -516,18 +716,42 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
     model = lively_model(tokenizer, WITH_HEADS)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompts = [
-        renderer.prompt([], [{"user": text}]) for text in ("what is it?", "what?", "what color is the shape, and why?", "is it?", "the color?", "a shape or an image of a shape?")
+        renderer.prompt([], [{"user": text}])
+        for text in (
+            "what is it?",
+            "what?",
+            "what color is the shape, and why?",
+            "is it?",
+            "the color?",
+            "a shape or an image of a shape?",
+        )
     ]
     settings, ends = GenerationConfig(max_new_tokens=16, speculative=mode), [3, 16, 5, 9, 16, 4]
-    alone = [generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0] for prompt in prompts]
+    alone = [
+        generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+        for prompt in prompts
+    ]
     assert len({tuple(tokens) for tokens in alone}) == len(prompts)
-    made = generate(model, images=[[]] * 6, stop=-1, settings=settings, on_tokens=lambda row, tokens: len(tokens) >= ends[row], **collate_prompts(prompts))
+    made = generate(
+        model,
+        images=[[]] * 6,
+        stop=-1,
+        settings=settings,
+        on_tokens=lambda row, tokens: len(tokens) >= ends[row],
+        **collate_prompts(prompts),
+    )
     assert made.tokens == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
 
 
 def test_speculation_needs_heads(model, renderer):
     with pytest.raises(UsageError, match="no multi-token heads"):
-        generate(model, images=[[]], stop=-1, settings=GenerationConfig(speculative="on"), **collate_prompts([renderer.prompt([], [{"user": "x"}])]))
+        generate(
+            model,
+            images=[[]],
+            stop=-1,
+            settings=GenerationConfig(speculative="on"),
+            **collate_prompts([renderer.prompt([], [{"user": "x"}])]),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -572,7 +796,9 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
 
     if not Packed.available(torch.empty(1)):
         pytest.skip("oneDNN has no kernels for this CPU")
-    plain, packed = (lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder)).eval() for _ in range(2))
+    plain, packed = (
+        lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder)).eval() for _ in range(2)
+    )
     with torch.no_grad():
         for name, p in plain.named_parameters():
             if p.dim() == 1 and "right" in name:
@@ -587,10 +813,21 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
         kvs = plain.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2)
         batch = collate_prompts([prompt, short])
         for m in (plain, packed):
-            cache, _ = prefill(m, batch["ids"], batch["positions"], [list(zip(kvs, block_starts(prompt), strict=True)), []], slots=4)
-            made.append(verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4)))
+            cache, _ = prefill(
+                m,
+                batch["ids"],
+                batch["positions"],
+                [list(zip(kvs, block_starts(prompt), strict=True)), []],
+                slots=4,
+            )
+            made.append(
+                verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4))
+            )
         torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
-        made = [m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden for m in (plain, packed)]
+        made = [
+            m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden
+            for m in (plain, packed)
+        ]
         torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
 
 
@@ -604,7 +841,9 @@ def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_pa
     predictor = Predictor.from_pretrained(tmp_path, dtype="bf16")
     assert (predictor.model.right.decode is None) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for mode in ("on", "off"):
-        answer = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode))[0]
+        answer = predictor.answer(
+            [([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode)
+        )[0]
         assert answer.tokens == 8 or answer.text
 
 
@@ -613,10 +852,27 @@ def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, rendere
     model = lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder))
     tiles = random_tiles(2, seed=5)
     prompt, _ = prompt_ids(renderer, 2, "what color?")
-    images = list(zip(model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2), block_starts(prompt), strict=True))
-    made = generate(model, images=[images], stop=-1, settings=GenerationConfig(max_new_tokens=6), **collate_prompts([prompt])).tokens[0]
+    images = list(
+        zip(
+            model.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2),
+            block_starts(prompt),
+            strict=True,
+        )
+    )
+    made = generate(
+        model,
+        images=[images],
+        stop=-1,
+        settings=GenerationConfig(max_new_tokens=6),
+        **collate_prompts([prompt]),
+    ).tokens[0]
     last = prompt.right_positions[-1] + 1
-    whole = replace(prompt, right_ids=[*prompt.right_ids, *made], right_positions=[*prompt.right_positions, *range(last, last + 6)], labels=[-100] * (len(prompt.labels) + 6))
+    whole = replace(
+        prompt,
+        right_ids=[*prompt.right_ids, *made],
+        right_positions=[*prompt.right_positions, *range(last, last + 6)],
+        labels=[-100] * (len(prompt.labels) + 6),
+    )
     with torch.no_grad():
         hidden = model(**collate([[Sample((0, 0, 0), tiles, [whole])]], tokenizer.global_image)).hidden[0]
         assert model.logits(hidden)[-7:-1].argmax(-1).tolist() == made
@@ -644,8 +900,19 @@ for tower in ("left", "right"):
 
 def test_heads_train_with_the_model_and_behind_it(tmp_path):
     """Jointly, with their losses in the metrics; and given to a model that has none, whose other tensors stay bit for bit and whose answers do not change."""
-    train = [sys.executable, str(ROOT / "train_dual_tower.py"), "--max_steps", "6", *SMALL, "--cache_dir", "cache"]
-    done = run_program([*train, "--output_dir", "joint", "--model.multi_token.heads", "2", "--train.head_warmup", "2"], tmp_path)
+    train = [
+        sys.executable,
+        str(ROOT / "train_dual_tower.py"),
+        "--max_steps",
+        "6",
+        *SMALL,
+        "--cache_dir",
+        "cache",
+    ]
+    done = run_program(
+        [*train, "--output_dir", "joint", "--model.multi_token.heads", "2", "--train.head_warmup", "2"],
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "joint/metrics.jsonl").read_text().splitlines()]
     assert all(len(m["head_losses"]) == 2 and m["head_losses"][0] > 0 for m in metrics if "loss" in m)
@@ -668,26 +935,50 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
     ]
     done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2", "--dtype", "bf16"], tmp_path)
     assert done.returncode == 0 and "tokens a pass" in done.stdout, done.stderr
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads"))
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) > len(before)
+    before, after = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads")
+    )
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) > len(
+        before
+    )
     image = sorted((tmp_path / "cache").parent.rglob("*.png"))[0]
     ask = ["--image", str(image), "--prompt", "what color is the shape?", "--json", "--max_new_tokens", "24"]
     said = [
-        json.loads(run_program([sys.executable, str(ROOT / "generate.py"), "--checkpoint", folder, *ask, *more], tmp_path).stdout)
-        for folder, more in (("plain/model", []), ("with_heads", ["--speculative", "on"]), ("with_heads", ["--speculative", "off"]))
+        json.loads(
+            run_program(
+                [sys.executable, str(ROOT / "generate.py"), "--checkpoint", folder, *ask, *more], tmp_path
+            ).stdout
+        )
+        for folder, more in (
+            ("plain/model", []),
+            ("with_heads", ["--speculative", "on"]),
+            ("with_heads", ["--speculative", "off"]),
+        )
     ]
-    assert said[0]["answer"] == said[1]["answer"] == said[2]["answer"] and said[1]["decode_steps"] <= said[2]["decode_steps"] == said[0]["decode_steps"]
+    assert (
+        said[0]["answer"] == said[1]["answer"] == said[2]["answer"]
+        and said[1]["decode_steps"] <= said[2]["decode_steps"] == said[0]["decode_steps"]
+    )
 
 
-def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(tmp_path, model, renderer, image_file):
+def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(
+    tmp_path, model, renderer, image_file
+):
     """One of two images is damaged, one record has none: the model answers the other's questions alone."""
     (tmp_path / "cut.png").write_bytes(b"\x89PNG cut")
-    lines = [{"image": name, "texts": [{"user": "what is it?", "assistant": "x"}]} for name in ("cut.png", image_file.name)] * 8
+    lines = [
+        {"image": name, "texts": [{"user": "what is it?", "assistant": "x"}]}
+        for name in ("cut.png", image_file.name)
+    ] * 8
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = io.StringIO()
-    config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, tokens=20, answer_tokens=6, rows=5)
+    config = HeadsConfig(
+        sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, tokens=20, answer_tokens=6, rows=5
+    )
     told = collect(Predictor(model, renderer), config, Console(file=out, width=200))
-    assert sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1  # one image, one question
+    assert (
+        sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1
+    )  # one image, one question
     assert "questions left out" in out.getvalue()
 
 
@@ -695,10 +986,15 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
     copies = [tmp_path / f"{i}.png" for i in range(6)]
     for path in copies:
         path.write_bytes(image_file.read_bytes())
-    lines = [{"image": path.name, "texts": [{"user": f"q{i}", "assistant": "x"}]} for i, path in enumerate(copies)]
+    lines = [
+        {"image": path.name, "texts": [{"user": f"q{i}", "assistant": "x"}]} for i, path in enumerate(copies)
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
-    learnt, held_out = ({text for _, text in next(asked(Predictor(model, renderer), config, held_out=which))} for which in (False, True))
+    learnt, held_out = (
+        {text for _, text in next(asked(Predictor(model, renderer), config, held_out=which))}
+        for which in (False, True)
+    )
     assert (len(learnt), len(held_out)) == (4, 2) and learnt | held_out == {f"q{i}" for i in range(6)}
 
 

@@ -20,7 +20,9 @@ from tests.conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no checkpoints of the ancestors at {FIXTURES}")
+needs_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason=f"no checkpoints of the ancestors at {FIXTURES}"
+)
 
 
 @needs_fixtures
@@ -33,14 +35,33 @@ def test_nanovlm_as_vanilla():
     documents, nothing = torch.zeros_like(ids), torch.empty(len(ids), 0, dtype=torch.int64)
     with torch.no_grad():
         features = model.vision_encoder(tiles)
-        torch.testing.assert_close(features.flatten(2).transpose(1, 2), expected["vision_features"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(model.modality_projector(features), expected["projected"], atol=1e-4, rtol=0)
-        output = model(tiles, nothing, nothing, nothing, nothing, ids, positions, documents, documents, expected["labels"])
+        torch.testing.assert_close(
+            features.flatten(2).transpose(1, 2), expected["vision_features"], atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(
+            model.modality_projector(features), expected["projected"], atol=1e-4, rtol=0
+        )
+        output = model(
+            tiles,
+            nothing,
+            nothing,
+            nothing,
+            nothing,
+            ids,
+            positions,
+            documents,
+            documents,
+            expected["labels"],
+        )
         torch.testing.assert_close(model.logits(output.hidden), expected["logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(output.loss_sum / (expected["labels"] != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            output.loss_sum / (expected["labels"] != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0
+        )
     prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
     settings = GenerationConfig(max_new_tokens=tokens.shape[1])
-    made = generate(model, prompt, torch.arange(prompt.shape[1]).expand_as(prompt), [[], []], -1, settings, tiles=tiles)
+    made = generate(
+        model, prompt, torch.arange(prompt.shape[1]).expand_as(prompt), [[], []], -1, settings, tiles=tiles
+    )
     assert made.tokens == tokens.tolist()
 
 
@@ -50,7 +71,11 @@ def test_the_first_dual_tower_as_prefix():
     model = DualTowerVLM.from_pretrained(FIXTURES / "dualtower_tiny")
     assert model.config.left_context == "prefix"
     last = model.config.left.layers - 1
-    assert {"left.decoder.norm.weight", f"left.decoder.layers.{last}.self_attn.q_proj.weight", f"left.decoder.layers.{last}.mlp.up_proj.weight"} <= set(model.dropped_tensors)
+    assert {
+        "left.decoder.norm.weight",
+        f"left.decoder.layers.{last}.self_attn.q_proj.weight",
+        f"left.decoder.layers.{last}.mlp.up_proj.weight",
+    } <= set(model.dropped_tensors)
     expected = load_file(FIXTURES / "dualtower_tiny" / "expected.safetensors")
     tiles, ids, labels = expected["pixel_values"] * 255, expected["input_ids"], expected["labels"]
     cut = int(expected["last_image_index"]) + 1
@@ -58,16 +83,32 @@ def test_the_first_dual_tower_as_prefix():
     images = torch.where(ids[:, :cut] == model.vocabulary.image_token_id, 0, -1)
     with torch.no_grad():
         left = (ids[:, :cut], positions[:, :cut], zeros[:, :cut], images)
-        output = model(tiles, *left, ids[:, cut:], positions[:, cut:], zeros[:, cut:], zeros[:, cut:], labels[:, cut:])
+        output = model(
+            tiles, *left, ids[:, cut:], positions[:, cut:], zeros[:, cut:], zeros[:, cut:], labels[:, cut:]
+        )
         logits = model.logits(output.hidden)
         torch.testing.assert_close(logits, expected["text_logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(output.loss_sum / (labels != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0)
-        torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), labels[:, cut:].flatten()), expected["loss"][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            output.loss_sum / (labels != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(
+            F.cross_entropy(logits.flatten(0, 1), labels[:, cut:].flatten()),
+            expected["loss"][0],
+            atol=1e-4,
+            rtol=0,
+        )
     prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
     kvs = model.encode_images(tiles, list(prompt[:, :cut]), list(images))
     positions = torch.arange(cut, prompt.shape[1]).expand(len(prompt), -1)
     for _ in range(2):
-        made = generate(model, prompt[:, cut:], positions, [[(kv, 0)] for kv in kvs], -1, GenerationConfig(max_new_tokens=tokens.shape[1]))
+        made = generate(
+            model,
+            prompt[:, cut:],
+            positions,
+            [[(kv, 0)] for kv in kvs],
+            -1,
+            GenerationConfig(max_new_tokens=tokens.shape[1]),
+        )
         assert made.tokens == tokens.tolist()
 
 
@@ -101,14 +142,24 @@ def keys_and_values_of(model: VisionLanguageModel, tiles: torch.Tensor, block: t
     recorder = KeyValueRecorder()
     places = torch.arange(len(block))[None]
     with torch.no_grad():
-        model.right(model.embed(block[None], tiles), places, (places[:, :, None] >= places[:, None])[:, None], recorder)
+        model.right(
+            model.embed(block[None], tiles),
+            places,
+            (places[:, :, None] >= places[:, None])[:, None],
+            recorder,
+        )
     return torch.stack([torch.stack(layer) for layer in recorder.layers])[:, :, 0]
 
 
 def left_tower_from(source: Path, right: DecoderConfig) -> tuple[DualTowerVLM, list[str]]:
     config, vocabulary, tensors = left_tower_of(str(source))
     config = replace(
-        config, left_context="image", image_isolation=True, right=replace(right, layers=config.left.layers, kv_heads=config.left.kv_heads, head_size=config.left.head_size)
+        config,
+        left_context="image",
+        image_isolation=True,
+        right=replace(
+            right, layers=config.left.layers, kv_heads=config.left.kv_heads, head_size=config.left.head_size
+        ),
     )
     model = DualTowerVLM(config, Vocabulary(text_size=300, markers=65)).eval()
     return model, load_left_tower(model.left, vocabulary, tensors, str(source))
@@ -127,15 +178,31 @@ def test_a_left_tower_from_nanovlm():
     kv = model.encode_image(tiles, torch.tensor([w.first_marker_id] + [w.image_token_id] * images))
     torch.testing.assert_close(kv.data, expected, atol=1e-5, rtol=0)
     assert dropped == sorted(
-        [f"decoder.layers.2.{n}.weight" for n in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm", "self_attn.o_proj", "self_attn.q_proj")]
+        [
+            f"decoder.layers.2.{n}.weight"
+            for n in (
+                "mlp.down_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "post_attention_layernorm",
+                "self_attn.o_proj",
+                "self_attn.q_proj",
+            )
+        ]
         + ["decoder.norm.weight"]
     )
 
 
 def test_a_left_tower_from_our_own_models(tokenizer, tmp_path):
-    dual, vanilla = tiny_model(tokenizer), tiny_model(tokenizer, replace(TINY_MODEL, left_context="none"), seed=1)
+    dual, vanilla = (
+        tiny_model(tokenizer),
+        tiny_model(tokenizer, replace(TINY_MODEL, left_context="none"), seed=1),
+    )
     block = torch.tensor([tokenizer.global_image] + [tokenizer.image] * 4)
-    for source, expected in ((dual, dual.encode_image(random_tiles(1), block).data), (vanilla, keys_and_values_of(vanilla, random_tiles(1), block))):
+    for source, expected in (
+        (dual, dual.encode_image(random_tiles(1), block).data),
+        (vanilla, keys_and_values_of(vanilla, random_tiles(1), block)),
+    ):
         source.save_pretrained(tmp_path / source.model_type)
         model, _ = left_tower_from(tmp_path / source.model_type, TINY)
         w = model.vocabulary

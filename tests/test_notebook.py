@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient", reason="the notebook is executed with nbclient: install the extra 'dev'")
-nbformat = pytest.importorskip("nbformat", reason="the notebook is read with nbformat: install the extra 'dev'")
+nbclient = pytest.importorskip(
+    "nbclient", reason="the notebook is executed with nbclient: install the extra 'dev'"
+)
+nbformat = pytest.importorskip(
+    "nbformat", reason="the notebook is read with nbformat: install the extra 'dev'"
+)
 pytest.importorskip("ipykernel", reason="the notebook needs a kernel: install the extra 'dev'")
 
 PATH = Path(__file__).parent.parent / "e2e_dual_tower.ipynb"
@@ -29,7 +33,9 @@ def test_it_defines_nothing(code):
 def test_it_is_stored_as_executed(code):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
-        assert bool(cell.outputs) == any(call in cell.source for call in ("print(", "display(", ".main(")), cell.source
+        assert bool(cell.outputs) == any(call in cell.source for call in ("print(", "display(", ".main(")), (
+            cell.source
+        )
         assert not any(output.output_type == "error" for output in cell.outputs)
     assert PATH.stat().st_size < 1_000_000
     assert not any(place in PATH.read_text(encoding="utf-8") for place in ("/home/", "/root/", "/tmp/"))
@@ -41,8 +47,14 @@ def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTEBOOK_STEPS", "10")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PATH.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(PATH.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     notebook = nbformat.read(PATH.name, as_version=4)
     nbclient.NotebookClient(notebook, timeout=180).execute()
     told = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "all answers equal: True" in told and "every tensor equal: True" in told and "read back, equal: True" in told
+    assert (
+        "all answers equal: True" in told
+        and "every tensor equal: True" in told
+        and "read back, equal: True" in told
+    )

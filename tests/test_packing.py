@@ -15,13 +15,19 @@ from data.packing import Budget, RowStream, Window, pack
 from data.render import IGNORE, Document
 
 
-def fake_sample(number: int, images: int, lengths: list[int], block: int = 5, vanilla: bool = False) -> Sample:
+def fake_sample(
+    number: int, images: int, lengths: list[int], block: int = 5, vanilla: bool = False
+) -> Sample:
     left = [] if vanilla else [7] * block * images
     documents = [Document(left, left, left, [1] * n, list(range(n)), [IGNORE] * n) for n in lengths]
     return Sample((0, number, 0), torch.empty(images, 0), documents)
 
 
-shapes = st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 20), min_size=1, max_size=3)), min_size=1, max_size=40)
+shapes = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(1, 20), min_size=1, max_size=3)),
+    min_size=1,
+    max_size=40,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +45,11 @@ def cauldron_like(count: int, right: int) -> list[Sample]:
     rng = np.random.default_rng(0)
     text = np.clip(rng.lognormal(4.9, 0.9, count), 16, 3000).astype(int)
     tiles = rng.choice([1, 2, 3, 5, 7, 9, 13, 17], count, p=[0.3, 0.05, 0.1, 0.2, 0.1, 0.15, 0.05, 0.05])
-    return [fake_sample(i, int(n), [int(t)], 65) for i, (n, t) in enumerate(zip(tiles, text, strict=True)) if t <= right]
+    return [
+        fake_sample(i, int(n), [int(t)], 65)
+        for i, (n, t) in enumerate(zip(tiles, text, strict=True))
+        if t <= right
+    ]
 
 
 class Endless:
@@ -93,7 +103,10 @@ def test_the_end_is_the_best_pair():
     rng = np.random.default_rng(3)
     for _ in range(30):
         window = Window(Budget(40, 300, 1))
-        samples = [fake_sample(i, int(n), [int(t)], 1) for i, (n, t) in enumerate(zip(rng.integers(1, 12, 60), rng.integers(10, 90, 60), strict=True))]
+        samples = [
+            fake_sample(i, int(n), [int(t)], 1)
+            for i, (n, t) in enumerate(zip(rng.integers(1, 12, 60), rng.integers(10, 90, 60), strict=True))
+        ]
         for sample in samples:
             window.add(sample)
         head, rests = copy.deepcopy(window)._oldest()

@@ -39,7 +39,10 @@ def rows_of(count: int, first: int = 0, image: int = 200) -> list[dict]:
     return [
         {
             "images": [{"bytes": rng.bytes(image), "path": None} for _ in range(i % 3)],
-            "texts": [{"user": f"question {i}.{k}", "assistant": f"ânswer {i}.{k}", "source": "test"} for k in range(1 + i % 2)],
+            "texts": [
+                {"user": f"question {i}.{k}", "assistant": f"ânswer {i}.{k}", "source": "test"}
+                for k in range(1 + i % 2)
+            ],
         }
         for i in range(first, first + count)
     ]
@@ -56,7 +59,9 @@ def write(path: Path, rows: list[dict], group: int, **options) -> None:
     return None
 
 
-def folder_of(root: Path, form: str = "parquet", files: int = 3, rows: int = 40, group: int = 6) -> list[dict]:
+def folder_of(
+    root: Path, form: str = "parquet", files: int = 3, rows: int = 40, group: int = 6
+) -> list[dict]:
     """Sub-set `some` of `root`, with one folder more on the way; → its rows."""
     everything = rows_of(files * rows)
     for i in range(files):
@@ -64,7 +69,9 @@ def folder_of(root: Path, form: str = "parquet", files: int = 3, rows: int = 40,
     return everything
 
 
-def opened(root: str | Path, memory: int = 1 << 30, folder: str = "some", download: bool = False) -> TableRecords:
+def opened(
+    root: str | Path, memory: int = 1 << 30, folder: str = "some", download: bool = False
+) -> TableRecords:
     system, files = table_files(str(root), folder, download)
     return TableRecords("some", files, system, dict, memory)
 
@@ -78,7 +85,11 @@ def reads(monkeypatch) -> Counter:
     """→ how often each block was read."""
     reads: Counter = Counter()
     plain = TableRecords._read
-    monkeypatch.setattr(TableRecords, "_read", lambda self, block: reads.update([(block.file, block.number)]) or plain(self, block))
+    monkeypatch.setattr(
+        TableRecords,
+        "_read",
+        lambda self, block: reads.update([(block.file, block.number)]) or plain(self, block),
+    )
     return reads
 
 
@@ -124,7 +135,9 @@ def test_orders_cover_and_share(tmp_path, form, group, memory):
     records = opened(tmp_path, memory)
     for start, stop in ((0, 90), (17, 64), (5, 5)):
         for parts in (1, 2, 3):
-            shares = [records.order(start, stop, np.random.default_rng(3), part, parts) for part in range(parts)]
+            shares = [
+                records.order(start, stop, np.random.default_rng(3), part, parts) for part in range(parts)
+            ]
             assert sorted(np.concatenate(shares)) == list(range(start, stop))
             if len(records.blocks) < 8 * parts:
                 assert max(map(len, shares)) <= 1 + min(map(len, shares))
@@ -145,7 +158,9 @@ def test_an_order_is_its_generators(tmp_path, group):
 
 def changes(records: TableRecords) -> int:
     """How often an order goes from one block to another."""
-    blocks = np.searchsorted(records.ends, records.order(0, len(records), np.random.default_rng(0), 0, 1), "right")
+    blocks = np.searchsorted(
+        records.ends, records.order(0, len(records), np.random.default_rng(0), 0, 1), "right"
+    )
     return int((np.diff(blocks) != 0).sum())
 
 
@@ -169,7 +184,10 @@ def test_each_block_is_read_once_and_few_are_kept(tmp_path, form, pool, ahead, r
         for announced in order[i + ahead : i + ahead + 1] if i else order[: ahead + 1]:
             records.prefetch(int(announced))
         assert without_ids(records, [number]) == [rows[number]]
-        assert len(records.used) <= pool and sum(future is not None for future in records.ahead.values()) <= pool + 1
+        assert (
+            len(records.used) <= pool
+            and sum(future is not None for future in records.ahead.values()) <= pool + 1
+        )
     assert len(reads) == 21 and set(reads.values()) == {1}
 
 
@@ -180,7 +198,11 @@ def test_announced_rows_that_are_passed_over_do_not_stop_the_reading_ahead(tmp_p
     for block in range(12):
         records.prefetch(6 * block)
     records[6 * 5]
-    assert len(records.used) == 1 and [f is not None for f in records.ahead.values()] == [True, True, *[False] * 4]
+    assert len(records.used) == 1 and [f is not None for f in records.ahead.values()] == [
+        True,
+        True,
+        *[False] * 4,
+    ]
     for block in range(6, 12):
         records[6 * block]
     assert not records.ahead and set(reads.values()) == {1}
@@ -207,7 +229,9 @@ def test_one_row_does_not_fetch_its_file(tmp_path, go_to):
         records.prefetch(235)
         records[239]
         fetched = sum(address.served.values())
-    assert fetched < (tmp_path / "set" / "x.parquet").stat().st_size / 8  # the footer again, and one block of 40
+    assert (
+        fetched < (tmp_path / "set" / "x.parquet").stat().st_size / 8
+    )  # the footer again, and one block of 40
 
 
 def test_many_files_are_opened_from_the_hub(tmp_path, go_to, waits):
@@ -231,7 +255,11 @@ def test_downloaded_first(served):
     [
         ("org/set", "sone", "org/set holds no Parquet files in a folder sone (did you mean 'some'?)"),
         ("org/set", "other", "org/set holds no Parquet files in a folder other"),
-        ("org/nothing", "", "org/nothing is no folder here, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)"),
+        (
+            "org/nothing",
+            "",
+            "org/nothing is no folder here, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)",
+        ),
         ("org/set@v9", "", "(revision not found)"),
         ("./nowhere", "", "./nowhere is neither a folder here nor a Hub id"),
         ("LOCAL", "sone", "holds no Parquet files in a folder sone (did you mean 'some'?)"),
@@ -247,7 +275,10 @@ def test_a_gated_set(tmp_path, go_to, waits, naps):
     folder_of(tmp_path / "set")
     with hub({"datasets/org/set": tmp_path / "set"}, gated=("datasets/org/set",)) as address:
         go_to(address)
-        with pytest.raises(UserError, match=r"0000.parquet cannot be read: GatedRepoError.*Access to datasets/org/set is restricted"):
+        with pytest.raises(
+            UserError,
+            match=r"0000.parquet cannot be read: GatedRepoError.*Access to datasets/org/set is restricted",
+        ):
             opened("org/set")
     assert not waits and not naps
 
@@ -257,12 +288,17 @@ def test_a_gated_set(tmp_path, go_to, waits, naps):
 
 def test_a_hub_out_of_reach(go_to, waits, naps):
     go_to("http://127.0.0.1:9")
-    with pytest.raises(UserError, match="org/set is no folder here, and its files could not be listed on the Hub"):
+    with pytest.raises(
+        UserError, match="org/set is no folder here, and its files could not be listed on the Hub"
+    ):
         opened("org/set")
     assert not waits and not naps
 
 
-@pytest.mark.parametrize(("failure", "times", "expected"), [("drop", 1, []), ("cut", 1, []), ("drop", 7, [1]), ("503", 20, [1, 2, 4])])
+@pytest.mark.parametrize(
+    ("failure", "times", "expected"),
+    [("drop", 1, []), ("cut", 1, []), ("drop", 7, [1]), ("503", 20, [1, 2, 4])],
+)
 def test_a_connection_that_fails_and_comes_back(served, waits, naps, failure, times, expected):
     """The first six tries of a request are huggingface_hub's."""
     address, rows = served
@@ -273,24 +309,35 @@ def test_a_connection_that_fails_and_comes_back(served, waits, naps, failure, ti
 
 
 @pytest.mark.parametrize("download", [False, True])
-@pytest.mark.parametrize("request_path", ["/api/datasets/org/set", "/api/datasets/org/set/tree", "0001.parquet"])
+@pytest.mark.parametrize(
+    "request_path", ["/api/datasets/org/set", "/api/datasets/org/set/tree", "0001.parquet"]
+)
 @pytest.mark.parametrize("failure", ["drop", "503"])
-def test_first_requests_and_downloads_that_fail_once(served, waits, naps, capfd, request_path, failure, download):
+def test_first_requests_and_downloads_that_fail_once(
+    served, waits, naps, capfd, request_path, failure, download
+):
     """Whoever repeats it, huggingface_hub or this project: only the latter says so."""
     address, rows = served
     address.failures[request_path] = iter([failure])
     assert without_ids(opened("org/set", download=download), [50]) == [rows[50]]
     lines = [line for line in capfd.readouterr().err.splitlines() if "try" in line.lower() or "HTTP" in line]
-    assert len(lines) == len(waits) and all(line.startswith("warning: org/set: ") and line.endswith("; trying again") for line in lines)
+    assert len(lines) == len(waits) and all(
+        line.startswith("warning: org/set: ") and line.endswith("; trying again") for line in lines
+    )
 
 
 def test_a_connection_that_always_drops_is_one_line(served, waits, naps):
     address, _ = served
     address.failures["/api/datasets/org/set"] = repeat("drop")
-    with pytest.raises(UserError, match="^org/set is no folder here, and its files could not be listed on the Hub .RemoteProtocolError") as listed:
+    with pytest.raises(
+        UserError,
+        match="^org/set is no folder here, and its files could not be listed on the Hub .RemoteProtocolError",
+    ) as listed:
         opened("org/set")
     address.failures = {"0001.parquet": repeat("drop")}
-    with pytest.raises(UserError, match="^org/set is no folder here, and its files could not be fetched from the Hub") as fetched:
+    with pytest.raises(
+        UserError, match="^org/set is no folder here, and its files could not be fetched from the Hub"
+    ) as fetched:
         opened("org/set", download=True)
     assert waits == [1, 2, 4] * 2 and "\n" not in f"{listed.value}{fetched.value}"
 
@@ -369,20 +416,32 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, form, damage, waits
     folder_of(tmp_path, form)
     path = next(tmp_path.rglob(f"0001.{form}"))
     whole = path.read_bytes()
-    path.write_bytes({"half": whole[: len(whole) // 2 + 3], "empty": b"", "noise": np.random.default_rng(0).bytes(5000)}[damage])
+    path.write_bytes(
+        {"half": whole[: len(whole) // 2 + 3], "empty": b"", "noise": np.random.default_rng(0).bytes(5000)}[
+            damage
+        ]
+    )
     with pytest.raises(UserError) as error:
         opened(tmp_path)
-    assert str(error.value).startswith(f"{path} cannot be read: ") and "\n" not in str(error.value) and not waits
+    assert (
+        str(error.value).startswith(f"{path} cannot be read: ") and "\n" not in str(error.value) and not waits
+    )
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [b"x"], "texts": [[{"user": "a"}]]}, "has no column images (it has image, texts): not of The Cauldron's form"),
+        (
+            {"image": [b"x"], "texts": [[{"user": "a"}]]},
+            "has no column images (it has image, texts): not of The Cauldron's form",
+        ),
         ({"a": [1], "b": [2]}, "has no column images or texts (it has a, b): not of The Cauldron's form"),
         ({"images": [b"x"], "texts": [[{"user": "a"}]]}, "the column images holds binary, no lists"),
-        ({"images": [[b"x"]], "texts": [{"user": "a"}]}, "the column texts holds struct<user: string>, no lists"),
+        (
+            {"images": [[b"x"]], "texts": [{"user": "a"}]},
+            "the column texts holds struct<user: string>, no lists",
+        ),
     ],
 )
 def test_another_form_is_told_by_its_columns(tmp_path, form, columns, message):
@@ -399,7 +458,10 @@ def test_another_form_is_told_by_its_columns(tmp_path, form, columns, message):
 
 
 def test_a_set_without_any_image(tmp_path):
-    pq.write_table(pa.table({"images": pa.array([None, None]), "texts": [[{"user": "a"}], [{"user": "b"}]]}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"images": pa.array([None, None]), "texts": [[{"user": "a"}], [{"user": "b"}]]}),
+        tmp_path / "x.parquet",
+    )
     assert opened(tmp_path, folder="")[1] == {"id": "some/1", "images": None, "texts": [{"user": "b"}]}
 
 
@@ -411,20 +473,33 @@ def test_a_damaged_block_is_dropped_and_counted(tmp_path, go_to, renderer, waits
     column = pq.ParquetFile(path).metadata.row_group(2).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
     whole = bytearray(path.read_bytes())
-    whole[start : start + column.total_compressed_size] = np.random.default_rng(0).bytes(column.total_compressed_size)
+    whole[start : start + column.total_compressed_size] = np.random.default_rng(0).bytes(
+        column.total_compressed_size
+    )
     path.write_bytes(whole)
     with hub({"datasets/org/set": tmp_path / "set"}) as address:
         go_to(address)
         system, files = table_files("org/set" if served_from == "hub" else str(tmp_path / "set"), "", False)
         records = TableRecords("some", files, system, table_record, 1 << 30)
         sources = [Source("some", records, 0, 40)]
-        dataset = SampleDataset(sources, renderer, TINY_MODEL.vision, DataConfig(left_length=64, right_length=128), 256, keep=False)
+        dataset = SampleDataset(
+            sources,
+            renderer,
+            TINY_MODEL.vision,
+            DataConfig(left_length=64, right_length=128),
+            256,
+            keep=False,
+        )
         stream, seen = SampleStream(dataset, Mixture(sources, 0)), set()
         for sample in stream:
             if stream.epoch:
                 break
             seen.add(sample.key[1])
-    assert seen == set(range(40)) - set(range(12, 18)) and dict(dataset.dropped) == {("some", "unreadable"): 6} and not waits
+    assert (
+        seen == set(range(40)) - set(range(12, 18))
+        and dict(dataset.dropped) == {("some", "unreadable"): 6}
+        and not waits
+    )
 
 
 @pytest.mark.parametrize("form", ["file.arrow", "stream.arrow"])
@@ -467,7 +542,9 @@ for row in range(0, 120, 6):
     records.prefetch(row)
 atexit.register(lambda: print(len(tries)))
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and int(done.stdout) <= 4, done.stderr
 
 

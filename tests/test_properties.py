@@ -20,7 +20,11 @@ from models.masks import NEVER, cache_mask, left_mask, right_mask
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=150)
 
-texts = st.lists(st.text(max_size=10) | st.sampled_from([*CHAT_TOKENS, *IMAGE_TOKENS[:3], "assistant\n", "\n"]), min_size=1, max_size=4).map("".join)
+texts = st.lists(
+    st.text(max_size=10) | st.sampled_from([*CHAT_TOKENS, *IMAGE_TOKENS[:3], "assistant\n", "\n"]),
+    min_size=1,
+    max_size=4,
+).map("".join)
 conversations = st.lists(st.fixed_dictionaries({"user": texts, "assistant": texts}), min_size=1, max_size=4)
 grids_of_images = st.lists(st.sampled_from([(1, 1), (1, 2), (3, 2)]), max_size=3)
 
@@ -30,9 +34,18 @@ grids_of_images = st.lists(st.sampled_from([(1, 1), (1, 2), (3, 2)]), max_size=3
 def test_answers_and_their_end_of_turn_are_learnt_and_nothing_else(tokenizer, turns, grids, left_context):
     """Read back from the tokens alone: a turn goes from its start to its end, which no text can hold, and begins with who speaks."""
     document = Renderer(tokenizer, 2, left_context).conversation(grids, turns)
-    tokens = dict(zip([*document.left_positions, *document.right_positions], [*document.left_ids, *document.right_ids], strict=True))
+    tokens = dict(
+        zip(
+            [*document.left_positions, *document.right_positions],
+            [*document.left_ids, *document.right_ids],
+            strict=True,
+        )
+    )
     assert sorted(tokens) == list(range(document.length))
-    ids = [*(tokens[i] for i in range(document.length)), tokenizer.turn_end]  # the last one is learnt, never read
+    ids = [
+        *(tokens[i] for i in range(document.length)),
+        tokenizer.turn_end,
+    ]  # the last one is learnt, never read
     header = tokenizer.encode("assistant\n")
     learnt, answers = set(), []
     for start in (i for i, token in enumerate(ids) if token == tokenizer.turn_start):
@@ -42,7 +55,9 @@ def test_answers_and_their_end_of_turn_are_learnt_and_nothing_else(tokenizer, tu
             answers.append(tokenizer.decode(ids[start + 1 + len(header) : end]))
     assert document.labels == [ids[p + 1] if p + 1 in learnt else IGNORE for p in document.right_positions]
     assert answers == [turn["assistant"] for turn in turns]
-    assert ids.count(tokenizer.global_image) == len(grids) and ids.count(tokenizer.image) == 2 * sum(map(tile_count, grids))
+    assert ids.count(tokenizer.global_image) == len(grids) and ids.count(tokenizer.image) == 2 * sum(
+        map(tile_count, grids)
+    )
 
 
 class Epochs:
@@ -69,7 +84,13 @@ def test_a_stream_of_rows_loses_and_repeats_nothing(lengths, unit, tiles, window
     samples = []
     for number, (images, right) in enumerate(lengths):
         left = [7] * 5 * images
-        samples.append(Sample((0, number, 0), torch.empty(images, 0), [Document(left, left, left, [1] * right, list(range(right)), [IGNORE] * right)]))
+        samples.append(
+            Sample(
+                (0, number, 0),
+                torch.empty(images, 0),
+                [Document(left, left, left, [1] * right, list(range(right)), [IGNORE] * right)],
+            )
+        )
     epochs = Epochs(samples)
     stream = RowStream(epochs, Budget(20, 50, unit, tiles), window)
     came = [0] * len(samples)
@@ -80,7 +101,9 @@ def test_a_stream_of_rows_loses_and_repeats_nothing(lengths, unit, tiles, window
             came[sample.key[1]] += 1
         waiting = [sample.key[1] for sample, _, _ in stream.window.waiting.values()]
         whole, begun = divmod(epochs.given, len(samples))
-        assert [n + waiting.count(i) for i, n in enumerate(came)] == [whole + (i < begun) for i in range(len(samples))]
+        assert [n + waiting.count(i) for i, n in enumerate(came)] == [
+            whole + (i < begun) for i in range(len(samples))
+        ]
 
 
 @st.composite
@@ -90,9 +113,13 @@ def rows_of_documents(draw):
     for group in range(draw(st.integers(1, 3))):
         head, blocks = draw(st.integers(0, 2)), draw(st.lists(st.integers(1, 4), max_size=2))
         starts = list(accumulate(blocks, initial=head))
-        left += [(starts[image] + i, group, image) for image, length in enumerate(blocks) for i in range(length)]
+        left += [
+            (starts[image] + i, group, image) for image, length in enumerate(blocks) for i in range(length)
+        ]
         for length in draw(st.lists(st.integers(0, 4), min_size=1, max_size=2)):
-            behind = draw(st.integers(0, starts[-1]))  # a batch has it at starts[-1]; what the masks say holds wherever text stands
+            behind = draw(
+                st.integers(0, starts[-1])
+            )  # a batch has it at starts[-1]; what the masks say holds wherever text stands
             right += [(p, document, group) for p in [*range(head), *range(behind, behind + length)]]
             document += 1
     left += [(0, -1, -1)] * draw(st.integers(0, 2))
@@ -118,7 +145,11 @@ def test_masks_are_what_the_design_says(row, isolation, kind):
                 assert not seen[0, 0, i, j] or other_group < 0
                 continue
             same_image = image == other_image
-            may = group == other_group and (same_image or not isolation) and (q <= p or (same_image and kind == "bidirectional"))
+            may = (
+                group == other_group
+                and (same_image or not isolation)
+                and (q <= p or (same_image and kind == "bidirectional"))
+            )
             assert seen[0, 0, i, j] == may
     places, documents, of_group = columns(right)
     seen = right_mask(places, documents, of_group, positions, groups)
@@ -127,48 +158,81 @@ def test_masks_are_what_the_design_says(row, isolation, kind):
         may_left = [group == g and q < p for q, g, _ in left]
         may_right = [document == d and q <= p for q, d, _ in right]
         if document < 0:
-            assert not any(s and g >= 0 for s, (_, g, _) in zip(seen[0, 0, i, : len(left)].tolist(), left, strict=True))
-            assert not any(s and d >= 0 for s, (_, d, _) in zip(seen[0, 0, i, len(left) :].tolist(), right, strict=True))
+            assert not any(
+                s and g >= 0 for s, (_, g, _) in zip(seen[0, 0, i, : len(left)].tolist(), left, strict=True)
+            )
+            assert not any(
+                s and d >= 0 for s, (_, d, _) in zip(seen[0, 0, i, len(left) :].tolist(), right, strict=True)
+            )
         else:
             assert seen[0, 0, i].tolist() == [*may_left, *may_right]
 
 
 @same_every_time
-@given(queries=st.lists(st.integers(0, 20), min_size=1, max_size=4), slots=st.lists(st.integers(0, 20) | st.just(NEVER), min_size=1, max_size=12))
+@given(
+    queries=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    slots=st.lists(st.integers(0, 20) | st.just(NEVER), min_size=1, max_size=12),
+)
 def test_a_cache_shows_what_is_not_later(queries, slots):
     seen = cache_mask(torch.tensor([queries]), torch.tensor([slots]))
     assert seen.tolist() == [[[[slot != NEVER and slot <= query for slot in slots] for query in queries]]]
 
 
 @same_every_time
-@given(row=rows_of_documents(), most=st.integers(1, 9), aligned=st.integers(1, 9), spread=st.floats(1, 9), seed=st.integers(0, 9))
+@given(
+    row=rows_of_documents(),
+    most=st.integers(1, 9),
+    aligned=st.integers(1, 9),
+    spread=st.floats(1, 9),
+    seed=st.integers(0, 9),
+)
 def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
     left, right = row
     (left_positions, left_groups, _), (positions, documents, groups) = columns(left), columns(right)
     mask = right_mask(positions, documents, groups, left_positions, left_groups)
     torch.manual_seed(seed)
-    inputs = [torch.randn(1, heads, length, 4, dtype=torch.float64, requires_grad=True) for heads, length in ((4, len(right)), (2, mask.shape[-1]), (2, mask.shape[-1]))]
+    inputs = [
+        torch.randn(1, heads, length, 4, dtype=torch.float64, requires_grad=True)
+        for heads, length in ((4, len(right)), (2, mask.shape[-1]), (2, mask.shape[-1]))
+    ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MOST", most), ("ALIGNED", aligned), ("SPREAD", spread)):
             patch.setattr(attention, name, value)
         layout = attention_layout(mask, 2)
     assert isinstance(layout, attention.BlockSparseLayout)
-    out, expected = attend(*inputs, layout), F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
+    out, expected = (
+        attend(*inputs, layout),
+        F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True),
+    )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(out)
-    for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @same_every_time
-@given(width=st.integers(1, 3000), height=st.integers(1, 3000), side=st.sampled_from([16, 64, 224]), most=st.integers(0, MAX_GRID), enlarge=st.booleans())
+@given(
+    width=st.integers(1, 3000),
+    height=st.integers(1, 3000),
+    side=st.sampled_from([16, 64, 224]),
+    most=st.integers(0, MAX_GRID),
+    enlarge=st.booleans(),
+)
 def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, most, enlarge):
     """The longer side has the tiles it needs, at most `most`; the shorter one the fewest that do not squeeze it."""
-    rows, across = grid_of(width, height, VisionConfig(image_size=side, max_side=most * side, enlarge=enlarge))
+    rows, across = grid_of(
+        width, height, VisionConfig(image_size=side, max_side=most * side, enlarge=enlarge)
+    )
     if not most:
         assert (rows, across) == (1, 1)
         return
-    (long, along), (short, other) = sorted([(width, across), (height, rows)], key=lambda pair: (pair[0], pair[1]), reverse=True)
+    (long, along), (short, other) = sorted(
+        [(width, across), (height, rows)], key=lambda pair: (pair[0], pair[1]), reverse=True
+    )
     assert 1 <= other <= along <= most
     assert along == most if enlarge else along * side >= long or along == most
     assert enlarge or (along - 1) * side < long
@@ -176,11 +240,26 @@ def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, most,
 
 
 @settings(same_every_time, max_examples=25)
-@given(width=st.integers(1, 90), height=st.integers(1, 90), most=st.integers(1, 4), enlarge=st.booleans(), seed=st.integers(0, 9))
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    most=st.integers(1, 4),
+    enlarge=st.booleans(),
+    seed=st.integers(0, 9),
+)
 def test_tiles_put_together_are_the_resized_picture(width, height, most, enlarge, seed):
-    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    (rows, across), tiles = to_tiles(pixels, config := VisionConfig(image_size=16, max_side=16 * most, enlarge=enlarge))
-    assert (rows, across) == grid_of(width, height, config) and tiles.shape == (tile_count((rows, across)), 3, 16, 16)
+    pixels = torch.randint(
+        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    (rows, across), tiles = to_tiles(
+        pixels, config := VisionConfig(image_size=16, max_side=16 * most, enlarge=enlarge)
+    )
+    assert (rows, across) == grid_of(width, height, config) and tiles.shape == (
+        tile_count((rows, across)),
+        3,
+        16,
+        16,
+    )
 
     def resized(h: int, w: int) -> torch.Tensor:
         return F.interpolate(pixels[None], size=(h, w), mode="bicubic", antialias=True)[0]

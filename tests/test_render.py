@@ -10,7 +10,11 @@ from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from tests.conftest import TURNS
 
 SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)
-words = st.text(max_size=12) | st.sampled_from(SPECIAL) | st.sampled_from(["user\n", "assistant\n", " ", "\n", "Zoë 漢字 🙂"])
+words = (
+    st.text(max_size=12)
+    | st.sampled_from(SPECIAL)
+    | st.sampled_from(["user\n", "assistant\n", " ", "\n", "Zoë 漢字 🙂"])
+)
 texts = st.lists(words, min_size=1, max_size=4).map("".join)
 turns = st.lists(st.fixed_dictionaries({"user": texts, "assistant": texts}), min_size=1, max_size=3)
 
@@ -23,7 +27,12 @@ def hf_tokenizer(tokenizer, tmp_path_factory):
 
 
 def messages(conversation: list[dict]) -> list[dict]:
-    return [{"role": role, "content": turn[role]} for turn in conversation for role in ("user", "assistant") if role in turn]
+    return [
+        {"role": role, "content": turn[role]}
+        for turn in conversation
+        for role in ("user", "assistant")
+        if role in turn
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
@@ -32,9 +41,13 @@ def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
     conversation = TURNS[:length]
     document = renderer.conversation([], conversation)
     whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
-    assert [*document.right_ids, tokenizer.turn_end] == whole[:-1]  # the template ends with a newline that nobody learns
+    assert [*document.right_ids, tokenizer.turn_end] == whole[
+        :-1
+    ]  # the template ends with a newline that nobody learns
     prompt = [*conversation[:-1], {"user": conversation[-1]["user"]}]
-    expected = hf_tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
+    expected = hf_tokenizer.apply_chat_template(
+        messages(prompt), add_generation_prompt=True, return_dict=False
+    )
     assert renderer.prompt([], prompt).right_ids == expected
 
 
@@ -43,7 +56,9 @@ def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
 def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversation, images):
     document = renderer.conversation([(1, 1)] * images, conversation)
     learnt = [label for label in document.labels if label != IGNORE]
-    expected = [token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)]
+    expected = [
+        token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)
+    ]
     assert learnt == expected
     following = [*document.right_ids[1:], tokenizer.turn_end]
     assert all(label in (IGNORE, after) for label, after in zip(document.labels, following, strict=True))
@@ -56,7 +71,9 @@ def test_positions_count_both_streams_once(renderer, conversation, images):
     block = len(renderer.image_block())
     assert sorted(document.left_positions + document.right_positions) == list(range(document.length))
     assert document.left_ids == renderer.image_block() * images
-    assert [b.stop - b.start for b in document.blocks(isolated=True)] == [block] * images and len(document.blocks(isolated=False)) == min(images, 1)
+    assert [b.stop - b.start for b in document.blocks(isolated=True)] == [block] * images and len(
+        document.blocks(isolated=False)
+    ) == min(images, 1)
     without = renderer.conversation([], conversation)
     assert without.right_ids == document.right_ids and without.labels == document.labels
 
@@ -73,7 +90,9 @@ def test_a_prompt_is_the_beginning_of_the_training_document(renderer):
     prompt = renderer.prompt([(1, 1)] * 2, [{"user": TURNS[0]["user"]}])
     document = renderer.conversation([(1, 1)] * 2, TURNS[:1])
     n = len(prompt.right_ids)
-    assert document.right_ids[:n] == prompt.right_ids and document.right_positions[:n] == prompt.right_positions
+    assert (
+        document.right_ids[:n] == prompt.right_ids and document.right_positions[:n] == prompt.right_positions
+    )
     assert document.labels[: n - 1] == [IGNORE] * (n - 1) and document.labels[n - 1] != IGNORE
 
 
@@ -86,9 +105,18 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
 
 
 def test_an_image_block_names_its_tiles_row_by_row(renderer, tokenizer):
-    names = tokenizer.backend.decode(renderer.image_block((2, 3)), skip_special_tokens=False).replace("<|image|>", "").replace(" ", "")
-    assert names == "<|global_image|>" + "".join(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3))
-    assert len(renderer.image_block((2, 3))) == 7 * (1 + renderer.tokens_per_tile) and len(renderer.image_block()) == 1 + renderer.tokens_per_tile
+    names = (
+        tokenizer.backend.decode(renderer.image_block((2, 3)), skip_special_tokens=False)
+        .replace("<|image|>", "")
+        .replace(" ", "")
+    )
+    assert names == "<|global_image|>" + "".join(
+        f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3)
+    )
+    assert (
+        len(renderer.image_block((2, 3))) == 7 * (1 + renderer.tokens_per_tile)
+        and len(renderer.image_block()) == 1 + renderer.tokens_per_tile
+    )
 
 
 def test_images_stand_at_the_head_of_the_first_turn(renderer):
@@ -100,5 +128,10 @@ def test_images_stand_at_the_head_of_the_first_turn(renderer):
 
 def test_with_prefix_routing_all_goes_left_up_to_the_last_image_token(tokenizer):
     document = Renderer(tokenizer, 4, "prefix").prompt([(1, 1)] * 2, [{"user": "what?"}])
-    assert document.left_ids[-5:] == [tokenizer.global_image, *[tokenizer.image] * 4] and document.left_ids.count(tokenizer.global_image) == 2
-    assert document.left_positions == list(range(len(document.left_ids))) and document.right_positions[0] == len(document.left_ids)
+    assert (
+        document.left_ids[-5:] == [tokenizer.global_image, *[tokenizer.image] * 4]
+        and document.left_ids.count(tokenizer.global_image) == 2
+    )
+    assert document.left_positions == list(range(len(document.left_ids))) and document.right_positions[
+        0
+    ] == len(document.left_ids)

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
     ("given", "expected"),
     [
         ([], "train_dual_tower.py"),
-        (["dual_tower_smollm2", "--max_steps", "3"], "train_dual_tower.py --config dual_tower_smollm2 --max_steps 3"),
+        (
+            ["dual_tower_smollm2", "--max_steps", "3"],
+            "train_dual_tower.py --config dual_tower_smollm2 --max_steps 3",
+        ),
         (["vanilla_easyvqa"], "train_vanilla.py --config vanilla_easyvqa"),
         (["--config", "vanilla-easyvqa"], "train_vanilla.py --config vanilla-easyvqa"),
         (["--config=config_vanilla_easyvqa"], "train_vanilla.py --config=config_vanilla_easyvqa"),
@@ -28,5 +31,7 @@ def test_train_sh_runs_the_script_of_its_config(tmp_path: Path, given: list[str]
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    done = subprocess.run(["bash", str(tmp_path / "train.sh"), *given], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "train.sh"), *given], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == expected

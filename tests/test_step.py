@@ -33,7 +33,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def rows(renderer, tokenizer):
-    samples = [make_sample(renderer, images, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns) for turns, images in ((1, 1), (2, 1), (3, 2))]
+    samples = [
+        make_sample(renderer, images, [[{"user": "is it a?", "assistant": "a"}] * turns], seed=turns)
+        for turns, images in ((1, 1), (2, 1), (3, 2))
+    ]
     return collate([samples[:2], samples[2:]], tokenizer.global_image)
 
 
@@ -91,19 +94,46 @@ def test_muon(shape, monkeypatch):
 
 
 def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
-    flags = ["--cache_dir", str(tmp_path / "cache"), "--train.ema", "0.8", "--train.final_lr", "1", "--train.warmup_steps", "0", "--train.eval_every", "6"]
+    flags = [
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--train.ema",
+        "0.8",
+        "--train.final_lr",
+        "1",
+        "--train.warmup_steps",
+        "0",
+        "--train.eval_every",
+        "6",
+    ]
     for name, steps, more in (("whole", "6", []), ("parts", "3", []), ("parts", "6", ["--resume", "auto"])):
-        done = run_program(command("--output_dir", str(tmp_path / name), *flags, "--max_steps", steps, *more), tmp_path)
-        assert done.returncode == 0 and "a moving average of the weights (train.ema = 0.8)" in done.stdout, done.stderr
-    ends = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]
+        done = run_program(
+            command("--output_dir", str(tmp_path / name), *flags, "--max_steps", steps, *more), tmp_path
+        )
+        assert done.returncode == 0 and "a moving average of the weights (train.ema = 0.8)" in done.stdout, (
+            done.stderr
+        )
+    ends = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("whole", "parts")
+    ]
     assert ends[0]["validation_loss"] == ends[1]["validation_loss"]
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     saved = load_file(next((tmp_path / "whole" / "checkpoints" / "step_000006").glob("*.safetensors")))
     name = next(name for name in weights[0] if name.startswith("right.layers.0.mlp"))
-    assert torch.equal(weights[0][name], saved[f"optimizer.{name}.{KEY}"]) and not torch.equal(weights[0][name], saved[f"model.{name}"])
+    assert torch.equal(weights[0][name], saved[f"optimizer.{name}.{KEY}"]) and not torch.equal(
+        weights[0][name], saved[f"model.{name}"]
+    )
     run, config = tmp_path / "whole", load_json(Config, tmp_path / "whole" / "config.json")
-    export_checkpoint(run / "checkpoints" / "step_000006", tmp_path / "pushed", DualTowerVLM, Tokenizer.load(run / "tokenizer"), config, run)
+    export_checkpoint(
+        run / "checkpoints" / "step_000006",
+        tmp_path / "pushed",
+        DualTowerVLM,
+        Tokenizer.load(run / "tokenizer"),
+        config,
+        run,
+    )
     pushed = load_file(tmp_path / "pushed" / "model.safetensors")
     assert all(torch.equal(pushed[name], weights[0][name]) for name in pushed)
 
@@ -111,7 +141,11 @@ def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
 def test_the_dry_run_counts_averages(tokenizer, capsys):
     told = []
     for decay in (0.0, 0.999):
-        dry_run(Config(model=TINY_MODEL, train=TrainConfig(ema=decay, local_batch_size=1)), DualTowerVLM, tokenizer.vocabulary)
+        dry_run(
+            Config(model=TINY_MODEL, train=TrainConfig(ema=decay, local_batch_size=1)),
+            DualTowerVLM,
+            tokenizer.vocabulary,
+        )
         told.append("averaged weights" in capsys.readouterr().out)
     assert told == [False, True]
 
@@ -122,22 +156,43 @@ def test_fp16_learns_what_fp32_does(tokenizer, rows):
     for dtype in ("fp32", "fp16"):
         train = TrainConfig(dtype=dtype, warmup_steps=0, clip=0.1, lr_vision=1e-4)
         config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-        optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16")
-        told.append([train_step(config, model, optimizers, Given(rows), step, CPU, scaler=scaler) for step in (1, 2, 3)])
+        optimizers, scaler = (
+            make_optimizers(model, train),
+            torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16"),
+        )
+        told.append(
+            [
+                train_step(config, model, optimizers, Given(rows), step, CPU, scaler=scaler)
+                for step in (1, 2, 3)
+            ]
+        )
     assert [line["loss_scale"] for line in told[1]] == [1024.0] * 3 and "loss_scale" not in told[0][0]
     for a, b in zip(*told, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=5e-2)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=5e-2
+        )
     assert told[1][2]["loss"] < told[1][0]["loss"]
 
 
 def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
     train = TrainConfig(dtype="fp16", warmup_steps=0, ema=0.9)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-    optimizers, before = make_optimizers(model, train), {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers, before = (
+        make_optimizers(model, train),
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     values = train_step(config, model, optimizers, Given(rows), 1, CPU, scaler=scaler)
-    assert grad_scaler(train, CPU).state_dict()["scale"] == 65536.0 and not grad_scaler(replace(train, dtype="bf16"), CPU).is_enabled()
-    assert values["overflow"] == 2.0**60 and values["loss"] > 0 and values["grad_norm"] is None and "skipped" not in values
+    assert (
+        grad_scaler(train, CPU).state_dict()["scale"] == 65536.0
+        and not grad_scaler(replace(train, dtype="bf16"), CPU).is_enabled()
+    )
+    assert (
+        values["overflow"] == 2.0**60
+        and values["loss"] > 0
+        and values["grad_norm"] is None
+        and "skipped" not in values
+    )
     assert scaler.get_scale() == 2.0**59 and not any(optimizer.state for optimizer in optimizers)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     scaler.update(1024.0)
@@ -151,14 +206,21 @@ def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
     optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0)
     nothing = rows | {"labels": torch.full_like(rows["labels"], -100)}
-    told = [train_step(config, model, optimizers, Given(batch), step, CPU, scaler=scaler) for step, batch in enumerate((nothing, nothing, rows), 1)]
-    assert [line.get("skipped") for line in told] == ["no token to learn"] * 2 + [None] and told[2]["loss_scale"] == 1024.0
+    told = [
+        train_step(config, model, optimizers, Given(batch), step, CPU, scaler=scaler)
+        for step, batch in enumerate((nothing, nothing, rows), 1)
+    ]
+    assert [line.get("skipped") for line in told] == ["no token to learn"] * 2 + [None] and told[2][
+        "loss_scale"
+    ] == 1024.0
 
 
 def overflow_often() -> None:
     import training.trainer
 
-    training.trainer.grad_scaler = lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**80, backoff_factor=2.0**-30)
+    training.trainer.grad_scaler = lambda *_: torch.amp.GradScaler(
+        "cpu", init_scale=2.0**80, backoff_factor=2.0**-30
+    )
 
 
 def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):
@@ -169,9 +231,15 @@ def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     over = [line["step"] for line in lines if "overflow" in line]
     assert over in ([1, 2], [1, 2, 3]) and done.stdout.count("overflow fp16 at a loss scale of") == len(over)
-    assert [line["step"] for line in lines if "loss_scale" in line] == list(range(len(over) + 1, 7)) and not (tmp_path / "run" / "skipped.jsonl").exists()
-    done = run_program(command("--output_dir", "run2", *flags, "--train.skips", "2"), tmp_path, before=overflow_often)
-    assert done.returncode == 1 and "no finite loss and gradient in 2 steps, up to 2" in done.stderr, done.stderr
+    assert [line["step"] for line in lines if "loss_scale" in line] == list(range(len(over) + 1, 7)) and not (
+        tmp_path / "run" / "skipped.jsonl"
+    ).exists()
+    done = run_program(
+        command("--output_dir", "run2", *flags, "--train.skips", "2"), tmp_path, before=overflow_often
+    )
+    assert done.returncode == 1 and "no finite loss and gradient in 2 steps, up to 2" in done.stderr, (
+        done.stderr
+    )
 
 
 class TwoSources(Given):
@@ -192,19 +260,39 @@ def test_losses_by_source_are_means_over_that_source_s_tokens(tokenizer, rows, h
     model = tiny_model(tokenizer, c)
     with torch.no_grad():
         logits = model.logits(model(**rows).hidden)
-    each = F.cross_entropy(logits.flatten(0, 1), rows["labels"].flatten(), reduction="none", ignore_index=-100).view_as(rows["labels"])
-    of = [(rows["right_groups"][0] == 0, 0, "b"), (rows["right_groups"][0] == 1, 0, "a/x y"), (rows["right_groups"][1] == 0, 1, "a/x y")]
-    sums = {name: sum(each[row][here].sum().item() for here, row, n in of if n == name) for name in ("a/x y", "b")}
-    counts = {name: sum(int((rows["labels"][row][here] != -100).sum()) for here, row, n in of if n == name) for name in sums}
-    values = train_step(Config(model=c, train=train), model, make_optimizers(model, train), TwoSources(rows), 1, CPU)
-    assert values["source_losses"] == pytest.approx({name: sums[name] / counts[name] for name in sums}, rel=1e-4)
-    assert sum(sums.values()) / sum(counts.values()) == pytest.approx(values["loss"], rel=1e-4) and len(values.get("head_losses", [])) == heads
+    each = F.cross_entropy(
+        logits.flatten(0, 1), rows["labels"].flatten(), reduction="none", ignore_index=-100
+    ).view_as(rows["labels"])
+    of = [
+        (rows["right_groups"][0] == 0, 0, "b"),
+        (rows["right_groups"][0] == 1, 0, "a/x y"),
+        (rows["right_groups"][1] == 0, 1, "a/x y"),
+    ]
+    sums = {
+        name: sum(each[row][here].sum().item() for here, row, n in of if n == name) for name in ("a/x y", "b")
+    }
+    counts = {
+        name: sum(int((rows["labels"][row][here] != -100).sum()) for here, row, n in of if n == name)
+        for name in sums
+    }
+    values = train_step(
+        Config(model=c, train=train), model, make_optimizers(model, train), TwoSources(rows), 1, CPU
+    )
+    assert values["source_losses"] == pytest.approx(
+        {name: sums[name] / counts[name] for name in sums}, rel=1e-4
+    )
+    assert (
+        sum(sums.values()) / sum(counts.values()) == pytest.approx(values["loss"], rel=1e-4)
+        and len(values.get("head_losses", [])) == heads
+    )
 
 
 def test_one_source_has_no_losses_of_its_own(tokenizer, rows):
     train = TrainConfig(dtype="fp32")
     model = tiny_model(tokenizer)
-    assert "source_losses" not in train_step(Config(model=TINY_MODEL, train=train), model, make_optimizers(model, train), Given(rows), 1, CPU)
+    assert "source_losses" not in train_step(
+        Config(model=TINY_MODEL, train=train), model, make_optimizers(model, train), Given(rows), 1, CPU
+    )
 
 
 def test_autocast_is_of_the_type_that_is_asked_for():
@@ -216,7 +304,13 @@ def test_autocast_is_of_the_type_that_is_asked_for():
 def test_the_norm_of_gradients():
     """By dot products, of all together; views and infinities too."""
     torch.manual_seed(0)
-    gradients = [torch.randn(1000, 700), torch.randn(60, 50).t(), torch.randn(3), torch.zeros(0), torch.tensor(2.0)]
+    gradients = [
+        torch.randn(1000, 700),
+        torch.randn(60, 50).t(),
+        torch.randn(3),
+        torch.zeros(0),
+        torch.tensor(2.0),
+    ]
     exact = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     assert _norm(gradients).item() == pytest.approx(exact, rel=1e-6)
     assert _norm([*gradients, torch.tensor([math.inf, 1.0])]).item() == math.inf

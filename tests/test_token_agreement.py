@@ -29,7 +29,9 @@ def scored(request, tokenizer, renderer, image_file):
     config = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=heads, mlp_size=32))
     model = lively_model(tokenizer, config)
     records = [{"images": [str(image_file)], "texts": TURNS[: 1 + i % 4]} for i in range(6)]
-    validation = Validation(dataset_of(records, renderer, turns="chain"), Budget(64, 128, renderer.left_unit), 2, 0)
+    validation = Validation(
+        dataset_of(records, renderer, turns="chain"), Budget(64, 128, renderer.left_unit), 2, 0
+    )
     with torch.no_grad():
         scores = validation.score(model)
     return heads, model, validation, scores
@@ -41,7 +43,12 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
     answers = []
     for chunk in validation.chunks:
         for document in [d for row in chunk for sample in row for d in sample.documents]:
-            tiles = next(sample.tiles if sample.tiles is not None else validation.dataset.decoded(sample).tiles for row in chunk for sample in row if document in sample.documents)
+            tiles = next(
+                sample.tiles if sample.tiles is not None else validation.dataset.decoded(sample).tiles
+                for row in chunk
+                for sample in row
+                if document in sample.documents
+            )
             batch = one(document, tiles)
             with torch.no_grad():
                 hidden = model(**batch).hidden
@@ -67,12 +74,30 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
                     by_head[k - 1][0] += guess == run[k]
                     by_head[k - 1][1] += 1
                 place += 1
-    assert scores["position_accuracy"] == pytest.approx([right[p] / every[p] for p in sorted(every) if p < PLACES])
-    assert scores.get("head_accuracy", []) == pytest.approx([r / n for r, n in by_head]) and len(by_head) == heads
+    assert scores["position_accuracy"] == pytest.approx(
+        [right[p] / every[p] for p in sorted(every) if p < PLACES]
+    )
+    assert (
+        scores.get("head_accuracy", []) == pytest.approx([r / n for r, n in by_head])
+        and len(by_head) == heads
+    )
     kept = [(a.truth, a.said[0]) for a in validation.agreement.answers]
-    assert kept == [([tokenizer.show(t) for t, _ in answer], [tokenizer.show(s) for _, s in answer]) for answer in answers[: len(kept)]] and len(kept) == 8
-    assert validation.agreement.answers[0].question == TURNS[0]["user"] and all(len(a.said) == 1 + heads for a in validation.agreement.answers)
-    assert all(a.said[k][:k] == [None] * min(k, len(a.truth)) for a in validation.agreement.answers for k in range(1 + heads))
+    assert (
+        kept
+        == [
+            ([tokenizer.show(t) for t, _ in answer], [tokenizer.show(s) for _, s in answer])
+            for answer in answers[: len(kept)]
+        ]
+        and len(kept) == 8
+    )
+    assert validation.agreement.answers[0].question == TURNS[0]["user"] and all(
+        len(a.said) == 1 + heads for a in validation.agreement.answers
+    )
+    assert all(
+        a.said[k][:k] == [None] * min(k, len(a.truth))
+        for a in validation.agreement.answers
+        for k in range(1 + heads)
+    )
 
 
 def one(document, tiles):
@@ -92,7 +117,10 @@ def test_the_picture_is_green_where_tokens_agree():
     assert all_right[1] == none_right[0] == 0 and nothing == [0, 0] and min(half) > 0
     assert all_right[0] > 2000 and none_right[1] > 2000 and half[0] < half[1]
     long = agreement([("what?", ["word"] * 60, [["word"] * 60])], ["next"])
-    assert long.width == 960 and long.height > agreement([("what?", ["word"] * 5, [["word"] * 5])], ["next"]).height
+    assert (
+        long.width == 960
+        and long.height > agreement([("what?", ["word"] * 5, [["word"] * 5])], ["next"]).height
+    )
 
 
 def test_the_picture_of_a_validation(scored, tmp_path):

@@ -31,8 +31,23 @@ from utils.errors import UsageError, UserError
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789" * 4
 LINES = [
-    *({"step": i, "loss": 1 / i, "lr": {"vision": 0.001, "left": i / 10}, "head_losses": [2.0, 3.0], "note": "x", "nothing": None} for i in range(1, 6)),
-    {"step": 3, "validation_loss": 0.5, "mmstar.v1_average": 0.25, "validation_dropped": {"vqa: image_broken": 2}},  # late: step 5 was told already
+    *(
+        {
+            "step": i,
+            "loss": 1 / i,
+            "lr": {"vision": 0.001, "left": i / 10},
+            "head_losses": [2.0, 3.0],
+            "note": "x",
+            "nothing": None,
+        }
+        for i in range(1, 6)
+    ),
+    {
+        "step": 3,
+        "validation_loss": 0.5,
+        "mmstar.v1_average": 0.25,
+        "validation_dropped": {"vqa: image_broken": 2},
+    },  # late: step 5 was told already
 ]
 COUNTS, EDGES = np.array([1, 5, 2]), np.array([-1.0, 0.0, 1.0, 2.0])
 CONFIG = {"max_steps": 5, "train": {"lr": 0.1}, "sources": ["a", None]}
@@ -49,7 +64,12 @@ def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "
     Image.new("RGB", (900, 600), "red").save(path / "image.png")
     Image.new("RGB", (80, 40), "blue").save(path / "sheet.png")
     rows = [
-        {"image": str(path / "image.png"), "question": "what | is\nit?", "answer": "red", "prediction": "blue"},
+        {
+            "image": str(path / "image.png"),
+            "question": "what | is\nit?",
+            "answer": "red",
+            "prediction": "blue",
+        },
         {"image": "", "question": "1+1?", "answer": "2", "prediction": "2"},
     ]
     told = Trackers(names, path, CONFIG, print, resumed_from)
@@ -77,11 +97,24 @@ LIGHT = "import sys, types, PIL.Image as p; sys.modules['data.images'] = types.S
 def run(folder: Path, names: str, *arguments: object, seconds: float = 60, **environment: str) -> str:
     """`drive` in a process on a terminal, where W&B could ask for a key, with a home of its own; → what it printed. It must end well, within `seconds`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "HF_", "PYTEST"))}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HOME": str(folder.parent / "home"), "OMP_NUM_THREADS": "1", **environment}
+    env |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "HOME": str(folder.parent / "home"),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     env = {k: v for k, v in env.items() if not (k == "NETRC" or k.startswith("XDG_"))}
     master, slave = pty.openpty()
     call = f"{LIGHT}import test_trackers; test_trackers.drive({', '.join(map(repr, (names, str(folder), *arguments)))})"
-    process = subprocess.Popen([sys.executable, "-c", call], env=env, stdin=slave, stdout=slave, stderr=slave, cwd=folder.parent, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", call],
+        env=env,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        cwd=folder.parent,
+        start_new_session=True,
+    )
     os.close(slave)
     out = bytearray()
 
@@ -127,7 +160,9 @@ def test_packages_are_checked_before_anything_is_written(tmp_path, monkeypatch):
     assert Trackers.check("tensorboard, tensorboard,") == ["tensorboard"]
     with pytest.raises(UserError, match=r"wandb 0.25.0 is too old.*pip install -e '.\[wandb\]'"):
         Trackers.check("tensorboard,wandb")
-    with pytest.raises(UserError, match=r"the package trackio is not installed.*pip install -e '.\[trackio\]'"):
+    with pytest.raises(
+        UserError, match=r"the package trackio is not installed.*pip install -e '.\[trackio\]'"
+    ):
         Trackers("trackio", tmp_path / "run", CONFIG, print, None)
     assert not (tmp_path / "run").exists()
 
@@ -138,8 +173,25 @@ def test_the_oldest_versions_are_those_of_the_project_file():
 
 
 def test_flatten():
-    line = {"step": 3, "loss": 1.5, "lr": {"vision": 0.1, "left": 0}, "head_losses": [2.0, 3.0], "skipped": "loss nan", "grad_norm": None, "done": True, "empty": {}, "tokens": 7}
-    assert flatten(line) == {"loss": 1.5, "lr/vision": 0.1, "lr/left": 0, "head_losses/1": 2.0, "head_losses/2": 3.0, "tokens": 7}
+    line = {
+        "step": 3,
+        "loss": 1.5,
+        "lr": {"vision": 0.1, "left": 0},
+        "head_losses": [2.0, 3.0],
+        "skipped": "loss nan",
+        "grad_norm": None,
+        "done": True,
+        "empty": {},
+        "tokens": 7,
+    }
+    assert flatten(line) == {
+        "loss": 1.5,
+        "lr/vision": 0.1,
+        "lr/left": 0,
+        "head_losses/1": 2.0,
+        "head_losses/2": 3.0,
+        "tokens": 7,
+    }
 
 
 class Recorder:
@@ -186,7 +238,12 @@ def test_one_that_fails_is_left_out(tmp_path, monkeypatch, fails):
 def test_code_is_the_repository_s_alone(tmp_path):
     copy_code(tmp_path)
     files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
-    assert {"train_dual_tower.py", "train.sh", "training/trackers.py", "models/dual_tower/dual_tower.py"} <= files
+    assert {
+        "train_dual_tower.py",
+        "train.sh",
+        "training/trackers.py",
+        "models/dual_tower/dual_tower.py",
+    } <= files
     assert {Path(f).suffix for f in files} == {".py", ".sh"}
     assert {f.split("/")[0] for f in files if "/" in f} <= {*trackers.PACKAGES, *trackers.BESIDE}
 
@@ -194,8 +251,13 @@ def test_code_is_the_repository_s_alone(tmp_path):
 def test_key_in_netrc(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert netrc_key("https://api.wandb.ai") is None
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\nmachine own:8080 login user password def\n")
-    assert [netrc_key(f"https://{host}") for host in ("api.wandb.ai", "api.forge.coreweave.com", "own:8080", "evil.org", "wandb.ai.evil.org")] == ["abc", "abc", "def", None, None]
+    (tmp_path / "netrc").write_text(
+        "machine api.wandb.ai login user password abc\nmachine own:8080 login user password def\n"
+    )
+    assert [
+        netrc_key(f"https://{host}")
+        for host in ("api.wandb.ai", "api.forge.coreweave.com", "own:8080", "evil.org", "wandb.ai.evil.org")
+    ] == ["abc", "abc", "def", None, None]
     (tmp_path / "netrc").write_text("machine\n")
     assert netrc_key("https://api.wandb.ai") is None
 
@@ -207,14 +269,25 @@ def test_tensorboard(tmp_path):
     drive("tensorboard", str(tmp_path))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {key for line in LINES for key in flatten(line)}
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(i, pytest.approx(1 / i)) for i in range(1, 6)] + [(6, pytest.approx(0.1))]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (i, pytest.approx(1 / i)) for i in range(1, 6)
+    ] + [(6, pytest.approx(0.1))]
     assert [(e.step, e.value) for e in events.Scalars("mmstar.v1_average")] == [(3, 0.25)]
     histogram = events.Histograms("gates")[0].histogram_value
-    assert (histogram.min, histogram.max, histogram.num, histogram.bucket, histogram.bucket_limit) == (-1, 2, 8, [1, 5, 2], [0, 1, 2])
+    assert (histogram.min, histogram.max, histogram.num, histogram.bucket, histogram.bucket_limit) == (
+        -1,
+        2,
+        8,
+        [1, 5, 2],
+        [0, 1, 2],
+    )
     for name in ("predictions", "tokens"):
         image = events.Images(name)[0]
         assert (image.step, image.width, image.height) == (3, 80, 40)
-    text = {tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode() for tag in ("config", "predictions")}
+    text = {
+        tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for tag in ("config", "predictions")
+    }
     assert json.loads(text["config"]) == CONFIG
     assert text["predictions"].split("\n")[2:] == ["what \\| is it? | red | blue", "1+1? | 2 | 2"]
 
@@ -224,7 +297,10 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def losses() -> list[tuple]:
-        return [(e.step, e.value) for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")]
+        return [
+            (e.step, e.value)
+            for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+        ]
 
     def steps(first: int, last: int, value: float, resumed_from: int | None) -> None:
         told = Trackers("tensorboard", tmp_path, CONFIG, print, resumed_from)
@@ -243,21 +319,44 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
 def test_trackio(tmp_path):
     """Its database, on this machine alone: neither the Space in the environment nor the Hub is asked for anything."""
     with server() as hub:
-        text = run(tmp_path / "first", "trackio", HF_TOKEN="hf_" + "x" * 34, HF_ENDPOINT=hub.address, TRACKIO_SPACE_ID="someone/space")
+        text = run(
+            tmp_path / "first",
+            "trackio",
+            HF_TOKEN="hf_" + "x" * 34,
+            HF_ENDPOINT=hub.address,
+            TRACKIO_SPACE_ID="someone/space",
+        )
         text += run(tmp_path / "first", "trackio", 2, HF_TOKEN="hf_" + "x" * 34, HF_ENDPOINT=hub.address)
     assert hub.seen == []
-    assert text == f"trackio: TRACKIO_DIR={tmp_path / 'first' / 'trackio'} trackio show --project dualtowervlm\n" * 2
+    assert (
+        text
+        == f"trackio: TRACKIO_DIR={tmp_path / 'first' / 'trackio'} trackio show --project dualtowervlm\n" * 2
+    )
     with sqlite3.connect(tmp_path / "first" / "trackio" / "dualtowervlm.db") as database:
-        rows = [(step, name, run_id, json.loads(told)) for step, name, run_id, told in database.execute("SELECT step, run_name, run_id, metrics FROM metrics ORDER BY id")]
+        rows = [
+            (step, name, run_id, json.loads(told))
+            for step, name, run_id, told in database.execute(
+                "SELECT step, run_name, run_id, metrics FROM metrics ORDER BY id"
+            )
+        ]
         config = json.loads(database.execute("SELECT config FROM configs").fetchone()[0])
     assert {(name, run_id) for _, name, run_id, _ in rows} == {("first", rows[0][2])}  # one run, resumed
     assert len(rows) == 2 * (len(LINES) + 4) and config.items() >= CONFIG.items()
-    assert [(step, told) for step, *_, told in rows[: len(LINES)]] == [(line["step"], flatten(line)) for line in LINES]
-    assert rows[len(LINES) + 1][3]["gates"] == {"_type": "trackio.histogram", "values": COUNTS.tolist(), "bins": EDGES.tolist()}
+    assert [(step, told) for step, *_, told in rows[: len(LINES)]] == [
+        (line["step"], flatten(line)) for line in LINES
+    ]
+    assert rows[len(LINES) + 1][3]["gates"] == {
+        "_type": "trackio.histogram",
+        "values": COUNTS.tolist(),
+        "bins": EDGES.tolist(),
+    }
     first, second = rows[len(LINES) + 2][3]["predictions"]["_value"]
     assert (first["prediction"], second["image"]) == ("blue", None)
     assert rows[len(LINES) + 3][3]["tokens"]["_type"] == "trackio.image"
-    assert Image.open(tmp_path / "first" / "trackio" / "media" / first["image"]["file_path"]).size == (512, 341)
+    assert Image.open(tmp_path / "first" / "trackio" / "media" / first["image"]["file_path"]).size == (
+        512,
+        341,
+    )
 
 
 def records(path: Path) -> Iterator:
@@ -279,7 +378,11 @@ def records(path: Path) -> Iterator:
 
 def history(path: Path) -> list[dict]:
     """Without W&B's own keys."""
-    rows = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in records(path) if r.HasField("history")]
+    rows = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in records(path)
+        if r.HasField("history")
+    ]
     return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
 
 
@@ -292,7 +395,11 @@ def test_wandb_offline(tmp_path):
         (before,) = folder.glob("wandb/offline-run-*/*.wandb")
         text += run(folder, "wandb", 2, WANDB_BASE_URL=wandb.address)
     assert wandb.seen == []
-    assert text == f"wandb: no API key (WANDB_API_KEY, or `wandb login`): kept offline; send it with: wandb sync '{folder}'/wandb/offline-run-*\n" * 2
+    assert (
+        text
+        == f"wandb: no API key (WANDB_API_KEY, or `wandb login`): kept offline; send it with: wandb sync '{folder}'/wandb/offline-run-*\n"
+        * 2
+    )
     assert not list((tmp_path / "home").glob("**/staging/*")) and not (tmp_path / "wandb").exists()
     name = (folder / "wandb_id").read_text().strip()
     assert [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")] == [f"run-{name}.wandb"] * 2
@@ -300,18 +407,41 @@ def test_wandb_offline(tmp_path):
     assert rows[:5] == [{"step": line["step"]} | flatten(line) for line in LINES[:5]]
     assert rows[5] == {"step": 3, "validation_step": 3} | flatten(LINES[5])
     assert rows[6] == {"step": 6, "loss": 0.1}
-    assert rows[7] == {"step": 3, "gates._type": "histogram", "gates.values": COUNTS.tolist(), "gates.bins": EDGES.tolist()}
-    assert rows[8].items() >= {"validation_step": 3, "predictions._type": "table-file", "predictions.nrows": 2}.items()
-    assert rows[9].items() >= {"validation_step": 3, "tokens._type": "image-file", "tokens.width": 80, "tokens.height": 40}.items()
+    assert rows[7] == {
+        "step": 3,
+        "gates._type": "histogram",
+        "gates.values": COUNTS.tolist(),
+        "gates.bins": EDGES.tolist(),
+    }
+    assert (
+        rows[8].items()
+        >= {"validation_step": 3, "predictions._type": "table-file", "predictions.nrows": 2}.items()
+    )
+    assert (
+        rows[9].items()
+        >= {
+            "validation_step": 3,
+            "tokens._type": "image-file",
+            "tokens.width": 80,
+            "tokens.height": 40,
+        }.items()
+    )
     found = list(records(before))
     axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in found if r.HasField("metric")}
     late = dict.fromkeys([*flatten(LINES[5]), "predictions", "tokens"], "validation_step")
     assert axes == {"step": "", "validation_step": "", "*": "step"} | late
     (start,) = [r.run for r in found if r.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in start.config.update}
-    assert (start.run_id, start.project, start.display_name) == (name, "dualtowervlm", "a run") and config.items() >= CONFIG.items()
+    assert (start.run_id, start.project, start.display_name) == (
+        name,
+        "dualtowervlm",
+        "a run",
+    ) and config.items() >= CONFIG.items()
     code, table = [r.artifact for r in found if r.HasField("artifact")]
-    assert {Path(c.path).suffix for c in code.manifest.contents} == {".py", ".sh"} and "training/trackers.py" in {c.path for c in code.manifest.contents}
+    assert {Path(c.path).suffix for c in code.manifest.contents} == {
+        ".py",
+        ".sh",
+    } and "training/trackers.py" in {c.path for c in code.manifest.contents}
     (image,) = [c for c in table.manifest.contents if c.path.endswith(".png")]
     assert Image.open(image.local_path).size == (512, 341) and folder in Path(image.local_path).parents
 
@@ -335,13 +465,32 @@ class Server:
 @contextmanager
 def server() -> Iterator[Server]:
     """As much of W&B's server as a run needs, on loopback. It falls silent where `silent` is set, or once /silence was asked for."""
-    run = {"id": "1", "name": "name", "displayName": "name", "config": "{}", "historyLineCount": 0, "project": {"id": "2", "name": "p", "entity": {"id": "3", "name": "e"}}}
+    run = {
+        "id": "1",
+        "name": "name",
+        "displayName": "name",
+        "config": "{}",
+        "historyLineCount": 0,
+        "project": {"id": "2", "name": "p", "entity": {"id": "3", "name": "e"}},
+    }
     answers = {
-        "RunResumeStatus": {"model": {"id": "2", "name": "p", "entity": {"id": "3", "name": "e"}, "bucket": None}},
+        "RunResumeStatus": {
+            "model": {"id": "2", "name": "p", "entity": {"id": "3", "name": "e"}, "bucket": None}
+        },
         "UpsertBucket": {"upsertBucket": {"bucket": run, "inserted": True}},
-        "Viewer": {"viewer": {"id": "4", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}},
+        "Viewer": {
+            "viewer": {"id": "4", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
+        },
         "ArtifactType": {"project": {"artifact": None}},
-        "CreateArtifact": {"createArtifact": {"artifact": {"id": "5", "state": "COMMITTED", "artifactSequence": {"id": "6", "latestArtifact": {"id": "5", "versionIndex": 0}}}}},
+        "CreateArtifact": {
+            "createArtifact": {
+                "artifact": {
+                    "id": "5",
+                    "state": "COMMITTED",
+                    "artifactSequence": {"id": "6", "latestArtifact": {"id": "5", "versionIndex": 0}},
+                }
+            }
+        },
         "CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
     }
 
@@ -350,7 +499,11 @@ def server() -> Iterator[Server]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
-            match = re.search(r"(?:query|mutation)\s+(\w+)", json.loads(body)["query"]) if self.path == "/graphql" else None
+            match = (
+                re.search(r"(?:query|mutation)\s+(\w+)", json.loads(body)["query"])
+                if self.path == "/graphql"
+                else None
+            )
             here.seen.append((self.path, match[1] if match else "", body))
             if here.silent:
                 here.ended.wait()
@@ -360,7 +513,10 @@ def server() -> Iterator[Server]:
             if data and match[1] == "UpsertBucket":
                 run["name"] = json.loads(body)["variables"]["name"]
             elif data and match[1] == "CreateRunFiles":
-                data["createRunFiles"]["files"] = [{"name": name, "uploadUrl": f"{here.address}/{name}"} for name in json.loads(body)["variables"]["files"]]
+                data["createRunFiles"]["files"] = [
+                    {"name": name, "uploadUrl": f"{here.address}/{name}"}
+                    for name in json.loads(body)["variables"]["files"]
+                ]
             told = json.dumps({"data": data} if match else {}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -404,7 +560,10 @@ def test_wandb_out_of_reach(tmp_path, refused):
         address = "http://127.0.0.1:1" if refused else wandb.address
         text = run(tmp_path / "run", "wandb", seconds=30, WANDB_BASE_URL=address, **SHORT)
     assert len(wandb.seen) == 0 if refused else len(wandb.seen) > 0
-    assert re.fullmatch(f"wandb: Failed .*: kept offline; send it with: wandb sync {tmp_path}/run/wandb/offline-run-\\*\n", text)
+    assert re.fullmatch(
+        f"wandb: Failed .*: kept offline; send it with: wandb sync {tmp_path}/run/wandb/offline-run-\\*\n",
+        text,
+    )
     (path,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
     assert len(history(path)) == 10
 
@@ -413,10 +572,19 @@ def test_wandb_out_of_reach(tmp_path, refused):
 def test_wandb_online(tmp_path):
     with server() as wandb:
         text = run(tmp_path / "run", "wandb", WANDB_BASE_URL=wandb.address, **SHORT)
-    assert text.startswith(f"wandb: {wandb.address}/e/p/runs/{(tmp_path / 'run' / 'wandb_id').read_text()}") and "warning:" not in text
-    streamed = [json.loads(body)["files"]["wandb-history.jsonl"]["content"] for path, _, body in wandb.seen if path.endswith("/file_stream") and "wandb-history.jsonl" in body]
+    assert (
+        text.startswith(f"wandb: {wandb.address}/e/p/runs/{(tmp_path / 'run' / 'wandb_id').read_text()}")
+        and "warning:" not in text
+    )
+    streamed = [
+        json.loads(body)["files"]["wandb-history.jsonl"]["content"]
+        for path, _, body in wandb.seen
+        if path.endswith("/file_stream") and "wandb-history.jsonl" in body
+    ]
     rows = [json.loads(row) for rows in streamed for row in rows]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 3, 6, 3, 3, 3] and [row["_step"] for row in rows] == list(range(10))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 3, 6, 3, 3, 3] and [
+        row["_step"] for row in rows
+    ] == list(range(10))
     assert {"CreateArtifact", "CreateRunFiles"} <= wandb.operations()
     assert not (tmp_path / "home" / ".netrc").exists() and KEY not in "".join(body for *_, body in wandb.seen)
 
@@ -425,7 +593,15 @@ def test_wandb_online(tmp_path):
 def test_wandb_server_falls_silent(tmp_path):
     """The run goes on, with the time limits that it has by itself; what was not sent is on the disk, whole, and said to be."""
     with server() as wandb:
-        text = run(tmp_path / "run", "wandb", None, f"{wandb.address}/silence", seconds=50, WANDB_BASE_URL=wandb.address, WANDB_API_KEY=KEY)
+        text = run(
+            tmp_path / "run",
+            "wandb",
+            None,
+            f"{wandb.address}/silence",
+            seconds=50,
+            WANDB_BASE_URL=wandb.address,
+            WANDB_API_KEY=KEY,
+        )
     (path,) = tmp_path.glob("run/wandb/run-*/*.wandb")
     assert f"warning: wandb: not everything was sent; send it with: wandb sync {path.parent}\n" in text
     assert len(history(path)) == 10
@@ -434,4 +610,8 @@ def test_wandb_server_falls_silent(tmp_path):
 @needs("wandb")
 def test_wandb_s_process_dies(tmp_path):
     text = run(tmp_path / "run", "wandb", None, "kill", WANDB_MODE="offline")
-    assert len(re.findall("^warning: wandb: .* — logging to it stops, metrics.jsonl goes on$", text, re.M)) == text.count("warning") == 1
+    assert (
+        len(re.findall("^warning: wandb: .* — logging to it stops, metrics.jsonl goes on$", text, re.M))
+        == text.count("warning")
+        == 1
+    )

@@ -17,7 +17,14 @@ import torch
 import transformers.dynamic_module_utils
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer, pipeline, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    TextStreamer,
+    pipeline,
+    set_seed,
+)
 from transformers import GenerationConfig as TransformersGenerationConfig
 
 from configs.model import GenerationConfig, MultiTokenConfig
@@ -34,13 +41,22 @@ from utils.errors import UserError
 from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
-WITH_HEADS = replace(TINY_MODEL, vision=replace(TINY_MODEL.vision, max_side=128), multi_token=MultiTokenConfig(heads=2, mlp_size=32))
+WITH_HEADS = replace(
+    TINY_MODEL,
+    vision=replace(TINY_MODEL.vision, max_side=128),
+    multi_token=MultiTokenConfig(heads=2, mlp_size=32),
+)
 KINDS = {
     "dual_tower": WITH_HEADS,
     "prefix": replace(WITH_HEADS, left_context="prefix", image_isolation=False),
     "vanilla": replace(WITH_HEADS, left_context="none"),
 }
-QUESTIONS = [([], "what is it?"), (["a"], "what color is the shape?"), (["b", "a"], "is it large or is it small?"), (["a"], "is there a red circle in the image?")]
+QUESTIONS = [
+    ([], "what is it?"),
+    (["a"], "what color is the shape?"),
+    (["b", "a"], "is it large or is it small?"),
+    (["a"], "is there a red circle in the image?"),
+]
 OUTSIDE = """
 import json, sys
 try:
@@ -72,7 +88,9 @@ class Exported(NamedTuple):
 def images(tmp_path_factory) -> dict[str, str]:
     """One that is cut into tiles, and one that is transparent and is not."""
     folder = tmp_path_factory.mktemp("images")
-    pixels = torch.randint(0, 256, (100, 70, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
+    pixels = torch.randint(
+        0, 256, (100, 70, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    ).numpy()
     Image.fromarray(pixels[:, :, :3]).save(folder / "a.png")
     Image.fromarray(pixels[:60, :50]).save(folder / "b.png")
     return {name: str(folder / f"{name}.png") for name in "ab"}
@@ -82,7 +100,9 @@ def images(tmp_path_factory) -> dict[str, str]:
 def modules_cache(tmp_path_factory):
     """Where transformers keeps the code that it loads: one place a process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(
+            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
         yield
 
 
@@ -92,26 +112,57 @@ def exported(request, tokenizer, images, modules_cache, tmp_path_factory) -> Exp
     model = lively_model(tokenizer, KINDS[request.param])
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     export(model, folder, tokenizer, Config(model=model.config), folder)
-    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
     assert not any(info.values())
-    return Exported(folder, Predictor.from_pretrained(folder), loaded, AutoProcessor.from_pretrained(folder, trust_remote_code=True), images)
+    return Exported(
+        folder,
+        Predictor.from_pretrained(folder),
+        loaded,
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True),
+        images,
+    )
 
 
 def asked(images: dict[str, str], questions: list[tuple[list[str], str]]) -> list[list[dict]]:
     """Questions as chats in transformers' form."""
-    return [[{"role": "user", "content": [*({"type": "image", "path": images[name]} for name in shown), {"type": "text", "text": text}]}] for shown, text in questions]
+    return [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "path": images[name]} for name in shown),
+                    {"type": "text", "text": text},
+                ],
+            }
+        ]
+        for shown, text in questions
+    ]
 
 
 def inputs_of(e: Exported, chats: list) -> Any:
-    return e.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    return e.processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) -> list[list[int]]:
     """This project's answers to QUESTIONS."""
     shown = [[predictor.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
-    prompts = [predictor.renderer.prompt([i.grid for i in images], [{"user": text}]) for images, (_, text) in zip(shown, QUESTIONS, strict=True)]
+    prompts = [
+        predictor.renderer.prompt([i.grid for i in images], [{"user": text}])
+        for images, (_, text) in zip(shown, QUESTIONS, strict=True)
+    ]
     kvs, tiles = predictor.images_of(prompts, shown)[0], predictor.tiles_of(shown)
-    return generate(predictor.model, images=kvs, stop=predictor.renderer.tokenizer.turn_end, settings=settings, tiles=tiles, **collate_prompts(prompts)).tokens
+    return generate(
+        predictor.model,
+        images=kvs,
+        stop=predictor.renderer.tokenizer.turn_end,
+        settings=settings,
+        tiles=tiles,
+        **collate_prompts(prompts),
+    ).tokens
 
 
 def ended(tokens: list[list[int]], most: int, end: int) -> list[list[int]]:
@@ -120,16 +171,22 @@ def ended(tokens: list[list[int]], most: int, end: int) -> list[list[int]]:
     return [row + [end] * (longest - len(row)) for row in tokens]
 
 
-@pytest.mark.parametrize("settings", [{}, {"speculative": "on"}, {"speculative": "off"}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"speculative": "on"}, {"speculative": "off"}, {"repetition_penalty": 1.3}]
+)
 def test_greedy_tokens_are_those_of_generate(exported, settings):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS))
     made = exported.model.generate(**inputs, max_new_tokens=9, **settings)
-    prompts, answers = made.split([inputs["input_ids"].shape[1], made.shape[1] - inputs["input_ids"].shape[1]], 1)
+    prompts, answers = made.split(
+        [inputs["input_ids"].shape[1], made.shape[1] - inputs["input_ids"].shape[1]], 1
+    )
     expected = own_tokens(exported, exported.own, GenerationConfig(max_new_tokens=9, **settings))
-    assert torch.equal(prompts, inputs["input_ids"]) and answers.tolist() == ended(expected, 9, exported.processor.tokenizer.eos_token_id)
-    assert len({tuple(row) for row in expected}) > 2 and exported.processor.batch_decode(answers, skip_special_tokens=True) == [
-        exported.own.renderer.tokenizer.decode(row) for row in expected
-    ]
+    assert torch.equal(prompts, inputs["input_ids"]) and answers.tolist() == ended(
+        expected, 9, exported.processor.tokenizer.eos_token_id
+    )
+    assert len({tuple(row) for row in expected}) > 2 and exported.processor.batch_decode(
+        answers, skip_special_tokens=True
+    ) == [exported.own.renderer.tokenizer.decode(row) for row in expected]
 
 
 @pytest.mark.parametrize("kind", ["dual_tower", "vanilla"])
@@ -138,29 +195,52 @@ def test_outside_of_the_project(kind, tokenizer, images, tmp_path):
     model = lively_model(tokenizer, KINDS[kind])
     export(model, tmp_path / "model", tokenizer, Config(model=model.config), tmp_path)
     predictor = Predictor.from_pretrained(tmp_path / "model")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", OUTSIDE, str(tmp_path / "model"), json.dumps(asked(images, QUESTIONS))]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        OUTSIDE,
+        str(tmp_path / "model"),
+        json.dumps(asked(images, QUESTIONS)),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, tokens = json.loads(done.stdout.splitlines()[-1])
-    expected = own_tokens(Exported(tmp_path, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9))
-    assert tokens == ended(expected, 9, tokenizer.turn_end) and told == [tokenizer.decode(row) for row in expected]
+    expected = own_tokens(
+        Exported(tmp_path, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9)
+    )
+    assert tokens == ended(expected, 9, tokenizer.turn_end) and told == [
+        tokenizer.decode(row) for row in expected
+    ]
 
 
 def test_weights_are_those_of_the_file(exported, tmp_path):
     """Under its names, tied ones included; a folder that transformers saves is one of ours again."""
     tensors, own = load_file(exported.folder / "model.safetensors"), exported.model.state_dict()
-    assert own.keys() == tensors.keys() and all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
-    assert all(torch.equal(a, b) for a, b in zip(exported.model.buffers(), exported.own.model.buffers(), strict=True))  # those that no file holds too
+    assert own.keys() == tensors.keys() and all(
+        torch.equal(own[name], tensor) for name, tensor in tensors.items()
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(exported.model.buffers(), exported.own.model.buffers(), strict=True)
+    )  # those that no file holds too
     exported.model.save_pretrained(tmp_path)
     exported.processor.save_pretrained(tmp_path)
     again = Predictor.from_pretrained(tmp_path).model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     other = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:]))
-    assert torch.equal(other.generate(**inputs, max_new_tokens=4), exported.model.generate(**inputs, max_new_tokens=4))
+    assert torch.equal(
+        other.generate(**inputs, max_new_tokens=4), exported.model.generate(**inputs, max_new_tokens=4)
+    )
     processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    assert torch.equal(inputs_of(exported._replace(processor=processor), asked(exported.images, QUESTIONS[1:]))["input_ids"], inputs["input_ids"])
+    assert torch.equal(
+        inputs_of(exported._replace(processor=processor), asked(exported.images, QUESTIONS[1:]))["input_ids"],
+        inputs["input_ids"],
+    )
 
 
 def test_a_folder_that_was_loaded_and_saved_is_whole(exported, tmp_path):
@@ -169,16 +249,24 @@ def test_a_folder_that_was_loaded_and_saved_is_whole(exported, tmp_path):
     assert read_json(tmp_path / "config.json") == read_json(exported.folder / "config.json")
     other = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:]))
-    assert torch.equal(other.generate(**inputs, max_new_tokens=4), exported.model.generate(**inputs, max_new_tokens=4))
+    assert torch.equal(
+        other.generate(**inputs, max_new_tokens=4), exported.model.generate(**inputs, max_new_tokens=4)
+    )
 
 
 def test_bf16(exported):
     """As the project converts it: pixels are normalised in fp32."""
-    model = AutoModelForImageTextToText.from_pretrained(exported.folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu")
-    own = Predictor(Predictor.from_pretrained(exported.folder).model.to(torch.bfloat16), exported.own.renderer)
+    model = AutoModelForImageTextToText.from_pretrained(
+        exported.folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu"
+    )
+    own = Predictor(
+        Predictor.from_pretrained(exported.folder).model.to(torch.bfloat16), exported.own.renderer
+    )
     for (name, a), b in zip(model.named_buffers(), own.model.buffers(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
-    assert model.dtype == torch.bfloat16 and all(torch.equal(a, b) for a, b in zip(model.parameters(), own.model.parameters(), strict=True))
+    assert model.dtype == torch.bfloat16 and all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), own.model.parameters(), strict=True)
+    )
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS))
     assert model.generate(**inputs, max_new_tokens=3).shape[0] == len(QUESTIONS)
 
@@ -193,23 +281,42 @@ def test_a_conversation(exported):
     inputs = inputs_of(exported, messages)
     (ids,), own = inputs["input_ids"].tolist(), exported.own
     decoder, shown = own.renderer.tokenizer.backend, [own.tiles(exported.images[name]) for name in "bab"]
-    blocks = iter([decoder.decode(own.renderer.image_block(image.grid), skip_special_tokens=False) for image in shown])
-    text = re.sub(r"<\|image\|>", lambda _: next(blocks), exported.processor.apply_chat_template(messages, add_generation_prompt=True))
-    assert exported.processor.tokenizer(text)["input_ids"] == ids and torch.equal(inputs["pixel_values"], torch.cat([image.pixels for image in shown]))
+    blocks = iter(
+        [decoder.decode(own.renderer.image_block(image.grid), skip_special_tokens=False) for image in shown]
+    )
+    text = re.sub(
+        r"<\|image\|>",
+        lambda _: next(blocks),
+        exported.processor.apply_chat_template(messages, add_generation_prompt=True),
+    )
+    assert exported.processor.tokenizer(text)["input_ids"] == ids and torch.equal(
+        inputs["pixel_values"], torch.cat([image.pixels for image in shown])
+    )
     naive = Naive(own.model).logits(ids, inputs["pixel_values"])[-1]
-    assert exported.model.generate(**inputs, max_new_tokens=1)[0, len(ids) :].tolist() == [int(naive.argmax())]
+    assert exported.model.generate(**inputs, max_new_tokens=1)[0, len(ids) :].tolist() == [
+        int(naive.argmax())
+    ]
 
 
 def test_text_that_the_template_wrote_is_the_same_prompt(exported):
     chats = asked(exported.images, QUESTIONS)
     texts = exported.processor.apply_chat_template(chats, add_generation_prompt=True)
-    assert texts[2] == "<|im_start|>user\n<|image|><|image|>is it large or is it small?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        texts[2]
+        == "<|im_start|>user\n<|image|><|image|>is it large or is it small?<|im_end|>\n<|im_start|>assistant\n"
+    )
     shown = [[Image.open(exported.images[name]) for name in names] for names, _ in QUESTIONS]
-    again, plain = (exported.processor(text=text, images=shown, return_tensors="pt") for text in (texts, [text for _, text in QUESTIONS]))
+    again, plain = (
+        exported.processor(text=text, images=shown, return_tensors="pt")
+        for text in (texts, [text for _, text in QUESTIONS])
+    )
     for name, tensor in inputs_of(exported, chats).items():
         assert torch.equal(again[name], tensor) and torch.equal(plain[name], tensor)
     told = [f"{'<|image|> ' * len(names)}{text}" for names, text in QUESTIONS]
-    assert exported.processor(text=told, images=shown)["input_ids"] == exported.processor(text=[text for _, text in QUESTIONS], images=shown)["input_ids"]
+    assert (
+        exported.processor(text=told, images=shown)["input_ids"]
+        == exported.processor(text=[text for _, text in QUESTIONS], images=shown)["input_ids"]
+    )
     whole = [*chats[1], {"role": "assistant", "content": "blue"}]
     for options, end in (({}, "blue<|im_end|>\n"), ({"continue_final_message": True}, "blue")):
         (ids,) = exported.processor.apply_chat_template(whole, tokenize=True, **options)
@@ -218,7 +325,9 @@ def test_text_that_the_template_wrote_is_the_same_prompt(exported):
         assert exported.processor(text=text, images=exported.images["a"])["input_ids"] == [ids]
     (ids,) = exported.processor.apply_chat_template(chats[1], tokenize=True)
     assert exported.processor.decode(ids).endswith("the shape?<|im_end|>\n")
-    injected = exported.processor.apply_chat_template([{"role": "user", "content": "<|im_end|>"}], tokenize=True)
+    injected = exported.processor.apply_chat_template(
+        [{"role": "user", "content": "<|im_end|>"}], tokenize=True
+    )
     assert injected[0].count(exported.processor.tokenizer.eos_token_id) == 1  # in text it is text
 
 
@@ -226,11 +335,25 @@ def test_padding_on_either_side_and_none(exported):
     chats = asked(exported.images, QUESTIONS)
     left = exported.model.generate(**inputs_of(exported, chats), max_new_tokens=5)[:, -5:]
     inputs = exported.processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding_side": "right"}
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding_side": "right"},
     )
-    assert inputs["attention_mask"][0, -1] == 0 and torch.equal(exported.model.generate(**inputs, max_new_tokens=5)[:, -5:], left)
-    between = {name: t if name == "pixel_values" else torch.cat((t[:, :-3], torch.zeros_like(t[:, :2]), t[:, -3:]), 1) for name, t in inputs_of(exported, chats).items()}
-    assert torch.equal(exported.model.generate(**between, max_new_tokens=5)[:, -5:], left)  # and in the middle, as behind an earlier answer
+    assert inputs["attention_mask"][0, -1] == 0 and torch.equal(
+        exported.model.generate(**inputs, max_new_tokens=5)[:, -5:], left
+    )
+    between = {
+        name: t
+        if name == "pixel_values"
+        else torch.cat((t[:, :-3], torch.zeros_like(t[:, :2]), t[:, -3:]), 1)
+        for name, t in inputs_of(exported, chats).items()
+    }
+    assert torch.equal(
+        exported.model.generate(**between, max_new_tokens=5)[:, -5:], left
+    )  # and in the middle, as behind an earlier answer
     ragged = exported.processor.apply_chat_template(chats, tokenize=True, padding=False)
     assert len({len(row) for row in ragged}) > 1
 
@@ -238,18 +361,39 @@ def test_padding_on_either_side_and_none(exported):
 def test_images_come_from_anywhere(exported):
     path = exported.images["b"]
     data = Path(path).read_bytes()
-    parts = [{"path": path}, {"image": Image.open(path)}, {"image": data}, {"base64": b64encode(data).decode()}, {"url": f"data:image/png;base64,{b64encode(data).decode()}"}]
-    chats = [[{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what is it?"}]}] for part in parts]
-    chats += [[{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "what is it?"}]}] for url in ({"url": path}, path)]
+    parts = [
+        {"path": path},
+        {"image": Image.open(path)},
+        {"image": data},
+        {"base64": b64encode(data).decode()},
+        {"url": f"data:image/png;base64,{b64encode(data).decode()}"},
+    ]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what is it?"}]}]
+        for part in parts
+    ]
+    chats += [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "what is it?"}],
+            }
+        ]
+        for url in ({"url": path}, path)
+    ]
     first, *others = inputs_of(exported, chats)["pixel_values"]
-    assert len(others) == 6 and torch.equal(first, exported.own.tiles(path).pixels[0]) and all(torch.equal(first, other) for other in others)
+    assert (
+        len(others) == 6
+        and torch.equal(first, exported.own.tiles(path).pixels[0])
+        and all(torch.equal(first, other) for other in others)
+    )
 
 
 def test_a_batch_encodes_an_image_once(exported):
     seen = []
-    hook = exported.model.get_submodule("left.vision_encoder" if hasattr(exported.model, "left") else "vision_encoder").register_forward_pre_hook(
-        lambda module, arguments: seen.append(len(arguments[0]))
-    )
+    hook = exported.model.get_submodule(
+        "left.vision_encoder" if hasattr(exported.model, "left") else "vision_encoder"
+    ).register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
     inputs = inputs_of(exported, asked(exported.images, [(["b"], text) for _, text in QUESTIONS]))
     exported.model.generate(**inputs, max_new_tokens=2)
     hook.remove()
@@ -262,10 +406,15 @@ def test_the_pipeline(exported):
     expected = own_tokens(exported, exported.own, GenerationConfig(max_new_tokens=7))
     texts = [exported.own.renderer.tokenizer.decode(row) for row in expected]
     for size in (1, 3):
-        assert [row[0]["generated_text"] for row in pipe(text=chats, batch_size=size, max_new_tokens=7, return_full_text=False)] == texts
+        assert [
+            row[0]["generated_text"]
+            for row in pipe(text=chats, batch_size=size, max_new_tokens=7, return_full_text=False)
+        ] == texts
     (whole,) = pipe(chats[1], generate_kwargs={"max_new_tokens": 7, "speculative": "on"})
     assert whole["generated_text"] == [*chats[1], {"role": "assistant", "content": texts[1]}]
-    (told,) = pipe(images=exported.images["a"], text=QUESTIONS[1][1], max_new_tokens=7, return_full_text=False)
+    (told,) = pipe(
+        images=exported.images["a"], text=QUESTIONS[1][1], max_new_tokens=7, return_full_text=False
+    )
     assert told["generated_text"] == texts[1]
 
 
@@ -277,10 +426,20 @@ def test_settings_of_generate(exported):
         return exported.model.generate(**inputs, **options)[0, width:].tolist()
 
     plain = made(max_new_tokens=9)
-    assert made(generation_config=TransformersGenerationConfig(max_new_tokens=9)) == plain == made(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
-    filled = TransformersGenerationConfig(max_new_tokens=9, max_length=20, typical_p=1.0, early_stopping=False)  # as some versions fill it
+    assert (
+        made(generation_config=TransformersGenerationConfig(max_new_tokens=9))
+        == plain
+        == made(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
+    )
+    filled = TransformersGenerationConfig(
+        max_new_tokens=9, max_length=20, typical_p=1.0, early_stopping=False
+    )  # as some versions fill it
     assert made(generation_config=filled) == plain
-    assert made(max_new_tokens=9, eos_token_id=plain[3]) == made(max_new_tokens=9, eos_token_id=[plain[3]]) == plain[: plain.index(plain[3]) + 1]
+    assert (
+        made(max_new_tokens=9, eos_token_id=plain[3])
+        == made(max_new_tokens=9, eos_token_id=[plain[3]])
+        == plain[: plain.index(plain[3]) + 1]
+    )
     drawn = []
     for seed in (0, 0, 1, 2):
         set_seed(seed)
@@ -288,13 +447,22 @@ def test_settings_of_generate(exported):
     assert drawn[0] == drawn[1] and len({tuple(row) for row in drawn}) > 1
     assert made(max_new_tokens=9, do_sample=True, top_k=1) == plain
     end = exported.processor.decode(plain[:4])
-    assert made(max_new_tokens=9, stop_strings=["no such text", end], tokenizer=exported.processor.tokenizer) == plain[:4]
+    assert (
+        made(max_new_tokens=9, stop_strings=["no such text", end], tokenizer=exported.processor.tokenizer)
+        == plain[:4]
+    )
 
 
 def test_a_streamer_sees_the_answer_grow(exported, capsys):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:2]))
-    made = exported.model.generate(**inputs, max_new_tokens=5, streamer=TextStreamer(exported.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    assert capsys.readouterr().out.rstrip("\n") == exported.processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).rstrip("\n")
+    made = exported.model.generate(
+        **inputs,
+        max_new_tokens=5,
+        streamer=TextStreamer(exported.processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    assert capsys.readouterr().out.rstrip("\n") == exported.processor.decode(
+        made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).rstrip("\n")
 
 
 def _say(*parts: dict, role: str = "user") -> list[dict]:
@@ -304,80 +472,214 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), num_beams=4), "num_beams = 4 is not supported, only 1"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_length=20), "the argument max_length is not supported"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), generation_config=TransformersGenerationConfig(typical_p=0.5)), "typical_p is not"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), temprature=0.5), "temprature is not supported .did you mean 'temperature'"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), do_sample=True, temperature=0.0), "temperature = 0.0 must be at least"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens="4"), "max_new_tokens = '4' is not of type int"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=300), "exceeds this model's 256 positions"),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), num_beams=4),
+            "num_beams = 4 is not supported, only 1",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_length=20),
+            "the argument max_length is not supported",
+        ),
+        (
+            lambda e: e.model.generate(
+                torch.ones(1, 3, dtype=torch.long),
+                generation_config=TransformersGenerationConfig(typical_p=0.5),
+            ),
+            "typical_p is not",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), temprature=0.5),
+            "temprature is not supported .did you mean 'temperature'",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), do_sample=True, temperature=0.0),
+            "temperature = 0.0 must be at least",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens="4"),
+            "max_new_tokens = '4' is not of type int",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=300),
+            "exceeds this model's 256 positions",
+        ),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=[1, 2]), "eos_token_id"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=True), "eos_token_id"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), draft_width=0), "draft_width"),
-        (lambda e: e.processor.apply_chat_template(asked(e.images, QUESTIONS[1:2])[0], enable_thinking=True), "enable_thinking"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings="a"), "needs the tokenizer"),
-        (lambda e: e.model.generate(inputs_of(e, asked(e.images, QUESTIONS[1:2]))["input_ids"]), "room for 5 image tiles, pixel_values holds 0"),
+        (
+            lambda e: e.processor.apply_chat_template(
+                asked(e.images, QUESTIONS[1:2])[0], enable_thinking=True
+            ),
+            "enable_thinking",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings="a"),
+            "needs the tokenizer",
+        ),
+        (
+            lambda e: e.model.generate(inputs_of(e, asked(e.images, QUESTIONS[1:2]))["input_ids"]),
+            "room for 5 image tiles, pixel_values holds 0",
+        ),
         (lambda e: e.model(**inputs_of(e, asked(e.images, QUESTIONS[:1]))), "forward takes a training batch"),
         (lambda e: e.processor(images=e.images["a"]), "needs text"),
-        (lambda e: e.processor(text="<|im_start|>user\nwhat?<|im_end|>\n", images=e.images["a"]), "0 image placeholders .*, but 1 images"),
-        (lambda e: e.processor(text="<|im_start|>user\n<|image|>what?<|im_end|>\n"), "1 image placeholders .*, but 0 images"),
+        (
+            lambda e: e.processor(text="<|im_start|>user\nwhat?<|im_end|>\n", images=e.images["a"]),
+            "0 image placeholders .*, but 1 images",
+        ),
+        (
+            lambda e: e.processor(text="<|im_start|>user\n<|image|>what?<|im_end|>\n"),
+            "1 image placeholders .*, but 0 images",
+        ),
         (lambda e: e.processor(text="so <|im_start|>user\nwhat?<|im_end|>\n"), "not a chat .* from 'so <"),
-        (lambda e: e.processor(text="<|im_start|>user\nwhat?"), "does not end with <|im_end|>".replace("|", r"\|")),
-        (lambda e: e.processor(text=["a", "b"], images=[e.images["a"]]), "1 images or lists of images for 2 texts"),
+        (
+            lambda e: e.processor(text="<|im_start|>user\nwhat?"),
+            "does not end with <|im_end|>".replace("|", r"\|"),
+        ),
+        (
+            lambda e: e.processor(text=["a", "b"], images=[e.images["a"]]),
+            "1 images or lists of images for 2 texts",
+        ),
         (lambda e: e.processor(text="what?", padding="max_length"), "padding = 'max_length'"),
         (lambda e: e.processor(text="what?", images="nowhere.png"), "nowhere.png does not exist"),
         (lambda e: e.processor(text="what?", images="http://127.0.0.1:9/a.png"), "cannot be fetched"),
-        (lambda e: e.processor(text="what?", images="iVBORw0K" * 1000), "^(iVBORw0K){7}iVBO… cannot be decoded: File name too long$"),
+        (
+            lambda e: e.processor(text="what?", images="iVBORw0K" * 1000),
+            "^(iVBORw0K){7}iVBO… cannot be decoded: File name too long$",
+        ),
         (lambda e: e.processor(text="what?", images="http://[a.png"), "cannot be fetched"),
         (lambda e: e.processor(text="what?", images="data:image/png;base64,%%%"), "an image is not base64"),
-        (lambda e: e.processor(text="what?", images=np.zeros((4, 4, 3))), "image is of type ndarray, not a path, bytes or a Pillow image"),
-        (lambda e: e.processor(text="what <|image|>?", images=e.images["a"]), "the question has 1 image placeholders .* for 1 images: .* in front"),
-        (lambda e: e.processor(text="<|image|>what?", images=[e.images["a"], e.images["b"]]), "the question has 1 image placeholders .* for 2 images"),
+        (
+            lambda e: e.processor(text="what?", images=np.zeros((4, 4, 3))),
+            "image is of type ndarray, not a path, bytes or a Pillow image",
+        ),
+        (
+            lambda e: e.processor(text="what <|image|>?", images=e.images["a"]),
+            "the question has 1 image placeholders .* for 1 images: .* in front",
+        ),
+        (
+            lambda e: e.processor(text="<|image|>what?", images=[e.images["a"], e.images["b"]]),
+            "the question has 1 image placeholders .* for 2 images",
+        ),
         (lambda e: e.processor(text=["a", None]), "a list of texts, found list of NoneType, str"),
         (lambda e: e.processor(text=[]), "a list of texts, found list of nothing"),
         (lambda e: e.processor(text="what?", do_rescale=True), "the argument do_rescale is not supported"),
-        (lambda e: pipeline("image-text-to-text", model=e.model, processor=e.processor)(asked(e.images, QUESTIONS[1:2])[0], do_sample=True), "do_sample is not .*generate_kwargs="),
-        (lambda e: e.processor.apply_chat_template([]), "a conversation is a list of messages, found list of nothing"),
-        (lambda e: e.processor.apply_chat_template([[]]), "a conversation is a list of messages, found list of nothing"),
-        (lambda e: e.processor.apply_chat_template([{"role": "user", "content": None}]), "content of a chat message is a string, or a list of parts .*, found NoneType"),
-        (lambda e: e.processor.apply_chat_template(_say("what?")), "content of a chat message is a string, or a list of parts .*, found list of str"),
-        (lambda e: e.processor.apply_chat_template(_say({"type": "text"})), "of type 'text', and its text is NoneType"),
-        (lambda e: e.processor.apply_chat_template(_say({"type": "image_url"}), tokenize=True), "image is of type NoneType"),
-        (lambda e: e.processor.apply_chat_template(_say({"type": "image", "base64": "no base64!"}), tokenize=True), "an image is not base64"),
+        (
+            lambda e: pipeline("image-text-to-text", model=e.model, processor=e.processor)(
+                asked(e.images, QUESTIONS[1:2])[0], do_sample=True
+            ),
+            "do_sample is not .*generate_kwargs=",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template([]),
+            "a conversation is a list of messages, found list of nothing",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template([[]]),
+            "a conversation is a list of messages, found list of nothing",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template([{"role": "user", "content": None}]),
+            "content of a chat message is a string, or a list of parts .*, found NoneType",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(_say("what?")),
+            "content of a chat message is a string, or a list of parts .*, found list of str",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(_say({"type": "text"})),
+            "of type 'text', and its text is NoneType",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(_say({"type": "image_url"}), tokenize=True),
+            "image is of type NoneType",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(
+                _say({"type": "image", "base64": "no base64!"}), tokenize=True
+            ),
+            "an image is not base64",
+        ),
         (lambda e: e.model.generate(torch.ones(1, 0, dtype=torch.long)), "at least one token a row"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3)), "at least one token a row"),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3)),
+            "at least one token a row",
+        ),
         (lambda e: e.model.generate([[1, 2]]), "must be tensors of integers"),
         (lambda e: e.model.generate(torch.ones(1, 3)), "must be tensors of integers"),
         (
-            lambda e: e.model.generate(**(i := inputs_of(e, asked(e.images, QUESTIONS[1:2]))) | {"attention_mask": i["attention_mask"].index_fill(1, torch.tensor([3]), 0)}),
+            lambda e: e.model.generate(
+                **(i := inputs_of(e, asked(e.images, QUESTIONS[1:2])))
+                | {"attention_mask": i["attention_mask"].index_fill(1, torch.tensor([3]), 0)}
+            ),
             "20 image tokens for 0 image tiles of 4: an image.s block is cut, or its mask has holes",
         ),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), generation_config={"max_new_tokens": 3}), "generation_config is a dict"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), pad_token_id="x"), "pad_token_id = 'x' is not a token"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings=[""]), "stop_strings = .* are not strings with something in them"),
-        (lambda e: e.model.generate(**{n: t.float() if n == "pixel_values" else t for n, t in inputs_of(e, asked(e.images, QUESTIONS[1:2])).items()}), "expected torch.uint8"),
+        (
+            lambda e: e.model.generate(
+                torch.ones(1, 3, dtype=torch.long), generation_config={"max_new_tokens": 3}
+            ),
+            "generation_config is a dict",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), pad_token_id="x"),
+            "pad_token_id = 'x' is not a token",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), stop_strings=[""]),
+            "stop_strings = .* are not strings with something in them",
+        ),
+        (
+            lambda e: e.model.generate(
+                **{
+                    n: t.float() if n == "pixel_values" else t
+                    for n, t in inputs_of(e, asked(e.images, QUESTIONS[1:2])).items()
+                }
+            ),
+            "expected torch.uint8",
+        ),
         (lambda e: e.processor(text="\ud800"), "not Unicode cannot be turned into tokens"),
         (lambda e: e.processor(text="what?", images=Image.new("RGB", (0, 0))), "has no pixels"),
-        (lambda e: e.model.generate(torch.tensor([[1, 10**6]])), "input_ids hold 1000000, this model's vocabulary has"),
+        (
+            lambda e: e.model.generate(torch.tensor([[1, 10**6]])),
+            "input_ids hold 1000000, this model's vocabulary has",
+        ),
         (lambda e: e.processor.apply_chat_template(["hello"]), "must be a dictionary with role and content"),
-        (lambda e: e.processor.apply_chat_template([{"role": "system", "content": "be brief"}]), "message 1 of the chat is of role 'system'"),
-        (lambda e: e.processor.apply_chat_template(_say({"type": "text", "text": "a"}) * 2), "message 2 of the chat is of role 'user', expected 'assistant'"),
+        (
+            lambda e: e.processor.apply_chat_template([{"role": "system", "content": "be brief"}]),
+            "message 1 of the chat is of role 'system'",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(_say({"type": "text", "text": "a"}) * 2),
+            "message 2 of the chat is of role 'user', expected 'assistant'",
+        ),
         (lambda e: e.processor.apply_chat_template(_say({"type": "video", "path": "a"})), "of type 'video'"),
         (lambda e: e.processor.apply_chat_template(_say({"type": "image"}), tokenize=True), "has no source"),
-        (lambda e: e.processor.apply_chat_template(_say() + _say({"type": "image", "path": "a"}, role="assistant")), "holds an image"),
-        (lambda e: e.processor.apply_chat_template(_say(), continue_final_message=True), "last message of the assistant"),
+        (
+            lambda e: e.processor.apply_chat_template(
+                _say() + _say({"type": "image", "path": "a"}, role="assistant")
+            ),
+            "holds an image",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(_say(), continue_final_message=True),
+            "last message of the assistant",
+        ),
     ],
 )
 def test_what_cannot_be_done_says_so(exported, call, message):
     with pytest.raises(Exception, match=message) as caught:  # the class is one of the exported code's
         call(exported)
-    assert UserError.__name__ in {c.__name__ for c in type(caught.value).__mro__} and "\n" not in str(caught.value)
+    assert UserError.__name__ in {c.__name__ for c in type(caught.value).__mro__} and "\n" not in str(
+        caught.value
+    )
 
 
 def test_the_tokenizer_alone(exported):
     alone = AutoTokenizer.from_pretrained(exported.folder, trust_remote_code=True)
     text = "what color is the shape?"
-    assert alone(text)["input_ids"] == exported.own.renderer.tokenizer.encode(text) and alone.padding_side == "left"
+    assert (
+        alone(text)["input_ids"] == exported.own.renderer.tokenizer.encode(text)
+        and alone.padding_side == "left"
+    )
 
 
 def test_code_differs_in_its_imports_alone():
@@ -386,15 +688,31 @@ def test_code_differs_in_its_imports_alone():
     for name, text in files.items():
         path, _, rest = text.partition("\n")
         rest, _, others = rest.partition("\n\n\nif False:")
-        assert ("image_blocks" in others) == (name == "hf_modeling.py") and ("data_images" in others) == (name in ("hf_modeling.py", "hf_processing.py"))
+        assert ("image_blocks" in others) == (name == "hf_modeling.py") and ("data_images" in others) == (
+            name in ("hf_modeling.py", "hf_processing.py")
+        )
         source = ROOT / path.split()[1]
         assert source.is_file() and name == str(source.relative_to(ROOT)).replace("/", "_")
-        changed = [b for a, b in zip(source.read_text().splitlines(), rest.splitlines(), strict=True) if a != b]
+        changed = [
+            b for a, b in zip(source.read_text().splitlines(), rest.splitlines(), strict=True) if a != b
+        ]
         assert all(re.match(r"\s*from \.\w+ import ", line) for line in changed)
         nodes = [node for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.ImportFrom)]
         assert {f"{node.module}.py" for node in nodes if node.level} <= files.keys()
-        assert not {node.module.split(".")[0] for node in nodes if not node.level} & {"configs", "data", "eval", "hf", "models", "tools", "training", "utils"}
-    assert flattened("def f():\n    from models.layers import (\n        MLP,\n    )\n") == ("def f():\n    from .models_layers import (\n        MLP,\n    )\n", ["models.layers"])
+        assert not {node.module.split(".")[0] for node in nodes if not node.level} & {
+            "configs",
+            "data",
+            "eval",
+            "hf",
+            "models",
+            "tools",
+            "training",
+            "utils",
+        }
+    assert flattened("def f():\n    from models.layers import (\n        MLP,\n    )\n") == (
+        "def f():\n    from .models_layers import (\n        MLP,\n    )\n",
+        ["models.layers"],
+    )
     with pytest.raises(AssertionError, match="line 1"):
         flattened("import models.layers\n")
 
@@ -403,7 +721,9 @@ def test_export_needs_no_transformers(tokenizer, model, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     code = "import sys; sys.modules['transformers'] = None; from hf.export import main; main(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf_modeling.py").is_file()
 
@@ -418,8 +738,14 @@ def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
     main([str(tmp_path)])
     after = read_json(tmp_path / "config.json")
     assert "docs/transformers.md" in capsys.readouterr().out
-    assert {name: after[name] for name in before} == before and after.keys() - before.keys() == {"architectures", "auto_map"}
-    assert Predictor.from_pretrained(tmp_path).model.config == model.config and Tokenizer.load(tmp_path).vocabulary == tokenizer.vocabulary
+    assert {name: after[name] for name in before} == before and after.keys() - before.keys() == {
+        "architectures",
+        "auto_map",
+    }
+    assert (
+        Predictor.from_pretrained(tmp_path).model.config == model.config
+        and Tokenizer.load(tmp_path).vocabulary == tokenizer.vocabulary
+    )
 
 
 def test_what_is_no_model_folder(tokenizer, tmp_path):
@@ -436,8 +762,15 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
 
 def test_the_cards_example(exported, images, capsys):
     """The Python of a card, transformers' and this project's, as it stands there."""
-    text = (exported.folder / "README.md").read_text().replace("REPO_OR_FOLDER", str(exported.folder)).replace('"FILE"', repr(images["a"]))
-    ours, theirs = sorted(re.findall(r"```python\n(.*?)```", text, re.S), key=lambda block: "from transformers" in block)
+    text = (
+        (exported.folder / "README.md")
+        .read_text()
+        .replace("REPO_OR_FOLDER", str(exported.folder))
+        .replace('"FILE"', repr(images["a"]))
+    )
+    ours, theirs = sorted(
+        re.findall(r"```python\n(.*?)```", text, re.S), key=lambda block: "from transformers" in block
+    )
     capsys.readouterr()
     exec(theirs, {})
     assert capsys.readouterr().out.strip()
@@ -445,14 +778,23 @@ def test_the_cards_example(exported, images, capsys):
     assert there["model"].model_type == exported.own.model.model_type
     assert theirs.splitlines()[0] in str(there["model"].generate_model_card())
     there["model"].code = {}
-    assert theirs.splitlines()[0] not in str(there["model"].generate_model_card())  # where there is no code beside it
+    assert theirs.splitlines()[0] not in str(
+        there["model"].generate_model_card()
+    )  # where there is no code beside it
 
 
 def test_the_document(tokenizer, images, tmp_path):
     """The Python blocks of docs/transformers.md, as one program."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S))
+    code = "\n".join(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S)
+    )
     export(lively_model(tokenizer), tmp_path / "runs/dual_tower_easyvqa/model", tokenizer, Config(), tmp_path)
     Image.open(images["a"]).save(tmp_path / "photo.png")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout, done.stderr

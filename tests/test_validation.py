@@ -44,8 +44,20 @@ def captions(folder: Path, count: int) -> Path:
 
 
 def run(folder: Path, *flags: str) -> list[dict]:
-    command = [sys.executable, str(ROOT / "train_dual_tower.py"), "--max_steps", "6", *SMALL, "--data.sources", f"jsonl={folder / 'captions.jsonl'}", "--data.vocab_size", "300"]
-    done = run_program([*command, "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), *flags], folder)
+    command = [
+        sys.executable,
+        str(ROOT / "train_dual_tower.py"),
+        "--max_steps",
+        "6",
+        *SMALL,
+        "--data.sources",
+        f"jsonl={folder / 'captions.jsonl'}",
+        "--data.vocab_size",
+        "300",
+    ]
+    done = run_program(
+        [*command, "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), *flags], folder
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -61,7 +73,20 @@ def evaluated(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("evaluated")
     captions(folder, 30)
     task = f"questions:jsonl={folder / 'captions.jsonl'}"
-    flags = ["--train.eval_every", "3", "--eval.tasks", task, "--eval.tasks_every", "2", "--eval.limit", "8", "--eval.best", "validation_loss", "--eval.caption_tokens", "6"]
+    flags = [
+        "--train.eval_every",
+        "3",
+        "--eval.tasks",
+        task,
+        "--eval.tasks_every",
+        "2",
+        "--eval.limit",
+        "8",
+        "--eval.best",
+        "validation_loss",
+        "--eval.caption_tokens",
+        "6",
+    ]
     return folder, run(folder, *flags)
 
 
@@ -71,8 +96,12 @@ def test_training_does_not_notice(evaluated, tmp_path):
     plain = run(tmp_path, "--train.eval_every", "0", "--eval.captions", "0")
     folder, lines = evaluated
     assert losses(plain) == losses(lines) and len(losses(lines)) == 6
-    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
-    assert "validation_cider" not in plain[-1] and [line["step"] for line in lines if "validation_cider" in line] == [2, 3, 4, 6]
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (
+        folder / "run" / "model" / "model.safetensors"
+    ).read_bytes()
+    assert "validation_cider" not in plain[-1] and [
+        line["step"] for line in lines if "validation_cider" in line
+    ] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if any(key.startswith("questions:") for key in line)] == [2, 4, 6]
 
 
@@ -80,40 +109,67 @@ def test_the_best_model_is_kept(evaluated):
     folder, lines = evaluated
     values = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     step = min(values, key=values.get)
-    assert json.loads((folder / "run" / "best.json").read_text()) == {"step": step, "metric": "validation_loss", "value": values[step]}
-    assert Predictor.from_pretrained(folder / "run" / "best").answer([([], "what is it?")], GenerationConfig(max_new_tokens=2))
-    same = (folder / "run" / "best" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
+    assert json.loads((folder / "run" / "best.json").read_text()) == {
+        "step": step,
+        "metric": "validation_loss",
+        "value": values[step],
+    }
+    assert Predictor.from_pretrained(folder / "run" / "best").answer(
+        [([], "what is it?")], GenerationConfig(max_new_tokens=2)
+    )
+    same = (folder / "run" / "best" / "model.safetensors").read_bytes() == (
+        folder / "run" / "model" / "model.safetensors"
+    ).read_bytes()
     assert same == (step == 6)
 
 
 def test_tasks_score_as_evaluation_does_afterwards(evaluated):
     folder, lines = evaluated
     task = f"questions:jsonl={folder / 'captions.jsonl'}"
-    done = run_program([ROOT / "evaluation.py", "--model", "run/model", "--tasks", task, "--limit", "8", "--output", "out"], folder)
+    done = run_program(
+        [ROOT / "evaluation.py", "--model", "run/model", "--tasks", task, "--limit", "8", "--output", "out"],
+        folder,
+    )
     assert done.returncode == 0, done.stderr
     scores = json.loads((folder / "out" / "results.json").read_text())["tasks"][task]["scores"]
-    assert {f"{task}_{key}": value for key, value in scores.items()} == {key: value for key, value in lines[-1].items() if key.startswith("questions:")}
+    assert {f"{task}_{key}": value for key, value in scores.items()} == {
+        key: value for key, value in lines[-1].items() if key.startswith("questions:")
+    }
 
 
 def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
     """Against answers one at a time."""
     records = [json.loads(line) for line in captions(tmp_path, 12).read_text().splitlines()]
-    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
+    records = [
+        {
+            "images": [str(tmp_path / r["image"])],
+            "texts": r["texts"],
+            "references": r["references"],
+            "id": str(i),
+        }
+        for i, r in enumerate(records)
+    ]
     model = lively_model(tokenizer)
     validation = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0)
     found = validation.cider(model, 10, 5)
     predictor, made = Predictor(model, renderer), {}
     for record in records:
-        made[record["images"][0]] = predictor.answer([([predictor.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5))[0].text
+        made[record["images"][0]] = predictor.answer(
+            [([predictor.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5)
+        )[0].text
     asked = validation.captions[:10]
-    assert len(found.each) == 10 and found.score == pytest.approx(cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score)
+    assert len(found.each) == 10 and found.score == pytest.approx(
+        cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score
+    )
     assert validation.cider(model, 0, 5) is None
 
 
 def held() -> int:
     """Bytes of all tensors that are alive in this process."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]  # those that other tests left to the compiler have no memory
+    tensors = [
+        thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+    ]  # those that other tests left to the compiler have no memory
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -121,10 +177,26 @@ def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
     """Image KVs and decoding caches of an evaluation are gone after it; what validation itself keeps for the next one does not grow."""
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     records = [json.loads(line) for line in captions(tmp_path, 10).read_text().splitlines()]
-    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
-    validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
+    records = [
+        {
+            "images": [str(tmp_path / r["image"])],
+            "texts": r["texts"],
+            "references": r["references"],
+            "id": str(i),
+        }
+        for i, r in enumerate(records)
+    ]
+    validation, model = (
+        Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0),
+        lively_model(tokenizer),
+    )
     tasks = TrainingTasks(EvalConfig(tasks=f"questions:jsonl={tmp_path / 'captions.jsonl'}"))
-    for work in (validation.score, lambda model: validation.cider(model, 10, 5), lambda model: validation.predictions(model, 8), lambda model: tasks.score(model, renderer)):
+    for work in (
+        validation.score,
+        lambda model: validation.cider(model, 10, 5),
+        lambda model: validation.predictions(model, 8),
+        lambda model: tasks.score(model, renderer),
+    ):
         found = []
         for _ in range(3):
             with torch.no_grad():
@@ -145,11 +217,29 @@ class Meeting(DistributedContext):
 def test_ranks_share_captions_and_predictions(tokenizer, renderer, tmp_path, monkeypatch):
     """Each answers about half; together they say what one says alone."""
     records = [json.loads(line) for line in captions(tmp_path, 9).read_text().splitlines()]
-    records = [{"images": [str(tmp_path / r["image"])], "texts": r["texts"], "references": r["references"], "id": str(i)} for i, r in enumerate(records)]
-    validation, model = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0), lively_model(tokenizer)
+    records = [
+        {
+            "images": [str(tmp_path / r["image"])],
+            "texts": r["texts"],
+            "references": r["references"],
+            "id": str(i),
+        }
+        for i, r in enumerate(records)
+    ]
+    validation, model = (
+        Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0),
+        lively_model(tokenizer),
+    )
     asked, original = [], Predictor.answer
-    monkeypatch.setattr(Predictor, "answer", lambda self, questions, *more: (asked.append(len(questions)), original(self, questions, *more))[1])
-    for work in (lambda world: validation.cider(model, 9, 5, world), lambda world: validation.predictions(model, 7, world)):
+    monkeypatch.setattr(
+        Predictor,
+        "answer",
+        lambda self, questions, *more: (asked.append(len(questions)), original(self, questions, *more))[1],
+    )
+    for work in (
+        lambda world: validation.cider(model, 9, 5, world),
+        lambda world: validation.predictions(model, 7, world),
+    ):
         alone = work(DistributedContext())
         asked.clear()
         table, barrier = {}, threading.Barrier(2)
@@ -178,14 +268,43 @@ def test_two_ranks_score_as_one_does(tmp_path):
         "--data.sources",
         f"jsonl={tmp_path / 'captions.jsonl'}",
     ]
-    flags += ["--data.vocab_size", "300", "--eval.tasks", f"questions:jsonl={tmp_path / 'captions.jsonl'}", "--eval.limit", "5", "--eval.caption_tokens", "6", "--max_steps", "3"]
+    flags += [
+        "--data.vocab_size",
+        "300",
+        "--eval.tasks",
+        f"questions:jsonl={tmp_path / 'captions.jsonl'}",
+        "--eval.limit",
+        "5",
+        "--eval.caption_tokens",
+        "6",
+        "--max_steps",
+        "3",
+    ]
     told = []
     for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        done = run_program([*start, str(ROOT / "train_dual_tower.py"), *SMALL, *flags, "--output_dir", f"run{len(told)}", "--cache_dir", "cache"], tmp_path)
+        done = run_program(
+            [
+                *start,
+                str(ROOT / "train_dual_tower.py"),
+                *SMALL,
+                *flags,
+                "--output_dir",
+                f"run{len(told)}",
+                "--cache_dir",
+                "cache",
+            ],
+            tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         last = json.loads((tmp_path / f"run{len(told)}" / "metrics.jsonl").read_text().splitlines()[-1])
-        told.append({key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"})
-    assert told[1] == pytest.approx(told[0], abs=1e-5) and {"validation_cider", "validation_loss"} < told[0].keys() and any(key.startswith("questions:") for key in told[0])
+        told.append(
+            {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
+        )
+    assert (
+        told[1] == pytest.approx(told[0], abs=1e-5)
+        and {"validation_cider", "validation_loss"} < told[0].keys()
+        and any(key.startswith("questions:") for key in told[0])
+    )
 
 
 def test_best_goes_by_the_metric_s_direction(tmp_path):
@@ -197,14 +316,24 @@ def test_best_goes_by_the_metric_s_direction(tmp_path):
             told.append(step)
     assert told == [1, 3]
     assert best.is_beaten(2, {"mmstar_average": 0.0})  # the run was taken up again before step 3
-    assert not best.is_beaten(5, {"validation_loss": 0.0}) and not best.is_beaten(5, {"mmstar_average": float("nan")})
+    assert not best.is_beaten(5, {"validation_loss": 0.0}) and not best.is_beaten(
+        5, {"mmstar_average": float("nan")}
+    )
     lowest = BestCheckpoint(tmp_path, "mmstar_error", {"mmstar_average": True, "mmstar_error": False})
     assert lowest.is_beaten(9, {"mmstar_error": 0.9})  # what was kept by another metric does not count
     lowest.note(9, {"mmstar_error": 0.9})
     assert lowest.is_beaten(10, {"mmstar_error": 0.1}) and not lowest.is_beaten(10, {"mmstar_error": 1.0})
-    never = BestCheckpoint(tmp_path, "mmstar_average", {"mmstar_average": True})  # what is kept is another metric's
-    assert lowest.warning == "" and never.warning == "eval.best: mmstar_average never came with a number, so no best model was kept"
-    assert BestCheckpoint(tmp_path / "new", "mmstar_average", {"mmstar_average": True}).warning == never.warning and not BestCheckpoint(tmp_path / "new", "", {}).warning
+    never = BestCheckpoint(
+        tmp_path, "mmstar_average", {"mmstar_average": True}
+    )  # what is kept is another metric's
+    assert (
+        lowest.warning == ""
+        and never.warning == "eval.best: mmstar_average never came with a number, so no best model was kept"
+    )
+    assert (
+        BestCheckpoint(tmp_path / "new", "mmstar_average", {"mmstar_average": True}).warning == never.warning
+        and not BestCheckpoint(tmp_path / "new", "", {}).warning
+    )
     with pytest.raises(UsageError, match="no metric 'mmstar_averge' .did you mean 'mmstar_average'"):
         BestCheckpoint(tmp_path, "mmstar_averge", {"mmstar_average": True, "mmstar_error": False})
 

@@ -55,7 +55,9 @@ def info(args: argparse.Namespace) -> None:
             raise UserError(f"{args.source} holds no config.json, so no model of this project")
         head = read_json(fetch(args.source, ["config.json"], "config.json") / "config.json")
         if not isinstance(head, dict):
-            raise UserError(f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object")
+            raise UserError(
+                f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object"
+            )
     else:
         folder = Path(args.source)
         head, state = read_model_config(folder), f"{numbers(folder):,} numbers"
@@ -97,13 +99,20 @@ def card(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(prog="python -m tools.hub", description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        prog="python -m tools.hub",
+        description=str(__doc__),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="push|pull|info|card")
     add = commands.add_parser("push", help="a model folder → a repository")
     add.add_argument("folder", metavar="DIR")
     add.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME; made where there is none")
-    add.add_argument("--private", action="store_true", help="make it private; a public one of that name is refused")
+    add.add_argument(
+        "--private", action="store_true", help="make it private; a public one of that name is refused"
+    )
     add.add_argument("--branch", help="push to this branch, made where there is none [main]")
     add.add_argument("--message", default="Push a model of DualTowerVLM", help="of the commit")
     add.set_defaults(do=push_folder)
@@ -116,7 +125,9 @@ def main(argv: list[str]) -> None:
     add.set_defaults(do=info)
     add = commands.add_parser("card", help="write the card of a run's model again")
     add.add_argument("run", metavar="RUN")
-    add.add_argument("--licence", default="", help="of the weights, as the Hub names it [hub.licence of the run]")
+    add.add_argument(
+        "--licence", default="", help="of the weights, as the Hub names it [hub.licence of the run]"
+    )
     add.set_defaults(do=card)
     args = parser.parse(argv)
     args.do(args)

@@ -21,21 +21,29 @@ T = TypeVar("T")
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
-def arguments(argv: list[str], description: str, own: dict[str, tuple[Any, str]]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
+def arguments(
+    argv: list[str], description: str, own: dict[str, tuple[Any, str]]
+) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     """Command line → a tool's own arguments, the configuration, the configuration's flags that were given. `own`: name → default, help."""
     parser = FlagParser(add_help=False, allow_abbrev=False)
     for name, (default, help) in own.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, metavar=type(default).__name__.upper())
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, metavar=type(default).__name__.upper()
+        )
         description += f"\n  --{name} {type(default).__name__.upper():<4} {help} [{default}]"
     args, rest = parser.parse_known(argv)
     config, flags = resolve(rest, description)
     if config.resume:
-        raise UsageError("--resume goes on with a training run; to look at its data, give --config and the flags that it was started with")
+        raise UsageError(
+            "--resume goes on with a training run; to look at its data, give --config and the flags that it was started with"
+        )
     for name, (default, _) in own.items():
         if isinstance(default, int) and getattr(args, name) < 1:
             raise UsageError(f"--{name} = {getattr(args, name)} must be at least 1")
     output = Path(args.output)
-    if not output.name or output.is_dir() or not output.parent.is_dir():  # told now, not after minutes of work
+    if (
+        not output.name or output.is_dir() or not output.parent.is_dir()
+    ):  # told now, not after minutes of work
         raise UsageError(f"--output: '{args.output}' is a folder, or lies in one that does not exist")
     return args, config, flags
 

@@ -33,7 +33,11 @@ from training.setup import Data, build_data
 from utils.errors import UserError, run_script
 from utils.files import write_text
 
-OWN = {"output": ("preview.html", "file to write"), "samples": (12, "samples shown in full"), "rows": (3, "packed rows shown as bars")}
+OWN = {
+    "output": ("preview.html", "file to write"),
+    "samples": (12, "samples shown in full"),
+    "rows": (3, "packed rows shown as bars"),
+}
 OPEN_TOKENS, OPEN_DOCUMENTS = 240, 4  # what is beyond stands folded up
 THUMBNAIL = 160  # pixels along a tile's side, at most
 
@@ -69,7 +73,9 @@ class Spelling:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.backend, self.image = tokenizer.backend, tokenizer.image
-        self.special = {number: token.content for number, token in self.backend.get_added_tokens_decoder().items()}
+        self.special = {
+            number: token.content for number, token in self.backend.get_added_tokens_decoder().items()
+        }
         self.byte_level = "ByteLevel" in repr(self.backend.decoder)
 
     def of(self, ids: list[int]) -> list[tuple[str, str]]:
@@ -92,19 +98,30 @@ class Spelling:
                 text = visible(b"".join(waiting).decode())
             except UnicodeDecodeError:
                 continue
-            out += [(text, "")] if len(waiting) == 1 else [(piece.hex(" ").upper(), f"bytes of {text}") for piece in waiting]
+            out += (
+                [(text, "")]
+                if len(waiting) == 1
+                else [(piece.hex(" ").upper(), f"bytes of {text}") for piece in waiting]
+            )
             waiting = []
         return out + [(piece.hex(" ").upper(), "bytes") for piece in waiting]
 
     def _raw(self, token: int) -> bytes:
         letters = self.backend.id_to_token(token)
-        return bytes(_bytes_of_letters()[c] for c in letters) if self.byte_level else letters.replace("▁", " ").encode()
+        return (
+            bytes(_bytes_of_letters()[c] for c in letters)
+            if self.byte_level
+            else letters.replace("▁", " ").encode()
+        )
 
 
 def left_tokens(sample: Sample, spelling: Spelling) -> list[Token]:
     first = sample.documents[0]
     spelt = spelling.of(first.left_ids)
-    return [Token(i, text, p, "left", i in spelling.special, note) for i, (text, note), p in zip(first.left_ids, spelt, first.left_positions, strict=True)]
+    return [
+        Token(i, text, p, "left", i in spelling.special, note)
+        for i, (text, note), p in zip(first.left_ids, spelt, first.left_positions, strict=True)
+    ]
 
 
 def right_tokens(document: Document, spelling: Spelling) -> list[Token]:
@@ -112,10 +129,21 @@ def right_tokens(document: Document, spelling: Spelling) -> list[Token]:
     learnt = [False, *[label != IGNORE for label in document.labels]]
     ids, positions, notes = [*document.right_ids], [*document.right_positions], [""] * len(document.right_ids)
     if learnt[-1]:
-        ids, positions, notes = [*ids, document.labels[-1]], [*positions, positions[-1] + 1], [*notes, "a target only, never read"]
+        ids, positions, notes = (
+            [*ids, document.labels[-1]],
+            [*positions, positions[-1] + 1],
+            [*notes, "a target only, never read"],
+        )
     spelt = spelling.of(ids)
     return [
-        Token(i, text, p, "learnt" if target else "right", i in spelling.special, ", ".join(filter(None, (note, more))))
+        Token(
+            i,
+            text,
+            p,
+            "learnt" if target else "right",
+            i in spelling.special,
+            ", ".join(filter(None, (note, more))),
+        )
         for i, (text, note), p, target, more in zip(ids, spelt, positions, learnt, notes, strict=False)
     ]
 
@@ -133,7 +161,12 @@ def boxes(tokens: list[Token], image: int) -> str:
         if token.position != expected and token.kind != "left":
             out.append(f'<i class="gap">positions {expected}–{token.position - 1} are in the left stream</i>')
         expected = token.position + 1
-        names = [token.kind] + ["special"] * token.special + ["image"] * (token.id == image) + ["end"] * token.note.endswith("never read")
+        names = (
+            [token.kind]
+            + ["special"] * token.special
+            + ["image"] * (token.id == image)
+            + ["end"] * token.note.endswith("never read")
+        )
         title = f"position {token.position} · id {token.id} · {'left stream' if token.kind == 'left' else 'right stream'}{', learnt' * (token.kind == 'learnt')}"
         shown = "" if token.id == image else _escape(token.text).replace("␣", "<i>␣</i>")
         title += f" · {token.text}" * (token.id == image) + f" · {token.note}" * bool(token.note)
@@ -173,13 +206,20 @@ def figures(tiles: Any, grids: list[Grid]) -> str:
     """Every image: the view of the whole, then its tiles in their grid, under the names of their markers."""
     out, start = [], 0
     for rows, columns in grids:
-        names = [GLOBAL_IMAGE, *[TILE_MARKERS[r * MAX_GRID + c] for r in range(rows) for c in range(columns)]][: tile_count((rows, columns))]
+        names = [
+            GLOBAL_IMAGE,
+            *[TILE_MARKERS[r * MAX_GRID + c] for r in range(rows) for c in range(columns)],
+        ][: tile_count((rows, columns))]
         cells = [
             f'<figure><img src="{thumbnail(tile)}" alt=""><figcaption>{_escape(name)}</figcaption></figure>'
             for tile, name in zip(tiles[start : start + len(names)], names, strict=True)
         ]
         start += len(names)
-        grid = f'<div class="grid" style="grid-template-columns:repeat({columns},minmax(5.5rem,7.5rem))">{"".join(cells[1:])}</div>' if cells[1:] else ""
+        grid = (
+            f'<div class="grid" style="grid-template-columns:repeat({columns},minmax(5.5rem,7.5rem))">{"".join(cells[1:])}</div>'
+            if cells[1:]
+            else ""
+        )
         out.append(f'<div class="picture">{cells[0]}{grid}</div>')
     return "".join(out) or '<p class="quiet">no image</p>'
 
@@ -195,7 +235,9 @@ def card(number: int, sample: Sample, name: str, spelling: Spelling) -> str:
         tokens = right_tokens(document, spelling)
         learnt = sum(token.kind == "learnt" for token in tokens)
         head = f"document {i} of {len(sample.documents)}: {_count(len(document.right_ids), 'token')}, {learnt:,} learnt"
-        documents.append(f'<section class="document"><h4>{head}</h4>{stream(tokens, spelling.image)}</section>')
+        documents.append(
+            f'<section class="document"><h4>{head}</h4>{stream(tokens, spelling.image)}</section>'
+        )
     folded = documents[OPEN_DOCUMENTS:] if len(documents) > OPEN_DOCUMENTS + 1 else []
     shown = "".join(documents[: len(documents) - len(folded)])
     if folded:
@@ -211,7 +253,9 @@ def card(number: int, sample: Sample, name: str, spelling: Spelling) -> str:
 def bar(lengths: list[int], tips: list[str], budget: int, scale: int) -> str:
     """One stream of a packed row: the track is as wide as its budget in proportion to `scale`, a segment as its sample in the budget."""
     segments = "".join(
-        f'<span style="width:{100 * n / budget:.3f}%;--hue:{_hue(i)}" title="{_escape(tip)}">{n}</span>' for i, (n, tip) in enumerate(zip(lengths, tips, strict=True)) if n
+        f'<span style="width:{100 * n / budget:.3f}%;--hue:{_hue(i)}" title="{_escape(tip)}">{n}</span>'
+        for i, (n, tip) in enumerate(zip(lengths, tips, strict=True))
+        if n
     )
     return f'<div class="bar" style="width:{100 * budget / scale:.3f}%">{segments}</div>'
 
@@ -226,12 +270,19 @@ def row_bars(number: int, row: Row, budget: Budget) -> str:
         f"sample {i} · {s.source} · {s.left_length:,} left, {s.right_length:,} right tokens · {_count(len(s.documents), 'document')} · {_count(s.tile_total, 'tile')}"
         for i, s in enumerate(row, 1)
     ]
-    streams = [("left", [s.left_length for s in row], budget.left), ("right", [s.right_length for s in row], budget.right)]
+    streams = [
+        ("left", [s.left_length for s in row], budget.left),
+        ("right", [s.right_length for s in row], budget.right),
+    ]
     streams = [stream for stream in streams if stream[2]]
     scale = max(size for _, _, size in streams)
-    out = [f"<h3>row {number} <small>{_count(len(row), 'sample')} · {_count(sum(s.tile_total for s in row), 'tile')} · {fill_text(row, budget)}</small></h3>"]
+    out = [
+        f"<h3>row {number} <small>{_count(len(row), 'sample')} · {_count(sum(s.tile_total for s in row), 'tile')} · {fill_text(row, budget)}</small></h3>"
+    ]
     for name, lengths, size in streams:
-        out.append(f'<div class="stream"><span class="label">{name}</span>{bar(lengths, tips, size, scale)}</div>')
+        out.append(
+            f'<div class="stream"><span class="label">{name}</span>{bar(lengths, tips, size, scale)}</div>'
+        )
     items = "".join(f'<li style="--hue:{_hue(i)}">{_escape(tip)}</li>' for i, tip in enumerate(tips))
     return f'<article class="row">{"".join(out)}<details><summary>samples of this row</summary><ol class="key">{items}</ol></details></article>'
 
@@ -239,8 +290,14 @@ def row_bars(number: int, row: Row, budget: Budget) -> str:
 def fill_text(row: Row, budget: Budget) -> str:
     """How full a row is: `left 34 of 34 (100.0 %), right 120 of 128 (93.8 %), both 95.1 %`."""
     left, right = sum(s.left_length for s in row), sum(s.right_length for s in row)
-    parts = [f"{name} {n:,} of {size:,} ({100 * n / size:.1f} %)" for name, n, size in (("left", left, budget.left), ("right", right, budget.right)) if size]
-    return ", ".join(parts + [f"both {100 * (left + right) / (budget.left + budget.right):.1f} %"] * (len(parts) > 1))
+    parts = [
+        f"{name} {n:,} of {size:,} ({100 * n / size:.1f} %)"
+        for name, n, size in (("left", left, budget.left), ("right", right, budget.right))
+        if size
+    ]
+    return ", ".join(
+        parts + [f"both {100 * (left + right) / (budget.left + budget.right):.1f} %"] * (len(parts) > 1)
+    )
 
 
 STYLE = """
@@ -285,8 +342,13 @@ LEGEND = """<p class="legend"><span><b class="left special">&lt;|global_image|&g
 def head(config: Config, data: Data, drawn: int) -> str:
     """What the page shows, and what was dropped on the way to it."""
     m, b = config.model, data.budget
-    dropped = "; ".join(f"{name}: " + ", ".join(f"{reason} {n:,}" for reason, n in reasons.items()) for name, reasons in by_source(+data.training.dropped).items())
-    budgets = f"right {b.right:,}" if not b.left else f"left {b.left:,} (in steps of {b.unit}), right {b.right:,}"
+    dropped = "; ".join(
+        f"{name}: " + ", ".join(f"{reason} {n:,}" for reason, n in reasons.items())
+        for name, reasons in by_source(+data.training.dropped).items()
+    )
+    budgets = (
+        f"right {b.right:,}" if not b.left else f"left {b.left:,} (in steps of {b.unit}), right {b.right:,}"
+    )
     facts = {
         "sources": config.data.sources,
         "records": ", ".join(f"{source.name} {len(source):,}" for source in data.training.sources),
@@ -294,8 +356,15 @@ def head(config: Config, data: Data, drawn: int) -> str:
         "dropped so far": dropped or "none",
         "images": f"tiles of {m.vision.image_size} × {m.vision.image_size} pixels, {m.tokens_per_tile} image tokens each"
         + (f", images up to {m.vision.max_side} pixels cut into tiles" if m.vision.max_side else ""),
-        "goes left": {"image": "image blocks", "prefix": "all up to the last image token", "none": "nothing (vanilla)"}[m.left_context],
-        "turns of a record": {"branch": "independent questions on the same images (branch)", "chain": "one conversation (chain)"}[config.data.turns],
+        "goes left": {
+            "image": "image blocks",
+            "prefix": "all up to the last image token",
+            "none": "nothing (vanilla)",
+        }[m.left_context],
+        "turns of a record": {
+            "branch": "independent questions on the same images (branch)",
+            "chain": "one conversation (chain)",
+        }[config.data.turns],
         "budgets of a row": budgets + (f", at most {b.tiles} tiles" if b.tiles else ""),
     }
     rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
@@ -338,10 +407,15 @@ def draw(data: Data, samples: int, rows: int) -> tuple[list[Sample], list[Row], 
             yield sample
 
     stream.pending = remembered(stream.pending)
-    packed = [[made for sample in row if (made := decoder(sample)) is not None] for row in watched(stream, rows, "packing rows")]
+    packed = [
+        [made for sample in row if (made := decoder(sample)) is not None]
+        for row in watched(stream, rows, "packing rows")
+    ]
     shown: dict[Key, Sample] = {}
     at = 0
-    while len(shown) < samples and (at < len(drawn) or stream.stream.epoch == 0):  # a set of fewer samples is not shown twice
+    while len(shown) < samples and (
+        at < len(drawn) or stream.stream.epoch == 0
+    ):  # a set of fewer samples is not shown twice
         if at == len(drawn):
             next(stream.pending)
         if (made := decoder(drawn[at])) is not None:
@@ -363,7 +437,9 @@ def main(argv: list[str]) -> None:
     samples, rows, drawn = draw(data, args.samples, args.rows)
     text = page(config, data, samples, rows, drawn)
     write_text(Path(args.output), text)
-    print(f"{args.output}: {len(samples)} samples and {len(rows)} rows of {config.config}, {len(text) / 2**20:.1f} MB; open it in a browser")
+    print(
+        f"{args.output}: {len(samples)} samples and {len(rows)} rows of {config.config}, {len(text) / 2**20:.1f} MB; open it in a browser"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class Tally:
         self.left.append(sample.left_length)
         self.right.append(sample.right_length)
         self.documents.append(len(sample.documents))
-        self.turns.append(sum(d.labels.count(turn_end) for d in sample.documents))  # each answer ends with one that is learnt
+        self.turns.append(
+            sum(d.labels.count(turn_end) for d in sample.documents)
+        )  # each answer ends with one that is learnt
         self.tiles += map(tile_count, sample.grids)
 
 
@@ -79,7 +81,9 @@ class Stats:
     drawn: int
     dropped: dict[str, dict[str, int]]  # source → reason → count
     fill: Fill
-    suggested: Fill | None = None  # with the better of the splits that the data's mean lengths give; None: there is no other
+    suggested: Fill | None = (
+        None  # with the better of the splits that the data's mean lengths give; None: there is no other
+    )
 
     @property
     def used(self) -> int:
@@ -90,9 +94,13 @@ def gather(config: Config, data: Data, samples: int) -> Stats:
     """Draw and decode the first `samples` of training, then pack about as many."""
     tallies = [Tally(source.name, len(source)) for source in data.training.sources]
     decoder, drawn = Decoder(data.training), []
-    sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a record's images, which a sample no longer has once it is decoded and kept
+    sizes: dict[
+        tuple[int, int], list[tuple[int, int]]
+    ] = {}  # of a record's images, which a sample no longer has once it is decoded and kept
     for sample in watched(data.batches.rows.pending, samples, "reading samples"):
-        drawn.append(replace(sample, images=[], tiles=None))  # encoded images of thousands would fill the memory
+        drawn.append(
+            replace(sample, images=[], tiles=None)
+        )  # encoded images of thousands would fill the memory
         if decoder(sample) is not None:
             tally = tallies[sample.key[0]]
             tally.add(sample, data.tokenizer.turn_end)
@@ -145,10 +153,14 @@ def splits(samples: Sequence[Sample], budget: Budget) -> list[Budget]:
     return [replace(budget, left=left, right=total - left) for left in ways if left < total]
 
 
-def replanned(samples: Iterable[Sample], config: Config, data: Data, budget: Budget) -> tuple[list[Sample], int]:
+def replanned(
+    samples: Iterable[Sample], config: Config, data: Data, budget: Budget
+) -> tuple[list[Sample], int]:
     """The same records as they would be with other budgets: conversations are cut, and parts of a record made, by `right_length`. And how many more are dropped."""
     old, d = data.training, config.data
-    changed = replace(d, left_length=budget.left, right_length=budget.right, filters=replace(d.filters, duplicates=False))  # duplicates are out already
+    changed = replace(
+        d, left_length=budget.left, right_length=budget.right, filters=replace(d.filters, duplicates=False)
+    )  # duplicates are out already
     dataset = SampleDataset(old.sources, old.renderer, old.vision, changed, old.max_positions, keep=False)
     planned: list[Sample] = []
     lost = 0
@@ -165,22 +177,46 @@ def show(stats: Stats, config: Config, console: Console) -> None:
     everything = Tally(
         "all",
         sum(t.records for t in sources),
-        *(list(chain.from_iterable(getattr(t, name) for t in sources)) for name in ("left", "right", "documents", "turns", "sizes", "tiles")),
+        *(
+            list(chain.from_iterable(getattr(t, name) for t in sources))
+            for name in ("left", "right", "documents", "turns", "sizes", "tiles")
+        ),
     )
     lines = [*sources, *[everything] * (len(sources) > 1)]
-    table = _table("source", "records", "samples", "share", "documents", "turns", title=f"{config.config}: {stats.drawn:,} samples drawn")
+    table = _table(
+        "source",
+        "records",
+        "samples",
+        "share",
+        "documents",
+        "turns",
+        title=f"{config.config}: {stats.drawn:,} samples drawn",
+    )
     for t in lines:
         n = len(t.left)
-        table.add_row(t.name, f"{t.records:,}", f"{n:,}", f"{n / used:.1%}" if used else "–", _mean(t.documents), _mean(t.turns))
+        table.add_row(
+            t.name,
+            f"{t.records:,}",
+            f"{n:,}",
+            f"{n / used:.1%}" if used else "–",
+            _mean(t.documents),
+            _mean(t.turns),
+        )
     console.print(table)
     console.print("documents, turns: mean of a sample\n", style="dim")
-    table = _table("source", "left mean", "median", "95 %", "right mean", "median", "95 %", title="tokens of a sample")
+    table = _table(
+        "source", "left mean", "median", "95 %", "right mean", "median", "95 %", title="tokens of a sample"
+    )
     for t in lines:
         table.add_row(t.name, *_three(t.left), *_three(t.right))
     console.print(table)
-    table = _table("source", "images of a sample", "median width × height", "tiles of an image", title="images")
+    table = _table(
+        "source", "images of a sample", "median width × height", "tiles of an image", title="images"
+    )
     for t in lines:
-        size = " × ".join(f"{np.median([s[axis] for s in t.sizes]):,.0f}" for axis in (0, 1)) if t.sizes else "–"
+        size = (
+            " × ".join(f"{np.median([s[axis] for s in t.sizes]):,.0f}" for axis in (0, 1)) if t.sizes else "–"
+        )
         table.add_row(t.name, f"{len(t.sizes) / len(t.left):.2f}" if t.left else "–", size, _mean(t.tiles))
     console.print(table)
     if stats.dropped:
@@ -190,18 +226,38 @@ def show(stats: Stats, config: Config, console: Console) -> None:
                 table.add_row(name, reason, f"{n:,}")
         console.print(table)
 
-    table = _table("budgets", "left", "right", "left fill", "right fill", "both", "samples", "tiles", title="packed rows")
+    table = _table(
+        "budgets", "left", "right", "left fill", "right fill", "both", "samples", "tiles", title="packed rows"
+    )
     for name, fill in (("configured", stats.fill), ("suggested", stats.suggested)):
         if fill is not None:
             b, rows = fill.budget, len(fill.right)
-            fills = [f"{sum(fill.left) / rows:.1%}" if b.left else "–", f"{sum(fill.right) / rows:.1%}", f"{fill.both:.1%}"]
-            table.add_row(name, f"{b.left:,}", f"{b.right:,}", *fills, f"{fill.samples / rows:.1f}", f"{sum(fill.tiles) / rows:.1f}")
+            fills = [
+                f"{sum(fill.left) / rows:.1%}" if b.left else "–",
+                f"{sum(fill.right) / rows:.1%}",
+                f"{fill.both:.1%}",
+            ]
+            table.add_row(
+                name,
+                f"{b.left:,}",
+                f"{b.right:,}",
+                *fills,
+                f"{fill.samples / rows:.1f}",
+                f"{sum(fill.tiles) / rows:.1f}",
+            )
     console.print(table)
-    console.print(f"{len(stats.fill.right):,} rows from a window of {config.data.window:,} samples; samples, tiles: mean of a row", style="dim")
+    console.print(
+        f"{len(stats.fill.right):,} rows from a window of {config.data.window:,} samples; samples, tiles: mean of a row",
+        style="dim",
+    )
     if (s := stats.suggested) is not None and s.both > stats.fill.both:
-        console.print(f"\nThe data's mean lengths suggest: --data.left_length {s.budget.left} --data.right_length {s.budget.right}")
+        console.print(
+            f"\nThe data's mean lengths suggest: --data.left_length {s.budget.left} --data.right_length {s.budget.right}"
+        )
     elif stats.fill.budget.left:
-        console.print("\nThe budgets are split as suits the data: its mean lengths suggest none that fills rows better.")
+        console.print(
+            "\nThe budgets are split as suits the data: its mean lengths suggest none that fills rows better."
+        )
 
 
 def _table(first: str, *numbers: str, title: str) -> Table:
@@ -217,7 +273,11 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _three(values: Sequence[float]) -> list[str]:
-    return [f"{np.mean(values):,.1f}", f"{np.median(values):,.0f}", f"{np.percentile(values, 95):,.0f}"] if len(values) else ["–"] * 3
+    return (
+        [f"{np.mean(values):,.1f}", f"{np.median(values):,.0f}", f"{np.percentile(values, 95):,.0f}"]
+        if len(values)
+        else ["–"] * 3
+    )
 
 
 def draw(stats: Stats, config: Config, path: Path) -> str:
@@ -237,16 +297,32 @@ def plot(stats: Stats, config: Config) -> "Figure":
 
     few = len(PALETTE) - 1  # sources with a colour of their own; the last colour is the others'
     parts = [[t] for t in stats.sources[:few]] + [stats.sources[few:]] * (len(stats.sources) > few)
-    names = [f"{len(part)} more" if len(part) > 1 else f" {part[0].name}" for part in parts]  # one that begins with _ would be left out
+    names = [
+        f"{len(part)} more" if len(part) > 1 else f" {part[0].name}" for part in parts
+    ]  # one that begins with _ would be left out
     b, rows = stats.fill.budget, len(stats.fill.right)
     figure = Figure(figsize=(16, 10), layout="constrained")
     figure.suptitle(f"{config.config}: {stats.drawn:,} samples as training draws them")
     upper, lower = figure.subplots(2, 2)
-    titles = ("left tokens of a sample" if b.left else "vanilla: nothing goes left", "right tokens of a sample", "longer side of an image, pixels")
-    columns = ([t.left if b.left else [] for t in stats.sources], [t.right for t in stats.sources], [[max(size) for size in t.sizes] for t in stats.sources])
+    titles = (
+        "left tokens of a sample" if b.left else "vanilla: nothing goes left",
+        "right tokens of a sample",
+        "longer side of an image, pixels",
+    )
+    columns = (
+        [t.left if b.left else [] for t in stats.sources],
+        [t.right for t in stats.sources],
+        [[max(size) for size in t.sizes] for t in stats.sources],
+    )
     for axes, title, column in zip((*upper, lower[0]), titles, columns, strict=True):
         axes.set_title(title)
-        _histogram(axes, [list(chain.from_iterable(column[i : i + len(part)])) for i, part in enumerate(parts)], stacked=True, color=PALETTE[: len(parts)], label=names)
+        _histogram(
+            axes,
+            [list(chain.from_iterable(column[i : i + len(part)])) for i, part in enumerate(parts)],
+            stacked=True,
+            color=PALETTE[: len(parts)],
+            label=names,
+        )
     fills = {"left": stats.fill.left, "right": stats.fill.right} if b.left else {"right": stats.fill.right}
     lower[1].set_title(f"how full {rows:,} packed rows are, %")
     _histogram(
@@ -257,7 +333,9 @@ def plot(stats: Stats, config: Config) -> "Figure":
         label=[f"{name}, mean {np.mean(values):.1%}" for name, values in fills.items()],
     )
     lower[1].legend()
-    figure.legend(*upper[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(PALETTE), frameon=False)
+    figure.legend(
+        *upper[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(PALETTE), frameon=False
+    )
     return figure
 
 
@@ -269,7 +347,9 @@ def _histogram(axes: "Axes", groups: list[list[float]], end: int = 0, **options:
     if values:
         low, high = min(values), end or max(values) + 1
         around = max(0, 10 - (high - low)) // 2  # a single value is no wall from side to side
-        edges = MaxNLocator(30, integer=True, steps=[1, 2, 5, 10]).tick_values(max(0, low - around), high + around * (not end))
+        edges = MaxNLocator(30, integer=True, steps=[1, 2, 5, 10]).tick_values(
+            max(0, low - around), high + around * (not end)
+        )
         axes.hist(groups, edges, edgecolor="white", **options)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y", alpha=0.3)

@@ -47,14 +47,18 @@ class HeadsConfig:
     heads: int = opt(4, "K, multi-token heads")
     mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
     vocabulary: int = opt(8192, "tokens that can be drafted, the commonest in the answers (0: all)")
-    sources: str = opt("", "where images and questions come from, as --data.sources in training; none: --prompts, or the model itself")
+    sources: str = opt(
+        "",
+        "where images and questions come from, as --data.sources in training; none: --prompts, or the model itself",
+    )
     validation_images: int = opt(200, "images of each source that are left out, as in training")
     prompts: str = opt("", "file with a prompt a line")
     tokens: int = opt(250_000, "answer tokens to learn from")
     answer_tokens: int = opt(128, "longest answer")
     rows: int = opt(64, "prompts answered together")
     dtype: Literal["auto", "bf16", "fp32"] = opt(
-        "fp32", "of the weights while the model answers; auto: bf16 where the machine multiplies in it. Heads are trained, and the model is written, in fp32"
+        "fp32",
+        "of the weights while the model answers; auto: bf16 where the machine multiplies in it. Heads are trained, and the model is written, in fp32",
     )
     epochs: int = opt(4, "times that every token is learnt from")
     batch_tokens: int = opt(2048, "tokens of a step")
@@ -87,10 +91,16 @@ def asked(predictor: Predictor, config: HeadsConfig, held_out: bool = False) -> 
         while True:
             yield [([], text) for text in invented(predictor, config.rows, generator)]
     if config.prompts:
-        lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in Path(config.prompts).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         found: list[Callable[[], list[Question]]] = [lambda line=line: [([], line)] for line in lines]
     else:
-        sources = open_sources(DataConfig(sources=config.sources, validation_images=config.validation_images))[held_out]
+        sources = open_sources(
+            DataConfig(sources=config.sources, validation_images=config.validation_images)
+        )[held_out]
         found = [lambda s=s, i=i: questions_of(s.records, i) for s in sources for i in range(s.start, s.stop)]
     if not found:
         raise UserError(f"{config.prompts or config.sources} holds no prompt")
@@ -114,17 +124,29 @@ def questions_of(records: Any, index: int) -> list[Question]:
         return []
     if record.get("problem") or record["images"] is None:
         return []
-    return [(record["images"], turn["user"]) for turn in record["texts"] or () if isinstance(turn.get("user"), str) and turn["user"].strip()]
+    return [
+        (record["images"], turn["user"])
+        for turn in record["texts"] or ()
+        if isinstance(turn.get("user"), str) and turn["user"].strip()
+    ]
 
 
 def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> list[str]:
     """What the model says where a user would speak: sampled, up to its first sentence's end."""
     renderer = predictor.renderer
     start = renderer.user
-    settings = GenerationConfig(sampling=True, min_p=0.01, max_new_tokens=40, seed=int(torch.randint(1 << 30, (), generator=generator)), speculative="off")
+    settings = GenerationConfig(
+        sampling=True,
+        min_p=0.01,
+        max_new_tokens=40,
+        seed=int(torch.randint(1 << 30, (), generator=generator)),
+        speculative="off",
+    )
     prompt = Document([], [], [], start, list(range(len(start))), [-100] * len(start))
     batch = {name: t.to(predictor.model.device) for name, t in collate_prompts([prompt] * rows).items()}
-    made = generate(predictor.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch)
+    made = generate(
+        predictor.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch
+    )
     texts = []
     for tokens in made.tokens:
         text = renderer.tokenizer.decode(tokens).strip()
@@ -134,7 +156,9 @@ def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> lis
 
 
 @torch.inference_mode()
-def answers(predictor: Predictor, questions: list[tuple[list[Any], str]], config: HeadsConfig) -> list[AnswerStates]:
+def answers(
+    predictor: Predictor, questions: list[tuple[list[Any], str]], config: HeadsConfig
+) -> list[AnswerStates]:
     """The model's greedy answers with the hidden states along them."""
     model, renderer = predictor.model, predictor.renderer
     tiles, prompts = [], []
@@ -149,18 +173,31 @@ def answers(predictor: Predictor, questions: list[tuple[list[Any], str]], config
     rows, extra = predictor.images_of(prompts, tiles)[0], predictor.tiles_of(tiles)
     batch = {name: t.to(model.device) for name, t in collate_prompts(prompts).items()}
     settings = GenerationConfig(max_new_tokens=config.answer_tokens, speculative="off")
-    made = generate(model, images=rows, stop=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch)
+    made = generate(
+        model, images=rows, stop=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch
+    )
     whole, starts = [], []
     for prompt, tokens in zip(prompts, made.tokens, strict=True):
         last = prompt.right_positions[-1]
         starts.append(len(prompt.right_ids) - 1)
-        whole.append(replace(prompt, right_ids=[*prompt.right_ids, *tokens], right_positions=[*prompt.right_positions, *range(last + 1, last + 1 + len(tokens))]))
+        whole.append(
+            replace(
+                prompt,
+                right_ids=[*prompt.right_ids, *tokens],
+                right_positions=[*prompt.right_positions, *range(last + 1, last + 1 + len(tokens))],
+            )
+        )
     batch = {name: t.to(model.device) for name, t in collate_prompts(whole).items()}
     _, hidden = prefill(model, batch["ids"], batch["positions"], rows, 0, extra)
     told = []
     for b, (start, tokens) in enumerate(zip(starts, made.tokens, strict=True)):
         ended = len(tokens) < config.answer_tokens
-        told.append(AnswerStates(hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu(), torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended])))
+        told.append(
+            AnswerStates(
+                hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu(),
+                torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended]),
+            )
+        )
     return [t for t in told if len(t.tokens)]
 
 
@@ -179,15 +216,21 @@ def collect(predictor: Predictor, config: HeadsConfig, console: Console) -> list
             bar.update(task, completed=done)
             if done >= config.tokens:
                 if missing:
-                    console.print(f"{missing:,} questions left out: their images cannot be used, or the answer was empty")
+                    console.print(
+                        f"{missing:,} questions left out: their images cannot be used, or the answer was empty"
+                    )
                 return told
     raise AssertionError("asked() does not end")
 
 
-def fit(model: Any, heads: MultiTokenHeads, told: list[AnswerStates], config: HeadsConfig, console: Console) -> None:
+def fit(
+    model: Any, heads: MultiTokenHeads, told: list[AnswerStates], config: HeadsConfig, console: Console
+) -> None:
     """Train the heads on kept hidden states."""
     embedding, unembedding = model.right.embed_tokens, model.right.unembedding.detach()
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     steps = config.epochs * max(1, sum(len(t.tokens) for t in told) // config.batch_tokens)
     weights = torch.tensor([config.head_decay**k for k in range(config.heads)], device=model.device)
     generator, step = torch.Generator().manual_seed(config.seed), 0
@@ -231,7 +274,14 @@ def acceptance(model: Any, heads: MultiTokenHeads, told: list[AnswerStates]) -> 
     for t in told:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
-        drafts = heads.draft(model.right.embed_tokens, unembed, hidden[0], targets[:, 0], heads.count, lambda logits: (logits.max(-1).indices, None))
+        drafts = heads.draft(
+            model.right.embed_tokens,
+            unembed,
+            hidden[0],
+            targets[:, 0],
+            heads.count,
+            lambda logits: (logits.max(-1).indices, None),
+        )
         good = (drafts.tokens == targets[:, 1:]).long().cumprod(1)  # (S, K)
         decode_steps += len(targets)
         for k in range(heads.count):
@@ -242,15 +292,26 @@ def acceptance(model: Any, heads: MultiTokenHeads, told: list[AnswerStates]) -> 
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(prog="python -m tools.train_heads", description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        prog="python -m tools.train_heads",
+        description=str(__doc__),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder")
-    parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write: the same model, with heads")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="model folder to write: the same model, with heads"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, HeadsConfig, HeadsConfig(), group="heads")
     flags = vars(parser.parse(argv))
     config = override(HeadsConfig(), flags)
     output = Path(flags["output"])
-    if output.exists() and not (output / "config.json").is_file() and any(output.iterdir() if output.is_dir() else [output]):
+    if (
+        output.exists()
+        and not (output / "config.json").is_file()
+        and any(output.iterdir() if output.is_dir() else [output])
+    ):
         raise UsageError(f"--output {output} exists and is not a model folder")
     console = Console()
     torch.manual_seed(config.seed)
@@ -261,7 +322,9 @@ def main(argv: list[str]) -> None:
     predictor = Predictor.from_pretrained(flags["checkpoint"])
     model = predictor.model
     counts, V = Counter(int(i) for t in told for i in t.tokens), len(model.right.unembedding)
-    settings = MultiTokenConfig(config.heads, config.mlp_size, config.vocabulary if config.vocabulary < V else 0)
+    settings = MultiTokenConfig(
+        config.heads, config.mlp_size, config.vocabulary if config.vocabulary < V else 0
+    )
     heads = MultiTokenHeads(settings, model.right.config, V).to(model.device)
     if settings.vocabulary:  # the commonest; where there are fewer, the first ids beside them
         ranked = [i for i, _ in counts.most_common(settings.vocabulary)]
@@ -272,7 +335,11 @@ def main(argv: list[str]) -> None:
     fit(model, heads, learnt or told, config, console)
     console.print(f"{config.epochs} epochs in {time.perf_counter() - started:.0f} s")
     shares, per_pass = acceptance(model, heads, held_out)
-    console.print("on answers held out, head by head right where those before it are: " + ", ".join(f"{s:.1%}" for s in shares) + f"; {per_pass:.2f} tokens a pass")
+    console.print(
+        "on answers held out, head by head right where those before it are: "
+        + ", ".join(f"{s:.1%}" for s in shares)
+        + f"; {per_pass:.2f} tokens a pass"
+    )
     heads.acceptance_rates.copy_(torch.tensor(shares))
     model.heads = heads
     model.config = replace(model.config, multi_token=settings)

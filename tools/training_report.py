@@ -32,10 +32,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEW, MANY = 40, 200  # values up to which each has a dot; values from which a noisy curve is drawn as its mean
-STYLES = [(f"C{i}", dashes) for dashes in ("-", "--", ":", "-.") for i in range(10)]  # of lines: matplotlib's colours; then they come again, dashed
+STYLES = [
+    (f"C{i}", dashes) for dashes in ("-", "--", ":", "-.") for i in range(10)
+]  # of lines: matplotlib's colours; then they come again, dashed
 SPREAD = 100.0  # greatest ÷ least value from which a loss or a norm is drawn by powers of ten
 LOG = {"loss", "losses", "norm", "norms", "ratio", "ratios", "perplexity"}
-DRAWING = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "path.simplify_threshold": 0.5, "font.size": 9}
+DRAWING = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,
+    "path.simplify_threshold": 0.5,
+    "font.size": 9,
+}
 
 
 class Key(NamedTuple):
@@ -80,9 +88,15 @@ def objects(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"its step is {str(step)[:40]}")
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 if line.strip() and line.endswith(b"\n"):
-                    why = "it is no object with a step" if isinstance(error, TypeError | KeyError) else getattr(error, "msg", error)
+                    why = (
+                        "it is no object with a step"
+                        if isinstance(error, TypeError | KeyError)
+                        else getattr(error, "msg", error)
+                    )
                     raise UserError(f"{path}, line {number} is damaged ({why}): mend or delete it") from None
-                notes += [f"half a last line of {path.name} was passed over: the run may be writing it"] * bool(line.strip())
+                notes += [
+                    f"half a last line of {path.name} was passed over: the run may be writing it"
+                ] * bool(line.strip())
             else:
                 yield record
 
@@ -90,7 +104,13 @@ def objects(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 def numbers(record: dict[str, Any]) -> Iterator[tuple[Key, float]]:
     """All that can be drawn; what is null or not finite is NaN."""
     for name, value in record.items():
-        inner = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else [("", value)]
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value, 1)
+            if isinstance(value, list)
+            else [("", value)]
+        )
         for part, v in inner:
             if v is None or (isinstance(v, int | float) and not isinstance(v, bool)):
                 yield Key(name, str(part)), v if v is not None and abs(v) < 1e100 else math.nan
@@ -102,11 +122,15 @@ def read_run(folder: Path, name: str) -> RunCurves:
     if not path.is_file():
         if (folder / "config.json").is_file():
             raise UserError(f"{folder} has no metrics.jsonl yet: its first step is not done")
-        raise UsageError(f"{folder} {'holds no metrics.jsonl' if folder.is_dir() else 'is no folder'}: give the folder of a run")
+        raise UsageError(
+            f"{folder} {'holds no metrics.jsonl' if folder.is_dir() else 'is no folder'}: give the folder of a run"
+        )
     notes: list[str] = []
     columns: dict[Key, tuple[array, array]] = {}
     for record in objects(path, notes):
-        for key, value in numbers(record | {"loss": None} if "overflow" in record else record):  # nothing was learnt from it
+        for key, value in numbers(
+            record | {"loss": None} if "overflow" in record else record
+        ):  # nothing was learnt from it
             steps, values = columns.setdefault(key, (array("d"), array("d")))
             steps.append(record["step"])
             values.append(value)
@@ -152,12 +176,17 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def charts(runs: list[RunCurves]) -> dict[str, list[Line]]:
     """Title → lines, loss and validation first. Of one run the parts of a key share a chart; of several runs each part has its own, where a style is a run."""
     out: dict[str, list[Line]] = {}
-    for key in sorted(dict.fromkeys(key for run in runs for key in run.curves), key=lambda key: not re.match("loss$|validation", key.name)):
+    for key in sorted(
+        dict.fromkeys(key for run in runs for key in run.curves),
+        key=lambda key: not re.match("loss$|validation", key.name),
+    ):
         if len(runs) == 1:
             lines = out.setdefault(key.name, [])
             lines.append(Line(key.part or key.name, len(lines), runs[0].curves[key]))
         else:
-            out.setdefault(": ".join(filter(None, key)), []).extend(Line(run.name, i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves)
+            out.setdefault(": ".join(filter(None, key)), []).extend(
+                Line(run.name, i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves
+            )
     return out
 
 
@@ -179,10 +208,25 @@ def draw(title: str, lines: list[Line], last: float) -> "Figure":
         means = smoothed(curve)
         if means:
             axes.plot(*curve, lw=0.6, alpha=0.35, color=colour)
-        axes.plot(*(means or curve), dashes, lw=1.4, color=colour, marker="." * (len(curve.steps) <= FEW), label=f" {label}")  # one that begins with _ would be left out
+        axes.plot(
+            *(means or curve),
+            dashes,
+            lw=1.4,
+            color=colour,
+            marker="." * (len(curve.steps) <= FEW),
+            label=f" {label}",
+        )  # one that begins with _ would be left out
         if len(gaps := curve.steps[np.isnan(curve.values)]):
             told = " skipped" if title == "loss" else " no finite value"
-            axes.plot(gaps, np.full(len(gaps), 0.03), "^", ms=4, color=colour, transform=axes.get_xaxis_transform(), label=told)
+            axes.plot(
+                gaps,
+                np.full(len(gaps), 0.03),
+                "^",
+                ms=4,
+                color=colour,
+                transform=axes.get_xaxis_transform(),
+                label=told,
+            )
     if by_powers(title, np.concatenate([line.curve.values for line in lines])):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -202,13 +246,23 @@ def smoothed(curve: Curve) -> Curve | None:
     if len(values) < MANY or np.abs(np.diff(values)).sum() <= 6 * np.ptp(np.quantile(values, (0.02, 0.98))):
         return None
     size = max(10, len(values) // 25)
-    return Curve(*(np.lib.stride_tricks.sliding_window_view(column, size)[:: size // 5].mean(1) for column in (steps, values)))
+    return Curve(
+        *(
+            np.lib.stride_tricks.sliding_window_view(column, size)[:: size // 5].mean(1)
+            for column in (steps, values)
+        )
+    )
 
 
 def by_powers(title: str, values: np.ndarray) -> bool:
     """Whether a chart is drawn by powers of ten: a loss, norm or ratio that goes over a wide range and nowhere below 0."""
     positive = values[values > 0]
-    return bool(LOG & set(re.findall("[a-z]+", title.lower())) and len(positive) and np.nanmin(values) >= 0 and positive.max() >= SPREAD * positive.min())
+    return bool(
+        LOG & set(re.findall("[a-z]+", title.lower()))
+        and len(positive)
+        and np.nanmin(values) >= 0
+        and positive.max() >= SPREAD * positive.min()
+    )
 
 
 def escape(value: Any) -> str:
@@ -218,7 +272,9 @@ def escape(value: Any) -> str:
 
 def printable(value: Any) -> str:
     """The first 400 letters; those that print nothing, or turn the writing around, are shown as escapes."""
-    text = "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = (
+        "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:400])
 
 
@@ -227,16 +283,27 @@ def image(kind: str, data: bytes, told: str) -> str:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th", *["td"] * len(rows)], [head, *rows], strict=True))
+    lines = (
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th", *["td"] * len(rows)], [head, *rows], strict=True)
+    )
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def value_table(found: dict[str, list[Line]]) -> str:
     """Last, least and greatest value of everything drawn, with their steps."""
     rows = []
-    for title, name, _, (steps, values) in ((title, *line) for title, lines in found.items() for line in lines):
+    for title, name, _, (steps, values) in (
+        (title, *line) for title, lines in found.items() for line in lines
+    ):
         places = np.flatnonzero(np.isfinite(values))[-1], np.nanargmin(values), np.nanargmax(values)
-        rows.append([title, name * (name != title), *(text for i in places for text in (f"{values[i]:,.6g}", f"{steps[i]:,.0f}"))])
+        rows.append(
+            [
+                title,
+                name * (name != title),
+                *(text for i in places for text in (f"{values[i]:,.6g}", f"{steps[i]:,.0f}")),
+            ]
+        )
     return table(["metric", "", "last", "at step", "least", "at step", "greatest", "at step"], rows)
 
 
@@ -247,7 +314,11 @@ def differences(runs: list[RunCurves]) -> str:
     differ = [key for key in keys if any(run.config.get(key) != known[0].config.get(key) for run in known)]
     differ.sort(key=lambda key: not all(key in run.config for run in known))
     rows = [[key, *(run.config.get(key) for run in known)] for key in differ]
-    return f"<h2>Settings that differ</h2>{table(['setting', *(run.name for run in known)], rows)}" if rows else ""
+    return (
+        f"<h2>Settings that differ</h2>{table(['setting', *(run.name for run in known)], rows)}"
+        if rows
+        else ""
+    )
 
 
 def heading(run: RunCurves) -> str:
@@ -255,21 +326,33 @@ def heading(run: RunCurves) -> str:
     written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime).astimezone()
     notes = list(run.notes)
     if run.skipped:
-        why = [f"step {step:,.0f}{': ' * bool(reason)}{reason}" for step, reason in list(run.skipped.items())[:4]]
+        why = [
+            f"step {step:,.0f}{': ' * bool(reason)}{reason}" for step, reason in list(run.skipped.items())[:4]
+        ]
         notes.append(f"{len(run.skipped):,} skipped: {'; '.join(why)}{'; …' * (len(run.skipped) > 4)}")
     told = f"step {run.last:,.0f} of {printable(run.config.get('max_steps'))}, written {written:%Y-%m-%d %H:%M %Z}, {run.folder}"
-    return f"<h2>{escape(run.name)}</h2><p>{escape(told)}</p>" + "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
+    return f"<h2>{escape(run.name)}</h2><p>{escape(told)}</p>" + "".join(
+        f'<p class="warn">{escape(note)}</p>' for note in notes
+    )
 
 
-SHEETS = {"": "predictions", "_tokens": "predicted tokens, and the true ones"}  # how the names of sheets end → what they show
+SHEETS = {
+    "": "predictions",
+    "_tokens": "predicted tokens, and the true ones",
+}  # how the names of sheets end → what they show
 
 
 def sheets(run: RunCurves) -> str:
     """The latest picture of each kind in samples/."""
     out = ""
     for suffix, what in SHEETS.items():
-        named = ((path.stem[5:].removesuffix(suffix), path) for path in (run.folder / "samples").glob(f"step_*{suffix}.png"))
-        step, path = max(((int(number), path) for number, path in named if number.isdecimal()), default=(0, None))
+        named = (
+            (path.stem[5:].removesuffix(suffix), path)
+            for path in (run.folder / "samples").glob(f"step_*{suffix}.png")
+        )
+        step, path = max(
+            ((int(number), path) for number, path in named if number.isdecimal()), default=(0, None)
+        )
         if path is not None:
             told = f"{run.name}: {what} at step {step:,}"
             out += f"<h2>{escape(told)}</h2>{image('png', path.read_bytes(), told)}"
@@ -290,9 +373,13 @@ def page(runs: list[RunCurves]) -> tuple[str, int]:
 
     found, drawn = charts(runs), ""
     with matplotlib.rc_context(DRAWING), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of letters that matplotlib's own font lacks: the browser has more
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # of letters that matplotlib's own font lacks: the browser has more
         for title, lines in found.items():
-            draw(title, lines, max(run.last for run in runs)).savefig(file := io.BytesIO(), format="svg", metadata={"Date": None})
+            draw(title, lines, max(run.last for run in runs)).savefig(
+                file := io.BytesIO(), format="svg", metadata={"Date": None}
+            )
             drawn += image("svg+xml", file.getvalue(), title)
     out = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
@@ -309,24 +396,39 @@ def page(runs: list[RunCurves]) -> tuple[str, int]:
 
 
 def main(argv: list[str]) -> None:
-    parser = FlagParser(prog="python -m tools.training_report", description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        prog="python -m tools.training_report",
+        description=str(__doc__),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folders", metavar="RUN", nargs="+", help="folders of runs")
-    parser.add_argument("--output", metavar="FILE", help="file to write [report.html in the first run's folder]")
+    parser.add_argument(
+        "--output", metavar="FILE", help="file to write [report.html in the first run's folder]"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse(argv)
-    folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.folders))  # one that is given twice is one
+    folders = list(
+        dict.fromkeys(Path(folder).resolve() for folder in args.folders)
+    )  # one that is given twice is one
     output = Path(args.output or folders[0] / "report.html")
     if output.suffix != ".html":
         raise UsageError(f"--output: '{output}' does not end in .html: give a page to write")
     try:
         import matplotlib.figure  # noqa: F401  # before minutes of reading
     except ModuleNotFoundError as error:
-        raise UserError(f"the package {error.name} is not installed: reports need the group report (pip install -e '.[report]')") from None
+        raise UserError(
+            f"the package {error.name} is not installed: reports need the group report (pip install -e '.[report]')"
+        ) from None
     names = [folder.name for folder in folders]
-    runs = [read_run(folder, folder.name if names.count(folder.name) == 1 else str(folder)) for folder in folders]
+    runs = [
+        read_run(folder, folder.name if names.count(folder.name) == 1 else str(folder)) for folder in folders
+    ]
     text, count = page(runs)
     write_text(output, text)
-    print(f"{output}: runs {len(runs)}, charts {count}, {len(text.encode()) / 2**20:.1f} MB; open it in a browser")
+    print(
+        f"{output}: runs {len(runs)}, charts {count}, {len(text.encode()) / 2**20:.1f} MB; open it in a browser"
+    )
 
 
 if __name__ == "__main__":

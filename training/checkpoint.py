@@ -21,7 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -31,7 +35,9 @@ from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 FORMAT = 2  # of the folder
 FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is what is meant; once, for filters are no thread's own
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled"
+)  # one process alone is what is meant; once, for filters are no thread's own
 ABANDONED = "abandoned"  # folder of checkpoints that a run went back before
 MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
 
@@ -44,7 +50,13 @@ class Saver:
     The last `keep` stay, and beside them that of step `spared`.
     """
 
-    def __init__(self, folder: Path, keep: int, world: DistributedContext, saved: Callable[[Path], None] = lambda folder: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: DistributedContext,
+        saved: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self.folder, self.keep, self.world, self.saved = folder, keep, world, saved
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
@@ -74,19 +86,36 @@ class Saver:
         self.thread = threading.Thread(target=make, name="checkpoint")
         self.thread.start()
 
-    def save(self, step: int, model: Any, optimizers: list[torch.optim.Optimizer], state: Callable[[], dict[str, Any]], before: Callable[[], None]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: Any,
+        optimizers: list[torch.optim.Optimizer],
+        state: Callable[[], dict[str, Any]],
+        before: Callable[[], None],
+    ) -> Path:
         """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs in the thread, behind the copies. Errors: `UserError`, also of the checkpoint before this one."""
         self.wait()
         self.final = self.folder / f"step_{step:06d}"
         tensors = tensors_of(model, optimizers)
-        rng = {"cpu": torch.get_rng_state().numpy().tobytes().hex(), "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else ""}
-        kept = {"step": step, "format": FORMAT, "ranks": self.world.size, "rng": self.world.gather(rng)} | state()
+        rng = {
+            "cpu": torch.get_rng_state().numpy().tobytes().hex(),
+            "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
+        }
+        kept = {
+            "step": step,
+            "format": FORMAT,
+            "ranks": self.world.size,
+            "rng": self.world.gather(rng),
+        } | state()
         beside = self.folder / f".{self.final.name}.new"
         problem, self.deleted = None, []
         if self.world.first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob(".step_*"):  # what a killed run left, half-written or half-deleted
+                for stale in self.folder.glob(
+                    ".step_*"
+                ):  # what a killed run left, half-written or half-deleted
                     shutil.rmtree(stale)
                 self._make_room(sum(t.numel() * t.element_size() for t in tensors.values()))
                 beside.mkdir()
@@ -95,7 +124,9 @@ class Saver:
         if problem := self.world.broadcast(problem):
             raise UserError(problem)
         self.copies.clear()
-        self.thread = threading.Thread(target=self._run, args=(tensors, kept, beside, before), name="checkpoint")
+        self.thread = threading.Thread(
+            target=self._run, args=(tensors, kept, beside, before), name="checkpoint"
+        )
         self.thread.start()
         return self.final
 
@@ -115,11 +146,16 @@ class Saver:
             failure, self.failure = self.failure, None
             if isinstance(failure, UserError):
                 raise failure
-            raise UserError(f"checkpoint {self.final} could not be written: {_first_line(failure)} ({self._others})") from failure
+            raise UserError(
+                f"checkpoint {self.final} could not be written: {_first_line(failure)} ({self._others})"
+            ) from failure
 
     def _make_room(self, size: int) -> None:
         """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest; none, where all of them would not do. Errors: `OSError`."""
-        old = [*_abandoned(self.folder), *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.protected_step)]
+        old = [
+            *_abandoned(self.folder),
+            *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.protected_step),
+        ]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
             if free + sum(map(_size, old)) < MARGIN * size:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
@@ -129,20 +165,35 @@ class Saver:
     @property
     def _others(self) -> str:
         """What became of earlier checkpoints where one could not be written."""
-        return f"{', '.join(self.deleted)} had been deleted to make room, others are untouched" if self.deleted else "earlier checkpoints are untouched"
+        return (
+            f"{', '.join(self.deleted)} had been deleted to make room, others are untouched"
+            if self.deleted
+            else "earlier checkpoints are untouched"
+        )
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
-            return DTensor.from_local(self._copy(name, tensor.to_local()), self.mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+            return DTensor.from_local(
+                self._copy(name, tensor.to_local()),
+                self.mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
         return self._memory(name, tensor).copy_(tensor)
 
     def _memory(self, name: str, tensor: Tensor) -> Tensor:
         kept = self.memory.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self.memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            kept = self.memory[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
         return kept
 
-    def _run(self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]) -> None:
+    def _run(
+        self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]
+    ) -> None:
         try:
             try:
                 copies = {name: self._copy(name, t) for name, t in tensors.items()}
@@ -150,7 +201,9 @@ class Saver:
                 self.copies.set()
             _low_priority()
             before()
-            writer = HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True)
+            writer = HuggingFaceStorageWriter(
+                str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True
+            )
             dcp.save(copies, storage_writer=writer, process_group=self.group)
             if self.world.first:
                 state |= {"checksums": _checksums(beside, state)}
@@ -166,7 +219,10 @@ class Saver:
                     if step_of(old) != self.protected_step:
                         shutil.rmtree(old)
                 self.saved(self.final)
-        except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's own: raised by `wait`
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # OSError, safetensors' and torch's own: raised by `wait`
             self.failure = error
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -212,7 +268,9 @@ def move_to_abandoned(path: Path, folder: Path) -> Path:
     """A file or folder of a run goes to `folder/abandoned`, under a name that is free there. → where it is now."""
     aside = folder / ABANDONED
     aside.mkdir(exist_ok=True, parents=True)
-    new = next(new for number in count(1) if not (new := aside / (path.name + f"-{number}" * (number > 1))).exists())
+    new = next(
+        new for number in count(1) if not (new := aside / (path.name + f"-{number}" * (number > 1))).exists()
+    )
     path.rename(new)
     return new
 
@@ -249,7 +307,9 @@ def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if state.get("format") != FORMAT:
-            raise UserError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
+            raise UserError(
+                f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}"
+            )
         sums = state.pop("checksums")
         found = _checksums(folder, state) if verify else sums
         wrong = [name for name in sums if sums[name] != found.get(name)]
@@ -260,7 +320,12 @@ def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path,
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    world: DistributedContext = SINGLE_PROCESS,
+) -> dict[str, Any]:
     """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`; checksums were compared when the run was opened."""
     state = read_state(folder, verify=False)
     _load(folder, model, optimizers)
@@ -299,16 +364,27 @@ def _load(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], no_
             prefix = f"optimizer.{name}."
             for full in [n for n in found if n.startswith(prefix)]:
                 key = full.removeprefix(prefix)
-                value = torch.zeros_like(parameter, memory_format=torch.preserve_format) if found[full] == tuple(parameter.shape) and key != "step" else torch.zeros(found[full])
+                value = (
+                    torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    if found[full] == tuple(parameter.shape) and key != "step"
+                    else torch.zeros(found[full])
+                )
                 wanted[full] = value.detach()
                 fresh.setdefault((number, name), {})[key] = wanted[full]
     try:
         dcp.load(wanted, storage_reader=reader, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:  # torch's own, which is no Exception, wraps what safetensors says
-        raise UserError(f"checkpoint {folder} cannot be read ({_first_line(error)}); --resume an earlier one by its folder") from error
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # torch's own, which is no Exception, wraps what safetensors says
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({_first_line(error)}); --resume an earlier one by its folder"
+        ) from error
     for (number, name), values in fresh.items():
         parameter, group = parameters[name], optimizers[number].param_groups[0]
         if "step" in values:
             step = values["step"].reshape(())
-            values["step"] = step.to(parameter.device) if group.get("fused") or group.get("capturable") else step
+            values["step"] = (
+                step.to(parameter.device) if group.get("fused") or group.get("capturable") else step
+            )
         optimizers[number].state[parameter] = values

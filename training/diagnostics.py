@@ -13,7 +13,18 @@ from training.trackers import Histogram
 
 SHARE = 1 << 16  # numbers of a tensor that are looked at: its first
 # Dense bf16 FLOP/s of makers' data sheets, by what the device's name holds.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
 
 
 class Diagnostics:
@@ -40,10 +51,19 @@ class Diagnostics:
         for group in self.groups:
             for p in (p for p in group["params"] if id(p) in self.before):
                 now, before = _share(p), self.before[id(p)]
-                sums[group["part"]] += torch.stack(((now - before).square().sum(), before.square().sum())).cpu()
+                sums[group["part"]] += torch.stack(
+                    ((now - before).square().sum(), before.square().sum())
+                ).cpu()
                 weights[self._layer(p)].append(now)
-        ratios = {part: (moved / max(was, 1e-30)) ** 0.5 for part, (moved, was) in ((part, s.tolist()) for part, s in sums.items())}
-        spread = {f"{kind}/{layer}": _histogram(tensors) for kind, layers in (("weights", weights), ("gradients", self.gradients)) for layer, tensors in layers.items()}
+        ratios = {
+            part: (moved / max(was, 1e-30)) ** 0.5
+            for part, (moved, was) in ((part, s.tolist()) for part, s in sums.items())
+        }
+        spread = {
+            f"{kind}/{layer}": _histogram(tensors)
+            for kind, layers in (("weights", weights), ("gradients", self.gradients))
+            for layer, tensors in layers.items()
+        }
         self.before, self.gradients = {}, {}
         return ratios, spread
 
@@ -65,7 +85,10 @@ def _histogram(tensors: list[Tensor]) -> Histogram:
 
 def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -> Tensor:
     """Which of `names` each supervised token of a batch comes from, (S,); `samples`: source and record number of each of its groups, row by row."""
-    groups, supervised = batch["right_groups"], batch["labels"] != -100  # (B, R), groups in each row from 0 on
+    groups, supervised = (
+        batch["right_groups"],
+        batch["labels"] != -100,
+    )  # (B, R), groups in each row from 0 on
     counts = groups.amax(1) + 1
     number = {name: i for i, name in enumerate(names)}
     numbers = torch.tensor([number[sample.rpartition(" ")[0]] for sample in samples], dtype=torch.int64)
@@ -88,8 +111,13 @@ class FlopsMeter:
         f, trained = self.flops, self.shares
         before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
         total = counts["tiles"] * self.tile * (3 if trained["vision"] else 1)
-        total += counts["left"] * f.left_token * (1 + before_right + trained["left"]) + counts["left_pairs"] * f.left_pair * (3 if before_right else 1)
-        total += counts["right"] * f.right_token * (2 + trained["right"]) + counts["right_pairs"] * f.right_pair * 3
+        total += counts["left"] * f.left_token * (1 + before_right + trained["left"]) + counts[
+            "left_pairs"
+        ] * f.left_pair * (3 if before_right else 1)
+        total += (
+            counts["right"] * f.right_token * (2 + trained["right"])
+            + counts["right_pairs"] * f.right_pair * 3
+        )
         total += counts["supervised"] * f.supervised_token * (2 + (trained["right"] == 1))
         found = {"tflops_per_s": total / seconds / 1e12}
         return found | ({"mfu": total / seconds / self.peak} if self.peak else {})

@@ -19,21 +19,37 @@ from models.language_model import DecoderBlock
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext, torchrun_context
 
-BROKEN = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "Timed out waiting", "gloo")  # how a lost rank is told
+BROKEN = (
+    "closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Socket closed",
+    "NCCL",
+    "Timed out waiting",
+    "gloo",
+)  # how a lost rank is told
 
 
 def check_world(config: Config, world: DistributedContext, resumed: bool = False) -> None:
     """What a configuration, new or `resumed`, and a number of ranks cannot do together: `UsageError`."""
     train, streams = config.train, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
-        raise UsageError("--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp")
+        raise UsageError(
+            "--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp"
+        )
     if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
         raise UsageError("--lora.*.nf4: 4-bit weights cannot be shared among ranks: not with --parallel fsdp")
     if world.size % streams and streams % world.size:
-        raise UsageError(f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)")
+        raise UsageError(
+            f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)"
+        )
     for what, number in (("ranks", world.size), ("streams", streams)):
         if train.micro_batches % number:
-            do = "the run keeps both, so resume with a number of ranks that divides it" if resumed else "lower --train.local_batch_size, or raise --train.global_batch_size"
+            do = (
+                "the run keeps both, so resume with a number of ranks that divides it"
+                if resumed
+                else "lower --train.local_batch_size, or raise --train.global_batch_size"
+            )
             raise UsageError(
                 f"train.global_batch_size = {train.global_batch_size} is {train.micro_batches} forwards of {train.local_batch_size} rows, which {number} {what} cannot share: {do}"
             )
@@ -47,7 +63,9 @@ def opened(device: torch.device) -> Iterator[DistributedContext]:
         yield world
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UsageError(f"WORLD_SIZE = {world.size} stands in the environment without {missing[0]}: start several ranks with torchrun, or unset WORLD_SIZE for one process")
+        raise UsageError(
+            f"WORLD_SIZE = {world.size} stands in the environment without {missing[0]}: start several ranks with torchrun, or unset WORLD_SIZE for one process"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -55,23 +73,38 @@ def opened(device: torch.device) -> Iterator[DistributedContext]:
         yield world
     except RuntimeError as error:
         if any(word in str(error) for word in BROKEN):
-            raise UserError(f"another rank was lost ({' '.join(str(error).split())[:100]}): its own message says why; --resume auto goes on from the last checkpoint") from error
+            raise UserError(
+                f"another rank was lost ({' '.join(str(error).split())[:100]}): its own message says why; --resume auto goes on from the last checkpoint"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def parallel(model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: DistributedContext) -> Any:
+def parallel(
+    model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: DistributedContext
+) -> Any:
     """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `dtype`: what FSDP computes in."""
     model.blank_tile = True  # rows without image run the encoder all the same, or other ranks would wait for it; alone too, so that the optimizer sees the same gradients
     if world.size == 1:
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
     mesh = init_device_mesh(device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        if dtype != torch.float32
+        else MixedPrecisionPolicy()
+    )
     encoder = model.parts()["vision"]
-    frozen = set(encoder.parameters()) if encoder.frozen else set()  # its features may be known already, on some ranks: nobody must wait for it
+    frozen = (
+        set(encoder.parameters()) if encoder.frozen else set()
+    )  # its features may be known already, on some ranks: nobody must wait for it
     for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if not encoder.frozen:

@@ -53,7 +53,11 @@ def load_ema(checkpoint: Path, model: Any) -> None:
     reader = HuggingFaceStorageReader(str(checkpoint))
     found = reader.read_metadata().state_dict_metadata
     wanted = {f"optimizer.{name}.{KEY}": parameter.detach() for name, parameter in model.named_parameters()}
-    dcp.load({name: tensor for name, tensor in wanted.items() if name in found}, storage_reader=reader, no_dist=True)
+    dcp.load(
+        {name: tensor for name, tensor in wanted.items() if name in found},
+        storage_reader=reader,
+        no_dist=True,
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -36,18 +36,36 @@ def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, T
     text = R - images * len(block) if vanilla else R
     groups = torch.arange(images)
     in_document = -(-text // images)
-    left = {"ids": block.repeat(images), "groups": groups.repeat_interleave(len(block)), "positions": torch.arange(len(block)).repeat(images)}
+    left = {
+        "ids": block.repeat(images),
+        "groups": groups.repeat_interleave(len(block)),
+        "positions": torch.arange(len(block)).repeat(images),
+    }
     document = torch.arange(in_document * images)[:text] // in_document
-    right = {"ids": torch.zeros(text, dtype=torch.int64), "documents": document, "positions": torch.arange(text) % in_document + len(block)}
+    right = {
+        "ids": torch.zeros(text, dtype=torch.int64),
+        "documents": document,
+        "positions": torch.arange(text) % in_document + len(block),
+    }
     labels = torch.where(torch.arange(text) % in_document >= in_document * (1 - SUPERVISED), 1, -100)
     if vanilla:  # images stand in the right stream
-        right = {"ids": torch.cat((left["ids"], right["ids"])), "documents": torch.cat((left["groups"], document)), "positions": torch.cat((left["positions"], right["positions"]))}
+        right = {
+            "ids": torch.cat((left["ids"], right["ids"])),
+            "documents": torch.cat((left["groups"], document)),
+            "positions": torch.cat((left["positions"], right["positions"])),
+        }
         labels = torch.cat((torch.full_like(left["ids"], -100), labels))
         left = {name: column[:0] for name, column in left.items()}
     right["groups"] = right["documents"]
-    batch = {f"left_{k}": v for k, v in (left | {"images": left["groups"]}).items()} | {f"right_{k}": v for k, v in right.items()} | {"labels": labels}
+    batch = (
+        {f"left_{k}": v for k, v in (left | {"images": left["groups"]}).items()}
+        | {f"right_{k}": v for k, v in right.items()}
+        | {"labels": labels}
+    )
     side = c.vision.image_size
-    return {k: v.repeat(rows, 1) for k, v in batch.items()} | {"tiles": torch.zeros(rows * images, 3, side, side, dtype=torch.uint8)}
+    return {k: v.repeat(rows, 1) for k, v in batch.items()} | {
+        "tiles": torch.zeros(rows * images, 3, side, side, dtype=torch.uint8)
+    }
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,9 @@ class Flops:
         """One batch, without gradients: attention is computed over whole rows."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
-        text = B * (L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair))
+        text = B * (
+            L * (self.left_token + L * self.left_pair) + R * (self.right_token + (L + R) * self.right_pair)
+        )
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
@@ -80,9 +100,13 @@ class Flops:
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
-        pairs = [sum(segments.hidden.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks]
+        pairs = [
+            sum(segments.hidden.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks
+        ]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
-        total += B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
+        total += (
+            B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right
+        )
         total += left_attention * (not before_right)
         total += B * R * self.right_token * (1 + 1 + trained["right"]) + 3 * right_attention
         return total + supervised * self.supervised_token * (2 + 1 + (trained["right"] == 1))
@@ -103,33 +127,67 @@ def count_flops(model: Any) -> Flops:
     encoder, projector = model.parts()["vision"], model.parts()["projector"]
     device = next(encoder.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        projector(encoder.encode(torch.zeros(1, 3, c.vision.image_size, c.vision.image_size, dtype=torch.uint8, device=device)))
+        projector(
+            encoder.encode(
+                torch.zeros(1, 3, c.vision.image_size, c.vision.image_size, dtype=torch.uint8, device=device)
+            )
+        )
     right = sum(m.weight.numel() for m in model.right.layers.modules() if isinstance(m, nn.Linear))
-    left = sum(m.weight.numel() for m in model.left.decoder.modules() if isinstance(m, nn.Linear)) if "left" in c.towers else 0
+    left = (
+        sum(m.weight.numel() for m in model.left.decoder.modules() if isinstance(m, nn.Linear))
+        if "left" in c.towers
+        else 0
+    )
     unembedding = model.right.unembedding.numel()
 
     def pair(config: DecoderConfig, layers: int) -> int:
         return 4 * config.heads * config.head_size * layers
 
-    return Flops(counter.get_total_flops(), 2 * left, 2 * right, 2 * unembedding, pair(c.left, c.left.layers - 1) if left else 0, pair(c.right, c.right.layers))
+    return Flops(
+        counter.get_total_flops(),
+        2 * left,
+        2 * right,
+        2 * unembedding,
+        pair(c.left, c.left.layers - 1) if left else 0,
+        pair(c.right, c.right.layers),
+    )
 
 
 class WithoutProducts(TorchDispatchMode):
     """Matrix products and convolutions give zeros of the right shape at once: enough where only memory is counted."""
 
-    SKIPPED = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+    SKIPPED = (
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten.bmm,
+        torch.ops.aten.baddbmm,
+        torch.ops.aten.convolution,
+        torch.ops.aten.convolution_backward,
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket not in self.SKIPPED or "out" in kwargs:
             return func(*args, **kwargs)
-        shapes = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **tree_map_only(Tensor, lambda t: t.to("meta"), kwargs))
-        return tree_map_only(Tensor, lambda t: torch.zeros(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype).as_strided(t.shape, t.stride()), shapes)
+        shapes = func(
+            *tree_map_only(Tensor, lambda t: t.to("meta"), args),
+            **tree_map_only(Tensor, lambda t: t.to("meta"), kwargs),
+        )
+        return tree_map_only(
+            Tensor,
+            lambda t: torch.zeros(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype).as_strided(
+                t.shape, t.stride()
+            ),
+            shapes,
+        )
 
 
 def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers: int = 0) -> Any:
     """A model of `config` with random weights, adapters and frozen parts included; `layers` in each decoder (0: its own number). The random state stays as it is."""
-    left, right = (replace(getattr(config.model, tower), weights="random", **({"layers": layers} if layers else {})) for tower in ("left", "right"))
+    left, right = (
+        replace(getattr(config.model, tower), weights="random", **({"layers": layers} if layers else {}))
+        for tower in ("left", "right")
+    )
     with torch.random.fork_rng(devices=[]):
         model = model_class(replace(config.model, left=left, right=right), vocabulary)
         add_adapters(model, config.lora)
@@ -173,7 +231,9 @@ def estimate_activations(rows: int, layers: int, measure: Callable[[int, int], i
     return a + rows * (b - a) + layers * (c - a) + rows * layers * (d - c - b + a)
 
 
-def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1) -> Callable[[int], dict[str, int]]:
+def step_memory(
+    config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1
+) -> Callable[[int], dict[str, int]]:
     """→ rows of a micro-batch → bytes of a step, by what holds them. `ranks` share weights, gradients and optimizer."""
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
@@ -181,7 +241,9 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
     freeze(model, config.train)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+    matrices = sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad
+    )
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
     # What is kept has nothing to do with these: it is measured once for --fit-memory and --dry_run.
     one = replace(config, train=replace(config.train, local_batch_size=1, global_batch_size=1), fit_memory="")
@@ -197,11 +259,15 @@ def step_memory(config: Config, model_class: Any, vocabulary: Vocabulary, ranks:
             "gradients": 4 * trained // ranks,
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
             **({"averaged weights (ema)": 4 * trained // ranks} if config.train.ema else {}),
-            f"activations, weights in {str(computed_in(config.train, torch.device('cpu'))).removeprefix('torch.')}": estimate_activations(rows, config.model.right.layers, measure),
+            f"activations, weights in {str(computed_in(config.train, torch.device('cpu'))).removeprefix('torch.')}": estimate_activations(
+                rows, config.model.right.layers, measure
+            ),
             "logits of a chunk": 3 * 4 * min(LOGITS, rows * supervised * vocabulary.size),
         }
         if config.train.recompute:
-            two, one = (estimate_activations(rows, layers, lambda r, n: measure(r, n, False)) for layers in (2, 1))
+            two, one = (
+                estimate_activations(rows, layers, lambda r, n: measure(r, n, False)) for layers in (2, 1)
+            )
             parts["a block of each tower, computed again"] = two - one
         return parts
 
@@ -215,7 +281,14 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)
     freeze(model, config.train)
-    table = Table("part", "parameters", "trained", "dtype", "MiB", title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}")
+    table = Table(
+        "part",
+        "parameters",
+        "trained",
+        "dtype",
+        "MiB",
+        title=f"{config.config}: {config.model.vision.name} + {config.model.right.weights}",
+    )
     total = trained = 0
     for name, part in model.parts().items():
         size = sum(p.numel() for p in part.parameters())
@@ -241,7 +314,9 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         f"a micro-batch: {config.train.local_batch_size} full rows of {batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]} tokens, {len(batch['tiles'])} tiles",
         f"{flops.forward(batch) / 1e9:,.0f}",
     )
-    table.add_row(f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}")
+    table.add_row(
+        f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}"
+    )
     console.print(table)
 
     table = Table("memory of a step", "GiB")

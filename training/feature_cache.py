@@ -38,7 +38,10 @@ class FeatureCache:
             with safe_open(shard, framework="pt") as file:
                 keys, features = file.metadata()["keys"].split(","), file.get_tensor("features")
         except (SafetensorError, OSError, KeyError, TypeError) as error:
-            print(f"warning: feature cache {shard} cannot be read ({error}); deleted, its features are computed again", file=sys.stderr)
+            print(
+                f"warning: feature cache {shard} cannot be read ({error}); deleted, its features are computed again",
+                file=sys.stderr,
+            )
             shard.unlink(missing_ok=True)
             return
         for key, feature in zip(keys, features, strict=True):
@@ -57,7 +60,9 @@ class FeatureCache:
         device = tiles.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         salt = f"{tuple(tiles.shape[1:])}{dtype}".encode()
-        keys = [hashlib.blake2b(salt + tile.tobytes(), digest_size=16).hexdigest() for tile in tiles.cpu().numpy()]
+        keys = [
+            hashlib.blake2b(salt + tile.tobytes(), digest_size=16).hexdigest() for tile in tiles.cpu().numpy()
+        ]
         missing = list({key: i for i, key in enumerate(keys) if key not in self.memory}.items())
         fresh: dict[str, Tensor] = {}
         for start in range(0, len(missing), CHUNK):
@@ -65,10 +70,14 @@ class FeatureCache:
             chunk = tiles.new_zeros(CHUNK, *tiles.shape[1:])
             chunk[: len(part)] = tiles[[i for _, i in part]]
             for (key, _), feature in zip(part, encode(chunk).cpu(), strict=False):
-                fresh[key] = feature.clone(memory_format=torch.contiguous_format)  # as it comes back from the disk
+                fresh[key] = feature.clone(
+                    memory_format=torch.contiguous_format
+                )  # as it comes back from the disk
                 if self._keep(key, fresh[key]):
                     self.unsaved.append(key)
-        return torch.stack([fresh[key] if key in fresh else self.memory[key] for key in keys]).to(tiles.device)
+        return torch.stack([fresh[key] if key in fresh else self.memory[key] for key in keys]).to(
+            tiles.device
+        )
 
     def save(self) -> None:
         """Write what is new, beside and renamed: one more shard for each type of number, so that all come back as they were. More may come meanwhile, for the next time.
@@ -90,6 +99,13 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         for dtype in {self.memory[key].dtype for key in unsaved}:
             keys = [key for key in unsaved if self.memory[key].dtype == dtype]
-            shard = self.folder / f"{hashlib.blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
+            shard = (
+                self.folder
+                / f"{hashlib.blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
+            )
             with replacing(shard) as beside:
-                save_file({"features": torch.stack([self.memory[key] for key in keys])}, beside, metadata={"keys": ",".join(keys)})
+                save_file(
+                    {"features": torch.stack([self.memory[key] for key in keys])},
+                    beside,
+                    metadata={"keys": ",".join(keys)},
+                )

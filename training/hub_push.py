@@ -18,9 +18,22 @@ class Pusher:
     `export(checkpoint, folder)` makes a model folder of a checkpoint, in that thread.
     """
 
-    def __init__(self, config: HubConfig, model_type: str, folder: Path, export: Callable[[Path, Path], None], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: HubConfig,
+        model_type: str,
+        folder: Path,
+        export: Callable[[Path, Path], None],
+        say: Callable[[str], None],
+    ) -> None:
         """Opens the repository: a refusal raises `UserError`, before anything is trained; a Hub that is out of reach is asked again later."""
-        self.config, self.model_type, self.folder, self.export, self.say = config, model_type, folder / "hub", export, say
+        self.config, self.model_type, self.folder, self.export, self.say = (
+            config,
+            model_type,
+            folder / "hub",
+            export,
+            say,
+        )
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
         self.newest: Path | None = None
@@ -76,4 +89,6 @@ class Pusher:
         try:
             self.say(f"hub: pushed: {self._push(model, 'final model')}")
         except UserError as error:
-            self.say(f"warning: hub: {error}; the model stands in {model}, to be pushed later: python -m tools.hub push {model} {self.config.repo}")
+            self.say(
+                f"warning: hub: {error}; the model stands in {model}, to be pushed later: python -m tools.hub push {model} {self.config.repo}"
+            )

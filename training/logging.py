@@ -25,7 +25,9 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be made: {error.strerror} (a run keeps its log in {logs}/ of the working folder)") from error
+            raise UserError(
+                f"{error.filename} cannot be made: {error.strerror} (a run keeps its log in {logs}/ of the working folder)"
+            ) from error
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_path = logs / f"{folder.name}.log"
         self.metrics_path = folder / "metrics.jsonl"
@@ -57,8 +59,13 @@ class RunLog:
         if self.silent:
             return
         self.console.print(text, markup=False)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)  # the working folder's: somebody may have tidied up
-        append_text(self.log_path, "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")))
+        self.log_path.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # the working folder's: somebody may have tidied up
+        append_text(
+            self.log_path,
+            "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")),
+        )
 
     def metrics(self, values: dict[str, Any]) -> None:
         """`seconds` counts from the start of this process's training; a resumed run begins again."""
@@ -90,7 +97,9 @@ class RunLog:
             if path == self.metrics_path:
                 self.logged = max((found for found in steps.values() if found <= step), default=0)
         if not self.silent and self.logged < logged:
-            self.say(f"warning: {self.metrics_path} ends at step {self.logged}: the lines up to step {logged}, where this run goes on, are lost")
+            self.say(
+                f"warning: {self.metrics_path} ends at step {self.logged}: the lines up to step {logged}, where this run goes on, are lost"
+            )
         return left
 
     def rewind(self, left: dict[Path, str]) -> None:
@@ -100,13 +109,21 @@ class RunLog:
 
     def start(self, step: int, max_steps: int) -> None:
         if self.console.is_terminal and not self.silent:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self.progress.add_task("", total=max_steps, completed=step, status="")
             self.progress.start()
         self.max_steps = max_steps
         self.started = self.last_plain = time.perf_counter()
-        self.recent = deque([(self.last_plain, step)])  # the last minute, for the time left: the first steps are slow, they encode images
+        self.recent = deque(
+            [(self.last_plain, step)]
+        )  # the last minute, for the time left: the first steps are slow, they encode images
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         status = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"

@@ -32,7 +32,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(mean, MOMENTUM))  # Nesterov's
-                if isinstance(update, DTensor) and isinstance(parameter, DTensor):  # products may spread it otherwise
+                if isinstance(update, DTensor) and isinstance(
+                    parameter, DTensor
+                ):  # products may spread it otherwise
                     update = update.redistribute(placements=parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])

@@ -13,7 +13,13 @@ from training.muon import Muon
 
 def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
     """Every part's learning rate; 0 freezes it."""
-    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "left": config.lr_left, "right": config.lr_right, "heads": config.lr_heads}
+    rates = {
+        "vision": config.lr_vision,
+        "projector": config.lr_projector,
+        "left": config.lr_left,
+        "right": config.lr_right,
+        "heads": config.lr_heads,
+    }
     return {name: rates[name] for name in model.parts()}
 
 
@@ -32,7 +38,11 @@ def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimiz
     Groups are by part; only matrices decay. Every trained parameter is in exactly one group. Muon's updates have AdamW's size,
     so that one learning rate a part serves both.
     """
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
+    linear = (
+        {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        if config.optimizer == "muon"
+        else set()
+    )
     muon: list[dict[str, Any]] = []
     adamw: list[dict[str, Any]] = []
     for name, rate in freeze(model, config).items():
@@ -44,10 +54,14 @@ def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimiz
             (adamw, 0.0, [p for p in rest if p.dim() < 2]),
         ):
             if members:
-                groups.append({"params": members, "weight_decay": decay, "lr": rate, "peak_lr": rate, "part": name})
+                groups.append(
+                    {"params": members, "weight_decay": decay, "lr": rate, "peak_lr": rate, "part": name}
+                )
     grouped = [id(p) for g in muon + adamw for p in g["params"]]
     expected = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)) and set(grouped) == expected, "every trained parameter belongs to exactly one group"
+    assert len(grouped) == len(set(grouped)) and set(grouped) == expected, (
+        "every trained parameter belongs to exactly one group"
+    )
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, config.beta2), fused=True))
@@ -77,11 +91,15 @@ def schedule(step: int, max_steps: int, config: TrainConfig, part: str) -> float
 
 def head_weights(step: int, heads: int, config: TrainConfig) -> list[float]:
     """λ of each multi-token head at 0-based `step`: they join one after the other, each over `head_warmup` steps."""
-    joined = [min(1.0, max(0.0, step / config.head_warmup - k)) if config.head_warmup else 1.0 for k in range(heads)]
+    joined = [
+        min(1.0, max(0.0, step / config.head_warmup - k)) if config.head_warmup else 1.0 for k in range(heads)
+    ]
     return [config.head_weight * config.head_decay**k * share for k, share in enumerate(joined)]
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, max_steps: int, config: TrainConfig) -> dict[str, float]:
+def set_learning_rates(
+    optimizers: list[torch.optim.Optimizer], step: int, max_steps: int, config: TrainConfig
+) -> dict[str, float]:
     """Every group's rate at 0-based `step`; → the rates now in force, by part."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:

@@ -21,7 +21,14 @@ PICTURE = "training.png"
 POINTS = 400  # of a curve: each the mean of as many steps
 
 
-def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: dict[str, Any] | None = None, evaluation: Path | None = None) -> None:
+def write_card(
+    model: Any,
+    config: Config,
+    run: Path,
+    folder: Path,
+    evaluated: dict[str, Any] | None = None,
+    evaluation: Path | None = None,
+) -> None:
     """README.md and its picture into model folder `folder`. `evaluated`: the metrics of its step, else the run's last; `evaluation`: what evaluation.py wrote of it."""
     lines = list(_metrics(run / "metrics.jsonl"))
     losses = [(line["step"], line["loss"]) for line in lines if _finite(line.get("loss"))]
@@ -29,7 +36,9 @@ def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: d
     drawn = len(losses) > 1
     if drawn:
         with replacing(folder / PICTURE) as beside:
-            draw(losses, [(line["step"], line["validation_loss"]) for line in validations]).save(beside, format="png", optimize=True)
+            draw(losses, [(line["step"], line["validation_loss"]) for line in validations]).save(
+                beside, format="png", optimize=True
+            )
     scores = evaluated if evaluated is not None else validations[-1] if validations else {}
     specs = parse_sources(config.data.sources)
     facts = RunFacts(
@@ -37,7 +46,10 @@ def write_card(model: Any, config: Config, run: Path, folder: Path, evaluated: d
         licence=config.hub.licence,
         base_models=(config.init_left_from.partition("@")[0],) if is_hub_id(config.init_left_from) else (),
         datasets=tuple(dict.fromkeys(spec.path.partition("@")[0] for spec in specs if is_hub_id(spec.path))),
-        data=(("sources", ", ".join(spec.full_name for spec in specs)), ("held out for validation", f"{config.data.validation_images:,} records")),
+        data=(
+            ("sources", ", ".join(spec.full_name for spec in specs)),
+            ("held out for validation", f"{config.data.validation_images:,} records"),
+        ),
         training=tuple(_training(config, lines)),
         scores=(*_validation(scores), *(_evaluation(evaluation) if evaluation is not None else ())),
         picture=PICTURE if drawn else "",
@@ -74,13 +86,24 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
         counts = [line.get("supervised_tokens") for line in steps]
         if all(type(count) is int and count >= 0 for count in counts):
             yield "tokens learnt from", f"{sum(counts):,}"
-    length = config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
+    length = config.data.right_length + (
+        config.data.left_length if config.model.left_context != "none" else 0
+    )
     yield "a step's batch", f"{c.global_batch_size} packed rows of {length:,} tokens"
-    rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {tower: getattr(c, f"lr_{tower}") for tower in config.model.towers}
-    yield "optimizer", f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}"
+    rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {
+        tower: getattr(c, f"lr_{tower}") for tower in config.model.towers
+    }
+    yield (
+        "optimizer",
+        f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}",
+    )
     if c.ema:
         yield "weights", f"a moving average, decay {c.ema:g}"
-    if adapted := [f"{tower} of rank {getattr(config.lora, tower).r}" for tower in config.model.towers if getattr(config.lora, tower).r]:
+    if adapted := [
+        f"{tower} of rank {getattr(config.lora, tower).r}"
+        for tower in config.model.towers
+        if getattr(config.lora, tower).r
+    ]:
         yield "adapters, merged", ", ".join(adapted)
 
 
@@ -96,7 +119,10 @@ def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
         counted = f" ({samples:,} samples)" if type(samples) is int else ""
         for metric, value in _part(told, "scores").items():
             if _finite(value):
-                shown = (f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else "" for name in ("standard_errors", "random_baseline"))
+                shown = (
+                    f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else ""
+                    for name in ("standard_errors", "random_baseline")
+                )
                 yield (f"{task}{counted}: {metric}", f"{value:.4f}", *shown)  # type: ignore[misc]
 
 
@@ -111,4 +137,9 @@ def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) 
     size = -(-len(losses) // POINTS)
     groups = [list(zip(*losses[i : i + size], strict=True)) for i in range(0, len(losses), size)]
     lines = {"training loss": [tuple(map(fmean, group)) for group in groups], "validation loss": validations}
-    return curves("by optimizer step", {name: list(zip(*points, strict=True)) for name, points in lines.items() if points}, 960, 400)
+    return curves(
+        "by optimizer step",
+        {name: list(zip(*points, strict=True)) for name, points in lines.items() if points},
+        960,
+        400,
+    )

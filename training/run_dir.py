@@ -49,7 +49,12 @@ CHANGEABLE = (
 )
 
 
-def open_run(config: Config, flags: dict[str, Any], resolve_config: Callable[[Config], Config], lock: Callable[[Path], None]) -> tuple[Config, Path, Path | None]:
+def open_run(
+    config: Config,
+    flags: dict[str, Any],
+    resolve_config: Callable[[Config], Config],
+    lock: Callable[[Path], None],
+) -> tuple[Config, Path, Path | None]:
     """→ the configuration in force, the run folder, and the checkpoint to resume from. Nothing is written but what `lock` writes: `keep_config` follows when all else is well.
 
     `complete` fills in a new run's configuration, before its folder is made; `lock` makes the folder this process's own.
@@ -65,9 +70,15 @@ def open_run(config: Config, flags: dict[str, Any], resolve_config: Callable[[Co
     saved = load_json(Config, folder / "config.json")
     chosen = ("train.local_batch_size",) if saved.fit_memory else ()  # by --fit-memory, when the run began
     wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
-    changed = [f"{k} (was {a}, now {b})" for k, a, b in _differences(to_dict(saved), to_dict(wanted)) if k not in CHANGEABLE]
+    changed = [
+        f"{k} (was {a}, now {b})"
+        for k, a, b in _differences(to_dict(saved), to_dict(wanted))
+        if k not in CHANGEABLE
+    ]
     if changed:
-        raise UsageError(f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}")
+        raise UsageError(
+            f"--resume goes on with the configuration of {folder}; it cannot change {', '.join(changed)}"
+        )
     checkpoint = checkpoint or _newest_sound(folder / "checkpoints")
     done = step_of(checkpoint) if checkpoint is not None else 0
     if done > wanted.max_steps:
@@ -90,25 +101,42 @@ def _torchrun() -> str:
 def _started_again(folder: Path) -> bool:
     """Is this a restart by the torchrun that has begun `folder`'s run, or gone back in it, before?"""
     mark = folder / BEGUN_BY
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.is_file() and mark.read_text().strip() == _torchrun()
+    return (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        and mark.is_file()
+        and mark.read_text().strip() == _torchrun()
+    )
 
 
 def _run_of_this_torchrun(config: Config) -> Path | None:
     """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
     known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
-    return next((folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None)
+    return next(
+        (folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None
+    )
 
 
 def _holds(folder: Path) -> str:
     """What a run has left in a folder, where it is not a new one's; of a run whose `config.json` is gone too."""
-    return next((name for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer") if (folder / name).exists()), "")
+    return next(
+        (
+            name
+            for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer")
+            if (folder / name).exists()
+        ),
+        "",
+    )
 
 
 def _not_taken(config: Config) -> None:
     if (name := _holds(folder := Path(config.output_dir))) and config.output_dir:
         if name == "config.json":
-            raise UsageError(f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir")
-        raise UsageError(f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, or choose another --output_dir")
+            raise UsageError(
+                f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir"
+            )
+        raise UsageError(
+            f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, or choose another --output_dir"
+        )
 
 
 def _new_folder(config: Config, lock: Callable[[Path], None]) -> Path:
@@ -136,9 +164,15 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
     """`--resume` → run folder, and the checkpoint where one is named; "auto" finds the newest run, or nothing yet."""
     if config.resume != "auto":
         path = Path(config.resume)
-        run = path.parent.parent if path.name.startswith("step_") and path.parent.name == "checkpoints" else path
+        run = (
+            path.parent.parent
+            if path.name.startswith("step_") and path.parent.name == "checkpoints"
+            else path
+        )
         if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
-            raise UsageError(f"--resume goes on with {run}, and --output_dir is {config.output_dir}: leave it out")
+            raise UsageError(
+                f"--resume goes on with {run}, and --output_dir is {config.output_dir}: leave it out"
+            )
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
             if _started_again(run):
                 return run, None  # it went back already
@@ -172,7 +206,9 @@ def _newest_sound(folder: Path) -> Path | None:
             print(f"warning: {error}: passed over", file=sys.stderr)
             damaged = error
     if damaged is not None:
-        raise UserError(f"every checkpoint in {folder} is damaged: delete them to train from the beginning") from damaged
+        raise UserError(
+            f"every checkpoint in {folder} is damaged: delete them to train from the beginning"
+        ) from damaged
     return None
 
 
@@ -204,7 +240,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
         except (BlockingIOError, PermissionError):
             file.close()
-            raise InUse(f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)") from None
+            raise InUse(
+                f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)"
+            ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # of one that ended a moment ago
@@ -212,7 +250,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # of a disk that has turned read-only, whose own line shall be told; the lock ends with the file all the same
+            with suppress(
+                OSError
+            ):  # of a disk that has turned read-only, whose own line shall be told; the lock ends with the file all the same
                 path.unlink(missing_ok=True)
                 if made:
                     folder.rmdir()  # where nothing has come into it

@@ -32,7 +32,13 @@ class Data:
         return self.tokenizer.global_image
 
 
-def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Path, int] | None = None, rank: int = 0, ranks: int = 1) -> Data:
+def build_data(
+    config: Config,
+    tokenizer_folder: Path,
+    language_model: tuple[Path, int] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Data:
     """The tokenizer is kept in `tokenizer_folder`; at first it comes from `language_model` (folder, rows of its table) or is trained.
 
     Training batches are those of rank `rank` of `ranks`: where there are fewer ranks than streams, one has several; where there are more, they share them.
@@ -43,12 +49,18 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
         if language_model is not None:
-            tokenizer = Tokenizer.of_language_model(*language_model, impose_chatml=d.chat_template == "chatml")
+            tokenizer = Tokenizer.of_language_model(
+                *language_model, impose_chatml=d.chat_template == "chatml"
+            )
         else:
             tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
-    towers = [config.model.right] if config.model.left_context == "none" else [config.model.left, config.model.right]
+    towers = (
+        [config.model.right]
+        if config.model.left_context == "none"
+        else [config.model.left, config.model.right]
+    )
     positions = min(tower.max_positions for tower in towers)
     unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
     validation_set = SampleDataset(validation, renderer, config.model.vision, unfiltered, positions)
@@ -59,8 +71,14 @@ def build_data(config: Config, tokenizer_folder: Path, language_model: tuple[Pat
     loaders = {}
     for number in range(rank % streams, streams, min(ranks, streams)):
         train_set = SampleDataset(training, renderer, config.model.vision, d, positions, keep=d.workers == 0)
-        rows = RowStream(SampleStream(train_set, Mixture(training, config.seed, d.temperature, number, streams)), budget, d.window)
-        loaders[number] = Loader(rows, config.train.local_batch_size, tokenizer.global_image, d.workers, part, parts)
+        rows = RowStream(
+            SampleStream(train_set, Mixture(training, config.seed, d.temperature, number, streams)),
+            budget,
+            d.window,
+        )
+        loaders[number] = Loader(
+            rows, config.train.local_batch_size, tokenizer.global_image, d.workers, part, parts
+        )
     batches = Streams(loaders)
     return Data(tokenizer, batches.rows.stream.dataset, validation_set, budget, batches)
 
@@ -74,4 +92,9 @@ def training_text(sources: list[Source]) -> Iterator[str]:
             except UnreadableBlock:
                 continue  # counted when its turn comes
             for turn in texts:
-                yield from ("user\n", str(turn.get("user", "")), "assistant\n", str(turn.get("assistant", "")))
+                yield from (
+                    "user\n",
+                    str(turn.get("user", "")),
+                    "assistant\n",
+                    str(turn.get("assistant", "")),
+                )

@@ -85,29 +85,70 @@ def train_step(
     scale = scaler.get_scale() * world.size
     scaler.update()
     seconds = time.perf_counter() - started
-    speed = {"tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds, "tiles_per_s": count["tiles"] / seconds, "data_wait": waited / seconds}
+    speed = {
+        "tokens_per_s": tokens / seconds,
+        "supervised_tokens_per_s": supervised / seconds,
+        "tiles_per_s": count["tiles"] / seconds,
+        "data_wait": waited / seconds,
+    }
     speed |= flops_meter.of(count, seconds) if flops_meter is not None else {}
     if supervised and told and not learns and scaler.is_enabled():
         return {"loss": loss, "grad_norm": None, "overflow": scale} | speed
     if not learns:
         reason = f"loss {loss}, gradient norm {norm}" if supervised else "no token to learn"
-        return {"loss": None, "grad_norm": None, "skipped": reason, "samples": [sample for own in samples for sample in own]} | speed
-    learnt = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates} | ({"head_losses": more[:heads]} if heads else {})
-    learnt |= {"source_losses": {name: total / n for name, total, n in zip(names, *by_source.tolist(), strict=True) if n}} if names else {}
+        return {
+            "loss": None,
+            "grad_norm": None,
+            "skipped": reason,
+            "samples": [sample for own in samples for sample in own],
+        } | speed
+    learnt = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates} | (
+        {"head_losses": more[:heads]} if heads else {}
+    )
+    learnt |= (
+        {
+            "source_losses": {
+                name: total / n for name, total, n in zip(names, *by_source.tolist(), strict=True) if n
+            }
+        }
+        if names
+        else {}
+    )
     learnt |= {"loss_scale": scale} if scaler.is_enabled() else {}
-    full = c.global_batch_size * (config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0))
-    return learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
+    full = c.global_batch_size * (
+        config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
+    )
+    return (
+        learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
+    )
 
 
 def _count(micro: list[Batch], heads: int, world: DistributedContext) -> tuple[dict[str, int], Tensor]:
     """What all ranks' micro-batches hold: tokens, tiles, pairs of a query and a key that it sees; and each head's targets (K,)."""
     tokens = [sum(int((b[name] >= 0).sum()) for b in micro) for name in ("left_groups", "right_documents")]
-    pairs = [sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro) for side, name in (("left", "left_groups"), ("right", "right_documents"))]
-    counts = torch.tensor([sum(int((b["labels"] != -100).sum()) for b in micro), *tokens, sum(len(b["tiles"]) for b in micro), *pairs, *[0] * heads])
+    pairs = [
+        sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro)
+        for side, name in (("left", "left_groups"), ("right", "right_documents"))
+    ]
+    counts = torch.tensor(
+        [
+            sum(int((b["labels"] != -100).sum()) for b in micro),
+            *tokens,
+            sum(len(b["tiles"]) for b in micro),
+            *pairs,
+            *[0] * heads,
+        ]
+    )
     if heads:
         counts[6:] = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro)
     world.sum(counts)
-    return dict(zip(("supervised", "left", "right", "tiles", "left_pairs", "right_pairs"), counts.tolist(), strict=False)), counts[6:]
+    return dict(
+        zip(
+            ("supervised", "left", "right", "tiles", "left_pairs", "right_pairs"),
+            counts.tolist(),
+            strict=False,
+        )
+    ), counts[6:]
 
 
 def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, float]:
@@ -136,4 +177,6 @@ def memory(device: torch.device) -> float:
     """The most that was in use so far, in GB: of the device's memory, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )

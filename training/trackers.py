@@ -27,7 +27,10 @@ from utils.errors import UsageError, UserError, nearest
 from utils.files import write_text
 
 PROJECT = "dualtowervlm"
-PACKAGES, BESIDE = ("configs", "data", "eval", "hf", "models", "tools", "training", "utils"), ("benchmarks", "scripts", "tests")  # folders whose code is kept with a W&B run
+PACKAGES, BESIDE = (
+    ("configs", "data", "eval", "hf", "models", "tools", "training", "utils"),
+    ("benchmarks", "scripts", "tests"),
+)  # folders whose code is kept with a W&B run
 WAIT = 10.0  # seconds that W&B may take to answer at the start, and again to take what is left at the end
 SIDE = 512  # pixels: longest side of an image that is sent
 
@@ -50,7 +53,9 @@ class Tracker(Protocol):
 class Trackers:
     """The trackers in `names` (commas apart; "" is none). One that fails is told of once and left out from then on."""
 
-    def __init__(self, names: str, folder: Path, config: dict[str, Any], say: Say, resumed_from: int | None) -> None:
+    def __init__(
+        self, names: str, folder: Path, config: dict[str, Any], say: Say, resumed_from: int | None
+    ) -> None:
         self.say = say
         self.open = {name: TRACKERS[name](folder, say) for name in self.check(names)}
         self._each("start", config, resumed_from)
@@ -65,9 +70,15 @@ class Trackers:
             try:
                 installed = version(name)  # not find_spec, which takes a folder of that name for the package
             except PackageNotFoundError:
-                raise UserError(f"the package {name} is not installed: that tracker needs the group {name} (pip install -e '.[{name}]')") from None
-            if [int(n) for n in re.findall(r"\d+", installed)[:2]] < [int(n) for n in OLDEST[name].split(".")]:
-                raise UserError(f"{name} {installed} is too old, {OLDEST[name]} is needed (pip install -e '.[{name}]')")
+                raise UserError(
+                    f"the package {name} is not installed: that tracker needs the group {name} (pip install -e '.[{name}]')"
+                ) from None
+            if [int(n) for n in re.findall(r"\d+", installed)[:2]] < [
+                int(n) for n in OLDEST[name].split(".")
+            ]:
+                raise UserError(
+                    f"{name} {installed} is too old, {OLDEST[name]} is needed (pip install -e '.[{name}]')"
+                )
         return found
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -108,8 +119,18 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
     """The numbers in a line of metrics.jsonl, save its step: `{"lr": {"left": 0.1}, "head_losses": [3.0]}` → `{"lr/left": 0.1, "head_losses/1": 3.0}`."""
     out = {}
     for key, value in values.items():
-        parts = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else [("", value)]
-        out |= {f"{key}/{part}".removesuffix("/"): number for part, number in parts if isinstance(number, int | float) and not isinstance(number, bool)}
+        parts = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value, 1)
+            if isinstance(value, list)
+            else [("", value)]
+        )
+        out |= {
+            f"{key}/{part}".removesuffix("/"): number
+            for part, number in parts
+            if isinstance(number, int | float) and not isinstance(number, bool)
+        }
     out.pop("step", None)
     return out
 
@@ -134,13 +155,21 @@ class Wandb:
         self.known: set[str] = set()  # metrics of evaluations, whose axis is defined
 
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry calls its server in offline runs too, and waits for it at the end
-        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").absolute())  # images of tables, until they are sent
-        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")  # seconds: of what is asked in this thread, before a table is sent
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # W&B's telemetry calls its server in offline runs too, and waits for it at the end
+        os.environ["WANDB_DATA_DIR"] = str(
+            (self.folder / "wandb").absolute()
+        )  # images of tables, until they are sent
+        os.environ.setdefault(
+            "WANDB_HTTP_TIMEOUT", "5"
+        )  # seconds: of what is asked in this thread, before a table is sent
         import wandb
 
         self.wandb = wandb
-        seen = wandb.setup(wandb.Settings(show_info=False)).settings  # these, the environment and W&B's files of settings
+        seen = wandb.setup(
+            wandb.Settings(show_info=False)
+        ).settings  # these, the environment and W&B's files of settings
         key = seen.api_key or netrc_key(seen.base_url)
         path = self.folder / "wandb_id"
         run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else token_hex(4)
@@ -179,7 +208,16 @@ class Wandb:
             save_code=False,
         )
         name, project = seen.run_name or self.folder.name, seen.project or PROJECT
-        return wandb.init(project=project, name=name, id=run_id, resume="allow", dir=self.folder, config=config, mode=mode, settings=settings)
+        return wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=self.folder,
+            config=config,
+            mode=mode,
+            settings=settings,
+        )
 
     def metrics(self, step: int, numbers: dict[str, Any], evaluation: bool) -> None:
         if evaluation:
@@ -189,13 +227,18 @@ class Wandb:
         self.run.log({"step": step} | ({"validation_step": step} if evaluation else {}) | numbers)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        self.run.log({"step": step} | {name: self.wandb.Histogram(np_histogram=pair) for name, pair in histograms.items()})
+        self.run.log(
+            {"step": step}
+            | {name: self.wandb.Histogram(np_histogram=pair) for name, pair in histograms.items()}
+        )
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
         table = self.wandb.Table(columns=["step", "image", "question", "answer", "prediction"])
         for row in rows:
             image = thumbnail(row["image"])
-            table.add_data(step, image and self.wandb.Image(image), row["question"], row["answer"], row["prediction"])
+            table.add_data(
+                step, image and self.wandb.Image(image), row["question"], row["answer"], row["prediction"]
+            )
         self.metrics(step, {"predictions": table}, True)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -205,7 +248,9 @@ class Wandb:
         try:
             self.run.finish(exit_code=0 if exit_ok else 1)
         except TimeoutError:
-            self.say(f"warning: wandb: not everything was sent; send it with: wandb sync {quote(str(self.run.settings.sync_dir))}")
+            self.say(
+                f"warning: wandb: not everything was sent; send it with: wandb sync {quote(str(self.run.settings.sync_dir))}"
+            )
         finally:
             self.wandb.teardown()
 
@@ -228,7 +273,9 @@ def copy_code(folder: Path) -> str:
     """The repository's *.py and *.sh, copied to `folder`: what W&B walks through and sends must not hold a virtual environment, a run, or other packages."""
     root = Path(__file__).parent.parent
     repository = (root / "pyproject.toml").is_file()  # else an installed package, beside strangers
-    found = [f for name in PACKAGES + BESIDE * repository for f in (root / name).rglob("*")] + (list(root.glob("*")) if repository else [])
+    found = [f for name in PACKAGES + BESIDE * repository for f in (root / name).rglob("*")] + (
+        list(root.glob("*")) if repository else []
+    )
     for file in found:
         if file.suffix in (".py", ".sh") and file.is_file():
             to = folder / file.relative_to(root)
@@ -247,7 +294,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.folder), purge_step=(resumed_from or 0) + 1, flush_secs=10)
-        self.writer.add_text("config", "    " + json.dumps(config, indent=2).replace("\n", "\n    "), resumed_from or 0)  # indented: code, in Markdown
+        self.writer.add_text(
+            "config", "    " + json.dumps(config, indent=2).replace("\n", "\n    "), resumed_from or 0
+        )  # indented: code, in Markdown
         self.say(f"tensorboard: tensorboard --logdir {self.folder}")
 
     def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
@@ -259,12 +308,25 @@ class TensorBoard:
             counts, edges = np.asarray(counts, float), np.asarray(edges, float)
             middles = (edges[1:] + edges[:-1]) / 2
             total, squares = (counts * middles).sum(), (counts * middles**2).sum()
-            self.writer.add_histogram_raw(name, edges[0], edges[-1], counts.sum(), total, squares, edges[1:].tolist(), counts.tolist(), step)
+            self.writer.add_histogram_raw(
+                name,
+                edges[0],
+                edges[-1],
+                counts.sum(),
+                total,
+                squares,
+                edges[1:].tolist(),
+                counts.tolist(),
+                step,
+            )
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
         if sheet is not None:
             self.writer.add_image("predictions", np.asarray(open_image(sheet)), step, dataformats="HWC")
-        cells = [[" ".join(row[key].split()).replace("|", "\\|") for key in ("question", "answer", "prediction")] for row in rows]
+        cells = [
+            [" ".join(row[key].split()).replace("|", "\\|") for key in ("question", "answer", "prediction")]
+            for row in rows
+        ]
         lines = ["question | answer | prediction", "--- | --- | ---", *(" | ".join(line) for line in cells)]
         self.writer.add_text("predictions", "\n".join(lines), step)
 
@@ -282,7 +344,9 @@ class Trackio:
         self.folder, self.say = folder, say
 
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str((self.folder / "trackio").absolute()))  # read when it is imported
+        os.environ.setdefault(
+            "TRACKIO_DIR", str((self.folder / "trackio").absolute())
+        )  # read when it is imported
         import huggingface_hub.constants as hub
         import trackio
 
@@ -292,7 +356,13 @@ class Trackio:
         online, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # it would ask the Hub for the user's name
         try:
             with redirect_stdout(io.StringIO()):
-                self.run = trackio.init(PROJECT, self.folder.name, config=config, resume="never" if resumed_from is None else "allow", embed=False)
+                self.run = trackio.init(
+                    PROJECT,
+                    self.folder.name,
+                    config=config,
+                    resume="never" if resumed_from is None else "allow",
+                    embed=False,
+                )
         finally:
             hub.HF_HUB_OFFLINE = online
         self.say(f"trackio: TRACKIO_DIR={trackio.utils.TRACKIO_DIR} trackio show --project {PROJECT}")
@@ -301,11 +371,16 @@ class Trackio:
         self.run.log(dict(numbers), step)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        self.run.log({name: self.trackio.Histogram(np_histogram=pair) for name, pair in histograms.items()}, step)
+        self.run.log(
+            {name: self.trackio.Histogram(np_histogram=pair) for name, pair in histograms.items()}, step
+        )
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
         images = [thumbnail(row["image"]) for row in rows]
-        data = [row | {"image": image and self.trackio.Image(image)} for row, image in zip(rows, images, strict=True)]
+        data = [
+            row | {"image": image and self.trackio.Image(image)}
+            for row, image in zip(rows, images, strict=True)
+        ]
         self.run.log({"predictions": self.trackio.Table(data=data)}, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:

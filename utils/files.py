@@ -17,7 +17,9 @@ CACHE = "cache"  # folder of what is computed once, where nothing else is said
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """An empty file beside `path` to write to. When the block ends well it is synced and takes `path`'s name, else it is deleted."""
-    beside = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6))}")  # not the process's number: machines and containers share folders
+    beside = path.with_name(
+        f".{path.name}.{int.from_bytes(os.urandom(6))}"
+    )  # not the process's number: machines and containers share folders
     try:
         beside.touch()
         mode = beside.stat().st_mode
@@ -73,7 +75,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def file_name(text: str) -> str:
     """A file's name for any text, another one for every text: what is not a letter, digit, `-` or `_` becomes `_`, and a checksum tells such names apart."""
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in text)[:80]
-    return safe if safe == text else f"{safe}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
+    return (
+        safe
+        if safe == text
+        else f"{safe}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,7 +103,11 @@ def in_cache(path: Path) -> str:
     """The end of an error about a damaged file: what helps where it is the Hub's, a link to a blob of its cache."""
     kept = path.resolve()
     cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
-    return f"; it is the cache's copy of the Hub's: where that is whole, delete {kept} and it will be fetched again" if cached else ""
+    return (
+        f"; it is the cache's copy of the Hub's: where that is whole, delete {kept} and it will be fetched again"
+        if cached
+        else ""
+    )
 
 
 def append_text(path: Path, text: str) -> None:

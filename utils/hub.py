@@ -19,11 +19,35 @@ ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 SETTINGS = ["generation_config.json", "processor_config.json", "preprocessor_config.json"]
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]
-CODE = ["configs_*.py", "data_*.py", "hf_*.py", "models_*.py", "utils_*.py", "remote_*.py"]  # as hf/export.py names it; the last: older folders
+TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+CODE = [
+    "configs_*.py",
+    "data_*.py",
+    "hf_*.py",
+    "models_*.py",
+    "utils_*.py",
+    "remote_*.py",
+]  # as hf/export.py names it; the last: older folders
 BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
 NANOVLM = "an ancestor's"
-ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")  # what a repository may hold before there is a model
+ABOUT = (
+    ".md",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".svg",
+)  # what a repository may hold before there is a model
 NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
 REFUSALS = {
     401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
@@ -41,7 +65,9 @@ class HubUnavailable(UserError):
 
 def is_hub_id(source: str) -> bool:
     """`org/name` or `org/name@revision`, and nothing on this disk."""
-    return not Path(source).exists() and ID.fullmatch(source) is not None and not source.startswith((".", "/"))
+    return (
+        not Path(source).exists() and ID.fullmatch(source) is not None and not source.startswith((".", "/"))
+    )
 
 
 def kind_of(config: Any) -> str | None:
@@ -56,7 +82,15 @@ def fetch(source: str, patterns: list[str], what: str, kind: str = "model", toke
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
-    return _reading(source, what, lambda: Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, repo_type=kind, token=token)))
+    return _reading(
+        source,
+        what,
+        lambda: Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, repo_type=kind, token=token
+            )
+        ),
+    )
 
 
 def repo_info(source: str) -> tuple[str, list[tuple[str, int]]]:
@@ -64,8 +98,14 @@ def repo_info(source: str) -> tuple[str, list[tuple[str, int]]]:
     from huggingface_hub import HfApi
 
     name, _, revision = source.partition("@")
-    info = _reading(source, "what it holds", lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True))
-    return f"{'private' if info.private else 'public'}, commit {info.sha}", [(file.rfilename, file.size or 0) for file in info.siblings or []]
+    info = _reading(
+        source,
+        "what it holds",
+        lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True),
+    )
+    return f"{'private' if info.private else 'public'}, commit {info.sha}", [
+        (file.rfilename, file.size or 0) for file in info.siblings or []
+    ]
 
 
 def _reading(source: str, what: str, do: Callable[[], T]) -> T:
@@ -78,16 +118,22 @@ def _reading(source: str, what: str, do: Callable[[], T]) -> T:
     try:
         return trying(name, do, _may_pass)
     except GatedRepoError:
-        raise UserError(f"{name} is gated: accept its terms on the Hub and log in ('hf auth login', or HF_TOKEN); {local}") from None
+        raise UserError(
+            f"{name} is gated: accept its terms on the Hub and log in ('hf auth login', or HF_TOKEN); {local}"
+        ) from None
     except RevisionNotFoundError:
         raise UserError(f"{name} has no revision '{revision}' on the Hub") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name} is neither a folder here nor on the Hub, or it is private and needs a token ('hf auth login', or HF_TOKEN); {local}") from None
+        raise UserError(
+            f"{name} is neither a folder here nor on the Hub, or it is private and needs a token ('hf auth login', or HF_TOKEN); {local}"
+        ) from None
     except Exception as error:  # every HTTP library has its own
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"{name} could not be fetched: {REFUSALS[401]}; {local}") from None
         reason = without_tokens(" ".join(str(error).split()).split(". ")[0])[:200]
-        raise UserError(f"{name} is no folder here, and {what} could not be fetched from the Hub ({reason}); {local}") from error
+        raise UserError(
+            f"{name} is no folder here, and {what} could not be fetched from the Hub ({reason}); {local}"
+        ) from error
 
 
 def trying(what: str, do: Callable[[], T], may_pass: Callable[[Exception], bool]) -> T:
@@ -104,7 +150,9 @@ def trying(what: str, do: Callable[[], T], may_pass: Callable[[Exception], bool]
 
 
 def reason_of(error: BaseException) -> str:
-    return without_tokens(" ".join(f"{type(error).__name__}: {error}".split()).split(" For more information")[0])[:200]
+    return without_tokens(
+        " ".join(f"{type(error).__name__}: {error}".split()).split(" For more information")[0]
+    )[:200]
 
 
 def without_tokens(text: str) -> str:
@@ -128,12 +176,18 @@ def status_may_pass(error: BaseException) -> bool | None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether a first request may succeed the next time: after a connection that broke, silence, a server's bad moment; not where nobody can be reached at all."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):  # nothing in the cache either: what counts is why it was asked
+    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(
+        error.__cause__, Exception
+    ):  # nothing in the cache either: what counts is why it was asked
         error = error.__cause__
     if (answered := status_may_pass(error)) is not None:
         return answered
     kinds = {kind.__name__ for kind in type(error).__mro__}  # httpx's or httpx2's, as huggingface_hub has it
-    return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {"ConnectError", "ProxyError", *NEVER}
+    return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {
+        "ConnectError",
+        "ProxyError",
+        *NEVER,
+    }
 
 
 def _prepare() -> None:
@@ -150,7 +204,10 @@ def _prepare() -> None:
 def _with_limit(request: Any) -> None:
     from huggingface_hub import constants
 
-    request.extensions["timeout"] = {phase: limit or constants.HF_HUB_DOWNLOAD_TIMEOUT for phase, limit in request.extensions["timeout"].items()}
+    request.extensions["timeout"] = {
+        phase: limit or constants.HF_HUB_DOWNLOAD_TIMEOUT
+        for phase, limit in request.extensions["timeout"].items()
+    }
 
 
 def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[Any, list[str], list[str]]:
@@ -159,12 +216,18 @@ def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[A
 
     _prepare()
     name, _, revision = source.partition("@")
-    root = f"datasets/{name}" + (f"@{quote(revision, safe='')}" if revision else "")  # a revision may hold a /
+    root = f"datasets/{name}" + (
+        f"@{quote(revision, safe='')}" if revision else ""
+    )  # a revision may hold a /
 
     def listed() -> tuple[Any, list[str], list[str]]:
         system = HfFileSystem()
-        top = [Path(entry["name"]).name for entry in system.ls(root, detail=True) if entry["type"] == "directory"]
-        below = system.find(f"{root}/{folder}".rstrip("/")) if not folder or folder.split("/")[0] in top else []
+        top = [
+            Path(entry["name"]).name for entry in system.ls(root, detail=True) if entry["type"] == "directory"
+        ]
+        below = (
+            system.find(f"{root}/{folder}".rstrip("/")) if not folder or folder.split("/")[0] in top else []
+        )
         return system, sorted(file for file in below if file.endswith(endings)), top
 
     try:
@@ -175,7 +238,13 @@ def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[A
         ) from error
 
 
-def open_repo(name: str, model_type: str, private: bool | None = None, token: str | None = None, branch: str | None = None) -> str:
+def open_repo(
+    name: str,
+    model_type: str,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+) -> str:
     """Make a model repository, unless there is one of that name for a model of this type; and `branch`, from main, where there is none. → OWNER/NAME; without an OWNER it is yours.
 
     Errors: `UserError` where it cannot be had, holds a model of another type or files that are none, or is public and was to be private.
@@ -184,11 +253,15 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
     from huggingface_hub.errors import RevisionNotFoundError
 
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
+        raise UserError(
+            f"{name!r} is no name for a repository: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        )
     if branch is not None and (not re.fullmatch(r"[\w.+/-]+", branch) or branch.startswith("refs/")):
         raise UserError(f"{branch!r} is no name for a branch: letters, digits, '-', '_', '.', '+' and '/'")
     if not (token or get_token()):
-        raise UserError(f"{name} cannot be pushed to without a token that may write: log in ('hf auth login'), or set HF_TOKEN")
+        raise UserError(
+            f"{name} cannot be pushed to without a token that may write: log in ('hf auth login'), or set HF_TOKEN"
+        )
 
     def opened() -> str:
         api = HfApi(token=token)
@@ -198,14 +271,26 @@ def open_repo(name: str, model_type: str, private: bool | None = None, token: st
         except RevisionNotFoundError:
             info, new = api.model_info(repo), branch
         if private and not info.private:
-            raise UserError(f"{repo} is there already, and public: choose another name, or make it private on the Hub")
+            raise UserError(
+                f"{repo} is there already, and public: choose another name, or make it private on the Hub"
+            )
         names = {file.rfilename for file in info.siblings or []}
         if "config.json" in names:
-            found = kind_of(read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token))))
+            found = kind_of(
+                read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token)))
+            )
             if found != model_type:
-                raise UserError(f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name")
-        elif others := sorted(name for name in names if not name.endswith(ABOUT) and name not in (".gitattributes", "LICENSE", "LICENSE.txt")):
-            raise UserError(f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, so no model of this project: choose another name")
+                raise UserError(
+                    f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name"
+                )
+        elif others := sorted(
+            name
+            for name in names
+            if not name.endswith(ABOUT) and name not in (".gitattributes", "LICENSE", "LICENSE.txt")
+        ):
+            raise UserError(
+                f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, so no model of this project: choose another name"
+            )
         if new is not None:
             api.create_branch(repo, branch=new, exist_ok=True)
         return repo
@@ -218,7 +303,12 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
     from huggingface_hub import HfApi
 
     def pushed() -> str:
-        options: dict[str, Any] = {"commit_message": message, "revision": branch, "ignore_patterns": [".*", "*/*"], "delete_patterns": [*WEIGHTS, *BESIDE]}
+        options: dict[str, Any] = {
+            "commit_message": message,
+            "revision": branch,
+            "ignore_patterns": [".*", "*/*"],
+            "delete_patterns": [*WEIGHTS, *BESIDE],
+        }
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)
 
     return writing(repo, pushed)
@@ -232,7 +322,9 @@ def writing(repo: str, do: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:  # every HTTP library has its own
-        raise (HubUnavailable if _writing_may_pass(error) else UserError)(f"{repo} could not be pushed to: {_refusal(error)}") from error
+        raise (HubUnavailable if _writing_may_pass(error) else UserError)(
+            f"{repo} could not be pushed to: {_refusal(error)}"
+        ) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -248,7 +340,9 @@ def _writing_may_pass(error: Exception) -> bool:
         if (answered := status_may_pass(cause)) is not None:
             return answered
     kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}) and not kinds & {
+    return bool(
+        kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}
+    ) and not kinds & {
         "OfflineModeIsEnabled",
         *NEVER,
     }  # RuntimeError: hf_xet's for a network that fails
@@ -258,5 +352,7 @@ def _refusal(error: Exception) -> str:
     for cause in _causes(error):
         if (response := getattr(cause, "response", None)) is not None:
             said = without_tokens(getattr(cause, "server_message", None) or reason_of(cause))
-            return " ".join(f"{REFUSALS.get(response.status_code, '')} ({response.status_code}: {said})".split())[:400]
+            return " ".join(
+                f"{REFUSALS.get(response.status_code, '')} ({response.status_code}: {said})".split()
+            )[:400]
     return reason_of(list(_causes(error))[-1])

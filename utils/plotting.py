@@ -7,21 +7,37 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-PALETTE = ["#4c78a8", "#f2a154", "#6aa56f", "#c8626a", "#8f78b5", "#8c6d5a", "#d98bb3", "#8a8f98"]  # the last: all further sources
+PALETTE = [
+    "#4c78a8",
+    "#f2a154",
+    "#6aa56f",
+    "#c8626a",
+    "#8f78b5",
+    "#8c6d5a",
+    "#d98bb3",
+    "#8a8f98",
+]  # the last: all further sources
 INK, QUIET, GRID = "#2b2e34", "#6b7078", "#e6e6e3"
 EMPTY, RIGHT, WRONG = "#f1f0ec", "#cfe8d2", "#f4cccc"
 
 
 def cells(title: str, numbers: Tensor, width: int = 4, height: int = 4) -> Image.Image:
     """Integers (rows, columns) as boxes of `width` × `height` pixels under a title: a number's colour is PALETTE's, again and again; −1 is no colour."""
-    colours = np.array([tuple(bytes.fromhex(colour[1:])) for colour in (*PALETTE, EMPTY)], np.uint8)  # the last one, where −1 points
+    colours = np.array(
+        [tuple(bytes.fromhex(colour[1:])) for colour in (*PALETTE, EMPTY)], np.uint8
+    )  # the last one, where −1 points
     grid = numbers.cpu().numpy()
     boxes = colours[np.where(grid < 0, -1, grid % len(PALETTE))]  # (rows, columns, 3)
     picture = Image.fromarray(boxes.repeat(height, 0).repeat(width, 1))
     return _titled(title, picture)
 
 
-def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: int = 640, height: int = 240) -> Image.Image:
+def curves(
+    title: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    width: int = 640,
+    height: int = 240,
+) -> Image.Image:
     """Name → (x, y), drawn over one pair of axes; y starts at 0 and ends at the next whole number above the highest value. Values must be finite and not below 0."""
     xs, ys = ([value for line in lines.values() for value in line[axis]] for axis in (0, 1))
     if not ys or not all(0 <= y < math.inf for y in ys):
@@ -48,15 +64,21 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     return _titled(title, picture)
 
 
-def agreement(answers: Sequence[tuple[str, list[str], list[list[str | None]]]], names: list[str], width: int = 960) -> Image.Image:
+def agreement(
+    answers: Sequence[tuple[str, list[str], list[list[str | None]]]], names: list[str], width: int = 960
+) -> Image.Image:
     """Answers token by token: question, true tokens, and below each what `names` said: green where it is the true one, red where not, nothing where it is None. Long answers are broken into lines."""
     high, left, pad = 20, 60, 4
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    drawn: list[tuple[str, list[list[tuple[int, int]]], list[str], list[list[str | None]]]] = []  # question, lines of (token, width), truth, said
+    drawn: list[
+        tuple[str, list[list[tuple[int, int]]], list[str], list[list[str | None]]]
+    ] = []  # question, lines of (token, width), truth, said
     for question, truth, said in answers:
         lines: list[list[tuple[int, int]]] = [[]]
         for i, token in enumerate(truth):
-            wide = 2 * pad + math.ceil(max(ruler.textlength(text, font_size=12) for text in (token, *(row[i] or "" for row in said))))
+            wide = 2 * pad + math.ceil(
+                max(ruler.textlength(text, font_size=12) for text in (token, *(row[i] or "" for row in said)))
+            )
             if lines[-1] and left + sum(w for _, w in lines[-1]) + wide > width:
                 lines.append([])
             lines[-1].append((i, min(wide, width - left)))

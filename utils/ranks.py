@@ -81,5 +81,7 @@ def torchrun_context() -> DistributedContext:
     """What torchrun's environment says; nothing is opened."""
     world = DistributedContext(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if not 0 <= world.rank < world.size:
-        raise UserError(f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: torchrun sets both; unset RANK for a single process")
+        raise UserError(
+            f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: torchrun sets both; unset RANK for a single process"
+        )
     return world

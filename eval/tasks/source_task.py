@@ -15,7 +15,9 @@ TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test
 SHAPES = ("circle", "rectangle", "triangle")
 
 
-normalise = EvalAIAnswerProcessor()  # lower case, digits for numbers, no articles, no punctuation: "The two dogs." → "2 dogs"
+normalise = (
+    EvalAIAnswerProcessor()
+)  # lower case, digits for numbers, no articles, no punctuation: "The two dogs." → "2 dogs"
 
 
 def exact(answer: str, references: list[str]) -> float:
@@ -61,7 +63,13 @@ class SourceTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any]) -> None:
         self.about = config["metadata"]
         self.records = records_of(self.about["source"])
-        ours = {"test_split": "test", "doc_to_text": "question", "doc_to_target": "references", "doc_to_visual": self.images, "process_results": self.score}
+        ours = {
+            "test_split": "test",
+            "doc_to_text": "question",
+            "doc_to_target": "references",
+            "doc_to_visual": self.images,
+            "process_results": self.score,
+        }
         super().__init__(config={key: value for key, value in config.items() if key != "class"} | ours)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
@@ -89,7 +97,9 @@ class SourceTask(ConfigurableTask):
 
     def score(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
         if "matcher" not in self.about:
-            return {key: {"answer": answers[0], "references": row["references"]} for key in self._metric_fn_list}
+            return {
+                key: {"answer": answers[0], "references": row["references"]} for key in self._metric_fn_list
+            }
         right = MATCHERS[self.about["matcher"]](answers[0], row["references"])
         kind = self.about["kinds"](row["references"][0]) if "kinds" in self.about else None
         return {"accuracy": right} | ({kind: right} if kind is not None else {})

@@ -26,19 +26,32 @@ class LeftTower(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.vision_encoder = VisionEncoder(config.vision)
-        self.modality_projector = ModalityProjector(config.projector, self.vision_encoder.features, config.left.hidden_size)
-        self.first_id = vocabulary.first_marker_id if config.left_context == "image" else 0  # of the embedding table: markers alone, or all
+        self.modality_projector = ModalityProjector(
+            config.projector, self.vision_encoder.features, config.left.hidden_size
+        )
+        self.first_id = (
+            vocabulary.first_marker_id if config.left_context == "image" else 0
+        )  # of the embedding table: markers alone, or all
         self.embed_tokens = nn.Embedding(vocabulary.size - self.first_id, config.left.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.decoder = KeyValueDecoder(config.left)
 
-    def forward(self, tiles: Tensor, left_ids: Tensor, left_positions: Tensor, left_groups: Tensor, left_images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self,
+        tiles: Tensor,
+        left_ids: Tensor,
+        left_positions: Tensor,
+        left_groups: Tensor,
+        left_images: Tensor,
+    ) -> list[tuple[Tensor, Tensor]]:
         """The left stream → every layer's unrotated keys and values (B, G, L, E). `tiles` (N, 3, h, w), the rest (B, L)."""
         x = self.embed_tokens((left_ids - self.first_id).clamp(min=0))  # (B, L, D)
         placeholders = left_ids == self.vocabulary.image_token_id
         if len(tiles) or placeholders.any():
             x = put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
-        mask = left_mask(left_positions, left_groups, left_images, self.config.image_isolation, self.config.left_attention)
+        mask = left_mask(
+            left_positions, left_groups, left_images, self.config.image_isolation, self.config.left_attention
+        )
         if self.blank_tile and not len(tiles):
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         recorder = KeyValueRecorder()
@@ -64,7 +77,9 @@ class DualTowerVLM(HubModel):
         config.check_join()
         self.config, self.vocabulary = config, vocabulary
         self.left = LeftTower(config, vocabulary)
-        self.right = DualLanguageModel(config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size)
+        self.right = DualLanguageModel(
+            config.right, vocabulary.text_size if config.left_context == "image" else vocabulary.size
+        )
         self.heads = make_heads(config, self.right.embed_tokens.num_embeddings)
 
     @property
@@ -74,9 +89,12 @@ class DualTowerVLM(HubModel):
     def parts(self) -> dict[str, nn.Module]:
         """The parts with learning rates of their own; together they hold every parameter once."""
         left_decoder = nn.ModuleList((self.left.embed_tokens, self.left.decoder))
-        return {"vision": self.left.vision_encoder, "projector": self.left.modality_projector, "left": left_decoder, "right": self.right} | (
-            {"heads": self.heads} if self.heads is not None else {}
-        )
+        return {
+            "vision": self.left.vision_encoder,
+            "projector": self.left.modality_projector,
+            "left": left_decoder,
+            "right": self.right,
+        } | ({"heads": self.heads} if self.heads is not None else {})
 
     def forward(
         self,
@@ -93,9 +111,15 @@ class DualTowerVLM(HubModel):
     ) -> Output:
         """Tiles (N, 3, h, w) uint8, left stream (B, L), right stream (B, R); see DESIGN's batch table in docs/architecture.md."""
         image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
-        hidden = self.right.read(image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups)
+        hidden = self.right.read(
+            image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
+        )
         heads, right = self.heads, self.right
-        head_loss_sums = heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding) if heads is not None and labels is not None else None
+        head_loss_sums = (
+            heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding)
+            if heads is not None and labels is not None
+            else None
+        )
         return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
@@ -107,18 +131,26 @@ class DualTowerVLM(HubModel):
         return self.right.logits(hidden)
 
     @torch.inference_mode()
-    def encode_images(self, tiles: Tensor, blocks: list[Tensor], images: list[Tensor] | None = None) -> list[ImageKV]:
+    def encode_images(
+        self, tiles: Tensor, blocks: list[Tensor], images: list[Tensor] | None = None
+    ) -> list[ImageKV]:
         """Image KVs of several blocks. `tiles` (N, 3, h, w) uint8 of all of them in order; `blocks`: each block's token ids (T,).
 
         A block is one image's; or, where images are not isolated, several images' with what stands left between them:
         then `images` says which image each token belongs to (−1: none).
         """
         lengths = torch.tensor([len(block) for block in blocks], device=self.device)
-        ids = nn.utils.rnn.pad_sequence(blocks, batch_first=True, padding_value=self.vocabulary.first_marker_id).to(self.device)  # (B, L)
+        ids = nn.utils.rnn.pad_sequence(
+            blocks, batch_first=True, padding_value=self.vocabulary.first_marker_id
+        ).to(self.device)  # (B, L)
         images = images or [torch.zeros_like(block) for block in blocks]
         numbers = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1).to(self.device)
         slots = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        groups = torch.arange(len(blocks), device=self.device)[:, None].expand_as(ids).masked_fill(slots >= lengths[:, None], -1)
+        groups = (
+            torch.arange(len(blocks), device=self.device)[:, None]
+            .expand_as(ids)
+            .masked_fill(slots >= lengths[:, None], -1)
+        )
         layers = self.left(tiles.to(self.device), ids, slots, groups, numbers)
         data = torch.stack([torch.stack(layer) for layer in layers])  # (layers, 2, B, G, L, E)
         return [ImageKV(data[:, :, b, :, :n].clone()) for b, n in enumerate(lengths.tolist())]
@@ -130,5 +162,14 @@ class DualTowerVLM(HubModel):
     def fingerprint(self) -> str:
         """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. Computed at each call."""
         c = self.config
-        settings = (IMAGE_KV_VERSION, c.vision, c.projector, c.left, c.left_context, c.image_isolation, c.left_attention, self.vocabulary)
+        settings = (
+            IMAGE_KV_VERSION,
+            c.vision,
+            c.projector,
+            c.left,
+            c.left_context,
+            c.image_isolation,
+            c.left_attention,
+            self.vocabulary,
+        )
         return module_fingerprint(self.left, repr(settings))

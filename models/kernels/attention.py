@@ -49,22 +49,38 @@ class BlockSparseLayout:
     def __init__(self, mask: Tensor, kv_heads: int) -> None:
         B, _, T, S = mask.shape
         seen, heads = mask[:, 0].numpy(), np.arange(kv_heads)
-        cuts = [_Segment(row, start, end, np.flatnonzero(seen[row, start:end].any(0))) for row in range(B) for start, end in _split_queries(seen[row])]
+        cuts = [
+            _Segment(row, start, end, np.flatnonzero(seen[row, start:end].any(0)))
+            for row in range(B)
+            for start, end in _split_queries(seen[row])
+        ]
         cuts.sort(key=lambda cut: cut.capacity)
         self.segments: list[Segments] = []
         back = np.empty((B * T, kv_heads), np.int64)  # where a query stands among those of all spans
-        key, place = [np.empty(0, np.int64)], [np.empty((0, kv_heads), np.int64)]  # each key of each span, and where it stands among those of all spans
+        key, place = (
+            [np.empty(0, np.int64)],
+            [np.empty((0, kv_heads), np.int64)],
+        )  # each key of each span, and where it stands among those of all spans
         Q = K = 0
         while cuts:
             some = [cut for cut in cuts if cut.capacity <= SPREAD * cuts[0].capacity]
             cuts = cuts[len(some) :]
             lengths = np.array([cut.end - cut.start for cut in some])
             n, t, s = len(some), lengths.max(), some[-1].capacity
-            queries, keys, hidden = np.zeros((n, t), np.int64), np.zeros((n, s), np.int64), np.ones((n, t, s), bool)
+            queries, keys, hidden = (
+                np.zeros((n, t), np.int64),
+                np.zeros((n, s), np.int64),
+                np.ones((n, t, s), bool),
+            )
             for i, ((row, start, end, sees), length) in enumerate(zip(some, lengths, strict=True)):
-                queries[i, :length], keys[i, : len(sees)] = np.arange(row * T + start, row * T + end), row * S + sees
+                queries[i, :length], keys[i, : len(sees)] = (
+                    np.arange(row * T + start, row * T + end),
+                    row * S + sees,
+                )
                 hidden[i, :length, : len(sees)], hidden[i, length:] = ~seen[row, start:end][:, sees], False
-                back[row * T + start : row * T + end] = Q + (i * kv_heads + heads) * t + np.arange(length)[:, None]
+                back[row * T + start : row * T + end] = (
+                    Q + (i * kv_heads + heads) * t + np.arange(length)[:, None]
+                )
                 key.append(keys[i, : len(sees)])
                 place.append(K + (i * kv_heads + heads) * s + np.arange(len(sees))[:, None])
             none = np.flatnonzero(np.broadcast_to(np.arange(t) >= lengths[:, None, None], (n, kv_heads, t)))
@@ -74,13 +90,19 @@ class BlockSparseLayout:
         self.queries, self.keys = Q, K  # of all spans and heads
         self.back = torch.from_numpy(back.reshape(-1))
         first, more = _occurrences(key, place, B * S, K)
-        self.keys_back, self.more_keys = torch.from_numpy(first), [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in more]
+        self.keys_back, self.more_keys = (
+            torch.from_numpy(first),
+            [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in more],
+        )
         self._bias: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
         """What is added to the scores (n, G, t, H ÷ G, s) of each of `spans`: 0, or −∞ where nothing is to be seen. Made once for all layers."""
         if dtype not in self._bias:
-            self._bias[dtype] = [torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None] for s in self.segments]
+            self._bias[dtype] = [
+                torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None]
+                for s in self.segments
+            ]
         return self._bias[dtype]
 
 
@@ -101,7 +123,9 @@ def _split_queries(seen: Array) -> list[tuple[int, int]]:
     return [*out, (start, T)] if start < T else out
 
 
-def _occurrences(key: list[Array], place: list[Array], keys: int, nowhere: int) -> tuple[Array, list[tuple[Array, Array]]]:
+def _occurrences(
+    key: list[Array], place: list[Array], keys: int, nowhere: int
+) -> tuple[Array, list[tuple[Array, Array]]]:
     """A place of each of `keys` and their heads, `nowhere` where nobody sees it; then (rows of keys, their second places) of those that have one, their third, and so on."""
     every, at = np.concatenate(key), np.concatenate(place)
     order = every.argsort(kind="stable")
@@ -110,7 +134,9 @@ def _occurrences(key: list[Array], place: list[Array], keys: int, nowhere: int) 
     first = np.full((keys, at.shape[1]), nowhere, np.int64)
     first[every[turn == 0]] = at[turn == 0]
     rows = every[:, None] * at.shape[1] + np.arange(at.shape[1])
-    return first.reshape(-1), [(rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)]
+    return first.reshape(-1), [
+        (rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)
+    ]
 
 
 AttentionLayout = Union[Tensor, BlockSparseLayout, "BlockMask"]
@@ -133,7 +159,9 @@ def flex_block_mask(mask: Tensor) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, _, T, S = mask.shape
-    return create_block_mask(lambda b, h, query, key: mask[b, 0, query, key], B, None, T, S, device=str(mask.device))
+    return create_block_mask(
+        lambda b, h, query, key: mask[b, 0, query, key], B, None, T, S, device=str(mask.device)
+    )
 
 
 @cache
@@ -149,8 +177,16 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout)
     if isinstance(mask, BlockSparseLayout):
         return SegmentAttention.apply(queries, keys, values, mask)
     if not isinstance(mask, Tensor):
-        return flex()(queries, keys.to(queries.dtype), values.to(queries.dtype), block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
+        return flex()(
+            queries,
+            keys.to(queries.dtype),
+            values.to(queries.dtype),
+            block_mask=mask,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1]
+    )
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -166,8 +202,14 @@ class SegmentAttention(torch.autograd.Function):
         q, k, v = _rows(queries, G), _rows(keys, G), _rows(values, G)
         out, kept, at = q.new_empty(layout.queries, q.shape[1]), [], 0
         for segments, bias in zip(layout.segments, layout.bias(queries.dtype), strict=True):
-            own_q, own_k, own_v = _gather(q, segments.queries, E), _gather(k, segments.keys, E), _gather(v, segments.keys, E)
-            scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2)).view(-1, G, bias.shape[2], H // G, bias.shape[4])
+            own_q, own_k, own_v = (
+                _gather(q, segments.queries, E),
+                _gather(k, segments.keys, E),
+                _gather(v, segments.keys, E),
+            )
+            scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2)).view(
+                -1, G, bias.shape[2], H // G, bias.shape[4]
+            )
             weights = torch.softmax(scores.add_(bias), -1, out=scores).view(len(own_q), -1, bias.shape[-1])
             at, part = _next(out, at, segments.queries, E)
             torch.bmm(weights, own_v, out=part)
@@ -193,7 +235,9 @@ class SegmentAttention(torch.autograd.Function):
             _, k_part = _next(d_k, key_at, segments.keys, E)
             key_at, v_part = _next(d_v, key_at, segments.keys, E)
             torch.bmm(weights.transpose(1, 2), own_g, out=v_part)
-            d = torch.bmm(own_g, _gather(v, segments.keys, E).transpose(1, 2))  # of the weights, then of the scores
+            d = torch.bmm(
+                own_g, _gather(v, segments.keys, E).transpose(1, 2)
+            )  # of the weights, then of the scores
             torch.ops.aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d).mul_(E**-0.5)
             torch.bmm(d, _gather(k, segments.keys, E), out=part)
             torch.bmm(d.transpose(1, 2), _gather(q, segments.queries, E), out=k_part)

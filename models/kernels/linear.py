@@ -15,7 +15,11 @@ class Linear(nn.Linear):
     """torch's linear layer; in training in bf16 on a CPU its products are `product`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and working_dtype(x.dtype, x.device) == torch.bfloat16:
+        if (
+            x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and working_dtype(x.dtype, x.device) == torch.bfloat16
+        ):
             return TrainedLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -26,7 +30,9 @@ class TrainedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, w = x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(
+            rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None
+        )
         ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return product(rows, w.t(), None if bias is None else bias.bfloat16()).view(*x.shape[:-1], len(w))
 
@@ -37,7 +43,9 @@ class TrainedLinear(torch.autograd.Function):
         d_x = product(g, w).to(ctx.types[0]).view(ctx.shape) if ctx.needs_input_grad[0] else None
         d_weight = d_bias = None
         if ctx.needs_input_grad[1]:
-            transposed = g.t().contiguous() if g.shape[1] < rows.shape[1] else g.t()  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
+            transposed = (
+                g.t().contiguous() if g.shape[1] < rows.shape[1] else g.t()
+            )  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
             d_weight = (transposed @ rows).to(ctx.types[1])
         if ctx.needs_input_grad[2]:
             d_bias = g.sum(0).to(ctx.types[2])

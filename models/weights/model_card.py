@@ -13,7 +13,13 @@ KINDS = {
     "Every token goes through exactly one tower; an image is encoded once and can be asked any number of questions.",
     "vanilla": "a vision-language model with one decoder for image and text tokens, in the manner of nanoVLM: the baseline of the dual tower.",
 }
-PARTS = {"vision": "vision encoder", "projector": "modality projector", "left": "left decoder", "right": "right decoder", "heads": "multi-token heads"}
+PARTS = {
+    "vision": "vision encoder",
+    "projector": "modality projector",
+    "left": "left decoder",
+    "right": "right decoder",
+    "heads": "multi-token heads",
+}
 LIMITS = """It answers in the manner of its training data, in their languages and on their kinds of images, and is confident where it is wrong: check what it says before you rely on it.
 Nothing has been done against harmful or biased answers."""
 TRANSFORMERS = """With 🤗 transformers alone (and timm), which runs the code that stands beside the weights:
@@ -59,19 +65,42 @@ class RunFacts:
 def card_of(model: Any, run: RunFacts) -> ModelCard:
     """The card of a `HubModel`. A front matter that the Hub would not take raises `ValueError`."""
     found = {*run.base_models, *_base_models(model)}
-    known: dict[str, Any] = {"license": run.licence, "base_model": sorted(found), "datasets": list(run.datasets)}
-    data = ModelCardData(**model._hub_mixin_info.model_card_data.to_dict(), **{key: value for key, value in known.items() if value})
-    parts = [f"# {run.name or 'A model of DualTowerVLM'}", f"This is {KINDS[model.model_type]}", f"## Model\n\n{_model(model)}"]
+    known: dict[str, Any] = {
+        "license": run.licence,
+        "base_model": sorted(found),
+        "datasets": list(run.datasets),
+    }
+    data = ModelCardData(
+        **model._hub_mixin_info.model_card_data.to_dict(),
+        **{key: value for key, value in known.items() if value},
+    )
+    parts = [
+        f"# {run.name or 'A model of DualTowerVLM'}",
+        f"This is {KINDS[model.model_type]}",
+        f"## Model\n\n{_model(model)}",
+    ]
     if run.data:
         parts.append(f"## Data\n\n{_table(('', ''), run.data)}")
     if run.training or run.picture:
-        parts.append("\n\n".join(["## Training", *[_table(("", ""), run.training)] * bool(run.training), *[f"![Loss by step]({run.picture})"] * bool(run.picture)]))
+        parts.append(
+            "\n\n".join(
+                [
+                    "## Training",
+                    *[_table(("", ""), run.training)] * bool(run.training),
+                    *[f"![Loss by step]({run.picture})"] * bool(run.picture),
+                ]
+            )
+        )
     if run.scores:
         parts.append(f"## Scores\n\n{_scores(run.scores)}")
     parts += [
         f"## Limits\n\n{LIMITS}\nAn image and its conversation may take {model.config.right.max_positions:,} tokens together, of which a tile takes {model.config.tokens_per_tile:,}."
     ]
-    parts += [f"## Licence\n\n{_licence(run.licence)}", f"## Use\n\n{_use(model, run.code or bool(model.code))}", f"## Citation\n\n{CITATION}"]
+    parts += [
+        f"## Licence\n\n{_licence(run.licence)}",
+        f"## Use\n\n{_use(model, run.code or bool(model.code))}",
+        f"## Citation\n\n{CITATION}",
+    ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -79,15 +108,28 @@ def _base_models(model: Any) -> list[str]:
     """Ids of the pretrained parts that come from the Hub."""
     vision: VisionConfig = model.config.vision
     sources = [getattr(model.config, tower).weights for tower in model.config.towers]
-    return [f"timm/{vision.name}"] * (vision.weights == "hub") + [source.partition("@")[0] for source in sources if is_hub_id(source)]
+    return [f"timm/{vision.name}"] * (vision.weights == "hub") + [
+        source.partition("@")[0] for source in sources if is_hub_id(source)
+    ]
 
 
 def _model(model: Any) -> str:
-    c, counts = model.config, {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
-    told = {"vision": f"{c.vision.name} (timm), tiles of {c.vision.image_size} × {c.vision.image_size} pixels", "projector": f"{c.tokens_per_tile} image tokens a tile"}
-    told |= {tower: _decoder(getattr(c, tower)) for tower in c.towers} | {"heads": f"{c.multi_token.heads} tokens drafted for a pass"}
+    c, counts = (
+        model.config,
+        {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()},
+    )
+    told = {
+        "vision": f"{c.vision.name} (timm), tiles of {c.vision.image_size} × {c.vision.image_size} pixels",
+        "projector": f"{c.tokens_per_tile} image tokens a tile",
+    }
+    told |= {tower: _decoder(getattr(c, tower)) for tower in c.towers} | {
+        "heads": f"{c.multi_token.heads} tokens drafted for a pass"
+    }
     rows = [(PARTS[name], told[name], f"{count:,}") for name, count in counts.items()]
-    return _table(("part", "what", "parameters"), [*rows, ("all", "", f"{sum(p.numel() for p in model.parameters()):,}")])
+    return _table(
+        ("part", "what", "parameters"),
+        [*rows, ("all", "", f"{sum(p.numel() for p in model.parameters()):,}")],
+    )
 
 
 def _decoder(c: DecoderConfig) -> str:
@@ -103,7 +145,11 @@ def _scores(scores: tuple[tuple[str, str, str, str], ...]) -> str:
 
 
 def _licence(licence: str) -> str:
-    stated = f"The weights are published under {licence}." if licence else "No licence of the weights has been stated."
+    stated = (
+        f"The weights are published under {licence}."
+        if licence
+        else "No licence of the weights has been stated."
+    )
     return f"{stated} The code they run with is Apache-2.0. Pretrained parts and training data, named above, have licences of their own."
 
 
@@ -124,4 +170,7 @@ model = {type(model).__name__}.from_pretrained("REPO_OR_FOLDER")
 def _table(head: Any, rows: Any) -> str:
     """Markdown; a cell's text is kept from being read as a table's."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in line) + " |"
+        for line in lines
+    )

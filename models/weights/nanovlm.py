@@ -38,7 +38,9 @@ RENAMED = (
 )
 
 
-def read_nanovlm(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+def read_nanovlm(
+    config: dict[str, Any], tensors: dict[str, Tensor], where: str
+) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
     """→ model type, configuration, vocabulary, and the tensors under this project's names (with those nobody reads)."""
     dual = any(name.startswith("left_tower.") for name in tensors)
     try:
@@ -60,7 +62,12 @@ def read_nanovlm(config: dict[str, Any], tensors: dict[str, Tensor], where: str)
 
 
 def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
-    for key, only in (("vit_cls_flag", False), ("vit_ln_eps", 1e-6), ("lm_attn_scaling", 1.0), ("lm_use_tokens", False)):
+    for key, only in (
+        ("vit_cls_flag", False),
+        ("vit_ln_eps", 1e-6),
+        ("lm_attn_scaling", 1.0),
+        ("lm_use_tokens", False),
+    ):
         if c.get(key, only) != only:
             raise UserError(f"{where}: {key} = {c[key]!r} is not supported, only {only!r}")
     options = {
@@ -84,7 +91,9 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         max_positions=c["lm_max_position_embeddings"],
     )
     size = c["vit_img_size"]
-    cut = min(c.get("max_img_size") or 0, MAX_GRID * size) // size * size  # 0: from before it cut images into tiles
+    cut = (
+        min(c.get("max_img_size") or 0, MAX_GRID * size) // size * size
+    )  # 0: from before it cut images into tiles
     vision = VisionConfig(
         name="vit_base_patch16_siglip_224",
         weights="random",
@@ -95,14 +104,25 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         normalize="unit",
         options=json.dumps(options),
     )
-    return ModelConfig(vision, ProjectorConfig("linear", c["mp_pixel_shuffle_factor"]), decoder, decoder, "prefix" if dual else "none", image_isolation=False)
+    return ModelConfig(
+        vision,
+        ProjectorConfig("linear", c["mp_pixel_shuffle_factor"]),
+        decoder,
+        decoder,
+        "prefix" if dual else "none",
+        image_isolation=False,
+    )
 
 
 def _vocabulary(c: dict[str, Any], where: str) -> Vocabulary:
     extra = c.get("vlm_extra_tokens") or {}
     if next(iter(extra), None) != "image_token":
-        raise UserError(f"{where}: vlm_extra_tokens must begin with image_token, the first id after the text's (found {', '.join(list(extra)[:3]) or 'none'})")
+        raise UserError(
+            f"{where}: vlm_extra_tokens must begin with image_token, the first id after the text's (found {', '.join(list(extra)[:3]) or 'none'})"
+        )
     markers = c["lm_vocab_size"] - c["lm_base_vocab_size"] - 1
     if markers != len(extra) - 1:
-        raise UserError(f"{where}: lm_vocab_size leaves room for {markers} markers, vlm_extra_tokens has {len(extra) - 1}")
+        raise UserError(
+            f"{where}: lm_vocab_size leaves room for {markers} markers, vlm_extra_tokens has {len(extra) - 1}"
+        )
     return Vocabulary(c["lm_base_vocab_size"], markers)

@@ -15,8 +15,21 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
-TIMES = {"seconds", "tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "data_wait", "memory_gb", "tflops_per_s", "mfu"}
-TOWERS = {f"model.{tower}.{size}": value for tower in ("left", "right") for size, value in {"layers": 2, "hidden_size": 32, "mlp_size": 64, "heads": 2, "kv_heads": 1}.items()}
+TIMES = {
+    "seconds",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "tiles_per_s",
+    "data_wait",
+    "memory_gb",
+    "tflops_per_s",
+    "mfu",
+}
+TOWERS = {
+    f"model.{tower}.{size}": value
+    for tower in ("left", "right")
+    for size, value in {"layers": 2, "hidden_size": 32, "mlp_size": 64, "heads": 2, "kv_heads": 1}.items()
+}
 SMALL = TOWERS | {
     "model.vision.image_size": 64,
     "data.limit": 60,
@@ -35,23 +48,47 @@ CASES: dict[str, dict[str, Any]] = {
     "vanilla": {"config": "vanilla_easyvqa"},
     "heads": {"model.multi_token.heads": 2, "model.multi_token.mlp_size": 32, "train.head_warmup": 5},
     "LoRA": {"lora.left.r": 4, "lora.right.r": 4, "lora.right.dropout": 0.1},
-    "tiles": {"model.vision.max_side": 128, "model.vision.enlarge": "true", "data.left_length": 128, "train.lr_vision": 1e-3},
+    "tiles": {
+        "model.vision.max_side": 128,
+        "model.vision.enlarge": "true",
+        "data.left_length": 128,
+        "train.lr_vision": 1e-3,
+    },
     "prefix": {"model.left_context": "prefix", "model.image_isolation": "false", "data.left_length": 96},
     "Muon": {"train.optimizer": "muon", "train.clip": 0},
-    "AdamW, EMA, wsd": {"train.optimizer": "adamw", "train.ema": 0.9, "train.schedule": "wsd", "train.recompute": "true"},
-    "two sources, chain": {"data.sources": "easy_vqa,openmoji", "data.turns": "chain", "data.right_length": 160, "model.left_attention": "causal"},
+    "AdamW, EMA, wsd": {
+        "train.optimizer": "adamw",
+        "train.ema": 0.9,
+        "train.schedule": "wsd",
+        "train.recompute": "true",
+    },
+    "two sources, chain": {
+        "data.sources": "easy_vqa,openmoji",
+        "data.turns": "chain",
+        "data.right_length": 160,
+        "model.left_attention": "causal",
+    },
     "two ranks, DDP": {"ranks": 2},
     "two ranks, FSDP2": {"ranks": 2, "parallel": "fsdp"},
 }
-RENAMED = {"right.heads.stands": "heads.acceptance_rates", "right.heads.": "heads."}  # names in model.safetensors, older → newer
-OLD_FLAGS = {"train.local_batch_size": "train.rows", "train.global_batch_size": "train.accumulation", "train.diagnostics_every": "train.detail_every"}
+RENAMED = {
+    "right.heads.stands": "heads.acceptance_rates",
+    "right.heads.": "heads.",
+}  # names in model.safetensors, older → newer
+OLD_FLAGS = {
+    "train.local_batch_size": "train.rows",
+    "train.global_batch_size": "train.accumulation",
+    "train.diagnostics_every": "train.detail_every",
+}
 
 
 @contextmanager
 def working_tree(commit: str) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "base"
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(path), commit], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", "--quiet", str(path), commit], cwd=ROOT, check=True
+        )
         try:
             yield path
         finally:
@@ -70,12 +107,30 @@ def flags_of(tree: Path, case: dict[str, Any]) -> list[str]:
 
 def start(tree: Path, case: dict[str, Any], steps: int, folder: Path) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True)
-    ranks, script = case.get("ranks", 1), "train_vanilla.py" if "vanilla" in str(case.get("config")) else "train_dual_tower.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    run = ["--max_steps", str(steps), "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache")]
+    ranks, script = (
+        case.get("ranks", 1),
+        "train_vanilla.py" if "vanilla" in str(case.get("config")) else "train_dual_tower.py",
+    )
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
+    run = [
+        "--max_steps",
+        str(steps),
+        "--output_dir",
+        str(folder / "run"),
+        "--cache_dir",
+        str(folder / "cache"),
+    ]
     with (folder / "log.txt").open("wb") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen([sys.executable, *launcher, str(tree / script), *flags_of(tree, case), *run], stdout=log, stderr=log, cwd=folder, env=environment)
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(tree / script), *flags_of(tree, case), *run],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+        )
 
 
 def both(trees: list[Path], case: dict[str, Any], steps: int, folder: Path) -> list[Path]:
@@ -94,7 +149,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {current_name(name): tensor for name, tensor in load_file(run / "model" / "model.safetensors").items()}
+    return {
+        current_name(name): tensor for name, tensor in load_file(run / "model" / "model.safetensors").items()
+    }
 
 
 def current_name(name: str) -> str:
@@ -110,7 +167,9 @@ def same(base: Path, here: Path) -> str:
         return f"{len(a)} and {len(b)} rows of metrics"
     for x, y in zip(a, b, strict=True):
         if x != y:
-            return f"step {x['step']}: " + "; ".join(f"{key}: {x.get(key)} and {y.get(key)}" for key in {**x, **y} if x.get(key) != y.get(key))
+            return f"step {x['step']}: " + "; ".join(
+                f"{key}: {x.get(key)} and {y.get(key)}" for key in {**x, **y} if x.get(key) != y.get(key)
+            )
     c, d = weights(base), weights(here)
     if c.keys() != d.keys():
         return f"other tensors: {sorted(c.keys() ^ d.keys())[:3]}"
@@ -146,7 +205,11 @@ def near(base: Path, here: Path, tolerance: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
     parser.add_argument("commit", nargs="?", help="to compare with")
-    parser.add_argument("--close", action="store_true", help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, in bf16 to a hundred times as much")
+    parser.add_argument(
+        "--close",
+        action="store_true",
+        help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, in bf16 to a hundred times as much",
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--write", action="store_true", help="store references.json")
@@ -163,10 +226,19 @@ def main() -> None:
             if args.only not in name:
                 continue
             for dtype in ("fp32", "bf16") if args.close else ("fp32",):
-                changes = {"train.dtype": dtype} | ({"train.clip": 0, "train.eval_every": 0, "train.ema": 0} if args.close else {})
-                runs = both([tree, ROOT], case | changes, 1 if args.close else args.steps, Path(folder) / f"{name} {dtype}")
+                changes = {"train.dtype": dtype} | (
+                    {"train.clip": 0, "train.eval_every": 0, "train.ema": 0} if args.close else {}
+                )
+                runs = both(
+                    [tree, ROOT],
+                    case | changes,
+                    1 if args.close else args.steps,
+                    Path(folder) / f"{name} {dtype}",
+                )
                 found = near(*runs, 1e-5 if dtype == "fp32" else 1e-3) if args.close else same(*runs)
-                print(f"{name}, {dtype}: {found or ('near' if args.close else 'equal to the bit')}", flush=True)
+                print(
+                    f"{name}, {dtype}: {found or ('near' if args.close else 'equal to the bit')}", flush=True
+                )
                 different += bool(found)
     sys.exit(bool(different))
 

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from configs.cli import resolve
-from configs.model import DecoderConfig, GenerationConfig, ModelConfig, MultiTokenConfig, ProjectorConfig, VisionConfig
+from configs.model import (
+    DecoderConfig,
+    GenerationConfig,
+    ModelConfig,
+    MultiTokenConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from data.collators import collate_prompts
 from data.images import Tiles
 from data.packing import Budget, Window
@@ -34,9 +41,21 @@ TURNS = [
 ]
 GRIDS = {"text": [], "one image": [(1, 1)], "two images": [(1, 1), (1, 1)], "tiles": [(2, 3), (1, 1)]}
 CONTEXTS = ("image", "prefix", "none")
-TINY = DecoderConfig(layers=3, hidden_size=48, heads=4, kv_heads=2, head_size=16, mlp_size=96, rope_theta=10000.0, max_positions=256)
+TINY = DecoderConfig(
+    layers=3,
+    hidden_size=48,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    mlp_size=96,
+    rope_theta=10000.0,
+    max_positions=256,
+)
 MODEL = ModelConfig(
-    VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4), ProjectorConfig(pixel_shuffle=2, norm=True), TINY, TINY
+    VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4),
+    ProjectorConfig(pixel_shuffle=2, norm=True),
+    TINY,
+    TINY,
 )  # 4 image tokens a tile
 MODELS = {
     "dual tower": MODEL,
@@ -49,16 +68,31 @@ MODELS = {
 SETTINGS = {
     "greedy": GenerationConfig(max_new_tokens=12),
     "greedy, penalty": GenerationConfig(max_new_tokens=12, repetition_penalty=1.5),
-    "sampled": GenerationConfig(max_new_tokens=12, sampling=True, seed=3, temperature=1.3, top_k=40, top_p=0.95),
+    "sampled": GenerationConfig(
+        max_new_tokens=12, sampling=True, seed=3, temperature=1.3, top_k=40, top_p=0.95
+    ),
     "drafts": GenerationConfig(max_new_tokens=12, speculative="on"),
-    "sampled drafts": GenerationConfig(max_new_tokens=12, sampling=True, seed=5, speculative="on", draft_tokens=2),
+    "sampled drafts": GenerationConfig(
+        max_new_tokens=12, sampling=True, seed=5, speculative="on", draft_tokens=2
+    ),
 }
 RUNS = {
     "default": [],
     "vanilla": ["--config", "vanilla_easyvqa"],
     "chain": ["--data.turns", "chain", "--data.right_length", "256"],
     "mixture": ["--data.sources", "easy_vqa*0.5,openmoji:60", "--data.temperature", "2"],
-    "tiles": ["--model.vision.image_size", "64", "--model.vision.max_side", "128", "--model.vision.enlarge", "true", "--data.left_length", "64", "--data.max_tiles", "8"],
+    "tiles": [
+        "--model.vision.image_size",
+        "64",
+        "--model.vision.max_side",
+        "128",
+        "--model.vision.enlarge",
+        "true",
+        "--data.left_length",
+        "64",
+        "--data.max_tiles",
+        "8",
+    ],
 }
 SMALL = ["--data.limit", "120", "--data.validation_images", "20", "--data.window", "24"]
 
@@ -80,7 +114,10 @@ def digest(*values: Any) -> str:
 
 
 def columns(document: Document) -> dict[str, list[int]]:
-    return {name: getattr(document, name) for name in ("left_ids", "left_positions", "left_images", "right_ids", "right_positions", "labels")}
+    return {
+        name: getattr(document, name)
+        for name in ("left_ids", "left_positions", "left_images", "right_ids", "right_positions", "labels")
+    }
 
 
 def rendered() -> dict[str, Any]:
@@ -90,20 +127,26 @@ def rendered() -> dict[str, Any]:
         renderer = Renderer(tokenizer, 4, context)
         for name, grids in GRIDS.items():
             out[f"{context}, {name}"] = columns(renderer.conversation(grids, TURNS))
-            out[f"{context}, {name}, prompt"] = columns(renderer.prompt(grids, [*TURNS[:2], {"user": "and now?"}]))
+            out[f"{context}, {name}, prompt"] = columns(
+                renderer.prompt(grids, [*TURNS[:2], {"user": "and now?"}])
+            )
     return out
 
 
 def runs() -> dict[str, Any]:
     """Of several configurations: tokenizer, an epoch's rows, data state, and batches before and after a resume."""
     return {
-        f"{name}, streams {streams}": run([*flags, *SMALL, "--data.streams", str(streams)]) for name, flags in RUNS.items() for streams in ((1, 2) if name == "mixture" else (1,))
+        f"{name}, streams {streams}": run([*flags, *SMALL, "--data.streams", str(streams)])
+        for name, flags in RUNS.items()
+        for streams in ((1, 2) if name == "mixture" else (1,))
     }
 
 
 def run(flags: list[str]) -> dict[str, Any]:
     config, _ = resolve(flags, "")
-    vision = replace(config.model.vision, grid=config.model.vision.grid or config.model.vision.image_size // 16)
+    vision = replace(
+        config.model.vision, grid=config.model.vision.grid or config.model.vision.image_size // 16
+    )
     config = replace(config, model=replace(config.model, vision=vision))
     with TemporaryDirectory() as folder:
         data = build_data(config, Path(folder))
@@ -148,35 +191,62 @@ class FakeSample:
     """Lengths alone: all that packing looks at."""
 
     def __init__(self, key: int, left_length: int, right_length: int, tile_total: int) -> None:
-        self.key, self.left_length, self.right_length, self.tile_total = key, left_length, right_length, tile_total
+        self.key, self.left_length, self.right_length, self.tile_total = (
+            key,
+            left_length,
+            right_length,
+            tile_total,
+        )
 
 
 def fill(model: torch.nn.Module) -> None:
     """Weights by NumPy's generator, the same on every machine; large, so that logits are far from one another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            seed = crc32(("right." * name.startswith("heads.") + name).encode())  # the name that it had when the references were stored
+            seed = crc32(
+                ("right." * name.startswith("heads.") + name).encode()
+            )  # the name that it had when the references were stored
             values = np.random.default_rng(seed).standard_normal(tuple(parameter.shape))
             scale = 1.0 if parameter.dim() < 2 else 3.0 * parameter[0].numel() ** -0.5
             own = torch.from_numpy(values).float() * scale
-            parameter.copy_(own.abs() * 0.5 + 0.5 if parameter.dim() < 2 and name.endswith("weight") else own * 0.1 if parameter.dim() < 2 else own)
+            parameter.copy_(
+                own.abs() * 0.5 + 0.5
+                if parameter.dim() < 2 and name.endswith("weight")
+                else own * 0.1
+                if parameter.dim() < 2
+                else own
+            )
 
 
 def answers() -> dict[str, Any]:
     """Tokens that tiny models give to a ragged batch of three prompts with one, two and no images."""
     tokenizer, out = tiny_tokenizer(), {}
     for name, config in MODELS.items():
-        model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(config, tokenizer.vocabulary).eval()
+        model = (VisionLanguageModel if config.left_context == "none" else DualTowerVLM)(
+            config, tokenizer.vocabulary
+        ).eval()
         fill(model)
         predictor = Predictor(model, Renderer(tokenizer, config.tokens_per_tile, config.left_context))
-        pixels = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (3, 1, 3, 64, 64), dtype=np.uint8))
+        pixels = torch.from_numpy(
+            np.random.default_rng(7).integers(0, 256, (3, 1, 3, 64, 64), dtype=np.uint8)
+        )
         images = [[Tiles((1, 1), pixels[0])], [Tiles((1, 1), pixels[1]), Tiles((1, 1), pixels[2])], []]
-        prompts = [predictor.renderer.prompt([i.grid for i in row], [{"user": turn["user"]}]) for row, turn in zip(images, TURNS, strict=False)]
+        prompts = [
+            predictor.renderer.prompt([i.grid for i in row], [{"user": turn["user"]}])
+            for row, turn in zip(images, TURNS, strict=False)
+        ]
         for what, settings in SETTINGS.items():
             if "drafts" in what and name != "heads":
                 continue
             placed = predictor.images_of(prompts, images)[0]
-            made = generate(model, images=placed, stop=tokenizer.turn_end, settings=settings, tiles=predictor.tiles_of(images), **collate_prompts(prompts))
+            made = generate(
+                model,
+                images=placed,
+                stop=tokenizer.turn_end,
+                settings=settings,
+                tiles=predictor.tiles_of(images),
+                **collate_prompts(prompts),
+            )
             out[f"{name}, {what}"] = made.tokens
     return out
 
@@ -186,5 +256,10 @@ def references() -> dict[str, Any]:
 
 
 def write() -> None:
-    parts = [f'"{part}": {{\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}" for part, values in references().items()]
+    parts = [
+        f'"{part}": {{\n'
+        + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items())
+        + "\n}"
+        for part, values in references().items()
+    ]
     FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
