@@ -40,7 +40,8 @@ from benchmarks.about import about
 from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
-from models.generation import TREE, prefill, verify
+from models.draft_scheduler import TREE
+from models.generation import prefill, verify
 from tools.train_heads import HeadsConfig, asked
 from utils.errors import UsageError, UserError, run_script
 

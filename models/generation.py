@@ -1,20 +1,20 @@
 """One generate for every model: prefill, then passes that verify drafts of the multi-token heads, or none, and choose one more token."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import GenerationConfig
+from models.draft_scheduler import TREE, DraftPlan, DraftScheduler, draft_scheduler
 from models.kv_cache import DecodingCache, ImageKV
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
 from models.multi_token import Drafts, draft_tree_mask
+from models.sampling import accept, choose, draw, follow, probabilities, seen_with
 from utils.errors import UsageError, UserError
 
 
@@ -65,242 +65,11 @@ class Row:
         return len(tokens)
 
 
-NUCLEUS = 512  # likeliest tokens among which those of top-p are looked for first
-
-
-def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
-    """Logits (…, V) → the distribution (…, V) that tokens are drawn from; all on the likeliest where `settings.sampling` is off.
-
-    In this order: repetition penalty on tokens `seen` (…, V), temperature, top-k, top-p, min-p.
-    """
-    logits = logits.float()
-    if (
-        seen is not None and settings.repetition_penalty != 1.0
-    ):  # arXiv 1909.05858: ÷ where positive, × where negative
-        logits = torch.where(
-            seen,
-            torch.where(
-                logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
-            ),
-            logits,
-        )
-    if not settings.sampling:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits = logits / settings.temperature
-    if settings.top_k and settings.top_k < logits.shape[-1]:
-        # By rank, not by value: of equal ones no more than k stay.
-        kept = logits.topk(settings.top_k).indices
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    if settings.top_p < 1:
-        made = logits.softmax(-1)
-        ranked, ids = made.topk(min(NUCLEUS, made.shape[-1]))  # a full sort takes many times as long
-        if (ranked.sum(-1) < settings.top_p).any():
-            ranked, ids = made.sort(dim=-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-        stays = (before < settings.top_p) | (
-            before <= 0
-        )  # the likeliest always, for before it there is nothing
-        logits = torch.full_like(logits, -torch.inf).scatter(
-            -1, ids, logits.gather(-1, ids).masked_fill(~stays, -torch.inf)
-        )
-    made = logits.softmax(-1)
-    if settings.min_p:
-        made = made.masked_fill(made < settings.min_p * made.amax(-1, keepdim=True), 0)
-        made = made / made.sum(-1, keepdim=True)
-    return made
-
-
-def choose(distribution: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Distributions (…, V) → tokens (…): the likeliest, or drawn."""
-    if not settings.sampling:
-        return distribution.max(-1).indices  # a quarter of argmax's time on a CPU
-    return torch.multinomial(distribution.flatten(0, -2), 1, generator=generator).view(
-        distribution.shape[:-1]
-    )
-
-
-def follow(drafts: Drafts, wanted: Tensor) -> list[list[int]]:
-    """Greedy: each row's places from the token chosen last (0) on, as long as a draft is the token that is `wanted` (B, N + 1) at its parent."""
-    paths = []
-    for tokens, parents, want in zip(
-        drafts.tokens.tolist(), drafts.parents.tolist(), wanted.tolist(), strict=True
-    ):
-        path = [0]
-        for place, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
-            if parent == path[-1] and token == want[parent]:
-                path.append(place)
-        paths.append(path)
-    return paths
-
-
-def accept(
-    drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator | None
-) -> tuple[list[int], Tensor]:
-    """Sampling: how many of each row's drafts stand, and the token after them (B,).
-
-    `drafts` (B, K), a chain, were drawn from `proposed` (B, K, V); `target` (B, K + 1, V) is the model's own distribution at each of
-    them and behind the last. A draft x stands with probability min(1, target(x) ÷ proposed(x)); at the first that
-    does not, a token is drawn from what target has more than proposed. So tokens have exactly the target's
-    distribution (arXiv 2211.17192, 2302.01318).
-    """
-    B, K = drafts.shape
-    ratio = (
-        target[:, :K].gather(-1, drafts[..., None])[..., 0] / proposed.gather(-1, drafts[..., None])[..., 0]
-    )  # (B, K)
-    uniform = torch.rand(B, K, generator=generator, device=drafts.device)
-    counts = (uniform < ratio).long().cumprod(1).sum(1)
-    beyond = F.pad(proposed, (0, 0, 0, 1))  # behind the last draft nothing was proposed
-    rest = (target - beyond).clamp(min=0)[torch.arange(B), counts]  # (B, V)
-    empty = (
-        rest.sum(-1, keepdim=True) <= 0
-    )  # equal to the last bit: then rejection has probability 0, but for rounding
-    rest = torch.where(empty, target[torch.arange(B), counts], rest)
-    return counts.tolist(), torch.multinomial(rest, 1, generator=generator)[:, 0]
-
-
-TREE = 11  # drafts of a tree: with the token before them 12 rows (docs/experiments.md)
-TREE_ROWS = 32  # a batch's most for trees: `Packed.MOST`
-
-
-class Shape(NamedTuple):
-    """Of drafts: a chain of `depth`, or where `width` is above 1 a tree."""
-
-    depth: int
-    width: int = 1
-
-
-class DraftScheduler:
-    """What to draft: what gives most tokens a second, by what was accepted and what passes took, as far as it may lose.
-
-    The k-th draft's chance is a running mean, a shape's seconds the median of its last passes, for some are disturbed; before there are any, what
-    `stands` says, and a guess. `purse` holds the plain passes that drafts may still lose: `LOSS` of the time so far, and what they gained, at most `PURSE`, of which
-    the next answer gets no more than `CARRY`. A shape is made where all its drafts could fall without overdrawing it, as far as its cost is known. What is not tried
-    is slowly hoped for again, so that a change in the text is noticed.
-    """
-
-    RECOVERY = 0.0003  # of the way back, at each pass
-    LOSS, BUDGET, CARRY = (
-        0.02,
-        2.0,
-        0.6,
-    )  # 3 % is what answers may lose: plain passes between others take a little longer, too
-    GUESS = 0.08  # what a draft costs, in plain passes; in trees twice that (docs/benchmarks.md)
-    LAST, AGAIN = (
-        5,
-        64,
-    )  # passes of a shape that are remembered; of all kinds, after which a plain one is timed again
-
-    def __init__(
-        self,
-        acceptance_rates: Sequence[float],
-        mode: str,
-        width: int = 1,
-        costs: dict[Shape, float] | None = None,
-    ) -> None:
-        """`stands`: a chain's chance of each draft to stand where those before it do; `width`: of a tree, 1 where only chains are made; `costs`: of passes, in plain ones, where they are not to be measured."""
-        self.mode, self.most, self.width = mode, len(acceptance_rates), width
-        self.prior_rates = [(1 + stood) / 2 for stood in acceptance_rates]
-        self.acceptance_rates = {width: list(self.prior_rates)} | {
-            1: list(acceptance_rates)
-        }  # only what is made teaches, so a tree is believed to be better than it may be
-        self.measured = costs is None
-        self.seconds = {shape: deque([cost], self.LAST) for shape, cost in (costs or {}).items()}
-        self.loss_budget, self.prompt_s, self.since_plain = 0.0, 0.0, 0
-        self.retried: set[Shape] = set()  # whose first pass was forgotten
-
-    def __call__(self) -> Shape:
-        best, rate = Shape(0), 1.0
-        if self.mode != "auto" or not self.most:
-            return best if self.mode == "off" else Shape(self.most, self.width)
-        if self.measured and (len(self.seconds.get(best, ())) < 3 or self.since_plain >= self.AGAIN):
-            return best
-        for width, acceptance_rates in self.acceptance_rates.items():
-            tokens, chance = 1.0, 1.0
-            for k, stood in enumerate(acceptance_rates, start=1):
-                chance *= stood
-                tokens += chance
-                shape = Shape(k, width)
-                if width > 1 and k < self.most and shape not in self.seconds:
-                    continue
-                cost = self.cost(shape)
-                if tokens / cost > 1.02 * rate and cost - 1 <= self.loss_budget:
-                    best, rate = shape, tokens / cost
-        return best
-
-    def cost(self, shape: Shape) -> float:
-        """Of a pass, in plain ones: what is not measured follows from the nearest chain that is."""
-        plain = _usual(self.seconds[Shape(0)])
-        if shape in self.seconds:
-            return _usual(self.seconds[shape]) / plain
-        if shape.width > 1:
-            return 2 * self.cost(Shape(shape.depth)) - 1
-        known = [s.depth for s in self.seconds if s.depth and s.width == 1]
-        if not known:
-            return 1 + self.GUESS * shape.depth
-        near = min(known, key=lambda depth: abs(depth - shape.depth))
-        return 1 + (_usual(self.seconds[Shape(near)]) / plain - 1) * shape.depth / near
-
-    def start_answer(self, seconds: float) -> None:
-        """An answer begins; its first token took so long."""
-        self.loss_budget, self.prompt_s = min(self.loss_budget, self.CARRY), seconds if self.measured else 0.0
-        for shape in [
-            shape
-            for shape, times in self.seconds.items()
-            if self.measured and shape.depth and len(times) == 1 and shape not in self.retried
-        ]:
-            del self.seconds[shape]  # one pass may have been disturbed: it is guessed, and tried, once again
-            self.retried.add(shape)
-
-    def record_step(self, shape: Shape, counts: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
-        """A pass over drafts of a shape: of each row the drafts that stood, and the tokens that its answer got."""
-        known = shape in self.seconds
-        if self.measured:
-            self.seconds.setdefault(shape, deque(maxlen=self.LAST)).append(seconds)
-        self.since_plain = self.since_plain + 1 if shape.depth else 0
-        mean, gain = sum(tokens) / len(tokens), 0.0
-        if Shape(0) in self.seconds:
-            plain = _usual(self.seconds[Shape(0)])
-            if shape.depth:  # the first pass of a shape, which prepares kernels, costs what it took; later ones may be disturbed
-                gain = mean - (
-                    min(seconds / plain, 2 * self.cost(shape) if known else 8.0)
-                    if self.measured
-                    else self.cost(shape)
-                )
-            gain, self.prompt_s = gain + self.LOSS * self.prompt_s / plain, 0.0
-        self.loss_budget = max(-1.0, min(self.loss_budget + gain + self.LOSS * mean, self.BUDGET))
-        for acceptance_rates in self.acceptance_rates.values():
-            for k, prior in enumerate(self.prior_rates):
-                acceptance_rates[k] += self.RECOVERY * max(0.0, prior - acceptance_rates[k])
-        for count in counts:
-            for k in range(min(shape.depth, count + 1)):
-                self.acceptance_rates[shape.width][k] += 0.06 * (
-                    (k < count) - self.acceptance_rates[shape.width][k]
-                )
-
-
-def _usual(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[(len(seconds) - 1) // 2]
-
-
 def check_heads(model: Any, settings: GenerationConfig) -> None:
     if settings.speculative == "on" and model.heads is None:
         raise UsageError(
             "--speculative on: this model has no multi-token heads (python -m tools.train_heads gives it some)"
         )
-
-
-NOMINAL = 0.2  # what a draft costs, in passes, where the clock must not count: in drawn answers, with drawing (docs/benchmarks.md)
-
-
-def draft_scheduler(heads: Any, rows: int, settings: GenerationConfig) -> DraftScheduler:
-    """For greedy answers one that goes on learning from call to call. Sampled answers must depend on the seed alone: theirs begins anew."""
-    most = min(settings.draft_tokens or heads.count, heads.count)
-    width = 1 if settings.sampling or rows * (TREE + 1) > TREE_ROWS else settings.draft_width
-    nominal = {Shape(k): 1 + NOMINAL * k for k in range(most + 1)} if settings.sampling else None
-    new = DraftScheduler(heads.acceptance_rates[:most].tolist(), settings.speculative, width, nominal)
-    return (
-        new if settings.sampling else heads.shapes.setdefault((rows, most, width, settings.speculative), new)
-    )
 
 
 def prefill(
@@ -414,7 +183,7 @@ def decode_step(
     states = verify(model, cache, tokens, places, sees)  # (B, N + 1, D)
     _check_finite(states)
     logits = model.right.logits(states)  # (B, N + 1, V)
-    also = _seen_with(seen, tokens, sees) if seen is not None else None
+    also = seen_with(seen, tokens, sees) if seen is not None else None
     target = probabilities(logits, settings, also) if settings.sampling or also is not None else logits
     if settings.sampling and drafts.proposed is not None:
         counts, chosen = accept(drafts.tokens, drafts.proposed, target, generator)
@@ -499,7 +268,7 @@ def generate(
     first_token_s = time.perf_counter() - started
     shapes.start_answer(first_token_s)
     unembed = heads.unembedder(model.right.unembedding) if heads is not None else None
-    passed: tuple[Shape, float] | None = None  # the last pass: what it verified, and its seconds
+    passed: tuple[DraftPlan, float] | None = None  # the last pass: what it verified, and its seconds
     while True:
         taken = [
             row.take(tokens, path, chosen_from, stop, settings, on_tokens)
@@ -525,7 +294,7 @@ def generate(
                 counted[i, row.tokens] = True
         pass_started = time.perf_counter()
         shape = shapes()
-        shape = Shape(
+        shape = DraftPlan(
             min(shape.depth, max(settings.max_new_tokens - len(row.tokens) for row in active) - 1),
             shape.width,
         )
@@ -543,7 +312,7 @@ def generate(
         )
         for row in active:
             row.decode_steps += 1
-        passed = shape if shape.depth else Shape(0), time.perf_counter() - pass_started
+        passed = shape if shape.depth else DraftPlan(0), time.perf_counter() - pass_started
     if going_on:
         cache.lengths = [
             length + max(0, len(row.tokens) - 1) for length, row in zip(prompt_lengths, rows, strict=True)
@@ -569,7 +338,7 @@ def _drafts(
     unembed: Callable[[Tensor], Tensor] | None,
     hidden: Tensor,
     chosen: Tensor,
-    shape: Shape,
+    shape: DraftPlan,
     settings: GenerationConfig,
     generator: torch.Generator | None,
 ) -> Drafts:
@@ -580,21 +349,5 @@ def _drafts(
     if shape.width > 1:
         return heads.tree(embedding, unembed, hidden, chosen, shape.depth, shape.width, TREE)
     return heads.draft(
-        embedding, unembed, hidden, chosen, shape.depth, lambda logits: _draw(logits, settings, generator)
+        embedding, unembed, hidden, chosen, shape.depth, lambda logits: draw(logits, settings, generator)
     )
-
-
-def _seen_with(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
-    """Tokens seen (B, V) → seen at each of N + 1 places (B, N + 1, V): also those of `tokens` (B, N + 1) that the place `sees` (B, N + 1, N + 1)."""
-    also = torch.where(sees, tokens[:, None], tokens[:, :1, None])  # every place sees the first
-    return seen[:, None].repeat(1, tokens.shape[1], 1).scatter_(2, also, True)
-
-
-def _draw(
-    logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor | None]:
-    """A head's logits (B, V) → drafts (B,) and the distribution that they were drawn from; none where the likeliest is taken."""
-    if not settings.sampling:
-        return logits.max(-1).indices, None
-    distribution = probabilities(logits, settings)
-    return choose(distribution, settings, generator), distribution
