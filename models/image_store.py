@@ -1,5 +1,6 @@
 """Image KVs by content, in memory and on disk: an image that was asked about before is not encoded again, by whichever process."""
 
+import hashlib
 import os
 import re
 import sys
@@ -11,15 +12,90 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from models.kv_cache import ImageKV
 from utils.errors import UserError
+from utils.files import replacing
 
+FORMAT = 3  # of an image KV's file
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 HEADER = 1024  # bytes of a file beside its tensor, at most
 STALE_S = 3600  # age at which a temporary file is a killed run's
 SHARE = 64  # after a 64th of the cap has been written the folder is looked through again, for what other processes did
 KEY = re.compile(r"[0-9a-f]+")
 FILE = re.compile(rf"{KEY.pattern}\.safetensors")
 TEMPORARY = re.compile(rf"\.{FILE.pattern}\.\d+|\.tmp\w{{6}}")  # utils/files.py's, and safetensors' own
+
+
+def save_image_kv(kv: ImageKV, path: str | Path, fingerprint: str, key: str = "") -> None:
+    """Write a safetensors file, beside and renamed. `fingerprint` says what made the image KV: `DualTowerVLM.fingerprint`; `key` of what image. A disk that refuses raises `UserError`."""
+    data = kv.data.detach().cpu().contiguous()
+    metadata = {
+        "format": str(FORMAT),
+        "fingerprint": fingerprint,
+        "key": key,
+        "checksum": _checksum(data, fingerprint, key),
+    }
+    try:
+        with replacing(Path(path)) as beside:
+            save_file({"data": data}, beside, metadata=metadata)
+    except (
+        SafetensorError,
+        OSError,
+    ) as error:  # a full disk; a read-only one, where not even clearing up is allowed
+        raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
+
+
+def load_image_kv(
+    path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None
+) -> ImageKV:
+    """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `fingerprint`, `key` or `shape` (None: any), raises `UserError`."""
+    again = "encode the image again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != str(FORMAT):
+                raise UserError(
+                    f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}"
+                )
+            if metadata.get("fingerprint") != fingerprint:
+                raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
+            if metadata.get("key") != key:
+                raise UserError(f"{path} holds another image than its name says: {again}")
+            data = file.get_tensor(
+                "data"
+            ).clone()  # the file is mapped: what changes on the disk later would change here
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}"
+        ) from None
+    if metadata.get("checksum") != _checksum(data, fingerprint, key):
+        raise UserError(f"{path} is damaged, its checksum is another: {again}")
+    if (
+        data.dim() != 5
+        or data.shape[1] != 2
+        or not data.numel()
+        or data.dtype not in DTYPES
+        or shape not in (None, tuple(data.shape))
+    ):
+        wanted = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
+        raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not {wanted}: {again}")
+    if not torch.isfinite(torch.stack(data.aminmax())).all():
+        raise UserError(f"{path} holds values that are not finite: {again}")
+    return ImageKV(data)
+
+
+def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
+    """Of a tensor's bytes, of the type and shape without which they say something else, and of what made it of which image."""
+    digest = hashlib.blake2b(
+        repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16
+    )
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_stderr(line: str) -> None:
@@ -134,7 +210,7 @@ class ImageStore:
             self._leave_disk(error)
             return None
         try:
-            return ImageKV.load(path, self.fingerprint, key, shape)
+            return load_image_kv(path, self.fingerprint, key, shape)
         except UserError as error:
             try:
                 path.unlink()
@@ -156,7 +232,7 @@ class ImageStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._make_room(self.folder, size):
-                kv.save(path, self.fingerprint, key)
+                save_image_kv(kv, path, self.fingerprint, key)
                 _touch(path)
                 self.used, self.written = self.used + size, self.written + size
         except (UserError, OSError) as error:

@@ -3,23 +3,14 @@
 Keys of images are kept before rotary embedding, so that one image KV serves at any position of any document.
 """
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.layers import Rotary, rotate
 from models.masks import NEVER
-from utils.errors import UserError
-from utils.files import replacing
-
-FORMAT = 3  # of an image KV's file
-DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -31,72 +22,6 @@ class ImageKV:
     @property
     def tokens(self) -> int:
         return self.data.shape[3]
-
-    def save(self, path: str | Path, fingerprint: str, key: str = "") -> None:
-        """Write a safetensors file, beside and renamed. `fingerprint` says what made the image KV: `DualTowerVLM.fingerprint`; `key` of what image. A disk that refuses raises `UserError`."""
-        data = self.data.detach().cpu().contiguous()
-        metadata = {
-            "format": str(FORMAT),
-            "fingerprint": fingerprint,
-            "key": key,
-            "checksum": _checksum(data, fingerprint, key),
-        }
-        try:
-            with replacing(Path(path)) as beside:
-                save_file({"data": data}, beside, metadata=metadata)
-        except (
-            SafetensorError,
-            OSError,
-        ) as error:  # a full disk; a read-only one, where not even clearing up is allowed
-            raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
-
-    @classmethod
-    def load(
-        cls, path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None
-    ) -> "ImageKV":
-        """What `save` wrote, bit for bit, on the CPU. A missing, damaged or foreign file, and one of another `fingerprint`, `key` or `shape` (None: any), raises `UserError`."""
-        again = "encode the image again"
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != str(FORMAT):
-                    raise UserError(
-                        f"{path} has image KV format {metadata.get('format')!r}; this version reads {FORMAT}: {again}"
-                    )
-                if metadata.get("fingerprint") != fingerprint:
-                    raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
-                if metadata.get("key") != key:
-                    raise UserError(f"{path} holds another image than its name says: {again}")
-                data = file.get_tensor(
-                    "data"
-                ).clone()  # the file is mapped: what changes on the disk later would change here
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}"
-            ) from None
-        if metadata.get("checksum") != _checksum(data, fingerprint, key):
-            raise UserError(f"{path} is damaged, its checksum is another: {again}")
-        if (
-            data.dim() != 5
-            or data.shape[1] != 2
-            or not data.numel()
-            or data.dtype not in DTYPES
-            or shape not in (None, tuple(data.shape))
-        ):
-            wanted = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
-            raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not {wanted}: {again}")
-        if not torch.isfinite(torch.stack(data.aminmax())).all():
-            raise UserError(f"{path} holds values that are not finite: {again}")
-        return cls(data)
-
-
-def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
-    """Of a tensor's bytes, of the type and shape without which they say something else, and of what made it of which image."""
-    digest = hashlib.blake2b(
-        repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16
-    )
-    digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class KeyValueRecorder:
