@@ -204,7 +204,7 @@ def drafts(
 
 def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, float]]:
     """Whole calls, each in turn with a plain one; kernels are prepared, but what drafts cost and how often they stand is not known."""
-    shapes, drafted, out = predictor.model.heads.shapes, models.generation._drafts, {}
+    shapes, drafted, out = predictor.model.heads.schedulers, models.generation._drafts, {}
 
     def wrong(*arguments: Any) -> Any:
         made = drafted(*arguments)

@@ -1,4 +1,4 @@
-"""Sampling: the distribution that tokens are drawn from, the choice of a token, and the acceptance of drafts."""
+"""Logits → tokens: the distribution, the choice of a token, and the acceptance of drafts."""
 
 import torch
 import torch.nn.functional as F
@@ -7,70 +7,83 @@ from torch import Tensor
 from configs.model import GenerationConfig
 from models.multi_token import Drafts
 
-NUCLEUS = 512  # likeliest tokens among which those of top-p are looked for first
+NUCLEUS = 512  # top-p sorts this many of the likeliest tokens first, and all only where they are too few
 
 
 def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
-    """Logits (…, V) → the distribution (…, V) that tokens are drawn from; all on the likeliest where `settings.sampling` is off.
+    """Logits (…, V) → the distribution (…, V) to draw from; one-hot without `settings.sampling`.
 
-    In this order: repetition penalty on tokens `seen` (…, V), temperature, top-k, top-p, min-p.
+    In this order: repetition penalty on the tokens `seen` (…, V), temperature, top-k, top-p, min-p.
     """
     logits = logits.float()
-    if (
-        seen is not None and settings.repetition_penalty != 1.0
-    ):  # arXiv 1909.05858: ÷ where positive, × where negative
-        logits = torch.where(
-            seen,
-            torch.where(
-                logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
-            ),
-            logits,
-        )
+    penalty = settings.repetition_penalty
+    if seen is not None and penalty != 1.0:  # arXiv 1909.05858
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not settings.sampling:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / settings.temperature
     if settings.top_k and settings.top_k < logits.shape[-1]:
-        # By rank, not by value: of equal ones no more than k stay.
-        kept = logits.topk(settings.top_k).indices
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
+        # By rank, not by value: equal logits never leave more than k tokens.
+        ids = logits.topk(settings.top_k).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, logits.gather(-1, ids))
     if settings.top_p < 1:
-        made = logits.softmax(-1)
-        ranked, ids = made.topk(min(NUCLEUS, made.shape[-1]))  # a full sort takes many times as long
-        if (ranked.sum(-1) < settings.top_p).any():
-            ranked, ids = made.sort(dim=-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-        stays = (before < settings.top_p) | (
-            before <= 0
-        )  # the likeliest always, for before it there is nothing
-        logits = torch.full_like(logits, -torch.inf).scatter(
-            -1, ids, logits.gather(-1, ids).masked_fill(~stays, -torch.inf)
-        )
-    made = logits.softmax(-1)
+        logits = _top_p(logits, settings.top_p)
+    distribution = logits.softmax(-1)
     if settings.min_p:
-        made = made.masked_fill(made < settings.min_p * made.amax(-1, keepdim=True), 0)
-        made = made / made.sum(-1, keepdim=True)
-    return made
+        threshold = settings.min_p * distribution.amax(-1, keepdim=True)
+        distribution = distribution.masked_fill(distribution < threshold, 0)
+        distribution = distribution / distribution.sum(-1, keepdim=True)
+    return distribution
+
+
+def _top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Set logits (…, V) outside the nucleus to −∞ (arXiv 1904.09751). The likeliest token always stays."""
+    distribution = logits.softmax(-1)
+    # A full sort takes many times as long as this top-k.
+    ranked, ids = distribution.topk(min(NUCLEUS, distribution.shape[-1]))
+    if (ranked.sum(-1) < top_p).any():
+        ranked, ids = distribution.sort(dim=-1, descending=True)
+    before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
+    inside = (before < top_p) | (before <= 0)
+    nucleus = logits.gather(-1, ids).masked_fill(~inside, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, nucleus)
 
 
 def choose(distribution: Tensor, settings: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Distributions (…, V) → tokens (…): the likeliest, or drawn."""
+    """Distributions (…, V) → tokens (…): drawn, or the likeliest without `settings.sampling`."""
     if not settings.sampling:
         return distribution.max(-1).indices  # a quarter of argmax's time on a CPU
-    return torch.multinomial(distribution.flatten(0, -2), 1, generator=generator).view(
-        distribution.shape[:-1]
-    )
+    drawn = torch.multinomial(distribution.flatten(0, -2), 1, generator=generator)
+    return drawn.view(distribution.shape[:-1])
 
 
-def follow(drafts: Drafts, wanted: Tensor) -> list[list[int]]:
-    """Greedy: each row's places from the token chosen last (0) on, as long as a draft is the token that is `wanted` (B, N + 1) at its parent."""
+def draw_draft(
+    logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose a draft per row from a head's logits (B, V′).
+
+    Returns the drafts (B,), as indices into V′, and the distribution (B, V′) they were drawn from, or None
+    where the likeliest is taken.
+    """
+    if not settings.sampling:
+        return logits.max(-1).indices, None
+    distribution = probabilities(logits, settings)
+    return choose(distribution, settings, generator), distribution
+
+
+def follow(drafts: Drafts, target: Tensor) -> list[list[int]]:
+    """Accept drafts without sampling: each row's path of nodes from the last chosen token (node 0) on.
+
+    A draft is accepted where its parent is and it equals `target` (B, N + 1) at its parent.
+    """
     paths = []
-    for tokens, parents, want in zip(
-        drafts.tokens.tolist(), drafts.parents.tolist(), wanted.tolist(), strict=True
+    for tokens, parents, targets in zip(
+        drafts.tokens.tolist(), drafts.parents.tolist(), target.tolist(), strict=True
     ):
         path = [0]
-        for place, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
-            if parent == path[-1] and token == want[parent]:
-                path.append(place)
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
+            if parent == path[-1] and token == targets[parent]:
+                path.append(node)
         paths.append(path)
     return paths
 
@@ -78,39 +91,32 @@ def follow(drafts: Drafts, wanted: Tensor) -> list[list[int]]:
 def accept(
     drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator | None
 ) -> tuple[list[int], Tensor]:
-    """Sampling: how many of each row's drafts stand, and the token after them (B,).
+    """Accept sampled drafts: each row's number of accepted drafts, and the token after them (B,).
 
-    `drafts` (B, K), a chain, were drawn from `proposed` (B, K, V); `target` (B, K + 1, V) is the model's own distribution at each of
-    them and behind the last. A draft x stands with probability min(1, target(x) ÷ proposed(x)); at the first that
-    does not, a token is drawn from what target has more than proposed. So tokens have exactly the target's
-    distribution (arXiv 2211.17192, 2302.01318).
+    `drafts` (B, K), a chain, were drawn from `proposed` (B, K, V). `target` (B, K + 1, V) is the model's own
+    distribution at each draft and after the last. A draft x is accepted with probability
+    min(1, target(x) ÷ proposed(x)). After the first rejection a token is drawn from the positive part of
+    target − proposed. So tokens have exactly the target's distribution (arXiv 2211.17192, 2302.01318).
     """
     B, K = drafts.shape
-    ratio = (
-        target[:, :K].gather(-1, drafts[..., None])[..., 0] / proposed.gather(-1, drafts[..., None])[..., 0]
-    )  # (B, K)
+    ids = drafts[..., None]
+    ratio = target[:, :K].gather(-1, ids)[..., 0] / proposed.gather(-1, ids)[..., 0]  # (B, K)
     uniform = torch.rand(B, K, generator=generator, device=drafts.device)
     counts = (uniform < ratio).long().cumprod(1).sum(1)
-    beyond = F.pad(proposed, (0, 0, 0, 1))  # behind the last draft nothing was proposed
-    rest = (target - beyond).clamp(min=0)[torch.arange(B), counts]  # (B, V)
-    empty = (
-        rest.sum(-1, keepdim=True) <= 0
-    )  # equal to the last bit: then rejection has probability 0, but for rounding
-    rest = torch.where(empty, target[torch.arange(B), counts], rest)
-    return counts.tolist(), torch.multinomial(rest, 1, generator=generator)[:, 0]
+    padded = F.pad(proposed, (0, 0, 0, 1))  # nothing is proposed after the last draft
+    rows = torch.arange(B)
+    residual = (target - padded).clamp(min=0)[rows, counts]  # (B, V)
+    # Without a residual the two are equal: a rejection has probability 0, but for rounding.
+    empty = residual.sum(-1, keepdim=True) <= 0
+    residual = torch.where(empty, target[rows, counts], residual)
+    return counts.tolist(), torch.multinomial(residual, 1, generator=generator)[:, 0]
 
 
-def seen_with(seen: Tensor, tokens: Tensor, sees: Tensor) -> Tensor:
-    """Tokens seen (B, V) → seen at each of N + 1 places (B, N + 1, V): also those of `tokens` (B, N + 1) that the place `sees` (B, N + 1, N + 1)."""
-    also = torch.where(sees, tokens[:, None], tokens[:, :1, None])  # every place sees the first
-    return seen[:, None].repeat(1, tokens.shape[1], 1).scatter_(2, also, True)
+def seen_at_each_node(seen: Tensor, tokens: Tensor, tree_mask: Tensor) -> Tensor:
+    """Extend the tokens `seen` (B, V) to each node of a tree of drafts: (B, N + 1, V).
 
-
-def draw(
-    logits: Tensor, settings: GenerationConfig, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor | None]:
-    """A head's logits (B, V) → drafts (B,) and the distribution that they were drawn from; none where the likeliest is taken."""
-    if not settings.sampling:
-        return logits.max(-1).indices, None
-    distribution = probabilities(logits, settings)
-    return choose(distribution, settings, generator), distribution
+    A node adds those of `tokens` (B, N + 1) that `tree_mask` (B, N + 1, N + 1) lets it see.
+    """
+    # Every node sees node 0, so its token fills the gaps.
+    visible = torch.where(tree_mask, tokens[:, None], tokens[:, :1, None])
+    return seen[:, None].repeat(1, tokens.shape[1], 1).scatter_(2, visible, True)

@@ -348,8 +348,8 @@ class TestDisk:
         monkeypatch.setattr(models.image_store, "SHARE", 8)
         cap, generator = 64 * 1024, torch.Generator().manual_seed(0)
         store = self.store(tmp_path, disk_bytes=cap)
-        looked, look = [], store._look_through
-        monkeypatch.setattr(store, "_look_through", lambda folder: looked.append(folder) or look(folder))
+        looked, look = [], store._scan
+        monkeypatch.setattr(store, "_scan", lambda folder: looked.append(folder) or look(folder))
         for i in range(120):
             store.put(f"{i:x}", kv_of(i, tokens=int(torch.randint(1, 9, (), generator=generator))))
             assert size(tmp_path) <= cap

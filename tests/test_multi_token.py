@@ -23,11 +23,11 @@ from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
 from models.draft_scheduler import DraftPlan, DraftScheduler, draft_scheduler
-from models.generation import StepOutput, _closed_up, generate, prefill, verify
-from models.kv_cache import DecodingCache
+from models.generation import StepOutput, generate, prefill, verify
+from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
 from models.multi_token import Drafts, chains, draft_tree_mask
-from models.sampling import accept, follow, probabilities, seen_with
+from models.sampling import accept, follow, probabilities, seen_at_each_node
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 from tests.programs import run_program
@@ -140,7 +140,7 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
-        self.acceptance_rates, self.shapes = torch.full((3,), 0.5), {}
+        self.acceptance_rates, self.schedulers = torch.full((3,), 0.5), {}
 
     def unembedder(self, unembedding):
         return unembedding
@@ -260,7 +260,7 @@ def test_every_draft_counts_as_seen_behind_it():
     seen[:, 5] = True
     tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
     sees = draft_tree_mask(torch.stack((TREE.parents[0], torch.arange(5))))
-    found = seen_with(seen, tokens, sees)
+    found = seen_at_each_node(seen, tokens, sees)
     expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
     assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == expected
 
@@ -685,7 +685,7 @@ def test_rows_that_are_done_leave_the_cache():
         )
         before, order = (
             (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()),
-            _closed_up(done),
+            compact_rows(done),
         )
         assert sorted(order) == [i for i in range(5) if not done[i]] and sum(
             new != old for new, old in enumerate(order)
