@@ -40,7 +40,8 @@ from benchmarks.about import about
 from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
-from models.generation import TREE, prefill, verify
+from models.draft_scheduler import TREE
+from models.generation import prefill, verify
 from tools.train_heads import HeadsConfig, asked
 from utils.errors import UsageError, UserError, run_script
 
@@ -203,7 +204,7 @@ def drafts(
 
 def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, float]]:
     """Whole calls, each in turn with a plain one; kernels are prepared, but what drafts cost and how often they stand is not known."""
-    shapes, drafted, out = predictor.model.heads.shapes, models.generation._drafts, {}
+    shapes, drafted, out = predictor.model.heads.schedulers, models.generation._drafts, {}
 
     def wrong(*arguments: Any) -> Any:
         made = drafted(*arguments)

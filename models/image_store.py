@@ -1,5 +1,6 @@
-"""Image KVs by content, in memory and on disk: an image that was asked about before is not encoded again, by whichever process."""
+"""Image KVs by content, in memory and on disk: no image is encoded twice, even by several processes."""
 
+import hashlib
 import os
 import re
 import sys
@@ -11,15 +12,93 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from models.kv_cache import ImageKV
 from utils.errors import UserError
+from utils.files import replacing
 
-HEADER = 1024  # bytes of a file beside its tensor, at most
-STALE_S = 3600  # age at which a temporary file is a killed run's
-SHARE = 64  # after a 64th of the cap has been written the folder is looked through again, for what other processes did
+FORMAT = 3  # of an image KV's file
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+HEADER = 1024  # bytes of a file besides its tensor, at most
+STALE_S = 3600  # age from which a temporary file counts as left by a killed run
+SHARE = 64  # the folder is scanned again, for other processes' files, after writing a 64th of the cap
 KEY = re.compile(r"[0-9a-f]+")
 FILE = re.compile(rf"{KEY.pattern}\.safetensors")
 TEMPORARY = re.compile(rf"\.{FILE.pattern}\.\d+|\.tmp\w{{6}}")  # utils/files.py's, and safetensors' own
+
+
+def save_image_kv(kv: ImageKV, path: str | Path, fingerprint: str, key: str = "") -> None:
+    """Write a safetensors file, atomically. `UserError` where it cannot be written.
+
+    `fingerprint`: the model's (`DualTowerVLM.fingerprint`). `key`: a name of the image.
+    """
+    data = kv.data.detach().cpu().contiguous()
+    metadata = {
+        "format": str(FORMAT),
+        "fingerprint": fingerprint,
+        "key": key,
+        "checksum": _checksum(data, fingerprint, key),
+    }
+    try:
+        with replacing(Path(path)) as temp_path:
+            save_file({"data": data}, temp_path, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} could not be written: {' '.join(str(error).split())}") from error
+
+
+def load_image_kv(
+    path: str | Path, fingerprint: str, key: str = "", shape: tuple[int, ...] | None = None
+) -> ImageKV:
+    """Read what `save_image_kv` wrote, bit for bit, on the CPU.
+
+    `UserError` where the file is missing, damaged, foreign, or of another `fingerprint`, `key` or `shape`
+    (None: any).
+    """
+    again = "encode the image again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != str(FORMAT):
+                raise UserError(
+                    f"{path} has image KV format {metadata.get('format')!r}; "
+                    f"this version reads {FORMAT}: {again}"
+                )
+            if metadata.get("fingerprint") != fingerprint:
+                raise UserError(f"{path} was made by other weights or another preprocessing: {again}")
+            if metadata.get("key") != key:
+                raise UserError(f"{path} holds another image than its name says: {again}")
+            data = file.get_tensor("data").clone()  # the file is mapped: later changes on disk would show
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as an image KV ({' '.join(str(error).split())}): {again}"
+        ) from None
+    if metadata.get("checksum") != _checksum(data, fingerprint, key):
+        raise UserError(f"{path} is damaged, its checksum is another: {again}")
+    if (
+        data.dim() != 5
+        or data.shape[1] != 2
+        or not data.numel()
+        or data.dtype not in DTYPES
+        or shape not in (None, tuple(data.shape))
+    ):
+        expected = f"the keys and values of an image {shape or '(layers, 2, heads, tokens, head size)'}"
+        raise UserError(f"{path} holds {tuple(data.shape)} of {data.dtype}, not {expected}: {again}")
+    if not torch.isfinite(torch.stack(data.aminmax())).all():
+        raise UserError(f"{path} holds values that are not finite: {again}")
+    return ImageKV(data)
+
+
+def _checksum(data: Tensor, fingerprint: str, key: str) -> str:
+    """Checksum of a tensor's bytes, dtype and shape, its model's fingerprint and its image's key."""
+    digest = hashlib.blake2b(
+        repr((str(data.dtype), tuple(data.shape), fingerprint, key)).encode(), digest_size=16
+    )
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_stderr(line: str) -> None:
@@ -27,13 +106,16 @@ def _to_stderr(line: str) -> None:
 
 
 class ImageStore:
-    """Hex key → image KV. Where room is short, the least recently used goes first.
+    """A cache from hex key to image KV that evicts the least recently used first.
 
-    Memory holds `memory_bytes` of tensors. With a `folder`, files `folder/<fingerprint>/<key>.safetensors` hold `disk_bytes`,
-    all models together; several processes may share it, and a file's time of change says when it was last used.
-    The disk never raises: a file that is damaged or of another model is deleted and is a miss, a disk that refuses is
-    left alone from then on. `say` takes one line about each. `fingerprint` is `DualTowerVLM.fingerprint` of the model, whose weights do
-    not change any more; a store without one belongs to the model that first asks.
+    Memory holds up to `memory_bytes` of tensors. With a `folder`, the files
+    `folder/<fingerprint>/<key>.safetensors` hold up to `disk_bytes`, all models together. Several processes
+    may share it; a file's modification time is its last use. Disk errors never raise: a damaged or foreign
+    file is deleted and counts as a miss, and after an `OSError` the disk is no longer used. `say` takes one
+    line about each.
+
+    `fingerprint`: of the model (`DualTowerVLM.fingerprint`), whose weights must not change any more. A store
+    without one belongs to the model that asks first.
     """
 
     def __init__(
@@ -48,61 +130,57 @@ class ImageStore:
             raise ValueError(
                 f"fingerprint {fingerprint!r} is not in hex: image KVs on disk need their model's"
             )
-        self.memory_bytes, self.folder, self.disk_bytes, self.fingerprint, self.say = (
-            memory_bytes,
-            folder,
-            disk_bytes,
-            fingerprint,
-            say or _to_stderr,
-        )
+        self.memory_bytes, self.folder, self.disk_bytes = memory_bytes, folder, disk_bytes
+        self.fingerprint, self.say = fingerprint, say or _to_stderr
         self.memory: OrderedDict[str, ImageKV] = OrderedDict()
         self.bytes = 0  # of `memory`
-        self.told: set[Path] = set()
+        self.reported: set[Path] = set()  # deleted files
         self.model: weakref.ref[Any] | None = None  # the last one that asked
-        self.used = self.written = (
-            0  # bytes in the folder, as far as is known; of them, written here since it was looked through
-        )
-        self.oldest: list[
-            tuple[int, int, Path]
-        ] = []  # (last use in ns, bytes, file), the least recently used at the end
+        self.used = 0  # bytes in the folder, as far as is known
+        self.written = 0  # of them, by this process since the last scan
+        self.oldest: list[tuple[int, int, Path]] = []  # (last use in ns, bytes, file), the oldest at the end
         if folder is not None:
             try:
                 (folder / fingerprint).mkdir(parents=True, exist_ok=True)
-                self._look_through(folder)
+                self._scan(folder)
             except OSError as error:
                 self._leave_disk(error)
 
     def serve(self, model: Any, fingerprint: str = "") -> None:
-        """`model` is about to ask; `fingerprint`, where it is known already. Another model than the store's raises `ValueError`, for the same image gives another image KV there."""
+        """Check that the store is `model`'s, else raise `ValueError`: its image KVs would be wrong.
+
+        `fingerprint`: the model's, where already known.
+        """
         if self.model is not None and self.model() is model:
             return
         if (self.model is not None and not self.fingerprint) or (
             self.fingerprint and self.fingerprint != (fingerprint or model.fingerprint())
         ):
             raise ValueError(
-                "this image store holds image KVs of another model: give each model a store of its own, with its fingerprint"
+                "this image store holds image KVs of another model: "
+                "give each model a store of its own, with its fingerprint"
             )
         self.model = weakref.ref(model)
 
     def __len__(self) -> int:
-        """Image KVs in memory."""
+        """Number of image KVs in memory."""
         return len(self.memory)
 
     def get(self, key: str, shape: tuple[int, ...] | None = None) -> ImageKV | None:
-        """The image KV, or None where it is not known; one that comes from the disk is on the CPU, and where it has another `shape` it is none."""
+        """The image KV of `key`, or None. Files are read onto the CPU; one of another `shape` is a miss."""
         path = self._path(key)
-        there = path is not None and _touch(path)
+        on_disk = path is not None and _touch(path)
         if key in self.memory:
             self.memory.move_to_end(key)
             return self.memory[key]
-        kv = self._read(path, key, shape) if path is not None and there else None
+        kv = self._read(path, key, shape) if path is not None and on_disk else None
         if kv is not None:
-            self._keep(key, kv)
+            self._cache(key, kv)
         return kv
 
     def put(self, key: str, kv: ImageKV) -> None:
-        """Keep an image KV. One that is larger than a cap is not kept there."""
-        self._keep(key, kv)
+        """Store an image KV in memory and on disk, except where it alone is larger than the cap."""
+        self._cache(key, kv)
         path = self._path(key)
         if path is not None:
             self._write(path, key, kv)
@@ -114,7 +192,7 @@ class ImageStore:
             raise ValueError(f"key {key!r} is not in hex")
         return self.folder / self.fingerprint / f"{key}.safetensors"
 
-    def _keep(self, key: str, kv: ImageKV) -> None:
+    def _cache(self, key: str, kv: ImageKV) -> None:
         if key in self.memory:
             self.bytes -= self.memory.pop(key).data.nbytes
         if kv.data.nbytes > self.memory_bytes:
@@ -129,22 +207,22 @@ class ImageStore:
         try:
             path.open("rb").close()
         except FileNotFoundError:
-            return None  # another process needed the room
-        except OSError as error:  # the file may be whole
+            return None  # evicted by another process
+        except OSError as error:  # the file may be intact
             self._leave_disk(error)
             return None
         try:
-            return ImageKV.load(path, self.fingerprint, key, shape)
+            return load_image_kv(path, self.fingerprint, key, shape)
         except UserError as error:
             try:
                 path.unlink()
             except FileNotFoundError:
-                return None  # another process needed the room
-            except OSError as refusal:
-                self._leave_disk(refusal)
+                return None  # evicted by another process
+            except OSError as unlink_error:
+                self._leave_disk(unlink_error)
                 return None
-            if path not in self.told:
-                self.told.add(path)
+            if path not in self.reported:
+                self.reported.add(path)
                 self.say(f"{error} (the image store has deleted the file, and does so)")
             return None
 
@@ -156,44 +234,40 @@ class ImageStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._make_room(self.folder, size):
-                kv.save(path, self.fingerprint, key)
+                save_image_kv(kv, path, self.fingerprint, key)
                 _touch(path)
                 self.used, self.written = self.used + size, self.written + size
         except (UserError, OSError) as error:
             self._leave_disk(error)
 
     def _make_room(self, folder: Path, size: int) -> bool:
-        """Delete the least recently used files until `size` more bytes fit. False where they cannot."""
+        """Delete the least recently used files until `size` more bytes fit; False where they cannot."""
         if self.written + size > self.disk_bytes // SHARE:
-            self._look_through(folder)
+            self._scan(folder)
         while self.used + size > self.disk_bytes:
             if not self.oldest:
-                self._look_through(folder)
+                self._scan(folder)
                 if not self.oldest:
                     return self.used + size <= self.disk_bytes
-            last_use, held, path = self.oldest.pop()
+            last_use, file_bytes, path = self.oldest.pop()
             try:
                 if path.stat().st_mtime_ns != last_use:
-                    continue  # used since: looking through the folder again finds it in its new place
+                    continue  # used since the scan: the next one sorts it anew
                 path.unlink()
             except FileNotFoundError:
-                pass  # another process needed the room, too
-            self.used -= held
+                pass  # evicted by another process
+            self.used -= file_bytes
         return True
 
-    def _look_through(self, folder: Path) -> None:
-        """Count the folder's bytes, order its files by last use, and delete temporary files that killed runs left."""
+    def _scan(self, folder: Path) -> None:
+        """Count the folder's bytes, sort its files by last use, and delete killed runs' temporary files."""
         self.used = self.written = 0
         self.oldest = []
-        for path in (
-            path
-            for part in folder.iterdir()
-            if KEY.fullmatch(part.name) and part.is_dir()
-            for path in part.iterdir()
-        ):
+        model_folders = (f for f in folder.iterdir() if KEY.fullmatch(f.name) and f.is_dir())
+        for path in (path for model_folder in model_folders for path in model_folder.iterdir()):
             temporary = TEMPORARY.fullmatch(path.name) is not None
             if not temporary and not FILE.fullmatch(path.name):
-                continue  # nobody's business
+                continue  # not the store's
             with suppress(FileNotFoundError):
                 status = path.stat()
                 if temporary and time.time() - status.st_mtime > STALE_S:
@@ -205,17 +279,17 @@ class ImageStore:
         self.oldest.sort(key=lambda file: file[0], reverse=True)
 
     def _leave_disk(self, error: Exception) -> None:
-        where, self.folder = self.folder, None
-        self.say(f"the image store goes on without {where}: {' '.join(str(error).split())}")
+        folder, self.folder = self.folder, None
+        self.say(f"the image store goes on without {folder}: {' '.join(str(error).split())}")
 
 
 def _touch(path: Path) -> bool:
-    """Note a use; False where the file is gone. The clock's own nanoseconds: a file system's are those of its last tick."""
-    now = time.time_ns()
+    """Record a use; False where the file does not exist."""
+    now = time.time_ns()  # a file system's own clock is coarser
     try:
         os.utime(path, ns=(now, now))
     except FileNotFoundError:
         return False
     except OSError:
-        pass  # not ours to change, but perhaps to read
+        pass  # a file of another user: perhaps still readable
     return True

@@ -15,17 +15,19 @@ from models.losses import cross_entropy
 
 
 class Output(NamedTuple):
-    """What a model's forward returns."""
+    """The result of a model's forward. Losses are None without labels."""
 
-    loss_sum: Tensor | None  # sum of cross-entropy over supervised tokens; None without labels
+    loss_sum: Tensor | None  # cross-entropy, summed over the supervised tokens
     hidden: Tensor  # (B, R, D)
-    head_loss_sums: Tensor | None = None  # (K,), of the multi-token heads; None without labels or heads
-    losses: Tensor | None = None  # (S,), of each supervised token, without gradient; None without labels
+    head_loss_sums: Tensor | None = None  # (K,), of the multi-token heads; None without heads
+    losses: Tensor | None = None  # of each supervised token, (supervised tokens,), without gradient
 
 
 class DecoderBlock(nn.Module):
-    recompute = False  # in the backward pass, instead of keeping what is between input and output
-    compiled: Callable[..., Tensor] | None = None  # `run` by torch.compile, for training alone
+    """Attention and MLP, each on a normed input and added to the residual stream."""
+
+    recompute = False  # activations are recomputed in the backward pass instead of stored
+    compiled: Callable[..., Tensor] | None = None  # `run` by torch.compile, for training only
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -35,6 +37,7 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
+        """`x` (B, T, D) → (B, T, D); arguments as in `Attention`."""
         run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
@@ -46,12 +49,11 @@ class DecoderBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Decoder-only transformer: embedded tokens → hidden states, hidden states → logits or loss."""
+    """Decoder-only transformer: embeddings → hidden states, hidden states → logits or losses."""
 
-    # Faster forms for decoding, set from outside (models/kernels/packed_linear.py). Weights that change later are not seen: `train()` refuses.
-    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = (
-        None  # of the blocks; None for what it does not take
-    )
+    # Faster forms for decoding, set by models/kernels/packed_linear.py. They copy weights: `train()` refuses.
+    # `decode`: of the blocks; returns None for inputs that it does not support.
+    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = None
     unembed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
@@ -66,12 +68,14 @@ class LanguageModel(nn.Module):
         init_weights(self, config)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource | None = None) -> Tensor:
-        """Embeddings `x` (B, T, D), `positions` (B, T) and `mask` (B, 1, T, S) → normed hidden states (B, T, D). S counts `past` and the T tokens."""
+        """Embeddings `x` (B, T, D) → normed hidden states (B, T, D).
+
+        `positions` (B, T); `mask` (B, 1, T, S), where S counts the keys of `past` and the T tokens.
+        """
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
         if self.decode is not None:
-            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(
-                ~mask, -torch.inf
-            )  # else every layer would make this of it
+            # Added to the scores; a boolean mask would be converted to this in every layer.
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
             if (decoded := self.decode(x, rotary, mask, past)) is not None:
                 return self.norm(decoded)
         layout = attention_layout(mask, self.config.kv_heads)
@@ -94,12 +98,16 @@ class LanguageModel(nn.Module):
         return super().train(mode)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of each supervised token, (S,); `hidden` (B, T, D), `labels` (B, T), −100 where nothing is learnt. Logits exist at supervised positions only."""
+        """Cross-entropy of each supervised token, (supervised tokens,).
+
+        `hidden` (B, T, D); `labels` (B, T), −100 where not supervised. Logits exist at supervised positions
+        only.
+        """
         supervised = labels != -100
         return cross_entropy(hidden[supervised], self.unembedding, labels[supervised])
 
     def output(self, hidden: Tensor, labels: Tensor | None, head_loss_sums: Tensor | None = None) -> Output:
-        """Hidden states (B, R, D) with their losses, those of multi-token heads beside them; `labels` (B, R)."""
+        """Hidden states (B, R, D), with their losses where `labels` (B, R) are given."""
         if labels is None:
             return Output(None, hidden)
         losses = self.loss(hidden, labels)
@@ -107,7 +115,7 @@ class LanguageModel(nn.Module):
 
 
 class KeyValueLayer(nn.Module):
-    """The left tower's last layer: only keys and values are read, so nothing else is computed or kept."""
+    """The left tower's last layer: only its keys and values are read, so it computes nothing else."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -115,6 +123,7 @@ class KeyValueLayer(nn.Module):
         self.self_attn = KeyValue(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` (B, L, D) → unrotated keys and values (B, G, L, E)."""
         return self.self_attn.key_values(self.input_layernorm(x))
 
 

@@ -15,42 +15,45 @@ from utils.errors import UsageError, UserError
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm; under autocast its result is cast here, once, and not again by every projection that reads it.
+    """torch's RMSNorm; under autocast the result is cast once, not by every projection that reads it.
 
-    Its fused kernel, on a GPU, wants input and weight of one type.
+    The fused GPU kernel needs input and weight of one dtype.
     """
 
-    eps: float  # never torch's None: every norm here is given one
-    twice: Tensor | None = None  # the weight, two times in a row
+    eps: float  # never None, as torch's may be
+    packed_weight: Tensor | None = None  # (2·D,), the weight twice; set by `pack`
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.twice is not None:
+        if self.packed_weight is not None:
             size = x.shape[-1]
-            return torch.layer_norm(
-                (x.unsqueeze(-2) * self.signs).flatten(-2), (2 * size,), self.twice, None, self.eps
-            ).narrow(-1, 0, size)
+            signed = (x.unsqueeze(-2) * self.signs).flatten(-2)  # (…, 2·D)
+            normed = torch.layer_norm(signed, (2 * size,), self.packed_weight, None, self.eps)
+            return normed.narrow(-1, 0, size)  # (…, D)
         dtype = working_dtype(x.dtype, x.device)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return TrainedNorm.apply(x.to(self.weight.dtype), self.weight, self.eps, dtype)
         return super().forward(x.to(self.weight.dtype)).to(dtype)
 
     def pack(self) -> None:
-        """For decoding on a CPU, where torch has no fused RMSNorm: x and −x together have mean 0 and x's mean square as variance, so LayerNorm does it in one kernel."""
-        self.twice = torch.cat((self.weight, self.weight)).detach()
+        """Prepare for decoding on a CPU, where torch has no fused RMSNorm.
+
+        x and −x together have mean 0 and the mean square of x as variance, so LayerNorm's one kernel serves.
+        """
+        self.packed_weight = torch.cat((self.weight, self.weight)).detach()
         self.signs = self.weight.new_tensor(((1.0,), (-1.0,)))
 
 
 class TrainedNorm(torch.autograd.Function):
-    """RMSNorm in training on a CPU, where torch's is some thirty operations, forward and backward.
+    """RMSNorm for training on a CPU, where torch's takes some thirty operations.
 
-    Its gradient is LayerNorm's for a mean of 0, which is one kernel, and what LayerNorm takes away because the mean depends on x.
+    Its gradient is LayerNorm's at mean 0, which is one kernel, plus the term that LayerNorm subtracts because
+    its mean depends on x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        scale = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        )
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(dtype)
 
@@ -62,18 +65,19 @@ class TrainedNorm(torch.autograd.Function):
         d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
             gradient, x, size, torch.zeros_like(scale), scale, weight, None, needed
         )
-        return d_x.add_((gradient @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(scale)), d_weight, None, None
+        mean_term = (gradient @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(scale)
+        return d_x.add_(mean_term), d_weight, None, None
 
 
 class Rotary(NamedTuple):
-    """Rotary embedding (RoFormer, arXiv 2104.09864) of a batch of positions; `cos` and `sin` are (B, 1, T, E), the first half of `sin` negated."""
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of a batch of positions."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # (B, 1, T, E)
+    sin: Tensor  # (B, 1, T, E), the first half negated
 
     @classmethod
     def at(cls, positions: Tensor, config: DecoderConfig) -> "Rotary":
-        """Angles for `positions` (B, T): position × frequency, computed in float32."""
+        """Angles of `positions` (B, T): position × frequency, in float32."""
         angles = positions[:, None, :, None].float() * frequencies(config, positions.device)  # (B, 1, T, E/2)
         cos, sin = angles.cos(), angles.sin()
         return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
@@ -88,35 +92,38 @@ class Rotary(NamedTuple):
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
-    """theta^(−2i/E), (E/2,); with `rope_scaling` the low ones are slowed down as Llama 3.1 does, smoothly in between."""
+    """theta^(−2i/E), (E/2,). `rope_scaling` divides the low ones by its factor, as Llama 3.1 does."""
     inverse = 1.0 / config.rope_theta ** (
         torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
     )
     s = config.rope_scaling
     if s.factor == 1.0:
         return inverse
-    periods = s.original_positions * inverse / (2 * math.pi)  # turns within the original length
-    keep = ((periods - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return inverse * (keep + (1 - keep) / s.factor)
+    periods = s.original_positions * inverse / (2 * math.pi)  # within the original length
+    ramp = ((periods - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return inverse * (ramp + (1 - ramp) / s.factor)
 
 
 def rotate(rotary: Rotary | None, x: Tensor) -> Tensor:
-    """Rotate, or not where a layer goes without rotary embedding."""
+    """Rotate `x`, except in layers without rotary embedding."""
     return x if rotary is None else rotary.rotate(x)
 
 
 class KVSource(Protocol):
-    """What attention reads besides the tokens at hand. The implementations stand in `models/kv_cache.py`."""
+    """Keys and values that attention reads besides its own tokens'; implemented in `models/kv_cache.py`."""
 
     def extend(
         self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new unrotated keys and its values (B, G, T, E); return all rotated keys and values to attend to."""
+        """Take a layer's new unrotated keys and values (B, G, T, E).
+
+        Returns all rotated keys and values to attend to (B, G, S, E).
+        """
         ...
 
 
 class KeyValue(nn.Module):
-    """The keys and values of a layer: all that the left tower's last layer has."""
+    """The key and value projections of a layer: all that the left tower's last layer has."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -131,12 +138,13 @@ class KeyValue(nn.Module):
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, T, heads · E) → (B, heads, T, E)"""
-        x = x.view(*x.shape[:-1], x.shape[-1] // self.config.head_size, self.config.head_size)
+        E = self.config.head_size
+        x = x.view(*x.shape[:-1], x.shape[-1] // E, E)  # (B, T, heads, E)
         return (x if norm is None else norm(x)).transpose(1, 2)
 
 
 class Attention(KeyValue):
-    """Grouped-query attention. The mask says everything about who sees whom; nothing is added to it here."""
+    """Grouped-query attention (arXiv 2305.13245). Which token sees which is up to the mask alone."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
@@ -146,13 +154,14 @@ class Attention(KeyValue):
         self.o_proj = Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
-        """`x` (B, T, D); `mask` (B, 1, T, S), True where a query may look at a key, as `planned` made it."""
+        """`x` (B, T, D) → (B, T, D); `mask`: the `attention_layout` of (B, 1, T, S)."""
         rope = rotary if self.has_rope else None
         queries = rotate(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
-        out = self._attend(queries, *self.key_values(x), rope, mask, past)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = self._attend(queries, *self.key_values(x), rope, mask, past)  # (B, H, T, E)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H · E) → (B, T, D)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; what differs from layer to layer and from row to row: a compiled block would be compiled anew for each
+    # Differs between layers and rows: a compiled block would be compiled again for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _attend(
         self,
         queries: Tensor,
@@ -162,14 +171,15 @@ class Attention(KeyValue):
         mask: AttentionLayout,
         past: KVSource | None,
     ) -> Tensor:
-        keys, values = (
-            past.extend(self.layer, keys, values, rope) if past is not None else (rotate(rope, keys), values)
-        )
+        if past is None:
+            keys = rotate(rope, keys)
+        else:
+            keys, values = past.extend(self.layer, keys, values, rope)  # (B, G, S, E)
         return attend(queries, keys, values, mask)
 
 
 class Gated(torch.autograd.Function):
-    """SiLU of one times the other; SiLU is computed again in the backward pass instead of being kept."""
+    """SiLU(gate) · up; the backward pass recomputes SiLU instead of storing it."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -196,12 +206,15 @@ class MLP(nn.Module):
 
 
 def building(config: DecoderConfig) -> torch.device:
-    """Where a decoder is built: with weights that come from a file, on no device at all, for random ones would first take seconds."""
+    """The device to build a decoder on: "meta" where a file has the weights; random ones take seconds."""
     return torch.device("meta") if config.weights != "random" else torch.get_default_device()
 
 
 def init_weights(module: nn.Module, config: DecoderConfig) -> None:
-    """Normal(0, 0.02); projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2). Nothing, where weights come from a file."""
+    """Normal(0, 0.02), times 1/√(2·layers) for projections into the residual stream (GPT-2).
+
+    Leaves weights that come from a file uninitialised.
+    """
     if config.weights != "random":
         module.to_empty(device=torch.get_default_device())
         return
@@ -209,15 +222,12 @@ def init_weights(module: nn.Module, config: DecoderConfig) -> None:
         if name.endswith(".bias"):
             nn.init.zeros_(weight)
         elif weight.dim() >= 2:
-            std = (
-                0.02 / (2 * config.layers) ** 0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight"))
-                else 0.02
-            )
-            nn.init.normal_(weight, std=std)
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
 
 
 def computes_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 products natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return (
@@ -228,7 +238,10 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def pick_device(name: str, flag: str = "train.device") -> torch.device:
-    """The device of that name, or for "auto" cuda where there is one, this rank's own under torchrun; `flag` is for the errors."""
+    """The device called `name`; "auto" is cuda if available, under torchrun this rank's own.
+
+    `flag`: what error messages call it.
+    """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -23,6 +23,7 @@ PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "mlp
 
 
 def check_kind(config: ProjectorConfig) -> str:
+    """Return the projector's kind, or raise `UsageError` where it is unknown."""
     if config.kind not in PROJECTORS:
         raise UsageError(
             f"model.projector.kind = '{config.kind}' is unknown{nearest(config.kind, list(PROJECTORS))}"
@@ -31,7 +32,7 @@ def check_kind(config: ProjectorConfig) -> str:
 
 
 class ModalityProjector(nn.Module):
-    """Pixel shuffle (space to depth; Shi et al., arXiv 1609.05158, run backwards), a norm where asked for, one of `PROJECTORS`."""
+    """Pixel shuffle (arXiv 1609.05158, inverted: space to depth), an optional norm, one of `PROJECTORS`."""
 
     def __init__(self, config: ProjectorConfig, features: int, hidden_size: int) -> None:
         super().__init__()
@@ -46,22 +47,28 @@ class ModalityProjector(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, C, height, width) → (N, P, D), image tokens row by row."""
+        """(N, C, h, w) → (N, P, D), image tokens row by row."""
         s = self.shuffle
         N, C, h, w = features.shape
-        x = features.reshape(N, C, h // s, s, w // s, s)
+        x = features.reshape(N, C, h // s, s, w // s, s)  # blocks of s × s features
         x = x.permute(0, 2, 4, 3, 5, 1).reshape(N, h // s * (w // s), s * s * C)  # (N, P, s·s·C)
         return self.proj(self.norm(x))
 
 
 def blank(tiles: Tensor, encoder: nn.Module, projector: nn.Module) -> Tensor:
-    """0, by way of encoder and projector, in place of no `tiles` (0, 3, h, w): all their parameters have gradients then, as on ranks that have images."""
+    """Zero, computed through encoder and projector, for a batch without `tiles` (0, 3, h, w).
+
+    So all their parameters get gradients, as on ranks whose batches have images.
+    """
     zero: Tensor = 0 * projector(encoder(tiles.new_zeros(1, *tiles.shape[1:]))).sum()
     return zero
 
 
 def put_image_tokens(x: Tensor, placeholders: Tensor, image_tokens: Tensor) -> Tensor:
-    """Embeddings `x` (B, T, D) with `image_tokens` (N, P, D) in the places where `placeholders` (B, T) is True, in order."""
+    """Replace embeddings of `x` (B, T, D) by `image_tokens` (N, P, D), in order, where `placeholders` (B, T).
+
+    `ValueError` where their numbers differ.
+    """
     needed, given = int(placeholders.sum()), image_tokens.shape[0] * image_tokens.shape[1]
     if needed != given:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A timm backbone behind one small class: 8-bit tiles in, a feature map out; features of a frozen encoder are kept."""
+"""The vision encoder: a timm backbone, from 8-bit tiles to a feature map."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,11 @@ from utils.errors import UsageError
 
 
 def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:
-    """timm's model, with random weights or those of the Hub. Transformers that take one image size only are made for `config.image_size`."""
+    """timm's model, with random weights or the Hub's.
+
+    Transformers with a fixed input size are built for `config.image_size`. `UsageError` for an unknown name
+    or settings that timm refuses.
+    """
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
         raise UsageError(
@@ -37,9 +41,10 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
         OSError,
     ) as error:
         if pretrained:
-            raise  # the Hub's
+            raise  # an error of the Hub
         raise UsageError(
-            f"model.vision: timm cannot make {config.name} of {config.image_size} pixels with options {config.options or '{}'}: {type(error).__name__}: {error}"
+            f"model.vision: timm cannot make {config.name} of {config.image_size} pixels "
+            f"with options {config.options or '{}'}: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -47,12 +52,15 @@ def _takes_one_size(name: str) -> bool:
     settings = timm.get_pretrained_cfg(name)
     if settings is not None:
         return bool(settings.fixed_input_size)
-    with torch.device("meta"):  # a user's own model: timm knows no settings by its name
+    with torch.device("meta"):  # a user's own model, without settings in timm's registry
         return bool(getattr(timm.create_model(name), "default_cfg", {}).get("fixed_input_size"))
 
 
 def resolve_vision(config: VisionConfig) -> VisionConfig:
-    """Fill in `image_size` and `grid` from the encoder; what it cannot take raises `UsageError`. Nothing is computed."""
+    """Fill in `image_size` and `grid` from the encoder, without computing anything.
+
+    `UsageError` where the encoder cannot take the image size.
+    """
     config = replace(config, grid=0)
     with torch.device("meta"):
         probe = VisionEncoder(config)
@@ -60,12 +68,14 @@ def resolve_vision(config: VisionConfig) -> VisionConfig:
         try:
             shape = probe.encode(torch.empty(1, 3, side, side, dtype=torch.uint8)).shape
         except (AssertionError, RuntimeError, ValueError) as error:
+            message = " ".join(str(error).split())
             raise UsageError(
-                f"model.vision.image_size = {side} does not suit {config.name}: {' '.join(str(error).split())}"
+                f"model.vision.image_size = {side} does not suit {config.name}: {message}"
             ) from None
     if shape[2:] != (side // probe.stride, side // probe.stride) or side % probe.stride:
         raise UsageError(
-            f"model.vision.image_size = {side} must be a multiple of {probe.stride}, the pixels that a feature of {config.name} stands for"
+            f"model.vision.image_size = {side} must be a multiple of {probe.stride}, "
+            f"the pixels that a feature of {config.name} stands for"
         )
     return replace(config, image_size=side, grid=shape[2])
 
@@ -73,8 +83,8 @@ def resolve_vision(config: VisionConfig) -> VisionConfig:
 class VisionEncoder(nn.Module):
     """Tiles (N, 3, h, w) uint8 → features (N, C, grid, grid) of one of timm's feature levels.
 
-    Normalisation layers stay in evaluation mode even when the encoder trains: batch statistics would let one packed
-    document change another, and make features depend on what they were batched with.
+    Normalisation layers stay in evaluation mode even when the encoder trains: with batch statistics, one
+    packed document would change another's features.
     """
 
     backbone: Any  # timm's module, with attributes of its own
@@ -93,43 +103,39 @@ class VisionEncoder(nn.Module):
         levels: list[dict[str, Any]] = list(self.backbone.feature_info)
         if not -len(levels) <= config.level < len(levels):
             raise UsageError(
-                f"model.vision.level = {config.level}: {config.name} has {len(levels)} feature levels, 0 to {len(levels) - 1}"
+                f"model.vision.level = {config.level}: {config.name} has {len(levels)} feature levels, "
+                f"0 to {len(levels) - 1}"
             )
         self.level = config.level % len(levels)
         self.last = self.level == len(levels) - 1
         self.features: int = levels[self.level]["num_chs"]
-        self.stride: int = levels[self.level][
-            "reduction"
-        ]  # pixels that a feature stands for, along each side
+        self.stride: int = levels[self.level]["reduction"]  # pixels per feature, along each side
         if config.grid and config.image_size != config.grid * self.stride:
             raise UsageError(
-                f"model.vision.grid = {config.grid} does not follow from image_size = {config.image_size} and {self.stride} pixels a feature"
+                f"model.vision.grid = {config.grid} does not follow from image_size = {config.image_size} "
+                f"and {self.stride} pixels a feature"
             )
         settings = self.backbone.default_cfg
         self.own_size: int = settings["input_size"][-1]
-        self.backbone.prune_intermediate_layers(
-            [self.level], prune_norm=not self.last, prune_head=True
-        )  # layers that nothing would read
-        mean, std = (
-            (settings["mean"], settings["std"]) if config.normalize == "timm" else ((0.0,) * 3, (1.0,) * 3)
-        )
-        self.register_buffer(
-            "mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False
-        )
+        # Drop the layers whose output is not read.
+        self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if config.normalize == "timm":
+            mean, std = settings["mean"], settings["std"]
+        for name, values in (("mean", mean), ("std", std)):  # of 8-bit pixels
+            buffer = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, buffer, persistent=False)
         self.eval()
         self.attentions: list[Any] = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
-        self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = (
-            None  # training/feature_cache.py
-        )
+        # training/feature_cache.py: stores a frozen encoder's features.
+        self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
 
     def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionEncoder":
-        """What `.to` calls. Pixels are normalised in fp32 whatever the weights are: 8-bit values do not survive a subtraction in bf16."""
+        """Convert the weights, as `.to` does, but keep `mean` and `std` in fp32: bf16 loses 8-bit pixels."""
         mean, std = self.mean, self.std
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
@@ -150,18 +156,17 @@ class VisionEncoder(nn.Module):
 
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            # Here the backward pass of torch's fused kernel takes three times that of plain products
+            # (docs/experiments.md).
             plain = (
                 torch.is_grad_enabled()
                 and tiles.device.type == "cpu"
                 and working_dtype(self.dtype, tiles.device) == torch.bfloat16
             )
-            for attention in self.attentions:  # where the backward pass of torch's fused kernel takes three times as long as plain products' (docs/experiments.md)
+            for attention in self.attentions:
                 attention.fused_attn = not plain
-            pixels = (
-                ((tiles.float() - self.mean) / self.std)
-                .to(self.dtype)
-                .contiguous(memory_format=torch.channels_last)
-            )
+            pixels = ((tiles.float() - self.mean) / self.std).to(self.dtype)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
             return self.backbone.forward_intermediates(
                 pixels, indices=[self.level], norm=self.last, stop_early=True, intermediates_only=True
             )[0]

@@ -1,4 +1,4 @@
-"""Vanilla: one decoder over image and text tokens in one sequence, the shape of nanoVLM. The baseline of every comparison."""
+"""The vanilla baseline: one decoder over image and text tokens in one sequence, as in nanoVLM."""
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from models.weights.hub_model import HubModel
 
 
 class VisionLanguageModel(HubModel):
-    """The dual tower's batch, loop and generate; the left stream is empty, image blocks stand in the right one."""
+    """Takes the dual tower's batches: the left stream is empty, image blocks are in the right one."""
 
     model_type = "vanilla"
-    blank_tile = False  # batches without images run the encoder too, for nothing
+    blank_tile = False  # run the encoder for batches without images, too (`modality_projector.blank`)
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class VisionLanguageModel(HubModel):
         return self.right.embed_tokens.weight.device
 
     def parts(self) -> dict[str, nn.Module]:
-        """The parts with learning rates of their own; together they hold every parameter once."""
+        """The parts with their own learning rates; together they hold every parameter once."""
         return {"vision": self.vision_encoder, "projector": self.modality_projector, "right": self.right} | (
             {"heads": self.heads} if self.heads is not None else {}
         )
@@ -51,10 +51,11 @@ class VisionLanguageModel(HubModel):
         right_groups: Tensor,
         labels: Tensor | None = None,
     ) -> Output:
-        """Tiles (N, 3, h, w) uint8, an empty left stream (B, 0), right stream (B, R)."""
+        """Tiles (N, 3, h, w) uint8, empty left stream (B, 0), right stream (B, R)."""
         if left_ids.shape[1]:
             raise ValueError(
-                f"a vanilla model has no left tower, but the left stream holds {left_ids.shape[1]} tokens a row"
+                "a vanilla model has no left tower, "
+                f"but the left stream holds {left_ids.shape[1]} tokens a row"
             )
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
@@ -67,19 +68,16 @@ class VisionLanguageModel(HubModel):
         return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) → (B, T, D), with the image tokens of `tiles` (N, 3, h, w) at their placeholders."""
+        """Token ids (B, T) → embeddings (B, T, D), image tokens of `tiles` (N, 3, h, w) at placeholders."""
         x = self.right.embed_tokens(ids)
         placeholders = ids == self.vocabulary.image_token_id
         if tiles is not None and not len(tiles) and self.blank_tile:
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         if tiles is None or not len(tiles):
-            return (
-                x
-                if not placeholders.any()
-                else put_image_tokens(
-                    x, placeholders, x.new_empty(0, self.config.tokens_per_tile, x.shape[-1])
-                )
-            )
+            if not placeholders.any():
+                return x
+            no_tokens = x.new_empty(0, self.config.tokens_per_tile, x.shape[-1])
+            return put_image_tokens(x, placeholders, no_tokens)  # raises: there are placeholders
         return put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
 
     def logits(self, hidden: Tensor) -> Tensor:

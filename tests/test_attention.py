@@ -49,7 +49,7 @@ def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
 )
 @pytest.mark.parametrize("spread", [1.0, 100.0])  # every length for itself, all together
 def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads, spread):
-    for name, value in (("MOST", 4), ("ALIGNED", 3), ("SPREAD", spread)):
+    for name, value in (("MAX_QUERIES", 4), ("ALIGNED", 3), ("SPREAD", spread)):
         monkeypatch.setattr(attention, name, value)
     torch.manual_seed(0)
     mask, (H, G), E = packed_mask(lengths, left), heads, 8
@@ -72,7 +72,7 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads,
 
 
 def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
-    monkeypatch.setattr(attention, "MOST", 4)
+    monkeypatch.setattr(attention, "MAX_QUERIES", 4)
     seen = packed_mask([[2, 1, 1, 2, 3, 10, 1, 4]])[0, 0].numpy()
     assert attention._split_queries(seen) == [
         (0, 4),
@@ -88,10 +88,10 @@ def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
 
 def test_a_key_is_added_up_as_often_as_it_is_seen(monkeypatch):
     """A document of 20 in parts of 4: keys of the first part are seen by all five, those of the last by one; of the other row, each once."""
-    monkeypatch.setattr(attention, "MOST", 4)
+    monkeypatch.setattr(attention, "MAX_QUERIES", 4)
     layout = attention_layout(packed_mask([[20], [4] * 5]), 3)
     assert isinstance(layout, BlockSparseLayout)
-    assert layout.keys_back.unique().numel() == 2 * 20 * 3
+    assert layout.key_slots.unique().numel() == 2 * 20 * 3
     assert [sorted({row // 3 for row in rows.tolist()}) for rows, _ in layout.more_keys] == [
         list(range(n)) for n in (16, 12, 8, 4)
     ]
@@ -126,12 +126,12 @@ def test_one_plan_serves_two_types():
 def test_spans_leave_out_what_nobody_sees():
     layout = attention_layout(packed_mask([[300] * 6]), 1)
     assert isinstance(layout, BlockSparseLayout)
-    scores = sum(segments.hidden.numel() for segments in layout.segments)
+    scores = sum(segments.masked.numel() for segments in layout.segments)
     assert scores < 0.15 * 1800 * 1800
     left = attention_layout(packed_mask([[300] * 6], left=1200), 1)
     assert (
         isinstance(left, BlockSparseLayout)
-        and sum(segments.hidden.numel() for segments in left.segments) < 0.19 * 1800 * 3000
+        and sum(segments.masked.numel() for segments in left.segments) < 0.19 * 1800 * 3000
     )  # its image, its own text
 
 

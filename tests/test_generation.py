@@ -11,9 +11,10 @@ from configs.model import GenerationConfig
 from data.collators import collate_prompts
 from data.images import Tiles
 from eval.predictor import Predictor
-from models.generation import choose, generate, probabilities
+from models.generation import generate
 from models.image_store import ImageStore
 from models.kv_cache import DecodingCache
+from models.sampling import choose, probabilities
 from tests.conftest import lively_model, random_tiles
 from tests.naive_dual_tower import Naive
 from tests.test_dual_tower import block_starts

@@ -20,7 +20,7 @@ from data.render import Renderer
 from eval.predictor import ImageBlock, Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
-from models.image_store import ImageStore
+from models.image_store import ImageStore, load_image_kv, save_image_kv
 from models.kv_cache import ImageKV
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
@@ -58,7 +58,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def as_bf16(kv: ImageKV, path: Path) -> None:
     """The same bytes under the name of another type of number."""
-    kv.save(path, FINGERPRINT)
+    save_image_kv(kv, path, FINGERPRINT)
     save_file({"data": kv.data.view(torch.bfloat16)}, path, metadata_of(path))
 
 
@@ -73,8 +73,8 @@ class TestFile:
             (data, data.transpose(3, 4), torch.cat((data, data))[1:3])
         ):  # as it lies in memory, and otherwise
             path = tmp_path / f"{number}.safetensors"
-            ImageKV(made).save(path, FINGERPRINT)
-            read = ImageKV.load(path, FINGERPRINT)
+            save_image_kv(ImageKV(made), path, FINGERPRINT)
+            read = load_image_kv(path, FINGERPRINT)
             assert same(read, ImageKV(made)) and read.tokens == made.shape[3]
             assert torch.equal(
                 load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype])
@@ -83,8 +83,8 @@ class TestFile:
 
     def test_what_was_loaded_does_not_change_with_its_file(self, tmp_path):
         path, kv = tmp_path / "a.safetensors", kv_of(0)
-        kv.save(path, FINGERPRINT)
-        read = ImageKV.load(path, FINGERPRINT)
+        save_image_kv(kv, path, FINGERPRINT)
+        read = load_image_kv(path, FINGERPRINT)
         with open(path, "r+b") as file:
             file.seek(-64, os.SEEK_END)
             file.write(bytes(64))
@@ -134,51 +134,59 @@ class TestFile:
                 lambda path: as_bf16(kv_of(0, dtype=torch.float16), path),
                 "is damaged, its checksum is another",
             ),
-            (lambda path: kv_of(0).save(path, OTHER), "was made by other weights or another preprocessing"),
             (
-                lambda path: ImageKV(torch.zeros(2, 3, 1, 8, 16)).save(path, FINGERPRINT),
+                lambda path: save_image_kv(kv_of(0), path, OTHER),
+                "was made by other weights or another preprocessing",
+            ),
+            (
+                lambda path: save_image_kv(ImageKV(torch.zeros(2, 3, 1, 8, 16)), path, FINGERPRINT),
                 r"holds \(2, 3, 1, 8, 16\) of torch.float32, not the keys and values",
             ),
             (
-                lambda path: ImageKV(torch.zeros(2, 2, 8, 16)).save(path, FINGERPRINT),
+                lambda path: save_image_kv(ImageKV(torch.zeros(2, 2, 8, 16)), path, FINGERPRINT),
                 r"holds \(2, 2, 8, 16\) of torch.float32, not the keys and values",
             ),
             (
-                lambda path: ImageKV(torch.zeros(2, 2, 1, 0, 16)).save(path, FINGERPRINT),
+                lambda path: save_image_kv(ImageKV(torch.zeros(2, 2, 1, 0, 16)), path, FINGERPRINT),
                 r"holds \(2, 2, 1, 0, 16\) of torch.float32, not the keys and values",
             ),
-            (lambda path: kv_of(0).save(path, FINGERPRINT, "ab"), "holds another image than its name says"),
             (
-                lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)).save(
-                    path, FINGERPRINT
+                lambda path: save_image_kv(kv_of(0), path, FINGERPRINT, "ab"),
+                "holds another image than its name says",
+            ),
+            (
+                lambda path: save_image_kv(
+                    ImageKV(torch.zeros(2, 2, 1, 8, 16).to(torch.float8_e4m3fn)), path, FINGERPRINT
                 ),
                 r"of torch.float8_e4m3fn, not the keys and values",
             ),
             (
-                lambda path: ImageKV(torch.zeros(2, 2, 1, 8, 16).int()).save(path, FINGERPRINT),
+                lambda path: save_image_kv(ImageKV(torch.zeros(2, 2, 1, 8, 16).int()), path, FINGERPRINT),
                 r"of torch.int32, not the keys and values",
             ),
             (
-                lambda path: ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)).save(
-                    path, FINGERPRINT
+                lambda path: save_image_kv(
+                    ImageKV(kv_of(0).data.index_fill(3, torch.tensor([5]), torch.nan)), path, FINGERPRINT
                 ),
                 "holds values that are not finite",
             ),
             (
-                lambda path: ImageKV(
-                    kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)
-                ).save(path, FINGERPRINT),
+                lambda path: save_image_kv(
+                    ImageKV(kv_of(0, dtype=torch.float16).data.index_fill(3, torch.tensor([5]), -torch.inf)),
+                    path,
+                    FINGERPRINT,
+                ),
                 "holds values that are not finite",
             ),
         ],
     )
     def test_refusals(self, tmp_path, spoil, said):
         path = tmp_path / "a.safetensors"
-        kv_of(0).save(path, FINGERPRINT)
-        assert same(ImageKV.load(path, FINGERPRINT), kv_of(0))
+        save_image_kv(kv_of(0), path, FINGERPRINT)
+        assert same(load_image_kv(path, FINGERPRINT), kv_of(0))
         spoil(path)
         with pytest.raises(UserError, match=said) as caught:
-            ImageKV.load(path, FINGERPRINT)
+            load_image_kv(path, FINGERPRINT)
         message = str(caught.value)
         assert (
             message.startswith(str(path))
@@ -192,20 +200,20 @@ class TestFile:
             tmp_path / "a.safetensors",
             ImageKV(torch.tensor([1.0, -2.0, 3.5, 4.0], dtype=torch.bfloat16).view(1, 2, 1, 2, 1)),
         )
-        kv.save(path, FINGERPRINT)
+        save_image_kv(kv, path, FINGERPRINT)
         whole, refused = path.read_bytes(), 0
         for place in range(len(whole)):
             for bit in (0, 5):
                 path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
                 try:
-                    assert same(ImageKV.load(path, FINGERPRINT), kv), (place, bit)
+                    assert same(load_image_kv(path, FINGERPRINT), kv), (place, bit)
                 except UserError:
                     refused += 1
         assert refused > 2 * len(whole) - 16
 
     def test_a_disk_that_refuses_says_so(self, tmp_path):
         with pytest.raises(UserError, match=r"a\.safetensors could not be written"):
-            kv_of(0).save(tmp_path / "missing" / "a.safetensors", FINGERPRINT)
+            save_image_kv(kv_of(0), tmp_path / "missing" / "a.safetensors", FINGERPRINT)
 
 
 class TestOrigin:
@@ -340,8 +348,8 @@ class TestDisk:
         monkeypatch.setattr(models.image_store, "SHARE", 8)
         cap, generator = 64 * 1024, torch.Generator().manual_seed(0)
         store = self.store(tmp_path, disk_bytes=cap)
-        looked, look = [], store._look_through
-        monkeypatch.setattr(store, "_look_through", lambda folder: looked.append(folder) or look(folder))
+        looked, look = [], store._scan
+        monkeypatch.setattr(store, "_scan", lambda folder: looked.append(folder) or look(folder))
         for i in range(120):
             store.put(f"{i:x}", kv_of(i, tokens=int(torch.randint(1, 9, (), generator=generator))))
             assert size(tmp_path) <= cap
@@ -415,8 +423,11 @@ class TestDisk:
                 lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\x3c" + path.read_bytes()[-8:]),
                 "is damaged, its checksum is another",
             ),
-            (lambda path: kv_of(0).save(path, OTHER, "a"), "was made by other weights"),
-            (lambda path: kv_of(0).save(path, FINGERPRINT, "b"), "holds another image than its name says"),
+            (lambda path: save_image_kv(kv_of(0), path, OTHER, "a"), "was made by other weights"),
+            (
+                lambda path: save_image_kv(kv_of(0), path, FINGERPRINT, "b"),
+                "holds another image than its name says",
+            ),
         ],
     )
     def test_a_bad_file_is_a_miss_said_once_and_deleted(self, tmp_path, spoil, why):

@@ -15,28 +15,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import models.draft_scheduler
 import models.generation
 from configs.model import GenerationConfig, MultiTokenConfig
 from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
-from models.generation import (
-    DraftScheduler,
-    Shape,
-    StepOutput,
-    _closed_up,
-    accept,
-    draft_scheduler,
-    follow,
-    generate,
-    prefill,
-    probabilities,
-    verify,
-)
-from models.kv_cache import DecodingCache
+from models.draft_scheduler import DraftPlan, DraftScheduler, draft_scheduler
+from models.generation import StepOutput, generate, prefill, verify
+from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
 from models.multi_token import Drafts, chains, draft_tree_mask
+from models.sampling import accept, follow, probabilities, seen_at_each_node
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 from tests.programs import run_program
@@ -149,7 +140,7 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
-        self.acceptance_rates, self.shapes = torch.full((3,), 0.5), {}
+        self.acceptance_rates, self.schedulers = torch.full((3,), 0.5), {}
 
     def unembedder(self, unembedding):
         return unembedding
@@ -233,7 +224,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
     model.heads = Oracle(answers, wrong)
-    monkeypatch.setattr(models.generation, "TREE_ROWS", 100)
+    monkeypatch.setattr(models.draft_scheduler, "TREE_ROWS", 100)
     made = generate(
         model,
         images=images,
@@ -269,7 +260,7 @@ def test_every_draft_counts_as_seen_behind_it():
     seen[:, 5] = True
     tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
     sees = draft_tree_mask(torch.stack((TREE.parents[0], torch.arange(5))))
-    found = models.generation._seen_with(seen, tokens, sees)
+    found = seen_at_each_node(seen, tokens, sees)
     expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
     assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == expected
 
@@ -560,7 +551,7 @@ class TestDraftShape:
                     (1 + 0.05 * shape.depth) * (9 if shape not in made else 1),
                 )
                 made.add(shape)
-        assert shapes() == Shape(4) and shapes.cost(Shape(4)) < 1.3
+        assert shapes() == DraftPlan(4) and shapes.cost(DraftPlan(4)) < 1.3
 
     @pytest.mark.parametrize("times", [1.5, 3, 10, 30])
     def test_a_disturbed_pass_does_not_last(self, times):
@@ -623,10 +614,10 @@ class TestDraftShape:
         )
 
     def test_off_and_on(self):
-        assert DraftScheduler([0.5] * 4, "off")() == Shape(0) == DraftScheduler([], "on")()
-        assert DraftScheduler([0.0] * 4, "on")() == Shape(4) and DraftScheduler(
+        assert DraftScheduler([0.5] * 4, "off")() == DraftPlan(0) == DraftScheduler([], "on")()
+        assert DraftScheduler([0.0] * 4, "on")() == DraftPlan(4) and DraftScheduler(
             [0.0] * 4, "on", 3
-        )() == Shape(4, 3)
+        )() == DraftPlan(4, 3)
 
 
 def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
@@ -694,7 +685,7 @@ def test_rows_that_are_done_leave_the_cache():
         )
         before, order = (
             (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()),
-            _closed_up(done),
+            compact_rows(done),
         )
         assert sorted(order) == [i for i in range(5) if not done[i]] and sum(
             new != old for new, old in enumerate(order)

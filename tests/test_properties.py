@@ -196,7 +196,7 @@ def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
         for heads, length in ((4, len(right)), (2, mask.shape[-1]), (2, mask.shape[-1]))
     ]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("MOST", most), ("ALIGNED", aligned), ("SPREAD", spread)):
+        for name, value in (("MAX_QUERIES", most), ("ALIGNED", aligned), ("SPREAD", spread)):
             patch.setattr(attention, name, value)
         layout = attention_layout(mask, 2)
     assert isinstance(layout, attention.BlockSparseLayout)

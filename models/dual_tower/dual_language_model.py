@@ -9,6 +9,8 @@ from models.masks import right_mask
 
 
 class DualLanguageModel(LanguageModel):
+    """A `LanguageModel` that also reads image KV. It has no weights of its own."""
+
     def read(
         self,
         image_kv: list[tuple[Tensor, Tensor]],
@@ -19,9 +21,9 @@ class DualLanguageModel(LanguageModel):
         right_documents: Tensor,
         right_groups: Tensor,
     ) -> Tensor:
-        """Packed text rows over the left stream's keys and values → hidden states (B, R, D).
+        """Packed text rows, with the left stream's keys and values → hidden states (B, R, D).
 
-        `image_kv`: every layer's unrotated keys and values (B, G, L, E); the other arguments are the batch's.
+        `image_kv`: every layer's unrotated keys and values (B, G, L, E). Other arguments as in the batch.
         """
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         past = ImageContext(image_kv, Rotary.at(left_positions, self.config))

@@ -1,4 +1,4 @@
-"""DualTowerVLM: images through the left tower into a per-layer KV cache, text through the right tower, which reads it."""
+"""DualTowerVLM: the left tower turns images into image KV; the right tower reads it, and the text."""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,15 @@ from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
 from models.weights.pretrained import module_fingerprint
 
-IMAGE_KV_VERSION = 1  # of the code from image to image KV, data/images.py included: raised when it computes something else, so that what is stored is not used
+# Of the code from image to image KV, data/images.py included. Raise it when the result changes, so that
+# stored image KVs are not reused.
+IMAGE_KV_VERSION = 1
 
 
 class LeftTower(nn.Module):
-    """Vision encoder → modality projector → decoder. Its only product is keys and values."""
+    """Vision encoder → modality projector → language decoder. Its only product is keys and values."""
 
-    blank_tile = False  # batches without images run the encoder too, for nothing
+    blank_tile = False  # run the encoder for batches without images, too (`modality_projector.blank`)
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -29,9 +31,8 @@ class LeftTower(nn.Module):
         self.modality_projector = ModalityProjector(
             config.projector, self.vision_encoder.features, config.left.hidden_size
         )
-        self.first_id = (
-            vocabulary.first_marker_id if config.left_context == "image" else 0
-        )  # of the embedding table: markers alone, or all
+        # The first token of the embedding table: it holds markers only, unless text goes left, too.
+        self.first_id = vocabulary.first_marker_id if config.left_context == "image" else 0
         self.embed_tokens = nn.Embedding(vocabulary.size - self.first_id, config.left.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.decoder = KeyValueDecoder(config.left)
@@ -44,7 +45,10 @@ class LeftTower(nn.Module):
         left_groups: Tensor,
         left_images: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The left stream → every layer's unrotated keys and values (B, G, L, E). `tiles` (N, 3, h, w), the rest (B, L)."""
+        """The left stream → every layer's unrotated keys and values (B, G, L, E).
+
+        `tiles` (N, 3, h, w) uint8, other arguments (B, L).
+        """
         x = self.embed_tokens((left_ids - self.first_id).clamp(min=0))  # (B, L, D)
         placeholders = left_ids == self.vocabulary.image_token_id
         if len(tiles) or placeholders.any():
@@ -60,7 +64,7 @@ class LeftTower(nn.Module):
 
 
 class DualTowerVLM(HubModel):
-    """Exactly one tower per token. Batch keys are the arguments: `model(**batch)`."""
+    """Every token goes through exactly one tower. Batch keys are forward's arguments: `model(**batch)`."""
 
     model_type = "dual_tower"
 
@@ -87,7 +91,7 @@ class DualTowerVLM(HubModel):
         return self.right.embed_tokens.weight.device
 
     def parts(self) -> dict[str, nn.Module]:
-        """The parts with learning rates of their own; together they hold every parameter once."""
+        """The parts with their own learning rates; together they hold every parameter once."""
         left_decoder = nn.ModuleList((self.left.embed_tokens, self.left.decoder))
         return {
             "vision": self.left.vision_encoder,
@@ -109,7 +113,10 @@ class DualTowerVLM(HubModel):
         right_groups: Tensor,
         labels: Tensor | None = None,
     ) -> Output:
-        """Tiles (N, 3, h, w) uint8, left stream (B, L), right stream (B, R); see DESIGN's batch table in docs/architecture.md."""
+        """Tiles (N, 3, h, w) uint8, left stream (B, L), right stream (B, R).
+
+        The table of batch keys is in docs/architecture.md.
+        """
         image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
         hidden = self.right.read(
             image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
@@ -123,7 +130,7 @@ class DualTowerVLM(HubModel):
         return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
-        """What the right tower reads of token ids (B, T): (B, T, D). It never sees tiles."""
+        """Token ids (B, T) → embeddings of the right tower (B, T, D). It never sees tiles."""
         return self.right.embed_tokens(ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -134,24 +141,22 @@ class DualTowerVLM(HubModel):
     def encode_images(
         self, tiles: Tensor, blocks: list[Tensor], images: list[Tensor] | None = None
     ) -> list[ImageKV]:
-        """Image KVs of several blocks. `tiles` (N, 3, h, w) uint8 of all of them in order; `blocks`: each block's token ids (T,).
+        """Image KVs of several blocks.
 
-        A block is one image's; or, where images are not isolated, several images' with what stands left between them:
-        then `images` says which image each token belongs to (−1: none).
+        `tiles` (N, 3, h, w) uint8: of all blocks, in order. `blocks`: each block's token ids (T,). Without
+        image isolation a block may hold several images and the tokens between them; then `images` (T,) are
+        each token's image (−1: none).
         """
         lengths = torch.tensor([len(block) for block in blocks], device=self.device)
-        ids = nn.utils.rnn.pad_sequence(
-            blocks, batch_first=True, padding_value=self.vocabulary.first_marker_id
-        ).to(self.device)  # (B, L)
         images = images or [torch.zeros_like(block) for block in blocks]
-        numbers = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1).to(self.device)
-        slots = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        groups = (
-            torch.arange(len(blocks), device=self.device)[:, None]
-            .expand_as(ids)
-            .masked_fill(slots >= lengths[:, None], -1)
-        )
-        layers = self.left(tiles.to(self.device), ids, slots, groups, numbers)
+        padding_id = self.vocabulary.first_marker_id
+        pad = nn.utils.rnn.pad_sequence
+        ids = pad(blocks, batch_first=True, padding_value=padding_id).to(self.device)  # (B, L)
+        numbers = pad(images, batch_first=True, padding_value=-1).to(self.device)
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        groups = torch.arange(len(blocks), device=self.device)[:, None].expand_as(ids)  # one per block
+        groups = groups.masked_fill(positions >= lengths[:, None], -1)
+        layers = self.left(tiles.to(self.device), ids, positions, groups, numbers)
         data = torch.stack([torch.stack(layer) for layer in layers])  # (layers, 2, B, G, L, E)
         return [ImageKV(data[:, :, b, :, :n].clone()) for b, n in enumerate(lengths.tolist())]
 
@@ -160,7 +165,10 @@ class DualTowerVLM(HubModel):
         return self.encode_images(tiles, [block])[0]
 
     def fingerprint(self) -> str:
-        """Fingerprint of what an image KV depends on beside its image: the left tower's weights and settings. Computed at each call."""
+        """Hash of what an image KV depends on besides its image: the left tower's weights and settings.
+
+        Computed anew at each call.
+        """
         c = self.config
         settings = (
             IMAGE_KV_VERSION,

@@ -1,4 +1,7 @@
-"""Softmax attention, and the one place that chooses how it is computed: torch's fused kernel, or in training FlexAttention on CUDA and span by span on a CPU."""
+"""Softmax attention, and the choice of its kernel.
+
+Inference uses torch's fused kernel; training uses FlexAttention on CUDA and block-sparse segments on a CPU.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,21 +18,22 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-MOST = 128  # queries of a span
-ALIGNED = 32  # softmax over bf16 wants so many keys, or a multiple, on a CPU
-SPREAD = 1.25  # keys of the longest of the spans that are computed together ÷ those of the shortest
+MAX_QUERIES = 128  # of a segment
+ALIGNED = 32  # on a CPU, softmax over bf16 needs a multiple of so many keys
+SPREAD = 1.25  # of segments that are computed together: most keys ÷ fewest keys
 
 
 class Segments(NamedTuple):
-    """Spans with about the same number of keys, computed together. A span: some queries of a row next to one another, and the keys that any of them sees.
+    """Segments with about the same number of keys, padded to one size and computed together.
 
-    Indices count the rows of queries (B · T · G) and keys (B · S · G), G heads of a token next to one another.
+    A segment is a run of a row's queries, and the keys that any of them sees. Indices count the rows of
+    queries (B · T · G) and keys (B · S · G), where the G heads of a token are adjacent.
     """
 
-    queries: Tensor  # (n, G, t); where a span has fewer, any index
-    keys: Tensor  # (n, G, s); the same
-    hidden: Tensor  # (n, t, s) bool: True where a query may not look; a query that is none looks everywhere, for a softmax over nothing is NaN
-    none: Tensor  # those of `queries`, flat, that are none
+    queries: Tensor  # (n, G, t), any index at padding
+    keys: Tensor  # (n, G, s), any index at padding
+    masked: Tensor  # (n, t, s) bool; False for all of a padding query, as a softmax over nothing is NaN
+    padding: Tensor  # flat indices of the padding in `queries`
 
 
 class _Segment(NamedTuple):
@@ -40,122 +44,144 @@ class _Segment(NamedTuple):
 
     @property
     def capacity(self) -> int:
+        """Keys, padded to `ALIGNED`."""
         return -(-len(self.keys) // ALIGNED) * ALIGNED
 
 
 class BlockSparseLayout:
-    """The spans of a mask (B, 1, T, S): all that is seen, and little else."""
+    """The segments of a mask (B, 1, T, S): all that is seen, and little else.
+
+    Slots number the gathered queries and keys of all segments and heads.
+    """
 
     def __init__(self, mask: Tensor, kv_heads: int) -> None:
         B, _, T, S = mask.shape
-        seen, heads = mask[:, 0].numpy(), np.arange(kv_heads)
-        cuts = [
+        G, heads, seen = kv_heads, np.arange(kv_heads), mask[:, 0].numpy()
+        pending = [
             _Segment(row, start, end, np.flatnonzero(seen[row, start:end].any(0)))
             for row in range(B)
             for start, end in _split_queries(seen[row])
         ]
-        cuts.sort(key=lambda cut: cut.capacity)
+        pending.sort(key=lambda segment: segment.capacity)
         self.segments: list[Segments] = []
-        back = np.empty((B * T, kv_heads), np.int64)  # where a query stands among those of all spans
-        key, place = (
-            [np.empty(0, np.int64)],
-            [np.empty((0, kv_heads), np.int64)],
-        )  # each key of each span, and where it stands among those of all spans
+        query_slots = np.empty((B * T, G), np.int64)
+        seen_keys, key_slots = [np.empty(0, np.int64)], [np.empty((0, G), np.int64)]  # of each segment
         Q = K = 0
-        while cuts:
-            some = [cut for cut in cuts if cut.capacity <= SPREAD * cuts[0].capacity]
-            cuts = cuts[len(some) :]
-            lengths = np.array([cut.end - cut.start for cut in some])
-            n, t, s = len(some), lengths.max(), some[-1].capacity
-            queries, keys, hidden = (
-                np.zeros((n, t), np.int64),
-                np.zeros((n, s), np.int64),
-                np.ones((n, t, s), bool),
-            )
-            for i, ((row, start, end, sees), length) in enumerate(zip(some, lengths, strict=True)):
-                queries[i, :length], keys[i, : len(sees)] = (
-                    np.arange(row * T + start, row * T + end),
-                    row * S + sees,
-                )
-                hidden[i, :length, : len(sees)], hidden[i, length:] = ~seen[row, start:end][:, sees], False
-                back[row * T + start : row * T + end] = (
-                    Q + (i * kv_heads + heads) * t + np.arange(length)[:, None]
-                )
-                key.append(keys[i, : len(sees)])
-                place.append(K + (i * kv_heads + heads) * s + np.arange(len(sees))[:, None])
-            none = np.flatnonzero(np.broadcast_to(np.arange(t) >= lengths[:, None, None], (n, kv_heads, t)))
-            q, k = (index[:, None] * kv_heads + heads[:, None] for index in (queries, keys))
-            self.segments.append(Segments(*map(torch.from_numpy, (q, k, hidden, none))))
-            Q, K = Q + n * kv_heads * t, K + n * kv_heads * s
-        self.queries, self.keys = Q, K  # of all spans and heads
-        self.back = torch.from_numpy(back.reshape(-1))
-        first, more = _occurrences(key, place, B * S, K)
-        self.keys_back, self.more_keys = (
-            torch.from_numpy(first),
-            [(torch.from_numpy(rows), torch.from_numpy(places)) for rows, places in more],
-        )
+        while pending:
+            group = [segment for segment in pending if segment.capacity <= SPREAD * pending[0].capacity]
+            pending = pending[len(group) :]
+            queries, keys, masked = _pad(group, seen)
+            (n, t), s = queries.shape, keys.shape[1]
+            lengths = np.array([segment.end - segment.start for segment in group])
+            for i, (segment, length) in enumerate(zip(group, lengths, strict=True)):
+                first = segment.row * T + segment.start
+                offsets = np.arange(length)[:, None]
+                query_slots[first : first + length] = Q + (i * G + heads) * t + offsets
+                seen_keys.append(keys[i, : len(segment.keys)])
+                key_slots.append(K + (i * G + heads) * s + np.arange(len(segment.keys))[:, None])
+            padding = np.flatnonzero(np.broadcast_to(np.arange(t) >= lengths[:, None, None], (n, G, t)))
+            q, k = (index[:, None] * G + heads[:, None] for index in (queries, keys))  # (n, G, t), (n, G, s)
+            self.segments.append(Segments(*map(torch.from_numpy, (q, k, masked, padding))))
+            Q, K = Q + n * G * t, K + n * G * s
+        self.queries, self.keys = Q, K  # slots
+        self.query_slots = torch.from_numpy(query_slots.reshape(-1))  # (B · T · G,)
+        first_slots, more_slots = _occurrences(seen_keys, key_slots, B * S, K)
+        self.key_slots = torch.from_numpy(first_slots)  # (B · S · G,)
+        self.more_keys = [(torch.from_numpy(rows), torch.from_numpy(slots)) for rows, slots in more_slots]
         self._bias: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
-        """What is added to the scores (n, G, t, H ÷ G, s) of each of `spans`: 0, or −∞ where nothing is to be seen. Made once for all layers."""
+        """Each segment group's addend to its scores (n, G, t, H ÷ G, s): 0, or −∞ where masked.
+
+        Computed once for all layers.
+        """
         if dtype not in self._bias:
             self._bias[dtype] = [
-                torch.zeros(s.hidden.shape, dtype=dtype).masked_fill_(s.hidden, -torch.inf)[:, None, :, None]
+                torch.zeros(s.masked.shape, dtype=dtype).masked_fill_(s.masked, -torch.inf)[:, None, :, None]
                 for s in self.segments
             ]
         return self._bias[dtype]
 
 
 def _split_queries(seen: Array) -> list[tuple[int, int]]:
-    """Queries of a row (T, S): as many whole documents as fit into a span, long ones in equal parts. A document ends where the next query sees none of the same keys."""
+    """Split a row's queries (T, S) into segments.
+
+    A segment holds as many whole documents as fit; long documents are split in equal parts. A document ends
+    where the next query sees none of the same keys.
+    """
     T = len(seen)
     ends = np.flatnonzero(~(seen[1:] & seen[:-1]).any(1)) + 1
     out, start, at = [], 0, 0
     for end in [*ends.tolist(), T]:
-        if end - start > MOST and at > start:
+        if end - start > MAX_QUERIES and at > start:
             out.append((start, at))
             start = at
-        if (length := end - start) > MOST:
-            parts = -(-length // MOST)
+        if (length := end - start) > MAX_QUERIES:
+            parts = -(-length // MAX_QUERIES)
             out += [(start + length * i // parts, start + length * (i + 1) // parts) for i in range(parts)]
             start = end
         at = end
     return [*out, (start, T)] if start < T else out
 
 
+def _pad(group: list[_Segment], seen: Array) -> tuple[Array, Array, Array]:
+    """Pad segments of a mask `seen` (B, T, S) to one size: queries (n, t), keys (n, s), masked (n, t, s)."""
+    _, T, S = seen.shape
+    n, t, s = len(group), max(segment.end - segment.start for segment in group), group[-1].capacity
+    queries, keys = np.zeros((n, t), np.int64), np.zeros((n, s), np.int64)
+    masked = np.ones((n, t, s), bool)
+    for i, (row, start, end, key_ids) in enumerate(group):
+        length = end - start
+        queries[i, :length] = np.arange(row * T + start, row * T + end)
+        keys[i, : len(key_ids)] = row * S + key_ids
+        masked[i, :length, : len(key_ids)] = ~seen[row, start:end][:, key_ids]
+        masked[i, length:] = False
+    return queries, keys, masked
+
+
 def _occurrences(
-    key: list[Array], place: list[Array], keys: int, nowhere: int
+    seen_keys: list[Array], key_slots: list[Array], count: int, unseen: int
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """A place of each of `keys` and their heads, `nowhere` where nobody sees it; then (rows of keys, their second places) of those that have one, their third, and so on."""
-    every, at = np.concatenate(key), np.concatenate(place)
-    order = every.argsort(kind="stable")
-    every, at = every[order], at[order]
-    turn = np.arange(len(every)) - np.searchsorted(every, every)
-    first = np.full((keys, at.shape[1]), nowhere, np.int64)
-    first[every[turn == 0]] = at[turn == 0]
-    rows = every[:, None] * at.shape[1] + np.arange(at.shape[1])
-    return first.reshape(-1), [
-        (rows[turn == n].reshape(-1), at[turn == n].reshape(-1)) for n in range(1, turn.max(initial=0) + 1)
+    """Slots of each of `count` keys and their G heads, from the keys (k,) and slots (k, G) of each segment.
+
+    Returns the first slots (count · G,), `unseen` where no query sees a key. Then for the second slot, the
+    third, and so on: the rows that have one, and their slots.
+    """
+    keys, slots = np.concatenate(seen_keys), np.concatenate(key_slots)
+    order = keys.argsort(kind="stable")
+    keys, slots = keys[order], slots[order]
+    G = slots.shape[1]
+    nth = np.arange(len(keys)) - np.searchsorted(keys, keys)  # earlier slots of the same key
+    first = np.full((count, G), unseen, np.int64)
+    first[keys[nth == 0]] = slots[nth == 0]
+    rows = keys[:, None] * G + np.arange(G)
+    more = [
+        (rows[nth == n].reshape(-1), slots[nth == n].reshape(-1)) for n in range(1, nth.max(initial=0) + 1)
     ]
+    return first.reshape(-1), more
 
 
 AttentionLayout = Union[Tensor, BlockSparseLayout, "BlockMask"]
 
 
 def attention_layout(mask: Tensor, kv_heads: int) -> AttentionLayout:
-    """What `attend` shall be given for a mask (B, 1, T, S), the same in every layer: where gradients are computed, spans on a CPU, FlexAttention's blocks on CUDA.
+    """Prepare a mask (B, 1, T, S) for `attend`, once for all layers.
 
-    A packed row's documents see nothing of one another, and no token sees a later one: most scores need not be computed.
+    Where gradients are computed, that is segments on a CPU and FlexAttention's blocks on CUDA. A packed row's
+    documents do not see one another, and no token sees a later one: most scores need not be computed.
     """
     if not torch.is_grad_enabled():
         return mask
-    if mask.device.type == "cuda" and find_spec("triton") is not None:  # in which its kernels are written
+    if mask.device.type == "cuda" and find_spec("triton") is not None:  # FlexAttention needs it
         return flex_block_mask(mask)
     return BlockSparseLayout(mask, kv_heads) if mask.device.type == "cpu" else mask
 
 
 def flex_block_mask(mask: Tensor) -> "BlockMask":
-    """Of a mask (B, 1, T, S): blocks of 128 × 128 of which nothing is seen are left out, those that are seen in part look the mask up."""
+    """FlexAttention's block mask of a mask (B, 1, T, S).
+
+    It skips blocks of 128 × 128 in which nothing is seen, and reads the mask in those seen in part.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, _, T, S = mask.shape
@@ -166,14 +192,17 @@ def flex_block_mask(mask: Tensor) -> "BlockMask":
 
 @cache
 def flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for all layers and both towers, whose numbers of queries and keys differ and change from batch to batch."""
+    """FlexAttention, compiled once for all layers and both towers, with dynamic sizes."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout) -> Tensor:
-    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) where the mask (B, 1, T, S), or what was `planned` of it, allows; a float mask is added."""
+    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) → (B, H, T, E).
+
+    `mask`: boolean (B, 1, T, S), its `attention_layout`, or float to be added to the scores.
+    """
     if isinstance(mask, BlockSparseLayout):
         return SegmentAttention.apply(queries, keys, values, mask)
     if not isinstance(mask, Tensor):
@@ -190,9 +219,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout)
 
 
 class SegmentAttention(torch.autograd.Function):
-    """Attention over spans, by matrix products; the weights are kept for the backward pass.
+    """Attention over segments, by matrix products; the weights are saved for the backward pass.
 
-    Queries, keys and values are gathered span by span, and what comes out is put back in the same way (docs/experiments.md has how much time that saves).
+    Queries, keys and values are gathered by segment, and the results scattered back. docs/experiments.md has
+    the time saved.
     """
 
     @staticmethod
@@ -200,48 +230,43 @@ class SegmentAttention(torch.autograd.Function):
         B, H, T, E = queries.shape
         G = keys.shape[1]
         q, k, v = _rows(queries, G), _rows(keys, G), _rows(values, G)
-        out, kept, at = q.new_empty(layout.queries, q.shape[1]), [], 0
+        out, saved, at = q.new_empty(layout.queries, q.shape[1]), [], 0
         for segments, bias in zip(layout.segments, layout.bias(queries.dtype), strict=True):
-            own_q, own_k, own_v = (
-                _gather(q, segments.queries, E),
-                _gather(k, segments.keys, E),
-                _gather(v, segments.keys, E),
-            )
-            scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2)).view(
-                -1, G, bias.shape[2], H // G, bias.shape[4]
-            )
+            own_q = _gather(q, segments.queries, E)  # (n · G, t · H ÷ G, E)
+            own_k, own_v = _gather(k, segments.keys, E), _gather(v, segments.keys, E)  # (n · G, s, E)
+            scores = torch.bmm(own_q.mul_(E**-0.5), own_k.transpose(1, 2))  # (n · G, t · H ÷ G, s)
+            scores = scores.view(-1, G, bias.shape[2], H // G, bias.shape[4])  # (n, G, t, H ÷ G, s)
             weights = torch.softmax(scores.add_(bias), -1, out=scores).view(len(own_q), -1, bias.shape[-1])
             at, part = _next(out, at, segments.queries, E)
             torch.bmm(weights, own_v, out=part)
-            kept.append(weights)
-        ctx.save_for_backward(queries, keys, values, *kept)
+            saved.append(weights)
+        ctx.save_for_backward(queries, keys, values, *saved)
         ctx.layout = layout
-        return out.index_select(0, layout.back).view(B, T, H, E).transpose(1, 2)
+        return out.index_select(0, layout.query_slots).view(B, T, H, E).transpose(1, 2)  # (B, H, T, E)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, keys, values, *kept = ctx.saved_tensors
+        queries, keys, values, *saved = ctx.saved_tensors
         layout = ctx.layout
         B, H, T, E = queries.shape
         G = keys.shape[1]
         q, k, v, g = _rows(queries, G), _rows(keys, G), _rows(values, G), _rows(gradient, G)
         d_q = q.new_empty(layout.queries, q.shape[1])
         d_k, d_v = k.new_empty(layout.keys + 1, E), v.new_empty(layout.keys + 1, E)
-        d_k[-1], d_v[-1] = 0, 0  # of keys that nobody sees
+        d_k[-1], d_v[-1] = 0, 0  # the slot of keys that no query sees
         at = key_at = 0
-        for segments, weights in zip(layout.segments, kept, strict=True):
-            own_g = _gather(g, segments.queries, E, segments.none)
+        for segments, weights in zip(layout.segments, saved, strict=True):
+            own_g = _gather(g, segments.queries, E, segments.padding)
             at, part = _next(d_q, at, segments.queries, E)
             _, k_part = _next(d_k, key_at, segments.keys, E)
             key_at, v_part = _next(d_v, key_at, segments.keys, E)
             torch.bmm(weights.transpose(1, 2), own_g, out=v_part)
-            d = torch.bmm(
-                own_g, _gather(v, segments.keys, E).transpose(1, 2)
-            )  # of the weights, then of the scores
+            # The gradient of the weights, then, in place, of the scores.
+            d = torch.bmm(own_g, _gather(v, segments.keys, E).transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d).mul_(E**-0.5)
             torch.bmm(d, _gather(k, segments.keys, E), out=part)
             torch.bmm(d.transpose(1, 2), _gather(q, segments.queries, E), out=k_part)
-        d_queries = d_q.index_select(0, layout.back).view(B, T, H, E).transpose(1, 2)
+        d_queries = d_q.index_select(0, layout.query_slots).view(B, T, H, E).transpose(1, 2)
         d_keys, d_values = (_add_up(d, layout).view(B, -1, G, E).transpose(1, 2) for d in (d_k, d_v))
         return d_queries, d_keys, d_values, None
 
@@ -251,23 +276,23 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1] // kv_heads * x.shape[3])
 
 
-def _gather(rows: Tensor, index: Tensor, size: int, none: Tensor | None = None) -> Tensor:
-    """Rows by `index` (n, G, t), those of `none` as 0: (n · G, t · heads ÷ G, E)."""
+def _gather(rows: Tensor, index: Tensor, size: int, padding: Tensor | None = None) -> Tensor:
+    """Gather rows by `index` (n, G, t), with 0 at `padding`: (n · G, t · heads ÷ G, E)."""
     out = rows.index_select(0, index.flatten())
-    if none is not None and len(none):
-        out.index_fill_(0, none, 0)
+    if padding is not None and len(padding):
+        out.index_fill_(0, padding, 0)
     return out.view(index.shape[0] * index.shape[1], -1, size)
 
 
 def _next(rows: Tensor, at: int, index: Tensor, size: int) -> tuple[int, Tensor]:
-    """The part of `rows` from `at` on that `index` (n, G, t) speaks of, as (n · G, t · heads ÷ G, E), behind where it ends."""
+    """The end, and a view (n · G, t · heads ÷ G, E), of the next `index` (n, G, t) rows from `at` on."""
     end = at + index.numel()
     return end, rows[at:end].view(index.shape[0] * index.shape[1], -1, size)
 
 
 def _add_up(rows: Tensor, layout: BlockSparseLayout) -> Tensor:
-    """Sums over the places where each key stands."""
-    out = rows.index_select(0, layout.keys_back)
-    for index, place in layout.more_keys:
-        out.index_copy_(0, index, out.index_select(0, index).add_(rows.index_select(0, place)))
+    """Sum the slots of each key: (slots, E) → (B · S · G, E)."""
+    out = rows.index_select(0, layout.key_slots)
+    for index, slots in layout.more_keys:
+        out.index_copy_(0, index, out.index_select(0, index).add_(rows.index_select(0, slots)))
     return out

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def working_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that products are computed in: autocast's where it is on."""
+    """The dtype that products are computed in: autocast's where it is on, else `own`."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
 
 
 class Linear(nn.Linear):
-    """torch's linear layer; in training in bf16 on a CPU its products are `product`'s."""
+    """torch's linear layer; when training in bf16 on a CPU, its products are `product`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
         if (
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
 
 
 class TrainedLinear(torch.autograd.Function):
-    """x (…, inputs) by weight (outputs, inputs) and bias, in bf16; gradients have the types of what they belong to."""
+    """Linear layer in bf16: x (…, inputs), weight (outputs, inputs). Gradients have their input's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,9 +43,8 @@ class TrainedLinear(torch.autograd.Function):
         d_x = product(g, w).to(ctx.types[0]).view(ctx.shape) if ctx.needs_input_grad[0] else None
         d_weight = d_bias = None
         if ctx.needs_input_grad[1]:
-            transposed = (
-                g.t().contiguous() if g.shape[1] < rows.shape[1] else g.t()
-            )  # a third less time for 576 outputs and 1,536 inputs; more for the reverse
+            # A copy saves a third of the time for 576 outputs and 1,536 inputs; the reverse is slower.
+            transposed = g.t().contiguous() if g.shape[1] < rows.shape[1] else g.t()
             d_weight = (transposed @ rows).to(ctx.types[1])
         if ctx.needs_input_grad[2]:
             d_bias = g.sum(0).to(ctx.types[2])
@@ -53,19 +52,20 @@ class TrainedLinear(torch.autograd.Function):
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a` (M, K) @ `b` (K, N), and `bias` (N,).
+    """`a` (M, K) @ `b` (K, N) + `bias` (N,).
 
-    Of some shapes oneDNN 3.13 computes bf16 products in one thread, though it has two (others were not measured): 0.8 · N < M < 1,400 where N is small.
-    Halves of these, one after the other, are computed in both: of the rows where that is enough, else of the columns (docs/experiments.md).
+    With two threads (no other number was measured), oneDNN 3.13 computes some bf16 products in one of them:
+    0.8 · N < M < 1,400 where N is small. Computed as two halves they use both. Rows are halved where that
+    leaves the slow range, else columns (docs/experiments.md).
     """
     (M, K), N = a.shape, b.shape[1]
-    least = 0.8 * N
-    if not (least < M < 1400 and N <= 1024 and K >= 512 and torch.get_num_threads() == 2):
+    min_rows = 0.8 * N
+    if not (min_rows < M < 1400 and N <= 1024 and K >= 512 and torch.get_num_threads() == 2):
         return a @ b if bias is None else torch.addmm(bias, a, b)
     out, half = a.new_empty(M, N), -(-M // 64) * 32
     by_rows = [(slice(half), slice(N)), (slice(half, M), slice(N))]
     by_columns = [(slice(M), slice(N // 2)), (slice(M), slice(N // 2, N))]
-    for rows, columns in by_rows if half < least else by_columns:
+    for rows, columns in by_rows if half < min_rows else by_columns:
         if bias is None:
             torch.mm(a[rows], b[:, columns], out=out[rows, columns])
         else:
