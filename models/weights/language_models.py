@@ -16,7 +16,7 @@ from configs.model import DecoderConfig, ModelConfig, RopeScaling
 from configs.serialization import from_dict
 from models.language_model import LanguageModel
 from models.weights.gguf import convert_gguf
-from models.weights.pretrained import check_tensors, load_tensors, read_safetensors
+from models.weights.tensors import check_tensors, load_tensors, read_safetensors
 from utils.errors import UsageError, UserError
 from utils.files import read_json
 from utils.hub import fetch, is_hub_id
