@@ -1,24 +1,20 @@
 """What makes an exported model folder one that `transformers` loads with `trust_remote_code=True`.
 
-  python -m hf.export runs/dual_tower_easyvqa/model     # for a folder that an earlier version exported
-
 transformers takes code as flat files that import one another relatively. They are the project's own modules, the few that
 the three of `ROOTS` need: models/layers.py becomes models_layers.py, and of its text only the imports change.
 """
 
-import argparse
 import ast
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.cli import FlagParser
 from configs.model import GenerationConfig, ModelConfig
 from configs.serialization import from_dict
 from data.tokenizer import Tokenizer
 from models.weights.folder import is_nanovlm, read_model_config
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.files import write_text
 
 HOME = Path(__file__).parent.parent
@@ -115,23 +111,3 @@ def processor_config(model: ModelConfig) -> dict[str, Any]:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def main(argv: list[str]) -> None:
-    parser = FlagParser(
-        prog="python -m hf.export",
-        description=str(__doc__),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    folder = parser.parse(argv).folder
-    tokenizer = Tokenizer.load(folder)
-    add_hf_code(folder, tokenizer)
-    tokenizer.save(folder)  # with the chat template of now
-    print(f"{folder} now loads with transformers (docs/transformers.md)")
-
-
-if __name__ == "__main__":
-    run_script(main)
