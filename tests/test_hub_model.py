@@ -674,7 +674,7 @@ def test_what_an_earlier_model_left_goes(folder, served, uploads):
         "earlier",
     )
     model = DualTowerVLM.from_pretrained(folder)
-    model.beside = {}
+    model.extra_files = {}
     model.push_to_hub("me/tiny")
     assert {"chat_template.jinja", "tokenizer.json", "models_old.py"} <= set(repo.files)
     model.push_to_hub("me/tiny", allow_patterns=["*.json"])

