@@ -612,7 +612,7 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
                 **(i := inputs_of(e, asked(e.images, QUESTIONS[1:2])))
                 | {"attention_mask": i["attention_mask"].index_fill(1, torch.tensor([3]), 0)}
             ),
-            "20 image tokens for 0 image tiles of 4: an image.s block is cut, or its mask has holes",
+            "20 image tokens for 0 image tiles of 4: an image.s block is truncated, or its mask has holes",
         ),
         (
             lambda e: e.model.generate(
@@ -786,7 +786,7 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
         main([str(tmp_path)])
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text('{"vit_hidden_dim": 768, "lm_hidden_dim": 576}')
-    with pytest.raises(UserError, match="holds an ancestor's checkpoint"):
+    with pytest.raises(UserError, match="holds a nanoVLM checkpoint"):
         main([str(tmp_path)])
 
 

@@ -2,8 +2,8 @@
 
   python -m tools.export runs/dual_tower_easyvqa/model
 
-Training adds them to what it saves; this program is for folders of an earlier version. A folder of an older format is
-saved anew in today's format first, because transformers loads tensors by name.
+Training adds them to what it saves; this program is for folders of an earlier version. A folder of an older
+format is saved anew in the current one first, because transformers loads tensors by name.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from utils.errors import run_script
 
 
 def update_format(folder: Path) -> None:
-    """Save a model folder of an older format in today's: config.json and tensors with their current names."""
+    """Save a model folder of an older format in the current one, tensors under their current names."""
     config = read_model_config(folder)
     if is_nanovlm(config) or config["format"] == FORMAT:
         return

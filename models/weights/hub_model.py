@@ -51,8 +51,8 @@ class HubModel(
         """Load a model folder or a Hub id (`org/name`, `org/name@revision`), of this project or of nanoVLM.
 
         Missing, foreign or damaged files raise `UserError`. With `load_backbone` the vision encoder and the
-        decoders get the pretrained weights that their `weights` settings name. Projector and multi-token heads,
-        which no backbone has, are the folder's in any case.
+        decoders get the pretrained weights that their `weights` settings name. Projector and multi-token
+        heads, which no backbone has, are the folder's in any case.
         """
         if revision == "":
             raise UserError("revision is empty: name a branch, tag or commit, or leave it out")

