@@ -106,9 +106,9 @@ class DualTowerProcessor(ProcessorMixin):
         """One conversation, or a list of them → text.
 
         With `tokenize` → `input_ids`; with `return_dict` too → all inputs of `generate`. Messages have a
-        role, "user" and "assistant" alternating, and content: a string, or parts `{"type": "text", "text": …}` and
-        `{"type": "image", "image" or "url" or "path" or "base64": …}`. Images go before their message's
-        text. Any other form raises `UsageError`.
+        role, "user" and "assistant" alternating, and content: a string, or parts
+        `{"type": "text", "text": …}` and `{"type": "image", "image" or "url" or "path" or "base64": …}`.
+        Images go before their message's text. Any other form raises `UsageError`.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
