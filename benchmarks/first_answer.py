@@ -42,7 +42,7 @@ from configs.model import GenerationConfig
 from data.render import Renderer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kernels.packed_linear import Packed, pack_for_decoding
-from models.weights.pretrained import load_model
+from models.weights.model_folder import load_model
 from models.vision_language_model import VisionLanguageModel
 from pathlib import Path
 mark("imports")

@@ -23,7 +23,7 @@ from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
 from models.weights.folder import find_model
 from models.weights.language_models import find_language_model
-from models.weights.pretrained import load_model, nanovlm_tokenizer
+from models.weights.model_folder import load_model, nanovlm_tokenizer
 from utils.errors import UsageError, UserError
 from utils.files import CACHE
 from utils.hub import is_hub_id

@@ -1,4 +1,4 @@
-"""What `transformers.AutoConfig` makes of an exported folder's `config.json`: its keys, as they are."""
+"""The `config.json` of an exported folder for `transformers.AutoConfig`, with its own keys."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class TowerConfig(PretrainedConfig):
-    """`model` and `vocabulary` hold what `ModelConfig` and `Vocabulary` of configs/model.py hold, as dictionaries."""
+    """`model` and `vocabulary` are `ModelConfig` and `Vocabulary` of configs/model.py, as dictionaries."""
 
     def __init__(
         self, model: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **kwargs: Any

@@ -1,39 +1,37 @@
-"""What makes an exported model folder one that `transformers` loads with `trust_remote_code=True`.
+"""The code and files by which `transformers` loads a model folder, with `trust_remote_code=True`.
 
-  python -m hf.export runs/dual_tower_easyvqa/model     # for a folder that an earlier version exported
-
-transformers takes code as flat files that import one another relatively. They are the project's own modules, the few that
-the three of `ROOTS` need: models/layers.py becomes models_layers.py, and of its text only the imports change.
+transformers expects code as flat files with relative imports. They are copies of the project's own modules,
+those that `ROOTS` import: models/layers.py becomes models_layers.py, and only its imports change.
 """
 
-import argparse
 import ast
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.cli import FlagParser
 from configs.model import GenerationConfig, ModelConfig
 from configs.serialization import from_dict
 from data.tokenizer import Tokenizer
 from models.weights.folder import is_nanovlm, read_model_config
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.files import write_text
 
 HOME = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "hf", "models", "utils")
 ROOTS = ("hf.configuration", "hf.modeling", "hf.processing")
-CLASSES = {"dual_tower": "DualTower", "vanilla": "Vanilla"}  # model type → how its classes in hf/ begin
+CLASSES = {"dual_tower": "DualTower", "vanilla": "Vanilla"}  # model type → prefix of its classes in hf/
 
 
 def flat(module: str) -> str:
+    """`models.layers` → `models_layers`."""
     return module.replace(".", "_")
 
 
 def code_files() -> dict[str, str]:
-    """File name → text, of `ROOTS` and all of the project that they import."""
-    texts, imports = {}, {}
+    """Return file name → text, of `ROOTS` and all modules of the project that they import."""
+    texts: dict[str, str] = {}
+    imports: dict[str, list[str]] = {}
     for root in ROOTS:
         reached, waiting = {root}, [root]
         while waiting:
@@ -44,51 +42,52 @@ def code_files() -> dict[str, str]:
                 texts[module] = f"# {path} of DualTowerVLM, with relative imports\n{text}"
             waiting += set(imports[module]) - reached
             reached |= set(imports[module])
-        if others := "".join(
-            f"    from .{flat(module)} import *  # noqa: F403\n" for module in sorted(reached - {root})
-        ):
-            texts[root] += (
-                f"\n\nif False:  # older transformers, 5.0 to 5.8 at least, look for files in this one's own imports alone\n{others}"
-            )
+        lines = [f"    from .{flat(module)} import *  # noqa: F403\n" for module in sorted(reached - {root})]
+        if lines:
+            reason = "transformers 5.0 to 5.8, at least, look for files only in this one's own imports"
+            texts[root] += f"\n\nif False:  # {reason}\n{''.join(lines)}"
     return {f"{flat(module)}.py": text for module, text in texts.items()}
 
 
 def flattened(text: str) -> tuple[str, list[str]]:
-    """A module's text with `from models.layers import …` turned into `from .models_layers import …`; and the modules it so imports."""
-    lines, needed = text.splitlines(keepends=True), []
+    """Rewrite `from models.layers import …` as `from .models_layers import …` → text, imported modules."""
+    lines = text.splitlines(keepends=True)
+    needed: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             assert not any(alias.name.split(".")[0] in PACKAGES for alias in node.names), (
                 f"line {node.lineno}: import names from the module instead"
             )
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
             before, line = f"from {node.module} import", lines[node.lineno - 1]
-            assert line[node.col_offset :].startswith(before), f"line {node.lineno}: {line}"
-            lines[node.lineno - 1] = (
-                f"{line[: node.col_offset]}from .{flat(node.module)} import{line[node.col_offset + len(before) :]}"
-            )
+            indent, statement = line[: node.col_offset], line[node.col_offset :]
+            assert statement.startswith(before), f"line {node.lineno}: {line}"
+            after = f"from .{flat(node.module)} import"
+            lines[node.lineno - 1] = indent + after + statement.removeprefix(before)
             needed.append(node.module)
     return "".join(lines), needed
 
 
 def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
-    """Add to a model folder the code, and the keys and files by which transformers finds it. What is not a complete folder of ours raises `UserError`."""
-    head = read_model_config(folder)
-    if is_nanovlm(head):
+    """Add the code to a model folder, and the keys and files by which transformers finds it.
+
+    A folder that is incomplete or not of this project raises `UserError`.
+    """
+    raw_config = read_model_config(folder)
+    if is_nanovlm(raw_config):
         raise UserError(
-            f"{folder} holds an ancestor's checkpoint, which has no place for code: load it and save it with save_pretrained first"
+            f"{folder} holds a nanoVLM checkpoint, to which no code can be added: "
+            "load it and save it with save_pretrained first"
         )
-    kind, model = (
-        CLASSES[head["model_type"]],
-        from_dict(ModelConfig, head["model"], f"{folder / 'config.json'}: model"),
-    )
+    kind = CLASSES[raw_config["model_type"]]
+    model = from_dict(ModelConfig, raw_config["model"], f"{folder / 'config.json'}: model")
     names = {
         "AutoConfig": f"configuration.{kind}Config",
         "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration",
     }
     auto_map = {auto: f"hf_{name}" for auto, name in names.items()}
     for name, text in code_files().items():
-        (folder / name).write_text(text, encoding="utf-8")  # config.json, written last, makes them count
+        (folder / name).write_text(text, encoding="utf-8")  # not used before config.json, the last, names it
     _write(folder / "processor_config.json", processor_config(model))
     _write(
         folder / "generation_config.json",
@@ -100,11 +99,12 @@ def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
     )
     _write(
         folder / "config.json",
-        head | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map},
+        raw_config | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map},
     )
 
 
 def processor_config(model: ModelConfig) -> dict[str, Any]:
+    """Return the content of `processor_config.json`."""
     return {
         "processor_class": "DualTowerProcessor",
         "auto_map": {"AutoProcessor": "hf_processing.DualTowerProcessor"},
@@ -115,23 +115,3 @@ def processor_config(model: ModelConfig) -> dict[str, Any]:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def main(argv: list[str]) -> None:
-    parser = FlagParser(
-        prog="python -m hf.export",
-        description=str(__doc__),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    folder = parser.parse(argv).folder
-    tokenizer = Tokenizer.load(folder)
-    add_hf_code(folder, tokenizer)
-    tokenizer.save(folder)  # with the chat template of now
-    print(f"{folder} now loads with transformers (docs/transformers.md)")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,4 @@
-"""Chats with images → what `generate` takes, as `transformers.AutoProcessor` loads it: through this project's one renderer."""
+"""The processor for `transformers.AutoProcessor`: chats with images → inputs of `generate`."""
 
 import base64
 import http.client
@@ -26,25 +26,31 @@ TIMEOUT_S = 30
 class Message(NamedTuple):
     role: str
     text: str
-    images: list[Any]  # shown before the text, wherever they stood
+    images: list[Any]  # they go before the text, wherever they were
 
 
-Chat = tuple[list[Message], bool]  # the last message, the assistant's, is to be gone on with
+Chat = tuple[list[Message], bool]  # messages, and whether the last one, the assistant's, is to be continued
 
 
 class DualTowerProcessor(ProcessorMixin):
-    """`vision` is a `VisionConfig` as a dictionary; `tokens_per_tile` as in the model's configuration. Serves both models."""
+    """The processor of both models.
+
+    `vision` is a `VisionConfig` as a dictionary; `tokens_per_tile` as in the model's configuration.
+    """
 
     def __init__(
         self, tokenizer: Any, vision: dict[str, Any], tokens_per_tile: int, chat_template: str | None = None
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.vision, self.tokens_per_tile = vision, tokens_per_tile
-        from_dict(VisionConfig, vision, "processor_config.json: vision")  # raises now
+        from_dict(VisionConfig, vision, "processor_config.json: vision")  # raises UsageError for a wrong one
 
     @cached_property
     def renderer(self) -> Renderer:
-        """All tokens in one sequence: the model routes them. Its tokenizer is a copy, for it writes special tokens that stand in text as text."""
+        """The renderer, with all tokens in one sequence: the model routes them.
+
+        Its tokenizer is a copy, because it encodes the names of special tokens in a text as plain text.
+        """
         return Renderer(
             Tokenizer(HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())),
             self.tokens_per_tile,
@@ -53,7 +59,7 @@ class DualTowerProcessor(ProcessorMixin):
 
     @property
     def image_processor(self) -> "DualTowerProcessor":
-        """Itself: without one, pipelines put no images into a batch."""
+        """The processor itself: pipelines need the attribute to put images into a batch."""
         return self
 
     def __call__(
@@ -67,8 +73,9 @@ class DualTowerProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Text with its images → `input_ids`, `attention_mask` (B, T) and `pixel_values` (N, 3, h, w) uint8.
 
-        `text` is what `apply_chat_template(tokenize=False)` gives, a placeholder an image; or a question, of one user turn about its images.
-        `images` (paths, URLs, Pillow images, bytes): those of a single text, one for each text, or a list for each. Counts that differ raise `UsageError`.
+        `text` is the result of `apply_chat_template(tokenize=False)`, with a placeholder per image; or a
+        question about its images. `images` (paths, URLs, Pillow images, bytes): those of a single text, one
+        for each text, or a list for each. Counts that differ raise `UsageError`.
         """
         _refuse(unknown)
         if text is None:
@@ -82,9 +89,7 @@ class DualTowerProcessor(ProcessorMixin):
             or not all(isinstance(text, str) for text in texts)
         ):
             raise UsageError(f"the processor needs text, or a list of texts, found {_kinds(texts)}")
-        chats = [
-            _parsed(text, shown) for text, shown in zip(texts, _by_text(images, len(texts)), strict=True)
-        ]
+        chats = [_parsed(text, own) for text, own in zip(texts, _by_text(images, len(texts)), strict=True)]
         return self._batch(chats, padding, padding_side, return_tensors)
 
     def apply_chat_template(
@@ -98,10 +103,12 @@ class DualTowerProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One conversation, or a list of them → text; with `tokenize` → `input_ids`, with `return_dict` too → all that `generate` takes.
+        """One conversation, or a list of them → text.
 
-        Messages have a role, "user" and "assistant" in turn, and content: a string, or parts `{"type": "text", "text": …}` and
-        `{"type": "image", "image" or "url" or "path" or "base64": …}`. Images stand before their message's text. What is otherwise raises `UsageError`.
+        With `tokenize` → `input_ids`; with `return_dict` too → all inputs of `generate`. Messages have a
+        role, "user" and "assistant" alternating, and content: a string, or parts
+        `{"type": "text", "text": …}` and `{"type": "image", "image" or "url" or "path" or "base64": …}`.
+        Images go before their message's text. Any other form raises `UsageError`.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
@@ -129,8 +136,8 @@ class DualTowerProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
-        made = self._batch(chats, **options)
-        return made if return_dict else made["input_ids"]
+        batch = self._batch(chats, **options)
+        return batch if return_dict else batch["input_ids"]
 
     def _batch(
         self, chats: list[Chat], padding: bool | str, padding_side: str | None, return_tensors: str | None
@@ -139,49 +146,45 @@ class DualTowerProcessor(ProcessorMixin):
             raise UsageError(
                 f"processor: padding = {padding!r} is not supported, only True ('longest') and False"
             )
-        rows, tiles = (
-            [],
-            [torch.empty(0, 3, self.vision["image_size"], self.vision["image_size"], dtype=torch.uint8)],
-        )
+        side = self.vision["image_size"]
+        rows, tiles = [], [torch.empty(0, 3, side, side, dtype=torch.uint8)]
         for chat in chats:
-            ids, shown = self._rendered(*chat)
+            ids, images = self._rendered(*chat)
             rows.append(ids)
-            tiles += [image.pixels for image in shown]
+            tiles += [image.pixels for image in images]
         longest = max(map(len, rows)) if padding else 0
         left = (padding_side or self.tokenizer.padding_side) == "left"
-        made: dict[str, Any] = {"input_ids": [], "attention_mask": []}
+        batch: dict[str, Any] = {"input_ids": [], "attention_mask": []}
         for ids in rows:
             empty = max(0, longest - len(ids))
             for name, own, filler in (
                 ("input_ids", ids, self.tokenizer.pad_token_id),
                 ("attention_mask", [1] * len(ids), 0),
             ):
-                made[name].append([filler] * empty + own if left else own + [filler] * empty)
-        return BatchFeature(made | {"pixel_values": torch.cat(tiles)}, tensor_type=return_tensors)
+                batch[name].append([filler] * empty + own if left else own + [filler] * empty)
+        return BatchFeature(batch | {"pixel_values": torch.cat(tiles)}, tensor_type=return_tensors)
 
     def _rendered(self, messages: list[Message], open_end: bool) -> tuple[list[int], list[Tiles]]:
-        """A chat's token ids, image blocks included, and its images."""
-        tokenizer, config = (
-            self.renderer.tokenizer,
-            from_dict(VisionConfig, self.vision, "processor_config.json: vision"),
-        )
+        """Render a chat → its token ids, image blocks included, and its images."""
+        tokenizer = self.renderer.tokenizer
+        config = from_dict(VisionConfig, self.vision, "processor_config.json: vision")
         ids: list[int] = []
         images: list[Tiles] = []
-        last: list[int] = []  # tokens of the answer before
+        last: list[int] = []  # tokens of the previous answer
         for message in messages:
             if message.role == "assistant":
                 last = tokenizer.encode(message.text)
                 continue
-            shown = [to_tiles(open_pixels(_source(image)), config) for image in message.images]
-            grids = [image.grid for image in shown]
+            tiles = [to_tiles(open_pixels(_source(image)), config) for image in message.images]
+            grids = [image.grid for image in tiles]
             document = (
                 self.renderer.follow_up(grids, message.text, last, len(ids))
                 if ids
                 else self.renderer.prompt(grids, [{"user": message.text}])
             )
             ids += document.right_ids
-            images += shown
-        if messages[-1].role == "user":  # no answer is asked for
+            images += tiles
+        if messages[-1].role == "user":  # no answer is requested
             return ids[: -len(self.renderer.assistant)], images
         return ids + last + ([] if open_end else [tokenizer.turn_end, *self.renderer.newline]), images
 
@@ -189,60 +192,63 @@ class DualTowerProcessor(ProcessorMixin):
 def _refuse(unknown: dict[str, Any]) -> None:
     if unknown:
         raise UsageError(
-            f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a pipeline as generate_kwargs={{…}}"
+            f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a "
+            "pipeline as generate_kwargs={…}"
         )
 
 
-def _kinds(found: Any) -> str:
-    """What was given, without its content, which may be long."""
-    return (
-        f"{type(found).__name__} of {', '.join(sorted({type(part).__name__ for part in found})) or 'nothing'}"
-        if isinstance(found, list | tuple)
-        else type(found).__name__
-    )
+def _kinds(value: Any) -> str:
+    """Name the type of a value, and those of a list's entries; the content may be long."""
+    if not isinstance(value, list | tuple):
+        return type(value).__name__
+    parts = sorted({type(part).__name__ for part in value})
+    return f"{type(value).__name__} of {', '.join(parts) or 'nothing'}"
 
 
 def _chat(
     messages: list[Any], add_generation_prompt: bool, continue_final_message: bool, sources: bool
 ) -> Chat:
-    """Messages in transformers' format, checked. `sources`: images must say what they are."""
+    """Check and convert messages in transformers' format. With `sources` an image must have one."""
     if not isinstance(messages, list | tuple) or not messages:
         raise UsageError(f"a conversation is a list of messages, found {_kinds(messages)}")
     chat = [_message(message, sources) for message in messages]
     if continue_final_message and (add_generation_prompt or chat[-1].role != "assistant"):
         raise UsageError(
-            "continue_final_message goes on with a last message of the assistant, and without add_generation_prompt"
+            "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
         )
     if add_generation_prompt:
         chat.append(Message("assistant", "", []))
-    return _in_turn(chat), add_generation_prompt or continue_final_message
+    return _alternating(chat), add_generation_prompt or continue_final_message
 
 
-def _in_turn(chat: list[Message]) -> list[Message]:
+def _alternating(chat: list[Message]) -> list[Message]:
+    """Return `chat` if user and assistant alternate in it, and only the user shows images."""
     for number, message in enumerate(chat):
-        wanted = ("user", "assistant")[number % 2]
-        if message.role != wanted:
+        expected = ("user", "assistant")[number % 2]
+        if message.role != expected:
             raise UsageError(
-                f"message {number + 1} of the chat is of role '{message.role}', expected '{wanted}': user and assistant speak in turn, and the user begins"
+                f"message {number + 1} of the chat is of role '{message.role}', expected '{expected}': "
+                "user and assistant speak in turn, and the user begins"
             )
-        if message.images and wanted == "assistant":
+        if message.images and expected == "assistant":
             raise UsageError(
-                f"message {number + 1} of the chat is the assistant's and holds an image: only the user shows images"
+                f"message {number + 1} of the chat is the assistant's and holds an image: "
+                "only the user shows images"
             )
     return chat
 
 
 def _message(message: Any, sources: bool) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UsageError(
-            f"a chat message must be a dictionary with role and content, found {list(message) if isinstance(message, dict) else type(message).__name__}"
-        )
+        form = list(message) if isinstance(message, dict) else type(message).__name__
+        raise UsageError(f"a chat message must be a dictionary with role and content, found {form}")
     content = message["content"]
     if isinstance(content, str):
         return Message(message["role"], content, [])
     if not isinstance(content, list | tuple) or not all(isinstance(part, dict) for part in content):
         raise UsageError(
-            f"the content of a chat message is a string, or a list of parts {{'type': 'text', 'text': …}} and {{'type': 'image', …}}, found {_kinds(content)}"
+            "the content of a chat message is a string, or a list of parts {'type': 'text', 'text': …} "
+            f"and {{'type': 'image', …}}, found {_kinds(content)}"
         )
     texts, images = [], []
     for part in content:
@@ -253,7 +259,7 @@ def _message(message: Any, sources: bool) -> Message:
                     f"a part of a chat message is of type 'text', and its text is {_kinds(part.get('text'))}"
                 )
             texts.append(part["text"])
-        elif kind == "image_url":  # OpenAI's form, and what some write instead of it
+        elif kind == "image_url":  # OpenAI's form, and a common mistake for it
             url = part.get("image_url")
             images.append(url.get("url") if isinstance(url, dict) else url)
         elif kind == "image":
@@ -267,37 +273,38 @@ def _message(message: Any, sources: bool) -> Message:
 
 
 def _parsed(text: str, images: list[Any]) -> Chat:
-    """What the chat template wrote, with its images; or a question about them."""
+    """Parse the chat template's text, or a question, and assign its images."""
     if TURN_START not in text:
-        asked = re.sub(rf"^(?:{re.escape(IMAGE)}\s*)+", "", text)
-        if IMAGE in asked or text.count(IMAGE) not in (0, len(images)):
+        question = re.sub(rf"^(?:{re.escape(IMAGE)}\s*)+", "", text)
+        if IMAGE in question or text.count(IMAGE) not in (0, len(images)):
             raise UsageError(
-                f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} images: leave them out, or put all of them in front"
+                f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} "
+                "images: leave them out, or put all of them in front"
             )
-        return [Message("user", asked, images), Message("assistant", "", [])], True
-    count, rest, messages, at, ended = text.count(IMAGE), iter(images), [], 0, True
+        return [Message("user", question, images), Message("assistant", "", [])], True
+    count = text.count(IMAGE)
     if count != len(images):
         raise UsageError(
             f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given"
         )
+    rest, messages, at, ended = iter(images), [], 0, True
     while at < len(text):
-        found = MESSAGE.match(text, at)
-        if found is None:
+        match = MESSAGE.match(text, at)
+        if match is None:
             raise UsageError(
                 f"the text is not a chat as apply_chat_template writes it, from {text[at : at + 40]!r} on"
             )
-        role, said, end = found.groups()
-        messages.append(
-            Message(role, said.replace(IMAGE, ""), [next(rest) for _ in range(said.count(IMAGE))])
-        )
-        at, ended = found.end(), end is not None
+        role, content, end = match.groups()
+        own = [next(rest) for _ in range(content.count(IMAGE))]
+        messages.append(Message(role, content.replace(IMAGE, ""), own))
+        at, ended = match.end(), end is not None
     if not ended and messages[-1].role != "assistant":
         raise UsageError(f"the text's last message, the user's, does not end with {TURN_END}")
-    return _in_turn(messages), not ended
+    return _alternating(messages), not ended
 
 
 def _by_text(images: Any, texts: int) -> list[list[Any]]:
-    """Images in any of the shapes that `__call__` takes → a list for each text."""
+    """Convert `images` of `__call__` → a list for each text."""
     if images is None:
         return [[] for _ in range(texts)]
     images = images if isinstance(images, list | tuple) else [images]
@@ -313,7 +320,7 @@ def _by_text(images: Any, texts: int) -> list[list[Any]]:
 
 
 def _source(image: Any) -> Any:
-    """What `open_pixels` takes: a URL is fetched, data in a URL are decoded, all else is left as it is."""
+    """Convert an image for `open_pixels`: fetch a URL, decode a data URL, keep anything else."""
     if isinstance(image, str) and image.startswith("data:"):
         return _decoded(image.partition(",")[2])
     if not isinstance(image, str) or not image.startswith(("http://", "https://")):

@@ -1,10 +1,12 @@
 """Shared by the tests: tiny models, a tokenizer, and samples made by hand."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from configs.train import DataConfig
@@ -77,6 +79,26 @@ def lively_model(tokenizer: Tokenizer, config: ModelConfig = TINY_MODEL, seed: i
             if p.dim() >= 2:
                 p.mul_(4)
     return model
+
+
+def to_format_3(folder: Path) -> None:
+    """Write a saved model with multi-token heads as format 3 had it: other names of the heads' tensors."""
+    old_names = {
+        "heads.acceptance_rates": "right.heads.stands",
+        "heads.draft_ids": "right.heads.draft_ids",
+        "heads.state_norm.weight": "right.heads.state_norm.weight",
+        "heads.token_norm.weight": "right.heads.token_norm.weight",
+        "heads.carry.weight": "right.heads.carry.weight",
+        "heads.gate_up.weight": "right.heads.gate_up.weight",
+        "heads.down.weight": "right.heads.down.weight",
+        "heads.norm.weight": "right.heads.norm.weight",
+    }
+    tensors = load_file(folder / "model.safetensors")
+    assert {name for name in tensors if name.startswith("heads.")} == old_names.keys()
+    tensors = {old_names.get(name, name): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format": 3}))
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
         ),
         ("b", "llama", strange, {}, "blk.0.ffn_up.weight is quantised as Q8_K"),
         ("c", "llama", None, {"tokenizer": "llama"}, "a tokenizer of kind 'llama'"),
-        ("d", "llama", None, {"pre": "falcon"}, "cuts text like 'falcon'"),
+        ("d", "llama", None, {"pre": "falcon"}, "splits text like 'falcon'"),
     ):
         write(tmp_path / f"{name}.gguf", model, kind, change, **settings)
         with pytest.raises(UserError, match=message):

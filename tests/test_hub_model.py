@@ -21,7 +21,7 @@ from data.images import Tiles
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
-from models.weights.pretrained import load_vision_weights
+from models.weights.vision import load_vision_weights
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
@@ -138,7 +138,7 @@ def test_what_stands_beside_the_weights_goes_along(model, tokenizer, folder, ser
 
 def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
     """And back in one: what is not needed any more goes."""
-    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
     model.save_pretrained(folder)
     names = {path.name for path in folder.glob("model*")}
     assert names == {
@@ -157,7 +157,7 @@ def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
 
 def test_several_files_become_one_in_the_repository(model, served, uploads, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
+        patch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
         model.push_to_hub("me/tiny")
     assert len([name for name in uploads.repos["me/tiny"].files if name.startswith("model")]) == 5
     model.push_to_hub("me/tiny")
@@ -184,7 +184,7 @@ def test_several_files_become_one_in_the_repository(model, served, uploads, monk
     ],
 )
 def test_damaged_shards(model, folder, monkeypatch, damage, message):
-    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
     model.save_pretrained(folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
@@ -292,7 +292,7 @@ def test_a_bad_moment_when_reading(model, served, path, kind):
 
 def test_a_connection_that_breaks_in_mid_upload(model, served, uploads, waits, monkeypatch):
     """Of several files: those that arrived are not sent again, and the commit has them all."""
-    monkeypatch.setattr("models.weights.pretrained.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
     served.failures["/put/"] = chain(
         [None, None], repeat("drop", 20), repeat(None)
     )  # until huggingface_hub gives up, and it is begun anew
@@ -674,7 +674,7 @@ def test_what_an_earlier_model_left_goes(folder, served, uploads):
         "earlier",
     )
     model = DualTowerVLM.from_pretrained(folder)
-    model.beside = {}
+    model.extra_files = {}
     model.push_to_hub("me/tiny")
     assert {"chat_template.jinja", "tokenizer.json", "models_old.py"} <= set(repo.files)
     model.push_to_hub("me/tiny", allow_patterns=["*.json"])

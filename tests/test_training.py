@@ -33,7 +33,7 @@ from eval.predictor import Predictor
 from eval.validation import Validation, save_samples
 from models.language_model import DecoderBlock
 from models.vision_encoder import VisionEncoder
-from models.weights.pretrained import module_fingerprint
+from models.weights.tensors import module_fingerprint
 from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_model
 from tests.programs import Program, run_program
 from tests.test_dual_tower import make_sample

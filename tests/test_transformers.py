@@ -32,10 +32,11 @@ from configs.train import Config
 from data.collators import collate_prompts
 from data.tokenizer import Tokenizer
 from eval.predictor import Predictor
-from hf.export import code_files, flattened, main
+from hf.export import code_files, flattened
 from models.generation import generate
-from tests.conftest import TINY_MODEL, lively_model
+from tests.conftest import TINY_MODEL, lively_model, to_format_3
 from tests.naive_dual_tower import Naive
+from tools.export import main
 from training.script import export
 from utils.errors import UserError
 from utils.files import read_json
@@ -611,7 +612,7 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
                 **(i := inputs_of(e, asked(e.images, QUESTIONS[1:2])))
                 | {"attention_mask": i["attention_mask"].index_fill(1, torch.tensor([3]), 0)}
             ),
-            "20 image tokens for 0 image tiles of 4: an image.s block is cut, or its mask has holes",
+            "20 image tokens for 0 image tiles of 4: an image.s block is truncated, or its mask has holes",
         ),
         (
             lambda e: e.model.generate(
@@ -720,7 +721,7 @@ def test_code_differs_in_its_imports_alone():
 def test_export_needs_no_transformers(tokenizer, model, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    code = "import sys; sys.modules['transformers'] = None; from hf.export import main; main(sys.argv[1:])"
+    code = "import sys; sys.modules['transformers'] = None; from tools.export import main; main(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
@@ -729,7 +730,7 @@ def test_export_needs_no_transformers(tokenizer, model, tmp_path):
 
 
 def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
-    """Without code transformers does not know it; `python -m hf.export` adds the code, and leaves what was there."""
+    """Without code transformers does not know it; `python -m tools.export` adds the code, and leaves what was there."""
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     with pytest.raises(ValueError, match="dual_tower"):
@@ -748,6 +749,35 @@ def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("kind", ["dual_tower", "vanilla"])
+def test_a_folder_of_format_3(kind, tokenizer, images, modules_cache, tmp_path, capsys):
+    """`tools.export` gives its tensors today's names: transformers and this project answer as before."""
+    model = lively_model(tokenizer, KINDS[kind])
+    torch.nn.init.normal_(model.heads.down.weight, std=0.3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    expected = Exported(tmp_path, Predictor.from_pretrained(tmp_path), None, None, images)
+    to_format_3(tmp_path)
+    old = Predictor.from_pretrained(tmp_path)
+    main([str(tmp_path)])
+    assert "was of format 3 and is now of format 4" in capsys.readouterr().out
+    tensors, config = load_file(tmp_path / "model.safetensors"), read_json(tmp_path / "config.json")
+    assert tensors.keys() == model.state_dict().keys() and config["format"] == 4
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert all(torch.equal(loaded.state_dict()[name], t) for name, t in model.state_dict().items())
+    settings = GenerationConfig(max_new_tokens=9)
+    tokens = own_tokens(expected, expected.own, settings)
+    for predictor in (old, Predictor.from_pretrained(tmp_path)):
+        assert own_tokens(expected, predictor, settings) == tokens
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    inputs = inputs_of(expected._replace(processor=processor), asked(images, QUESTIONS))
+    answers = loaded.generate(**inputs, max_new_tokens=9)[:, inputs["input_ids"].shape[1] :]
+    assert answers.tolist() == ended(tokens, 9, tokenizer.turn_end)
+
+
 def test_what_is_no_model_folder(tokenizer, tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer.json"):
         main([str(tmp_path / "nowhere")])
@@ -756,7 +786,7 @@ def test_what_is_no_model_folder(tokenizer, tmp_path):
         main([str(tmp_path)])
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text('{"vit_hidden_dim": 768, "lm_hidden_dim": 576}')
-    with pytest.raises(UserError, match="holds an ancestor's checkpoint"):
+    with pytest.raises(UserError, match="holds a nanoVLM checkpoint"):
         main([str(tmp_path)])
 
 

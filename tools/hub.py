@@ -82,7 +82,7 @@ def numbers(folder: Path) -> int:
 def card(args: argparse.Namespace) -> None:
     from models.dual_tower.dual_tower import DualTowerVLM
     from models.vision_language_model import VisionLanguageModel
-    from models.weights.pretrained import load_model
+    from models.weights.model_folder import load_model
     from training.run_card import write_card
 
     run, results = Path(args.run), Path(args.run) / "evaluation" / "results.json"

@@ -42,7 +42,9 @@ from models.weights.language_models import (
     table_rows,
 )
 from models.weights.lora import add_adapters, check_lora, merge_adapters, save_adapters
-from models.weights.pretrained import left_tower_of, load_left_tower, load_vision_weights, module_fingerprint
+from models.weights.model_folder import left_tower_of, load_left_tower
+from models.weights.tensors import module_fingerprint
+from models.weights.vision import load_vision_weights
 from training.checkpoint import load_weights_of, move_to_abandoned, read_state
 from training.distributed import check_world, gathered, opened
 from training.ema import load_ema

@@ -12,7 +12,7 @@ from models.modality_projector import ModalityProjector, blank, put_image_tokens
 from models.multi_token import make_heads
 from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
-from models.weights.pretrained import module_fingerprint
+from models.weights.tensors import module_fingerprint
 
 # Of the code from image to image KV, data/images.py included. Raise it when the result changes, so that
 # stored image KVs are not reused.

