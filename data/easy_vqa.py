@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
-    """easy-VQA (Zhou, https://github.com/vzhou842/easy-VQA): 64×64 pictures of one coloured shape, one record an image."""
+    """Read easy-VQA (Zhou, https://github.com/vzhou842/easy-VQA), one record per image of 64×64 pixels."""
     try:
         root = Path(str(files("easy_vqa"))) / "data" / split
     except ModuleNotFoundError:

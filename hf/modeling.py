@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from configs.model import GenerationConfig, ModelConfig, Vocabulary
 from configs.serialization import from_dict
-from data.render import IGNORE, Document, route, spans_of
+from data.render import IGNORE, Document, route, segments_of
 from hf.configuration import DualTowerConfig, VanillaConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
@@ -162,7 +162,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"generate: input_ids hold {wrong[0]}, this model's vocabulary has {rows:,} tokens: they come from another tokenizer"
             )
         documents = [
-            route(ids, [IGNORE] * len(ids), spans_of(ids, self.vlm.vocabulary), self.vlm.config.left_context)
+            route(ids, [IGNORE] * len(ids), segments_of(ids, self.vlm.vocabulary), self.vlm.config.left_context)
             for ids in prompts
         ]
         tiles = self._tiles(prompts, pixel_values)
@@ -212,7 +212,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         counts = [
             [
                 sum(token > vocabulary.image_token_id for token in ids[a:b])
-                for a, b, image in spans_of(ids, vocabulary)
+                for a, b, image in segments_of(ids, vocabulary)
                 if image >= 0
             ]
             for ids in prompts
