@@ -20,7 +20,8 @@ from rich.console import Console
 
 from benchmarks.about import about
 from configs.model import GenerationConfig
-from data.sources import easy_vqa, openmoji
+from data.easy_vqa import easy_vqa
+from data.openmoji import openmoji
 from eval.captions import cider
 from eval.lmms_eval_wrapper import DualTower
 from eval.predictor import Predictor

@@ -1,4 +1,4 @@
-"""Rows → a batch whose keys are the arguments of the model's forward; prompts → the arguments of generate."""
+"""Rows → a batch with the model's forward arguments as keys; prompts → the arguments of `generate`."""
 
 import numpy as np
 import torch
@@ -11,12 +11,17 @@ Batch = dict[str, Tensor]
 
 
 def collate(rows: list[Row], padding_id: int, tiles: Tensor | None = None) -> Batch:
-    """Packed rows → one batch, padded to its longest left and right stream. Groups, images and documents count from 0 in each row.
+    """Collate packed rows into one batch, padded to its longest left and right stream.
 
-    `tiles`: (N, 3, h, w) of all samples, in their order; not given, the samples hold them.
+    Groups, images and documents count from 0 in each row. `tiles` (N, 3, h, w) holds the tiles of all samples
+    in their order; without it, each sample must hold its own.
     """
-    left = {"left_ids": [], "left_positions": [], "left_groups": [], "left_images": []}
-    right = {"right_ids": [], "right_positions": [], "right_documents": [], "right_groups": [], "labels": []}
+    left: dict[str, list[list[int]]] = {
+        name: [] for name in ("left_ids", "left_positions", "left_groups", "left_images")
+    }
+    right: dict[str, list[list[int]]] = {
+        name: [] for name in ("right_ids", "right_positions", "right_documents", "right_groups", "labels")
+    }
     for row in rows:
         for streams in (left, right):
             for column in streams.values():
@@ -45,24 +50,23 @@ def collate(rows: list[Row], padding_id: int, tiles: Tensor | None = None) -> Ba
         "labels": IGNORE,
     }
     batch = {name: _pad(column, padding.get(name, -1)) for name, column in left.items()}
-    batch |= {
-        name: _pad(column, padding.get(name, -1), least=1) for name, column in right.items()
-    }  # rows of which nothing is left
+    # A row can be empty when all its images were damaged: the right stream keeps one padding token.
+    batch |= {name: _pad(column, padding.get(name, -1), min_length=1) for name, column in right.items()}
     if tiles is None:
-        tiles = torch.cat([sample.tiles for row in rows for sample in row])
+        tiles = torch.cat([sample.require_tiles() for row in rows for sample in row])
     return {"tiles": tiles} | batch
 
 
-def _pad(lists: list[list[int]], value: int, least: int = 0) -> Tensor:
-    """Ragged lists → (B, longest) int64."""
-    out = np.full((len(lists), max(least, *map(len, lists))), value, np.int64)
+def _pad(lists: list[list[int]], value: int, min_length: int = 0) -> Tensor:
+    """Pad ragged lists with `value`: (B, longest) int64."""
+    out = np.full((len(lists), max(min_length, *map(len, lists))), value, np.int64)
     for row, numbers in zip(out, lists, strict=True):
         row[: len(numbers)] = numbers
     return torch.from_numpy(out)
 
 
 def collate_prompts(prompts: list[Document]) -> Batch:
-    """Prompts → `ids` and `positions` (B, R), padded on the right with position −1."""
+    """Collate prompts into `ids` and `positions` (B, R), padded on the right with position −1."""
     return {
         "ids": _pad([p.right_ids for p in prompts], 0),
         "positions": _pad([p.right_positions for p in prompts], -1),

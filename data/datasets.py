@@ -1,6 +1,7 @@
 """Records → samples. A sample is one group: images, and the documents (conversations) that see them.
 
-A sample is planned first (text to tokens, images to the number of their tiles) and decoded when its row is due.
+A sample is planned first: text becomes tokens, and each image's header gives the number of its tiles.
+Its images are decoded when its row is due.
 """
 
 from collections import Counter
@@ -14,15 +15,16 @@ from torch import Tensor
 from configs.model import VisionConfig
 from configs.train import DataConfig
 from data.filters import DuplicateImages, turn_problem
-from data.images import Grid, ImageError, grid_of, image_size, open_pixels, tile_count, to_tiles
+from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.parquet import UnreadableBlock
 from data.render import Document, Renderer, turns_of
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 
-Key = tuple[int, int, int]  # source, record, part: finds a sample again
-AHEAD = 64  # picks that tables are told of before they are due
-KEPT_BYTES = 1 << 29
+Key = tuple[int, int, int]  # source, record, part: identifies a sample
+AHEAD = 64  # draws that are announced to the tables before they are due
+CACHE_BYTES = 1 << 29
+SAMPLE_BYTES = 4096  # estimated size of a cached sample, without its images
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,12 @@ class Sample:
     """Images and the documents that share them."""
 
     key: Key
-    tiles: Tensor | None  # (tiles, 3, h, w) uint8 of all images; None until it is decoded
-    documents: list[Document]  # their left streams are the same
-    images: list[Any] = field(default_factory=list)  # path or encoded bytes of each
+    tiles: Tensor | None  # (N, 3, h, w) uint8 of all images; None until the sample is decoded
+    documents: list[Document]  # with equal left streams
+    images: list[Any] = field(default_factory=list)  # path or encoded bytes of each; empty once decoded
     grids: list[Grid] = field(default_factory=list)
     source: str = ""
-    first: bool = (
-        False  # seen for the first time: only then is it counted, should its images turn out damaged
-    )
+    first: bool = False  # drawn for the first time: damaged images are counted only then
 
     @property
     def left_length(self) -> int:
@@ -51,28 +51,35 @@ class Sample:
     def tile_total(self) -> int:
         return sum(map(tile_count, self.grids)) if self.tiles is None else len(self.tiles)
 
+    def require_tiles(self) -> Tensor:
+        """Return the tiles. Errors: `ValueError` before the sample is decoded."""
+        if self.tiles is None:
+            raise ValueError(f"sample {self.key} is not decoded")
+        return self.tiles
+
 
 def decode(sample: Sample, config: VisionConfig) -> Sample:
-    """The sample with its tiles. Errors: `ImageError`."""
+    """Return the sample with its images decoded into tiles. Errors: `ImageError`."""
     if sample.tiles is not None:
         return sample
     tiles = []
     for image, grid in zip(sample.images, sample.grids, strict=True):
-        made = to_tiles(open_pixels(image), config)
-        if made.grid != grid:  # a header that promises another size
+        decoded = to_tiles(open_pixels(image), config)
+        if decoded.grid != grid:  # the size in the header is wrong
             raise ImageError(
                 "damaged", f"an image of {sample.source} is not of the size that its header says"
             )
-        tiles.append(made.pixels)
-    none = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
-    return replace(sample, tiles=tiles[0] if len(tiles) == 1 else torch.cat([none, *tiles]), images=[])
+        tiles.append(decoded.pixels)
+    empty = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    return replace(sample, tiles=tiles[0] if len(tiles) == 1 else torch.cat([empty, *tiles]), images=[])
 
 
 class SampleDataset:
-    """A record → its samples: one, several where its conversations fill more than a row, none where it cannot be used.
+    """Maps a record to its samples.
 
-    `dropped` counts what could not be used by (source, reason). With `keep`, samples that are asked for again are kept
-    in memory, up to half a gigabyte: an epoch over a small set is not tokenised and decoded twice.
+    A record gives one sample, several if its conversations fill more than one row, or none if it is unusable.
+    `dropped` counts unusable records and turns by (source, reason). With `keep`, samples are cached up to
+    `CACHE_BYTES`, so that a small set is tokenised and decoded only once.
     """
 
     def __init__(
@@ -84,33 +91,28 @@ class SampleDataset:
         max_positions: int,
         keep: bool = True,
     ) -> None:
-        self.sources, self.renderer, self.vision, self.config, self.max_positions = (
-            sources,
-            renderer,
-            vision,
-            config,
-            max_positions,
-        )
+        self.sources, self.renderer, self.vision = sources, renderer, vision
+        self.config, self.max_positions = config, max_positions
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.duplicates = DuplicateImages() if config.filters.duplicates else None
         self.cache: dict[tuple[int, int], list[Sample]] = {}
-        self.capacity = KEPT_BYTES if keep else 0
+        self.capacity = CACHE_BYTES if keep else 0  # bytes left in the cache
 
     def record(self, source: int, index: int) -> dict[str, Any]:
         return self.sources[source].records[index]
 
     def samples(self, source: int, index: int, first: bool) -> list[Sample]:
-        """`first`: what is dropped is counted."""
+        """Plan a record's samples; an unreadable one gives none. With `first`, drops are counted."""
         try:
             return self.plan(source, index, first)
-        except UnreadableBlock:  # another time it may be read: counted every time, and not kept
+        except UnreadableBlock:  # counted every time and not cached: a later read may succeed
             self.dropped[self.sources[source].name, "unreadable"] += 1
             return []
 
     def plan(self, source: int, index: int, first: bool) -> list[Sample]:
-        """The same. Errors: `UnreadableBlock`."""
-        if (found := self.cache.get((source, index))) is not None:
-            return [s if s.first == first else replace(s, first=first) for s in found]
+        """Plan a record's samples. With `first`, drops are counted. Errors: `UnreadableBlock`."""
+        if (cached := self.cache.get((source, index))) is not None:
+            return [s if s.first == first else replace(s, first=first) for s in cached]
         counts: Counter[str] = Counter()
         samples = self._plan(source, index, first, counts)
         if first:
@@ -122,27 +124,30 @@ class SampleDataset:
         for reason, n in reasons.items():
             self.dropped[source, reason] += n
 
-    def keep(self, place: tuple[int, int], samples: list[Sample]) -> None:
+    def keep(self, record: tuple[int, int], samples: list[Sample]) -> None:
+        """Cache the samples of `record` = (source, index) while the capacity lasts."""
         self.capacity -= sum(
-            4096
+            SAMPLE_BYTES
             + (s.tiles.nbytes if s.tiles is not None else 0)
-            + sum(len(i) for i in s.images if isinstance(i, bytes))
+            + sum(len(image) for image in s.images if isinstance(image, bytes))
             for s in samples
         )
         if self.capacity > 0:
-            self.cache[place] = samples
+            self.cache[record] = samples
 
     def decoded(self, sample: Sample) -> Sample:
-        """The sample with its tiles, kept as such. Errors: `ImageError`."""
-        made = decode(sample, self.vision)
-        place, samples = sample.key[:2], self.cache.get(sample.key[:2])
-        if samples is not None and made is not sample:
-            self.keep(place, [made if s.key == sample.key else s for s in samples])
-        return made
+        """Return the sample with its tiles, and update the cache. Errors: `ImageError`."""
+        decoded = decode(sample, self.vision)
+        record = sample.key[:2]
+        samples = self.cache.get(record)
+        if samples is not None and decoded is not sample:
+            self.keep(record, [decoded if s.key == sample.key else s for s in samples])
+        return decoded
 
     def _plan(self, source: int, index: int, first: bool, counts: Counter[str]) -> list[Sample]:
+        """Plan a record without the cache; the reasons of its drops are added to `counts`."""
         record, filters = self.record(source, index), self.config.filters
-        if problem := record.get("problem"):  # the source's own verdict
+        if problem := record.get("problem"):  # the reader of the source refused it
             counts[problem] += 1
             return []
         turns = []
@@ -153,42 +158,52 @@ class SampleDataset:
                 turns.append(turn)
         if not turns:
             return []
-        try:
-            if record["images"] is None:
-                raise ImageError("missing", f"{record['id']} has no list of images")
-            if (
-                filters.min_clip_score
-                and isinstance(score := record.get("clip_score"), int | float)
-                and score < filters.min_clip_score
-            ):
-                counts["clip_score"] += 1
-                return []
-            grids = [self._grid(image) for image in record["images"]]
-            if (
-                self.duplicates is not None
-                and record["images"]
-                and self.duplicates.seen(record["images"], (source, index))
-            ):
-                counts["duplicate"] += 1
-                return []
-        except ImageError as error:
-            counts[f"image_{error.reason}"] += 1
+        grids = self._usable_grids(record, (source, index), counts)
+        if grids is None:
             return []
         documents = self._documents(grids, turns_of(turns, record.get("turns") or self.config.turns), counts)
+        name = self.sources[source].name
+        return [
+            Sample((source, index, part), None, documents, list(record["images"]), grids, name, first)
+            for part, documents in enumerate(self._parts(documents))
+        ]
+
+    def _usable_grids(
+        self, record: dict[str, Any], owner: tuple[int, int], counts: Counter[str]
+    ) -> list[Grid] | None:
+        """Return the tile grid of every image; None, with the reason counted, if the record is dropped."""
+        images, minimum = record["images"], self.config.filters.min_clip_score
+        try:
+            if images is None:
+                raise ImageError("missing", f"{record['id']} has no list of images")
+            score = record.get("clip_score")
+            if minimum and isinstance(score, int | float) and score < minimum:
+                counts["clip_score"] += 1
+                return None
+            grids = [self._grid(image) for image in images]
+            if self.duplicates is not None and images and self.duplicates.seen(images, owner):
+                counts["duplicate"] += 1
+                return None
+            return grids
+        except ImageError as error:
+            counts[f"image_{error.reason}"] += 1
+            return None
+
+    def _parts(self, documents: list[Document]) -> list[list[Document]]:
+        """Split a record's documents into parts whose right streams fit a row.
+
+        The images are repeated in every part. Without a left stream every document holds them itself, so each
+        is a part of its own.
+        """
         parts: list[list[Document]] = []
         capacity = 0
         for document in documents:
-            # The images are repeated in the next part; where nothing goes left, in every document: so each is a sample of its own.
             if len(document.right_ids) > capacity or not document.left_ids:
                 parts.append([])
                 capacity = self.config.right_length
             parts[-1].append(document)
             capacity -= len(document.right_ids)
-        name = self.sources[source].name
-        return [
-            Sample((source, index, part), None, documents, list(record["images"]), grids, name, first)
-            for part, documents in enumerate(parts)
-        ]
+        return parts
 
     def _grid(self, image: Any) -> Grid:
         if image is None:
@@ -203,40 +218,54 @@ class SampleDataset:
     def _documents(
         self, grids: list[Grid], conversations: list[list[dict[str, Any]]], counts: Counter[str]
     ) -> list[Document]:
-        """Rendered conversations, those that are too long split between two turns. What does not fit even so is counted."""
-        made: list[Document] = []
+        """Render conversations; one that is too long is split between two turns.
+
+        A record with too many images gives no document. A single turn that does not fit is dropped. Both are
+        counted.
+        """
+        unit = self.renderer.left_unit
+        rendered: list[Document] = []
         for turns in conversations:
             document = self.renderer.conversation(grids, turns)
-            unit = self.renderer.left_unit
             if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (
                 self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles
             ):
                 counts["too_many_images"] += 1
                 return []
             if self._fits(document):
-                made.append(document)
-                continue
-            so_far: list[dict[str, Any]] = []
-            fitting: Document | None = None
-            for turn in turns:
-                longer = self.renderer.conversation(grids, [*so_far, turn])
-                if not self._fits(longer) and fitting is not None:
-                    made.append(fitting)
-                    so_far, longer = [], self.renderer.conversation(grids, [turn])
-                fits = self._fits(longer)
-                so_far, fitting = ([*so_far, turn], longer) if fits else ([], None)
-                if not fits:
-                    counts["too_long"] += 1
-            if fitting is not None:
-                made.append(fitting)
-        return made
+                rendered.append(document)
+            else:
+                rendered += self._split(grids, turns, counts)
+        return rendered
+
+    def _split(self, grids: list[Grid], turns: list[dict[str, Any]], counts: Counter[str]) -> list[Document]:
+        """Split a conversation between turns into the longest documents that fit."""
+        rendered: list[Document] = []
+        pending: list[dict[str, Any]] = []  # turns of `fitting`
+        fitting: Document | None = None
+        for turn in turns:
+            longer = self.renderer.conversation(grids, [*pending, turn])
+            if not self._fits(longer) and fitting is not None:
+                rendered.append(fitting)
+                pending, longer = [], self.renderer.conversation(grids, [turn])
+            if self._fits(longer):
+                pending, fitting = [*pending, turn], longer
+            else:
+                pending, fitting = [], None
+                counts["too_long"] += 1
+        if fitting is not None:
+            rendered.append(fitting)
+        return rendered
 
     def _fits(self, document: Document) -> bool:
         return len(document.right_ids) <= self.config.right_length and document.length <= self.max_positions
 
 
 class SampleStream:
-    """Samples without end, in the mixture's order. The next is part `part` of pick `cursor` of epoch `epoch`: that is its whole state."""
+    """Endless samples in the mixture's order.
+
+    The state is three numbers: the next sample is part `part` of draw `cursor` of epoch `epoch`.
+    """
 
     def __init__(self, dataset: SampleDataset, mixture: Mixture) -> None:
         self.dataset, self.mixture = dataset, mixture
@@ -251,7 +280,7 @@ class SampleStream:
                 while announced < min(self.cursor + AHEAD, len(which)):
                     self.dataset.sources[which[announced]].records.prefetch(int(record[announced]))
                     announced += 1
-                # A record that is in part behind us was counted when its first part came.
+                # After a resume within a record, its drops were already counted with its first part.
                 samples = self.dataset.samples(
                     int(which[self.cursor]),
                     int(record[self.cursor]),
@@ -264,19 +293,23 @@ class SampleStream:
                 self.cursor, self.part = self.cursor + 1, 0
             if not len(which) and self.mixture.is_empty():
                 raise UserError(
-                    f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: there are fewer than ranks"
+                    f"rank {self.mixture.rank} of {self.mixture.ranks} has no record: "
+                    "there are fewer than ranks"
                 )
             consecutive_empty = 0 if usable else consecutive_empty + len(which)
-            if consecutive_empty >= sum(
-                map(len, self.dataset.sources)
-            ):  # a lap, of which an epoch may be a small part
+            # As many as there are records: with small weights, one epoch draws only a few of them.
+            if consecutive_empty >= sum(map(len, self.dataset.sources)):
                 raise UserError(
-                    f"none of the {consecutive_empty} training records can be used: {by_source(self.dataset.dropped)}"
+                    f"none of the {consecutive_empty} training records can be used: "
+                    f"{by_source(self.dataset.dropped)}"
                 )
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def sample(self, key: Key, first: bool) -> Sample | None:
-        """The sample of that key, planned again; what was dropped with it is not counted again. None, which is counted, where its files are gone or unreadable."""
+        """Plan the sample of that key again, without counting its drops a second time.
+
+        None, counted as "gone", if its files are missing or unreadable.
+        """
         try:
             samples = self.dataset.plan(key[0], key[1], False)
         except UnreadableBlock:
@@ -287,7 +320,7 @@ class SampleStream:
         return None
 
     def state(self) -> dict[str, Any]:
-        """The images that were seen are given as their number only: they are many."""
+        """Return the position as plain JSON. Of the many image hashes, only the number is given."""
         images = len(self.dataset.duplicates.owners) if self.dataset.duplicates is not None else 0
         dropped = [[*k, n] for k, n in self.dataset.dropped.items()]
         return {
@@ -306,7 +339,7 @@ class SampleStream:
 
 
 def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """How much was dropped: source → reason → count."""
+    """Nest the counts of drops: source → reason → count."""
     out: dict[str, dict[str, int]] = {}
     for (source, reason), n in sorted(dropped.items()):
         out.setdefault(source, {})[reason] = n

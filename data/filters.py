@@ -1,4 +1,4 @@
-"""What is left out on purpose: turns by rating and length, images that were seen before. Every drop has a reason that is counted."""
+"""Filters: turns by rating and length, and duplicate images. Every drop is counted under a reason."""
 
 from itertools import islice
 from typing import Any
@@ -10,19 +10,22 @@ from data.images import open_image
 
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # FineVision's, 1 to 5
 BITS = 384
-NEAR = 7  # differing bits up to which two images count as the same
-WIDTH = BITS // (NEAR + 1)
+MAX_DISTANCE = 7  # differing bits up to which two images count as the same
+BAND_BITS = BITS // (MAX_DISTANCE + 1)
 NOISE = 2  # levels of 255
 
 
 def turn_problem(turn: dict[str, Any], filters: FilterConfig) -> str | None:
-    """Why a turn cannot be used: a missing half, a rating or a length out of bounds (characters); or None."""
+    """Return the reason to drop a turn, or None.
+
+    Reasons: a missing half, a rating below its minimum, a length (in characters) out of bounds.
+    """
     user, assistant = turn.get("user"), turn.get("assistant")
     if not (isinstance(user, str) and isinstance(assistant, str) and user.strip() and assistant.strip()):
         return "empty_text"
     for name in RATINGS:
-        least, rating = getattr(filters, f"min_{name}"), (turn.get("ratings") or {}).get(name)
-        if least and isinstance(rating, int | float) and rating < least:
+        minimum, rating = getattr(filters, f"min_{name}"), (turn.get("ratings") or {}).get(name)
+        if minimum and isinstance(rating, int | float) and rating < minimum:
             return f"rating_{name}"
     for text, name in ((user, "question"), (assistant, "answer")):
         if len(text) < getattr(filters, f"min_{name}"):
@@ -33,10 +36,11 @@ def turn_problem(turn: dict[str, Any], filters: FilterConfig) -> str | None:
 
 
 def image_hash(image: Any) -> int:
-    """384 bits of what an image looks like: the same picture scaled or compressed anew differs in few of them. Errors: `ImageError`.
+    """Return a perceptual hash of 384 bits. Errors: `ImageError`.
 
-    Of each colour, where an 8 × 8 thumbnail grows lighter from a cell to its right neighbour (Krawetz's dHash; a few
-    levels are noise), and the mean in sixty-four steps.
+    The same picture, scaled or compressed again, differs in few bits. Per colour channel, 64 bits say where
+    an 8 × 8 thumbnail grows lighter from a cell to its right neighbour (Krawetz's dHash; `NOISE` levels are
+    ignored), and 64 bits encode the mean.
     """
     thumbnail = np.asarray(open_image(image).resize((9, 8)), dtype=np.int16)  # (8, 9, 3)
     lighter = thumbnail[:, 1:] - thumbnail[:, :-1] > NOISE
@@ -45,19 +49,23 @@ def image_hash(image: Any) -> int:
 
 
 class DuplicateImages:
-    """Whose images were seen first. Two hashes that differ in at most `NEAR` bits agree in one of `NEAR` + 1 bands: only those are compared."""
+    """Maps the image hashes of a record to the first record that used them, its owner.
+
+    Two hashes that differ in at most `MAX_DISTANCE` bits agree in at least one of `MAX_DISTANCE` + 1 bands.
+    Only hashes that share a band are compared.
+    """
 
     def __init__(self) -> None:
         self.owners: dict[tuple[int, ...], tuple[int, int]] = {}
         self.bands: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
 
     def seen(self, images: list[Any], owner: tuple[int, int]) -> bool:
-        """Were these images seen with another owner? Else they are this one's from now on. Errors: `ImageError`."""
+        """Return whether another owner has these images; else register `owner`. Errors: `ImageError`."""
         hashes = tuple(map(image_hash, images))
         for key in self._keys(hashes):
             for other in self.bands.get(key, ()):
                 if self.owners[other] != owner and all(
-                    (a ^ b).bit_count() <= NEAR for a, b in zip(hashes, other, strict=True)
+                    (a ^ b).bit_count() <= MAX_DISTANCE for a, b in zip(hashes, other, strict=True)
                 ):
                     return True
         self.add(hashes, owner)
@@ -70,7 +78,7 @@ class DuplicateImages:
                 self.bands.setdefault(key, []).append(hashes)
 
     def first(self, count: int) -> list[list[Any]]:
-        """The first `count` images, as plain JSON for `load`."""
+        """Return the first `count` entries as plain JSON for `load`."""
         return [[*map(hex, hashes), *owner] for hashes, owner in islice(self.owners.items(), count)]
 
     def load(self, images: list[list[Any]]) -> None:
@@ -78,4 +86,8 @@ class DuplicateImages:
             self.add(tuple(int(h, 16) for h in hashes), (source, record))
 
     def _keys(self, hashes: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        return [(len(hashes), band, hashes[0] >> band * WIDTH & (1 << WIDTH) - 1) for band in range(NEAR + 1)]
+        """Bucket keys: the number of images, and each band of the first image's hash."""
+        mask = (1 << BAND_BITS) - 1
+        return [
+            (len(hashes), band, (hashes[0] >> band * BAND_BITS) & mask) for band in range(MAX_DISTANCE + 1)
+        ]

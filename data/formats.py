@@ -1,9 +1,14 @@
-"""Data sets that lie as files on this disk → records: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`.
+"""Local data-set files → records: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`.
 
-Each reader: file → (training, validation), validation None where the set has no split of its own. A set that is not of its form
-raises `UserError`. A record that is of the form and yet of no use is kept, so that it is dropped and counted where all are:
-with an empty text, no text, or its reason as "problem". Further keys a record may have: "references" (texts that would be right
-too), "turns": "branch" (the texts are independent questions, never to be chained into a conversation), "clip_score".
+Each reader maps a file to (training, validation); validation is None if the set has no split of its own. A
+file of another form raises `UserError`. A well-formed but unusable record is returned with an empty text,
+no texts, or a reason under "problem", so that the pipeline drops and counts it.
+
+Optional keys of a record:
+    "references"       further correct answers
+    "turns": "branch"  the texts are independent questions, never chained into one conversation
+    "clip_score"       image–text similarity, for `data.filters.min_clip_score`
+    "problem"          the reason to drop it
 """
 
 import json
@@ -22,7 +27,7 @@ Splits = tuple[list[Record], list[Record] | None]
 
 CAPTION_PROMPT = "Describe the image."
 IMAGES_TRIED = 100
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"), no tokenizer takes it
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"); no tokenizer accepts it
 KINDS: dict[type | UnionType, str] = {
     list: "a list ",
     str: "a text ",
@@ -31,43 +36,49 @@ KINDS: dict[type | UnionType, str] = {
 }
 
 
-def field(entry: Any, key: str, kind: type | UnionType, where: str | Path) -> Any:
-    """`entry[key]`, of the given kind. Errors: `UserError`."""
+def field(entry: Any, key: str, kind: type | UnionType, context: str | Path) -> Any:
+    """Return `entry[key]`, checked to be of the given kind. Errors: `UserError`, which names `context`."""
     if not isinstance(entry, dict) or key not in entry or not isinstance(entry[key], kind):
-        raise UserError(f"{where}: expected an object with {KINDS[kind]}'{key}'")
+        raise UserError(f"{context}: expected an object with {KINDS[kind]}'{key}'")
     return entry[key]
 
 
 def text(value: Any) -> str:
-    """What is no text becomes an empty one, which is dropped and counted later: one such entry of 100,000 does not stop a run."""
+    """Return a valid text, or "" for anything else.
+
+    Empty texts are dropped and counted later, so one bad entry of 100,000 does not stop a run.
+    """
     return value if isinstance(value, str) and not HALF_CHARACTER.search(value) else ""
 
 
 def find_images(path: Path, roots: Sequence[Path], names: Sequence[Sequence[str]]) -> list[str]:
-    """A path for each image of the set `path`. An image goes by several names; the n-th stands for the same place for all images.
+    """Return a path for each image of the set in the file `path`.
 
-    Root and n are those of the first image that is found, so that a set of 100,000 images is not looked up one by one; up to
-    `IMAGES_TRIED`, spread over the set, are looked for. An image that is not there gets the path it should have.
+    `names` holds the candidate names of each image; the n-th candidate means the same folder for all
+    images. Up to `IMAGES_TRIED` images, spread over the set, are looked up; root and n of the first that
+    exists serve for all. So 100,000 images are not looked up one by one, and a missing image gets the path
+    it should have. Errors: `UserError` if none exists.
     """
     tried = names[:: -(-len(names) // IMAGES_TRIED) or 1]
-    for image in tried:
+    for candidates in tried:
         for root in roots:
-            for n, name in enumerate(image):
+            for n, name in enumerate(candidates):
                 if (root / name).is_file():
-                    return [str(root / others[n]) for others in names]
+                    return [str(root / image[n]) for image in names]
     if not names:
         return []
     first = names[0][0]
-    inner = list(dict.fromkeys(str(PurePosixPath(name).parent) for name in names[0][1:]))
-    within = f" and their sub-folders {', '.join(inner)}" if inner else ""
+    folders = list(dict.fromkeys(str(PurePosixPath(name).parent) for name in names[0][1:]))
+    sub_folders = f" and their sub-folders {', '.join(folders)}" if folders else ""
     others = f" nor are {len(tried) - 1} others" if len(tried) > 1 else ""
     raise UserError(
-        f"{path}: its images are not there: looked in {', '.join(map(str, roots))}{within}, {first} is in none of them{others}"
+        f"{path}: its images are not there: looked in {', '.join(map(str, roots))}{sub_folders}, "
+        f"{first} is in none of them{others}"
     )
 
 
 class Captioned(NamedTuple):
-    """An image of COCO. `folder` is the one that its entry tells, or ""."""
+    """An image of COCO with its captions. `folder` comes from its entry, or is ""."""
 
     split: str
     id: int | str
@@ -81,68 +92,70 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "validation", "t
 
 
 def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Captioned]:
+    """Entries of an official annotation file."""
     entries = {}
     for i, image in enumerate(images):
-        where = f"{path}: images[{i}]"
-        number, file = field(image, "id", int | str, where), field(image, "file_name", str, where)
+        context = f"{path}: images[{i}]"
+        number, file = field(image, "id", int | str, context), field(image, "file_name", str, context)
         if number in entries:
-            raise UserError(f"{where}: an image before it has the id {number} too")
-        year = re.match(r"COCO_([a-z]+\d+)_", file)  # COCO_train2014_000000000009.jpg lies in train2014/
-        entries[number] = Captioned("train", number, year[1] if year else "", file, [])
+            raise UserError(f"{context}: an image before it has the id {number} too")
+        folder = re.match(r"COCO_([a-z]+\d+)_", file)  # COCO_train2014_000000000009.jpg is in train2014/
+        entries[number] = Captioned("train", number, folder[1] if folder else "", file, [])
     for i, annotation in enumerate(annotations):
-        where = f"{path}: annotations[{i}]"
+        context = f"{path}: annotations[{i}]"
         number, caption = (
-            field(annotation, "image_id", int | str, where),
-            field(annotation, "caption", object, where),
+            field(annotation, "image_id", int | str, context),
+            field(annotation, "caption", object, context),
         )
         if number not in entries:
-            raise UserError(f"{where}: 'images' has no image with the id {number}")
+            raise UserError(f"{context}: 'images' has no image with the id {number}")
         entries[number].captions.append(text(caption).strip())
     return list(entries.values())
 
 
 def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
+    """Entries of Karpathy's file, without its test split."""
     entries = {}
     for i, image in enumerate(images):
-        where = f"{path}: images[{i}]"
-        sentences = field(image, "sentences", list, where)
-        number, split = field(image, "cocoid", int | str, where), field(image, "split", str, where)
+        context = f"{path}: images[{i}]"
+        sentences = field(image, "sentences", list, context)
+        number, split = field(image, "cocoid", int | str, context), field(image, "split", str, context)
         if split not in KARPATHY_SPLITS:
-            raise UserError(f"{where}: no split '{split}'{nearest(split, list(KARPATHY_SPLITS))}")
+            raise UserError(f"{context}: no split '{split}'{nearest(split, list(KARPATHY_SPLITS))}")
         if number in entries:
-            raise UserError(f"{where}: an image before it has the cocoid {number} too")
+            raise UserError(f"{context}: an image before it has the cocoid {number} too")
         captions = [
-            text(field(sentence, "raw", object, f"{where}.sentences")).strip() for sentence in sentences
+            text(field(sentence, "raw", object, f"{context}.sentences")).strip() for sentence in sentences
         ]
         entries[number] = Captioned(
             KARPATHY_SPLITS[split],
             number,
-            field(image, "filepath", str, where),
-            field(image, "filename", str, where),
+            field(image, "filepath", str, context),
+            field(image, "filename", str, context),
             captions,
         )
     return [entry for entry in entries.values() if entry.split]
 
 
 def coco(path: Path) -> Splits:
-    """COCO's captions: an official file (captions_train2017.json) is all training; Karpathy's (dataset_coco.json) has splits, its test part is left out.
+    """Read COCO captions: an official file (captions_train2017.json) or Karpathy's (dataset_coco.json).
 
-    A record is an image, each caption a turn of its own. Images are looked for in the file's folder and the one above, there also in
-    `images/`, and in all these in the sub-folder that an entry tells, else in `COCO_FOLDERS`.
+    An official file is all training. Karpathy's has splits; its test split is left out. A record is one
+    image with a turn for each caption. Images are searched in the file's folder and its parent, in
+    `images/` below both, and in sub-folders of these: the one that the entry names, else `COCO_FOLDERS`.
     """
-    found = read_json(path)
-    images = field(found, "images", list, path)
-    entries = (
-        _official(path, images, field(found, "annotations", list, path))
-        if "annotations" in found
-        else _karpathy(path, images)
-    )
+    content = read_json(path)
+    images = field(content, "images", list, path)
+    if "annotations" in content:
+        entries = _official(path, images, field(content, "annotations", list, path))
+    else:
+        entries = _karpathy(path, images)
     if not any(entry.split == "train" for entry in entries):
         raise UserError(f"{path}: expected captioned images, found none to train on among {len(images)}")
-    near = path.absolute().parent
-    roots = list(dict.fromkeys((near, near / "images", near.parent, near.parent / "images")))
-    # A told folder takes the place of each of the four, so that a name's number means the same for every image.
-    names = [(e.file, *(f"{e.folder or folder}/{e.file}" for folder in COCO_FOLDERS)) for e in entries]
+    folder = path.absolute().parent
+    roots = list(dict.fromkeys((folder, folder / "images", folder.parent, folder.parent / "images")))
+    # An entry's own folder replaces each of the four, so that the n-th name means the same for every image.
+    names = [(e.file, *(f"{e.folder or default}/{e.file}" for default in COCO_FOLDERS)) for e in entries]
     records: dict[str, list[Record]] = {"train": [], "validation": []}
     for entry, image in zip(entries, find_images(path, roots, names), strict=True):
         texts = [{"user": CAPTION_PROMPT, "assistant": caption} for caption in entry.captions]
@@ -160,23 +173,25 @@ def coco(path: Path) -> Splits:
 
 
 def ocr_vqa(path: Path) -> Splits:
-    """OCR-VQA-200K (https://ocr-vqa.github.io): `dataset.json`, or the folder that holds it, with the images in `images/` beside it. Its test part is left out."""
+    """Read OCR-VQA-200K (https://ocr-vqa.github.io), without its test split.
+
+    `path` is `dataset.json` or its folder; the images are in `images/` next to the file.
+    """
     path = path / "dataset.json" if path.is_dir() else path
-    found = read_json(path)
-    if not isinstance(found, dict):
+    content = read_json(path)
+    if not isinstance(content, dict):
         raise UserError(
             f'{path}: expected an object {{image id: {{"imageURL", "questions", "answers", "split"}}}}'
         )
     records: dict[int, list[Record]] = {1: [], 2: [], 3: []}
-    for number, entry in found.items():
-        where = f"{path}: '{number}'"
-        split = field(entry, "split", object, where)
+    for number, entry in content.items():
+        context = f"{path}: '{number}'"
+        split = field(entry, "split", object, context)
         if not isinstance(split, int) or split not in records:
-            raise UserError(f"{where}: 'split' must be 1, 2 or 3, not {json.dumps(split)[:80]}")
-        name = number + PurePosixPath(field(entry, "imageURL", str, where)).suffix
-        pairs = zip_longest(
-            field(entry, "questions", list, where), field(entry, "answers", list, where)
-        )  # the half that is missing: empty, so counted
+            raise UserError(f"{context}: 'split' must be 1, 2 or 3, not {json.dumps(split)[:80]}")
+        name = number + PurePosixPath(field(entry, "imageURL", str, context)).suffix
+        questions, answers = field(entry, "questions", list, context), field(entry, "answers", list, context)
+        pairs = zip_longest(questions, answers)  # a missing half becomes empty, so it is counted
         records[split].append(
             {
                 "images": [name],
@@ -185,17 +200,16 @@ def ocr_vqa(path: Path) -> Splits:
             }
         )
     if not records[1]:
-        raise UserError(f"{path}: expected images with split 1, found none to train on among {len(found)}")
-    used = records[1] + records[2]
-    _place(path, used, [path.absolute().parent / "images"])
+        raise UserError(f"{path}: expected images with split 1, found none to train on among {len(content)}")
+    _resolve_images(path, records[1] + records[2], [path.absolute().parent / "images"])
     return records[1], records[2] or None
 
 
-def _place(path: Path, records: list[Record], roots: list[Path]) -> None:
-    """Give the images of records, which are names so far, their paths."""
-    places = iter(find_images(path, roots, [(name,) for record in records for name in record["images"]]))
+def _resolve_images(path: Path, records: list[Record], roots: list[Path]) -> None:
+    """Replace the image names of records with paths, in place."""
+    paths = iter(find_images(path, roots, [(name,) for record in records for name in record["images"]]))
     for record in records:
-        record["images"] = [next(places) for _ in record["images"]]
+        record["images"] = [next(paths) for _ in record["images"]]
 
 
 LLAVA_ROLES = {
@@ -209,19 +223,22 @@ PLACEHOLDER = "<image>"
 
 
 def without_placeholders(value: str) -> str:
-    """Text without `<image>` and one newline next to each: `"<image>\\nWhat?"` → `"What?"`, and `"A\\n<image>\\nB"` → `"A\\nB"`."""
-    return re.sub(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}", "", value).strip() if PLACEHOLDER in value else value
+    """Remove each `<image>` and one newline next to it.
+
+    >>> without_placeholders("<image>\\nWhat?"), without_placeholders("A\\n<image>\\nB")
+    ('What?', 'A\\nB')
+    """
+    if PLACEHOLDER not in value:
+        return value
+    return re.sub(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}", "", value).strip()
 
 
-def _conversation(turns: list[Any], images: int, where: str) -> tuple[list[dict[str, str]], str]:
-    """Turns of LLaVA's → texts, and the problem with them or ""."""
-    roles = [LLAVA_ROLES.get(field(turn, "from", str, where), "") for turn in turns]
-    values = [text(field(turn, "value", object, where)) for turn in turns]
-    if "system" in roles:
-        return (
-            [],
-            "system_turn",
-        )  # the model's template has no place for one, and leaving it out would change what the answers answer
+def _conversation(turns: list[Any], images: int, context: str) -> tuple[list[dict[str, str]], str]:
+    """Convert LLaVA's turns to texts; also return the reason to drop them, or ""."""
+    roles = [LLAVA_ROLES.get(field(turn, "from", str, context), "") for turn in turns]
+    values = [text(field(turn, "value", object, context)) for turn in turns]
+    if "system" in roles:  # the chat template has none, and without it the answers may be wrong
+        return [], "system_turn"
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         return [], "turn_order"
     clean = list(map(without_placeholders, values))
@@ -230,35 +247,35 @@ def _conversation(turns: list[Any], images: int, where: str) -> tuple[list[dict[
 
 
 def llava(path: Path) -> Splits:
-    """LLaVA's conversations (arXiv 2304.08485): a list of `{"id", "image", "conversations": [{"from", "value"}]}`; no image: text only.
+    """Read LLaVA's conversations (arXiv 2304.08485).
 
-    Images are relative to the file's folder or to `images/` in it. An id that came before gets its place in the list added
-    (llava_v1_5_mix665k.json has such): what is dropped is counted by id.
+    The file is a list of `{"id", "image", "conversations": [{"from", "value"}]}`; without "image" the
+    record is text only. Images are relative to the file's folder or to `images/` in it. A repeated id gets
+    its list index appended (llava_v1_5_mix665k.json has some), because drops are counted by id.
     """
-    found = read_json(path)
-    if not isinstance(found, list) or not found:
-        raise UserError(
-            f'{path}: expected a list of {{"id", "image", "conversations"}}, {"empty" if found == [] else type(found).__name__} found'
-        )
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
+        kind = "empty" if content == [] else type(content).__name__
+        raise UserError(f'{path}: expected a list of {{"id", "image", "conversations"}}, {kind} found')
     records: dict[str, Record] = {}
-    for index, entry in enumerate(found):
-        where = f"{path}: [{index}]"
-        turns, image = field(entry, "conversations", list, where), entry.get("image")
+    for index, entry in enumerate(content):
+        context = f"{path}: [{index}]"
+        turns, image = field(entry, "conversations", list, context), entry.get("image")
         images = image if isinstance(image, list) else [] if image is None else [image]
         if not _texts(images):
             raise UserError(
-                f"{where}: 'image' must be a path or a list of paths, not {json.dumps(image)[:80]}"
+                f"{context}: 'image' must be a path or a list of paths, not {json.dumps(image)[:80]}"
             )
         number = entry.get("id")
         name = f"llava/{index if number is None else number}"
         name = f"{name}@{index}" if name in records else name
-        texts, problem = _conversation(turns, len(images), f"{where}.conversations")
+        texts, problem = _conversation(turns, len(images), f"{context}.conversations")
         records[name] = {"images": images, "texts": texts, "id": name} | (
             {"problem": problem} if problem else {}
         )
     training = list(records.values())
-    near = path.absolute().parent
-    _place(path, training, [near, near / "images"])
+    folder = path.absolute().parent
+    _resolve_images(path, training, [folder, folder / "images"])
     return training, None
 
 
@@ -267,7 +284,7 @@ def _texts(value: Any) -> bool:
 
 
 def _turns(value: Any) -> bool:
-    """Halves that are null are left for the pipeline to count; `source` and `ratings` are what The Cauldron's and FineVision's turns have besides."""
+    """Return whether `value` is a list of turns. Null halves are allowed: the pipeline counts them."""
     return (
         isinstance(value, list)
         and value != []
@@ -280,8 +297,8 @@ def _turns(value: Any) -> bool:
     )
 
 
-TURN_KEYS = {"user", "assistant", "source", "ratings"}
-# key → what it must be, and whether it is
+TURN_KEYS = {"user", "assistant", "source", "ratings"}  # the last two: The Cauldron's and FineVision's
+# key → its form in words, and a check of it
 JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "images": ("a list of paths", lambda v: isinstance(v, list) and _texts([path or "" for path in v])),
     "image": ("a path", lambda v: v is None or isinstance(v, str)),
@@ -291,49 +308,50 @@ JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "turns": ('"branch"', lambda v: v == "branch"),
     "clip_score": (
         "a number",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9,
-    ),  # NaN is not < 1e9
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9,  # not NaN
+    ),
 }
 
 
-def _jsonl_record(line: bytes, folder: Path, where: str, default_id: str) -> Record:
+def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> Record:
+    """Parse and check one line; relative image paths start at `folder`."""
     try:
-        found = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as problem:  # whose own text speaks of "line 1"
-        raise UserError(f"{where}: not valid JSON: {problem.msg} at character {problem.pos + 1}") from None
+        entry = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as problem:  # its own message would say "line 1"
+        raise UserError(f"{context}: not valid JSON: {problem.msg} at character {problem.pos + 1}") from None
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"{where}: not valid JSON: {problem}") from None
-    if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(found, ensure_ascii=False))):
-        raise UserError(f"{where}: not valid Unicode: half a character, \\u{ord(half[0]):x}")
-    field(found, "texts", object, where)
-    for key, value in found.items():
+        raise UserError(f"{context}: not valid JSON: {problem}") from None
+    if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(entry, ensure_ascii=False))):
+        raise UserError(f"{context}: not valid Unicode: half a character, \\u{ord(half[0]):x}")
+    field(entry, "texts", object, context)
+    for key, value in entry.items():
         if key not in JSONL_KEYS:
-            raise UserError(f"{where}: no key '{key}'{nearest(key, list(JSONL_KEYS))}")
+            raise UserError(f"{context}: no key '{key}'{nearest(key, list(JSONL_KEYS))}")
         form, fits = JSONL_KEYS[key]
         if not fits(value):
-            raise UserError(f"{where}: '{key}' must be {form}, not {json.dumps(value)[:80]}")
-    if "image" in found and "images" in found:
-        raise UserError(f"{where}: 'image' and 'images' are both there; keep one")
-    images = [found["image"]] if "image" in found else found.get("images", [])
-    further = {key: found[key] for key in ("references", "turns", "clip_score") if key in found}
+            raise UserError(f"{context}: '{key}' must be {form}, not {json.dumps(value)[:80]}")
+    if "image" in entry and "images" in entry:
+        raise UserError(f"{context}: 'image' and 'images' are both there; keep one")
+    images = [entry["image"]] if "image" in entry else entry.get("images", [])
+    further = {key: entry[key] for key in ("references", "turns", "clip_score") if key in entry}
     return {
         "images": [image and str(folder / image) for image in images],
-        "texts": found["texts"],
-        "id": found.get("id", default_id),
+        "texts": entry["texts"],
+        "id": entry.get("id", default_id),
     } | further
 
 
 def jsonl(path: Path) -> Splits:
-    """Records as they are, one a line; images are relative to the file's folder, `"image": path` is short for a list of one.
+    """Read JSON Lines, one record a line: `{"image": "cat.png", "texts": [{"user": "…", "assistant": "…"}]}`.
 
-    `{"image": "cat.png", "texts": [{"user": "What is it?", "assistant": "A cat."}]}`. The first line that is not of the form
-    raises `UserError` with its number: the file is the user's own, who can mend it.
+    Images are relative to the file's folder; `"image": path` is short for `"images": [path]`. The first
+    malformed line raises `UserError` with its number, because users can repair their own file.
     """
     records: list[Record] = []
     lines: dict[str, int] = {}
     folder = path.absolute().parent
     try:
-        with open(path, "rb") as file:  # bytes: a line that is not UTF-8 can be named
+        with open(path, "rb") as file:  # as bytes, so that an error can name a line that is not UTF-8
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

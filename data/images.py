@@ -1,4 +1,4 @@
-"""Image file → 8-bit RGB tiles. Whatever a file holds, the answer is pixels or one `ImageError` that says what is wrong."""
+"""Image file → 8-bit RGB tiles. Any file gives either pixels or one `ImageError` with the reason."""
 
 import io
 import warnings
@@ -15,12 +15,12 @@ from configs.model import VisionConfig
 from data.svg import draw
 from utils.errors import ImageError, UserError
 
-try:  # deprecated since torchvision 0.29: where it is gone, Pillow gives the same pixels, some tenths of a millisecond later
+try:  # deprecated since torchvision 0.29; without it, Pillow decodes the same pixels, slightly slower
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
 
-Grid = tuple[int, int]  # rows and columns of tiles that an image is cut into; (1, 1): one square
+Grid = tuple[int, int]  # rows and columns of tiles; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
 EXIF_ORIENTATION = 0x0112
@@ -29,72 +29,71 @@ SIGNATURES = (JPEG, b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPE
 
 
 class Tiles(NamedTuple):
-    """An image as a model takes it."""
+    """A decoded image as the model takes it."""
 
     grid: Grid
-    pixels: Tensor  # (n, 3, h, w) uint8: the whole picture in a square, then its parts row by row
+    pixels: Tensor  # (N, 3, h, w) uint8: the whole image in a square, then its parts row by row
 
 
 def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
-    """A path, encoded bytes or a Pillow image → an upright RGB image; the first frame of an animation.
+    """Open a path, encoded bytes or a Pillow image as an upright RGB image.
 
-    Transparency is laid on white, 16-bit and float grey are scaled to 8 bits. Errors: `ImageError`.
+    Of an animation, the first frame. Transparency is composited on white; 16-bit and float grey are scaled to
+    8 bits. Errors: `ImageError`.
     """
-    where = _name(source)
+    context = _name(source)
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise ImageError(
-            "missing", f"{where} is of type {type(source).__name__}, not a path, bytes or a Pillow image"
+            "missing", f"{context} is of type {type(source).__name__}, not a path, bytes or a Pillow image"
         )
     try:
         if isinstance(source, Image.Image):
             if not source.width or not source.height:
-                raise ImageError("empty", f"{where} has no pixels")
+                raise ImageError("empty", f"{context} has no pixels")
             return _to_rgb(source, _orientation(source))
         if isinstance(source, str | Path) and not Path(source).is_file():
             kind = "is a folder, not an image" if Path(source).is_dir() else "does not exist"
-            raise ImageError("missing", f"{where} {kind}")
+            raise ImageError("missing", f"{context} {kind}")
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
-            raise ImageError("empty", f"{where} is empty (0 bytes)")
+            raise ImageError("empty", f"{context} is empty (0 bytes)")
         if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
-            data = draw(data, where)
+            data = draw(data, context)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # the size is checked below, before decoding; what cannot be decoded raises
+            warnings.simplefilter("ignore")  # the size is checked below; decoding errors raise
             image = Image.open(io.BytesIO(data))
         width, height = image.size
-        _check_size(width, height, where)
+        _check_size(width, height, context)
         orientation = _orientation(image)
         image.load()
         return _to_rgb(image, orientation)
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
             raise ImageError(
-                "damaged", f"{where} begins like an image but cannot be decoded: cut short or damaged"
+                "damaged", f"{context} begins like an image but cannot be decoded: truncated or damaged"
             ) from None
-        raise ImageError("not_an_image", f"{where} is not an image that Pillow can read") from None
+        raise ImageError("not_an_image", f"{context} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise ImageError("too_large", f"{where} has more than {MAX_PIXELS:,} pixels") from None
+        raise ImageError("too_large", f"{context} has more than {MAX_PIXELS:,} pixels") from None
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they like for damaged files
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise ImageError(
-            "damaged", f"{where} cannot be decoded: {getattr(error, 'strerror', None) or error}"
+            "damaged", f"{context} cannot be decoded: {getattr(error, 'strerror', None) or error}"
         ) from None
 
 
 def _name(source: Any) -> str:
     name = str(source) if isinstance(source, str | Path) else "image"
-    return name if len(name) <= 300 else f"{name[:60]}…"  # some give an image itself, in base64
+    return name if len(name) <= 300 else f"{name[:60]}…"  # it may be a whole image in base64
 
 
 def _head(source: str | Path | bytes) -> bytes:
-    """The first bytes; none where a file cannot be read."""
+    """Return the first 16 bytes; none if the file cannot be read."""
     if isinstance(source, bytes):
         return source[:16]
     try:
-        if not Path(source).is_file():  # a pipe would be waited for
+        if not Path(source).is_file():  # reading a pipe would block
             return b""
         with Path(source).open("rb") as file:
             return file.read(16)
@@ -102,24 +101,29 @@ def _head(source: str | Path | bytes) -> bytes:
         return b""
 
 
-def _check_size(width: int, height: int, where: str) -> None:
+def _check_size(width: int, height: int, context: str) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError(
             "too_large",
-            f"{where} is {width}×{height} pixels: more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}",
+            f"{context} is {width}×{height} pixels: "
+            f"more than {MAX_PIXELS:,} pixels or a side above {MAX_SIDE:,}",
         )
 
 
 def _orientation(image: Image.Image) -> int:
-    """How an image that is not decoded yet lies, 1 to 8. What a PNG says behind its pixels is not heard: to hear it, they would have to be decoded for their size."""
-    asked = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & set(
-        image.info
-    )
-    return image.getexif().get(EXIF_ORIENTATION, 1) if asked else 1
+    """Return the EXIF orientation, 1 to 8, of an image that is not decoded yet.
+
+    An orientation that a PNG stores after its pixels is ignored: reading it would decode the whole image,
+    even when only the size is needed.
+    """
+    metadata = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+    if image.format == "PNG" and not metadata & set(image.info):
+        return 1
+    return image.getexif().get(EXIF_ORIENTATION, 1)
 
 
 def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation != 1:  # asked first, for exif_transpose copies every image
+    if orientation != 1:  # exif_transpose would copy an upright image too
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
@@ -135,13 +139,13 @@ def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def image_size(source: str | Path | bytes | Image.Image | None) -> tuple[int, int]:
-    """Width and height of an image, upright, from its header alone where it has one. Errors: `ImageError`."""
+    """Return width and height of the upright image, from its header if possible. Errors: `ImageError`."""
     width, height, orientation = _header(source) or (*open_image(source).size, 1)
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
 def _header(source: Any) -> tuple[int, int, int] | None:
-    """Width, height and orientation as a JPEG's, PNG's, GIF's or WebP's header tells them; else None."""
+    """Read width, height and orientation from the header of a JPEG, PNG, GIF or WebP; else None."""
     if not isinstance(source, str | Path | bytes) or not _head(source).startswith(SIGNATURES[:4]):
         return None
     try:
@@ -155,64 +159,71 @@ def _header(source: Any) -> tuple[int, int, int] | None:
         return width, height, orientation
     except (UserError, MemoryError):
         raise
-    except Exception:  # open_image says what is wrong
+    except Exception:  # open_image will raise the reason
         return None
 
 
 def grid_of(width: int, height: int, config: VisionConfig) -> Grid:
-    """Into how many tiles an image is cut: as nanoVLM does it.
+    """Choose the grid of tiles for an image size, as nanoVLM does.
 
-    The longer side goes up to the next multiple of the tile's, at most `max_side` (with `enlarge`, to `max_side`
-    whatever it is); the shorter one in proportion, up to the next multiple.
+    The longer side is rounded up to the next multiple of the tile side, at most `max_side` (with `enlarge`,
+    always `max_side`). The shorter side is scaled in proportion and rounded up to the next multiple.
 
     >>> grid_of(640, 480, VisionConfig(image_size=512, max_side=2048))
     (2, 2)
     """
     if not config.max_side:
         return (1, 1)
-    most = config.max_side // config.image_size
+    max_tiles = config.max_side // config.image_size
     long, short = max(width, height), min(width, height)
-    along = most if config.enlarge else min(most, -(-long // config.image_size))
+    along = max_tiles if config.enlarge else min(max_tiles, -(-long // config.image_size))
     across = -(-short * along // long)
     return (across, along) if width >= height else (along, across)
 
 
 def tile_count(grid: Grid) -> int:
-    """Tiles of one image: the whole in one square, and, where it is cut, its parts."""
+    """Count the tiles of one image: the whole in one square, plus the parts of a grid larger than (1, 1)."""
     return 1 + (grid[0] * grid[1] if grid != (1, 1) else 0)
 
 
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
-    """What `open_image` gives, as (3, H, W) uint8; upright JPEGs without the detour over Pillow, bit for bit the same. Errors: `ImageError`."""
+    """Decode an image to (3, H, W) uint8. Errors: `ImageError`.
+
+    Upright JPEGs are decoded by torchvision, bit for bit as `open_image` decodes them, without a copy through
+    Pillow.
+    """
     if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            if (_header(data) or (0, 0, 0))[2] == 1:
+            header = _header(data)
+            if header is not None and header[2] == 1:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         except (RuntimeError, OSError):
-            pass  # open_image says what is wrong
+            pass  # open_image will raise the reason
     return pixels_of(open_image(source))
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """RGB image → (3, H, W) uint8, channels last in memory: the fast path of resizing."""
+    """Convert an RGB image to (3, H, W) uint8, channels last in memory: the fast path of resizing."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_tiles(pixels: Tensor, config: VisionConfig) -> Tiles:
-    """(3, H, W) uint8 → the whole picture squeezed into a square and, where `grid_of` cuts it, its parts."""
+    """Resize (3, H, W) uint8 pixels to a square and, if the grid is larger than (1, 1), to its parts."""
     pixels = pixels[None]  # (1, 3, H, W)
     side, (rows, columns) = config.image_size, grid_of(pixels.shape[3], pixels.shape[2], config)
     square = _resize(pixels, side, side)
     if (rows, columns) == (1, 1):
         return Tiles((1, 1), square)
     whole = _resize(pixels, rows * side, columns * side)[0]  # (3, rows·h, columns·w)
-    parts = (
-        whole.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)
-    )  # (rows, columns, 3, h, w)
-    return Tiles((rows, columns), torch.cat([square, parts.flatten(0, 1)]))
+    parts = whole.unflatten(2, (columns, side)).unflatten(1, (rows, side))  # (3, rows, h, columns, w)
+    parts = parts.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (rows·columns, 3, h, w)
+    return Tiles((rows, columns), torch.cat([square, parts]))
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, 8 bit to 8 bit: Pillow's to within two levels, six times as fast with AVX2 (docs/experiments.md)."""
+    """Resize by bicubic interpolation in 8 bits.
+
+    Within two levels of Pillow's result, and six times as fast with AVX2 (docs/experiments.md).
+    """
     return interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).contiguous()

@@ -1,4 +1,4 @@
-"""Packed rows → batches, with state. Rows are planned in this process, images decoded by worker processes, or here."""
+"""Packed rows → batches, with state. This process plans rows; it or worker processes decode images."""
 
 import math
 import signal
@@ -21,28 +21,26 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from configs.model import VisionConfig
 from data.collators import Batch, collate
 from data.datasets import Sample, by_source, decode
-from data.images import ImageError
 from data.packing import Row, RowStream
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 
-Decoded = tuple[
-    Tensor | None, list[tuple[int, str]]
-]  # tiles, None where nothing could be decoded; number and reason of the samples that could not
-SILENCE = 600  # seconds after which workers that give nothing are given up
-LOOK = 2  # seconds between two looks at whether they live
-DEATH = 1  # seconds that a worker whose connection broke has to be seen dead
-PREFETCH = 4  # batches that each worker is ahead
-SLOTS = (
-    PREFETCH + 12
-)  # batches of each worker that can be in shared memory: those ahead, and those that training holds for one step
+# Tiles, or None if nothing could be decoded; number and reason of each sample that could not.
+Decoded = tuple[Tensor | None, list[tuple[int, str]]]
+TIMEOUT_SECONDS = 600  # without any batch, after which the run ends
+POLL_SECONDS = 2  # between two checks that the workers are alive
+EXIT_SECONDS = 1  # to wait for the end of a worker whose connection broke
+PREFETCH = 4  # batches that each worker decodes ahead
+SLOTS = PREFETCH + 12  # batches of each worker in shared memory: those ahead, and those of a training step
 
 
 class Loader:
-    """Batches of `size` rows without end; of each `parts` in a row, which are as many ranks', number `part`.
+    """Endless batches of `size` rows, with state.
 
-    What a batch holds depends on the data, the seed and the stream, never on the number of workers: all choices are made
-    here, workers only decode. `state()` is the place behind the last batch given out and the other ranks' beside it, however
-    far the workers are ahead. A batch of which nothing can be used is empty: no rank gets ahead of the others.
+    `parts` ranks can share one stream: of each `parts` batches in a row, this rank gets number `part`. The
+    content of a batch depends on the data, the seed and the stream, never on the number of workers: this
+    process makes all choices, and workers only decode. `state()` is the position after the last `parts`
+    batches, however far ahead the workers are. A batch without a usable image is empty, so that all ranks
+    stay in step.
     """
 
     def __init__(
@@ -51,13 +49,12 @@ class Loader:
         self.rows, self.size, self.padding_id, self.workers = rows, size, padding_id, workers
         self.part, self.parts = part, parts
         self.dataset = rows.stream.dataset
-        self.plan: deque[tuple[list[Row], dict[str, Any]]] = (
-            deque()
-        )  # what the workers are at, and the state behind each
-        self.damaged: Counter[tuple[str, str]] = Counter()  # found when decoding
-        self.last_epoch = 0  # in which there was a batch
-        self.consecutive_empty = 0  # records since, none of which could be decoded
-        self.behind: dict[str, Any] | None = None
+        # Batches that are being decoded, each with the state after it.
+        self.plan: deque[tuple[list[Row], dict[str, Any]]] = deque()
+        self.damaged: Counter[tuple[str, str]] = Counter()  # drops in decoding
+        self.last_epoch = 0  # with a batch that was not empty
+        self.consecutive_empty = 0  # records since then, none of which could be decoded
+        self.consumed: dict[str, Any] | None = None  # state after the last batch given out
         self.batches: Generator[Batch, None, None] | None = None
         self.failure: UserError | None = None
         self.last: list[str] = []
@@ -66,10 +63,10 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self.failure is not None:  # a generator that failed would only say that it is at its end
+        if self.failure is not None:  # a failed generator would only raise StopIteration
             raise self.failure
         if self.batches is None:
-            self.batches = self._in_workers() if self.workers else self._here()
+            self.batches = self._in_workers() if self.workers else self._in_process()
         try:
             return next(self.batches)
         except UserError as error:
@@ -77,29 +74,29 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """End the workers now; left to the end of the process they take seconds."""
+        """End the workers now: at the end of the process this takes seconds."""
         if self.batches is not None:
             self.batches.close()
 
     def samples(self) -> list[str]:
-        """Source and record number of each sample of the last batch."""
+        """Return source and record number of each sample of the last batch."""
         return self.last
 
     def dropped(self) -> Counter[tuple[str, str]]:
-        """What could not be used so far, by (source, reason)."""
-        planned = self.rows.state() if self.behind is None else self.behind
-        counted = (
-            planned["dropped"] if self.part == 0 else []
-        )  # the first of those who share a stream tells what all saw
-        return self.damaged + Counter({(source, reason): n for source, reason, n in counted})
+        """Count what could not be used so far, by (source, reason)."""
+        state = self.rows.state() if self.consumed is None else self.consumed
+        # All ranks that share a stream have the same counts: only the first reports them.
+        counts = state["dropped"] if self.part == 0 else []
+        return self.damaged + Counter({(source, reason): n for source, reason, n in counts})
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON; `load_state` before the first batch goes on from there. Between the two the number of workers may change."""
-        state = self.rows.state() if self.behind is None else self.behind
+        """Return the position as plain JSON."""
+        state = self.rows.state() if self.consumed is None else self.consumed
         images = self.dataset.duplicates.first(state["images"]) if self.dataset.duplicates is not None else []
-        return state | {"images": images, "damaged": [[*place, n] for place, n in self.damaged.items()]}
+        return state | {"images": images, "damaged": [[*key, n] for key, n in self.damaged.items()]}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state. Call before the first batch; the number of workers may differ."""
         self.rows.load_state(state)
         self.damaged = Counter(
             {(source, reason): n for source, reason, n in state["damaged"] if self.part == 0}
@@ -114,33 +111,33 @@ class Loader:
             yield plans[self.part]
 
     def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch:
-        """The batch of the oldest plan without the samples whose images turned out damaged."""
-        plan, self.behind = self.plan.popleft()
+        """Collate the oldest planned batch, without the samples whose images are damaged."""
+        plan, self.consumed = self.plan.popleft()
         reasons = dict(dropped)
         samples = iter(enumerate(sample for row in plan for sample in row))
         rows: list[Row] = []
         for row in plan:
-            whole = []
+            usable = []
             for _ in row:
                 number, sample = next(samples)
                 if number not in reasons:
-                    whole.append(sample)
+                    usable.append(sample)
                 elif sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
                     self.damaged[sample.source, f"image_{reasons[number]}"] += 1
-            rows.append(whole)
+            rows.append(usable)
         self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
         if tiles is not None:
-            self.last_epoch, self.consecutive_empty = self.behind["epoch"], 0
+            self.last_epoch, self.consecutive_empty = self.consumed["epoch"], 0
             return collate(rows, self.padding_id, tiles)
         self.consecutive_empty += sum(sample.key[2] == 0 for row in plan for sample in row)
-        if self.behind["epoch"] > self.last_epoch + 1 and self.consecutive_empty >= sum(
-            map(len, self.dataset.sources)
-        ):  # an epoch may be a small part of the data
+        # A whole epoch and as many records as there are: with small weights, an epoch draws only a few.
+        all_empty = self.consecutive_empty >= sum(map(len, self.dataset.sources))
+        if all_empty and self.consumed["epoch"] > self.last_epoch + 1:
             raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
         side = self.dataset.vision.image_size
         return collate(rows, self.padding_id, torch.empty(0, 3, side, side, dtype=torch.uint8))
 
-    def _here(self) -> Generator[Batch, None, None]:
+    def _in_process(self) -> Generator[Batch, None, None]:
         for plan in self._plans():
             samples, side = list(chain(*plan)), self.dataset.vision.image_size
             tiles = torch.empty(sum(s.tile_total for s in samples), 3, side, side, dtype=torch.uint8)
@@ -148,64 +145,63 @@ class Loader:
 
     def _in_workers(self) -> Generator[Batch, None, None]:
         taken = torch.zeros(self.workers, SLOTS, dtype=torch.uint8).share_memory_().numpy()
-        for slot, made in self._decoded_by(_Decoder(self.dataset.vision, taken)):
-            if isinstance(made, UserError):
-                raise made
-            tiles, dropped = made
-            if (
-                tiles is not None and slot is not None
-            ):  # the worker may use the memory again when no tensor does any more
-                pixels = tiles.numpy()
+        for slot, decoded in self._decoded_by(_Decoder(self.dataset.vision, taken)):
+            if isinstance(decoded, UserError):
+                raise decoded
+            tiles, dropped = decoded
+            if tiles is not None and slot is not None:
+                pixels = tiles.numpy()  # once no tensor refers to it, the worker may reuse the slot
                 weakref.finalize(pixels, taken.__setitem__, slot, 0).atexit = False
                 tiles = torch.from_numpy(pixels)
             yield self._finish(tiles, dropped)
 
     def _decoded_by(self, decoder: Dataset[Any]) -> Iterator[Any]:
-        """What new workers make of the plans, in the plans' order."""
+        """Start workers and return their results, in the order of the plans."""
         before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
+        plans = ([replace(sample, documents=[]) for row in plan for sample in row] for plan in self._plans())
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "This DataLoader will create"
-            )  # more workers than cores: the user's choice
-            made = iter(
+            # More workers than cores are the user's choice.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            results = iter(
                 DataLoader(
                     decoder,
                     batch_size=None,
-                    collate_fn=_as_it_is,
-                    sampler=(
-                        [replace(sample, documents=[]) for row in plan for sample in row]
-                        for plan in self._plans()
-                    ),  # type: ignore[arg-type]
+                    collate_fn=_identity,
+                    sampler=plans,
                     num_workers=self.workers,
                     prefetch_factor=PREFETCH,
-                    timeout=LOOK,
-                    worker_init_fn=_leave_interrupts,
-                    generator=torch.Generator(),  # else the global one would be drawn from, and the run depend on `workers`
+                    timeout=POLL_SECONDS,
+                    worker_init_fn=_ignore_interrupts,
+                    generator=torch.Generator(),  # with the global one, results would depend on `workers`
                 )
             )
         if handler is not None and current_thread() is main_thread():
-            signal.signal(
-                signal.SIGCHLD, handler
-            )  # PyTorch's raises wherever the program is: in half a checkpoint, or in a destructor, where nobody hears it
-        return _while_alive(made, set(active_children()) - before)
+            # PyTorch's handler raises at any point: within a checkpoint, or unnoticed in a destructor.
+            signal.signal(signal.SIGCHLD, handler)
+        return _while_alive(results, set(active_children()) - before)
 
 
 class Streams:
-    """This rank's batches: of its streams in turn. A run has a fixed number of streams, each its share of the records; ranks share them, or one has several."""
+    """This rank's batches, from its streams in turn.
+
+    A run has a fixed number of streams, each with its share of the records. Several ranks share a stream,
+    or a rank has several.
+    """
 
     def __init__(self, loaders: dict[int, Loader]) -> None:
-        self.loaders, self.turn, self.given = loaders, 0, next(iter(loaders.values()))
+        self.loaders, self.turn = loaders, 0
+        self.current = next(iter(loaders.values()))  # whose batch was the last
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        self.given = list(self.loaders.values())[self.turn]
+        self.current = list(self.loaders.values())[self.turn]
         self.turn = (self.turn + 1) % len(self.loaders)
-        return next(self.given)
+        return next(self.current)
 
     def sources(self) -> list[str]:
-        """The names of all sources, the same on every rank."""
+        """Return the names of all sources; they are the same on every rank."""
         return [source.name for source in self.rows.stream.dataset.sources]
 
     @property
@@ -218,70 +214,75 @@ class Streams:
             loader.close()
 
     def samples(self) -> list[str]:
-        return self.given.samples()
+        return self.current.samples()
 
     def dropped(self) -> Counter[tuple[str, str]]:
         return sum((loader.dropped() for loader in self.loaders.values()), Counter())
 
     def state(self) -> dict[int, Any]:
-        """Each stream's, by number; between two steps."""
+        """Return the state of each stream by its number. Call between two steps."""
         return {number: loader.state() for number, loader in self.loaders.items()}
 
     def load_state(self, states: list[Any]) -> None:
-        """What `merged` made of all ranks' states."""
+        """Continue from the states of all streams, as `merged` returns them."""
         for number, loader in self.loaders.items():
             loader.load_state(states[number])
 
 
 def merged(states: list[dict[int, Any]]) -> list[Any]:
-    """All ranks' states → one of each stream; what each rank found damaged is added up."""
+    """Merge the states of all ranks into one per stream; counts of damaged images are added up."""
     out = []
     for number in sorted({number for rank in states for number in rank}):
         shared = [rank[number] for rank in states if number in rank]
         damaged: Counter[tuple[str, str]] = Counter()
         for state in shared:
             damaged.update({(source, reason): n for source, reason, n in state["damaged"]})
-        out.append(shared[0] | {"damaged": [[*place, n] for place, n in damaged.items()]})
+        out.append(shared[0] | {"damaged": [[*key, n] for key, n in damaged.items()]})
     return out
 
 
-def _while_alive(made: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:
-    """What `workers` make. That one died, or all are silent for too long, is a `UserError`."""
+def _while_alive(results: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:
+    """Yield the workers' results. Errors: `UserError` if a worker died or all are silent for too long."""
     advice = "--data.workers takes fewer; --resume auto goes on from the last checkpoint"
     silent = 0
     while True:
         try:
-            one = next(made)
+            result = next(results)
         except UserError:
             raise
-        except Exception as error:  # a timeout, a connection that broke in the middle, PyTorch's own finding
-            late = "timed out" in str(error)
-            ended = wait([worker.sentinel for worker in workers], 0 if late else DEATH)
+        except Exception as error:  # a timeout, a broken connection, or PyTorch's own report of a death
+            timed_out = "timed out" in str(error)
+            ended = wait([worker.sentinel for worker in workers], 0 if timed_out else EXIT_SECONDS)
             for worker in workers:
                 if worker.sentinel in ended:
                     worker.join()
-                    how = (
-                        signal.Signals(-worker.exitcode).name
-                        if worker.exitcode and worker.exitcode < 0
-                        else f"exit status {worker.exitcode}"
-                    )
+                    how = _exit_reason(worker)
                     raise UserError(
                         f"a data worker died (process {worker.pid}, {how}): out of memory? {advice}"
                     ) from error
-            silent += LOOK
-            if not late:
+            silent += POLL_SECONDS
+            if not timed_out:
                 raise
-            if silent >= SILENCE:
+            if silent >= TIMEOUT_SECONDS:
                 raise UserError(f"the data workers gave nothing for {silent} s: {advice}") from error
         else:
             silent = 0
-            yield one
+            yield result
+
+
+def _exit_reason(process: BaseProcess) -> str:
+    """Name the signal or the exit status of an ended process."""
+    if process.exitcode and process.exitcode < 0:
+        return signal.Signals(-process.exitcode).name
+    return f"exit status {process.exitcode}"
 
 
 class _Decoder(Dataset[Any]):
-    """What a worker does. Tiles go into slots of shared memory that are used again: new pages and copies would cost a tenth of its time.
+    """Decodes a batch's images, in a worker.
 
-    `taken` (workers, SLOTS): a worker sets what it fills, the training process clears what it no longer needs.
+    Tiles are written to reusable slots of shared memory: new pages and copies would cost a tenth of the
+    time. `taken` (workers, SLOTS): a worker sets the slots it fills, and the training process clears them
+    after use.
     """
 
     def __init__(self, vision: VisionConfig, taken: Any) -> None:
@@ -289,7 +290,9 @@ class _Decoder(Dataset[Any]):
         self.slots: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * SLOTS
 
     def __getitem__(self, samples: Any) -> tuple[tuple[int, int] | None, Decoded | UserError]:
-        worker, side = get_worker_info().id, self.vision.image_size
+        info, side = get_worker_info(), self.vision.image_size
+        assert info is not None, "only workers decode with this class"
+        worker = info.id
         free = (self.taken[worker] == 0).nonzero()[0]
         slot = int(free[0]) if len(free) else None
         shape = (sum(s.tile_total for s in samples), 3, side, side)
@@ -300,22 +303,25 @@ class _Decoder(Dataset[Any]):
                 self.slots[slot] = torch.empty(math.prod(shape) * 5 // 4, dtype=torch.uint8).share_memory_()
             tiles = self.slots[slot][: math.prod(shape)].view(shape)
         try:
-            made = decode_all(samples, lambda sample: decode(sample, self.vision), tiles)
-        except UserError as error:  # raised here, PyTorch would wrap it in a traceback
+            decoded = decode_all(samples, lambda sample: decode(sample, self.vision), tiles)
+        except UserError as error:  # returned, because PyTorch would wrap a raised one in a traceback
             return None, error
-        if slot is None or made[0] is None:
-            return None, made
+        if slot is None or decoded[0] is None:
+            return None, decoded
         self.taken[worker, slot] = 1
-        return (worker, slot), made
+        return (worker, slot), decoded
 
 
-def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles: Tensor) -> Decoded:
-    """The images of a batch's samples, decoded into `tiles`. Errors: `UserError` where the machine cannot decode, whatever the image."""
+def decode_all(samples: list[Sample], decode_one: Callable[[Sample], Sample], tiles: Tensor) -> Decoded:
+    """Decode the images of a batch's samples into `tiles`.
+
+    Errors: `UserError` if this machine cannot decode any image, for lack of memory or of a package.
+    """
     dropped: list[tuple[int, str]] = []
     count = 0
     for number, sample in enumerate(samples):
         try:
-            tiles[count : count + sample.tile_total] = decoded(sample).tiles
+            tiles[count : count + sample.tile_total] = decode_one(sample).require_tiles()
             count += sample.tile_total
         except ImageError as error:
             dropped.append((number, error.reason))
@@ -326,10 +332,10 @@ def decode_all(samples: list[Sample], decoded: Callable[[Sample], Sample], tiles
     return (tiles[:count] if len(dropped) < len(samples) else None), dropped
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _identity(samples: Any) -> Any:
+    return samples
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C is the training process's to handle."""
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,10 +1,10 @@
-"""Which record comes when: sources, how often each is drawn, and an order for every epoch that needs no memory of the last."""
+"""The order of records: sources, how often each is drawn, and a stateless order for every epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from utils.errors import UserError
 
 Record = dict[str, Any]
-LEAST = 10**6  # records an epoch are kept to one part in as many
+MAX_DENOMINATOR = 10**6  # of the fractional number of records that an epoch draws from a source
 
 
 class InMemoryRecords(Sequence[Record]):
@@ -31,37 +31,33 @@ class InMemoryRecords(Sequence[Record]):
         pass
 
     def order(self, start: int, stop: int, rng: np.random.Generator, part: int, parts: int) -> np.ndarray:
-        """Row numbers from `start` to `stop` in an order drawn from `rng`; of `parts` disjoint shares, number `part`."""
+        """Return share `part` of `parts` of a random order of the records from `start` to `stop`."""
         return (start + rng.permutation(stop - start))[part::parts]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records `start` to `stop` of a sequence that is `Listed` or a `TableRecords`."""
+    """Records `start` to `stop` of a sequence."""
 
     name: str
-    records: Any
+    records: Any  # InMemoryRecords or TableRecords
     start: int
     stop: int
     weight: float = 1.0
-    cap: int = 0  # records drawn in an epoch, at most (0: no cap)
+    cap: int = 0  # maximum of records drawn in an epoch (0: no cap)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
-class Pick(NamedTuple):
-    source: int
-    record: int
-    first: bool  # seen for the first time
-
-
 class Mixture:
-    """An epoch draws n·weight records of a source of n, each once; with a temperature T, in proportion to n^(1/T)·weight; capped.
+    """Draws the records of an epoch.
 
-    A source that is drawn in part goes on in the next epoch where it stopped: lap by lap, each in an order of its own, so
-    every record comes once before any comes again. Parts of a record are carried over: of 2.5, an epoch draws 2, the next 3.
-    Of `ranks` disjoint shares this is number `rank`'s.
+    From a source of n records an epoch draws n·weight, or with a temperature T a number in proportion to
+    n^(1/T)·weight, at most the cap. A source that is drawn in part continues in the next epoch: cycle by
+    cycle, each in an order of its own, so every record comes once before any repeats. Fractions are carried
+    over: of 2.5 records, one epoch draws 2 and the next 3. `rank` is this process's share among `ranks`
+    disjoint ones.
     """
 
     def __init__(
@@ -71,16 +67,17 @@ class Mixture:
         sizes = [len(s) for s in sources]
         tempered = [n ** (1 / temperature) if n else 0.0 for n in sizes]
         scale = sum(sizes) / sum(tempered) if temperature != 1 else 1.0
-        wanted = [scale * t * s.weight for t, s in zip(tempered, sources, strict=True)]
-        exact = [Fraction(w).limit_denominator(LEAST) or Fraction(w) for w in wanted]  # 0.29 · 100 is 29
-        self.drawn = [
-            min(x, Fraction(s.cap)) if s.cap else x for x, s in zip(exact, sources, strict=True)
-        ]  # records of an epoch, of all ranks
+        targets = [scale * t * s.weight for t, s in zip(tempered, sources, strict=True)]
+        exact = [
+            Fraction(x).limit_denominator(MAX_DENOMINATOR) or Fraction(x) for x in targets
+        ]  # 0.29·100 = 29
+        # Records per epoch from each source, all ranks together.
+        self.drawn = [min(x, Fraction(s.cap)) if s.cap else x for x, s in zip(exact, sources, strict=True)]
         if sum(self.drawn) < 1:
             raise UserError("data.sources: an epoch of these sources, weights and caps holds no record")
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, record and whether it comes for the first time, of every pick of an epoch."""
+        """Return source, record and "first time" of every draw of an epoch: three arrays."""
         records, firsts = [], []
         for source, drawn in zip(self.sources, self.drawn, strict=True):
             share = drawn / len(source) if len(source) else Fraction(0)
@@ -98,13 +95,13 @@ class Mixture:
             firsts.append(np.arange(len(records[-1])) < new)
         rng = np.random.default_rng((self.seed, number, self.rank))
         which = rng.permutation(np.repeat(np.arange(len(records)), [len(r) for r in records]))
-        place = np.argsort(which, kind="stable")  # every source keeps its own order
+        slots = np.argsort(which, kind="stable")  # every source keeps its own order
         record, first = np.empty(len(which), np.int64), np.empty(len(which), bool)
-        record[place], first[place] = np.concatenate(records), np.concatenate(firsts)
+        record[slots], first[slots] = np.concatenate(records), np.concatenate(firsts)
         return which, record, first
 
     def is_empty(self) -> bool:
-        """Whether this rank has no record at all, whatever the epoch."""
+        """Return whether this rank has no record in any epoch."""
         rng = np.random.default_rng(self.seed)
         return not any(
             len(s.records.order(s.start, s.stop, rng, self.rank, self.ranks))

@@ -1,4 +1,4 @@
-"""Samples → packed rows: a row holds whole samples, within a budget of left tokens, one of right tokens, and a cap on tiles."""
+"""Samples → packed rows. A row holds whole samples, within budgets of left tokens, right tokens and tiles."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -11,33 +11,34 @@ from data.datasets import Sample, SampleStream
 
 Row = list[Sample]
 
-LEFT, RIGHT = (
-    44,
-    20,
-)  # bits: a waiting sample is one integer, left units · right tokens · number, and integers are sorted
-NUMBER = (1 << RIGHT) - 1
-ACCEPT = 8  # tokens: a row with no more waste is good enough
-TAILS, PROBES, SHORTEST = 4, 64, 6
+# A waiting sample is one sortable integer of bit fields: left units, right tokens (from bit 20), number.
+LEFT, RIGHT = 44, 20
+NUMBER = (1 << RIGHT) - 1  # mask of the number, and of the right tokens after a shift
+ACCEPT = 8  # tokens: a row with no more waste is accepted without further search
+TAILS = 4  # how many row lengths are tried with a best end
+PROBES = 64  # first samples of a pair that are tried
+SHORTEST = 6  # how many left units a row may leave empty, in the search of its end
 NONE = np.zeros(1, np.int64)
-SLANT = 5.0  # what is left of a row's two budgets may differ this much in proportion
+SLANT = 5.0  # maximum ratio between the remaining shares of the two budgets
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a row may hold. Left lengths count in steps of `unit` (image blocks are multiples of one tile's tokens), rounded up."""
+    """Capacity of a row, in tokens and tiles."""
 
     left: int
     right: int
-    unit: int = 1
+    unit: int = 1  # left lengths are rounded up to multiples of it (image blocks: one tile's tokens)
     tiles: int = 0  # 0: no cap
 
 
 class Window:
-    """Samples that wait for a row. A row begins with the oldest, in their order, and ends with the pair that fits best.
+    """Samples that wait for a row.
 
-    The pair is looked for among all waiting samples: for some of them as the first, the partner that leaves least is
-    found by bisection, where both budgets are met. So order stays random, and a window of 2,000 fills rows to more than
-    99 % of both budgets (`python -m benchmarks.data`). Costs a few array operations a row.
+    A row begins with the oldest samples in their order and ends with the best-fitting pair of all. For some
+    samples as the first of a pair, bisection gives the partner that leaves the fewest tokens within both
+    budgets. So the order stays random, and a window of 2,000 fills rows to more than 99 % of both budgets
+    (`python -m benchmarks.data`), at the cost of a few array operations per row.
 
         oldest first → [a][b][c][d][e]              remaining: 9 units left, 212 tokens right
         after   [a][b][c][d] 12 units, 401 tokens   best pair leaves 3 tokens
@@ -46,13 +47,12 @@ class Window:
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self.units = budget, budget.left // budget.unit
-        self.waiting: OrderedDict[int, tuple[Sample, int, int]] = (
-            OrderedDict()
-        )  # number → sample, its integer, its tiles; in order
+        # Number → sample, its key (the sortable integer), its tiles; oldest first.
+        self.waiting: OrderedDict[int, tuple[Sample, int, int]] = OrderedDict()
         self.number = 0  # of the next sample
-        self.sorted = np.empty(0, np.int64)
-        self.unsorted: list[int] = []  # not yet in `sorted`
-        self.removed: list[int] = []  # still there
+        self.sorted = np.empty(0, np.int64)  # keys
+        self.unsorted: list[int] = []  # keys that are not yet in `sorted`
+        self.removed: list[int] = []  # keys that are still in `sorted`
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -65,37 +65,41 @@ class Window:
         self.unsorted.append(key)
 
     def take_row(self) -> Row:
-        """One row out of a window that is not empty."""
+        """Remove one row from a window that is not empty."""
         head, rests = self._oldest()
         self._update(head + self.removed)
-        kept, end = self._best_end(rests)
-        self.unsorted += head[kept:]  # these wait on
+        count, end = self._best_end(rests)
+        self.unsorted += head[count:]  # these keep waiting
         self.removed = end
-        keys = head[:kept] + end
-        left, right, tiles = rests[kept - 1]
+        keys = head[:count] + end
+        left, right, tiles = rests[count - 1]
         for key in end:
-            left, right, tiles = (
-                left - (key >> LEFT),
-                right - (key >> RIGHT & NUMBER),
-                tiles - self.waiting[key & NUMBER][2],
-            )
+            left, right, tiles = self._minus(key, left, right, tiles)
         if left * self.budget.unit + right > (self.budget.left + self.budget.right) // 50:
             keys += self._fill_up(left, right, tiles)
         return [self.waiting.pop(key & NUMBER)[0] for key in keys]
 
+    def _minus(self, key: int, left: int, right: int, tiles: int) -> tuple[int, int, int]:
+        """Subtract a sample from what remains of a row: left units, right tokens, tiles."""
+        return (
+            left - (key >> LEFT),
+            right - (key >> RIGHT & NUMBER),
+            tiles - self.waiting[key & NUMBER][2],
+        )
+
     def _oldest(self) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Samples in their order, until little room is left, and what is left after each: left units, right tokens, tiles."""
+        """Return the keys of the oldest samples, until the row is almost full, and what remains after each.
+
+        What remains: left units, right tokens, tiles.
+        """
         left, right, tiles = self.units, self.budget.right, self.budget.tiles or NUMBER
         little_left, little_right = left // 20, right // 20
         head: list[int] = []
         rests: list[tuple[int, int, int]] = []
         slope = SLANT * right / left if left else 0.0
-        for _, key, in_it in self.waiting.values():
-            less_left, less_right, less_tiles = (
-                left - (key >> LEFT),
-                right - (key >> RIGHT & NUMBER),
-                tiles - in_it,
-            )
+        for _, key, sample_tiles in self.waiting.values():
+            less_left, less_right = left - (key >> LEFT), right - (key >> RIGHT & NUMBER)
+            less_tiles = tiles - sample_tiles
             if less_left < 0 or less_right < 0 or less_tiles < 0:
                 continue
             if head and (less_left < little_left or less_right < little_right):
@@ -108,56 +112,56 @@ class Window:
         return head, rests
 
     def _update(self, removed: list[int]) -> None:
-        """Bring `sorted` up to date: what is new goes in, `gone` goes out."""
+        """Update `sorted`: add the unsorted keys, take out the removed ones."""
         keys = np.concatenate([self.sorted, np.array(self.unsorted, np.int64)])
         self.unsorted = []
         keys.sort()
-        keep = np.ones(len(keys), bool)
-        keep[keys.searchsorted(removed)] = False
-        self.sorted = keys[keep]
+        mask = np.ones(len(keys), bool)
+        mask[keys.searchsorted(removed)] = False
+        self.sorted = keys[mask]
 
     def _best_end(self, rests: list[tuple[int, int, int]]) -> tuple[int, list[int]]:
-        """How many of the oldest to keep, and the one or two samples that best fill what they leave."""
+        """Return how many of the oldest samples to take, and up to two keys that best fill the rest.
+
+        All row lengths (`rests`) and probes are tried at once: `remaining` is (row lengths, probes), the
+        space that is left for the last sample.
+        """
         keys, unit = self.sorted, self.budget.unit
         left, right, _ = rests[-1]
-        waste, kept = left * unit + right, len(rests)
+        waste, count = left * unit + right, len(rests)
         end: list[int] = []
         if not len(keys):
-            return kept, end
+            return count, end
         first = max(0, len(rests) - TAILS)
         step = max(1, len(keys) // PROBES)
-        probe = np.concatenate(
-            [NONE, keys[self.number % step :: step]]
-        )  # for a first sample: none, or one of these
-        room = np.array([(left << LEFT) | (right << RIGHT) | NUMBER for left, right, _ in rests[first:]])
-        whole = room[:, None] - (probe & ~NUMBER)
-        for short in range(
-            min(SHORTEST, max(left for left, _, _ in rests[first:]) + 1)
-        ):  # left units that stay empty
+        probes = np.concatenate([NONE, keys[self.number % step :: step]])  # first sample of the pair, or none
+        capacity = np.array([(left << LEFT) | (right << RIGHT) | NUMBER for left, right, _ in rests[first:]])
+        remaining = capacity[:, None] - (probes & ~NUMBER)
+        for short in range(min(SHORTEST, max(left for left, _, _ in rests[first:]) + 1)):  # empty left units
             if waste <= max(ACCEPT, short * unit):
                 break
-            # Right tokens below 0 borrow from the left units: such a difference is near no key of the same left units.
-            wanted = whole - (short << LEFT)
-            at = keys.searchsorted(wanted, "right") - 1
-            found = keys[at]
-            gap = wanted - found
-            gap[(at < 0) | ((found ^ wanted) >> LEFT != 0) | (found == probe)] = NUMBER << RIGHT
-            for place in gap.argsort(axis=None)[:16] if self.budget.tiles else (gap.argmin(),):
-                which, column = divmod(int(place), gap.shape[1])
-                total = int(gap[which, column] >> RIGHT) + short * unit
+            # Negative right tokens borrow from the left units: then no key with the same left units is close.
+            target = remaining - (short << LEFT)
+            index = keys.searchsorted(target, "right") - 1
+            match = keys[index]
+            gap = target - match
+            gap[(index < 0) | ((match ^ target) >> LEFT != 0) | (match == probes)] = NUMBER << RIGHT
+            for slot in gap.argsort(axis=None)[:16] if self.budget.tiles else (gap.argmin(),):
+                row, column = divmod(int(slot), gap.shape[1])
+                total = int(gap[row, column] >> RIGHT) + short * unit
                 if total >= min(waste, NUMBER):
                     break
-                best = [int(found[which, column]), int(probe[column])][: 1 + (column > 0)]
-                if (
-                    not self.budget.tiles
-                    or sum(self.waiting[key & NUMBER][2] for key in best) <= rests[first + which][2]
-                ):
-                    waste, kept, end = total, first + which + 1, best
+                best = [int(match[row, column]), int(probes[column])][: 1 + (column > 0)]
+                if not self.budget.tiles or self._tiles(best) <= rests[first + row][2]:
+                    waste, count, end = total, first + row + 1, best
                     break
-        return kept, end
+        return count, end
+
+    def _tiles(self, keys: list[int]) -> int:
+        return sum(self.waiting[key & NUMBER][2] for key in keys)
 
     def _fill_up(self, left: int, right: int, tiles: int) -> list[int]:
-        """Where no good end was found: the longest that fit, one after the other."""
+        """Without a good end: take the longest samples that fit, one after the other."""
         self._update(self.removed)
         self.removed = []
         taken: list[int] = []
@@ -173,15 +177,11 @@ class Window:
             key = int(self.sorted[np.where(fits, lefts * self.budget.unit + rights, -1).argmax()])
             self._update([key])
             taken.append(key)
-            left, right, tiles = (
-                left - (key >> LEFT),
-                right - (key >> RIGHT & NUMBER),
-                tiles - self.waiting[key & NUMBER][2],
-            )
+            left, right, tiles = self._minus(key, left, right, tiles)
 
 
 def pack(samples: Iterable[Sample], budget: Budget) -> list[Row]:
-    """All of a finite list of samples, packed."""
+    """Pack a finite list of samples."""
     window = Window(budget)
     for sample in samples:
         window.add(sample)
@@ -192,7 +192,7 @@ def pack(samples: Iterable[Sample], budget: Budget) -> list[Row]:
 
 
 class RowStream:
-    """Packed rows without end, with state: the stream's place and the samples that wait in the window."""
+    """Endless packed rows. The state is the stream's position and the keys of the waiting samples."""
 
     def __init__(self, stream: SampleStream, budget: Budget, window: int) -> None:
         self.stream, self.budget, self.window_size = stream, budget, window
@@ -206,7 +206,7 @@ class RowStream:
             yield self.window.take_row()
 
     def state(self) -> dict[str, Any]:
-        """Where the next row starts from; plain JSON once `window` is listed."""
+        """Return the position before the next row, ready for JSON."""
         return self.stream.state() | {
             "window": [
                 (number, sample.key, sample.first) for number, (sample, _, _) in self.window.waiting.items()

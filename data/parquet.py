@@ -1,7 +1,7 @@
 """Parquet and Arrow files, local or on the Hub, as records: read block by block, never whole.
 
-A block is what the file format reads at once: a row group of a Parquet file, a record batch of an Arrow file. Blocks are
-read ahead of use in a thread; a few stay in memory.
+A block is the unit that the file format reads at once: a row group of a Parquet file, or a record batch of an
+Arrow file. Threads read blocks ahead of use; a few blocks stay in memory.
 """
 
 import threading
@@ -20,12 +20,12 @@ from utils.errors import UserError, nearest
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
 
 Record = dict[str, Any]
-READERS = 2  # blocks of a source that are read at a time
-LOST = 5  # blocks of the Hub in a row that could not be read: the rest will not be either
+READERS = 2  # threads per source
+MAX_UNREADABLE = 5  # consecutive blocks of the Hub; after so many, the run ends
 
 
 class UnreadableBlock(Exception):
-    """Rows that could not be read, however often it was tried."""
+    """Raised for rows that could not be read after all retries."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RowBlock:
 
 
 class TableRecords(Sequence[Record]):
-    """The rows of some files as records. `order` draws orders that read every block once."""
+    """The rows of Parquet and Arrow files as records. `order` draws orders that read every block once."""
 
     def __init__(
         self,
@@ -47,66 +47,68 @@ class TableRecords(Sequence[Record]):
         to_record: Callable[[dict[str, Any]], Record],
         memory_bytes: int,
     ) -> None:
-        """`system`: the fsspec file system of `files`, or None where they are local. `memory_bytes`: of blocks that are kept."""
+        """List the blocks of `files`.
+
+        `system` is the files' fsspec file system, or None if they are local. `memory_bytes` limits the
+        blocks in memory: half for those in use, half for those read ahead.
+        """
         self.name, self.system, self.to_record = name, system, to_record
-        self.mapped: dict[
-            str, Any
-        ] = {}  # Arrow files: each in one place, or every block that is kept would count as a whole file's memory
+        # One memory map per Arrow file: with a map for each block, every block would count as a whole file.
+        self.mapped: dict[str, Any] = {}
         with ThreadPoolExecutor(16) as pool:
             self.blocks = [
                 block for blocks in pool.map(self._blocks_of, files) for block in blocks if block.rows
             ]
         self.ends = list(accumulate(block.rows for block in self.blocks))
         largest = max((block.bytes for block in self.blocks), default=1)
-        self.pool_blocks = max(
-            1, memory_bytes // (2 * max(1, largest))
-        )  # mixed with one another, while as many are read ahead
-        self.used: OrderedDict[int, Future[Any]] = (
-            OrderedDict()
-        )  # blocks that rows were taken from, at most `pool_blocks`
-        self.ahead: OrderedDict[int, Future[Any] | None] = (
-            OrderedDict()
-        )  # those to come, in order; read are the first `pool_blocks + 1`
+        # Blocks whose rows are mixed with one another; as many are read ahead.
+        self.pool_blocks = max(1, memory_bytes // (2 * max(1, largest)))
+        # Blocks in use, at most `pool_blocks`.
+        self.used: OrderedDict[int, Future[Any]] = OrderedDict()
+        # Announced blocks in order, of which the first `pool_blocks + 1` are being read.
+        self.ahead: OrderedDict[int, Future[Any] | None] = OrderedDict()
         self.queue: deque[tuple[Future[Any], RowBlock]] = deque()
-        self.lost: set[int] = set()  # unreadable, since the last that was read
+        self.unreadable: set[int] = set()  # blocks that failed since the last success
         self.readers, self.lock = 0, threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
-        """Errors: `UnreadableBlock`."""
+        """Return a row as a record. Errors: `UnreadableBlock`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self.ends, index)
         try:
             block = self._block(number).result()
         except UnreadableBlock as error:
-            self.lost.add(number)
-            if self.system is not None and len(self.lost) >= LOST:
+            self.unreadable.add(number)
+            if self.system is not None and len(self.unreadable) >= MAX_UNREADABLE:
                 raise UserError(
-                    f"{LOST} blocks of {self.name} in a row cannot be read, the last: {error}; --resume auto goes on once they can"
+                    f"{MAX_UNREADABLE} blocks of {self.name} in a row cannot be read, the last: {error}; "
+                    "--resume auto goes on once they can"
                 ) from None
             raise
-        self.lost.clear()
+        self.unreadable.clear()
         block = block.slice(index - self.ends[number] + self.blocks[number].rows, 1)
         try:
             row = block.to_pylist()[0]
-        except UnicodeDecodeError as error:  # Parquet does not promise that its strings are UTF-8
+        except UnicodeDecodeError as error:  # Parquet does not guarantee UTF-8 strings
             raise UnreadableBlock(f"row {index} of {self.name}: {error}") from None
         return {"id": f"{self.name}/{index}"} | self.to_record(row)
 
     def prefetch(self, index: int) -> None:
-        """`index` will be asked for soon, after all that were announced before."""
+        """Announce that row `index` is needed soon, after all rows announced before."""
         number = bisect_right(self.ends, index)
         if number not in self.used and number not in self.ahead:
             self.ahead[number] = None
             self._read_ahead()
 
     def order(self, start: int, stop: int, rng: np.random.Generator, part: int, parts: int) -> np.ndarray:
-        """Row numbers from `start` to `stop`, in an order drawn from `rng`: blocks shuffled, some of them at a time mixed row by row.
+        """Return share `part` of `parts` of a random order of the rows from `start` to `stop`.
 
-        Of `parts` disjoint shares this is number `part`: whole blocks, where there are enough of them.
+        Blocks are shuffled, and the rows of each `pool_blocks` blocks are mixed. Shares are disjoint, and
+        consist of whole blocks if there are at least eight per share.
         """
         by_block = len(self.blocks) >= 8 * parts
         shuffled = rng.permutation(len(self.blocks))
@@ -127,12 +129,12 @@ class TableRecords(Sequence[Record]):
         return order if by_block else order[part::parts]
 
     def _block(self, number: int) -> Future[Any]:
-        """The block, for a row of it. Whatever is announced, no block is given up for one that is due later."""
+        """Return a block that is due now. It replaces blocks in use, never one announced for later."""
         future = self.used.pop(number, None)
         if future is None and number in self.ahead:
-            while (first := next(iter(self.ahead))) != number:  # announced, and passed over
-                if (passed := self.ahead.pop(first)) is not None:
-                    passed.cancel()
+            while (first := next(iter(self.ahead))) != number:  # announced, but skipped
+                if (skipped := self.ahead.pop(first)) is not None:
+                    skipped.cancel()
             future = self.ahead.pop(number)
         self.used[number] = future = future or self._submit(number)
         if len(self.used) > self.pool_blocks:
@@ -155,7 +157,7 @@ class TableRecords(Sequence[Record]):
         return future
 
     def _work(self) -> None:
-        """Read what is queued. No executor's thread: those, at the program's end, first finish all that was asked of them."""
+        """Read queued blocks, in a plain thread: at exit, an executor would first finish its whole queue."""
         while True:
             with self.lock:
                 if not self.queue:
@@ -165,10 +167,11 @@ class TableRecords(Sequence[Record]):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self._read(block))
-                except BaseException as error:  # it is raised where the block is asked for
+                except BaseException as error:  # raised by the future's `result()`
                     future.set_exception(error)
 
     def _blocks_of(self, file: str) -> list[RowBlock]:
+        """List a file's blocks. Errors: `UserError`."""
         import pyarrow.parquet
 
         def read() -> list[RowBlock]:
@@ -193,7 +196,7 @@ class TableRecords(Sequence[Record]):
                 ]
 
         try:
-            return self._trying(file, read)
+            return self._retry(file, read)
         except UnreadableBlock as error:
             raise UserError(str(error)) from None
 
@@ -208,17 +211,15 @@ class TableRecords(Sequence[Record]):
                     if hasattr(reader, "get_batch")
                     else next(islice(reader, block.number, None))
                 )
-                batch.validate(
-                    full=True
-                )  # nothing else checks its offsets: damaged ones would end the process
+                batch.validate(full=True)  # nothing else checks its offsets: damaged ones crash the process
                 return batch
             with self._open(block.file) as source:
                 return pyarrow.parquet.ParquetFile(source, pre_buffer=True).read_row_group(block.number)
 
-        return self._trying(f"rows of {block.file} (block {block.number})", read)
+        return self._retry(f"rows of {block.file} (block {block.number})", read)
 
     def _arrow_reader(self, file: str) -> Any:
-        """Of an Arrow file, which has `get_batch(i)`, or of an Arrow stream, which is an iterator."""
+        """Open an Arrow file (the reader has `get_batch(i)`) or an Arrow stream (an iterator)."""
         import pyarrow
 
         if file not in self.mapped:
@@ -238,39 +239,37 @@ class TableRecords(Sequence[Record]):
             pyarrow.OSFile(file) if self.system is None else self.system.open(file, "rb", cache_type="none")
         )
 
-    def _trying(self, what: str, read: Callable[[], Any]) -> Any:
-        """`read()`, again and again where a connection or a disk fails it; at last `UnreadableBlock`."""
+    def _retry(self, what: str, read: Callable[[], Any]) -> Any:
+        """Call `read()`, with retries after failures of a connection or a disk. Errors: `UnreadableBlock`."""
         import pyarrow
 
         def alive() -> Any:
-            if not threading.main_thread().is_alive():  # its end waits for this thread
+            if not threading.main_thread().is_alive():  # the program's end waits for this thread
                 raise UnreadableBlock(f"{what} cannot be read: the program ended")
             return read()
 
-        def bug(
-            error: Exception,
-        ) -> bool:  # what is raised is pyarrow's, the operating system's, and over HTTP every library's own
-            return self.system is None and not isinstance(
-                error, (OSError, pyarrow.ArrowException, UnicodeDecodeError)
-            )
+        def is_bug(error: Exception) -> bool:
+            """Over HTTP every library raises its own errors, so nothing counts as a bug."""
+            expected = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
+            return self.system is None and not isinstance(error, expected)
 
         try:
-            return trying(what, alive, lambda error: not bug(error) and _may_pass(error))
+            return trying(what, alive, lambda error: not is_bug(error) and _may_pass(error))
         except (UserError, UnreadableBlock):
             raise
         except Exception as error:
-            if bug(error):
+            if is_bug(error):
                 raise
             raise UnreadableBlock(f"{what} cannot be read: {reason_of(error)}") from None
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed. pyarrow says of damaged bytes that they are an `OSError`, but one without a number."""
+    """Return whether a retry may succeed. For damaged bytes pyarrow raises an `OSError` without a number."""
     import pyarrow
 
-    if (answered := status_may_pass(error)) is not None:
-        return answered
-    hopeless = (
+    if (may_pass := status_may_pass(error)) is not None:
+        return may_pass
+    permanent = (
         UserError,
         UnreadableBlock,
         pyarrow.ArrowException,
@@ -278,15 +277,17 @@ def _may_pass(error: Exception) -> bool:
         FileNotFoundError,
         PermissionError,
     )
-    return not isinstance(error, hopeless) and not (type(error) is OSError and error.errno is None)
+    return not isinstance(error, permanent) and not (type(error) is OSError and error.errno is None)
 
 
 def _check_form(file: str, schema: Any) -> None:
+    """Raise `UserError` unless the columns `images` and `texts` hold lists."""
     import pyarrow
 
     if missing := [name for name in ("images", "texts") if name not in schema.names]:
         raise UserError(
-            f"{file} has no column {' or '.join(missing)} (it has {', '.join(schema.names)}): not of The Cauldron's form"
+            f"{file} has no column {' or '.join(missing)} (it has {', '.join(schema.names)}): "
+            "not of The Cauldron's form"
         )
     for column in (schema.field("images"), schema.field("texts")):
         if not pyarrow.types.is_null(column.type) and (
@@ -300,22 +301,22 @@ def _check_form(file: str, schema: Any) -> None:
 ENDINGS = (".parquet", ".arrow")
 
 
-def table_files_here(folder: Path) -> list[str]:
+def local_table_files(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*") if path.suffix in ENDINGS)
 
 
 def table_files(root: str, folder: str, download: bool) -> tuple[Any, list[str]]:
-    """→ file system (None: this machine's) and files below `folder` of `root`, a local folder or a data set on the Hub.
+    """Return the file system (None: local) and the files below `folder` of `root`.
 
-    `download`: the Hub's files are fetched whole first. A folder that is not there raises `UserError`, which names the near ones.
+    `root` is a local folder or a data set on the Hub. With `download`, the Hub's files are first fetched
+    whole. A missing folder raises `UserError`, which names similar ones.
     """
     if not is_hub_id(root):
         base = Path(root)
         if not base.is_dir():
-            raise UserError(f"{root} is neither a folder here nor a Hub id (org/name)")
+            raise UserError(f"{root} is neither a local folder nor a Hub id (org/name)")
         top = [path.name for path in base.iterdir() if path.is_dir()]
-        files = table_files_here(base / folder)
-        system = None
+        system, files = None, local_table_files(base / folder)
     else:
         system, files, top = dataset_files(root, folder, ENDINGS[:1])
         if files and download:

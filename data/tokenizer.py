@@ -1,4 +1,4 @@
-"""The special-token table and the tokenizer. Ids: text and chat tokens first, then the image token, then the markers."""
+"""The tokenizer and its special tokens. Ids: text and chat tokens, then the image token, then the markers."""
 
 import hashlib
 import json
@@ -14,15 +14,12 @@ from utils.files import in_cache, write_text
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE, GLOBAL_IMAGE = "<|image|>", "<|global_image|>"
-CHAT_TOKENS = (TURN_START, TURN_END)  # known to the right tower
+CHAT_TOKENS = (TURN_START, TURN_END)  # embedded by the right tower
 TILE_MARKERS = tuple(f"<row_{r}_col_{c}>" for r in range(1, MAX_GRID + 1) for c in range(1, MAX_GRID + 1))
-IMAGE_TOKENS = (
-    IMAGE,
-    GLOBAL_IMAGE,
-    *TILE_MARKERS,
-)  # the placeholder, then the markers, in nanoVLM's order; known to the left tower alone
+# The placeholder, then the markers in nanoVLM's order; embedded by the left tower only.
+IMAGE_TOKENS = (IMAGE, GLOBAL_IMAGE, *TILE_MARKERS)
 
-# What the renderer does, in the form that other libraries read (ChatML): one placeholder an image, before its turn's text.
+# The renderer's format (ChatML) for other libraries: one placeholder per image, before the text of its turn.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -34,17 +31,18 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """Text → ids and back. Special-token strings inside text are ordinary text: only the renderer places special tokens."""
+    """Text → ids and back. Special-token strings in text stay text: only the renderer adds special tokens."""
 
     def __init__(self, backend: HFTokenizer) -> None:
         self.backend = backend
         backend.encode_special_tokens = True
-        ids = [backend.token_to_id(token) for token in (*CHAT_TOKENS, *IMAGE_TOKENS)]
-        if None in ids or ids[2:] != list(
-            range(backend.get_vocab_size() - len(IMAGE_TOKENS), backend.get_vocab_size())
-        ):
+        special = [backend.token_to_id(token) for token in (*CHAT_TOKENS, *IMAGE_TOKENS)]
+        ids = [i for i in special if i is not None]
+        size = backend.get_vocab_size()
+        if len(ids) < len(special) or ids[2:] != list(range(size - len(IMAGE_TOKENS), size)):
             raise UserError(
-                f"the tokenizer lacks {' '.join(CHAT_TOKENS)}, or {IMAGE} {GLOBAL_IMAGE} {TILE_MARKERS[0]} … {TILE_MARKERS[-1]} at its end"
+                f"the tokenizer lacks {' '.join(CHAT_TOKENS)}, or "
+                f"{IMAGE} {GLOBAL_IMAGE} {TILE_MARKERS[0]} … {TILE_MARKERS[-1]} at its end"
             )
         self.turn_start, self.turn_end, self.image, self.global_image = ids[:4]
         self.tile_markers = ids[4:]
@@ -54,7 +52,7 @@ class Tokenizer:
         return Vocabulary(text_size=self.image, markers=len(IMAGE_TOKENS) - 1)
 
     def fingerprint(self) -> str:
-        """32 hex digits of all that it makes of text."""
+        """Return a hash, 32 hex digits, of the whole tokenizer."""
         return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -64,17 +62,17 @@ class Tokenizer:
             raise UserError(f"text that is not Unicode cannot be turned into tokens: {text[:40]!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids → text; special tokens are left out."""
+        """Convert ids to text, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def show(self, token: int) -> str:
-        """One token for a reader: spaces as ·, line ends as \\n, special tokens by their names."""
+        """Format one token for people: spaces as ·, line ends as \\n, special tokens by their names."""
         text = self.backend.decode([token], skip_special_tokens=False)
         return text.replace(" ", "·").replace("\n", "\\n") or "∅"
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of at most `vocab_size` text tokens: it can spell any string."""
+        """Train a byte-level BPE of at most `vocab_size` text tokens; it can encode any string."""
         backend = HFTokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -87,11 +85,11 @@ class Tokenizer:
 
     @classmethod
     def of_language_model(cls, folder: Path, rows: int, impose_chatml: bool) -> "Tokenizer":
-        """A pretrained model's tokenizer with this project's tokens behind its own; `rows` is the length of its embedding table.
+        """Load a pretrained model's tokenizer and append this project's tokens.
 
-        Table rows that no token has stand for padding tokens, so that every old token keeps its row. Conversations are
-        written in ChatML: a model that was trained with another chat template, or with none, raises `UserError` unless
-        `impose_chatml`.
+        `rows` is the length of the model's embedding table. Padding tokens fill unused rows, so that every
+        old token keeps its row. Conversations are rendered in ChatML: a model with another chat template,
+        or none, raises `UserError` unless `impose_chatml`.
         """
         template = _chat_template(folder)
         if not impose_chatml and TURN_START not in (template or ""):
@@ -101,13 +99,15 @@ class Tokenizer:
                 else f"has a chat template that is not ChatML (no {TURN_START})"
             )
             raise UserError(
-                f"the tokenizer of {folder} {what}: take an instruction-tuned model that speaks ChatML, or teach it that with --data.chat_template chatml"
+                f"the tokenizer of {folder} {what}: take an instruction-tuned model that speaks ChatML, "
+                "or teach it that with --data.chat_template chatml"
             )
         backend = _read(folder)
         top = max(backend.get_vocab(with_added_tokens=True).values())
         if top >= rows:
             raise UserError(
-                f"the tokenizer of {folder} has ids up to {top}, its embedding table {rows} rows: they do not belong together"
+                f"the tokenizer of {folder} has ids up to {top}, its embedding table {rows} rows: "
+                "they do not belong together"
             )
         backend.add_special_tokens(list(CHAT_TOKENS))
         backend.add_special_tokens([f"<|padding_{i}|>" for i in range(rows - backend.get_vocab_size())])
@@ -115,7 +115,7 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, also for `transformers.AutoTokenizer`."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         config = {
@@ -139,15 +139,15 @@ def _read(folder: Path) -> HFTokenizer:
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
     try:
         backend = HFTokenizer.from_file(str(path))
-        backend.no_truncation()  # a length that some other use of the tokenizer has left in the file
+        backend.no_truncation()  # the file may hold settings of another use
         backend.no_padding()
         return backend
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+    except Exception as error:  # the library raises bare Exception for any damage
         raise UserError(f"{path} cannot be read as a tokenizer: {error}{in_cache(path)}") from None
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The chat template of a model in the Hugging Face format: a file of its own, or a key of `tokenizer_config.json`."""
+    """Read a model's chat template, from `chat_template.jinja` or `tokenizer_config.json`; None if absent."""
     try:
         if (folder / "chat_template.jinja").is_file():
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")

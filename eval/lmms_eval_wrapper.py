@@ -254,7 +254,7 @@ class DualTower(lmms):
         """Keep a task's first prompt: the first that is asked about the first document."""
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
             prompt = self.predictor.renderer.prompt([t.grid for t in tiles], [{"user": text}])
-            self.first_prompts[task] = doc_id, self.predictor.renderer.shown(prompt)
+            self.first_prompts[task] = doc_id, self.predictor.renderer.preview(prompt)
 
     def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
         out = []

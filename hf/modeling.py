@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from configs.model import GenerationConfig, ModelConfig, Vocabulary
 from configs.serialization import from_dict
-from data.render import IGNORE, Document, route, spans_of
+from data.render import IGNORE, Document, route, segments_of
 from hf.configuration import DualTowerConfig, VanillaConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
@@ -145,7 +145,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check_vocabulary(prompts)
         vocabulary, left_context = self.vlm.vocabulary, self.vlm.config.left_context
         documents = [
-            route(ids, [IGNORE] * len(ids), spans_of(ids, vocabulary), left_context) for ids in prompts
+            route(ids, [IGNORE] * len(ids), segments_of(ids, vocabulary), left_context) for ids in prompts
         ]
         images = self._tiles(prompts, pixel_values)
         ids = pad_sequence([torch.tensor(d.right_ids) for d in documents], batch_first=True)
@@ -204,7 +204,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         counts = [
             [
                 sum(token > vocabulary.image_token_id for token in ids[a:b])
-                for a, b, image in spans_of(ids, vocabulary)
+                for a, b, image in segments_of(ids, vocabulary)
                 if image >= 0
             ]
             for ids in prompts

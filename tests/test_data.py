@@ -228,7 +228,7 @@ class TestLoader:
         epochs = []
         for rank in range(ranks):
             loader = loader_of(records, renderer, workers, window=1, rank=rank, ranks=ranks, right_length=40)
-            while not loader.behind or loader.behind["epoch"] < 2:
+            while not loader.consumed or loader.consumed["epoch"] < 2:
                 next(loader)
             everything = Counter(
                 s.key for s in samples_of(dataset_of(records, renderer, **SHORT | {"right_length": 40}))
@@ -305,7 +305,7 @@ class TestLoader:
         assert time.monotonic() - before < 30
 
     def test_a_connection_that_breaks_is_a_death_where_somebody_died(self, monkeypatch):
-        monkeypatch.setattr("data.loader.DEATH", 0.2)
+        monkeypatch.setattr("data.loader.EXIT_SECONDS", 0.2)
 
         def broken(error):
             raise error
@@ -326,8 +326,8 @@ class TestLoader:
             alive.kill(), alive.join()
 
     def test_workers_that_are_silent_are_given_up(self, records, renderer, monkeypatch):
-        monkeypatch.setattr("data.loader.LOOK", 0.2)
-        monkeypatch.setattr("data.loader.SILENCE", 1.0)
+        monkeypatch.setattr("data.loader.POLL_SECONDS", 0.2)
+        monkeypatch.setattr("data.loader.TIMEOUT_SECONDS", 1.0)
         monkeypatch.setattr("data.loader.decode", lambda *_: time.sleep(60))
         with pytest.raises(UserError, match="the data workers gave nothing for 1.0 s"):
             next(loader_of(records, renderer, workers=2))
@@ -337,7 +337,7 @@ class TestLoader:
     def test_slow_workers_are_waited_for(self, records, renderer, monkeypatch):
         expected = [digest(b) for b in islice(loader_of(records, renderer), 6)]
         made = data.loader.decode
-        monkeypatch.setattr("data.loader.LOOK", 0.01)
+        monkeypatch.setattr("data.loader.POLL_SECONDS", 0.01)
         monkeypatch.setattr("data.loader.decode", lambda *a: time.sleep(0.02) or made(*a))
         assert [digest(b) for b in islice(loader_of(records, renderer, workers=2), 6)] == expected
 
@@ -575,7 +575,7 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
     )
     LOADERS.append(loader)
     answers = Counter()
-    while (loader.behind or {"epoch": 0})["epoch"] < 3:
+    while (loader.consumed or {"epoch": 0})["epoch"] < 3:
         batch = next(loader)
         learnt = batch["labels"][batch["labels"] >= 0].tolist()
         answers["documents"] += learnt.count(renderer.tokenizer.turn_end)

@@ -24,8 +24,8 @@ from data.images import (
     tile_count,
     to_tiles,
 )
-from data.svg import _checked as drawings_checked
 from data.svg import _drawer
+from data.svg import _validate as drawings_checked
 
 GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 

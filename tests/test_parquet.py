@@ -261,7 +261,7 @@ def test_downloaded_first(served):
             "org/nothing is no folder here, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)",
         ),
         ("org/set@v9", "", "(revision not found)"),
-        ("./nowhere", "", "./nowhere is neither a folder here nor a Hub id"),
+        ("./nowhere", "", "./nowhere is neither a local folder nor a Hub id"),
         ("LOCAL", "sone", "holds no Parquet files in a folder sone (did you mean 'some'?)"),
     ],
 )

@@ -123,7 +123,7 @@ def test_images_stand_at_the_head_of_the_first_turn(renderer):
     turns = [{"user": "one?", "assistant": "a"}, {"user": "two?", "assistant": "b"}]
     image = f"<|global_image|>[{renderer.tokens_per_tile} image tokens]"
     whole = f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
-    assert renderer.shown(renderer.conversation([(1, 1)] * 2, turns)) == whole
+    assert renderer.preview(renderer.conversation([(1, 1)] * 2, turns)) == whole
 
 
 def test_with_prefix_routing_all_goes_left_up_to_the_last_image_token(tokenizer):

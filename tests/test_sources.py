@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from configs.train import DataConfig
+from data.easy_vqa import easy_vqa
 from data.images import open_image
-from data.sources import CAULDRON_SUBSETS, base_emoji, easy_vqa, open_sources, openmoji, parse_sources
+from data.openmoji import base_emoji, openmoji
+from data.sources import CAULDRON_SUBSETS, open_sources, parse_sources
 from tests.conftest import dataset_of
 from utils.errors import UsageError, UserError
 
@@ -163,7 +165,7 @@ def test_specs():
         ("easy_vqa*0", "the weight must be above 0"),
         ("easy_vqa=here", "easy_vqa takes no path"),
         ("llava", "'llava' needs a path: llava=PATH"),
-        ("easy_vqa,easy_vqa*2", "easy_vqa stands there twice"),
+        ("easy_vqa,easy_vqa*2", "easy_vqa is listed twice"),
         ("the_cauldron/robut_sq", "did you mean 'robut_sqa', 'robut_wtq' or 'robut_wikisql'.."),
         (
             "jsonl=/my,own/a.jsonl",
@@ -181,7 +183,7 @@ def test_bad_folders(cauldron, tmp_path):
     for sources, message in (
         (f"the_cauldron/aokvqa={cauldron}", "holds no Parquet files in a folder aokvqa"),
         (f"tables/ai2={cauldron}", "in a folder ai2 .did you mean 'ai2d'"),
-        (f"tables={tmp_path}/nowhere", "neither a folder here nor a Hub id"),
+        (f"tables={tmp_path}/nowhere", "neither a local folder nor a Hub id"),
         (
             f"the_cauldron/ai2d={cauldron}",
             "data.validation_images = 50 leaves none of the 12 records of ai2d for training",
@@ -283,7 +285,7 @@ def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
         f"the_cauldron={cauldron},the_cauldron/ai2d={cauldron}",
         f"the_cauldron/all={cauldron},the_cauldron={cauldron}",
     ):
-        with pytest.raises(UsageError, match="the_cauldron/ai2d stands there twice"):
+        with pytest.raises(UsageError, match="the_cauldron/ai2d is listed twice"):
             opened(twice)
 
 

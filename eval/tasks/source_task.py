@@ -7,8 +7,10 @@ from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
+from data.easy_vqa import easy_vqa
 from data.images import open_image
-from data.sources import FILES, SOURCES, easy_vqa, openmoji, parse_sources
+from data.openmoji import openmoji
+from data.sources import FILES, SOURCES, parse_sources
 from utils.errors import UserError
 
 TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
