@@ -36,7 +36,7 @@ from hf.export import code_files, flattened, main
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model
 from tests.naive_dual_tower import Naive
-from training.script import export
+from training.export import export
 from utils.errors import UserError
 from utils.files import read_json
 

@@ -1,19 +1,42 @@
 """A configuration → the data of a run: tokenizer, packed training batches with state, validation set."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from configs.model import Vocabulary
 from configs.train import Config, FilterConfig
-from data.datasets import SampleDataset, SampleStream
+from data.datasets import SampleDataset, SampleStream, by_source
 from data.loader import Loader, Streams
 from data.mixture import Mixture, Source
 from data.packing import Budget, RowStream
 from data.parquet import UnreadableBlock
 from data.render import Renderer
-from data.sources import open_sources
-from data.tokenizer import Tokenizer
+from data.sources import open_sources, parse_sources
+from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
+from eval.validation import Validation
+from models.layers import pick_device
+from models.vision_encoder import resolve_vision
+from models.weights.language_models import (
+    find_language_model,
+    load_language_weights,
+    resolve_decoders,
+    table_rows,
+)
+from models.weights.lora import add_adapters
+from models.weights.pretrained import left_tower_of, load_left_tower, load_vision_weights, module_fingerprint
+from training.checkpoint import load_weights_of, read_state
+from training.feature_cache import FeatureCache
+from training.logging import RunLog
+from utils.errors import UsageError, UserError
+from utils.ranks import DistributedContext
 
 TOKENIZER_RECORDS = 5_000  # that a vocabulary is trained on
 
@@ -97,4 +120,153 @@ def training_text(sources: list[Source]) -> Iterator[str]:
                     str(turn.get("user", "")),
                     "assistant\n",
                     str(turn.get("assistant", "")),
+                )
+
+
+def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
+    """Fill in what follows from pretrained parts: feature grid and sizes of the decoders. What does not fit raises before any weight is loaded."""
+    model = config.model
+    parse_sources(config.data.sources)
+    if config.init_left_from:
+        if model.left_context == "none":
+            raise UsageError("--init_left_from: a vanilla model has no left tower")
+        for name in flags:
+            if name.startswith(("model.vision.", "model.projector.")) or name == "model.left.weights":
+                raise UsageError(f"--{name} follows from --init_left_from: leave one of them out")
+        found = left_tower_of(config.init_left_from)[0]
+        model = replace(
+            model,
+            vision=replace(found.vision, weights="random"),
+            projector=found.projector,
+            left=replace(found.left, weights="random"),
+        )
+    for tower in model.towers:
+        settled = [
+            name for name in flags if name.startswith(f"model.{tower}.") and name != f"model.{tower}.weights"
+        ]
+        if settled and (
+            getattr(model, tower).weights != "random" or (tower == "left" and config.init_left_from)
+        ):
+            raise UsageError(
+                f"--{settled[0]} follows from the pretrained weights of the {tower} tower: leave it out, or say --model.{tower}.weights random"
+            )
+    model = resolve_decoders(model, Path(config.cache_dir))
+    config = replace(config, model=replace(model, vision=resolve_vision(model.vision)))
+    if (source := language_model(config)) is not None:
+        Tokenizer.of_language_model(
+            *source, impose_chatml=config.data.chat_template == "chatml"
+        )  # raises now what it would raise later
+    return config
+
+
+def language_model(config: Config) -> tuple[Path, int] | None:
+    """Where the tokenizer comes from: the right tower's pretrained model, and the length of its embedding table."""
+    if config.model.right.weights == "random":
+        return None
+    folder = find_language_model(config.model.right.weights, Path(config.cache_dir), weights=False)
+    return folder, table_rows(folder)
+
+
+def vocabulary_of(config: Config) -> Vocabulary:
+    """As it will be; one that is trained on the data may turn out smaller."""
+    source = language_model(config)
+    if source is None:
+        return Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1)
+    return Tokenizer.of_language_model(*source, impose_chatml=True).vocabulary
+
+
+def check_compiler(config: Config) -> None:
+    """torch.compile makes C++ for a CPU: without a compiler the first step would fail."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if (
+        config.train.compile
+        and pick_device(config.train.device).type == "cpu"
+        and shutil.which(compiler) is None
+    ):
+        raise UsageError(
+            f"--train.compile needs a C++ compiler on a CPU, and there is no {compiler}: install one, name another in CXX, or leave the flag out"
+        )
+
+
+def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
+    """Fill a new model's parts from where their configurations say; parts that start at random stay as they are."""
+    load_language_weights(model, Path(config.cache_dir))
+    if config.init_left_from:
+        _, vocabulary, tensors = left_tower_of(config.init_left_from)
+        dropped = load_left_tower(model.left, vocabulary, tensors, config.init_left_from)
+        log.say(
+            f"left tower from {config.init_left_from}; {len(dropped)} tensors that it has no use for: {', '.join(dropped)}"
+        )
+    else:
+        load_vision_weights(model.parts()["vision"])
+
+
+def prepare(
+    config: Config,
+    folder: Path,
+    tokenizer: Path,
+    checkpoint: Path | None,
+    model_class: Any,
+    world: DistributedContext,
+) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
+    """Everything that training needs, loaded and checked; `tokenizer`: its folder."""
+    log = RunLog(folder, silent=not world.first)
+    torch.manual_seed(config.seed)
+    data = build_data(
+        config, tokenizer, language_model(config) if checkpoint is None else None, world.rank, world.size
+    )
+    if checkpoint is not None:
+        check_data(checkpoint, data, tokenizer)
+    model = model_class(config.model, data.tokenizer.vocabulary)
+    encoder = model.parts()["vision"]
+    if checkpoint is None:
+        load_pretrained(model, config, log)
+    add_adapters(model, config.lora)
+    if checkpoint is not None:
+        load_weights_of(checkpoint, model)  # now, for the feature cache goes by the encoder's weights
+    cache = FeatureCache(
+        Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)),
+        int(config.train.feature_cache_gb * 2**30 / world.size),
+    )
+    encoder.cache = cache
+    validation = Validation(data.validation, data.budget, config.train.local_batch_size, data.padding_id)
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items()
+    )
+    log.say(
+        f"run {folder}: {sum(map(len, data.training.sources))} training and {sum(map(len, data.validation.sources))} validation records of {config.data.sources}; parameters: {sizes}"
+    )
+    if data.validation.dropped:
+        log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
+
+    if world.rank:
+        torch.manual_seed(
+            (config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63
+        )  # dropout of its own; the weights are all ranks'
+    return model, data, validation, cache, log
+
+
+def data_identity(data: Data) -> dict[str, Any]:
+    """What must be the same when a run goes on: the tokenizer, and how many records each source has, by which their order is drawn."""
+    records = {
+        use: [[source.name, len(source)] for source in part.sources]
+        for use, part in (("training", data.training), ("validation", data.validation))
+    }
+    return {"tokenizer": data.tokenizer.fingerprint(), "records": records}
+
+
+def check_data(checkpoint: Path, data: Data, tokenizer: Path) -> None:
+    """Is the data what it was at a checkpoint? Else `UserError`; `tokenizer`: its folder."""
+    then, now = read_state(checkpoint, verify=False), data_identity(data)
+    if then.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        raise UserError(
+            f"checkpoint {checkpoint} was made with another tokenizer than {tokenizer} holds now: put that one back, or start a new run"
+        )
+    for use, sources in now["records"].items():
+        for (name, count), (before, had) in zip(
+            sources, then.get("records", now["records"])[use], strict=False
+        ):
+            if (name, count) != (before, had):
+                raise UserError(
+                    f"checkpoint {checkpoint} was made with {had:,} {use} records of {before}, and there are {count:,} of {name} now: samples would come twice or never; put the data back, or start a new run"
                 )

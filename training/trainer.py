@@ -1,16 +1,11 @@
 """The training loop: one for every model."""
 
 import ctypes
-import faulthandler
 import json
 import math
 import random
-import signal
 import statistics
-import sys
-import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,7 +28,9 @@ from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
 from training.precision import computed_in, grad_scaler, load_scale, scale_state
+from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
+from training.watchdog import Watchdog
 from utils.errors import UserError
 from utils.files import append_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
@@ -51,39 +48,6 @@ class Batches(Protocol):
     def dropped(self) -> Mapping[tuple[str, str], int]: ...
     def samples(self) -> list[str]: ...
     def close(self) -> None: ...
-
-
-class Stopped(Exception):
-    """A signal ended training early; the message names the checkpoint."""
-
-
-class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more than once interrupts at once."""
-
-    def __init__(self, patience: int = 1) -> None:
-        self.name, self.patience, self.interrupts = "", patience, 0
-
-    def __enter__(self) -> "StopSignals":
-        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
-        self.before = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            if main
-        }
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > self.patience and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *error: object) -> None:
-        for (
-            number,
-            handler,
-        ) in self.before.items():  # one who was told to stop is about to: a second word changes nothing
-            signal.signal(number, signal.SIG_IGN if self.name and number != signal.SIGINT else handler)
 
 
 @dataclass
@@ -357,56 +321,6 @@ def set_blocks(model: Any, config: TrainConfig) -> None:
         if isinstance(block, DecoderBlock):
             block.recompute = config.recompute
             block.compiled = torch.compile(block.run) if config.compile else None
-
-
-class Watchdog:
-    """Each silence of so many minutes (0: none) has the stacks of all threads printed to stderr.
-
-    A thread of Python's does it, which disturbs no other. Where it cannot run, for one holds the interpreter's lock and hangs, `faulthandler`
-    does, after twice the time: beside threads at work that may end the process.
-    """
-
-    def __init__(self, minutes: float) -> None:
-        self.seconds, self.last, self.over = minutes * 60, time.monotonic(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def __enter__(self) -> "Watchdog":
-        if self.seconds and sys.__stderr__ is not None:
-            self.thread.start()
-        return self
-
-    def progress(self) -> None:
-        """Training goes on: a new silence begins."""
-        self.last = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-    def _watch(self) -> None:
-        rest = self.seconds
-        while True:
-            faulthandler.dump_traceback_later(2 * self.seconds + 1, file=sys.__stderr__)  # begins anew
-            if self.over.wait(max(0.1, rest)):
-                break
-            rest = self.last + self.seconds - time.monotonic()
-            if rest <= 0:
-                print(_stacks(self.seconds / 60), end="", file=sys.__stderr__, flush=True)
-                rest, self.last = self.seconds, time.monotonic()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _stacks(minutes: float) -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = {
-        ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()
-    }
-    told = [
-        f"thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in frames.items()
-    ]
-    return f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n{''.join(told)}"
 
 
 def _log_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
