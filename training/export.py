@@ -1,4 +1,4 @@
-"""A trained model → its model folder, of a checkpoint or at the end of a run."""
+"""Model folders of a run: of the model in training, of a checkpoint, and of the finished model."""
 
 import copy
 import shlex
@@ -30,27 +30,33 @@ def export(
     run: Path,
     evaluated: dict[str, Any] | None = None,
 ) -> None:
-    """Write a complete model folder, with a card of what `run` tells; adapters are merged into a copy, the model stays as it is."""
+    """Write a complete model folder, with a model card made from the run folder `run`.
+
+    Adapters are merged into a copy; `model` itself does not change. `evaluated`: metrics for the card.
+    """
     if any(hasattr(module, "peft_config") for module in model.modules()):
         encoder = model.parts()["vision"]
-        cache, encoder.cache = encoder.cache, None  # gigabytes that no export needs
+        cache, encoder.cache = encoder.cache, None  # gigabytes, not to be copied
         try:
             model = copy.deepcopy(model)
         finally:
             encoder.cache = cache
         merge_adapters(model)
-    with replacing_folder(folder) as beside:
-        write_card(model, config, run, beside, evaluated)
-        model.save_pretrained(beside)
-        tokenizer.save(beside)
-        add_hf_code(beside, tokenizer)
+    with replacing_folder(folder) as temp_folder:
+        write_card(model, config, run, temp_folder, evaluated)
+        model.save_pretrained(temp_folder)
+        tokenizer.save(temp_folder)
+        add_hf_code(temp_folder, tokenizer)
 
 
 def export_checkpoint(
     checkpoint: Path, folder: Path, model_class: Any, tokenizer: Tokenizer, config: Config, run: Path
 ) -> None:
-    """A checkpoint's weights, or their averages, as a model folder, without a look at the model that is being trained."""
-    with torch.device("meta"):  # nothing is drawn at random, which training would notice
+    """Write a model folder of a checkpoint's weights, or of their moving average.
+
+    The model in training is not touched.
+    """
+    with torch.device("meta"):  # so that no random number is drawn: training's order stays
         model = model_class(config.model, tokenizer.vocabulary)
         add_adapters(model, config.lora)
     model.load_state_dict(
@@ -65,8 +71,12 @@ def export_checkpoint(
 
 
 def unsharded(model: Any, config: Config, model_class: Any) -> Any:
-    """The model as one process has it: itself, or, where FSDP shares it among ranks, a whole copy on each. Every rank calls it."""
-    if not isinstance(model, FSDPModule):
+    """Return a model that one process can run alone. Every rank must call this.
+
+    Under FSDP that is a whole copy on each rank, otherwise the model itself.
+    """
+    is_sharded = isinstance(model, FSDPModule)
+    if not is_sharded:
         return model
     with torch.device("meta"):
         whole = model_class(config.model, model.vocabulary)
@@ -77,8 +87,8 @@ def unsharded(model: Any, config: Config, model_class: Any) -> Any:
     for name, buffer in model.named_buffers():
         module, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(module), leaf, buffer)
-    shared, own = (m.parts()["vision"] for m in (model, whole))
-    own.cache = shared.cache if shared.frozen else None
+    encoder, whole_encoder = (m.parts()["vision"] for m in (model, whole))
+    whole_encoder.cache = encoder.cache if encoder.frozen else None
     return whole.requires_grad_(False).eval()
 
 
@@ -91,19 +101,20 @@ def export_final(
     log: RunLog,
     pusher: Pusher | None,
 ) -> None:
-    """Export what was learnt, and say how to ask it; `example` is one of the predictions."""
+    """Export the trained model, push it, and print a command that asks it `example`, a prediction."""
     for adapter in save_adapters(model, folder / "adapters"):
         log.say(f"adapter: {adapter} (merged into the model below)")
     merge_adapters(model)  # training is over: no copy is needed
     export(model, folder / "model", tokenizer, config, folder)
     if pusher is not None:
         pusher.finish(folder / "model")
-    here = Path.cwd()
+    cwd = Path.cwd()
     python, image = (
-        p.relative_to(here) if p.is_relative_to(here) else p
+        p.relative_to(cwd) if p.is_relative_to(cwd) else p
         for p in (Path(sys.executable), Path(example["image"]))
     )
     with_image = f" --image {shlex.quote(str(image))}" if example["image"] else ""
     log.say(
-        f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}{with_image} --prompt {shlex.quote(example['question'])}"
+        f"model: {folder / 'model'}\ntry it:\n  {python} generate.py --checkpoint {folder / 'model'}"
+        f"{with_image} --prompt {shlex.quote(example['question'])}"
     )

@@ -1,4 +1,4 @@
-"""Signals before, during and after training."""
+"""Signals that stop a run: before, during and after training."""
 
 import signal
 import sys
@@ -13,13 +13,16 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more than once interrupts at once."""
+    """Records SIGINT, SIGTERM or SIGUSR1 as `name`, which the loop reads after each step.
+
+    The SIGINT that follows `patience` others raises `KeyboardInterrupt` at once.
+    """
 
     def __init__(self, patience: int = 1) -> None:
         self.name, self.patience, self.interrupts = "", patience, 0
 
     def __enter__(self) -> "StopSignals":
-        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
+        main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
         self.before = {
             number: signal.signal(number, self._note)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -34,31 +37,32 @@ class StopSignals:
         self.name = signal.Signals(number).name
 
     def __exit__(self, *error: object) -> None:
-        for (
-            number,
-            handler,
-        ) in self.before.items():  # one who was told to stop is about to: a second word changes nothing
+        # After a stop signal the process is about to end: further ones are ignored, except SIGINT.
+        for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if self.name and number != signal.SIGINT else handler)
 
 
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """What ends the process at once, before training takes signals and after it, ends the block first: what is half made is taken away."""
+def exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGUSR1 into `SystemExit`, so that half-made files are removed.
+
+    For the time before and after training; `StopSignals` takes over in between.
+    """
 
     def end(number: int, frame: Any) -> None:
+        # With --resume auto, for it starts a new run where there is none yet.
         print(
             f"{signal.Signals(number).name} before or after training: start again with --resume auto",
             file=sys.stderr,
-        )  # which begins where there is nothing yet
+        )
         raise SystemExit(128 + number)
 
-    main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
+    main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1) if main}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if (
-                signal.getsignal(number) is end
-            ):  # else training was told to stop, and this process is about to
+            # Another handler means that a signal stopped training, and the process is about to end.
+            if signal.getsignal(number) is end:
                 signal.signal(number, handler)

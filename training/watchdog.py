@@ -1,4 +1,4 @@
-"""Where the threads are when training stalls."""
+"""Prints the stacks of all threads when training stalls."""
 
 import faulthandler
 import sys
@@ -8,10 +8,11 @@ import traceback
 
 
 class Watchdog:
-    """Each silence of so many minutes (0: none) has the stacks of all threads printed to stderr.
+    """Prints the stacks of all threads to stderr whenever `minutes` pass without progress (0: never).
 
-    A thread of Python's does it, which disturbs no other. Where it cannot run, for one holds the interpreter's lock and hangs, `faulthandler`
-    does, after twice the time: beside threads at work that may end the process.
+    A Python thread prints them, which does not disturb the others. It cannot run while a hanging thread holds
+    the interpreter's lock. `faulthandler` prints then, after twice the time: while other threads run it may
+    crash the process.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -24,7 +25,7 @@ class Watchdog:
         return self
 
     def progress(self) -> None:
-        """Training goes on: a new silence begins."""
+        """Restart the countdown."""
         self.last = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
@@ -33,25 +34,31 @@ class Watchdog:
             self.thread.join()
 
     def _watch(self) -> None:
-        rest = self.seconds
+        stderr = sys.__stderr__
+        assert stderr is not None  # else the thread is not started
+        remaining = self.seconds
         while True:
-            faulthandler.dump_traceback_later(2 * self.seconds + 1, file=sys.__stderr__)  # begins anew
-            if self.over.wait(max(0.1, rest)):
+            faulthandler.dump_traceback_later(2 * self.seconds + 1, file=stderr)  # restarts its countdown
+            if self.over.wait(max(0.1, remaining)):
                 break
-            rest = self.last + self.seconds - time.monotonic()
-            if rest <= 0:
-                print(_stacks(self.seconds / 60), end="", file=sys.__stderr__, flush=True)
-                rest, self.last = self.seconds, time.monotonic()
+            remaining = self.last + self.seconds - time.monotonic()
+            if remaining <= 0:
+                print(_stacks(self.seconds / 60), end="", file=stderr, flush=True)
+                remaining, self.last = self.seconds, time.monotonic()
         faulthandler.cancel_dump_traceback_later()
 
 
 def _stacks(minutes: float) -> str:
+    """The message: the stack of every thread but this one."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = {
         ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()
     }
-    told = [
+    stacks = [
         f"thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in frames.items()
     ]
-    return f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n{''.join(told)}"
+    return (
+        f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n"
+        f"{''.join(stacks)}"
+    )
