@@ -243,9 +243,7 @@ def prepare(
         load_pretrained(model, config, log)
     add_adapters(model, config.lora)
     if checkpoint is not None:
-        load_weights_of(
-            checkpoint, model
-        )  # before the cache, which depends on the weights
+        load_weights_of(checkpoint, model)  # before the cache, which depends on the weights
     cache = FeatureCache(
         Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)),
         int(config.train.feature_cache_gb * 2**30 / world.size),
