@@ -25,7 +25,7 @@ from tests.test_dual_tower import make_sample
 from training.diagnostics import Diagnostics, FlopsMeter
 from training.estimate import count_flops, trained_shares
 from training.optim import make_optimizers
-from training.script import check_compiler
+from training.setup import check_compiler
 from training.step import train_step
 from utils.errors import UsageError
 
@@ -220,7 +220,7 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
 
 def busy_under_a_watchdog() -> None:
     """Hundreds of dumps of threads at work, which may end a process where they are made beside them."""
-    from training.trainer import Watchdog
+    from training.watchdog import Watchdog
 
     over = time.monotonic() + 3
     with Watchdog(1e-9):
@@ -241,7 +241,7 @@ def busy_under_a_watchdog() -> None:
 
 def hold_the_interpreter() -> None:
     """A C function that hangs with the interpreter's lock: no thread of Python's can say so."""
-    from training.trainer import Watchdog
+    from training.watchdog import Watchdog
 
     with Watchdog(0.01):
         ctypes.PyDLL(None).sleep(4)

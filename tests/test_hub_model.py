@@ -460,7 +460,7 @@ def test_the_card_says_what_is_known(model, tmp_path):
         "# tiny",
         "| sources | the_cauldron/vqav2, jsonl |",
         "| optimizer steps | 10 of 20 |",
-        "| tokens learnt from | 100 |",
+        "| supervised tokens | 100 |",
         f"| all |  | {sum(p.numel() for p in model.parameters()):,} |",
         "| validation loss | 2.2500 |  |  |",
         "| easy_vqa (1,234 samples): accuracy | 0.7500 | 0.1250 | 0.2500 |",
@@ -493,7 +493,7 @@ def test_what_is_not_known_is_left_out(model, tmp_path):
     text = card(model, tmp_path)
     assert (
         "## Scores" not in text
-        and "tokens learnt" not in text
+        and "supervised tokens" not in text
         and "nan" not in text.lower().replace("nanovlm", "")
         and "| optimizer steps | 4 of 20 |" in text
     )
@@ -546,7 +546,7 @@ def test_odd_figures_have_no_line(model, tmp_path, results, lines):
         line for line in text.splitlines() if line.startswith(("| a:", "| a (", "| b:", "| b ("))
     ] == lines and ("## Scores" in text) == bool(lines)
     assert (
-        "tokens learnt" not in text
+        "supervised tokens" not in text
         and "| optimizer steps | 1 of 20 |" in text
         and not re.search(r"\bnan\b|None", text)
     )
@@ -882,7 +882,7 @@ def test_a_run_without_a_hub_ends_well(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (
         re.search(
-            r"warning: hub: me/tiny could not be pushed to: .*; the model stands in .*run/model", done.stdout
+            r"warning: hub: me/tiny could not be pushed to: .*; the model is in .*run/model", done.stdout
         )
         and (tmp_path / "run" / "model" / "model.safetensors").is_file()
     )

@@ -22,10 +22,10 @@ from tests.test_dual_tower import make_sample
 from tests.test_training import command
 from training.ema import KEY, ema_weights
 from training.estimate import dry_run
+from training.export import export_checkpoint
 from training.muon import Muon, orthogonal
 from training.optim import make_optimizers
 from training.precision import autocast, grad_scaler
-from training.script import export_checkpoint
 from training.step import _norm, train_step
 
 CPU = torch.device("cpu")

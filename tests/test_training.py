@@ -42,8 +42,8 @@ from training.estimate import kept_bytes
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.optim import make_optimizers, schedule
+from training.signals import StopSignals
 from training.step import train_step
-from training.trainer import StopSignals
 from utils.errors import UsageError, UserError
 from utils.files import replacing_folder
 from utils.ranks import SINGLE_PROCESS

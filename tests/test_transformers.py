@@ -37,7 +37,7 @@ from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model, to_format_3
 from tests.naive_dual_tower import Naive
 from tools.export import main
-from training.script import export
+from training.export import export
 from utils.errors import UserError
 from utils.files import read_json
 

@@ -359,7 +359,7 @@ def _histogram(axes: "Axes", groups: list[list[float]], end: int = 0, **options:
 def main(argv: list[str]) -> None:
     args, config, flags = arguments(argv, str(__doc__), OWN)
     torch.set_num_threads(1)  # tiles are small: threads only wait for one another
-    from training.script import language_model, resolve_config
+    from training.setup import language_model, resolve_config
 
     config = resolve_config(config, flags)
     with TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
-"""`--fit-memory`: how many rows a micro-batch may have, so that a step of the same batch fits the memory.
+"""`--fit-memory`: the largest local batch size that fits the memory; the global batch size stays.
 
-Memory is linear in the rows of a micro-batch. On a GPU two steps of full rows are measured, of one row and of two; elsewhere it is `--dry_run`'s estimate.
+Memory is linear in the rows of a micro-batch. On a GPU it is measured, in steps with one full row and two.
+Elsewhere it is the estimate of `--dry_run`.
 """
 
 import gc
@@ -24,40 +25,40 @@ from training.trainer import set_blocks
 from utils.errors import UsageError, UserError
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
-BESIDE = 0.7e9  # bytes that PyTorch takes by itself: its code, on a GPU its context
-MARGIN = 1.05  # for what is allocated in pieces that do not fit into one another
+OVERHEAD = 0.7e9  # bytes that PyTorch itself takes: its code, or a GPU's context
+MARGIN = 1.05  # for fragmentation
 
 
 def fit_batch_size(
     config: Config, model_class: Any, vocabulary: Vocabulary, world: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Config, str]:
-    """→ `config` with the local batch size that fits, and a line that says why. Where nothing fits: `UserError`.
+    """→ `config` with the local batch size that fits, and a line that says why. If nothing fits: `UserError`.
 
-    Of several ranks the first one's device stands for all. The random state stays as it is.
+    The device of rank 0 represents those of all ranks. The random state is left as it is.
     """
     device = pick_device(config.train.device)
     if config.fit_memory == "auto":
-        limit, whose = free_memory(device), f"that are free on {device.type}"
+        limit, limit_label = free_memory(device), f"that are free on {device.type}"
         if limit is None:
             raise UsageError(
-                f"--fit-memory: what is free on {device.type} is not known here: say how many GB, --fit-memory 12"
+                f"--fit-memory: the free memory of {device.type} is unknown: say how many GB, --fit-memory 12"
             )
         limit /= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     else:
-        limit, whose = float(config.fit_memory) * 1e9, "that it was given"
+        limit, limit_label = float(config.fit_memory) * 1e9, "that it was given"
     if device.type == "cuda" and config.parallel == "ddp":
         one, two = (peak(config, model_class, vocabulary, rows, device) for rows in (1, 2))
-        how = "measured with one row and two"
+        method = "measured with one row and two"
     else:
         of = step_memory(config, model_class, vocabulary, world.size if config.parallel == "fsdp" else 1)
         one, two = (sum(of(rows).values()) for rows in (1, 2))
-        how = "estimated, as by --dry_run"
+        method = "estimated, as by --dry_run"
     return choose(
         config,
-        lambda rows: BESIDE + MARGIN * (one if rows == 1 else one + (rows - 1) * (two - one)),
+        lambda rows: OVERHEAD + MARGIN * (one if rows == 1 else one + (rows - 1) * (two - one)),
         limit,
-        whose,
-        how,
+        limit_label,
+        method,
         world,
     )
 
@@ -66,49 +67,57 @@ def choose(
     config: Config,
     needed: Callable[[int], float],
     limit: float,
-    whose: str,
-    how: str,
+    limit_label: str,
+    method: str,
     world: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Config, str]:
-    """The most rows that take at most `limit` bytes and divide the global batch so that ranks and streams can share it."""
+    """Choose the most rows that take at most `limit` bytes and divide the global batch.
+
+    Ranks and streams must be able to share it. `needed`: rows → bytes; `limit_label`, `method`: for messages.
+    """
     c = config.train
     batch, shared = c.global_batch_size, math.lcm(world.size, config.data.streams or world.size)
     choices = [rows for rows in range(1, batch + 1) if batch % rows == 0 and batch // rows % shared == 0]
     if not choices:
         raise UserError(
-            f"--fit-memory: train.global_batch_size = {batch} rows cannot be shared by {shared} ranks or streams"
+            f"--fit-memory: train.global_batch_size = {batch} rows cannot be shared by {shared} ranks or "
+            "streams"
         )
     fit = [rows for rows in choices if needed(rows) <= limit]
     if not fit:
-        turn = (
+        advice = (
             "shorten data.left_length and data.right_length, or train fewer parts"
             if c.recompute
             else "turn on --train.recompute"
         )
-        least = f"{needed(1) / 1e9:.1f} GB ({how}), more" if math.isfinite(needed(1)) else "more"
+        takes = f"{needed(1) / 1e9:.1f} GB ({method}), more" if math.isfinite(needed(1)) else "more"
         raise UserError(
-            f"--fit-memory: a micro-batch of one row takes {least} than the {limit / 1e9:.1f} GB {whose}: {turn}"
+            f"--fit-memory: a micro-batch of one row takes {takes} than the {limit / 1e9:.1f} GB "
+            f"{limit_label}: {advice}"
         )
     rows = max(fit)
     more = next((r for r in choices if r > rows), None)
     beyond = (
         f"; {more} rows would take {needed(more) / 1e9:.1f}" if more and math.isfinite(needed(more)) else ""
     )
-    line = f"--fit-memory: train.local_batch_size {rows} of train.global_batch_size {batch}, {needed(rows) / 1e9:.1f} GB ({how}) of the {limit / 1e9:.1f} GB {whose}{beyond}"
+    line = (
+        f"--fit-memory: train.local_batch_size {rows} of train.global_batch_size {batch}, "
+        f"{needed(rows) / 1e9:.1f} GB ({method}) of the {limit / 1e9:.1f} GB {limit_label}{beyond}"
+    )
     return replace(config, train=replace(c, local_batch_size=rows)), line
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes of `device` that nobody uses; None where the system does not tell."""
+    """Free memory of `device` in bytes; None if the system does not report it."""
     info = Path("/proc/meminfo")
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     if (
         device.type == "cpu"
         and info.exists()
-        and (found := re.search(r"MemAvailable:\s+(\d+)", info.read_text()))
+        and (match := re.search(r"MemAvailable:\s+(\d+)", info.read_text()))
     ):
-        return int(found[1]) * 1024.0
+        return int(match[1]) * 1024.0
     return None
 
 
@@ -134,43 +143,51 @@ def peak(
     vocabulary: Vocabulary,
     rows: int,
     device: torch.device,
-    watched: Callable[[Callable[[], Any]], float] | None = None,
+    measure: Callable[[Callable[[], Any]], float] | None = None,
 ) -> float:
-    """The most bytes that two steps of two micro-batches of `rows` full rows have in use; infinite where the device has not as many. `watched` calls and counts; without, CUDA does."""
+    """Peak bytes in use during two steps of two micro-batches of `rows` full rows; infinite if memory ends.
+
+    `measure` calls a function and returns its peak; by default CUDA's counter does.
+    """
     config = replace(
         config, train=replace(config.train, local_batch_size=rows, global_batch_size=2 * rows, compile=False)
     )
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            model = trial_model(config, model_class, vocabulary).to(device)
-            set_blocks(model, config.train)
-            optimizers, batches = (
-                make_optimizers(model, config.train),
-                RepeatedBatch(full_batch(config, vocabulary, rows)),
-            )
-            scaler = torch.amp.GradScaler(
-                device.type, init_scale=1.0, enabled=config.train.dtype == "fp16"
-            )  # nothing overflows
-
-            def steps() -> None:
-                for step in (1, 2):
-                    values = train_step(config, model, optimizers, batches, step, device, scaler=scaler)
-                    assert values["grad_norm"] is not None, (
-                        values
-                    )  # else the optimizer's state would be missing
-
-            return _watched_by_cuda(steps, device) if watched is None else watched(steps)
+            return _measure_trial(config, model_class, vocabulary, rows, device, measure)
     except torch.OutOfMemoryError:
         return math.inf
-    finally:
-        model = optimizers = batches = None
+    finally:  # the trial's model is freed by now
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _watched_by_cuda(steps: Callable[[], Any], device: torch.device) -> float:
+def _measure_trial(
+    config: Config,
+    model_class: Any,
+    vocabulary: Vocabulary,
+    rows: int,
+    device: torch.device,
+    measure: Callable[[Callable[[], Any]], float] | None,
+) -> float:
+    model = trial_model(config, model_class, vocabulary).to(device)
+    set_blocks(model, config.train)
+    optimizers = make_optimizers(model, config.train)
+    batches = RepeatedBatch(full_batch(config, vocabulary, rows))
+    # A scale of 1, so that nothing overflows.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.dtype == "fp16")
+
+    def steps() -> None:
+        for step in (1, 2):
+            values = train_step(config, model, optimizers, batches, step, device, scaler=scaler)
+            assert values["grad_norm"] is not None, values  # else the optimizer's state would be missing
+
+    return _measure_on_cuda(steps, device) if measure is None else measure(steps)
+
+
+def _measure_on_cuda(steps: Callable[[], Any], device: torch.device) -> float:
     torch.cuda.reset_peak_memory_stats(device)
     steps()
     return float(torch.cuda.max_memory_allocated(device))

@@ -1,11 +1,11 @@
-"""Pushing a run's model to the Hub while it trains. Whatever goes wrong there is told; the run goes on."""
+"""Pushes a run's model to the Hub while it trains. Errors of the Hub are warnings; training goes on."""
 
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from configs.train import HubConfig
 from utils.errors import UserError
@@ -13,9 +13,10 @@ from utils.hub import HubUnavailable, open_repo, push
 
 
 class Pusher:
-    """The first rank's. `saved` begins to push a checkpoint's model, in a thread; where one is under way the newest waits, and those between are passed over.
+    """Pushes checkpoints' models in a thread; on rank 0.
 
-    `export(checkpoint, folder)` makes a model folder of a checkpoint, in that thread.
+    While a push is under way only the newest checkpoint waits. `export(checkpoint, folder)` writes a model
+    folder of a checkpoint, in that thread.
     """
 
     def __init__(
@@ -26,39 +27,35 @@ class Pusher:
         export: Callable[[Path, Path], None],
         say: Callable[[str], None],
     ) -> None:
-        """Opens the repository: a refusal raises `UserError`, before anything is trained; a Hub that is out of reach is asked again later."""
-        self.config, self.model_type, self.folder, self.export, self.say = (
-            config,
-            model_type,
-            folder / "hub",
-            export,
-            say,
-        )
+        """Open the repository. A refusal raises `UserError`; an unreachable Hub is tried again later."""
+        self.config, self.model_type, self.folder = config, model_type, folder / "hub"
+        self.export, self.say = export, say
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
         self.newest: Path | None = None
         self.repo = ""
-        self.told: set[str] = set()
-        disable_progress_bars()  # the terminal has the run's own
+        self.warnings: set[str] = set()
+        disable_progress_bars()  # the run has its own
         try:
-            self.repo = self._opened()
+            self.repo = self._open_repo()
             say(f"hub: the model will be pushed to {self.repo}")
         except HubUnavailable as error:
             self._warn(str(error))
 
-    def _opened(self) -> str:
+    def _open_repo(self) -> str:
         return self.repo or open_repo(self.config.repo, self.model_type, self.config.private or None)
 
     def _warn(self, problem: str) -> None:
-        if problem not in self.told:
-            self.told.add(problem)
+        if problem not in self.warnings:
+            self.warnings.add(problem)
             self.say(f"warning: hub: {problem}; training goes on, and the next checkpoint is tried again")
 
     def _push(self, folder: Path, message: str) -> str:
-        self.repo = self._opened()
+        self.repo = self._open_repo()
         return push(folder, self.repo, message)
 
     def saved(self, checkpoint: Path) -> None:
+        """Push a checkpoint's model, now or after the push that is under way."""
         with self.lock:
             self.newest = checkpoint
             if self.thread is None:
@@ -75,13 +72,13 @@ class Pusher:
             try:
                 self.export(checkpoint, self.folder)
                 self._push(self.folder, checkpoint.name.replace("_", " "))
-            except Exception as error:  # of the Hub, of a full disk, of a checkpoint that is gone by now: the run has its own
+            except Exception as error:  # the Hub, a full disk, a deleted checkpoint: training goes on
                 self._warn(str(error) or type(error).__name__)
             finally:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(self, model: Path) -> None:
-        """Wait for what is under way, then push the finished model's folder."""
+        """Wait for the push under way, then push the finished model's folder."""
         with self.lock:
             self.newest, thread = None, self.thread
         if thread is not None:
@@ -90,5 +87,6 @@ class Pusher:
             self.say(f"hub: pushed: {self._push(model, 'final model')}")
         except UserError as error:
             self.say(
-                f"warning: hub: {error}; the model stands in {model}, to be pushed later: python -m tools.hub push {model} {self.config.repo}"
+                f"warning: hub: {error}; the model is in {model}, to be pushed later: "
+                f"python -m tools.hub push {model} {self.config.repo}"
             )

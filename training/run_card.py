@@ -1,8 +1,8 @@
-"""What a run tells of itself in the model card: data, settings, the curve of its loss, scores."""
+"""The model card of a run: data, settings, the loss curve, scores."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from utils.hub import is_hub_id
 from utils.plotting import curves
 
 PICTURE = "training.png"
-POINTS = 400  # of a curve: each the mean of as many steps
+POINTS = 400  # of a curve at most; each is the mean of as many steps
 
 
 def write_card(
@@ -29,16 +29,19 @@ def write_card(
     evaluated: dict[str, Any] | None = None,
     evaluation: Path | None = None,
 ) -> None:
-    """README.md and its picture into model folder `folder`. `evaluated`: the metrics of its step, else the run's last; `evaluation`: what evaluation.py wrote of it."""
+    """Write README.md and its picture into model folder `folder`.
+
+    `evaluated`: metrics of the model's step, by default the run's last validation. `evaluation`: a file of
+    results that evaluation.py wrote for this model.
+    """
     lines = list(_metrics(run / "metrics.jsonl"))
     losses = [(line["step"], line["loss"]) for line in lines if _finite(line.get("loss"))]
     validations = [line for line in lines if _finite(line.get("validation_loss"))]
     drawn = len(losses) > 1
     if drawn:
-        with replacing(folder / PICTURE) as beside:
-            draw(losses, [(line["step"], line["validation_loss"]) for line in validations]).save(
-                beside, format="png", optimize=True
-            )
+        picture = draw(losses, [(line["step"], line["validation_loss"]) for line in validations])
+        with replacing(folder / PICTURE) as temp_path:
+            picture.save(temp_path, format="png", optimize=True)
     scores = evaluated if evaluated is not None else validations[-1] if validations else {}
     specs = parse_sources(config.data.sources)
     facts = RunFacts(
@@ -59,7 +62,10 @@ def write_card(
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl that are of a step; half a last one is being written. Errors: `UserError` where it is damaged."""
+    """Yield the lines of a metrics.jsonl that belong to a step.
+
+    A last line without its end is still being written, and left out. A damaged file raises `UserError`.
+    """
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError as error:
@@ -79,13 +85,14 @@ def _finite(value: Any) -> bool:
 
 
 def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of the training settings, and of what metrics.jsonl says about the steps."""
     c, steps = config.train, [line for line in lines if "loss" in line]
     if steps:
         yield "optimizer steps", f"{steps[-1]['step']:,} of {config.max_steps:,}"
-    if steps and len(steps) == steps[-1]["step"]:  # every one is known
-        counts = [line.get("supervised_tokens") for line in steps]
-        if all(type(count) is int and count >= 0 for count in counts):
-            yield "tokens learnt from", f"{sum(counts):,}"
+    if steps and len(steps) == steps[-1]["step"]:  # every step has its line
+        counts = [n for line in steps if type(n := line.get("supervised_tokens")) is int and n >= 0]
+        if len(counts) == len(steps):
+            yield "supervised tokens", f"{sum(counts):,}"
     length = config.data.right_length + (
         config.data.left_length if config.model.left_context != "none" else 0
     )
@@ -93,10 +100,8 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
     rates = {"vision": c.lr_vision, "projector": c.lr_projector} | {
         tower: getattr(c, f"lr_{tower}") for tower in config.model.towers
     }
-    yield (
-        "optimizer",
-        f"{c.optimizer}; learning rates: {', '.join(f'{name} {rate:g}' if rate else f'{name} frozen' for name, rate in rates.items())}",
-    )
+    listed = ", ".join(f"{name} {rate:g}" if rate else f"{name} frozen" for name, rate in rates.items())
+    yield "optimizer", f"{c.optimizer}; learning rates: {listed}"
     if c.ema:
         yield "weights", f"a moving average, decay {c.ema:g}"
     if adapted := [
@@ -108,38 +113,44 @@ def _training(config: Config, lines: list[dict[str, Any]]) -> Iterator[tuple[str
 
 
 def _validation(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name and value of validation metrics, as rows of four columns."""
     for name, value in scores.items():
         if name not in ("step", "seconds") and _finite(value):
             yield name.replace("_", " "), f"{value:.4f}", "", ""
 
 
 def _evaluation(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    for task, told in _part(read_json(path), "tasks").items():
-        samples = told.get("samples") if isinstance(told, dict) else None
+    """Yield task and metric, score, standard error and random-weights baseline of evaluation.py's results."""
+    for task, results in _part(read_json(path), "tasks").items():
+        samples = results.get("samples") if isinstance(results, dict) else None
         counted = f" ({samples:,} samples)" if type(samples) is int else ""
-        for metric, value in _part(told, "scores").items():
+        for metric, value in _part(results, "scores").items():
             if _finite(value):
-                shown = (
-                    f"{n:.4f}" if _finite(n := _part(told, name).get(metric)) else ""
+                error, baseline = (
+                    f"{n:.4f}" if _finite(n := _part(results, name).get(metric)) else ""
                     for name in ("standard_errors", "random_baseline")
                 )
-                yield (f"{task}{counted}: {metric}", f"{value:.4f}", *shown)  # type: ignore[misc]
+                yield f"{task}{counted}: {metric}", f"{value:.4f}", error, baseline
 
 
-def _part(told: Any, name: str) -> dict[str, Any]:
-    """An object in an object; where there is none, an empty one."""
-    part = told.get(name) if isinstance(told, dict) else None
+def _part(value: Any, name: str) -> dict[str, Any]:
+    """The JSON object `name` inside `value`; an empty one if there is none."""
+    part = value.get(name) if isinstance(value, dict) else None
     return part if isinstance(part, dict) else {}
 
 
 def draw(losses: list[tuple[int, float]], validations: list[tuple[int, float]]) -> Image.Image:
-    """Training loss, each point the mean of some steps, and validation loss over the steps."""
+    """Draw training loss (each point the mean of some steps) and validation loss over the steps."""
     size = -(-len(losses) // POINTS)
-    groups = [list(zip(*losses[i : i + size], strict=True)) for i in range(0, len(losses), size)]
-    lines = {"training loss": [tuple(map(fmean, group)) for group in groups], "validation loss": validations}
+    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
+    training = [(fmean(step for step, _ in group), fmean(loss for _, loss in group)) for group in groups]
+    lines: dict[str, Sequence[tuple[float, float]]] = {
+        "training loss": training,
+        "validation loss": validations,
+    }
     return curves(
         "by optimizer step",
-        {name: list(zip(*points, strict=True)) for name, points in lines.items() if points},
+        {name: ([x for x, _ in points], [y for _, y in points]) for name, points in lines.items() if points},
         960,
         400,
     )

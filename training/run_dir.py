@@ -1,4 +1,4 @@
-"""Run folders: where a run lives, and which run is resumed."""
+"""Run folders: where a run is stored, and which run is resumed."""
 
 import fcntl
 import json
@@ -18,11 +18,11 @@ from training.checkpoint import checkpoints, read_state, step_of
 from utils.errors import UsageError, UserError
 from utils.files import write_text
 
-BEGUN_BY = ".torchrun"
+BEGUN_BY = ".torchrun"  # file that names the torchrun which began or last resumed the run
 
 
 class InUse(UserError):
-    """Another process has the folder."""
+    """Raised when another process uses the folder."""
 
 
 CHANGEABLE = (
@@ -55,24 +55,24 @@ def open_run(
     resolve_config: Callable[[Config], Config],
     lock: Callable[[Path], None],
 ) -> tuple[Config, Path, Path | None]:
-    """→ the configuration in force, the run folder, and the checkpoint to resume from. Nothing is written but what `lock` writes: `keep_config` follows when all else is well.
+    """→ the configuration in force, the run folder, and the checkpoint to resume from.
 
-    `complete` fills in a new run's configuration, before its folder is made; `lock` makes the folder this process's own.
-
-    A resumed run keeps its own configuration; only flags that do not change what is computed may differ.
+    `resolve_config` completes a new run's configuration, before its folder is made. `lock` reserves the
+    folder for this process. Nothing else is written: `write_config` follows when nothing can fail any more.
+    A resumed run has its own configuration; only flags that do not change what is computed may differ.
     """
     folder, checkpoint = _find(config) if config.resume else (_run_of_this_torchrun(config), None)
     if folder is None:
-        _not_taken(config)
+        _check_free(config)
         config = resolve_config(config)
         return config, _new_folder(config, lock), None
     lock(folder)
     saved = load_json(Config, folder / "config.json")
     chosen = ("train.local_batch_size",) if saved.fit_memory else ()  # by --fit-memory, when the run began
-    wanted = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
+    resumed = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
     changed = [
         f"{k} (was {a}, now {b})"
-        for k, a, b in _differences(to_dict(saved), to_dict(wanted))
+        for k, a, b in _differences(to_dict(saved), to_dict(resumed))
         if k not in CHANGEABLE
     ]
     if changed:
@@ -81,25 +81,25 @@ def open_run(
         )
     checkpoint = checkpoint or _newest_sound(folder / "checkpoints")
     done = step_of(checkpoint) if checkpoint is not None else 0
-    if done > wanted.max_steps:
-        raise UserError(f"{checkpoint} is already past max_steps = {wanted.max_steps}: it has {done} steps")
-    return replace(wanted, output_dir=str(folder)), folder, checkpoint
+    if done > resumed.max_steps:
+        raise UserError(f"{checkpoint} is already past max_steps = {resumed.max_steps}: it has {done} steps")
+    return replace(resumed, output_dir=str(folder)), folder, checkpoint
 
 
 def write_config(config: Config, folder: Path) -> None:
-    """Write `config.json`, which makes the folder a run, and under torchrun which one began it, or went on with it, last."""
+    """Write `config.json`, which makes the folder a run, and the name of this torchrun, if any."""
     if _torchrun():
         write_text(folder / BEGUN_BY, _torchrun() + "\n")
     write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def _torchrun() -> str:
-    """Who started this process, and starts it again where `--max-restarts` lets it: nothing where it was not torchrun."""
+    """Name of the torchrun that started this process, equal after its restarts; "" without torchrun."""
     return f"{name} {os.getppid()}" if (name := os.environ.get("TORCHELASTIC_RUN_ID")) else ""
 
 
 def _started_again(folder: Path) -> bool:
-    """Is this a restart by the torchrun that has begun `folder`'s run, or gone back in it, before?"""
+    """Whether this is a restart by the torchrun that began `folder`'s run, or resumed it, before."""
     mark = folder / BEGUN_BY
     return (
         int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -109,15 +109,15 @@ def _started_again(folder: Path) -> bool:
 
 
 def _run_of_this_torchrun(config: Config) -> Path | None:
-    """The run that this torchrun began before it started the ranks again: they go on with it, whether or not they were told to resume."""
+    """The run that this torchrun began before it restarted the ranks: they continue it without --resume."""
     known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
     return next(
         (folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None
     )
 
 
-def _holds(folder: Path) -> str:
-    """What a run has left in a folder, where it is not a new one's; of a run whose `config.json` is gone too."""
+def _run_file(folder: Path) -> str:
+    """Name of a file or folder of an earlier run in `folder`, even one without `config.json`; "" if none."""
     return next(
         (
             name
@@ -128,26 +128,32 @@ def _holds(folder: Path) -> str:
     )
 
 
-def _not_taken(config: Config) -> None:
-    if (name := _holds(folder := Path(config.output_dir))) and config.output_dir:
+def _check_free(config: Config) -> None:
+    """Raise `UsageError` if `output_dir` holds a run."""
+    if (name := _run_file(folder := Path(config.output_dir))) and config.output_dir:
         if name == "config.json":
             raise UsageError(
-                f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir"
+                f"{folder} already holds a run: add --resume auto to go on with it, "
+                "or choose another --output_dir"
             )
         raise UsageError(
-            f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, or choose another --output_dir"
+            f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, "
+            "or choose another --output_dir"
         )
 
 
 def _new_folder(config: Config, lock: Callable[[Path], None]) -> Path:
-    """A locked one. Without `output_dir` the next free of its kind; `--resume auto` does not begin another beside one that is about to begin."""
+    """Lock a new folder: `output_dir`, or the next free one of this preset.
+
+    With `--resume auto` a preset's folder that another process is starting a run in raises `InUse`.
+    """
     if config.output_dir:
         lock(Path(config.output_dir))
-        _not_taken(config)  # by another start, meanwhile
+        _check_free(config)  # again: another process may have been faster
         return Path(config.output_dir)
     for number in count(1):
         folder = Path(f"runs/{config.config}" + (f"-{number}" if number > 1 else ""))
-        if _holds(folder):
+        if _run_file(folder):
             continue
         try:
             lock(folder)
@@ -155,13 +161,13 @@ def _new_folder(config: Config, lock: Callable[[Path], None]) -> Path:
             if config.resume:
                 raise
             continue
-        if not _holds(folder):
+        if not _run_file(folder):
             return folder
     raise AssertionError("numbers do not end")
 
 
 def _find(config: Config) -> tuple[Path | None, Path | None]:
-    """`--resume` → run folder, and the checkpoint where one is named; "auto" finds the newest run, or nothing yet."""
+    """`--resume` → run folder, and the checkpoint if one is named; "auto": the newest run, or None."""
     if config.resume != "auto":
         path = Path(config.resume)
         run = (
@@ -175,7 +181,7 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
             )
         if path.name.startswith("step_") and path.parent.name == "checkpoints":
             if _started_again(run):
-                return run, None  # it went back already
+                return run, None  # the first start went back already
             if path not in checkpoints(path.parent):
                 raise UsageError(f"--resume: {path} is no checkpoint")
             read_state(path)
@@ -196,7 +202,10 @@ def _find(config: Config) -> tuple[Path | None, Path | None]:
 
 
 def _newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged; those passed over are named. Where all are, `UserError`: to begin anew would throw the run away."""
+    """The newest checkpoint that is not damaged; a warning names those passed over.
+
+    If all are damaged: `UserError`, because to begin anew would throw the run away.
+    """
     damaged = None
     for checkpoint in reversed(checkpoints(folder)):
         try:
@@ -213,6 +222,7 @@ def _newest_sound(folder: Path) -> Path | None:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Nested dictionaries → dotted key, value in `a`, value in `b`, where they differ."""
     out = []
     for key in a:
         if isinstance(a[key], dict):
@@ -224,9 +234,12 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder, made where there is none, is this process's alone until the block ends, or the process. Where another has it: `UserError`."""
+    """Make the folder if needed, and lock it until the block, or the process, ends.
+
+    If another process has it: `InUse`.
+    """
     path = folder / ".lock"
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -241,18 +254,18 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.close()
             raise InUse(
-                f"{folder} is in use: another process trains in it (stop that one first, or give this run another --output_dir)"
+                f"{folder} is in use: another process trains in it (stop that one first, or give this run "
+                "another --output_dir)"
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # of one that ended a moment ago
+        file.close()  # its owner has just ended and deleted it
     with file:
         try:
             yield
         finally:
-            with suppress(
-                OSError
-            ):  # of a disk that has turned read-only, whose own line shall be told; the lock ends with the file all the same
+            # A disk that has become read-only has its own error; the lock ends with the file anyway.
+            with suppress(OSError):
                 path.unlink(missing_ok=True)
-                if made:
-                    folder.rmdir()  # where nothing has come into it
+                if is_new:
+                    folder.rmdir()  # if it is still empty

@@ -1,10 +1,11 @@
-"""One optimizer step: batches, forward and backward, what all ranks sum, clipping, update, and what is told of it."""
+"""One optimizer step: load the batches, forward and backward, sum over ranks, clip, update, report."""
 
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,27 @@ from training.precision import autocast, grad_scaler
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 Batch = dict[str, Tensor]
-PIECE = 1 << 16  # numbers of a dot product
+CHUNK = 1 << 16  # numbers of one dot product
+
+
+@dataclass
+class StepData:
+    """The micro-batches of one step on this rank, and what all ranks' micro-batches hold together."""
+
+    micro_batches: list[Batch]
+    samples: list[list[str]]  # of each micro-batch: source and record number of its groups, row by row
+    sources: list[str]  # names of all sources; empty if there is only one
+    counts: dict[str, int]  # see `_count`
+    head_targets: Tensor  # (K,) supervised positions of each multi-token head
+    seconds_waited: float
+
+    @property
+    def supervised(self) -> int:
+        return self.counts["supervised"]
+
+    @property
+    def tokens(self) -> int:
+        return self.counts["left"] + self.counts["right"]
 
 
 def train_step(
@@ -35,148 +56,194 @@ def train_step(
     flops_meter: FlopsMeter | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
-    """One optimizer step. The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
+    """Take the 1-based `step`; return its values for the log. `model`: as `parallel` returned it.
 
-    `model` is what `parallel` gave. Where loss or gradient are not finite, or nothing is to be learnt, nothing is changed, and the
-    values say so: "skipped", and the "samples" of this rank's batches; or, where `scaler` (of fp16) scaled too far, "overflow": its scale.
+    The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
+    If loss or gradient are not finite, or no token is supervised, nothing is updated. The values then hold
+    "skipped", the reason, and "samples", those of this rank. If fp16's `scaler` scaled too far, they hold
+    "overflow", its scale, instead.
     """
     c, started = config.train, time.perf_counter()
-    micro, samples = [], []
-    for _ in range(c.micro_batches // world.size):
-        micro.append(next(batches))
-        samples.append(batches.samples())
-    waited = time.perf_counter() - started
     heads, scaler = config.model.multi_token.heads, scaler or grad_scaler(c, device, world.size)
-    names = named if len(named := batches.sources()) > 1 else []
-    count, targets = _count(micro, heads, world)
-    supervised, tokens = count["supervised"], count["left"] + count["right"]
-    weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
-    losses = torch.zeros(1 + heads + 2 * len(names), device=device)
-    by_source = losses[1 + heads :].view(2, len(names))  # sums of losses, and tokens
-    for number, (batch, own) in enumerate(zip(micro, samples, strict=True), 1):
-        with accumulating(model, number == len(micro)):
-            with autocast(c, device):
-                output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            loss = output.loss_sum / max(1, supervised)
-            losses[0] += loss.detach()
-            if heads:
-                means = output.head_loss_sums / targets.clamp(min=1).to(device)
-                losses[1 : 1 + heads] += means.detach()
-                loss = loss + (weights * means).sum()
-            if names:
-                source = sources_of(batch, own, names).to(device)  # found while a GPU computes
-                by_source.index_add_(1, source, torch.stack((output.losses, torch.ones_like(output.losses))))
-            scaler.scale(loss * world.size).backward()  # the ranks' gradients are averaged
+    data = _load(batches, c.micro_batches // world.size, heads, world)
+    losses = _backward(config, model, data, step, device, world, scaler)
     world.sum(losses)
     rates = set_learning_rates(optimizers, step - 1, config.max_steps, c)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norms = _clip(optimizers, c.clip)
     norm, (loss, *more) = math.hypot(*norms.values()), losses.tolist()
-    told = all(map(math.isfinite, (loss, *more)))
-    learns = bool(supervised) and told and math.isfinite(norm)
+    is_finite = all(map(math.isfinite, (loss, *more)))
+    updates = bool(data.supervised) and is_finite and math.isfinite(norm)
     before_update()
-    for optimizer in optimizers:
-        if learns:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if learns and c.ema:
-        update_ema(optimizers, step, c.ema)
+    _update(optimizers, updates, step, c.ema)
     scale = scaler.get_scale() * world.size
     scaler.update()
-    seconds = time.perf_counter() - started
-    speed = {
-        "tokens_per_s": tokens / seconds,
-        "supervised_tokens_per_s": supervised / seconds,
-        "tiles_per_s": count["tiles"] / seconds,
-        "data_wait": waited / seconds,
-    }
-    speed |= flops_meter.of(count, seconds) if flops_meter is not None else {}
-    if supervised and told and not learns and scaler.is_enabled():
+    speed = _speed(data, time.perf_counter() - started, flops_meter)
+    if data.supervised and is_finite and not updates and scaler.is_enabled():
         return {"loss": loss, "grad_norm": None, "overflow": scale} | speed
-    if not learns:
-        reason = f"loss {loss}, gradient norm {norm}" if supervised else "no token to learn"
-        return {
-            "loss": None,
-            "grad_norm": None,
-            "skipped": reason,
-            "samples": [sample for own in samples for sample in own],
-        } | speed
-    learnt = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates} | (
-        {"head_losses": more[:heads]} if heads else {}
-    )
-    learnt |= (
-        {
-            "source_losses": {
-                name: total / n for name, total, n in zip(names, *by_source.tolist(), strict=True) if n
-            }
-        }
-        if names
-        else {}
-    )
-    learnt |= {"loss_scale": scale} if scaler.is_enabled() else {}
-    full = c.global_batch_size * (
-        config.data.right_length + (config.data.left_length if config.model.left_context != "none" else 0)
-    )
-    return (
-        learnt | {"supervised_tokens": supervised, "fill": tokens / full, "memory_gb": memory(device)} | speed
-    )
-
-
-def _count(micro: list[Batch], heads: int, world: DistributedContext) -> tuple[dict[str, int], Tensor]:
-    """What all ranks' micro-batches hold: tokens, tiles, pairs of a query and a key that it sees; and each head's targets (K,)."""
-    tokens = [sum(int((b[name] >= 0).sum()) for b in micro) for name in ("left_groups", "right_documents")]
-    pairs = [
-        sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro)
-        for side, name in (("left", "left_groups"), ("right", "right_documents"))
-    ]
-    counts = torch.tensor(
-        [
-            sum(int((b["labels"] != -100).sum()) for b in micro),
-            *tokens,
-            sum(len(b["tiles"]) for b in micro),
-            *pairs,
-            *[0] * heads,
-        ]
-    )
+    if not updates:
+        reason = f"loss {loss}, gradient norm {norm}" if data.supervised else "no token to learn"
+        samples = [sample for batch_samples in data.samples for sample in batch_samples]
+        return {"loss": None, "grad_norm": None, "skipped": reason, "samples": samples} | speed
+    values = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates}
     if heads:
-        counts[6:] = sum((chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro)
-    world.sum(counts)
-    return dict(
-        zip(
-            ("supervised", "left", "right", "tiles", "left_pairs", "right_pairs"),
-            counts.tolist(),
-            strict=False,
+        values["head_losses"] = more[:heads]
+    if data.sources:
+        values["source_losses"] = _source_losses(data.sources, more[heads:])
+    if scaler.is_enabled():
+        values["loss_scale"] = scale
+    return (
+        values
+        | {
+            "supervised_tokens": data.supervised,
+            "fill": data.tokens / _capacity(config),
+            "memory_gb": memory(device),
+        }
+        | speed
+    )
+
+
+def _load(batches: Any, count: int, heads: int, world: DistributedContext) -> StepData:
+    """Take the next `count` micro-batches."""
+    started = time.perf_counter()
+    micro_batches, samples = [], []
+    for _ in range(count):
+        micro_batches.append(next(batches))
+        samples.append(batches.samples())
+    waited = time.perf_counter() - started
+    names = batches.sources()
+    counts, head_targets = _count(micro_batches, heads, world)
+    return StepData(micro_batches, samples, names if len(names) > 1 else [], counts, head_targets, waited)
+
+
+def _backward(
+    config: Config,
+    model: Any,
+    data: StepData,
+    step: int,
+    device: torch.device,
+    world: DistributedContext,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Accumulate the gradients of all micro-batches.
+
+    → this rank's share of the losses, (1 + K + 2 × sources,): the loss, the mean loss of each head, the
+    summed loss of each source, the tokens of each source.
+    """
+    c, heads, names = config.train, config.model.multi_token.heads, data.sources
+    weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
+    losses = torch.zeros(1 + heads + 2 * len(names), device=device)
+    by_source = losses[1 + heads :].view(2, len(names))
+    for number, (batch, samples) in enumerate(zip(data.micro_batches, data.samples, strict=True), 1):
+        with accumulating(model, number == len(data.micro_batches)):
+            with autocast(c, device):
+                output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
+            loss = output.loss_sum / max(1, data.supervised)
+            losses[0] += loss.detach()
+            if heads:
+                means = output.head_loss_sums / data.head_targets.clamp(min=1).to(device)
+                losses[1 : 1 + heads] += means.detach()
+                loss = loss + (weights * means).sum()
+            if names:
+                source = sources_of(batch, samples, names).to(device)  # on the CPU, while a GPU computes
+                by_source.index_add_(1, source, torch.stack((output.losses, torch.ones_like(output.losses))))
+            scaler.scale(loss * world.size).backward()  # the ranks' gradients are averaged
+    return losses
+
+
+def _update(optimizers: list[torch.optim.Optimizer], updates: bool, step: int, ema: float) -> None:
+    """Update the weights and their moving average if `updates`; drop the gradients."""
+    for optimizer in optimizers:
+        if updates:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if updates and ema:
+        update_ema(optimizers, step, ema)
+
+
+def _speed(data: StepData, seconds: float, flops_meter: FlopsMeter | None) -> dict[str, float]:
+    """Tokens, tiles and FLOPs per second of all ranks; share of the step that this rank waited for data."""
+    speed = {
+        "tokens_per_s": data.tokens / seconds,
+        "supervised_tokens_per_s": data.supervised / seconds,
+        "tiles_per_s": data.counts["tiles"] / seconds,
+        "data_wait": data.seconds_waited / seconds,
+    }
+    return speed | (flops_meter.of(data.counts, seconds) if flops_meter is not None else {})
+
+
+def _source_losses(names: list[str], sums: list[float]) -> dict[str, float]:
+    """Mean loss of each source that has tokens; `sums`: summed losses of all sources, then their tokens."""
+    totals, tokens = sums[: len(names)], sums[len(names) :]
+    return {name: total / n for name, total, n in zip(names, totals, tokens, strict=True) if n}
+
+
+def _capacity(config: Config) -> int:
+    """Tokens of the step's rows if they were full."""
+    left_length = config.data.left_length if config.model.left_context != "none" else 0
+    return config.train.global_batch_size * (config.data.right_length + left_length)
+
+
+def _count(
+    micro_batches: list[Batch], heads: int, world: DistributedContext
+) -> tuple[dict[str, int], Tensor]:
+    """Count over all ranks: tokens (supervised, left, right), tiles, pairs of a query and a key that it sees.
+
+    → the counts by name, and each head's targets (K,).
+    """
+    streams = ("left", "left_groups"), ("right", "right_documents")
+    tokens = [sum(int((b[name] >= 0).sum()) for b in micro_batches) for _, name in streams]
+    pairs = [
+        sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro_batches)
+        for side, name in streams
+    ]
+    supervised = sum(int((b["labels"] != -100).sum()) for b in micro_batches)
+    tiles = sum(len(b["tiles"]) for b in micro_batches)
+    counts = torch.tensor([supervised, *tokens, tiles, *pairs, *[0] * heads])
+    if heads:
+        counts[6:] = sum(
+            (chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro_batches
         )
-    ), counts[6:]
+    world.sum(counts)
+    names = ("supervised", "left", "right", "tiles", "left_pairs", "right_pairs")
+    return dict(zip(names, counts.tolist(), strict=False)), counts[6:]
 
 
-def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, float]:
-    """Gradient norm of each part, as it was before all gradients were scaled to a norm of `most` (0: they are not)."""
+def _clip(optimizers: list[torch.optim.Optimizer], max_norm: float) -> dict[str, float]:
+    """Scale all gradients to a total norm of `max_norm` if it is larger (0: never).
+
+    → the gradient norm of each part, before scaling.
+    """
     parts: dict[str, list[Tensor]] = {}
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
-    norms = torch.stack([gathered(_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
+    norms = torch.stack(
+        [gathered(_norm([p.grad for p in members if p.grad is not None])) for members in parts.values()]
+    )
     total = torch.linalg.vector_norm(norms)
-    if most and total > most:
+    if max_norm and total > max_norm:
         for members in parts.values():
-            torch.nn.utils.clip_grads_with_norm_(members, most, total)
+            torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)
     return dict(zip(parts, norms.tolist(), strict=True))
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of all together. On a CPU by dot products, which take half the time of torch's norm; of pieces, for on some CPUs they add up one number after the other."""
+    """The norm of all gradients together.
+
+    On a CPU by dot products, which take half the time of torch's norm. They are taken of chunks: some CPUs
+    add the products one after the other, which loses digits in long sums.
+    """
     if all(type(g) is Tensor and g.device.type == "cpu" for g in gradients):
         flats = [g.flatten() for g in gradients]
-        pieces = [piece for flat in flats for piece in (flat.split(PIECE) if len(flat) > PIECE else (flat,))]
-        return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum().sqrt()
+        chunks = [chunk for flat in flats for chunk in (flat.split(CHUNK) if len(flat) > CHUNK else (flat,))]
+        return torch.stack([torch.dot(chunk, chunk) for chunk in chunks]).sum().sqrt()
     return torch.nn.utils.get_total_norm(gradients)
 
 
 def memory(device: torch.device) -> float:
-    """The most that was in use so far, in GB: of the device's memory, or of this process."""
+    """Peak memory so far in GB: of the GPU, or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

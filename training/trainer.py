@@ -1,22 +1,17 @@
-"""The training loop: one for every model."""
+"""The training loop, the same for every model."""
 
 import ctypes
-import faulthandler
 import json
 import math
 import random
-import signal
 import statistics
-import sys
-import threading
 import time
-import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -33,198 +28,165 @@ from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
 from training.precision import computed_in, grad_scaler, load_scale, scale_state
+from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
+from training.watchdog import Watchdog
 from utils.errors import UserError
 from utils.files import append_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
-SPIKE, NORMS = 5.0, 100  # a gradient norm so many times the median of the last so many is told
+SPIKE, NORMS = 5.0, 100  # a spike is a gradient norm above SPIKE × the median of the last NORMS
 
 
 class Batches(Protocol):
-    """Batches without end, which say where they are."""
+    """An endless iterator of batches whose position can be saved."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[int, Any]: ...
     def load_state(self, states: list[Any]) -> None: ...
     def sources(self) -> list[str]: ...
-    def dropped(self) -> Mapping[tuple[str, str], int]: ...
+    def dropped(self) -> Counter[tuple[str, str]]: ...
     def samples(self) -> list[str]: ...
     def close(self) -> None: ...
 
 
-class Stopped(Exception):
-    """A signal ended training early; the message names the checkpoint."""
-
-
-class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a `name` that the loop reads after each step. SIGINT `patience` times more than once interrupts at once."""
-
-    def __init__(self, patience: int = 1) -> None:
-        self.name, self.patience, self.interrupts = "", patience, 0
-
-    def __enter__(self) -> "StopSignals":
-        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
-        self.before = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            if main
-        }
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > self.patience and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *error: object) -> None:
-        for (
-            number,
-            handler,
-        ) in self.before.items():  # one who was told to stop is about to: a second word changes nothing
-            signal.signal(number, signal.SIG_IGN if self.name and number != signal.SIGINT else handler)
-
-
 @dataclass
 class TrainingCallbacks:
-    """What the loop does not know by itself: data, evaluation, and what to keep besides the weights."""
+    """What the loop gets from outside: the data, the evaluation, and hooks."""
 
     batches: Batches
-    evaluate: Callable[
-        [int], dict[str, Any]
-    ]  # step → metrics; may print, write samples and keep the best model
+    # Step → metrics. May print, write samples and export the best model.
+    evaluate: Callable[[int], dict[str, Any]]
     before_checkpoint: Callable[[], None]
-    kept: dict[str, Any] = field(default_factory=dict)  # of the data, with each checkpoint; plain JSON
-    saved: Callable[[Path], None] = lambda checkpoint: (
-        None
-    )  # on the first rank, behind each checkpoint, in its thread
-    best: Callable[[], int] = lambda: (
-        -1
-    )  # on the first rank: the step of the best model so far, whose checkpoint is kept
-    # On the first rank, when nothing can be refused any more: behind which step the run goes on, and whether it had gone further.
-    begin: Callable[[int, bool], None] = lambda step, back: None
+    # Stored with each checkpoint; plain JSON.
+    data_identity: dict[str, Any] = field(default_factory=dict)
+    # Rank 0: called after each checkpoint is written, in the saver's thread.
+    saved: Callable[[Path], None] = lambda checkpoint: None
+    # Rank 0: the step of the best model so far, whose checkpoint is retained; −1: none.
+    best: Callable[[], int] = lambda: -1
+    # Rank 0: called when nothing can fail any more. The run continues after this step; had it gone further?
+    begin: Callable[[int, bool], None] = lambda step, rewound: None
 
 
 def train(
     config: Config,
     model: Any,
-    task: TrainingCallbacks,
+    callbacks: TrainingCallbacks,
     folder: Path,
     log: RunLog,
     checkpoint: Path | None,
     world: DistributedContext = SINGLE_PROCESS,
 ) -> None:
-    """Train `model` for `config.max_steps` optimizer steps, from `checkpoint` where there is one. A signal raises `Stopped`, once the step is saved. At the end the model has the averages of `train.ema`."""
+    """Train `model` until step `config.max_steps`, from `checkpoint` if there is one.
+
+    A signal raises `Stopped` once its step is saved. At the end the model holds the average of `train.ema`.
+    """
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    run = Trainer(config, model, task, folder, log, device, world)
-    logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
-    rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
-    if world.first:
-        aside = abandon_later(
-            folder / "checkpoints", run.step
-        )  # first of all: from here on `auto` goes on from this step
-        for path in aside:
-            log.say(
-                f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it"
-            )
-        task.begin(run.step, bool(aside))
-        log.rewind(rewound)
-    log.start(run.step, config.max_steps)
-    log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
+    run = Trainer(config, model, callbacks, folder, log, device, world)
+    _continue_from(run, checkpoint)
     if config.train.ema:
         log.say(f"validated and exported: a moving average of the weights (train.ema = {config.train.ema:g})")
-    well = False  # ended as it should
+    succeeded = False
     try:
         with (
             Watchdog(config.train.stall_minutes) as watchdog,
+            # Under torchrun a Ctrl-C comes twice: from the terminal, and passed on by torchrun.
             StopSignals(patience=1 if world.size == 1 else 2) as stop,
-        ):  # torchrun passes on what the terminal sent to all
+        ):
             if run.pending_evaluation:
                 run.evaluate()
-                run.save()  # which owes nothing
+                run.save()  # without a pending evaluation
             while run.step < config.max_steps:
                 watchdog.progress()
-                values = run.learn()
+                values = run.train_one_step()
                 run.saver.prepare(model, run.optimizers)
-                run.tell(values)
-                if run.evaluates:
+                run.log_values(values)
+                if run.is_evaluation_due:
                     run.evaluate()
                 saved, stopped = run.save_if_due(stop.name)
                 if stopped and run.step < config.max_steps:
                     run.saver.wait()
-                    well = True
+                    succeeded = True
                     raise Stopped(
-                        f"{stop.name or 'another rank was told to stop'}: stopped after step {run.step}, whose checkpoint is {saved}"
+                        f"{stop.name or 'another rank received a signal'}: stopped after step {run.step}, "
+                        f"whose checkpoint is {saved}"
                     )
             run.saver.wait()
             swap_ema(run.optimizers)
-            well = True
+            succeeded = True
     finally:
-        log.stop(well)
-        task.batches.close()
+        log.stop(succeeded)
+        callbacks.batches.close()
+
+
+def _continue_from(run: "Trainer", checkpoint: Path | None) -> None:
+    """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
+    log, config = run.log, run.config
+    logged = run.resume_from(checkpoint) if checkpoint is not None else 0
+    rewound = log.rewound(run.step, logged)  # to nothing if the run was killed before its first checkpoint
+    if run.world.first:
+        # First of all: from now on `--resume auto` continues from this step.
+        abandoned = abandon_later(run.folder / "checkpoints", run.step)
+        for path in abandoned:
+            log.say(f"{path.name} is of a later step, or damaged: it is now {path}; delete it when you like")
+        run.callbacks.begin(run.step, bool(abandoned))
+        log.rewind(rewound)
+    log.start(run.step, config.max_steps)
+    log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
 
 
 class Trainer:
-    """A model in training: optimizers, what happens after each step, and what a checkpoint holds of it."""
+    """A model in training: its optimizers, the work after each step, and its state in checkpoints."""
 
     def __init__(
         self,
         config: Config,
         model: Any,
-        task: TrainingCallbacks,
+        callbacks: TrainingCallbacks,
         folder: Path,
         log: RunLog,
         device: torch.device,
         world: DistributedContext,
     ) -> None:
         c = config.train
-        self.config, self.task, self.folder, self.log, self.device, self.world = (
-            config,
-            task,
-            folder,
-            log,
-            device,
-            world,
-        )
+        self.config, self.callbacks, self.folder, self.log = config, callbacks, folder, log
+        self.device, self.world = device, world
         self.model = model.to(device).train()
         freeze(model, c)
         set_blocks(model, c)
         self.flops_meter = FlopsMeter(model, device, world.size)
-        self.called = parallel(model, config.parallel, device, computed_in(c, device), world)
+        self.parallel_model = parallel(model, config.parallel, device, computed_in(c, device), world)
         self.optimizers = make_optimizers(model, c)
         self.scaler = grad_scaler(c, device, world.size)
-        self.details = Diagnostics(model, self.optimizers)
-        self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, task.saved)
+        self.diagnostics = Diagnostics(model, self.optimizers)
+        self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, callbacks.saved)
         self.saved_at = time.monotonic()
         self.step = 0  # steps that are done
-        self.failed = 0  # steps in a row, up to this one, from which nothing was learnt
+        self.failed = 0  # consecutive steps without an update, up to this one
         self.norms: deque[float] = deque(maxlen=NORMS)
-        self.dropped: dict[str, int] = {}  # as it was told last
-        self.pending_evaluation = False  # the evaluation after this step, which failed
+        self.dropped: dict[str, int] = {}  # as last logged
+        self.pending_evaluation = False  # the evaluation after this step failed
 
     @property
-    def evaluates(self) -> bool:
-        """Is there a validation, or a task, after this step?"""
+    def is_evaluation_due(self) -> bool:
+        """Whether a validation or a task follows this step."""
         c, e = self.config.train, self.config.eval
         return self.step == self.config.max_steps or any(
             every and self.step % every == 0 for every in (c.eval_every, e.tasks_every if e.tasks else 0)
         )
 
-    def go_on_from(self, checkpoint: Path) -> int:
-        """→ the last step of which metrics.jsonl had lines then."""
+    def resume_from(self, checkpoint: Path) -> int:
+        """Load a checkpoint; return the last step that metrics.jsonl had lines of at that time."""
         state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
         self.step, self.failed = state["step"], state["skipped"]
         self.norms.extend(state.get("norms", []))
-        self.dropped, self.pending_evaluation = (
-            state.get("dropped", {}),
-            state.get("pending_evaluation", False),
-        )
+        self.dropped = state.get("dropped", {})
+        self.pending_evaluation = state.get("pending_evaluation", False)
         load_scale(self.scaler, state.get("scaler", {}), self.world.size)
         try:
-            self.task.batches.load_state(state["data"])
+            self.callbacks.batches.load_state(state["data"])
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})"
@@ -233,28 +195,31 @@ class Trainer:
         return int(state.get("logged", 0))
 
     def save(self) -> Path:
+        """Start to write a checkpoint of this step; return its folder."""
+
         def state() -> dict[str, Any]:
-            data = merged(self.world.gather(self.task.batches.state()))
-            told = {
+            data = merged(self.world.gather(self.callbacks.batches.state()))
+            return {
                 "skipped": self.failed,
                 "norms": list(self.norms),
                 "logged": self.log.logged,
                 "dropped": self.dropped,
                 "pending_evaluation": self.pending_evaluation,
-            }
-            return told | {"data": data, "scaler": scale_state(self.scaler, self.world.size)} | self.task.kept
+                "data": data,
+                "scaler": scale_state(self.scaler, self.world.size),
+            } | self.callbacks.data_identity
 
         def before() -> None:
-            self.log.sync()  # a checkpoint's steps have their lines, whatever happens to the machine
-            self.task.before_checkpoint()
+            self.log.sync()  # after a crash, too, metrics.jsonl holds a checkpoint's steps
+            self.callbacks.before_checkpoint()
 
         self.saved_at = time.monotonic()
         return self.saver.save(self.step, self.model, self.optimizers, state, before)
 
     def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
-        """→ the checkpoint, and whether a rank was told to stop."""
+        """Save if due, or if any rank received a signal. → the checkpoint, and whether one did."""
         c = self.config.train
-        self.saver.protected_step = self.task.best()
+        self.saver.protected_step = self.callbacks.best()
         late = self.world.first and (
             0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
             or self.saver.protected_step == self.step
@@ -270,21 +235,21 @@ class Trainer:
             return self.save(), stopped
         return None, stopped
 
-    def learn(self) -> dict[str, Any]:
-        """One step → its values for the log. After too many in a row from which nothing was learnt `UserError`."""
+    def train_one_step(self) -> dict[str, Any]:
+        """Take one step; return its values for the log. Too many failed steps in a row raise `UserError`."""
         c, self.step = self.config.train, self.step + 1
-        looked = bool(c.diagnostics_every) and self.step % c.diagnostics_every == 0
+        diagnosed = bool(c.diagnostics_every) and self.step % c.diagnostics_every == 0
 
         def before_update() -> None:
             self.saver.copied()
-            if looked:
-                self.details.look()
+            if diagnosed:
+                self.diagnostics.look()
 
         values = train_step(
             self.config,
-            self.called,
+            self.parallel_model,
             self.optimizers,
-            self.task.batches,
+            self.callbacks.batches,
             self.step,
             self.device,
             self.world,
@@ -293,56 +258,61 @@ class Trainer:
             self.scaler,
         )
         failed = "skipped" in values or "overflow" in values
-        if looked and not failed:
-            values["update_ratios"], histograms = self.details.found()
+        if diagnosed and not failed:
+            values["update_ratios"], histograms = self.diagnostics.found()
             self.log.histograms(self.step, histograms)
         self.failed = self.failed + 1 if failed else 0
         if "overflow" in values:
             self.log.say(
-                f"step {self.step} skipped: its gradients overflow fp16 at a loss scale of {values['overflow']:g}, which is halved"
+                f"step {self.step} skipped: its gradients overflow fp16 at a loss scale of "
+                f"{values['overflow']:g}, which is halved"
             )
         elif failed:
             _log_skipped(values, self.step, self.folder, self.log, self.world)
         else:
             _log_spike(values, self.norms, c.clip, self.step, self.log)
         if self.failed == c.skips:
-            self.saver.wait()
-            kept = checkpoints(self.folder / "checkpoints")
-            do = (
-                "begin a new run with --train.dtype bf16, or fp32"
-                if "overflow" in values
-                else f"look at {self.folder / 'skipped.jsonl'}, or begin a new run with lower learning rates"
-            )
-            raise UserError(
-                f"no finite loss and gradient in {self.failed} steps, up to {self.step}: {do} ({f'the last checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'})"
-            )
+            self._give_up("overflow" in values)
         return values
 
-    def tell(self, values: dict[str, Any]) -> None:
-        """A step's values, on the screen and, at its cadence, in metrics.jsonl."""
-        self.log.step(
-            self.step, math.nan if values["loss"] is None else values["loss"], values["tokens_per_s"]
+    def _give_up(self, overflow: bool) -> NoReturn:
+        """Raise `UserError` after too many failed steps."""
+        self.saver.wait()
+        saved = checkpoints(self.folder / "checkpoints")
+        advice = (
+            "begin a new run with --train.dtype bf16, or fp32"
+            if overflow
+            else f"look at {self.folder / 'skipped.jsonl'}, or begin a new run with lower learning rates"
         )
-        rare = values["loss"] is None or not values.keys().isdisjoint(
-            ("overflow", "spike", "update_ratios")
-        )  # never left out
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise UserError(
+            f"no finite loss and gradient in {self.failed} steps, up to {self.step}: {advice} ({last})"
+        )
+
+    def log_values(self, values: dict[str, Any]) -> None:
+        """Show a step's values, and write them to metrics.jsonl every `train.log_every` steps."""
+        loss = math.nan if values["loss"] is None else values["loss"]
+        self.log.step(self.step, loss, values["tokens_per_s"])
+        # Rare events are always written.
+        rare = values["loss"] is None or not values.keys().isdisjoint(("overflow", "spike", "update_ratios"))
         if self.step % self.config.train.log_every and self.step != self.config.max_steps and not rare:
             return
         before = self.dropped
-        if self.world.size == 1 or self.evaluates:
-            dropped = sum(self.world.gather(self.task.batches.dropped()), Counter())
+        if self.world.size == 1 or self.is_evaluation_due:
+            dropped = sum(self.world.gather(self.callbacks.batches.dropped()), Counter())
             self.dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(dropped.items())}
-        self.log.metrics(
-            {"step": self.step}
-            | values
-            | ({"dropped": self.dropped} if self.dropped != before and self.dropped else {})
-        )
+        changed = {"dropped": self.dropped} if self.dropped != before and self.dropped else {}
+        self.log.metrics({"step": self.step} | values | changed)
 
     def evaluate(self) -> None:
-        """What was learnt is not lost to a task that fails, and the task is taken up again; of several ranks, which do not fail together, that is the last checkpoint's business."""
-        self.saver.copied()  # averages change places with weights
+        """Evaluate after this step.
+
+        If that fails in a single process, a checkpoint is saved, and a resumed run repeats the evaluation.
+        Several ranks do not fail together: they resume from the last checkpoint.
+        """
+        self.saver.copied()  # because the moving average changes places with the weights
         try:
-            evaluate(self.model, self.optimizers, self.task, self.step, self.log)
+            evaluate(self.model, self.optimizers, self.callbacks, self.step, self.log)
             self.pending_evaluation = False
         except Exception:
             if self.world.size == 1:
@@ -353,70 +323,26 @@ class Trainer:
 
 
 def set_blocks(model: Any, config: TrainConfig) -> None:
+    """Apply `train.recompute` and `train.compile` to every decoder block."""
     for block in model.modules():
         if isinstance(block, DecoderBlock):
             block.recompute = config.recompute
             block.compiled = torch.compile(block.run) if config.compile else None
 
 
-class Watchdog:
-    """Each silence of so many minutes (0: none) has the stacks of all threads printed to stderr.
+def _log_spike(values: dict[str, Any], norms: deque[float], clip: float, step: int, log: RunLog) -> None:
+    """Add "spike" to the metrics if the gradient norm is far above the last ones.
 
-    A thread of Python's does it, which disturbs no other. Where it cannot run, for one holds the interpreter's lock and hangs, `faulthandler`
-    does, after twice the time: beside threads at work that may end the process.
+    A warning is printed only if the norm is above `clip` too. Near a loss of 0 there are hundreds of spikes
+    that clipping does not change.
     """
-
-    def __init__(self, minutes: float) -> None:
-        self.seconds, self.last, self.over = minutes * 60, time.monotonic(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def __enter__(self) -> "Watchdog":
-        if self.seconds and sys.__stderr__ is not None:
-            self.thread.start()
-        return self
-
-    def progress(self) -> None:
-        """Training goes on: a new silence begins."""
-        self.last = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-    def _watch(self) -> None:
-        rest = self.seconds
-        while True:
-            faulthandler.dump_traceback_later(2 * self.seconds + 1, file=sys.__stderr__)  # begins anew
-            if self.over.wait(max(0.1, rest)):
-                break
-            rest = self.last + self.seconds - time.monotonic()
-            if rest <= 0:
-                print(_stacks(self.seconds / 60), end="", file=sys.__stderr__, flush=True)
-                rest, self.last = self.seconds, time.monotonic()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _stacks(minutes: float) -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = {
-        ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()
-    }
-    told = [
-        f"thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in frames.items()
-    ]
-    return f"no step for {minutes:.3g} minutes; training goes on waiting. Where its threads are:\n{''.join(told)}"
-
-
-def _log_spike(values: dict[str, Any], norms: deque[float], least: float, step: int, log: RunLog) -> None:
-    """A gradient norm far above the last ones is "spike" in the metrics, and a line where it is above `least` too: near a loss of 0 there are hundreds that clipping lets through."""
     norm = values["grad_norm"]
     if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
         values["spike"] = norm / usual
-        if norm > least:
+        if norm > clip:
             log.say(
-                f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median of the last {len(norms)} steps ({usual:.3g})"
+                f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median "
+                f"of the last {len(norms)} steps ({usual:.3g})"
             )
     norms.append(norm)
 
@@ -424,41 +350,40 @@ def _log_spike(values: dict[str, Any], norms: deque[float], least: float, step: 
 def _log_skipped(
     values: dict[str, Any], step: int, folder: Path, log: RunLog, world: DistributedContext
 ) -> None:
-    """The samples of a skipped step, of all ranks, into `skipped.jsonl`."""
-    reason, samples = (
-        values.pop("skipped"),
-        [sample for rank in world.gather(values.pop("samples")) for sample in rank],
-    )
+    """Write the samples of a skipped step, of all ranks, to `skipped.jsonl`."""
+    reason = values.pop("skipped")
+    samples = [sample for rank in world.gather(values.pop("samples")) for sample in rank]
+    path = folder / "skipped.jsonl"
     if world.first:
-        append_text(
-            folder / "skipped.jsonl", json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n"
-        )
-    log.say(
-        f"warning: step {step} skipped ({reason}): the batch's samples stand in {folder / 'skipped.jsonl'}"
-    )
+        append_text(path, json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n")
+    log.say(f"warning: step {step} skipped ({reason}): the batch's samples are in {path}")
 
 
 def keep_freed_memory() -> None:
-    """Linux's glibc gives large tensors back to the system at once, and gets them again page by page: a fifth of a step on a CPU (docs/experiments.md). Elsewhere nothing."""
-    with suppress(OSError, AttributeError):  # a C library without it
+    """Let glibc keep freed tensors' memory; elsewhere do nothing.
+
+    By default it returns large blocks to the system at once and gets them again page by page. That is a fifth
+    of a step on a CPU (docs/experiments.md).
+    """
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in (
-            (-4, 0),
-            (-1, -1),
-            (-2, 1 << 26),
-        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):
             mallopt(option, value)
 
 
 def evaluate(
-    model: Any, optimizers: list[torch.optim.Optimizer], task: TrainingCallbacks, step: int, log: RunLog
+    model: Any, optimizers: list[torch.optim.Optimizer], callbacks: TrainingCallbacks, step: int, log: RunLog
 ) -> None:
-    """Validation between two steps, in evaluation mode and without gradients, of the averages where there are any; the metrics are logged. Training goes on as if there had been none."""
+    """Evaluate the model (its moving average, if any) in evaluation mode without gradients; log the metrics.
+
+    Random states are restored: training continues as if there had been no evaluation.
+    """
     model.eval()
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (other libraries use it)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.no_grad(), torch.random.fork_rng(devices), ema_weights(optimizers):
-        values = task.evaluate(step)
+        values = callbacks.evaluate(step)
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     model.train()
