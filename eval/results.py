@@ -23,6 +23,7 @@ from rich.table import Table
 
 from configs.model import ModelConfig
 from eval import captions as captions_module
+from eval import ptb_tokenizer
 from eval.captions import caption_errors, cider
 from eval.lmms_eval_wrapper import DualTower
 from eval.predictor import Predictor
@@ -275,7 +276,8 @@ def data_hash(samples: dict[str, list[dict[str, Any]]], seen: dict[tuple[str, in
 
 def task_hash(tasks: Tasks, names: list[str]) -> str:
     """Of the tasks' YAML files, all that stands beside them, what all tasks share and our scores of captions: a changed matcher shows."""
-    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names} | {Path(captions_module.__file__)}
+    paths = {Path(tasks.task_index[name]["yaml_path"]) for name in names}
+    paths |= {Path(captions_module.__file__), Path(ptb_tokenizer.__file__)}
     folders = {Path(tasks.task_index[name]["yaml_path"]).parent for name in names} | {
         Path(lmms_eval.tasks.__file__).parent / "_task_utils"
     }
