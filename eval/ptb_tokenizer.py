@@ -44,8 +44,9 @@ STARTERS = (
 STATES = "Ark|ARK|Az|AZ|Del|DEL|Ill|ILL|La|LA|Mass|MASS|Miss|MISS|Ore|ORE|Pa|PA|Tex|TEX|Wash|WASH"
 CLOSING = (  # abbreviations that may end a sentence
     "al|ala|apr|ariz|assn|aug|bhd|bldg|blvd|bros|calif|cos?|colo|conn|corp|ct|dak|dec|esq|est|etc|ext|feb"
-    "|fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev|nov"
-    "|oct|okla|penn|plc|pptes?|pptys?|ptes?|ptys?|rd|rt|sep|sept|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wis|wisc|wyo"
+    "|fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev"
+    "|nov|oct|okla|penn|plc|pptes?|pptys?|ptes?|ptys?"
+    "|rd|rt|sep|sept|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wis|wisc|wyo"
 )
 CLOSING = f"(?:(?i:{CLOSING})|{STATES})\\."
 TITLES = (
@@ -153,7 +154,7 @@ def tokenize(caption: str) -> str:
 
 
 def tokenize_java(captions: list[str]) -> list[str]:
-    """Tokenize captions with pycocoevalcap's Java program. Errors: `UserError` where it or Java is missing."""
+    """Tokenize with pycocoevalcap's Java program. Errors: `UserError` where it or Java is missing."""
     require_java("the Java tokenizer")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
