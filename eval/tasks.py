@@ -38,6 +38,7 @@ OURS = Path(__file__).parent / "tasks"
 STOCK_CAPTIONS = {"CIDEr": "CIDEr", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR", "SPICE": "SPICE"} | {
     f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)
 }
+COPY_HINT = "; a copy of a data set is all of its repository: README.md says which files are which split"
 CAPTION_METRICS = ("CIDEr", "BLEU-4", "ROUGE-L")
 
 
@@ -50,7 +51,7 @@ Outline.add_constructor("!function", lambda loader, node: None)
 
 @contextmanager
 def read_by_libyaml() -> Iterator[None]:
-    """Make lmms-eval read its 1,900 YAML files with libyaml: one second instead of eight with PyYAML's parser."""
+    """Make lmms-eval read its 1,900 YAML files with libyaml: one second instead of PyYAML's eight."""
     full_load, yaml.full_load = yaml.full_load, lambda text: yaml.load(text, Loader=Outline)
     try:
         yield
@@ -140,7 +141,7 @@ class Tasks(TaskManager):
         return aggregate
 
     def _local_copy(self, config: dict[str, Any], name: str) -> Path | None:
-        """Return DATA_ROOT/OWNER/NAME as on the Hub, DATA_ROOT/NAME or DATA_ROOT/TASK: the first folder that exists."""
+        """Return the first folder of DATA_ROOT/OWNER/NAME as on the Hub, DATA_ROOT/NAME, DATA_ROOT/TASK."""
         path = config.get("dataset_path")
         if self.data_root is None or not isinstance(path, str):
             return None
@@ -183,11 +184,7 @@ class Tasks(TaskManager):
                     f"task {name} needs the package {error.name}: pip install {error.name}"
                 ) from error
             except Exception as error:  # a task's own code may raise anything on data of another form
-                hint = (
-                    "; a copy of a data set is all of its repository: README.md says which files are which split"
-                    if self.data_root is not None
-                    else ""
-                )
+                hint = "" if self.data_root is None else COPY_HINT
                 cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise UserError(f"task {name} cannot be loaded ({cause}){hint}") from error
         return [
