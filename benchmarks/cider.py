@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from eval.captions import caption_scores, cider, tokenize
+from eval.captions import caption_scores, cider
+from eval.ptb_tokenizer import tokenize
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,11 +120,11 @@ def main(argv: list[str]) -> None:
 
 
 def agreement(captions: list[str]) -> float:
-    from eval.captions import _tokenize_java
+    from eval.ptb_tokenizer import tokenize_java
 
     return sum(
         tokenize(caption) == tokens
-        for caption, tokens in zip(captions, _tokenize_java(captions), strict=True)
+        for caption, tokens in zip(captions, tokenize_java(captions), strict=True)
     ) / len(captions)
 
 

@@ -1,10 +1,10 @@
-"""The adapter between lmms-eval and this project's models, vanilla and dual tower alike.
+"""The adapter between lmms-eval and this project's models, vanilla and dual tower.
 
   lmms-eval --model dualtower --model_args pretrained=runs/NAME/model --tasks mmstar
 
-works where the project is installed (`pip install -e '.[eval]'`); `evaluation.py` and the validation in training use the class
-directly. Prompts go through the one renderer, images are encoded once however many questions are asked about them, and what
-goes wrong in a request is raised: nothing is scored as an empty answer.
+works where the project is installed (`pip install -e '.[eval]'`). `evaluation.py` and validation in training
+use the class directly. Prompts go through the one renderer, and an image is encoded once for all its questions.
+An error in a request is raised: it is never scored as an empty answer.
 """
 
 import gc
@@ -30,22 +30,18 @@ from utils.errors import ImageError, UsageError, UserError
 from utils.files import replacing
 
 MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
-OF_OTHERS = {
-    "image_aspect_ratio",
-    "until",
-    "num_beams",
-    "do_sample",
-}  # settings of tasks that are read here, or speak of another model's preprocessing
-NEAR = 4  # batches that are sorted by length together: the image KVs of so many stay in memory
-THUMBNAIL = 256
+# Settings of tasks that are read below, or that concern another model's preprocessing.
+OTHER_ARGUMENTS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}
+SORT_BATCHES = 4  # batches sorted by length together; their image KVs stay in memory
+THUMBNAIL = 256  # pixels
 Question = tuple[list[Tiles], str]
 
 
 class DualTower(lmms):
-    """A model for lmms-eval: `pretrained`, a model folder or Hub id, or an `predictor` that is in memory already.
+    """A model for lmms-eval: `pretrained`, a model folder or Hub id, or a `predictor` in memory.
 
-    `max_new_tokens` goes before what tasks say (0: theirs, or 64). With `keep`, a folder, thumbnails of the images are written there.
-    `progress` is called with answers done and to do.
+    `max_new_tokens` overrides the tasks' values (0: theirs, or 64). `thumbnails`: folder for thumbnails of
+    the images, or None. `progress` is called with the number of answers done and of all.
     """
 
     is_simple = True
@@ -59,16 +55,17 @@ class DualTower(lmms):
         max_new_tokens: int | str = 0,
         speculative: str = "auto",
         predictor: Predictor | None = None,
-        keep: Path | None = None,
+        thumbnails: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
         say: Callable[[str], None] = print,
-        max_batch_size: Any = None,  # lmms-eval gives it to every model
+        max_batch_size: Any = None,  # lmms-eval passes it to every model
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
             raise UsageError(
-                f"--model_args: unknown {', '.join(unknown)} (known: pretrained, dtype, max_new_tokens, speculative)"
+                f"--model_args: unknown {', '.join(unknown)} "
+                "(known: pretrained, dtype, max_new_tokens, speculative)"
             )
         if predictor is None and not pretrained:
             raise UsageError("--model_args: pretrained=DIR is needed, a model folder or Hub id")
@@ -77,26 +74,23 @@ class DualTower(lmms):
         )
         self.device = self.predictor.model.device
         self.batch_size = int(batch_size)
-        self.longest = int(max_new_tokens)
+        self.max_new_tokens = int(max_new_tokens)
         self.base = GenerationConfig(max_new_tokens=64, speculative=speculative)  # type: ignore[arg-type]
-        self.keep, self.progress, self.say = keep, progress, say
-        self.first_prompts: dict[
-            str, tuple[int, str]
-        ] = {}  # by task: of the first document that was asked about
-        self.images: dict[
-            tuple[str, int], list[str]
-        ] = {}  # file names of the thumbnails, by task and document
-        self.seen: dict[
-            tuple[str, int], str
-        ] = {}  # a checksum of the images that were shown first, by task and document
-        self.truncated: dict[str, int] = defaultdict(int)  # answers that reached max_new_tokens, by task
-        self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # sampled answers, by task and document
+        self.thumbnails, self.progress, self.say = thumbnails, progress, say
+        # by task: number and prompt of the first document
+        self.first_prompts: dict[str, tuple[int, str]] = {}
+        # by task and document: file names of the thumbnails
+        self.images: dict[tuple[str, int], list[str]] = {}
+        # by task and document: checksum of the images of the first request
+        self.seen: dict[tuple[str, int], str] = {}
+        self.truncated: dict[str, int] = defaultdict(int)  # by task: answers that reached max_new_tokens
+        self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # by task and document: sampled answers
         self.tokens, self.seconds = 0, 0.0  # of all answers
-        self.halved = False  # the batch size, for want of memory
+        self.halved = False  # whether the batch size was halved for want of memory
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of `requests`."""
-        real = [r for r in requests if not padding(r)]  # there is nothing to even out here
+        real = [r for r in requests if not padding(r)]
         answers = iter(
             self.answers(
                 [(r.args[4], r.args[3]) for r in real],
@@ -105,11 +99,9 @@ class DualTower(lmms):
                 [partial(self.question, r) for r in real],
             )
         )
-        made = [
-            next(answers) if not padding(r) else Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
-            for r in requests
-        ]
-        return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in made]
+        empty = Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
+        in_order = [empty if padding(r) else next(answers) for r in requests]
+        return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in in_order]
 
     def answers(
         self,
@@ -118,172 +110,181 @@ class DualTower(lmms):
         texts: list[str],
         asked: list[Callable[[], Question]],
     ) -> list[Answer]:
-        """Answers to `texts`, each of a task and document; `asked` give them with their images, when their turn comes. Like settings together, and of so many that stand near one another, an image's among them, the longest first."""
+        """Answer `texts`, each of a task and document (`keys`), in batches of equal settings.
+
+        `asked` returns a text with its images when its batch begins. Of neighbouring texts, which share
+        images, the longest are answered first.
+        """
         answers: dict[int, Answer] = {}
-        alike: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
+        groups: dict[tuple[GenerationConfig, tuple[str, ...]], list[int]] = defaultdict(list)
         for number, given in enumerate(arguments):
-            alike[self.settings(given)].append(number)
-        for (settings, ends), numbers in alike.items():
-            lengths, near = (
-                {n: len(self.predictor.renderer.tokenizer.encode(texts[n])) for n in numbers},
-                NEAR * self.batch_size,
-            )
-            numbers = [
-                n
-                for at in range(0, len(numbers), near)
-                for n in sorted(numbers[at : at + near], key=lengths.__getitem__, reverse=True)
-            ]
-            while numbers:
-                part, numbers = numbers[: self.batch_size], numbers[self.batch_size :]
+            groups[self.settings(given)].append(number)
+        for (settings, ends), numbers in groups.items():
+            queue = self._sorted_by_length(numbers, texts)
+            while queue:
+                part, queue = queue[: self.batch_size], queue[self.batch_size :]  # it may be halved meanwhile
                 questions = [asked[n]() for n in part]
                 if settings.sampling:
-                    made = [
+                    batch = [
                         self.answer([q], replace(settings, seed=self.seed(settings.seed, keys[n])), ends)[0]
                         for n, q in zip(part, questions, strict=True)
                     ]
                 else:
-                    made = self.answer(questions, settings, ends)
-                for n, answer in zip(part, made, strict=True):
+                    batch = self.answer(questions, settings, ends)
+                for n, answer in zip(part, batch, strict=True):
                     answers[n] = answer
                     self.truncated[keys[n][0]] += answer.truncated
                 if self.progress is not None:
                     self.progress(len(answers), len(texts))
         return [answers[n] for n in range(len(texts))]
 
+    def _sorted_by_length(self, numbers: list[int], texts: list[str]) -> list[int]:
+        """Sort every `SORT_BATCHES` batches of texts by their tokens, the longest first."""
+        lengths = {n: len(self.predictor.renderer.tokenizer.encode(texts[n])) for n in numbers}
+        near = SORT_BATCHES * self.batch_size
+        return [
+            n
+            for start in range(0, len(numbers), near)
+            for n in sorted(numbers[start : start + near], key=lengths.__getitem__, reverse=True)
+        ]
+
     def seed(self, seed: int, key: tuple[str, int]) -> int:
-        """Of a drawn answer: one of its own for each document and repetition, so that no batch or rank changes it."""
+        """Derive the seed of a sampled answer from its document and repetition, not its batch or rank."""
         self.drawn[key] += 1
-        return int.from_bytes(
-            hashlib.blake2b(repr((seed, key, self.drawn[key])).encode(), digest_size=4).digest()
-        )
+        text = repr((seed, key, self.drawn[key]))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Each request's answers, round after round, all requests' rounds together; the task says what is asked next, and when it is enough."""
-        told: list[list[str]] = [[] for _ in requests]
+        """Answer requests of several rounds; one round of all requests at a time.
+
+        The task gives the next question, and says when a request is done.
+        """
+        answers: list[list[str]] = [[] for _ in requests]
         texts = [r.args[0] for r in requests]
-        shown: list[Any] = [None] * len(requests)
+        visuals: list[Any] = [None] * len(requests)
         infos: list[Any] = [None] * len(requests)
 
-        def see(n: int) -> Question:
+        def question(n: int) -> Question:
             _, _, visuals_of, _, doc_id, task, split = requests[n].args
-            tiles = (
-                self.tiles(shown[n], task, doc_id) if told[n] else self.look(visuals_of, doc_id, task, split)
-            )
+            if answers[n]:
+                tiles = self.tiles(visuals[n], task, doc_id)
+            else:
+                tiles = self.images_of(visuals_of, doc_id, task, split)
             self.note(tiles, texts[n], doc_id, task)
             return tiles, texts[n]
 
-        asked = [n for n, r in enumerate(requests) if not padding(r)]
-        while asked:
-            now = asked
-            keys = [(requests[n].args[5], requests[n].args[4]) for n in now]
-            made = self.answers(
-                keys,
-                [requests[n].args[1] for n in now],
-                [texts[n] for n in now],
-                [partial(see, n) for n in now],
+        pending = [n for n, r in enumerate(requests) if not padding(r)]
+        while pending:
+            this_round, pending = pending, []
+            batch = self.answers(
+                [(requests[n].args[5], requests[n].args[4]) for n in this_round],
+                [requests[n].args[1] for n in this_round],
+                [texts[n] for n in this_round],
+                [partial(question, n) for n in this_round],
             )
-            asked = []
-            for n, answer in zip(now, made, strict=True):
+            for n, answer in zip(this_round, batch, strict=True):
                 _, _, _, next_round, doc_id, task, split = requests[n].args
-                document = self.task_dict[task][split][doc_id]
-                told[n].append(answer.text)
-                shown[n], texts[n], done, said, infos[n] = next_round(
-                    document,
-                    previous_output=list(told[n]),
-                    round_idx=len(told[n]),
+                answers[n].append(answer.text)
+                visuals[n], texts[n], done, final, infos[n] = next_round(
+                    self.task_dict[task][split][doc_id],
+                    previous_output=list(answers[n]),
+                    round_idx=len(answers[n]),
                     previous_round_info=infos[n],
                 )
                 if done:
-                    told[n] = list(said or told[n])
+                    answers[n] = list(final or answers[n])
                 else:
-                    asked.append(n)
-        return told
+                    pending.append(n)
+        return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Of each continuation, in nats: −log P behind the prompt, end of turn left out, and whether it is the greedy answer's beginning.
+        """Return −log P of each continuation, in nats, and whether the greedy answer starts with it.
 
-        lmms-eval takes the choice whose value is least ("the actual loss"), and passes on unchanged only what a `GenerationResult` holds.
+        The end of turn is left out. lmms-eval picks the choice with the smallest value ("the actual loss"),
+        and passes on unchanged only a `GenerationResult`.
         """
-        found: list[tuple[float, bool]] = []
+        scores: list[tuple[float, bool]] = []
         for start in range(0, len(requests), self.batch_size):
             part = requests[start : start + self.batch_size]
             questions = [self.question(request) for request in part]
-            continuations = [
-                r.args[1]
-                if isinstance(r.args[1], str)
-                else str(r.args[1](self.task_dict[r.args[4]][r.args[5]][r.args[3]]))
-                for r in part
-            ]
-            # The answer's turn begins without a space: the one that lmms-eval puts between prompt and choice has no place there.
-            found += self.in_memory(
-                [(*q, c.strip()) for q, c in zip(questions, continuations, strict=True)],
+            # lmms-eval puts a space between prompt and choice; an answer's turn begins without one.
+            continuations = [self._continuation(request).strip() for request in part]
+            scores += self.in_memory(
+                [(*question, text) for question, text in zip(questions, continuations, strict=True)],
                 self.predictor.loglikelihoods,
             )
             if self.progress is not None:
-                self.progress(len(found), len(requests))
-        return [GenerationResult((-logprob, greedy)) for logprob, greedy in found]  # type: ignore[arg-type]
+                self.progress(len(scores), len(requests))
+        return [GenerationResult((-logprob, greedy)) for logprob, greedy in scores]
+
+    def _continuation(self, request: Instance) -> str:
+        """Return the text of a request's continuation, which may be a function of the document."""
+        _, continuation, _, doc_id, task, split = request.args
+        if isinstance(continuation, str):
+            return continuation
+        return str(continuation(self.task_dict[task][split][doc_id]))
 
     def question(self, request: Instance) -> Question:
-        """A request's images and text, from (text, settings or continuation, images of a document, document, task, split)."""
+        """Return a request's images and text.
+
+        Its arguments: text, settings or continuation, function to a document's images, document, task, split.
+        """
         text, _, visuals_of, doc_id, task, split = request.args
-        tiles = self.look(visuals_of, doc_id, task, split)
+        tiles = self.images_of(visuals_of, doc_id, task, split)
         self.note(tiles, text, doc_id, task)
         return tiles, text
 
-    def look(
+    def images_of(
         self, visuals_of: Callable[[Any], Any] | None, doc_id: int, task: str, split: str
     ) -> list[Tiles]:
-        """The images that a task finds in a document."""
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it: half an image would be asked about
+        """Return the images that a task reads from a document."""
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it; a truncated image is an error
         try:
             document = self.task_dict[task][split][doc_id]
             images = visuals_of(document) if visuals_of is not None else []
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            OSError,
-            UserError,
-        ) as error:  # what functions of tasks do where a row lacks its image
+        except (AttributeError, KeyError, TypeError, OSError, UserError) as error:
+            # Tasks' functions raise any of these where a row lacks its image.
             raise UserError(
                 f"task {task}: row {doc_id} has no image that can be used ({type(error).__name__}: {error})"
             ) from error
         return self.tiles(images, task, doc_id)
 
     def note(self, tiles: list[Tiles], text: str, doc_id: int, task: str) -> None:
-        """Keep a task's first prompt: the first that is asked about the first document."""
+        """Keep a task's first prompt: the first one about the first document."""
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
             prompt = self.predictor.renderer.prompt([t.grid for t in tiles], [{"user": text}])
             self.first_prompts[task] = doc_id, self.predictor.renderer.preview(prompt)
 
     def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
-        out = []
+        """Cut a document's images into tiles; note their checksum, and write thumbnails."""
+        tiles = []
         for image in images or ():
             if not isinstance(image, Image.Image | bytes | Path):
-                what = (
+                problem = (
                     "has no image"
                     if image is None
                     else f"has a {type(image).__name__} for an image: this model reads images alone"
                 )
-                raise UserError(f"task {task}: row {doc_id} {what}")
+                raise UserError(f"task {task}: row {doc_id} {problem}")
             try:
-                out.append(self.predictor.tiles(image))
+                tiles.append(self.predictor.tiles(image))
             except ImageError as error:
                 raise UserError(f"task {task}: row {doc_id}: {error}") from error
         if (task, doc_id) not in self.seen:
             digest = hashlib.blake2b(digest_size=8)
-            for shown in out:
-                digest.update(shown.pixels.contiguous().numpy())
+            for image_tiles in tiles:
+                digest.update(image_tiles.pixels.contiguous().numpy())
             self.seen[task, doc_id] = digest.hexdigest()
-        if self.keep is not None:
-            kept = self.images.setdefault((task, doc_id), [])
-            kept += [name for name in (thumbnail(image, self.keep) for image in out) if name not in kept]
-        return out
+        if self.thumbnails is not None:
+            names = self.images.setdefault((task, doc_id), [])
+            new_names = [thumbnail(image_tiles, self.thumbnails) for image_tiles in tiles]
+            names += [name for name in new_names if name not in names]
+        return tiles
 
     def answer(
         self, questions: list[Question], settings: GenerationConfig, ends: tuple[str, ...]
     ) -> list[Answer]:
-        """A batch of answers."""
+        """Answer a batch."""
         started = time.perf_counter()
         answers = self.in_memory(questions, lambda part: self.predictor.answer(part, settings, stops=ends))
         self.seconds += time.perf_counter() - started
@@ -291,7 +292,7 @@ class DualTower(lmms):
         return answers
 
     def in_memory(self, questions: list[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """`work` on a batch. Where memory runs out the batch size is halved, once, and that is told."""
+        """Run `work` on a batch. When memory runs out, the batch size is halved, once, with a message."""
         try:
             return work(questions)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -306,8 +307,8 @@ class DualTower(lmms):
                     f"out of memory at batch size {self.batch_size} too: give a smaller --batch_size"
                 ) from error
             half, self.halved = self.batch_size // 2, True
-            who = f"rank {self.rank}: " if self.world_size > 1 else ""  # each has memory of its own
-            self.say(f"{who}out of memory at batch size {self.batch_size}: going on with {half}")
+            prefix = f"rank {self.rank}: " if self.world_size > 1 else ""  # each rank has its own memory
+            self.say(f"{prefix}out of memory at batch size {self.batch_size}: going on with {half}")
             self.batch_size = half
             error.__traceback__ = None  # it holds the batch's tensors
         gc.collect()
@@ -321,33 +322,34 @@ class DualTower(lmms):
             raise UserError(f"out of memory at batch size {half} too: give a smaller --batch_size") from again
 
     def settings(self, arguments: dict[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
-        """A task's generation arguments → ours, and the strings that end an answer. One that is not supported raises `UsageError`."""
+        """Turn a task's generation arguments into ours, and the strings that end an answer.
+
+        An argument that is not supported raises `UsageError`.
+        """
         given = {
             "until" if key == "stop_sequences" else key: value
             for key, value in arguments.items()
             if value is not None
         }
-        if self.longest:
-            given["max_new_tokens"] = self.longest
+        if self.max_new_tokens:
+            given["max_new_tokens"] = self.max_new_tokens
         known = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"}
-        if unknown := sorted(set(given) - known - OF_OTHERS):
+        if unknown := sorted(set(given) - known - OTHER_ARGUMENTS):
             raise UsageError(
-                f"generation arguments that are not supported: {', '.join(unknown)} (known: {', '.join(sorted(known | OF_OTHERS))})"
+                f"generation arguments that are not supported: {', '.join(unknown)} "
+                f"(known: {', '.join(sorted(known | OTHER_ARGUMENTS))})"
             )
         if given.get("num_beams", 1) != 1:
             raise UsageError(
-                f"generation arguments: num_beams = {given['num_beams']} is not supported; answers are greedy or sampled, one beam"
+                f"generation arguments: num_beams = {given['num_beams']} is not supported; "
+                "answers are greedy or sampled, one beam"
             )
         ends = given.get("until", ())
         ends = (ends,) if isinstance(ends, str) else tuple(ends)
-        sampling = (
-            bool(given.get("do_sample", given.get("temperature", 0) > 0)) and given.get("temperature", 1) > 0
-        )
-        values = (
-            {key: given[key] for key in known & set(given)}
-            if sampling
-            else {key: given[key] for key in known & {"max_new_tokens", "repetition_penalty"} & set(given)}
-        )
+        do_sample = bool(given.get("do_sample", given.get("temperature", 0) > 0))
+        sampling = do_sample and given.get("temperature", 1) > 0
+        used = known if sampling else {"max_new_tokens", "repetition_penalty"}
+        values = {key: given[key] for key in used & set(given)}
         base = {
             "max_new_tokens": self.base.max_new_tokens,
             "speculative": self.base.speculative,
@@ -356,11 +358,11 @@ class DualTower(lmms):
         return GenerationConfig(**(base | values)), ends
 
     def clean(self) -> None:
-        """lmms-eval's would delete the model, which training goes on with."""
+        """Keep the model, which lmms-eval would delete: training goes on with it."""
 
 
 def padding(request: Instance) -> bool:
-    """Whether lmms-eval put it there to even ranks out; nobody reads its answer."""
+    """Whether lmms-eval added a request only to give all ranks the same number; its answer is not read."""
     return bool((request.metadata or {}).get("__padding_only__"))
 
 
@@ -369,13 +371,13 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def thumbnail(tiles: Tiles, folder: Path) -> str:
-    """Write the view of the whole image, as the model sees it; → the file's name, the same for the same view."""
+    """Write the view of the whole image as the model sees it; return the file's name, a hash of the view."""
     view = tiles.pixels[0]
     name = hashlib.blake2b(view.numpy(), digest_size=8).hexdigest() + ".jpg"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(view.permute(1, 2, 0).numpy())
         image.thumbnail((THUMBNAIL, THUMBNAIL))
-        with replacing(folder / name) as beside:
-            image.save(beside, format="jpeg", quality=85)
+        with replacing(folder / name) as temp_path:
+            image.save(temp_path, format="jpeg", quality=85)
     return name

@@ -1,4 +1,4 @@
-"""Which tasks there are, where their data lie, and a run of some of them through lmms-eval."""
+"""The known tasks, their data, and a run of some of them through lmms-eval."""
 
 import hashlib
 import logging
@@ -31,19 +31,19 @@ from eval.captions import JAVA_METRICS, caption_scores, check_metrics
 from eval.lmms_eval_wrapper import DualTower
 from utils.errors import UsageError, UserError, nearest
 
-ImageFile.LOAD_TRUNCATED_IMAGES = (
-    False  # importing lmms-eval sets it for the whole process: half an image is none
-)
+# Importing lmms-eval sets it for the whole process; a truncated image is an error.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 OURS = Path(__file__).parent / "tasks"
-# Metrics of lmms-eval's own caption tasks, all of which start Java, are PREFIX_NAME: this name → ours, equal to 1e-4.
+# lmms-eval's caption metrics are named PREFIX_NAME and all start Java. NAME → our metric, equal to 1e-4.
 STOCK_CAPTIONS = {"CIDEr": "CIDEr", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR", "SPICE": "SPICE"} | {
     f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)
 }
+COPY_HINT = "; a copy of a data set is all of its repository: README.md says which files are which split"
 CAPTION_METRICS = ("CIDEr", "BLEU-4", "ROUGE-L")
 
 
 class Outline(getattr(yaml, "CFullLoader", yaml.FullLoader)):  # type: ignore[misc]
-    """YAML without the functions that it names."""
+    """A YAML loader that skips `!function`."""
 
 
 Outline.add_constructor("!function", lambda loader, node: None)
@@ -51,7 +51,7 @@ Outline.add_constructor("!function", lambda loader, node: None)
 
 @contextmanager
 def read_by_libyaml() -> Iterator[None]:
-    """To find its tasks lmms-eval reads 1,900 YAML files, by PyYAML's own parser: eight seconds instead of one."""
+    """Make lmms-eval read its 1,900 YAML files with libyaml: one second instead of PyYAML's eight."""
     full_load, yaml.full_load = yaml.full_load, lambda text: yaml.load(text, Loader=Outline)
     try:
         yield
@@ -62,8 +62,8 @@ def read_by_libyaml() -> Iterator[None]:
 class Tasks(TaskManager):
     """lmms-eval's tasks and ours, by name; a copy of a task's data under `data_root` goes before the Hub.
 
-    `caption_metrics` are those of our caption tasks. `tokenizer` is the one for all captions, "python" or "java"; `left_out`
-    collects what stock tasks would need Java for where there is none.
+    `caption_metrics`: metrics of our caption tasks. `tokenizer`: "python" or "java", for all captions.
+    `left_out` collects the metrics of lmms-eval's tasks that need Java, where there is none.
     """
 
     def __init__(
@@ -77,15 +77,11 @@ class Tasks(TaskManager):
         os.environ.setdefault("HF_HOME", HF_HOME)  # some tasks read it
         with read_by_libyaml():
             super().__init__(verbosity="ERROR", include_path=str(OURS), model_name="dualtower")
-        self.data_root, self.caption_metrics, self.tokenizer, self.matcher = (
-            data_root,
-            caption_metrics,
-            tokenizer,
-            matcher,
-        )
+        self.data_root, self.caption_metrics = data_root, caption_metrics
+        self.tokenizer, self.matcher = tokenizer, matcher
         self.left_out: list[str] = []
-        self.sources: dict[str, str] = {}  # of tasks that the caller named by theirs
-        self.captions: dict[str, str] = {}  # metrics that are computed here, of captions, → our name of each
+        self.sources: dict[str, str] = {}  # of the tasks `captions:SOURCE` and `questions:SOURCE`
+        self.captions: dict[str, str] = {}  # a task's name of a caption metric computed here → our name
 
     def _get_config(self, name: str) -> dict[str, Any]:
         config = super()._get_config(name)
@@ -96,10 +92,10 @@ class Tasks(TaskManager):
                 "metadata": config["metadata"] | matcher | {"source": self.sources[name]},
             }
         if (copy := self._local_copy(config, name)) is not None:
-            config["dataset_path"], config["dataset_kwargs"] = str(copy), {"cache_dir": cache_of(copy)}
-        elif (config.get("dataset_kwargs") or {}).get(
-            "token"
-        ) is True and get_token() is None:  # most sets are public: one that is not will say so
+            config["dataset_path"] = str(copy)
+            config["dataset_kwargs"] = {"cache_dir": cache_folder(copy)}
+        elif (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:
+            # Most data sets are public; a private one raises its own error.
             config["dataset_kwargs"] = {
                 key: value for key, value in config["dataset_kwargs"].items() if key != "token"
             }
@@ -116,7 +112,10 @@ class Tasks(TaskManager):
         return config
 
     def _without_java(self, metric: dict[str, Any]) -> dict[str, Any] | None:
-        """A stock caption metric computed here; nothing where it needs Java and there is none; any other metric as it is."""
+        """Replace a metric that starts Java by our own.
+
+        None where it needs Java and there is none; any other metric is returned unchanged.
+        """
         if "PTBTokenizer" not in getattr(metric.get("aggregation"), "__globals__", {}):
             return metric
         _, _, theirs = metric["metric"].partition("_")
@@ -132,34 +131,32 @@ class Tasks(TaskManager):
         return metric | {"aggregation": self._scorer(ours)}
 
     def _scorer(self, name: str) -> Callable[..., float]:
-        def aggregate(
-            rows: list[dict[str, Any]], args: Any = None
-        ) -> float:  # lmms-eval hands `args` to functions that take it
-            answers, references = zip(*map(captioned, rows), strict=True)
+        """Return an aggregation for lmms-eval: one of our caption metrics over all rows."""
+
+        # lmms-eval passes `args` to functions that accept it.
+        def aggregate(rows: list[dict[str, Any]], args: Any = None) -> float:
+            answers, references = zip(*map(caption_pair, rows), strict=True)
             return caption_scores(answers, references, [name], self.tokenizer)[name]
 
         return aggregate
 
     def _local_copy(self, config: dict[str, Any], name: str) -> Path | None:
-        """DATA_ROOT/OWNER/NAME as on the Hub, DATA_ROOT/NAME, or DATA_ROOT/TASK: the first that is a folder."""
+        """Return the first folder of DATA_ROOT/OWNER/NAME as on the Hub, DATA_ROOT/NAME, DATA_ROOT/TASK."""
         path = config.get("dataset_path")
         if self.data_root is None or not isinstance(path, str):
             return None
-        return next(
-            (
-                folder
-                for folder in (
-                    self.data_root / path,
-                    self.data_root / path.split("/")[-1],
-                    self.data_root / name,
-                )
-                if folder.is_dir()
-            ),
-            None,
+        candidates = (
+            self.data_root / path,
+            self.data_root / path.split("/")[-1],
+            self.data_root / name,
         )
+        return next((folder for folder in candidates if folder.is_dir()), None)
 
     def add(self, name: str) -> None:
-        """Check that there is such a task; `captions:SOURCE` and `questions:SOURCE`, a source as in `data.sources`, become ones."""
+        """Check that a task exists. `captions:SOURCE` and `questions:SOURCE` become tasks.
+
+        SOURCE is written as in `data.sources`.
+        """
         kind, colon, source = name.partition(":")
         if kind in ("captions", "questions") and name not in self.sources:
             if not colon:
@@ -172,7 +169,10 @@ class Tasks(TaskManager):
             raise UsageError(f"--tasks: no task named '{name}'{nearest(name, self.all_tasks, 3)}")
 
     def load(self, name: str) -> list[tuple[str, bool]]:
-        """`add`, and load its data now: what fails then would fail later. → (`<task>_<metric>`, whether higher is better) of all it will tell."""
+        """Add a task and load its data now, so that errors come early.
+
+        Returns (`<task>_<metric>`, whether higher is better) of each metric.
+        """
         self.add(name)
         with plain_errors(name):
             try:
@@ -183,70 +183,67 @@ class Tasks(TaskManager):
                 raise UserError(
                     f"task {name} needs the package {error.name}: pip install {error.name}"
                 ) from error
-            except Exception as error:  # whatever a task's own code does with data of another form
-                copied = (
-                    "; a copy of a data set is all of its repository: README.md says which files are which split"
-                    if self.data_root is not None
-                    else ""
-                )
-                raise UserError(
-                    f"task {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}){copied}"
-                ) from error
-        told = [
-            (task, made, metric, better)
-            for task, made in leaves(loaded)
-            for metric, better in made.higher_is_better().items()
-        ]
+            except Exception as error:  # a task's own code may raise anything on data of another form
+                hint = "" if self.data_root is None else COPY_HINT
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise UserError(f"task {name} cannot be loaded ({cause}){hint}") from error
         return [
-            (f"{task}_{named(metric, chosen.name)}", better)
-            for task, made, metric, better in told
-            for chosen in made._filters
+            (f"{leaf}_{metric_label(metric, reading.name)}", better)
+            for leaf, task in leaf_tasks(loaded)
+            for metric, better in task.higher_is_better().items()
+            for reading in task._filters
         ]
 
 
-def cache_of(copy: Path) -> str:
-    """Where `datasets` keeps what it makes of a copy: another place for other files, for it takes two folders with the same README.md for one, and does not see a file change."""
+def cache_folder(copy: Path) -> str:
+    """Return the folder where `datasets` caches a copy: one for each state of the copy's files.
+
+    By itself `datasets` confuses two folders with the same README.md, and does not notice changed files.
+    """
     files = [
         (path.relative_to(copy).as_posix(), path.stat()) for path in sorted(copy.rglob("*")) if path.is_file()
     ]
-    told = [str(copy.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)]
-    return str(
-        Path(datasets.config.HF_DATASETS_CACHE)
-        / "copies"
-        / hashlib.blake2b("\n".join(told).encode(), digest_size=8).hexdigest()
-    )
+    lines = [str(copy.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)]
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "copies" / digest)
 
 
-def captioned(row: dict[str, Any]) -> tuple[str, list[str]]:
-    """What a caption task hands to its metrics → the answer and its references: ours, and the forms of lmms-eval's."""
+def caption_pair(row: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the answer and its references from what a caption task passes to its metrics.
+
+    Our own form, and the forms of lmms-eval's tasks.
+    """
     if "references" in row:
         return row["answer"], row["references"]
     references = row["answer"] if row.get("answer") is not None else row["instruction"]
     return row["pred"], [references] if isinstance(references, str) else list(references)
 
 
-def named(metric: str, chosen: str) -> str:
-    """A metric as it is told: the name of the filter behind it, where a task has several readings of an answer."""
-    return metric if chosen == "none" else f"{metric} ({chosen})"
+def metric_label(metric: str, filter_name: str) -> str:
+    """Return a metric's name for people, with the filter where a task reads an answer in several ways."""
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
 
 
-def leaves(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
-    """The tasks of groups within groups."""
-    return [
-        leaf
-        for name, made in loaded.items()
-        for leaf in (leaves(made) if isinstance(made, dict) else [(str(name), made)])
-    ]
+def leaf_tasks(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
+    """List the tasks of nested groups."""
+    tasks = []
+    for name, task in loaded.items():
+        tasks += leaf_tasks(task) if isinstance(task, dict) else [(str(name), task)]
+    return tasks
 
 
 def silent(bar: Any) -> Callable[..., Any]:
-    """lmms-eval's progress bars, which would stay on the screen: ours shows the answers."""
-    return lambda *of, **settings: bar(*of, **settings | {"disable": True})
+    """Disable a progress bar of lmms-eval, which would stay on the screen beside ours."""
+    return lambda *args, **settings: bar(*args, **settings | {"disable": True})
 
 
 @contextmanager
 def plain_errors(name: str) -> Iterator[None]:
-    """Without lmms-eval's log lines and bars. What it has tried five times raises `UserError`: data that cannot be had, or an answer that a task cannot score."""
+    """Run a block without lmms-eval's log lines and bars, and with plain errors.
+
+    What fails after lmms-eval's five tries raises `UserError`: data that is unavailable, or an answer that a
+    task cannot score.
+    """
     logger.remove()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     disable_progress_bars()
@@ -262,12 +259,17 @@ def plain_errors(name: str) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
             text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-            if "download" in (
-                frame.name for frame in traceback.extract_tb(cause.__traceback__ if cause else None)
-            ):
-                text = f"the data cannot be had ({text}): put a copy of the data set where --data-root finds it (DIR/OWNER/NAME), or go online"
+            frames = traceback.extract_tb(cause.__traceback__ if cause else None)
+            if "download" in (frame.name for frame in frames):
+                text = (
+                    f"the data cannot be had ({text}): put a copy of the data set where --data-root finds it "
+                    "(DIR/OWNER/NAME), or go online"
+                )
             else:
-                text = f"an answer could not be scored ({text}): does the copy of the data have the form that the task expects?"
+                text = (
+                    f"an answer could not be scored ({text}): "
+                    "does the copy of the data have the form that the task expects?"
+                )
             raise UserError(f"{name}: {text}") from cause
         finally:
             for module, bar in bars:
@@ -275,22 +277,22 @@ def plain_errors(name: str) -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it, for the whole process
 
 
-def scores_of(found: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(task, metric, value) of all that lmms-eval found, its own standard errors left out; a filter's name stands behind its metric."""
-    out = []
-    for task, values in found["results"].items():
+def scores_of(outcome: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """List (task, metric, value) of lmms-eval's results, without its own standard errors."""
+    scores = []
+    for task, values in outcome["results"].items():
         for key, value in sorted(values.items()):
-            metric, _, kind = key.partition(",")
-            if kind and "_stderr" not in metric and isinstance(value, Real):
-                out.append((task, named(metric, kind), float(value)))
-    return out
+            metric, _, filter_name = key.partition(",")
+            if filter_name and "_stderr" not in metric and isinstance(value, Real):
+                scores.append((task, metric_label(metric, filter_name), float(value)))
+    return scores
 
 
-def unscored(found: dict[str, Any]) -> list[str]:
-    """Metrics that came back without a number: those of a server that scores, for one."""
+def unscored(outcome: dict[str, Any]) -> list[str]:
+    """List metrics without a number: for one, those that a server computes."""
     return [
         f"{task}: {key.split(',')[0]}"
-        for task, values in found["results"].items()
+        for task, values in outcome["results"].items()
         for key, value in values.items()
         if "," in key and "_stderr" not in key and not isinstance(value, Real)
     ]
@@ -304,7 +306,10 @@ def run_tasks(
     process_with_media: bool = False,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """lmms-eval's results of all `names`; on all ranks but the first, nothing. Random states stay as they are."""
+    """Return lmms-eval's results of all `names`; an empty dict on all ranks but the first.
+
+    Random states do not change.
+    """
     for name in names:
         tasks.add(name)
     settings = Namespace(

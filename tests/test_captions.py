@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.captions import caption_errors, caption_scores, cider, tokenize
+from eval.captions import caption_errors, caption_scores, cider
+from eval.ptb_tokenizer import tokenize
 from utils.errors import UsageError, UserError
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "coco_captions"
@@ -258,11 +259,11 @@ def nasty(count: int, seed: int) -> list[str]:
 @needs_java
 def test_tokens_are_those_of_java():
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
-    from eval.captions import _tokenize_java
+    from eval.ptb_tokenizer import tokenize_java
 
     captions = nasty(5000, 0)
     # The line after a caption can change its tokens there ("plan B." before "The"); "end" does not.
-    expected = _tokenize_java([line for caption in captions for line in (caption, "end")])[::2]
+    expected = tokenize_java([line for caption in captions for line in (caption, "end")])[::2]
     wrong = [
         (caption, tokens, tokenize(caption))
         for caption, tokens in zip(captions, expected, strict=True)

@@ -137,7 +137,7 @@ def test_a_turn_that_fails_does_not_fail_the_next(model, renderer, image_file, m
     out, err = capsys.readouterr()
     assert (
         err.count("[first token") == 2 == out.count("\n")
-        and "(200 images put away: show them again with /image)" in err
+        and "(200 images dropped: give them again with /image)" in err
         and "not Unicode" in err
     )
     assert err.count("give a file behind /image") == 2 and err.count("error: ") == 4
