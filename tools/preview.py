@@ -28,7 +28,7 @@ from data.packing import Budget, Row
 from data.parquet import UnreadableBlock
 from data.render import IGNORE, Document
 from data.tokenizer import GLOBAL_IMAGE, TILE_MARKERS, Tokenizer
-from tools.inspection import Decoder, arguments, watched
+from tools.inspection import Decoder, arguments, track_progress
 from training.setup import Data, build_data
 from utils.errors import UserError, run_script
 from utils.files import write_text
@@ -409,7 +409,7 @@ def draw(data: Data, samples: int, rows: int) -> tuple[list[Sample], list[Row], 
     stream.pending = remembered(stream.pending)
     packed = [
         [made for sample in row if (made := decoder(sample)) is not None]
-        for row in watched(stream, rows, "packing rows")
+        for row in track_progress(stream, rows, "packing rows")
     ]
     shown: dict[Key, Sample] = {}
     at = 0

@@ -23,7 +23,7 @@ from configs.train import Config
 from data.datasets import Sample, SampleDataset, by_source
 from data.images import image_size, tile_count
 from data.packing import Budget, Row, RowStream
-from tools.inspection import Decoder, arguments, watched
+from tools.inspection import Decoder, arguments, track_progress
 from training.setup import Data, build_data
 from utils.errors import run_script
 from utils.files import replacing
@@ -97,7 +97,7 @@ def gather(config: Config, data: Data, samples: int) -> Stats:
     sizes: dict[
         tuple[int, int], list[tuple[int, int]]
     ] = {}  # of a record's images, which a sample no longer has once it is decoded and kept
-    for sample in watched(data.batches.rows.pending, samples, "reading samples"):
+    for sample in track_progress(data.batches.rows.pending, samples, "reading samples"):
         drawn.append(
             replace(sample, images=[], tiles=None)
         )  # encoded images of thousands would fill the memory
