@@ -243,8 +243,8 @@ def main(argv: list[str]) -> None:
         or output.suffix in (".json", ".jsonl")
     ):
         raise UsageError(
-            f"--output: '{output}' is no file, lies in a folder that does not exist, or has the name of JSON: "
-            "give a file that ends in .html"
+            f"--output: '{output}' is no file, lies in a folder that does not exist, "
+            "or has the name of JSON: give a file that ends in .html"
         )
     tasks = [TaskResult(name, facts, folder) for name, facts in results["tasks"].items()]
     date = datetime.fromtimestamp((folder / "results.json").stat().st_mtime).astimezone()
