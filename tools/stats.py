@@ -95,7 +95,7 @@ def gather(config: Config, data: Data, samples: int) -> Stats:
     """Draw and decode the first `samples` samples of training, then pack about as many."""
     tallies = [Tally(source.name, len(source)) for source in data.training.sources]
     decoder, drawn = Decoder(data.training), []
-    # (source, record) → sizes of its images. A record's later samples come decoded from the cache, without them.
+    # (source, record) → sizes of its images: a cached sample is decoded, and has lost them.
     sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for sample in track_progress(data.batches.rows.pending, samples, "reading samples"):
         drawn.append(replace(sample, images=[], tiles=None))  # thousands of images would fill the memory
