@@ -42,7 +42,7 @@ from configs.model import GenerationConfig
 from eval.predictor import Predictor
 from models.draft_scheduler import TREE
 from models.generation import prefill, verify
-from tools.train_heads import HeadsConfig, asked
+from tools.train_heads import HeadsConfig, question_batches
 from utils.errors import UsageError, UserError, run_script
 
 FIRST = 6  # questions of `first`
@@ -146,11 +146,11 @@ def decode_steps(predictor: Predictor, most: int, repeats: int) -> dict[str, flo
 
 def questions_of(predictor: Predictor, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
     out: list[tuple[list[Any], str]] = []
-    for batch in asked(predictor, config, held_out=True):
+    for batch in question_batches(predictor, config, held_out=True):
         out += [([predictor.tiles(image) for image in images], text) for images, text in batch]
         if len(out) >= count:
             return out[:count]
-    raise AssertionError("asked() does not end")
+    raise AssertionError("question_batches() does not end")
 
 
 def drafts(

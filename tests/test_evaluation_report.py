@@ -340,7 +340,7 @@ def test_letters_that_print_nothing_are_seen_and_lines_are_kept(tmp_path):
             for tag, attrs in page.tags
             if attrs.get("class", "").strip() == "text answer"
         )
-        and "white-space: pre-wrap" in report.STYLE
+        and "white-space: pre-wrap" in report.STYLE.read_text()
     )
 
 

@@ -137,8 +137,8 @@ def test_page_holds_every_token_once_in_order(tmp_path, left_context):
         f"{TURN_START}user\nwhat  is it?\nsay{TURN_END}\n{TURN_START}assistant\na Zoë 漢{TURN_END}\n{TURN_START}user\nsure?{TURN_END}\n{TURN_START}assistant\nyes{TURN_END}"
     )
     assert joined == turn
-    learnt = [(spelt, title) for classes, spelt, title in tokens if "learnt" in classes]
-    assert unbyte(learnt) == readable(f"a Zoë 漢{TURN_END}yes{TURN_END}")
+    supervised = [(spelt, title) for classes, spelt, title in tokens if "supervised" in classes]
+    assert unbyte(supervised) == readable(f"a Zoë 漢{TURN_END}yes{TURN_END}")
     assert sum("image" in classes for classes, _, _ in tokens) == 4
     positions = [int(title.split()[1]) for _, _, title in tokens]
     assert sorted(positions) == list(range(len(tokens)))
@@ -159,7 +159,7 @@ def test_learnt_tokens_are_the_targets(tmp_path, tokenizer):
     document = Renderer(tokenizer, 4).conversation([(1, 1)], [{"user": "what is it?", "assistant": "blue"}])
     tokens = preview.right_tokens(document, preview.Spelling(tokenizer))
     assert (
-        [t.id for t in tokens if t.kind == "learnt"]
+        [t.id for t in tokens if t.kind == "supervised"]
         == [label for label in document.labels if label != IGNORE]
         == [*tokenizer.encode("blue"), tokenizer.turn_end]
     )
@@ -217,7 +217,7 @@ def test_long_documents_are_folded_and_whole(tmp_path):
     text, (sample,), _ = page_of(config, data)
     assert (
         len(Reader(text).tokens) == sample.left_length + sample.right_length + len(sample.documents)
-        and "more tokens, 3 of them learnt" in text
+        and "more tokens, 3 of them supervised" in text
         and "6 more documents" in text
     )
 

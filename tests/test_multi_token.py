@@ -33,7 +33,7 @@ from tests.naive_dual_tower import Naive
 from tests.programs import run_program
 from tests.test_dual_tower import block_starts, make_sample
 from tests.test_generation import naive_greedy, prompt_ids
-from tools.train_heads import HeadsConfig, asked, collect
+from tools.train_heads import HeadsConfig, collect, question_batches
 from training.optim import head_weights
 from utils.errors import UsageError
 
@@ -925,7 +925,7 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
         "12",
     ]
     done = run_program([*give, "--heads", "2", "--rows", "16", "--epochs", "2", "--dtype", "bf16"], tmp_path)
-    assert done.returncode == 0 and "tokens a pass" in done.stdout, done.stderr
+    assert done.returncode == 0 and "tokens per decode step" in done.stdout, done.stderr
     before, after = (
         load_file(tmp_path / folder / "model.safetensors") for folder in ("plain/model", "with_heads")
     )
@@ -983,7 +983,7 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
     learnt, held_out = (
-        {text for _, text in next(asked(Predictor(model, renderer), config, held_out=which))}
+        {text for _, text in next(question_batches(Predictor(model, renderer), config, held_out=which))}
         for which in (False, True)
     )
     assert (len(learnt), len(held_out)) == (4, 2) and learnt | held_out == {f"q{i}" for i in range(6)}

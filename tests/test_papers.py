@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.diagrams import PICTURES
+from tools.diagrams import DIAGRAMS
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ def test_citation():
 
 
 def test_pictures_are_what_the_script_draws():
-    for name, draw in PICTURES.items():
+    for name, draw in DIAGRAMS.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), (
             f"python -m tools.diagrams draws another {name}"
         )
@@ -38,7 +38,7 @@ def test_pictures_are_what_the_script_draws():
         for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
         for name in re.findall(r"(\w+\.svg)", page.read_text(encoding="utf-8"))
     }
-    assert named == {*PICTURES} == {path.name for path in (ROOT / "docs").glob("*.svg")}
+    assert named == {*DIAGRAMS} == {path.name for path in (ROOT / "docs").glob("*.svg")}
 
 
 def test_links_lead_somewhere():

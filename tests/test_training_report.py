@@ -15,6 +15,7 @@ from PIL import Image
 
 import utils.files
 from tools import training_report as report
+from tools.run_curves import Key
 from utils.errors import UsageError, UserError
 
 pytest.importorskip("matplotlib", reason="the group report is not installed")
@@ -344,7 +345,7 @@ def test_half_a_last_line_is_passed_over(tmp_path):
     for half in ('{"step": 10, "loss": 1.', "{", "12", '"é'):
         page = read(write(tmp_path, whole + half, {}))
         assert (
-            page.warnings == ["half a last line of metrics.jsonl was passed over: the run may be writing it"]
+            page.warnings == ["the last line of metrics.jsonl is incomplete: the run may be writing it"]
             and "step 9 of –" in page.text
         )
     page = read(
@@ -482,6 +483,6 @@ def test_a_step_that_overflowed_is_a_skipped_one(tmp_path):
     run = report.read_run(tmp_path, "run")
     assert (
         list(run.skipped) == [1.0]
-        and run.curves[report.Key("loss")].values[1:].tolist() == [2.0, 1.5]
-        and np.isnan(run.curves[report.Key("loss")].values[0])
+        and run.curves[Key("loss")].values[1:].tolist() == [2.0, 1.5]
+        and np.isnan(run.curves[Key("loss")].values[0])
     )

@@ -1,6 +1,8 @@
-"""The pictures of the README and of docs/architecture.md:  python -m tools.diagrams  writes docs/two_towers.svg and docs/who_sees_whom.svg.
+"""Draw the diagrams of the README and of docs/architecture.md.
 
-The second is drawn from the masks themselves, of a row of two images, A and B, with two questions on A and one on B.
+  python -m tools.diagrams     → docs/two_towers.svg, docs/who_sees_whom.svg
+
+The second one shows the real attention masks of a row: images A and B, two questions on A and one on B.
 """
 
 from pathlib import Path
@@ -12,23 +14,18 @@ from models.masks import left_mask, right_mask
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LEFT, RIGHT, KV, INK, QUIET = ("#1f5fa8", "#e9f1fb"), ("#2c7a4b", "#e8f5ec"), "#b4570c", "#4a5560", "#57606a"
-LEFT_X, RIGHT_X, WIDE = 70, 585, 260  # of the towers' boxes
-CELL = 20
+LEFT_X, RIGHT_X, WIDE = 70, 585, 260  # x and width of the towers' boxes
+CELL = 20  # side of a mask's cell
 
 
 def svg(width: int, height: int, size: int, *parts: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="Helvetica, Arial, sans-serif" font-size="{size}" fill="#1b1f24">'
-    return (
-        "\n".join(
-            (
-                head,
-                f'  <rect width="{width}" height="{height}" fill="#ffffff"/>',
-                *(f"  {part}" for part in parts),
-                "</svg>",
-            )
-        )
-        + "\n"
+    """Return an SVG file with `parts` on a white ground."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="Helvetica, Arial, sans-serif" font-size="{size}" fill="#1b1f24">'
     )
+    ground = f'  <rect width="{width}" height="{height}" fill="#ffffff"/>'
+    return "\n".join((head, ground, *(f"  {part}" for part in parts), "</svg>")) + "\n"
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", **style: object) -> str:
@@ -40,19 +37,24 @@ def _attributes(style: dict[str, object]) -> str:
 
 
 def box(x: int, y: int, words: str, colours: tuple[str, str], height: int = 30, **style: object) -> str:
-    shape = f'<rect x="{x}" y="{y}" width="{WIDE}" height="{height}" rx="6" stroke="{colours[0]}" stroke-width="1.6" fill="{colours[1]}"{_attributes(style)}/>'
+    shape = (
+        f'<rect x="{x}" y="{y}" width="{WIDE}" height="{height}" rx="6" stroke="{colours[0]}" '
+        f'stroke-width="1.6" fill="{colours[1]}"{_attributes(style)}/>'
+    )
     return shape + text(x + WIDE / 2, y + height / 2 + 5, words)
 
 
 def arrow(path: str, colour: str = INK, width: float = 1.6) -> str:
-    return f'<path d="{path}" stroke="{colour}" stroke-width="{width}" marker-end="url(#{"k" if colour == KV else "a"})"/>'
+    marker = "k" if colour == KV else "a"
+    return f'<path d="{path}" stroke="{colour}" stroke-width="{width}" marker-end="url(#{marker})"/>'
 
 
 def two_towers() -> str:
-    """Boxes from the bottom, where image and text come in, to the top."""
+    """Draw the two towers; image and text enter at the bottom."""
     middle_left, middle_right, between = LEFT_X + WIDE // 2, RIGHT_X + WIDE // 2, 457
     heads = [
-        f'<marker id="{name}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0 10 5 0 10z" fill="{colour}"/></marker>'
+        f'<marker id="{name}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+        f'orient="auto"><path d="M0 0 10 5 0 10z" fill="{colour}"/></marker>'
         for name, colour in (("a", INK), ("k", KV))
     ]
     left = [
@@ -104,7 +106,7 @@ def two_towers() -> str:
 def grid(
     x: int, y: int, title: str, seen: Tensor, rows: list[str], columns: list[str], split: int
 ) -> list[str]:
-    """A mask (queries, keys) as boxes with its labels; keys before `split` are the left tower's."""
+    """Draw a mask (queries, keys) as labelled cells; keys before `split` are the left tower's."""
     parts = [text(x, y - 34, title, "start", font_size=14, font_weight="bold")]
     parts += [
         text(x + CELL * (j + 0.5), y - 8, name, font_size=11, fill=LEFT[0] if j < split else RIGHT[0])
@@ -117,20 +119,21 @@ def grid(
     for i, row in enumerate(seen.tolist()):
         for j, on in enumerate(row):
             fill = (LEFT[0] if j < split else RIGHT[0]) if on else "#f1f0ec"
-            parts.append(
-                f'<rect x="{x + CELL * j}" y="{y + CELL * i}" width="{CELL - 2}" height="{CELL - 2}" rx="3" fill="{fill}"/>'
-            )
+            at = f'x="{x + CELL * j}" y="{y + CELL * i}"'
+            parts.append(f'<rect {at} width="{CELL - 2}" height="{CELL - 2}" rx="3" fill="{fill}"/>')
     return parts
 
 
 def who_sees_whom() -> str:
-    """Image A stands at positions 1 to 3 of its documents, B at 1 and 2; a document begins with one token before its image."""
-    left = torch.tensor([(1, 0, 0), (2, 0, 0), (3, 0, 0), (1, 1, 1), (2, 1, 1)]).T[
-        :, None
-    ]  # position, group, image of each left token
+    """Draw both attention masks of one row.
+
+    Every document begins with one text token. Image A has positions 1 to 3, image B positions 1 and 2.
+    """
+    # Per token: (position, group, image) in the left stream, (position, document, group) in the right one.
+    left = torch.tensor([(1, 0, 0), (2, 0, 0), (3, 0, 0), (1, 1, 1), (2, 1, 1)]).T[:, None]
     right = torch.tensor(
         [(0, 0, 0), (4, 0, 0), (5, 0, 0), (0, 1, 0), (4, 1, 0), (0, 2, 1), (3, 2, 1), (4, 2, 1)]
-    ).T[:, None]  # position, document, group
+    ).T[:, None]
     images = [*(f"A{i}" for i in (1, 2, 3)), *(f"B{i}" for i in (1, 2))]
     texts = [
         f"{'abc'[document]}{position}" for position, document in zip(*right[:2, 0].tolist(), strict=True)
@@ -139,19 +142,19 @@ def who_sees_whom() -> str:
     other = right_mask(*right, left[0], left[1])[0, 0]
     parts = grid(60, 70, "left tower: images", one, images, images, len(images))
     parts += grid(270, 70, "right tower: image KV, then text", other, texts, [*images, *texts], len(images))
-    told = (
+    notes = (
         "a line is a query, a column a key",
         "a, b: two questions on image A",
         "c: a question on image B",
         "the number is the position",
     )
-    parts += [text(560, 96 + 22 * i, line, "start", font_size=13, fill=QUIET) for i, line in enumerate(told)]
+    parts += [text(560, 96 + 22 * i, line, "start", font_size=13, fill=QUIET) for i, line in enumerate(notes)]
     return svg(780, 250, 14, *parts)
 
 
-PICTURES = {"two_towers.svg": two_towers, "who_sees_whom.svg": who_sees_whom}
+DIAGRAMS = {"two_towers.svg": two_towers, "who_sees_whom.svg": who_sees_whom}
 
 if __name__ == "__main__":
-    for name, draw in PICTURES.items():
+    for name, draw in DIAGRAMS.items():
         (DOCS / name).write_text(draw(), encoding="utf-8")
         print(DOCS / name)

@@ -1,9 +1,9 @@
-"""Model folders and repositories of the Hugging Face Hub.
+"""Exchange model folders with the Hugging Face Hub.
 
-python -m tools.hub push runs/dual_tower_easyvqa/model NAME --private     a folder as it stands → NAME or OWNER/NAME
-python -m tools.hub pull OWNER/NAME models/mine                           a repository, or OWNER/NAME@REVISION → a folder
-python -m tools.hub info OWNER/NAME                                       of a repository or a folder: what model it holds, in which files
-python -m tools.hub card runs/dual_tower_easyvqa                          write its model's card again, with the scores of its evaluation
+python -m tools.hub push runs/dual_tower_easyvqa/model NAME --private  a folder → NAME or OWNER/NAME
+python -m tools.hub pull OWNER/NAME models/mine                        OWNER/NAME[@REVISION] → a folder
+python -m tools.hub info OWNER/NAME                                    its model and files; also of a folder
+python -m tools.hub card runs/dual_tower_easyvqa                       rewrite its model card, with scores
 """
 
 import argparse
@@ -25,7 +25,7 @@ from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
 
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    kind = str(kind_of(read_model_config(folder)))  # errors before anything is made
+    kind = str(kind_of(read_model_config(folder)))  # raises before a repository is created
     numbers(folder)
     if not (folder / "tokenizer.json").is_file() and kind in MODEL_TYPES:
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
@@ -39,12 +39,12 @@ def pull(args: argparse.Namespace) -> None:
         raise UsageError(f"{to} exists already: choose another folder")
     if not is_hub_id(args.repo):
         raise UsageError(f"'{args.repo}' is no repository: OWNER/NAME or OWNER/NAME@REVISION")
-    find_model(args.repo)  # one of ours: else no more is fetched
-    found = fetch(args.repo, ["*"], "the model")
-    read_model_config(found)  # of a version that can be read
-    numbers(found)  # and whole
-    with replacing_folder(to) as beside:
-        shutil.copytree(found, beside, dirs_exist_ok=True)
+    find_model(args.repo)  # raises before the weights are fetched
+    source = fetch(args.repo, ["*"], "the model")
+    read_model_config(source)  # raises if the format is not supported
+    numbers(source)  # raises if a weight file is damaged
+    with replacing_folder(to) as temp_path:
+        shutil.copytree(source, temp_path, dirs_exist_ok=True)
     print(f"pulled: {to}")
 
 
@@ -56,7 +56,8 @@ def info(args: argparse.Namespace) -> None:
         head = read_json(fetch(args.source, ["config.json"], "config.json") / "config.json")
         if not isinstance(head, dict):
             raise UserError(
-                f"config.json of {args.source} describes no model: it holds {type(head).__name__}, not an object"
+                f"config.json of {args.source} describes no model: "
+                f"it holds {type(head).__name__}, not an object"
             )
     else:
         folder = Path(args.source)
@@ -68,7 +69,10 @@ def info(args: argparse.Namespace) -> None:
 
 
 def numbers(folder: Path) -> int:
-    """That the tensors of a folder hold, from its files' headers alone. One that was cut raises `UserError`."""
+    """Count the numbers in a folder's tensors, from the files' headers alone.
+
+    A truncated file raises `UserError`.
+    """
     count = 0
     for path in weight_files(folder):
         try:
@@ -109,24 +113,26 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subparsers(required=True, metavar="push|pull|info|card")
     add = commands.add_parser("push", help="a model folder → a repository")
     add.add_argument("folder", metavar="DIR")
-    add.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME; made where there is none")
+    add.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME; created if it does not exist")
     add.add_argument(
-        "--private", action="store_true", help="make it private; a public one of that name is refused"
+        "--private",
+        action="store_true",
+        help="create a private repository; an existing public one is refused",
     )
-    add.add_argument("--branch", help="push to this branch, made where there is none [main]")
-    add.add_argument("--message", default="Push a model of DualTowerVLM", help="of the commit")
+    add.add_argument("--branch", help="push to this branch, created if it does not exist [main]")
+    add.add_argument("--message", default="Push a model of DualTowerVLM", help="commit message")
     add.set_defaults(do=push_folder)
     add = commands.add_parser("pull", help="a repository → a folder")
     add.add_argument("repo", metavar="OWNER/NAME[@REVISION]")
-    add.add_argument("folder", metavar="DIR", help="that does not exist yet")
+    add.add_argument("folder", metavar="DIR", help="new folder")
     add.set_defaults(do=pull)
-    add = commands.add_parser("info", help="what model a repository or folder holds")
+    add = commands.add_parser("info", help="the model and files of a repository or folder")
     add.add_argument("source", metavar="REPO_OR_DIR")
     add.set_defaults(do=info)
-    add = commands.add_parser("card", help="write the card of a run's model again")
+    add = commands.add_parser("card", help="rewrite the card of a run's model")
     add.add_argument("run", metavar="RUN")
     add.add_argument(
-        "--licence", default="", help="of the weights, as the Hub names it [hub.licence of the run]"
+        "--licence", default="", help="licence of the weights, by the Hub's name [hub.licence of the run]"
     )
     add.set_defaults(do=card)
     args = parser.parse(argv)

@@ -1,4 +1,4 @@
-"""What `tools.preview` and `tools.stats` share: their command line, progress, and samples whose images can be decoded."""
+"""Shared by `tools.preview` and `tools.stats`: command line, progress, decoding of samples."""
 
 import argparse
 import sys
@@ -18,13 +18,16 @@ from data.images import ImageError
 from utils.errors import UsageError
 
 T = TypeVar("T")
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 
 
 def arguments(
     argv: list[str], description: str, own: dict[str, tuple[Any, str]]
 ) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
-    """Command line → a tool's own arguments, the configuration, the configuration's flags that were given. `own`: name → default, help."""
+    """Parse a command line: the tool's own arguments, the configuration, the configuration's given flags.
+
+    `own`: name → (default, help) of the tool's own flags.
+    """
     parser = FlagParser(add_help=False, allow_abbrev=False)
     for name, (default, help) in own.items():
         parser.add_argument(
@@ -35,21 +38,23 @@ def arguments(
     config, flags = resolve(rest, description)
     if config.resume:
         raise UsageError(
-            "--resume goes on with a training run; to look at its data, give --config and the flags that it was started with"
+            "--resume goes on with a training run; "
+            "to look at its data, give --config and the flags that it was started with"
         )
     for name, (default, _) in own.items():
         if isinstance(default, int) and getattr(args, name) < 1:
             raise UsageError(f"--{name} = {getattr(args, name)} must be at least 1")
     output = Path(args.output)
-    if (
-        not output.name or output.is_dir() or not output.parent.is_dir()
-    ):  # told now, not after minutes of work
+    if not output.name or output.is_dir() or not output.parent.is_dir():  # raise before minutes of work
         raise UsageError(f"--output: '{args.output}' is a folder, or lies in one that does not exist")
     return args, config, flags
 
 
-def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The first `total` items, with a progress bar on a terminal and a line every ten seconds elsewhere, on stderr."""
+def track_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yield the first `total` items and report progress on stderr.
+
+    A terminal gets a progress bar, anything else a line every `PLAIN_SECONDS`.
+    """
     if Console(stderr=True).is_terminal:
         yield from track(_first(items, total), what, total, console=Console(stderr=True), transient=True)
         return
@@ -62,7 +67,7 @@ def watched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _first(items: Iterable[T], total: int) -> Iterator[T]:
-    """`islice`, which does not ask for one item more than it gives."""
+    """Yield the first `total` items without asking the iterator for one more."""
     if total:
         for number, item in enumerate(items, 1):
             yield item
@@ -71,7 +76,7 @@ def _first(items: Iterable[T], total: int) -> Iterator[T]:
 
 
 class Decoder:
-    """Samples → samples with tiles; None where an image turns out damaged, which is counted once a record."""
+    """Adds the tiles to a sample; returns None if an image is damaged, counted once per record."""
 
     def __init__(self, dataset: SampleDataset) -> None:
         self.dataset = dataset

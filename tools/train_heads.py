@@ -1,11 +1,11 @@
-"""Give a trained model multi-token heads, without changing what it says.
+"""Train multi-token heads for a model, by self-distillation. All other weights stay the same, bit for bit.
 
-  python -m tools.train_heads --checkpoint runs/dual_tower_easyvqa/model --output runs/with_heads --sources easy_vqa --tokens 20000
+  python -m tools.train_heads --checkpoint runs/dual_tower_easyvqa/model --output runs/with_heads \\
+      --sources easy_vqa --tokens 20000
 
-The model answers prompts greedily; its hidden states along the answers are computed once and kept; the heads learn from
-them to say what the model itself will say next (self-distillation). The rest of the model stays as it is, bit for bit.
-Prompts are the questions of --sources, the lines of --prompts, or else what the model itself says in the user's turn
-(arXiv 2406.08464).
+The model answers prompts greedily. The hidden states of the answers are computed once and held in memory; the
+heads learn to predict the answers' tokens from them. Prompts are the questions of --sources, the lines of
+--prompts, or else what the model itself generates in the user's turn (arXiv 2406.08464).
 """
 
 import argparse
@@ -39,32 +39,35 @@ from utils.errors import UsageError, UserError, run_script
 from utils.files import replacing_folder
 
 Question = tuple[list[Any], str]  # images, text
-HELD_OUT = 20  # every so many documents one is not trained on
+HELD_OUT = 20  # one answer in so many is held out
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
+    """Flags of the program."""
+
     heads: int = opt(4, "K, multi-token heads")
     mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
-    vocabulary: int = opt(8192, "tokens that can be drafted, the commonest in the answers (0: all)")
+    vocabulary: int = opt(8192, "tokens that can be drafted, the most frequent of the answers (0: all)")
     sources: str = opt(
         "",
-        "where images and questions come from, as --data.sources in training; none: --prompts, or the model itself",
+        "sources of images and questions, as --data.sources; none: --prompts, or the model itself",
     )
-    validation_images: int = opt(200, "images of each source that are left out, as in training")
-    prompts: str = opt("", "file with a prompt a line")
-    tokens: int = opt(250_000, "answer tokens to learn from")
-    answer_tokens: int = opt(128, "longest answer")
+    validation_images: int = opt(200, "images of each source that are held out, as in training")
+    prompts: str = opt("", "file with one prompt per line")
+    tokens: int = opt(250_000, "answer tokens to train on")
+    answer_tokens: int = opt(128, "maximum tokens of an answer")
     rows: int = opt(64, "prompts answered together")
     dtype: Literal["auto", "bf16", "fp32"] = opt(
         "fp32",
-        "of the weights while the model answers; auto: bf16 where the machine multiplies in it. Heads are trained, and the model is written, in fp32",
+        "dtype of the weights while the model answers; auto: bf16 where the machine multiplies in it. "
+        "Heads are trained, and the model is written, in fp32",
     )
-    epochs: int = opt(4, "times that every token is learnt from")
-    batch_tokens: int = opt(2048, "tokens of a step")
+    epochs: int = opt(4, "epochs over the answers")
+    batch_tokens: int = opt(2048, "tokens per step")
     lr: float = opt(1e-3, "peak learning rate")
     head_decay: float = opt(0.8, "each further head's weight ÷ that of the one before")
-    seed: int = opt(0, "of prompts, order and weights")
+    seed: int = opt(0, "seed of prompts, order and weights")
 
     def __post_init__(self) -> None:
         for name in ("heads", "mlp_size", "tokens", "answer_tokens", "rows", "epochs", "batch_tokens"):
@@ -78,37 +81,41 @@ class HeadsConfig:
 
 @dataclass(frozen=True)
 class AnswerStates:
-    """An answer of the model: the hidden states that its tokens were chosen from, and the tokens."""
+    """One answer of the model: its tokens, and the hidden states they were chosen from."""
 
     hidden: Tensor  # (T, D)
     tokens: Tensor  # (T,)
 
 
-def asked(predictor: Predictor, config: HeadsConfig, held_out: bool = False) -> Iterator[list[Question]]:
-    """Batches of (images, question) without end. `held_out`: of the sources' validation images, that neither the model nor its heads learnt from."""
+def question_batches(
+    predictor: Predictor, config: HeadsConfig, held_out: bool = False
+) -> Iterator[list[Question]]:
+    """Yield batches of questions without end.
+
+    `held_out`: questions on the sources' validation images, unseen by the model and by its heads.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     if not config.prompts and not config.sources:
         while True:
-            yield [([], text) for text in invented(predictor, config.rows, generator)]
+            yield [([], text) for text in generated_prompts(predictor, config.rows, generator)]
+    readers: list[Callable[[], list[Question]]]  # a record is read when it is drawn
     if config.prompts:
-        lines = [
-            line.strip()
-            for line in Path(config.prompts).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-        found: list[Callable[[], list[Question]]] = [lambda line=line: [([], line)] for line in lines]
+        lines = map(str.strip, Path(config.prompts).read_text(encoding="utf-8").splitlines())
+        readers = [lambda line=line: [([], line)] for line in lines if line]
     else:
         sources = open_sources(
             DataConfig(sources=config.sources, validation_images=config.validation_images)
         )[held_out]
-        found = [lambda s=s, i=i: questions_of(s.records, i) for s in sources for i in range(s.start, s.stop)]
-    if not found:
+        readers = [
+            lambda s=s, i=i: questions_of(s.records, i) for s in sources for i in range(s.start, s.stop)
+        ]
+    if not readers:
         raise UserError(f"{config.prompts or config.sources} holds no prompt")
     waiting: list[Question] = []
-    while True:  # a lap; records are read when their turn comes
+    while True:  # one epoch
         before = len(waiting)
-        for place in torch.randperm(len(found), generator=generator).tolist():
-            waiting += found[place]()
+        for index in torch.randperm(len(readers), generator=generator).tolist():
+            waiting += readers[index]()
             while len(waiting) >= config.rows:
                 yield waiting[: config.rows]
                 waiting, before = waiting[config.rows :], -1
@@ -117,7 +124,7 @@ def asked(predictor: Predictor, config: HeadsConfig, held_out: bool = False) -> 
 
 
 def questions_of(records: Any, index: int) -> list[Question]:
-    """What a record asks; nothing where it cannot be used."""
+    """Return a record's questions, or [] if it cannot be used."""
     try:
         record = records[index]
     except UnreadableBlock:
@@ -131,8 +138,8 @@ def questions_of(records: Any, index: int) -> list[Question]:
     ]
 
 
-def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> list[str]:
-    """What the model says where a user would speak: sampled, up to its first sentence's end."""
+def generated_prompts(predictor: Predictor, rows: int, generator: torch.Generator) -> list[str]:
+    """Sample prompts from the model itself: its text in the user's turn, up to the first sentence's end."""
     renderer = predictor.renderer
     start = renderer.user
     settings = GenerationConfig(
@@ -144,11 +151,11 @@ def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> lis
     )
     prompt = Document([], [], [], start, list(range(len(start))), [-100] * len(start))
     batch = {name: t.to(predictor.model.device) for name, t in collate_prompts([prompt] * rows).items()}
-    made = generate(
+    output = generate(
         predictor.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch
     )
     texts = []
-    for tokens in made.tokens:
+    for tokens in output.tokens:
         text = renderer.tokenizer.decode(tokens).strip()
         ends = [i + 1 for i, c in enumerate(text) if c in ".?!\n" and i >= 20]
         texts.append(text[: ends[0]].strip() if ends else text)
@@ -159,7 +166,7 @@ def invented(predictor: Predictor, rows: int, generator: torch.Generator) -> lis
 def answers(
     predictor: Predictor, questions: list[tuple[list[Any], str]], config: HeadsConfig
 ) -> list[AnswerStates]:
-    """The model's greedy answers with the hidden states along them."""
+    """Return the model's greedy answers with their hidden states, without questions on damaged images."""
     model, renderer = predictor.model, predictor.renderer
     tiles, prompts = [], []
     for images, text in questions:
@@ -173,72 +180,64 @@ def answers(
     rows, extra = predictor.images_of(prompts, tiles)[0], predictor.tiles_of(tiles)
     batch = {name: t.to(model.device) for name, t in collate_prompts(prompts).items()}
     settings = GenerationConfig(max_new_tokens=config.answer_tokens, speculative="off")
-    made = generate(
+    output = generate(
         model, images=rows, stop=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch
     )
     whole, starts = [], []
-    for prompt, tokens in zip(prompts, made.tokens, strict=True):
-        last = prompt.right_positions[-1]
+    for prompt, tokens in zip(prompts, output.tokens, strict=True):
+        end = prompt.right_positions[-1] + 1
+        positions = [*prompt.right_positions, *range(end, end + len(tokens))]
         starts.append(len(prompt.right_ids) - 1)
-        whole.append(
-            replace(
-                prompt,
-                right_ids=[*prompt.right_ids, *tokens],
-                right_positions=[*prompt.right_positions, *range(last + 1, last + 1 + len(tokens))],
-            )
-        )
+        whole.append(replace(prompt, right_ids=[*prompt.right_ids, *tokens], right_positions=positions))
     batch = {name: t.to(model.device) for name, t in collate_prompts(whole).items()}
     _, hidden = prefill(model, batch["ids"], batch["positions"], rows, 0, extra)
-    told = []
-    for b, (start, tokens) in enumerate(zip(starts, made.tokens, strict=True)):
+    result = []
+    for b, (start, tokens) in enumerate(zip(starts, output.tokens, strict=True)):
         ended = len(tokens) < config.answer_tokens
-        told.append(
-            AnswerStates(
-                hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu(),
-                torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended]),
-            )
-        )
-    return [t for t in told if len(t.tokens)]
+        states = hidden[b, start : start + len(tokens) + ended].to(torch.bfloat16).cpu()
+        labels = torch.tensor([*tokens, *[renderer.tokenizer.turn_end] * ended])
+        result.append(AnswerStates(states, labels))
+    return [answer for answer in result if len(answer.tokens)]
 
 
 def collect(predictor: Predictor, config: HeadsConfig, console: Console) -> list[AnswerStates]:
-    told: list[AnswerStates] = []
+    """Collect answers of at least `config.tokens` tokens."""
+    collected: list[AnswerStates] = []
     missing = 0
     with Progress(console=console, transient=True) as bar:
-        task, done = bar.add_task("the model answers", total=config.tokens), 0
-        for questions in asked(predictor, config):
+        task, done = bar.add_task("generating answers", total=config.tokens), 0
+        for questions in question_batches(predictor, config):
             new = answers(predictor, questions, config)
             if not new:
-                raise UserError("the model's answers are empty: nothing to learn from")
-            told += new
+                raise UserError("the model's answers are empty: nothing to train on")
+            collected += new
             missing += len(questions) - len(new)
             done += sum(len(t.tokens) for t in new)
             bar.update(task, completed=done)
             if done >= config.tokens:
                 if missing:
-                    console.print(
-                        f"{missing:,} questions left out: their images cannot be used, or the answer was empty"
-                    )
-                return told
-    raise AssertionError("asked() does not end")
+                    reason = "their images cannot be used, or the answer was empty"
+                    console.print(f"{missing:,} questions left out: {reason}")
+                return collected
+    raise AssertionError("question_batches() does not end")
 
 
 def fit(
-    model: Any, heads: MultiTokenHeads, told: list[AnswerStates], config: HeadsConfig, console: Console
+    model: Any, heads: MultiTokenHeads, samples: list[AnswerStates], config: HeadsConfig, console: Console
 ) -> None:
-    """Train the heads on kept hidden states."""
+    """Train the heads on hidden states."""
     embedding, unembedding = model.right.embed_tokens, model.right.unembedding.detach()
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    steps = config.epochs * max(1, sum(len(t.tokens) for t in told) // config.batch_tokens)
+    steps = config.epochs * max(1, sum(len(t.tokens) for t in samples) // config.batch_tokens)
     weights = torch.tensor([config.head_decay**k for k in range(config.heads)], device=model.device)
     generator, step = torch.Generator().manual_seed(config.seed), 0
     bf16 = computes_bf16(model.device)
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("the heads learn", total=steps)
+        task = bar.add_task("training heads", total=steps)
         while step < steps:
-            waiting = [told[i] for i in torch.randperm(len(told), generator=generator).tolist()]
+            waiting = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
             while waiting and step < steps:
                 batch = [waiting.pop()]
                 while waiting and sum(len(t.tokens) for t in batch) < config.batch_tokens:
@@ -259,7 +258,7 @@ def fit(
 
 
 def as_row(batch: list[AnswerStates], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers → one packed row: hidden (1, R, D), labels and documents (1, R)."""
+    """Pack answers into one row: hidden (1, R, D), labels and documents (1, R)."""
     hidden = torch.cat([t.hidden for t in batch])[None].float().to(device)
     labels = torch.cat([t.tokens for t in batch])[None].to(device)
     documents = torch.cat([torch.full((len(t.tokens),), i) for i, t in enumerate(batch)])[None].to(device)
@@ -267,11 +266,14 @@ def as_row(batch: list[AnswerStates], device: torch.device) -> tuple[Tensor, Ten
 
 
 @torch.inference_mode()
-def acceptance(model: Any, heads: MultiTokenHeads, told: list[AnswerStates]) -> tuple[list[float], float]:
-    """On answers: how often each head is right where those before it are, and the tokens that a greedy pass would give."""
+def acceptance(model: Any, heads: MultiTokenHeads, samples: list[AnswerStates]) -> tuple[list[float], float]:
+    """Measure the heads on answers: acceptance rate of each head, and tokens per greedy decode step.
+
+    A head's rate counts the drafts whose predecessors were all accepted.
+    """
     right, reached, decode_steps = [0] * heads.count, [0] * heads.count, 0
     unembed = heads.unembedder(model.right.unembedding)
-    for t in told:
+    for t in samples:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
         drafts = heads.draft(
@@ -291,6 +293,14 @@ def acceptance(model: Any, heads: MultiTokenHeads, told: list[AnswerStates]) -> 
     return [r / max(1, n) for r, n in zip(right, reached, strict=True)], 1 + sum(right) / max(1, decode_steps)
 
 
+def frequent_ids(samples: list[AnswerStates], count: int, vocabulary: int) -> list[int]:
+    """Return the sorted ids of the `count` most frequent tokens; the lowest unused ids fill up a shortage."""
+    counts = Counter(int(i) for t in samples for i in t.tokens)
+    ranked = [i for i, _ in counts.most_common(count)]
+    ranked += [i for i in range(vocabulary) if i not in counts][: count - len(ranked)]
+    return sorted(ranked)
+
+
 def main(argv: list[str]) -> None:
     parser = FlagParser(
         prog="python -m tools.train_heads",
@@ -307,46 +317,41 @@ def main(argv: list[str]) -> None:
     flags = vars(parser.parse(argv))
     config = override(HeadsConfig(), flags)
     output = Path(flags["output"])
-    if (
-        output.exists()
-        and not (output / "config.json").is_file()
-        and any(output.iterdir() if output.is_dir() else [output])
-    ):
+    contents = output.iterdir() if output.is_dir() else [output]
+    if output.exists() and not (output / "config.json").is_file() and any(contents):
         raise UsageError(f"--output {output} exists and is not a model folder")
     console = Console()
     torch.manual_seed(config.seed)
     started = time.perf_counter()
-    told = collect(Predictor.from_pretrained(flags["checkpoint"], config.dtype), config, console)
-    tokens = sum(len(t.tokens) for t in told)
-    console.print(f"{len(told):,} answers of {tokens:,} tokens in {time.perf_counter() - started:.0f} s")
+    samples = collect(Predictor.from_pretrained(flags["checkpoint"], config.dtype), config, console)
+    tokens = sum(len(t.tokens) for t in samples)
+    console.print(f"{len(samples):,} answers of {tokens:,} tokens in {time.perf_counter() - started:.0f} s")
     predictor = Predictor.from_pretrained(flags["checkpoint"])
     model = predictor.model
-    counts, V = Counter(int(i) for t in told for i in t.tokens), len(model.right.unembedding)
+    V = len(model.right.unembedding)
     settings = MultiTokenConfig(
         config.heads, config.mlp_size, config.vocabulary if config.vocabulary < V else 0
     )
     heads = MultiTokenHeads(settings, model.right.config, V).to(model.device)
-    if settings.vocabulary:  # the commonest; where there are fewer, the first ids beside them
-        ranked = [i for i, _ in counts.most_common(settings.vocabulary)]
-        ranked += [i for i in range(V) if i not in counts][: settings.vocabulary - len(ranked)]
-        heads.draft_ids.copy_(torch.tensor(sorted(ranked)))
-    held_out, learnt = told[::HELD_OUT], [t for i, t in enumerate(told) if i % HELD_OUT]
+    if settings.vocabulary:
+        heads.draft_ids.copy_(torch.tensor(frequent_ids(samples, settings.vocabulary, V)))
+    held_out, trained = samples[::HELD_OUT], [t for i, t in enumerate(samples) if i % HELD_OUT]
     started = time.perf_counter()
-    fit(model, heads, learnt or told, config, console)
+    fit(model, heads, trained or samples, config, console)
     console.print(f"{config.epochs} epochs in {time.perf_counter() - started:.0f} s")
-    shares, per_pass = acceptance(model, heads, held_out)
+    rates, tokens_per_step = acceptance(model, heads, held_out)
     console.print(
-        "on answers held out, head by head right where those before it are: "
-        + ", ".join(f"{s:.1%}" for s in shares)
-        + f"; {per_pass:.2f} tokens a pass"
+        f"acceptance rate by head, on held-out answers: {', '.join(f'{rate:.1%}' for rate in rates)}; "
+        f"{tokens_per_step:.2f} tokens per decode step",
+        soft_wrap=True,
     )
-    heads.acceptance_rates.copy_(torch.tensor(shares))
+    heads.acceptance_rates.copy_(torch.tensor(rates))
     model.heads = heads
     model.config = replace(model.config, multi_token=settings)
-    with replacing_folder(output) as beside:
-        model.save_pretrained(beside)
-        predictor.renderer.tokenizer.save(beside)
-        add_hf_code(beside, predictor.renderer.tokenizer)
+    with replacing_folder(output) as temp_path:
+        model.save_pretrained(temp_path)
+        predictor.renderer.tokenizer.save(temp_path)
+        add_hf_code(temp_path, predictor.renderer.tokenizer)
     console.print(f"model: {output}", soft_wrap=True)
 
 
