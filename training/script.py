@@ -44,7 +44,7 @@ from models.weights.language_models import (
 from models.weights.lora import add_adapters, check_lora, merge_adapters, save_adapters
 from models.weights.pretrained import left_tower_of, load_left_tower, load_vision_weights, module_fingerprint
 from training.checkpoint import load_weights_of, move_to_abandoned, read_state
-from training.distributed import check_world, gathered, opened
+from training.distributed import check_world, full_tensor, process_group
 from training.ema import load_ema
 from training.estimate import dry_run
 from training.feature_cache import FeatureCache
@@ -168,7 +168,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TrainingTasks(config.eval)  # raises now, before anything is written
-    with ending_in_order(), ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
+    with ending_in_order(), ExitStack() as until_the_end, process_group(pick_device(config.train.device)) as world:
         chosen: list[str] = []
 
         def settled(new: Config) -> Config:
@@ -384,7 +384,7 @@ def plain(model: Any, config: Config, model_class: Any) -> Any:
         whole = model_class(config.model, model.vocabulary)
         add_adapters(whole, config.lora)
     whole.load_state_dict(
-        {name: gathered(tensor) for name, tensor in model.state_dict().items()}, assign=True
+        {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, assign=True
     )
     for name, buffer in model.named_buffers():
         module, _, leaf = name.rpartition(".")

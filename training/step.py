@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.train import Config
 from models.multi_token import chains
 from training.diagnostics import FlopsMeter, sources_of
-from training.distributed import accumulating, gathered
+from training.distributed import gradient_sync, full_tensor
 from training.ema import update_ema
 from training.optim import head_weights, set_learning_rates
 from training.precision import autocast, grad_scaler
@@ -37,7 +37,7 @@ def train_step(
 ) -> dict[str, Any]:
     """One optimizer step. The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
 
-    `model` is what `parallel` gave. Where loss or gradient are not finite, or nothing is to be learnt, nothing is changed, and the
+    `model` is what `wrap_model` returned. Where loss or gradient are not finite, or nothing is to be learnt, nothing is changed, and the
     values say so: "skipped", and the "samples" of this rank's batches; or, where `scaler` (of fp16) scaled too far, "overflow": its scale.
     """
     c, started = config.train, time.perf_counter()
@@ -54,7 +54,7 @@ def train_step(
     losses = torch.zeros(1 + heads + 2 * len(names), device=device)
     by_source = losses[1 + heads :].view(2, len(names))  # sums of losses, and tokens
     for number, (batch, own) in enumerate(zip(micro, samples, strict=True), 1):
-        with accumulating(model, number == len(micro)):
+        with gradient_sync(model, number == len(micro)):
             with autocast(c, device):
                 output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
             loss = output.loss_sum / max(1, supervised)
@@ -156,7 +156,7 @@ def _clip(optimizers: list[torch.optim.Optimizer], most: float) -> dict[str, flo
     parts: dict[str, list[Tensor]] = {}
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
-    norms = torch.stack([gathered(_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
+    norms = torch.stack([full_tensor(_norm([p.grad for p in members])) for members in parts.values()])  # type: ignore[misc]
     total = torch.linalg.vector_norm(norms)
     if most and total > most:
         for members in parts.values():

@@ -28,11 +28,11 @@ from models.language_model import DecoderBlock
 from models.layers import pick_device
 from training.checkpoint import Saver, abandon_later, checkpoints, load_checkpoint
 from training.diagnostics import Diagnostics, FlopsMeter
-from training.distributed import parallel
+from training.distributed import wrap_model
 from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
-from training.precision import computed_in, grad_scaler, load_scale, scale_state
+from training.precision import compute_dtype, grad_scaler, load_scale, scale_state
 from training.step import Batch, train_step
 from utils.errors import UserError
 from utils.files import append_text
@@ -121,7 +121,7 @@ def train(
         keep_freed_memory()
     run = Trainer(config, model, task, folder, log, device, world)
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
-    rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
+    rewound = log.read_until(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
     if world.first:
         aside = abandon_later(
             folder / "checkpoints", run.step
@@ -131,7 +131,7 @@ def train(
                 f"{path.name} is of a later step, or damaged: it is now {path}, where nothing looks at it"
             )
         task.begin(run.step, bool(aside))
-        log.rewind(rewound)
+        log.truncate(rewound)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
     if config.train.ema:
@@ -193,7 +193,7 @@ class Trainer:
         freeze(model, c)
         set_blocks(model, c)
         self.flops_meter = FlopsMeter(model, device, world.size)
-        self.called = parallel(model, config.parallel, device, computed_in(c, device), world)
+        self.called = wrap_model(model, config.parallel, device, compute_dtype(c, device), world)
         self.optimizers = make_optimizers(model, c)
         self.scaler = grad_scaler(c, device, world.size)
         self.details = Diagnostics(model, self.optimizers)
@@ -278,7 +278,7 @@ class Trainer:
         def before_update() -> None:
             self.saver.copied()
             if looked:
-                self.details.look()
+                self.details.capture()
 
         values = train_step(
             self.config,
@@ -294,7 +294,7 @@ class Trainer:
         )
         failed = "skipped" in values or "overflow" in values
         if looked and not failed:
-            values["update_ratios"], histograms = self.details.found()
+            values["update_ratios"], histograms = self.details.report()
             self.log.histograms(self.step, histograms)
         self.failed = self.failed + 1 if failed else 0
         if "overflow" in values:
