@@ -1,7 +1,7 @@
 """Checkpoints: all state that an exact resume needs. A folder is complete or does not exist.
 
 `torch.distributed.checkpoint` writes weights and optimizer state as safetensors, each rank its share, while
-training continues. Any number of ranks reads them. `state.json` has the data position, random states and checksums.
+training continues; any number of ranks reads them. `state.json` has data position, random states, checksums.
 """
 
 import hashlib
@@ -44,9 +44,9 @@ class Saver:
     """Write checkpoints into `folder`, one at a time, in a background thread.
 
     The thread first copies all tensors into memory, which it reuses for the next save: new pages cost more
-    than copies. Call `copied()`, which waits for the copies, before anything changes. `wait()` waits for the
-    complete checkpoint. Both raise an error of the thread. On the first rank the thread calls `saved` with the
-    path of each checkpoint. The last `keep` checkpoints and that of `protected_step` are retained.
+    than copies. Call `copied()` before anything changes: it waits for the copies. `wait()` waits for the
+    complete checkpoint. Both raise an error of the thread. On the first rank the thread calls `saved` with
+    each complete checkpoint. The last `keep` checkpoints and that of `protected_step` are retained.
     """
 
     def __init__(
