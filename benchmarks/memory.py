@@ -22,7 +22,7 @@ from configs.train import Config
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import resolve_vision
 from models.vision_language_model import VisionLanguageModel
-from training.estimate import WithoutProducts, step_memory
+from training.estimate import SkipMatmuls, step_memory
 from training.fit_memory import peak
 from utils.errors import UserError, run_script
 
@@ -38,7 +38,7 @@ TEXT, MARKERS = 49152, 65  # tokens of SmolLM2's vocabulary; the global image's 
 
 def counted(steps: Callable[[], Any]) -> float:
     ledger = Ledger(TEXT)
-    with WithoutProducts(), ledger:
+    with SkipMatmuls(), ledger:
         steps()
     return float(ledger.peak)
 

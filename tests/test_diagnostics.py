@@ -66,11 +66,11 @@ def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
     gradients = {}
 
     def look():
-        details.look()
+        details.capture()
         gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
     train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), before_update=look)
-    ratios, spread = details.found()
+    ratios, spread = details.report()
     assert set(ratios) == {"vision", "projector", "left", "right"}
     names = {id(p): name for name, p in model.named_parameters()}
     for part in ("projector", "left", "right"):  # no tensor of theirs is longer than what is looked at

@@ -226,7 +226,7 @@ def test_ranks_without_torchrun_are_one_line(tmp_path):
     ), lone.stderr
     assert (
         done.returncode == 2
-        and "WORLD_SIZE = 2 stands in the environment without MASTER_ADDR" in done.stderr
+        and "the environment has WORLD_SIZE = 2, but no MASTER_ADDR" in done.stderr
         and done.stderr.count("\n") == 1
     ), done.stderr
 

@@ -245,7 +245,7 @@ def test_code_is_the_repository_s_alone(tmp_path):
         "models/dual_tower/dual_tower.py",
     } <= files
     assert {Path(f).suffix for f in files} == {".py", ".sh"}
-    assert {f.split("/")[0] for f in files if "/" in f} <= {*trackers.PACKAGES, *trackers.BESIDE}
+    assert {f.split("/")[0] for f in files if "/" in f} <= {*trackers.PACKAGES, *trackers.REPOSITORY_FOLDERS}
 
 
 def test_key_in_netrc(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_mod
 from tests.programs import Program, run_program
 from tests.test_dual_tower import make_sample
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
-from training.estimate import kept_bytes
+from training.estimate import saved_tensor_bytes
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.optim import make_optimizers, schedule
@@ -329,7 +329,7 @@ def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted
     )
     assert (
         wide.returncode == 1
-        and "does not fit this model: left.decoder.layers.0.mlp.down_proj.weight is (32, 64) there, (32, 48) here"
+        and "does not fit this model: left.decoder.layers.0.mlp.down_proj.weight is (32, 64) in it, (32, 48) in the model"
         in wide.stderr
     ), wide.stderr
 
@@ -411,12 +411,12 @@ def test_a_run_that_is_resumed_forgets_what_it_does_again(tmp_path):
     log = RunLog(tmp_path / "run", tmp_path / "logs")
     for name in ("metrics.jsonl", "skipped.jsonl"):
         (tmp_path / "run" / name).write_text("".join(f'{{"step": {step}}}\n' for step in (2, 4, 6)) + '{"st')
-    log.rewind(log.rewound(5, logged=4))
+    log.truncate(log.read_until(5, logged=4))
     assert {(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "skipped.jsonl")} == {
         '{"step": 2}\n{"step": 4}\n'
     }
     shutil.rmtree(tmp_path / "logs")  # somebody tidies up
-    log.rewind(log.rewound(10, logged=10))
+    log.truncate(log.read_until(10, logged=10))
     assert (
         "metrics.jsonl ends at step 4: the lines up to step 10" in (tmp_path / "logs" / "run.log").read_text()
     )
@@ -1075,7 +1075,7 @@ def test_no_checkpoint_is_deleted_where_that_would_not_do(model, tmp_path, monke
     free = [size, 2 * size, 3 * size]
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=free.pop(0)))
     monkeypatch.setattr(
-        training.checkpoint.dcp, "save", Mock(side_effect=OSError(28, "No space left on device"))
+        training.checkpoint.state_dict_saver, "save", Mock(side_effect=OSError(28, "No space left on device"))
     )
     with pytest.raises(
         UserError,
@@ -1093,7 +1093,7 @@ def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, ba
         for block in model.modules():
             if isinstance(block, DecoderBlock):
                 block.recompute = recompute
-        kept.append(kept_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
+        kept.append(saved_tensor_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
         model(**batches[0][0]).loss_sum.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and all(
@@ -1212,7 +1212,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.checkpoint.dcp, "save", full_disk)
+    monkeypatch.setattr(training.checkpoint.state_dict_saver, "save", full_disk)
     with pytest.raises(UserError, match="step_000002 could not be written.*No space left"):
         save(tmp_path, 2, model, optimizers, {"data": []})
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]

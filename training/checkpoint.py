@@ -1,7 +1,7 @@
-"""Checkpoints: everything a run needs to go on exactly. A folder is complete or it does not exist.
+"""Checkpoints: all state that an exact resume needs. A folder is complete or does not exist.
 
-Weights and optimizer state are written by torch.distributed.checkpoint as safetensors, every rank its share, while
-training goes on; another number of ranks may read them. Beside them `state.json`: where the data stands, random states, checksums.
+`torch.distributed.checkpoint` writes weights and optimizer state as safetensors, each rank its share, while
+training continues; any number of ranks reads them. `state.json` has data position, random states, checksums.
 """
 
 import hashlib
@@ -19,35 +19,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from utils.errors import UserError
 from utils.files import sync
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 FORMAT = 2  # of the folder
-FILE_BYTES = 1 << 30  # of tensors in a file, about: a file is put together in memory
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled"
-)  # one process alone is what is meant; once, for filters are no thread's own
-ABANDONED = "abandoned"  # folder of checkpoints that a run went back before
-MARGIN = 1.05  # free disk space ÷ what a checkpoint takes, at least
+FILE_BYTES = 1 << 30  # approximate size of a tensor file, which is assembled in memory
+ABANDONED = "abandoned"  # folder of the checkpoints after the step from which a run was resumed
+MARGIN = 1.05  # minimum of free disk space ÷ size of a checkpoint
+# A single process is intended. Set at import, because warning filters are shared by all threads.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 class Saver:
-    """Writes checkpoints into `folder`, one at a time, in a thread of its own.
+    """Write checkpoints into `folder`, one at a time, in a background thread.
 
-    The thread first copies what is saved, into memory that it keeps for the next time, for new pages take longer than copies: `copied()` waits for that, and is called before anything changes. `wait()` waits
-    until the checkpoint has its name. What goes wrong is raised by the next of these calls. `saved` hears of each complete one, on the first rank, in the thread.
-    The last `keep` stay, and beside them that of step `spared`.
+    The thread first copies all tensors into memory, which it reuses for the next save: new pages cost more
+    than copies. Call `copied()` before anything changes: it waits for the copies. `wait()` waits for the
+    complete checkpoint. Both raise an error of the thread. On the first rank the thread calls `saved` with
+    each complete checkpoint. The last `keep` checkpoints and that of `protected_step` are retained.
     """
 
     def __init__(
@@ -66,35 +65,38 @@ class Saver:
         self.protected_step = -1
         self.memory: dict[str, Tensor] = {}  # of the copies
         self.failure: BaseException | None = None
-        self.deleted: list[str] = []  # to make room for the last one
+        self.deleted: list[str] = []  # old checkpoints, deleted to free space for the last one
         self.final = folder
 
-    def prepare(self, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Begin to make the copies' memory, beside the first steps, where there is none: its pages take longer than the copies, and the first save would wait for them."""
+    def prepare(self, model: Any, optimizers: list[Optimizer]) -> None:
+        """Allocate the copies' memory in the background, once: the first save would wait for its pages."""
         if self.memory or self.thread is not None:
             return
         tensors = tensors_of(model, optimizers)
 
-        def make() -> None:
+        def allocate() -> None:
             try:
                 _low_priority()
                 for name, tensor in tensors.items():
                     self._memory(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(0)
-            except Exception as error:  # no such memory: raised by `wait`
+            except Exception as error:  # out of memory: raised by `wait`
                 self.failure = error
 
-        self.thread = threading.Thread(target=make, name="checkpoint")
+        self.thread = threading.Thread(target=allocate, name="checkpoint")
         self.thread.start()
 
     def save(
         self,
         step: int,
         model: Any,
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: list[Optimizer],
         state: Callable[[], dict[str, Any]],
         before: Callable[[], None],
     ) -> Path:
-        """Begin `folder/step_000100`; `state()` is plain JSON. `before` runs in the thread, behind the copies. Errors: `UserError`, also of the checkpoint before this one."""
+        """Start to write `folder/step_000100` and return its path; `state()` gives plain JSON.
+
+        The thread calls `before()` after the copies. Raises `UserError`, also of the previous save.
+        """
         self.wait()
         self.final = self.folder / f"step_{step:06d}"
         tensors = tensors_of(model, optimizers)
@@ -102,36 +104,30 @@ class Saver:
             "cpu": torch.get_rng_state().numpy().tobytes().hex(),
             "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
         }
-        kept = {
-            "step": step,
-            "format": FORMAT,
-            "ranks": self.world.size,
-            "rng": self.world.gather(rng),
-        } | state()
-        beside = self.folder / f".{self.final.name}.new"
+        numbers = {"step": step, "format": FORMAT, "ranks": self.world.size}
+        saved_state = numbers | {"rng": self.world.gather(rng)} | state()
+        temp_path = self.folder / f".{self.final.name}.new"
         problem, self.deleted = None, []
         if self.world.first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob(
-                    ".step_*"
-                ):  # what a killed run left, half-written or half-deleted
+                for stale in self.folder.glob(".step_*"):  # half-written or half-deleted by a killed run
                     shutil.rmtree(stale)
-                self._make_room(sum(t.numel() * t.element_size() for t in tensors.values()))
-                beside.mkdir()
+                self._free_space(sum(t.numel() * t.element_size() for t in tensors.values()))
+                temp_path.mkdir()
             except OSError as error:
-                problem = f"checkpoint {self.final} could not be written: {error.strerror or error} ({self._others})"
+                problem = self._write_error(error.strerror or str(error))
         if problem := self.world.broadcast(problem):
             raise UserError(problem)
         self.copies.clear()
         self.thread = threading.Thread(
-            target=self._run, args=(tensors, kept, beside, before), name="checkpoint"
+            target=self._run, args=(tensors, saved_state, temp_path, before), name="checkpoint"
         )
         self.thread.start()
         return self.final
 
     def copied(self) -> None:
-        """Wait until the state is copied: it may change then."""
+        """Wait until the state is copied; it may change afterwards."""
         if self.thread is not None:
             self.copies.wait()
             if not self.thread.is_alive():
@@ -146,14 +142,15 @@ class Saver:
             failure, self.failure = self.failure, None
             if isinstance(failure, UserError):
                 raise failure
-            raise UserError(
-                f"checkpoint {self.final} could not be written: {_first_line(failure)} ({self._others})"
-            ) from failure
+            raise UserError(self._write_error(_first_line(failure))) from failure
 
-    def _make_room(self, size: int) -> None:
-        """Where the disk is nearly full abandoned and older checkpoints go now, but for the newest; none, where all of them would not do. Errors: `OSError`."""
+    def _free_space(self, size: int) -> None:
+        """Delete abandoned and older checkpoints, but never the newest, until `size` bytes fit on the disk.
+
+        Deletes none if all of them would not suffice, and raises `OSError`.
+        """
         old = [
-            *_abandoned(self.folder),
+            *sorted(path for path in (self.folder / ABANDONED).glob("*") if path.is_dir()),
             *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.protected_step),
         ]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
@@ -162,19 +159,17 @@ class Saver:
             self.deleted.append(old[0].name)
             shutil.rmtree(old.pop(0))
 
-    @property
-    def _others(self) -> str:
-        """What became of earlier checkpoints where one could not be written."""
-        return (
-            f"{', '.join(self.deleted)} had been deleted to make room, others are untouched"
-            if self.deleted
-            else "earlier checkpoints are untouched"
-        )
+    def _write_error(self, reason: str) -> str:
+        others = "earlier checkpoints are untouched"
+        if self.deleted:
+            others = f"{', '.join(self.deleted)} had been deleted to make room, others are untouched"
+        return f"checkpoint {self.final} could not be written: {reason} ({others})"
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
+            local = self._copy(name, tensor.to_local())
             return DTensor.from_local(
-                self._copy(name, tensor.to_local()),
+                local,
                 self.mesh,
                 tensor.placements,
                 run_check=False,
@@ -184,15 +179,15 @@ class Saver:
         return self._memory(name, tensor).copy_(tensor)
 
     def _memory(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self.memory.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self.memory[name] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
-            )
-        return kept
+        """Return the buffer for a copy of `tensor`; allocated if there is none of its shape and type."""
+        buffer = self.memory.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.memory[name] = buffer
+        return buffer
 
     def _run(
-        self, tensors: dict[str, Tensor], state: dict[str, Any], beside: Path, before: Callable[[], None]
+        self, tensors: dict[str, Tensor], state: dict[str, Any], temp_path: Path, before: Callable[[], None]
     ) -> None:
         try:
             try:
@@ -202,81 +197,85 @@ class Saver:
             _low_priority()
             before()
             writer = HuggingFaceStorageWriter(
-                str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True
+                str(temp_path), fqn_to_index_mapping=_files(copies), save_distributed=True
             )
-            dcp.save(copies, storage_writer=writer, process_group=self.group)
+            state_dict_saver.save(copies, storage_writer=writer, process_group=self.group)
             if self.world.first:
-                state |= {"checksums": _checksums(beside, state)}
-                (beside / "state.json").write_text(json.dumps(state))
-                for file in (*beside.iterdir(), beside):
-                    sync(file)
-                if self.final.exists():  # a damaged one that was passed over
-                    self.final.rename(self.folder / f".{self.final.name}.old")
-                beside.rename(self.final)
-                sync(self.folder)
-                shutil.rmtree(self.folder / f".{self.final.name}.old", ignore_errors=True)
-                for old in checkpoints(self.folder)[: -self.keep]:
-                    if step_of(old) != self.protected_step:
-                        shutil.rmtree(old)
-                self.saved(self.final)
+                self._finish(state, temp_path)
         except (
             Exception,
             CheckpointException,
-        ) as error:  # OSError, safetensors' and torch's own: raised by `wait`
+        ) as error:  # OSError, safetensors' and torch's: raised by `wait`
             self.failure = error
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temp_path, ignore_errors=True)
+
+    def _finish(self, state: dict[str, Any], temp_path: Path) -> None:
+        """Write `state.json`, rename the folder to its final name and delete old checkpoints."""
+        state |= {"checksums": _checksums(temp_path, state)}
+        (temp_path / "state.json").write_text(json.dumps(state))
+        for file in (*temp_path.iterdir(), temp_path):
+            sync(file)
+        old_path = self.folder / f".{self.final.name}.old"
+        if self.final.exists():  # a damaged one that the resume skipped
+            self.final.rename(old_path)
+        temp_path.rename(self.final)
+        sync(self.folder)
+        shutil.rmtree(old_path, ignore_errors=True)
+        for old in checkpoints(self.folder)[: -self.keep]:
+            if step_of(old) != self.protected_step:
+                shutil.rmtree(old)
+        self.saved(self.final)
 
 
 def _low_priority() -> None:
-    """Of this thread: training goes first."""
+    """Lower the priority of this thread below training."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _first_line(error: BaseException) -> str:
-    """What torch.distributed.checkpoint wraps in a traceback of every rank, in one line."""
+    """The cause of an error in one line, without the tracebacks that `torch.distributed.checkpoint` adds."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    found = [line for line in lines if re.match(r"(?:[\w.]*)(?:Error|Exception)\b", line)]
-    return (found or lines or [type(error).__name__])[-1][:200]
+    causes = [line for line in lines if re.match(r"(?:[\w.]*)(?:Error|Exception)\b", line)]
+    return (causes or lines or [type(error).__name__])[-1][:200]
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Name → number of the file, 1 and so on: a gigabyte each."""
-    out, size = {}, 0
+    """Name → number of its file, from 1; each file holds about a gigabyte."""
+    numbers, size = {}, 0
     for name, tensor in tensors.items():
-        out[name] = 1 + size // FILE_BYTES
+        numbers[name] = 1 + size // FILE_BYTES
         size += tensor.numel() * tensor.element_size()
-    return out
+    return numbers
 
 
-def tensors_of(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What is saved: `model.NAME`, `optimizer.NAME.KEY` of a parameter's state; scalars have one element, as files want it."""
-    out = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+def tensors_of(model: Any, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: `model.NAME`, and `optimizer.NAME.KEY` of a parameter's state.
+
+    Scalars become one-element tensors, as the file format requires.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     states = {id(p): values for o in optimizers for p, values in o.state.items()}
     for name, parameter in model.named_parameters():
         for key, value in states.get(id(parameter), {}).items():
-            out[f"optimizer.{name}.{key}"] = value.detach().reshape(1) if value.dim() == 0 else value.detach()
-    return out
+            value = value.detach()
+            tensors[f"optimizer.{name}.{key}"] = value.reshape(1) if value.dim() == 0 else value
+    return tensors
 
 
 def abandon_later(folder: Path, step: int) -> list[Path]:
-    """Checkpoints under `folder` of steps after `step`, from where a run goes on, are no longer its own: they go to `folder/abandoned`. → where they are now."""
+    """Move checkpoints after `step`, where a run resumes, to `folder/abandoned`; return their new paths."""
     return [move_to_abandoned(later, folder) for later in checkpoints(folder) if step_of(later) > step]
 
 
 def move_to_abandoned(path: Path, folder: Path) -> Path:
-    """A file or folder of a run goes to `folder/abandoned`, under a name that is free there. → where it is now."""
-    aside = folder / ABANDONED
-    aside.mkdir(exist_ok=True, parents=True)
-    new = next(
-        new for number in count(1) if not (new := aside / (path.name + f"-{number}" * (number > 1))).exists()
-    )
-    path.rename(new)
-    return new
-
-
-def _abandoned(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / ABANDONED).glob("*") if path.is_dir())
+    """Move a file or folder of a run to `folder/abandoned`, under an unused name; return its new path."""
+    abandoned = folder / ABANDONED
+    abandoned.mkdir(exist_ok=True, parents=True)
+    candidates = (abandoned / (path.name + f"-{number}" * (number > 1)) for number in count(1))
+    new_path = next(candidate for candidate in candidates if not candidate.exists())
+    path.rename(new_path)
+    return new_path
 
 
 def _size(folder: Path) -> int:
@@ -288,13 +287,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first: each was complete when it got its name."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
+    """The checkpoints in `folder`, oldest first. A checkpoint gets its name when it is complete."""
+    paths = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()]
+    return sorted(paths, key=step_of)
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
-    """Of the tensors' files, and of the state without this."""
+    """Checksums of the tensor files and of `state`, which does not contain them yet."""
     sums = {"state": hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()}
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -303,7 +302,10 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, str]:
 
 
 def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """A checkpoint's state; with `verify` all its files' checksums are compared. Errors: `UserError` where it is damaged, or of another version."""
+    """Read a checkpoint's state; `verify` compares the checksums of all its files.
+
+    Raises `UserError` for a damaged checkpoint or one of another format.
+    """
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if state.get("format") != FORMAT:
@@ -311,8 +313,8 @@ def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
                 f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}"
             )
         sums = state.pop("checksums")
-        found = _checksums(folder, state) if verify else sums
-        wrong = [name for name in sums if sums[name] != found.get(name)]
+        actual = _checksums(folder, state) if verify else sums
+        wrong = [name for name in sums if sums[name] != actual.get(name)]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or its checksum is another")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -321,12 +323,12 @@ def read_state(folder: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path,
-    model: Any,
-    optimizers: list[torch.optim.Optimizer],
-    world: DistributedContext = SINGLE_PROCESS,
+    folder: Path, model: Any, optimizers: list[Optimizer], world: DistributedContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Put weights, optimizers and this rank's random state back; → the saved state with its `step`. A model of another shape raises `UserError`; checksums were compared when the run was opened."""
+    """Restore weights, optimizers and this rank's random state; return the saved state with its `step`.
+
+    Raises `UserError` for a model of another shape. Compares no checksums: opening the run did.
+    """
     state = read_state(folder, verify=False)
     _load(folder, model, optimizers)
     rng = state["rng"][world.rank % len(state["rng"])]
@@ -337,7 +339,7 @@ def load_checkpoint(
 
 
 def load_weights_of(folder: Path, model: Any) -> None:
-    """The weights of a checkpoint alone, into a model that this rank has for itself."""
+    """Load only the weights of a checkpoint, into a model that is not shared among ranks."""
     _load(folder, model, [], no_dist=True)
 
 
@@ -345,16 +347,16 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def _load(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], no_dist: bool = False) -> None:
+def _load(folder: Path, model: Any, optimizers: list[Optimizer], no_dist: bool = False) -> None:
     reader = HuggingFaceStorageReader(str(folder))
-    found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
-    wanted = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    for name in sorted(wanted.keys() | {name for name in found if name.startswith("model.")}):
-        if name not in found or name not in wanted or found[name] != tuple(wanted[name].shape):
-            raise UserError(
-                f"checkpoint {folder} does not fit this model: {name.removeprefix('model.')} is {found.get(name, 'missing')} there, {tuple(wanted[name].shape) if name in wanted else 'unknown'} here"
-            )
-    fresh: dict[tuple[int, str], dict[str, Any]] = {}
+    saved = {
+        name: tuple(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    targets = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    _check_shapes(folder, saved, targets)
+    new_states: dict[tuple[int, str], dict[str, Tensor]] = {}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for number, optimizer in enumerate(optimizers):
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -362,29 +364,36 @@ def _load(folder: Path, model: Any, optimizers: list[torch.optim.Optimizer], no_
             if id(parameter) not in own:
                 continue
             prefix = f"optimizer.{name}."
-            for full in [n for n in found if n.startswith(prefix)]:
-                key = full.removeprefix(prefix)
-                value = (
-                    torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    if found[full] == tuple(parameter.shape) and key != "step"
-                    else torch.zeros(found[full])
-                )
-                wanted[full] = value.detach()
-                fresh.setdefault((number, name), {})[key] = wanted[full]
+            for full_name in [n for n in saved if n.startswith(prefix)]:
+                key = full_name.removeprefix(prefix)
+                if saved[full_name] == tuple(parameter.shape) and key != "step":
+                    value = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                else:
+                    value = torch.zeros(saved[full_name])
+                targets[full_name] = value.detach()
+                new_states.setdefault((number, name), {})[key] = targets[full_name]
     try:
-        dcp.load(wanted, storage_reader=reader, no_dist=no_dist)
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # torch's own, which is no Exception, wraps what safetensors says
+        state_dict_loader.load(targets, storage_reader=reader, no_dist=no_dist)
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; it wraps safetensors' errors
         raise UserError(
-            f"checkpoint {folder} cannot be read ({_first_line(error)}); --resume an earlier one by its folder"
+            f"checkpoint {folder} cannot be read ({_first_line(error)}); "
+            "--resume an earlier one by its folder"
         ) from error
-    for (number, name), values in fresh.items():
+    for (number, name), values in new_states.items():
         parameter, group = parameters[name], optimizers[number].param_groups[0]
         if "step" in values:
             step = values["step"].reshape(())
-            values["step"] = (
-                step.to(parameter.device) if group.get("fused") or group.get("capturable") else step
-            )
+            on_device = group.get("fused") or group.get("capturable")
+            values["step"] = step.to(parameter.device) if on_device else step
         optimizers[number].state[parameter] = values
+
+
+def _check_shapes(folder: Path, saved: dict[str, tuple[int, ...]], targets: dict[str, Tensor]) -> None:
+    """Raise `UserError` if the saved weights and the model's differ in names or shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    for name in sorted(expected.keys() | {name for name in saved if name.startswith("model.")}):
+        if saved.get(name) != expected.get(name):
+            raise UserError(
+                f"checkpoint {folder} does not fit this model: {name.removeprefix('model.')} is "
+                f"{saved.get(name, 'missing')} in it, {expected.get(name, 'unknown')} in the model"
+            )

@@ -1,4 +1,4 @@
-"""What is looked at now and then beside the loss: how far an update moves the weights, how weights and gradients are spread, and what the machine achieves."""
+"""Diagnostics besides the loss: update ratios, histograms of weights and gradients, and FLOP/s."""
 
 from collections import defaultdict
 from typing import Any
@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from training.estimate import Flops, count_flops, trained_shares
 from training.trackers import Histogram
 
-SHARE = 1 << 16  # numbers of a tensor that are looked at: its first
-# Dense bf16 FLOP/s of makers' data sheets, by what the device's name holds.
+SAMPLE = 1 << 16  # only the first so many elements of a tensor are inspected
+# Part of the device's name → dense bf16 FLOP/s, from the makers' data sheets.
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -28,7 +28,7 @@ PEAKS = {
 
 
 class Diagnostics:
-    """`look` before an update, `found` after it."""
+    """Update ratios and histograms of one step: call `capture` before the update, `report` after it."""
 
     def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -36,47 +36,50 @@ class Diagnostics:
         self.before: dict[int, Tensor] = {}
         self.gradients: dict[str, list[Tensor]] = {}
 
-    def look(self) -> None:
-        """Keep what the update will overwrite; gradients by layer."""
+    def capture(self) -> None:
+        """Copy weights and gradients, which the update overwrites."""
         self.before, gradients = {}, defaultdict(list)
         for p in (p for group in self.groups for p in group["params"] if p.grad is not None):
-            self.before[id(p)] = _share(p).clone()
-            gradients[self._layer(p)].append(_share(p.grad).clone())
+            self.before[id(p)] = _sample(p).clone()
+            gradients[self._layer(p)].append(_sample(p.grad).clone())
         self.gradients = dict(gradients)
 
-    def found(self) -> tuple[dict[str, float], dict[str, Histogram]]:
-        """→ norm of the update ÷ norm of the weights, by part; histograms of weights and gradients, by layer. Of the first `SHARE` numbers of every tensor, and of this rank's share."""
+    def report(self) -> tuple[dict[str, float], dict[str, Histogram]]:
+        """Part → norm of its update ÷ norm of its weights; layer → histograms of weights and gradients.
+
+        Computed from the first `SAMPLE` elements of each tensor's shard on this rank.
+        """
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2))
         weights = defaultdict(list)
         for group in self.groups:
             for p in (p for p in group["params"] if id(p) in self.before):
-                now, before = _share(p), self.before[id(p)]
+                now, before = _sample(p), self.before[id(p)]
                 sums[group["part"]] += torch.stack(
                     ((now - before).square().sum(), before.square().sum())
                 ).cpu()
                 weights[self._layer(p)].append(now)
         ratios = {
-            part: (moved / max(was, 1e-30)) ** 0.5
-            for part, (moved, was) in ((part, s.tolist()) for part, s in sums.items())
+            part: (update / max(weight, 1e-30)) ** 0.5
+            for part, (update, weight) in ((part, s.tolist()) for part, s in sums.items())
         }
-        spread = {
+        histograms = {
             f"{kind}/{layer}": _histogram(tensors)
             for kind, layers in (("weights", weights), ("gradients", self.gradients))
             for layer, tensors in layers.items()
         }
         self.before, self.gradients = {}, {}
-        return ratios, spread
+        return ratios, histograms
 
     def _layer(self, p: Tensor) -> str:
-        """`right.layers.3` of `right.layers.3.mlp.up_proj.weight`; what stands outside numbered layers by its first two names."""
+        """`right.layers.3.mlp.up_proj.weight` → `right.layers.3`; without a number, the first two names."""
         names = self.names[id(p)].split(".")
         last = next((i for i, name in enumerate(names) if name.isdigit()), 1)
         return ".".join(names[: last + 1])
 
 
-def _share(x: Tensor) -> Tensor:
+def _sample(x: Tensor) -> Tensor:
     x = x.to_local() if isinstance(x, DTensor) else x
-    return x.detach().flatten()[:SHARE].float()
+    return x.detach().flatten()[:SAMPLE].float()
 
 
 def _histogram(tensors: list[Tensor]) -> Histogram:
@@ -84,19 +87,25 @@ def _histogram(tensors: list[Tensor]) -> Histogram:
 
 
 def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -> Tensor:
-    """Which of `names` each supervised token of a batch comes from, (S,); `samples`: source and record number of each of its groups, row by row."""
+    """Index into `names` of the source of each supervised token, (S,) int64.
+
+    `samples`: source and record number of each group of the batch, row by row.
+    """
     groups, supervised = (
         batch["right_groups"],
         batch["labels"] != -100,
-    )  # (B, R), groups in each row from 0 on
-    counts = groups.amax(1) + 1
-    number = {name: i for i, name in enumerate(names)}
-    numbers = torch.tensor([number[sample.rpartition(" ")[0]] for sample in samples], dtype=torch.int64)
+    )  # (B, R); groups of a row count from 0
+    counts = groups.amax(1) + 1  # (B,)
+    index = {name: i for i, name in enumerate(names)}
+    numbers = torch.tensor([index[sample.rpartition(" ")[0]] for sample in samples], dtype=torch.int64)
     return numbers[groups[supervised] + (counts.cumsum(0) - counts).repeat_interleave(supervised.sum(1))]
 
 
 class FlopsMeter:
-    """FLOP/s of training: the products of every token, tile and supervised position, padding left out. Tiles whose features are cached count nothing."""
+    """FLOP/s of training: the matrix products of all tokens, tiles and supervised positions.
+
+    Padding and tiles with cached features do not count.
+    """
 
     def __init__(self, model: Any, device: torch.device, ranks: int) -> None:
         encoder = model.parts()["vision"]
@@ -107,17 +116,19 @@ class FlopsMeter:
         self.peak = ranks * next((peak for known, peak in PEAKS.items() if known in name), 0.0)
 
     def of(self, counts: dict[str, int], seconds: float) -> dict[str, float]:
-        """`counts`: tiles, left and right tokens, left and right pairs of a query and a key, supervised tokens. `mfu` (arXiv 2204.02311) where the device's peak is known."""
+        """TFLOP/s, and `mfu` (arXiv 2204.02311) if the device's peak is known, of `counts` in `seconds`.
+
+        `counts`: tiles, left and right tokens, left and right pairs of a query and a key, supervised tokens.
+        """
         f, trained = self.flops, self.shares
         before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
-        total = counts["tiles"] * self.tile * (3 if trained["vision"] else 1)
-        total += counts["left"] * f.left_token * (1 + before_right + trained["left"]) + counts[
-            "left_pairs"
-        ] * f.left_pair * (3 if before_right else 1)
-        total += (
-            counts["right"] * f.right_token * (2 + trained["right"])
-            + counts["right_pairs"] * f.right_pair * 3
-        )
+        left_tokens = counts["left"] * f.left_token * (1 + before_right + trained["left"])
+        left_pairs = counts["left_pairs"] * f.left_pair * (3 if before_right else 1)
+        right_tokens = counts["right"] * f.right_token * (2 + trained["right"])
+        right_pairs = counts["right_pairs"] * f.right_pair * 3
+        total = float(counts["tiles"] * self.tile * (3 if trained["vision"] else 1))
+        total += left_tokens + left_pairs
+        total += right_tokens + right_pairs
         total += counts["supervised"] * f.supervised_token * (2 + (trained["right"] == 1))
-        found = {"tflops_per_s": total / seconds / 1e12}
-        return found | ({"mfu": total / seconds / self.peak} if self.peak else {})
+        rates = {"tflops_per_s": total / seconds / 1e12}
+        return rates | ({"mfu": total / seconds / self.peak} if self.peak else {})

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: their process group, and DDP or FSDP2 around a model. Alone, all of it does nothing."""
+"""The process group of torchrun's ranks, and DDP or FSDP2 around a model. A single process needs neither."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from models.language_model import DecoderBlock
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext, torchrun_context
 
-BROKEN = (
+CONNECTION_ERRORS = (  # parts of the errors that a lost rank causes
     "closed by peer",
     "Connection reset",
     "Broken pipe",
@@ -27,44 +27,51 @@ BROKEN = (
     "NCCL",
     "Timed out waiting",
     "gloo",
-)  # how a lost rank is told
+)
 
 
 def check_world(config: Config, world: DistributedContext, resumed: bool = False) -> None:
-    """What a configuration, new or `resumed`, and a number of ranks cannot do together: `UsageError`."""
+    """Raise `UsageError` if a new or `resumed` run cannot use this number of ranks."""
     train, streams = config.train, config.data.streams or world.size
     if config.parallel == "fsdp" and world.size == 1:
         raise UsageError(
-            "--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun --nproc-per-node N, or go on with --parallel ddp"
+            "--parallel fsdp shares a model among ranks, but there is one: start the script with torchrun "
+            "--nproc-per-node N, or go on with --parallel ddp"
         )
     if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
         raise UsageError("--lora.*.nf4: 4-bit weights cannot be shared among ranks: not with --parallel fsdp")
     if world.size % streams and streams % world.size:
         raise UsageError(
-            f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple of the other (--data.streams, set at a run's start)"
+            f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple "
+            "of the other (--data.streams, set at a run's start)"
         )
-    for what, number in (("ranks", world.size), ("streams", streams)):
+    for kind, number in (("ranks", world.size), ("streams", streams)):
         if train.micro_batches % number:
-            do = (
+            advice = (
                 "the run keeps both, so resume with a number of ranks that divides it"
                 if resumed
                 else "lower --train.local_batch_size, or raise --train.global_batch_size"
             )
             raise UsageError(
-                f"train.global_batch_size = {train.global_batch_size} is {train.micro_batches} forwards of {train.local_batch_size} rows, which {number} {what} cannot share: {do}"
+                f"train.global_batch_size = {train.global_batch_size} is {train.micro_batches} forwards of "
+                f"{train.local_batch_size} rows, which {number} {kind} cannot share: {advice}"
             )
 
 
 @contextmanager
-def opened(device: torch.device) -> Iterator[DistributedContext]:
-    """The process group of torchrun's ranks: gloo on CPU, and NCCL on CUDA. That another rank was lost raises `UserError`."""
+def process_group(device: torch.device) -> Iterator[DistributedContext]:
+    """Open the process group of torchrun's ranks: gloo on CPU, NCCL on CUDA.
+
+    Raises `UserError` when another rank is lost.
+    """
     world = torchrun_context()
     if world.size == 1:
         yield world
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UsageError(
-            f"WORLD_SIZE = {world.size} stands in the environment without {missing[0]}: start several ranks with torchrun, or unset WORLD_SIZE for one process"
+            f"the environment has WORLD_SIZE = {world.size}, but no {missing[0]}: start several ranks with "
+            "torchrun, or unset WORLD_SIZE for one process"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -72,20 +79,26 @@ def opened(device: torch.device) -> Iterator[DistributedContext]:
     try:
         yield world
     except RuntimeError as error:
-        if any(word in str(error) for word in BROKEN):
+        if any(word in str(error) for word in CONNECTION_ERRORS):
             raise UserError(
-                f"another rank was lost ({' '.join(str(error).split())[:100]}): its own message says why; --resume auto goes on from the last checkpoint"
+                f"another rank was lost ({' '.join(str(error).split())[:100]}): its own message says why; "
+                "--resume auto goes on from the last checkpoint"
             ) from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def parallel(
+def wrap_model(
     model: Any, kind: str, device: torch.device, dtype: torch.dtype, world: DistributedContext
 ) -> Any:
-    """What to call in the model's place; its parameters may be others afterwards. Alone it is the model itself. `dtype`: what FSDP computes in."""
-    model.blank_tile = True  # rows without image run the encoder all the same, or other ranks would wait for it; alone too, so that the optimizer sees the same gradients
+    """Wrap a model in DDP or FSDP2 (`kind`); FSDP2 computes in `dtype` and replaces the parameters.
+
+    A single process gets the model itself.
+    """
+    # Rows without an image run the encoder too, or other ranks would wait for it. A single process does so as
+    # well: the optimizer sees the same gradients.
+    model.blank_tile = True
     if world.size == 1:
         return model
     if kind == "ddp":
@@ -102,13 +115,12 @@ def parallel(
         else MixedPrecisionPolicy()
     )
     encoder = model.parts()["vision"]
-    frozen = (
-        set(encoder.parameters()) if encoder.frozen else set()
-    )  # its features may be known already, on some ranks: nobody must wait for it
+    # Some ranks may have a frozen encoder's features cached: the others must not wait for them.
+    frozen = set(encoder.parameters()) if encoder.frozen else set()
     for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if not encoder.frozen:
-        # Batch statistics are in fp32, and their layers want weights so; autocast computes in `dtype` all the same.
+        # Batch norm keeps its statistics in fp32 and needs fp32 weights; autocast still computes in `dtype`.
         own = MixedPrecisionPolicy() if any(isinstance(m, _BatchNorm) for m in encoder.modules()) else policy
         for block in (*getattr(encoder.backbone, "blocks", []), encoder):
             fully_shard(block, mesh=mesh, mp_policy=own)
@@ -116,13 +128,13 @@ def parallel(
     return model
 
 
-def accumulating(model: Any, last: bool) -> AbstractContextManager[None]:
-    """Around a micro-batch: gradients go to the other ranks behind the `last` one alone."""
+def gradient_sync(model: Any, last: bool) -> AbstractContextManager[None]:
+    """Around a micro-batch: exchange gradients with the other ranks only after the `last` one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread over the ranks; every rank calls it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded over the ranks; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

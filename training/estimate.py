@@ -1,4 +1,4 @@
-"""`--dry_run`: what a configuration will cost, before any weights are fetched or trained."""
+"""`--dry_run`: parameters, FLOPs and memory of a configuration, before weights are fetched or trained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,22 +17,22 @@ from configs.model import DecoderConfig, ModelConfig, Vocabulary
 from configs.train import Config
 from models.kernels.attention import BlockSparseLayout
 from models.language_model import DecoderBlock
-from models.losses import CHUNK as LOGITS
+from models.losses import CHUNK as LOGITS_CHUNK
 from models.masks import left_mask, right_mask
 from models.weights.lora import add_adapters
 from training.optim import freeze
-from training.precision import autocast, computed_in
+from training.precision import autocast, compute_dtype
 
-SUPERVISED = 0.5  # share of the right stream's text that is learnt, as assumed here
+SUPERVISED = 0.5  # assumed share of supervised tokens in the right stream's text
 
 
 def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, Tensor]:
-    """A batch whose rows are filled to the brim with images and text, every image a group with one document."""
+    """A batch of completely full rows; each image is a group with one document."""
     c, P = config.model, config.model.tokens_per_tile
     block = torch.tensor([vocabulary.first_marker_id] + [vocabulary.image_token_id] * P)
     vanilla = c.left_context == "none"
     L, R = (0 if vanilla else config.data.left_length), config.data.right_length
-    images = max(1, (R // (2 * len(block))) if vanilla else L // len(block))  # vanilla: half of a row
+    images = max(1, (R // (2 * len(block))) if vanilla else L // len(block))  # vanilla: half of each row
     text = R - images * len(block) if vanilla else R
     groups = torch.arange(images)
     in_document = -(-text // images)
@@ -48,7 +48,7 @@ def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, T
         "positions": torch.arange(text) % in_document + len(block),
     }
     labels = torch.where(torch.arange(text) % in_document >= in_document * (1 - SUPERVISED), 1, -100)
-    if vanilla:  # images stand in the right stream
+    if vanilla:  # the right stream contains the images
         right = {
             "ids": torch.cat((left["ids"], right["ids"])),
             "documents": torch.cat((left["groups"], document)),
@@ -70,7 +70,7 @@ def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, T
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs: two for each multiplication and addition of the matrix products, nothing else counted."""
+    """Forward FLOPs of the matrix products: two per multiply-add. Nothing else is counted."""
 
     tile: int  # vision encoder and projector, one tile
     left_token: int  # left decoder, one token; without attention scores
@@ -80,7 +80,7 @@ class Flops:
     right_pair: int
 
     def forward(self, batch: dict[str, Tensor]) -> float:
-        """One batch, without gradients: attention is computed over whole rows."""
+        """FLOPs of one batch without gradients; attention runs over whole rows."""
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         text = B * (
@@ -89,12 +89,16 @@ class Flops:
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """Forward and backward, attention as a CPU computes it (`BlockSparseLayout`); `trained` is the share of a part's matrices that learns. A trained part's backward costs two forwards; a frozen one's one, where gradients pass it; logits are computed twice."""
+        """FLOPs of forward and backward; attention as a CPU computes it (`BlockSparseLayout`).
+
+        `trained`: part → trained share of its matrices. The backward of a trained part costs two forwards,
+        that of a frozen part one if gradients flow through it. Logits are computed twice.
+        """
         (B, L), R = batch["left_ids"].shape, batch["right_ids"].shape[1]
         supervised = int((batch["labels"] != -100).sum())
         trained = {"left": 0.0} | trained
         before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
-        total = len(batch["tiles"]) * self.tile * (3 if trained["vision"] else 1)
+        total = float(len(batch["tiles"]) * self.tile * (3 if trained["vision"] else 1))
         own = batch["left_positions"], batch["left_groups"]
         masks = (
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
@@ -113,7 +117,7 @@ class Flops:
 
 
 def trained_shares(model: Any) -> dict[str, float]:
-    """Of each part's matrices, the share that learns: 0 where a part is frozen, little where it has adapters."""
+    """Part → trained share of its matrices: 0 if it is frozen, small if it has adapters."""
     shares = {}
     for name, part in model.parts().items():
         matrices = [m.weight for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -122,7 +126,10 @@ def trained_shares(model: Any) -> dict[str, float]:
 
 
 def count_flops(model: Any) -> Flops:
-    """From the shapes alone (a model on the meta device will do); the vision encoder's by torch's counter."""
+    """Count FLOPs from shapes alone, so the model may be on the meta device.
+
+    Torch's counter counts vision encoder and projector.
+    """
     c: ModelConfig = model.config
     encoder, projector = model.parts()["vision"], model.parts()["projector"]
     device = next(encoder.parameters()).device
@@ -153,8 +160,8 @@ def count_flops(model: Any) -> Flops:
     )
 
 
-class WithoutProducts(TorchDispatchMode):
-    """Matrix products and convolutions give zeros of the right shape at once: enough where only memory is counted."""
+class SkipMatmuls(TorchDispatchMode):
+    """Matrix products and convolutions return zeros of the right shape: enough to measure memory."""
 
     SKIPPED = (
         torch.ops.aten.mm,
@@ -164,6 +171,9 @@ class WithoutProducts(TorchDispatchMode):
         torch.ops.aten.convolution,
         torch.ops.aten.convolution_backward,
     )
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)  # `super().__init__()` is untyped
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -183,7 +193,10 @@ class WithoutProducts(TorchDispatchMode):
 
 
 def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers: int = 0) -> Any:
-    """A model of `config` with random weights, adapters and frozen parts included; `layers` in each decoder (0: its own number). The random state stays as it is."""
+    """A model of `config` with random weights, adapters and frozen parts; does not change the random state.
+
+    `layers`: of each decoder (0: as configured).
+    """
     left, right = (
         replace(getattr(config.model, tower), weights="random", **({"layers": layers} if layers else {}))
         for tower in ("left", "right")
@@ -197,35 +210,38 @@ def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers
 
 @cache
 def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int) -> int:
-    """What a forward of a model with `layers` layers keeps for its backward, weights left out; measured, on this machine's CPU."""
+    """Bytes that a forward with `layers` layers saves for its backward, without weights; measured."""
     model = trial_model(config, model_class, vocabulary, layers)
     for block in model.modules():
         if isinstance(block, DecoderBlock):
             block.recompute = config.train.recompute
     batch = full_batch(config, vocabulary, rows)
-    with autocast(config.train, torch.device("cpu")), WithoutProducts():
-        return kept_bytes(model, lambda: model(**batch).loss_sum)
+    with autocast(config.train, torch.device("cpu")), SkipMatmuls():
+        return saved_tensor_bytes(model, lambda: model(**batch).loss_sum)
 
 
-def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """What `forward` keeps for the backward of its result, the model's weights and buffers left out."""
+def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that `forward` saves for the backward of its result, without the model's weights and buffers."""
     owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # address → bytes
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
-            seen[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         loss = forward()
-    del loss  # until here its graph held all that was seen: no address came twice
-    return sum(seen.values())
+    del loss  # until now its graph kept all saved tensors alive, so no address was reused
+    return sum(sizes.values())
 
 
 def estimate_activations(rows: int, layers: int, measure: Callable[[int, int], int]) -> int:
-    """Bytes kept for the backward of a micro-batch. `measure(rows, layers)` on one and two of each; the rest follows, for it is linear in both."""
+    """Bytes that a micro-batch saves for its backward, extrapolated from `measure(rows, layers)`.
+
+    They are linear in rows and in layers, so one and two of each are measured.
+    """
     a, b, c, d = measure(1, 1), measure(2, 1), measure(1, 2), measure(2, 2)
     rows, layers = rows - 1, layers - 1
     return a + rows * (b - a) + layers * (c - a) + rows * layers * (d - c - b + a)
@@ -234,7 +250,10 @@ def estimate_activations(rows: int, layers: int, measure: Callable[[int, int], i
 def step_memory(
     config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1
 ) -> Callable[[int], dict[str, int]]:
-    """→ rows of a micro-batch → bytes of a step, by what holds them. `ranks` share weights, gradients and optimizer."""
+    """Return a function from the rows of a micro-batch to the bytes of a step, by purpose.
+
+    Weights, gradients and optimizer state are sharded over `ranks`.
+    """
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)
@@ -245,7 +264,7 @@ def step_memory(
         m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad
     )
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
-    # What is kept has nothing to do with these: it is measured once for --fit-memory and --dry_run.
+    # Activations do not depend on these fields: --fit-memory and --dry_run share one cached measurement.
     one = replace(config, train=replace(config.train, local_batch_size=1, global_batch_size=1), fit_memory="")
     whole = replace(one, train=replace(one.train, recompute=False))
     supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
@@ -253,16 +272,17 @@ def step_memory(
     def measure(rows: int, layers: int, recompute: bool = config.train.recompute) -> int:
         return saved_bytes(one if recompute else whole, model_class, vocabulary, rows, layers)
 
-    def of(rows: int) -> dict[str, int]:
+    dtype = str(compute_dtype(config.train, torch.device("cpu"))).removeprefix("torch.")
+
+    def bytes_of_step(rows: int) -> dict[str, int]:
+        activations = estimate_activations(rows, config.model.right.layers, measure)
         parts = {
             "weights": 4 * total // ranks,
             "gradients": 4 * trained // ranks,
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
             **({"averaged weights (ema)": 4 * trained // ranks} if config.train.ema else {}),
-            f"activations, weights in {str(computed_in(config.train, torch.device('cpu'))).removeprefix('torch.')}": estimate_activations(
-                rows, config.model.right.layers, measure
-            ),
-            "logits of a chunk": 3 * 4 * min(LOGITS, rows * supervised * vocabulary.size),
+            f"activations, weights in {dtype}": activations,
+            "logits of a chunk": 3 * 4 * min(LOGITS_CHUNK, rows * supervised * vocabulary.size),
         }
         if config.train.recompute:
             two, one = (
@@ -271,7 +291,7 @@ def step_memory(
             parts["a block of each tower, computed again"] = two - one
         return parts
 
-    return of
+    return bytes_of_step
 
 
 def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
@@ -292,9 +312,9 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     total = trained = 0
     for name, part in model.parts().items():
         size = sum(p.numel() for p in part.parameters())
-        learns = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        total, trained = total + size, trained + learns
-        table.add_row(name, f"{size:,}", f"{learns:,}", "float32", f"{size * 4 / 2**20:,.0f}")
+        trained_size = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        total, trained = total + size, trained + trained_size
+        table.add_row(name, f"{size:,}", f"{trained_size:,}", "float32", f"{size * 4 / 2**20:,.0f}")
     table.add_row("all", f"{total:,}", f"{trained:,}", "float32", f"{total * 4 / 2**20:,.0f}")
     console.print(table)
 
@@ -310,8 +330,10 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     ):
         if value:
             table.add_row(name, f"{value / 1e9:.4g}")
+    lengths = f"{batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]}"
     table.add_row(
-        f"a micro-batch: {config.train.local_batch_size} full rows of {batch['left_ids'].shape[1]} + {batch['right_ids'].shape[1]} tokens, {len(batch['tiles'])} tiles",
+        f"a micro-batch: {config.train.local_batch_size} full rows of {lengths} tokens, "
+        f"{len(batch['tiles'])} tiles",
         f"{flops.forward(batch) / 1e9:,.0f}",
     )
     table.add_row(
@@ -324,4 +346,4 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")
     console.print(table)
-    console.print("Rows filled to the brim, half of the text learnt; PyTorch itself takes some 0.5 GiB more.")
+    console.print("For full rows, half of the text supervised. PyTorch itself takes about 0.5 GiB more.")

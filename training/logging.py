@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal and in logs/, a live progress bar, and metrics.jsonl."""
+"""The log of a run: lines on the terminal and in logs/, a live progress bar, and metrics.jsonl."""
 
 import json
 import time
@@ -13,20 +13,25 @@ from training.trackers import Histogram, Trackers
 from utils.errors import UserError
 from utils.files import append_text, sync, write_text
 
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 
 
 class RunLog:
-    """One a run, the first rank's. `say` prints a line and keeps it in `logs/<run>.log`; `metrics` appends one JSON object a line."""
+    """The log of a run, written by the first rank.
+
+    `say` prints a line and appends it to `logs/<run>.log`; `metrics` appends a JSON object to
+    `metrics.jsonl`.
+    """
 
     def __init__(self, folder: Path, logs: Path = Path("logs"), silent: bool = False) -> None:
-        self.silent = silent  # of all ranks but the first
+        self.silent = silent  # on all ranks but the first
         try:
             folder.mkdir(parents=True, exist_ok=True)
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{error.filename} cannot be made: {error.strerror} (a run keeps its log in {logs}/ of the working folder)"
+                f"{error.filename} cannot be created: {error.strerror} "
+                f"(a run keeps its log in {logs}/ of the working folder)"
             ) from error
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_path = logs / f"{folder.name}.log"
@@ -38,7 +43,7 @@ class RunLog:
         self.trackers: Trackers | None = None
 
     def track(self, names: str, config: dict[str, Any], resumed_from: int | None) -> None:
-        """From here on the experiment trackers of `--log` are told too, until `stop`."""
+        """Send everything to the experiment trackers `names` (`--log`) too, until `stop`."""
         if names and not self.silent:
             self.trackers = Trackers(names, self.folder, config, self.say, resumed_from)
 
@@ -51,7 +56,7 @@ class RunLog:
             self.trackers.picture(step, name, path)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        """Of the first rank's share; they go to the trackers alone."""
+        """Send histograms of the first rank's shard to the trackers."""
         if self.trackers is not None:
             self.trackers.histograms(step, histograms)
 
@@ -59,16 +64,14 @@ class RunLog:
         if self.silent:
             return
         self.console.print(text, markup=False)
-        self.log_path.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # the working folder's: somebody may have tidied up
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)  # a user may have deleted it meanwhile
         append_text(
             self.log_path,
             "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")),
         )
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """`seconds` counts from the start of this process's training; a resumed run begins again."""
+        """Append a line to metrics.jsonl. `seconds` counts from the start of training in this process."""
         if self.silent:
             return
         values = values | {"seconds": round(time.perf_counter() - self.started, 2)}
@@ -78,33 +81,37 @@ class RunLog:
             self.trackers.metrics(values)
 
     def sync(self) -> None:
-        """Wait until the disk holds the metrics so far."""
+        """Wait until the metrics so far are on the disk."""
         if not self.silent and self.metrics_path.is_file():
             sync(self.metrics_path)
 
-    def rewound(self, step: int, logged: int = 0) -> dict[Path, str]:
-        """What is left of metrics.jsonl and skipped.jsonl without the steps after `step`, which a resumed run does again, and without half a last line. Should metrics up to `logged` not be there, a warning."""
-        left = {}
+    def read_until(self, step: int, logged: int = 0) -> dict[Path, str]:
+        """Contents of metrics.jsonl and skipped.jsonl up to `step`: a resumed run repeats the later steps.
+
+        An incomplete last line is dropped. Warns if the metrics end before step `logged`.
+        """
+        contents = {}
         for path in () if self.silent else (self.metrics_path, self.folder / "skipped.jsonl"):
             if not path.is_file():
                 continue
             try:
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 steps = {line: json.loads(line)["step"] for line in lines if line.endswith("\n")}
-                left[path] = "".join(line for line in lines if line in steps and steps[line] <= step)
+                contents[path] = "".join(line for line in lines if line in steps and steps[line] <= step)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is damaged ({error}): mend or delete it, then resume") from None
             if path == self.metrics_path:
-                self.logged = max((found for found in steps.values() if found <= step), default=0)
+                self.logged = max((number for number in steps.values() if number <= step), default=0)
         if not self.silent and self.logged < logged:
             self.say(
-                f"warning: {self.metrics_path} ends at step {self.logged}: the lines up to step {logged}, where this run goes on, are lost"
+                f"warning: {self.metrics_path} ends at step {self.logged}: "
+                f"the lines up to step {logged}, where this run goes on, are lost"
             )
-        return left
+        return contents
 
-    def rewind(self, left: dict[Path, str]) -> None:
-        """Leave only what `rewound` found."""
-        for path, text in left.items():
+    def truncate(self, contents: dict[Path, str]) -> None:
+        """Reduce the files to the contents that `read_until` returned."""
+        for path, text in contents.items():
             write_text(path, text)
 
     def start(self, step: int, max_steps: int) -> None:
@@ -121,9 +128,8 @@ class RunLog:
             self.progress.start()
         self.max_steps = max_steps
         self.started = self.last_plain = time.perf_counter()
-        self.recent = deque(
-            [(self.last_plain, step)]
-        )  # the last minute, for the time left: the first steps are slow, they encode images
+        # The last minute, to estimate the time left: the first steps are slow, because they encode images.
+        self.recent = deque([(self.last_plain, step)])
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         status = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
@@ -140,7 +146,7 @@ class RunLog:
             self.say(f"step {step}/{self.max_steps}  {status}  {left:.0f} s left")
 
     def stop(self, well: bool = True) -> None:
-        """`well`: the run ended, or was stopped, as it should."""
+        """Close trackers and progress bar; `well`: the run ended or was stopped without an error."""
         if self.trackers is not None:
             self.trackers.close(well)
             self.trackers = None

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal (https://kellerjordan.github.io/posts/muon), in the number format that the machine is fast in."""
+"""Muon: orthogonalized momentum for matrices (https://kellerjordan.github.io/posts/muon)."""
 
 from typing import Any
 
@@ -14,10 +14,11 @@ MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """What `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` does: updates have the root mean square of AdamW's (arXiv 2502.16982).
+    """`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, in the dtype that is fast on this machine.
 
-    PyTorch's multiplies in bf16 on every machine, which takes a CPU without such instructions 19 times as long as fp32
-    (docs/experiments.md): two thirds of a step. Here the format is fp32 there, and bf16 elsewhere. `params`: of matrices alone.
+    Updates have AdamW's root mean square (arXiv 2502.16982). PyTorch's class multiplies in bf16 everywhere.
+    On a CPU without bf16 instructions that takes 19 times as long as fp32 (docs/experiments.md), two thirds
+    of a step. This class uses fp32 on such a machine, else bf16. `params` must all be matrices.
     """
 
     def __init__(self, params: Any) -> None:
@@ -32,16 +33,18 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(mean, MOMENTUM))  # Nesterov's
-                if isinstance(update, DTensor) and isinstance(
-                    parameter, DTensor
-                ):  # products may spread it otherwise
+                if isinstance(update, DTensor) and isinstance(parameter, DTensor):
+                    # Matrix products may have changed its placements.
                     update = update.redistribute(placements=parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(n, m) → about U Vᵀ of its singular value decomposition: singular values between about 0.7 and 1.2, as Newton-Schulz leaves them."""
+    """Approximate U Vᵀ of the singular value decomposition of a matrix (n, m) by Newton-Schulz iterations.
+
+    The singular values end between about 0.7 and 1.2.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(torch.bfloat16 if computes_bf16(matrix.device) else torch.float32)

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for matrices beside it, with a learning rate for each part; and the schedules."""
+"""AdamW, or Muon for matrices and AdamW for the rest, with a learning rate per part; and the schedules."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from training.muon import Muon
 
 
 def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
-    """Every part's learning rate; 0 freezes it."""
+    """Part → learning rate; 0 freezes the part."""
     rates = {
         "vision": config.lr_vision,
         "projector": config.lr_projector,
@@ -24,7 +24,7 @@ def learning_rates(model: Any, config: TrainConfig) -> dict[str, float]:
 
 
 def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
-    """Stop gradients of the parts whose learning rate is 0, and of what lies under adapters; → every part's learning rate."""
+    """Freeze parts with learning rate 0 and base weights under adapters; return part → learning rate."""
     rates, base = learning_rates(model, config), base_parameters(model)
     for name, part in model.parts().items():
         for parameter in part.parameters():
@@ -33,10 +33,10 @@ def freeze(model: Any, config: TrainConfig) -> dict[str, float]:
 
 
 def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or with `optimizer="muon"` a Muon for the weights of linear layers and AdamW for the rest.
+    """AdamW; with `optimizer="muon"` Muon for the weights of linear layers and AdamW for the rest.
 
-    Groups are by part; only matrices decay. Every trained parameter is in exactly one group. Muon's updates have AdamW's size,
-    so that one learning rate a part serves both.
+    Groups are by part; weight decay applies to matrices only. Each trained parameter is in exactly one group.
+    Muon's updates have AdamW's size, so both use the part's learning rate.
     """
     linear = (
         {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -71,17 +71,18 @@ def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def schedule(step: int, max_steps: int, config: TrainConfig, part: str) -> float:
-    """Factor on a part's peak learning rate at 0-based `step`: linear warm-up, then down to `final_lr` at the last step.
+    """Factor on a part's peak learning rate at 0-based `step`: linear warm-up, then decay to `final_lr`.
 
-    "cosine" falls from the end of the warm-up on. "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays at the peak until the
-    last `decay_share` of the steps, and falls there by 1 − √progress (arXiv 2405.18392): what goes before depends on no `max_steps`.
+    "cosine" decays from the end of the warm-up. "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays at the
+    peak until the last `decay_share` of the steps, then decays by 1 − √progress (arXiv 2405.18392). The steps
+    before do not depend on `max_steps`.
     """
     own = getattr(config, f"warmup_{part}", -1)
     warmup = own if own >= 0 else config.warmup_steps
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if config.schedule == "wsd":
-        last = max(1, round(config.decay_share * max_steps))
-        progress = max(0, step + 1 - (max_steps - last)) / last
+        decay_steps = max(1, round(config.decay_share * max_steps))
+        progress = max(0, step + 1 - (max_steps - decay_steps)) / decay_steps
         return warm * (config.final_lr + (1 - config.final_lr) * (1 - math.sqrt(progress)))
     if step < warmup:
         return warm
@@ -90,17 +91,17 @@ def schedule(step: int, max_steps: int, config: TrainConfig, part: str) -> float
 
 
 def head_weights(step: int, heads: int, config: TrainConfig) -> list[float]:
-    """λ of each multi-token head at 0-based `step`: they join one after the other, each over `head_warmup` steps."""
-    joined = [
+    """λ of each multi-token head at 0-based `step`; heads warm up one by one, each in `head_warmup` steps."""
+    warmups = [
         min(1.0, max(0.0, step / config.head_warmup - k)) if config.head_warmup else 1.0 for k in range(heads)
     ]
-    return [config.head_weight * config.head_decay**k * share for k, share in enumerate(joined)]
+    return [config.head_weight * config.head_decay**k * warmup for k, warmup in enumerate(warmups)]
 
 
 def set_learning_rates(
     optimizers: list[torch.optim.Optimizer], step: int, max_steps: int, config: TrainConfig
 ) -> dict[str, float]:
-    """Every group's rate at 0-based `step`; → the rates now in force, by part."""
+    """Set every group's learning rate at 0-based `step`; return part → learning rate."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group["peak_lr"] * schedule(step, max_steps, config, group["part"])

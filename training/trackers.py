@@ -1,6 +1,7 @@
-"""What a run tells, sent to experiment trackers too: W&B, TensorBoard, trackio. Whatever happens to one of them, the run and the others go on.
+"""Experiment trackers: W&B, TensorBoard, trackio. If one fails, the run and the other trackers continue.
 
-A tracker is asked for by name, `"wandb,tensorboard"`; its package is imported only then, and all it writes lies in the run folder.
+Trackers are selected by name, `"wandb,tensorboard"`; only their packages are imported. They write into the
+run folder.
 """
 
 import io
@@ -27,19 +28,18 @@ from utils.errors import UsageError, UserError, nearest
 from utils.files import write_text
 
 PROJECT = "dualtowervlm"
-PACKAGES, BESIDE = (
-    ("configs", "data", "eval", "hf", "models", "tools", "training", "utils"),
-    ("benchmarks", "scripts", "tests"),
-)  # folders whose code is kept with a W&B run
-WAIT = 10.0  # seconds that W&B may take to answer at the start, and again to take what is left at the end
-SIDE = 512  # pixels: longest side of an image that is sent
+# Folders whose code is stored with a W&B run; the second ones exist only in a repository.
+PACKAGES = ("configs", "data", "eval", "hf", "models", "tools", "training", "utils")
+REPOSITORY_FOLDERS = ("benchmarks", "scripts", "tests")
+WAIT = 10.0  # seconds: W&B's limit for an answer at the start, and for the upload of the rest at the end
+SIDE = 512  # pixels: maximum side of an image that is sent
 
 Histogram = tuple[np.ndarray, np.ndarray]  # counts (N,), edges (N + 1,)
 Say = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """Steps may come in any order and more than once: after a resume, or from an evaluation that took long."""
+    """A tracker must accept steps in any order and repeated: after a resume or a slow evaluation."""
 
     def __init__(self, folder: Path, say: Say) -> None: ...
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None: ...
@@ -51,7 +51,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers in `names` (commas apart; "" is none). One that fails is told of once and left out from then on."""
+    """The trackers in `names` (comma-separated; "" for none). One that fails is dropped with a warning."""
 
     def __init__(
         self, names: str, folder: Path, config: dict[str, Any], say: Say, resumed_from: int | None
@@ -62,38 +62,38 @@ class Trackers:
 
     @staticmethod
     def check(names: str) -> list[str]:
-        """The names one by one. An unknown one is a `UsageError`; `UserError` where a package is missing or too old."""
-        found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-        for name in found:
+        """Split `names`. Unknown names raise `UsageError`; missing or old packages raise `UserError`."""
+        selected = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+        for name in selected:
             if name not in TRACKERS:
                 raise UsageError(f"there is no tracker '{name}'{nearest(name, list(TRACKERS))}")
             try:
                 installed = version(name)  # not find_spec, which takes a folder of that name for the package
             except PackageNotFoundError:
                 raise UserError(
-                    f"the package {name} is not installed: that tracker needs the group {name} (pip install -e '.[{name}]')"
+                    f"the package {name} is not installed: that tracker needs the group {name} "
+                    f"(pip install -e '.[{name}]')"
                 ) from None
-            if [int(n) for n in re.findall(r"\d+", installed)[:2]] < [
-                int(n) for n in OLDEST[name].split(".")
-            ]:
+            oldest = [int(n) for n in OLDEST[name].split(".")]
+            if [int(n) for n in re.findall(r"\d+", installed)[:2]] < oldest:
                 raise UserError(
                     f"{name} {installed} is too old, {OLDEST[name]} is needed (pip install -e '.[{name}]')"
                 )
-        return found
+        return selected
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """A line of metrics.jsonl. One without a training loss comes from an evaluation."""
+        """Send a line of metrics.jsonl. A line without a training loss comes from an evaluation."""
         self._each("metrics", values["step"], flatten(values), "loss" not in values)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         self._each("histograms", step, histograms)
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
-        """`rows`: image (a path, or ""), question, answer, prediction; `sheet`: a picture of them all."""
+        """`rows`: image (a path, or ""), question, answer, prediction; `sheet`: one image of them all."""
         self._each("predictions", step, rows, sheet)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """A picture of an evaluation, as it is."""
+        """Send an image of an evaluation in full size."""
         self._each("picture", step, name, path)
 
     def close(self, exit_ok: bool) -> None:
@@ -106,7 +106,7 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
                 del self.open[name]
-                with suppress(Exception):  # it is told below what went wrong first
+                with suppress(Exception):  # the warning below gives the first error
                     tracker.close(False)
                 self.say(f"warning: {name}: {one_line(error)} — logging to it stops, metrics.jsonl goes on")
 
@@ -116,23 +116,24 @@ def one_line(error: Exception) -> str:
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a line of metrics.jsonl, save its step: `{"lr": {"left": 0.1}, "head_losses": [3.0]}` → `{"lr/left": 0.1, "head_losses/1": 3.0}`."""
-    out = {}
+    """The numbers in a line of metrics.jsonl, without its step.
+
+    `{"lr": {"left": 0.1}, "head_losses": [3.0]}` → `{"lr/left": 0.1, "head_losses/1": 3.0}`.
+    """
+    flat: dict[str, float] = {}
     for key, value in values.items():
-        parts = (
-            value.items()
-            if isinstance(value, dict)
-            else enumerate(value, 1)
-            if isinstance(value, list)
-            else [("", value)]
-        )
-        out |= {
+        parts: dict[Any, Any] = {"": value}
+        if isinstance(value, dict):
+            parts = value
+        elif isinstance(value, list):
+            parts = dict(enumerate(value, 1))
+        flat |= {
             f"{key}/{part}".removesuffix("/"): number
-            for part, number in parts
+            for part, number in parts.items()
             if isinstance(number, int | float) and not isinstance(number, bool)
         }
-    out.pop("step", None)
-    return out
+    flat.pop("step", None)
+    return flat
 
 
 def thumbnail(path: str) -> Image.Image | None:
@@ -144,37 +145,34 @@ def thumbnail(path: str) -> Image.Image | None:
 
 
 class Wandb:
-    """Weights & Biases. What decides online or offline: WANDB_MODE, whether there is an API key, and whether the server answers within `WAIT` seconds.
+    """Weights & Biases; online if WANDB_MODE allows it, an API key exists and the server answers in `WAIT` s.
 
-    W&B's own steps only ever grow, so they are left to themselves: `step`, and `validation_step` for evaluations, are metrics like others, and the axes
-    of the rest. A run taken up again keeps its id, from `wandb_id`; its repeated steps are then there twice.
+    W&B's own steps must not decrease, so they are not used. Instead the metrics `step` and, for evaluations,
+    `validation_step` are the axes of all others. A resumed run keeps its id, in `wandb_id`; its repeated
+    steps then appear twice.
     """
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.folder, self.say = folder, say
-        self.known: set[str] = set()  # metrics of evaluations, whose axis is defined
+        self.known: set[str] = set()  # evaluation metrics whose axis is defined
 
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # W&B's telemetry calls its server in offline runs too, and waits for it at the end
-        os.environ["WANDB_DATA_DIR"] = str(
-            (self.folder / "wandb").absolute()
-        )  # images of tables, until they are sent
-        os.environ.setdefault(
-            "WANDB_HTTP_TIMEOUT", "5"
-        )  # seconds: of what is asked in this thread, before a table is sent
+        # W&B's telemetry calls its server in offline runs too, and waits for it at the end.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Images of tables, until they are sent.
+        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").absolute())
+        # Seconds, of the requests in this thread before a table is sent.
+        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")
         import wandb
 
         self.wandb = wandb
-        seen = wandb.setup(
-            wandb.Settings(show_info=False)
-        ).settings  # these, the environment and W&B's files of settings
-        key = seen.api_key or netrc_key(seen.base_url)
+        # These, the environment and W&B's settings files.
+        settings = wandb.setup(wandb.Settings(show_info=False)).settings
+        key = settings.api_key or netrc_key(settings.base_url)
         path = self.folder / "wandb_id"
         run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else token_hex(4)
-        mode, why = {"dryrun": "offline", "run": "online"}.get(seen.mode, seen.mode), ""
-        if mode in ("online", "shared") and not key and not seen.identity_token_file:
+        mode, why = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode), ""
+        if mode in ("online", "shared") and not key and not settings.identity_token_file:
             mode, why = "offline", "no API key (WANDB_API_KEY, or `wandb login`): "
         if mode in ("online", "shared"):
             try:
@@ -190,16 +188,18 @@ class Wandb:
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("validation_step", hidden=True)
         self.run.define_metric("*", step_metric="step")
-        if not seen.disable_code:
+        if not settings.disable_code:
             with tempfile.TemporaryDirectory() as folder:
                 self.run.log_code(copy_code(Path(folder)), f"source-{run_id}", include_fn=lambda path: True)
-        offline = f"wandb: {why}kept offline; send it with: wandb sync {quote(str(self.folder))}/wandb/offline-run-*"  # with the parts before a resume
-        return self.say(offline if mode == "offline" else f"wandb: {self.run.url}")
+        if mode == "offline":  # the pattern includes the parts before a resume
+            sync_command = f"wandb sync {quote(str(self.folder))}/wandb/offline-run-*"
+            return self.say(f"wandb: {why}kept offline; send it with: {sync_command}")
+        return self.say(f"wandb: {self.run.url}")
 
     def _init(self, config: dict[str, Any], run_id: str, mode: str, key: str | None) -> Any:
         seen, wandb = self.wandb.setup().settings, self.wandb
         settings = wandb.Settings(
-            api_key=key,  # given here, W&B neither asks for it nor writes it down
+            api_key=key,  # passed explicitly, so that W&B neither asks for it nor stores it
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WAIT)),
             finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WAIT)),
             finish_timeout_raises=True,
@@ -207,10 +207,9 @@ class Wandb:
             silent=True,
             save_code=False,
         )
-        name, project = seen.run_name or self.folder.name, seen.project or PROJECT
         return wandb.init(
-            project=project,
-            name=name,
+            project=seen.project or PROJECT,
+            name=seen.run_name or self.folder.name,
             id=run_id,
             resume="allow",
             dir=self.folder,
@@ -248,15 +247,14 @@ class Wandb:
         try:
             self.run.finish(exit_code=0 if exit_ok else 1)
         except TimeoutError:
-            self.say(
-                f"warning: wandb: not everything was sent; send it with: wandb sync {quote(str(self.run.settings.sync_dir))}"
-            )
+            sync_command = f"wandb sync {quote(str(self.run.settings.sync_dir))}"
+            self.say(f"warning: wandb: not everything was sent; send it with: {sync_command}")
         finally:
             self.wandb.teardown()
 
 
 def netrc_key(url: str) -> str | None:
-    """The API key that `wandb login` left for the server at `url`; W&B's own server has several names."""
+    """The API key that `wandb login` stored for the server at `url`; W&B's own server has several names."""
     host = urlsplit(url).netloc
     hosts = [host, *(["api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [])]
     for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
@@ -264,28 +262,27 @@ def netrc_key(url: str) -> str | None:
             entries = netrc(Path(path).expanduser())
         except (OSError, NetrcParseError):
             continue
-        for found in filter(None, map(entries.authenticators, hosts)):
-            return found[2]
+        for entry in filter(None, map(entries.authenticators, hosts)):
+            return entry[2]
     return None
 
 
 def copy_code(folder: Path) -> str:
-    """The repository's *.py and *.sh, copied to `folder`: what W&B walks through and sends must not hold a virtual environment, a run, or other packages."""
+    """Copy the repository's *.py and *.sh to `folder`: no virtual environment, run or other package."""
     root = Path(__file__).parent.parent
-    repository = (root / "pyproject.toml").is_file()  # else an installed package, beside strangers
-    found = [f for name in PACKAGES + BESIDE * repository for f in (root / name).rglob("*")] + (
-        list(root.glob("*")) if repository else []
-    )
-    for file in found:
+    repository = (root / "pyproject.toml").is_file()  # else installed into site-packages
+    folders = PACKAGES + REPOSITORY_FOLDERS if repository else PACKAGES
+    files = [file for name in folders for file in (root / name).rglob("*")]
+    for file in files + (list(root.glob("*")) if repository else []):
         if file.suffix in (".py", ".sh") and file.is_file():
-            to = folder / file.relative_to(root)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            copyfile(file, to)
+            target = folder / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(file, target)
     return str(folder)
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`. What was written after the step that is resumed from is purged: TensorBoard no longer shows it."""
+    """Event files in `tensorboard/`. After a resume TensorBoard hides the events that the run repeats."""
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.folder, self.say = folder / "tensorboard", say
@@ -294,9 +291,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.folder), purge_step=(resumed_from or 0) + 1, flush_secs=10)
-        self.writer.add_text(
-            "config", "    " + json.dumps(config, indent=2).replace("\n", "\n    "), resumed_from or 0
-        )  # indented: code, in Markdown
+        code = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: code in Markdown
+        self.writer.add_text("config", code, resumed_from or 0)
         self.say(f"tensorboard: tensorboard --logdir {self.folder}")
 
     def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
@@ -338,22 +334,24 @@ class TensorBoard:
 
 
 class Trackio:
-    """Hugging Face's trackio: a SQLite file in `trackio/` (or in TRACKIO_DIR, for one dashboard of many runs); no network, no Space."""
+    """Hugging Face's trackio: a SQLite file in `trackio/`; no network, no Space.
+
+    TRACKIO_DIR selects another folder, to show several runs in one dashboard.
+    """
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.folder, self.say = folder, say
 
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        os.environ.setdefault(
-            "TRACKIO_DIR", str((self.folder / "trackio").absolute())
-        )  # read when it is imported
+        # Read at import.
+        os.environ.setdefault("TRACKIO_DIR", str((self.folder / "trackio").absolute()))
         import huggingface_hub.constants as hub
         import trackio
 
-        self.trackio = trackio
+        self.trackio: Any = trackio  # its types do not fit its use
         for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
             os.environ.pop(name, None)
-        online, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # it would ask the Hub for the user's name
+        online, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # else it asks the Hub for the user's name
         try:
             with redirect_stdout(io.StringIO()):
                 self.run = trackio.init(
