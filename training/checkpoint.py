@@ -110,7 +110,7 @@ class Saver:
         } | state()
         beside = self.folder / f".{self.final.name}.new"
         problem, self.deleted = None, []
-        if self.world.first:
+        if self.world.is_rank0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for stale in self.folder.glob(
@@ -205,7 +205,7 @@ class Saver:
                 str(beside), fqn_to_index_mapping=_files(copies), save_distributed=True
             )
             dcp.save(copies, storage_writer=writer, process_group=self.group)
-            if self.world.first:
+            if self.world.is_rank0:
                 state |= {"checksums": _checksums(beside, state)}
                 (beside / "state.json").write_text(json.dumps(state))
                 for file in (*beside.iterdir(), beside):

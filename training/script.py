@@ -193,7 +193,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
 
         config, folder, checkpoint, new = world.run_on_rank0(open_and_lock)
         Trackers.check(config.log)
-        if new and world.first:
+        if new and world.is_rank0:
             until_the_end.enter_context(removing_new_tokenizer(folder))
         with world.rank0_first():
             tasks = TrainingTasks(config.eval)
@@ -208,7 +208,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             for line in chosen:
                 log.say(line)
             pusher = None
-            if config.hub.repo and world.first:
+            if config.hub.repo and world.is_rank0:
                 to_folder = partial(
                     export_checkpoint,
                     model_class=model_class,
@@ -272,7 +272,7 @@ def prepare(
     world: DistributedContext,
 ) -> tuple[Any, Data, Validation, FeatureCache, RunLog]:
     """Everything that training needs, loaded and checked; `tokenizer`: its folder."""
-    log = RunLog(folder, silent=not world.first)
+    log = RunLog(folder, silent=not world.is_rank0)
     torch.manual_seed(config.seed)
     data = build_data(
         config, tokenizer, language_model(config) if checkpoint is None else None, world.rank, world.size
@@ -418,7 +418,7 @@ def _train_and_export(
         with autocast(config.train, pick_device(config.train.device)):
             scores = validation.score(model, world)
         shown[:] = validation.predictions(model, 8, world)
-        if world.first:
+        if world.is_rank0:
             save_samples(folder / "samples", step, shown)
             log.predictions(step, shown, folder / "samples" / f"step_{step:06d}.png")
             log.picture(
@@ -458,7 +458,7 @@ def _train_and_export(
             for name, value in found.items():
                 log.say(f"    {name} {value:.4f}")
             logged |= found
-        if world.first and best.is_beaten(step, logged):
+        if world.is_rank0 and best.is_beaten(step, logged):
             export(model, folder / "best", data.tokenizer, config, folder, logged)
             best.note(step, logged)
         return logged
@@ -476,7 +476,7 @@ def _train_and_export(
         cache.save,
         data_identity(data),
         saved,
-        lambda: best.step if world.first else -1,
+        lambda: best.step if world.is_rank0 else -1,
         begin,
     )
     try:
@@ -488,7 +488,7 @@ def _train_and_export(
         return
     dropped = sum(world.gather(data.batches.dropped()), Counter())
     model = plain(trained, config, model_class)
-    if not world.first:
+    if not world.is_rank0:
         return
     if not shown:  # a run that was already at its end
         shown = validation.predictions(model.eval(), 8)

@@ -122,7 +122,7 @@ def train(
     run = Trainer(config, model, task, folder, log, device, world)
     logged = run.go_on_from(checkpoint) if checkpoint is not None else 0
     rewound = log.rewound(run.step, logged)  # to nothing, where a run was killed before its first checkpoint
-    if world.first:
+    if world.is_rank0:
         aside = abandon_later(
             folder / "checkpoints", run.step
         )  # first of all: from here on `auto` goes on from this step
@@ -255,7 +255,7 @@ class Trainer:
         """→ the checkpoint, and whether a rank was told to stop."""
         c = self.config.train
         self.saver.protected_step = self.task.best()
-        late = self.world.first and (
+        late = self.world.is_rank0 and (
             0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
             or self.saver.protected_step == self.step
         )
@@ -429,7 +429,7 @@ def _log_skipped(
         values.pop("skipped"),
         [sample for rank in world.gather(values.pop("samples")) for sample in rank],
     )
-    if world.first:
+    if world.is_rank0:
         append_text(
             folder / "skipped.jsonl", json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n"
         )

@@ -13,7 +13,7 @@ from models.weights.model_card import RunFacts, card_of
 from models.weights.pretrained import load_model, load_vision_weights, save_model
 from utils.errors import UsageError, UserError, nearest
 from utils.files import CACHE, replacing
-from utils.hub import BESIDE, WEIGHTS, is_hub_id, open_repo, writing
+from utils.hub import AUXILIARY_FILES, WEIGHTS, is_hub_id, open_repo, writing
 
 
 class HubModel(
@@ -102,7 +102,7 @@ class HubModel(
         ):  # else the caller says what goes
             options["delete_patterns"] = [
                 *WEIGHTS,
-                *(BESIDE if self.beside else []),
+                *(AUXILIARY_FILES if self.beside else []),
             ]  # of an earlier model, where this one does not replace them
         return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))
 

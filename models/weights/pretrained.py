@@ -34,7 +34,7 @@ from models.weights.folder import (
 from models.weights.nanovlm import read_nanovlm
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
-from utils.hub import BESIDE, WEIGHTS
+from utils.hub import AUXILIARY_FILES, WEIGHTS
 
 SHARD_SIZE = "5GB"  # of weights in a file, at most: larger ones are refused by some accounts, and begin anew when an upload breaks
 RENAMED = (
@@ -175,7 +175,7 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     model.beside = {
         path.name: path.read_bytes()
-        for pattern in BESIDE
+        for pattern in AUXILIARY_FILES
         for path in folder.glob(pattern)
         if path.name not in ("config.json", INDEX)
     }
