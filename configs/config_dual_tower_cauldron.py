@@ -3,8 +3,8 @@
 For a GPU; weights and data come from the Hub.
 
 The 222M-class variant, SigLIP B/16 at 224 pixels with SmolLM2-135M, is `--config dual_tower_cauldron_222m`.
-Learning rates and steps follow nanoVLM's TrainConfig (projector 5.12e-3, backbones 5e-5, 40,000 steps). No run
-of this size has been made yet.
+Learning rates and steps follow nanoVLM's TrainConfig (projector 5.12e-3, backbones 5e-5, 40,000 steps). No
+run of this size has been made yet.
 """
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig

@@ -69,7 +69,7 @@ class DataConfig:
     )
     vocab_size: int = opt(
         512,
-        "vocabulary size of the byte-level BPE tokenizer that is trained if the right tower is not pretrained",
+        "vocabulary size of the byte-level BPE tokenizer, trained if the right tower is not pretrained",
     )
     chat_template: Literal["auto", "chatml"] = opt(
         "auto", "auto: a pretrained right tower must use ChatML; chatml: train it to"
@@ -307,8 +307,8 @@ class EvalConfig:
 class HubConfig:
     repo: str = opt(
         "",
-        "repository of the Hugging Face Hub, NAME or OWNER/NAME, to push the model to: at each checkpoint, in "
-        "the background, and at the end",
+        "repository of the Hugging Face Hub, NAME or OWNER/NAME, to push the model to: at each checkpoint, "
+        "in the background, and at the end",
     )
     private: bool = opt(False, "make the repository private")
     licence: str = opt(
