@@ -164,12 +164,13 @@ def same(predictor: Predictor, questions: list[Any], tokens: int) -> dict[str, i
 
 
 def add_draft_rows(table: Table, results: dict[str, Any]) -> None:
+    """Add the results of the measurements above to the printed table."""
     for name, d in results.get("drafts", {}).items():
         table.add_row(
             name,
             f"{d['tokens_per_s']:.1f} tokens/s, {d['tokens_per_step']:.2f} tokens per step, "
-            f"{d['speedup']:.2f} × plain (median {d['speedup_median']:.2f}, minimum {d['speedup_least']:.2f}; "
-            f"whole calls {d['whole_call']:.2f}); {d['differ']} answers differ",
+            f"{d['speedup']:.2f} × plain (median {d['speedup_median']:.2f}, minimum "
+            f"{d['speedup_least']:.2f}; whole calls {d['whole_call']:.2f}); {d['differ']} answers differ",
         )
     for name, f in results.get("first", {}).items():
         kind, tokens = name.split("_")
