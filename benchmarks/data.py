@@ -373,7 +373,8 @@ def show(results: dict[str, Any]) -> None:
     table.add_row(
         f"memory over {m['samples']:,} samples",
         f"{m['mb_after_each_tenth'][0]:.0f} MB after a tenth, "
-        f"{m['mb_after_each_tenth'][-1]:.0f} MB at the end ({m['growth_second_half']:+.1%} in the second half)",
+        f"{m['mb_after_each_tenth'][-1]:.0f} MB at the end "
+        f"({m['growth_second_half']:+.1%} in the second half)",
     )
     s = results["streaming"]
     table.add_row(

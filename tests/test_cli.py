@@ -430,7 +430,7 @@ ERRORS = [
         "generate.py",
         ["--checkpoint", "x", "--prompt", "y", "--logprobs"],
         2,
-        "--logprobs is told with --json alone",
+        "--logprobs needs --json",
     ),
     ("generate.py", ["--checkpoint", "x", "--prompt", "a\udcffb"], 2, "not valid UTF-8"),
     ("generate.py", ["--checkpoint", "x"], 2, "give --prompt, or --chat"),

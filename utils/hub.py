@@ -1,4 +1,4 @@
-"""Downloads from and uploads to the Hugging Face Hub. Errors are one line, with a remedy or an alternative."""
+"""Downloads from and uploads to the Hugging Face Hub. Errors are one line, and name a remedy."""
 
 import logging
 import re
@@ -250,8 +250,8 @@ def open_repo(
 ) -> str:
     """Open a model repository for a model of this type → OWNER/NAME. Without an OWNER it is the user's own.
 
-    The repository is created if it is missing, and so is `branch`, from main. Errors: `UserError` if it cannot
-    be created, holds a model of another type or other files, or is public although `private` was asked for.
+    The repository is created if it is missing, and so is `branch`, from main. Errors: `UserError` if it
+    cannot be created, holds a model of another type or other files, or is public although `private` was asked for.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RevisionNotFoundError
