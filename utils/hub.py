@@ -251,7 +251,7 @@ def open_repo(
     """Open a model repository for a model of this type → OWNER/NAME. Without an OWNER it is the user's own.
 
     The repository is created if it is missing, and so is `branch`, from main. Errors: `UserError` if it
-    cannot be created, holds a model of another type or other files, or is public although `private` was asked for.
+    cannot be created, holds a model of another type or other files, or is public although `private` is true.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RevisionNotFoundError
