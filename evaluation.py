@@ -1,12 +1,12 @@
 """Evaluate a trained model.
 
   python evaluation.py --model runs/dual_tower_easyvqa/model --tasks easy_vqa
-  python evaluation.py --model DIR --tasks mmstar,captions:coco=annotations/captions_val2014.json --output results
+  python evaluation.py --model DIR --tasks mmstar,captions:coco=captions_val2014.json --output results
   torchrun --nproc-per-node 2 evaluation.py --model DIR --tasks mmstar
 
---tasks: every task of lmms-eval by its name; easy_vqa and openmoji_captions, which need no network; captions:SOURCE and
-questions:SOURCE, SOURCE as in --data.sources. With --output DIR: DIR/results.json, DIR/samples_<task>.jsonl and their images,
-of which `python -m tools.evaluation_report DIR` makes a page.
+--tasks: any lmms-eval task by name; easy_vqa and openmoji_captions, which need no network; captions:SOURCE
+and questions:SOURCE, with SOURCE as in --data.sources. With --output DIR: DIR/results.json,
+DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DIR` renders them as a page.
 """
 
 import argparse
@@ -78,9 +78,9 @@ def main(argv: list[str]) -> None:
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     if not args.tasks:
         raise UsageError("--tasks needs a name")
-    for name, least in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name} = {getattr(args, name)} must be at least {least}")
+    for name, minimum in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0)):
+        if getattr(args, name) < minimum:
+            raise UsageError(f"--{name} = {getattr(args, name)} must be at least {minimum}")
     if args.data_root and not Path(args.data_root).is_dir():
         raise UsageError(f"--data_root: {args.data_root} is no folder")
     output = Path(args.output) if args.output else None
@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
         from eval.results import evaluate
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the package {error.name} is not installed: evaluation needs the group eval (pip install -e '.[eval]')"
+            f"the package {error.name} is not installed: "
+            "evaluation needs the group eval (pip install -e '.[eval]')"
         ) from None
     evaluate(args, output)
 

@@ -1,10 +1,11 @@
 """Ask a trained model about an image.
 
-  python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --prompt "what color is the shape?"
-  python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --chat --stats
+python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --prompt "what color is the shape?"
+python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --chat --stats
 
-Several --prompt are answered from one image KV: the image is encoded once; with --store DIR also in later calls. --json
-prints one object a prompt. In a chat `/image FILE` shows one more image, and an empty line or Ctrl-D ends it.
+Several --prompt are answered from one image KV: the image is encoded once; with --store DIR also in later
+calls. --json prints one object per prompt. In a chat `/image FILE` adds an image, and an empty line or Ctrl-D
+ends it.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--stats",
         action="store_true",
-        help="show time to first token, tokens/s, and tokens per pass of the right tower",
+        help="show time to first token, tokens/s, and tokens per decode step",
     )
     parser.add_argument(
         "--store",
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UsageError("--prompt is not valid UTF-8")
     if settings.logprobs and not flags["json"]:
-        raise UsageError("--logprobs is told with --json alone: add it, or leave --logprobs out")
+        raise UsageError("--logprobs needs --json: add it, or leave --logprobs out")
     if flags["store"] == "":
         raise UsageError("--store is empty: give a folder, or leave the flag out")
     if "" in (flags["image"] or ()):
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
             talk(predictor, Chat(predictor, settings, flags["stop"]), images, flags["stats"])
             and not sys.stdin.isatty()
         ):
-            sys.exit(1)  # on a terminal they were seen
+            sys.exit(1)  # errors; a terminal has shown them
         return
     answer_all(predictor, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])
 

@@ -1,8 +1,8 @@
 """Train a dual-tower vision-language model.
 
-python train_dual_tower.py                                    the embedded default, easy-VQA, minutes on two CPU cores
+python train_dual_tower.py                                    the default, easy-VQA: minutes on two CPU cores
 python train_dual_tower.py --max_steps 20 --output_dir /tmp/try
-python train_dual_tower.py --resume auto                      go on where the last run stopped
+python train_dual_tower.py --resume auto                      continue the last run
 python train_dual_tower.py --train.lr_right 1e-3              any field of configs/train.py
 """
 

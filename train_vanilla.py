@@ -1,6 +1,6 @@
-"""Train a vanilla vision-language model: one decoder for image and text tokens, the baseline of the dual tower.
+"""Train a vanilla vision-language model, the baseline of the dual tower: one decoder for all tokens.
 
-python train_vanilla.py                                       easy-VQA, as the dual tower's default
+python train_vanilla.py                                       easy-VQA, the dual tower's default data
 python train_vanilla.py --max_steps 20 --output_dir /tmp/try
 """
 

@@ -1,4 +1,4 @@
-"""Where and of what a benchmark's figures are."""
+"""Date, machine, versions and commit of a benchmark's results."""
 
 import os
 import platform

@@ -1,12 +1,12 @@
-"""CIDEr of 5,000 captions with 5 references each: seconds in one thread, the tokens in Python; where Java is, beside pycocoevalcap's tokenizer.
+"""Time of CIDEr for 5,000 captions with 5 references each, in one thread, with Python's and Java's tokenizer.
 
   python -m benchmarks.cider --json benchmarks/results/cider.json
 
 tokenize     all captions and references to tokens
-cider        the whole of it, tokens included
-java         the same with pycocoevalcap's tokenizer, its virtual machine started for it
-BLEU-4 …     the other metrics that need no Java, tokens included
-agreement    share of the captions whose tokens are those of the Java tokenizer
+cider        CIDEr, tokenization included
+java         the same with pycocoevalcap's tokenizer, start of the virtual machine included
+BLEU-4 …     the other metrics that need no Java, tokenization included
+agreement    fraction of captions with the same tokens in Python and Java
 """
 
 import argparse
@@ -40,11 +40,15 @@ SUBJECTS = (
     "Someone who isn't here",
     "A zebra, a giraffe",
 )
-WORDS = "red small wooden old street sign table water grass holding riding sitting near behind under with and on in the a of large green phone ball food plate".split()  # noqa: SIM905
+TEXT = (
+    "red small wooden old street sign table water grass holding riding sitting near behind under with and on "
+    "in the a of large green phone ball food plate"
+)
+WORDS = TEXT.split()
 
 
 def seed_captions(rng: random.Random) -> list[str]:
-    """Captions to make others from: COCO's of the fixture, else made-up ones of the same length."""
+    """Captions to vary: the fixture's COCO captions, else random ones of the same length."""
     if FIXTURE.is_file():
         return [json.loads(line)["caption"] for line in FIXTURE.read_text().splitlines()]
     return [
@@ -53,7 +57,7 @@ def seed_captions(rng: random.Random) -> list[str]:
 
 
 def corpus(images: int, references: int, seed: int) -> tuple[list[str], list[list[str]]]:
-    """A caption and references for each image: one of `seed_captions` with up to four words put in the place of others."""
+    """A caption and references for each image: variants of a seed caption with up to four words replaced."""
     rng = random.Random(seed)
     captions = seed_captions(rng)
     words = [word for caption in captions for word in caption.split()]
@@ -105,7 +109,7 @@ def main(argv: list[str]) -> None:
             lambda: cider(candidates, references, tokenizer="java"), args.repeats
         )
         results["agreement"] = agreement(captions)
-    except UserError as problem:  # the figure that matters needs none of it
+    except UserError as problem:  # Java is optional
         results["java"] = str(problem)
     show(results, args.images, args.references)
     if args.json:
@@ -129,11 +133,9 @@ def agreement(captions: list[str]) -> float:
 
 
 def show(results: dict[str, Any], images: int, references: int) -> None:
-    table = Table(
-        "what",
-        "figure",
-        title=f"{images:,} captions, {references} references each, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}",
-    )
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    title = f"{images:,} captions, {references} references each, {machine}, {date.today()}"
+    table = Table("what", "figure", title=title)
     for name, s in results["seconds"].items():
         table.add_row(
             "cider, Java's tokens" if name == "java" else name,

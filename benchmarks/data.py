@@ -1,11 +1,12 @@
-"""The data engine: how full rows are, what packing costs, how fast pictures become batches, how soon a stream starts.
+"""The data path: fill of packed rows, cost of packing, throughput of the loader, start of a stream.
 
   python -m benchmarks.data --json benchmarks/results/data.json
 
-fill        rows of 4,096 tokens packed from lengths like The Cauldron's; fractions of both budgets together
-throughput  JPEGs of 640 × 480 to packed batches of 512-pixel tiles, beside a plain loop of Pillow and tokenizer with as many processes
-memory      resident memory of the loader, its workers included, over 50,000 samples
-streaming   from a local set of 100,000 rows, nothing read before, to the first batch
+fill        filled fraction of rows of 4,096 tokens (both streams), with lengths like The Cauldron's
+throughput  640 × 480 JPEGs to packed batches of 512-pixel tiles, against a plain loop of Pillow and tokenizer
+            with as many processes
+memory      resident memory of the loader and its workers over 50,000 samples
+streaming   time to the first batch of a local set of 100,000 rows
 """
 
 import argparse
@@ -48,11 +49,18 @@ from utils.errors import run_script
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 65  # a tile's marker and 64 image tokens
 VISION = VisionConfig(image_size=512, grid=32)
-WORDS = "the a of and in on with red blue chart table person street value year what which how many is are left right top number shown".split()  # noqa: SIM905
+TEXT = (
+    "the a of and in on with red blue chart table person street value year what which how many is are left "
+    "right top number shown"
+)
+WORDS = TEXT.split()
 
 
 def cauldron_like(count: int, seed: int) -> list[Sample]:
-    """Samples of The Cauldron's lengths: text lognormal(4.9, 0.9) clipped to 16…3000, 1 to 17 tiles. Lists of the right length, nothing in them."""
+    """Samples with lengths like The Cauldron's: text lognormal(4.9, 0.9) clipped to 16…3000, 1 to 17 tiles.
+
+    Their token lists have the right length and only zeros.
+    """
     rng = np.random.default_rng(seed)
     text = np.clip(rng.lognormal(4.9, 0.9, count), 16, 3000).astype(int)
     tiles = rng.choice([1, 2, 3, 5, 7, 9, 13, 17], count, p=[0.3, 0.05, 0.1, 0.2, 0.1, 0.15, 0.05, 0.05])
@@ -67,8 +75,14 @@ def cauldron_like(count: int, seed: int) -> list[Sample]:
     ]
 
 
+def in_one_stream(sample: Sample) -> Sample:
+    """The sample with all its tokens in the right stream."""
+    ids = [0] * (sample.left_length + sample.right_length)
+    return Sample(sample.key, sample.tiles, [Document([], [], [], ids, [], [])])
+
+
 def fill(samples: int, window: int, repeats: int) -> dict[str, Any]:
-    """Rows of 4,096 packed through a window that is kept full. Where the samples end the window's rest is not packed."""
+    """Pack rows of 4,096 tokens through a full window; samples left in it at the end are not packed."""
     out: dict[str, Any] = {}
     for name, budget in (
         ("two budgets", Budget(40 * BLOCK, 4096 - 40 * BLOCK, BLOCK)),
@@ -76,16 +90,11 @@ def fill(samples: int, window: int, repeats: int) -> dict[str, Any]:
     ):
         fills, costs, dropped = [], [], []
         for seed in range(repeats):
-            made = cauldron_like(samples, seed)
-            if name == "vanilla":  # all tokens in one stream
-                made = [
-                    Sample(
-                        s.key, s.tiles, [Document([], [], [], [0] * (s.left_length + s.right_length), [], [])]
-                    )
-                    for s in made
-                ]
-            usable = [s for s in made if s.right_length <= budget.right]
-            dropped.append(1 - len(usable) / len(made))
+            drawn = cauldron_like(samples, seed)
+            if name == "vanilla":
+                drawn = [in_one_stream(sample) for sample in drawn]
+            usable = [s for s in drawn if s.right_length <= budget.right]
+            dropped.append(1 - len(usable) / len(drawn))
             waiting, rows, packed, used = Window(budget), 0, 0, 0
             started = time.perf_counter()
             for sample in usable:
@@ -107,7 +116,7 @@ def fill(samples: int, window: int, repeats: int) -> dict[str, Any]:
 
 
 def jpegs(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Records with pictures of 640 × 480, quality 90, soft shapes and some noise: about 100 kB each; questions of some 190 tokens."""
+    """Records with noisy images, 640 × 480 pixels and about 100 kB each, and texts of some 190 tokens."""
     rng = np.random.default_rng(0)
     records = []
     for i in range(count):
@@ -134,7 +143,7 @@ def jpegs(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def plain_share(records: list[dict[str, Any]], tokenizer_folder: Path) -> float:
-    """The yardstick: Pillow's decoder and bicubic resize, the tokenizer. → seconds."""
+    """The baseline: seconds of Pillow's decoder, bicubic resize and the tokenizer."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.load(tokenizer_folder)
     started = time.perf_counter()
@@ -146,30 +155,28 @@ def plain_share(records: list[dict[str, Any]], tokenizer_folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def loader_of(records: list[dict[str, Any]], tokenizer: Tokenizer, workers: int) -> Loader:
-    config = DataConfig(left_length=4 * BLOCK, right_length=1024, window=64)
-    dataset = SampleDataset(
-        [Source("jpegs", InMemoryRecords(records), 0, len(records))],
-        Renderer(tokenizer, BLOCK - 1),
-        VISION,
-        config,
-        8192,
-        keep=False,
-    )
+def make_loader(sources: list[Source], tokenizer: Tokenizer, config: DataConfig, workers: int) -> Loader:
+    dataset = SampleDataset(sources, Renderer(tokenizer, BLOCK - 1), VISION, config, 8192, keep=False)
     rows = RowStream(
-        SampleStream(dataset, Mixture(dataset.sources, 0)),
+        SampleStream(dataset, Mixture(sources, 0)),
         Budget(config.left_length, config.right_length, BLOCK),
         config.window,
     )
     return Loader(rows, 4, tokenizer.global_image, workers)
 
 
+def loader_of(records: list[dict[str, Any]], tokenizer: Tokenizer, workers: int) -> Loader:
+    config = DataConfig(left_length=4 * BLOCK, right_length=1024, window=64)
+    sources = [Source("jpegs", InMemoryRecords(records), 0, len(records))]
+    return make_loader(sources, tokenizer, config, workers)
+
+
 def samples_per_s(loader: Loader, seconds: float) -> float:
-    for _ in islice(loader, 4):  # the workers have started
+    for _ in islice(loader, 4):  # the workers start
         pass
     started, samples = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        samples += len(next(loader)["tiles"])  # one tile a sample
+        samples += len(next(loader)["tiles"])  # one tile per sample
     rate = samples / (time.perf_counter() - started)
     loader.close()
     return rate
@@ -224,7 +231,7 @@ def split_of_time(records: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[s
 
 
 def resident_mb() -> float:
-    """Memory of this process and its children that nobody else shares, in MiB."""
+    """Proportional set size of this process and its children, in MiB."""
     total = 0
     for pid in ("self", *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -233,7 +240,7 @@ def resident_mb() -> float:
 
 
 def memory(folder: Path, workers: int, samples: int) -> dict[str, Any]:
-    """Small pictures, each sample new to the loader: the shape of the curve is what counts."""
+    """Memory after each tenth of `samples` distinct samples with small images."""
     rng = np.random.default_rng(0)
     files = []
     for i in range(200):
@@ -266,7 +273,7 @@ def memory(folder: Path, workers: int, samples: int) -> dict[str, Any]:
 
 
 def streaming(folder: Path, rows: int) -> dict[str, Any]:
-    """Seconds from nothing read to the first batch, and bytes read, of a set in Parquet files of 10,000 rows each, 100 a row group."""
+    """Seconds to the first batch, and MiB read, for Parquet files of 10,000 rows, 100 per row group."""
     import pyarrow
     import pyarrow.parquet
 
@@ -299,20 +306,7 @@ def streaming(folder: Path, rows: int) -> dict[str, Any]:
     config = DataConfig(sources=f"tables/set={folder}", left_length=4 * BLOCK, right_length=1024, window=256)
     sources, _ = open_sources(config)
     opened = time.perf_counter() - started
-    dataset = SampleDataset(
-        sources,
-        Renderer(Tokenizer.train(("which of 0123456789?",), 300), BLOCK - 1),
-        VISION,
-        config,
-        8192,
-        keep=False,
-    )
-    stream = RowStream(
-        SampleStream(dataset, Mixture(sources, 0)),
-        Budget(config.left_length, config.right_length, BLOCK),
-        config.window,
-    )
-    next(Loader(stream, 4, dataset.renderer.tokenizer.global_image, 0))
+    next(make_loader(sources, Tokenizer.train(("which of 0123456789?",), 300), config, 0))
     first = time.perf_counter() - started
     TableRecords._read = original  # type: ignore[method-assign]
     return {
@@ -330,12 +324,14 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--samples", type=int, default=100_000, help="of the fill rate, in each repetition")
+    parser.add_argument("--samples", type=int, default=100_000, help="samples of each repetition of `fill`")
     parser.add_argument("--window", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of throughput")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="seconds of each measurement of throughput"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=100_000, help="of the streamed set")
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of the streamed set")
     parser.add_argument("--memory_samples", type=int, default=50_000)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
@@ -352,30 +348,33 @@ def main(argv: list[str]) -> None:
 
 
 def show(results: dict[str, Any]) -> None:
-    title = (
-        f"data engine, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
-    )
+    title = f"data path, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}"
     table = Table("what", "figure", title=title)
     for name, r in results["packing"].items():
         table.add_row(
             f"fill, {name}",
-            f"{r['fill']:.2%} (least {r['fill_least']:.2%}); {r['us_per_sample']:.1f} µs a sample (most {r['us_most']:.1f}); {r['too_long']:.2%} too long",
+            f"{r['fill']:.2%} (minimum {r['fill_least']:.2%}); {r['us_per_sample']:.1f} µs per sample "
+            f"(maximum {r['us_most']:.1f}); {r['too_long']:.2%} too long",
         )
     t = results["throughput"]
     table.add_row(
-        f"loader, {t['workers']} workers", f"{t['samples_per_s_per_worker']:.0f} samples/s a worker"
+        f"loader, {t['workers']} workers", f"{t['samples_per_s_per_worker']:.0f} samples/s per worker"
     )
     table.add_row(
         f"plain loop, {t['workers']} processes",
-        f"{t['plain_samples_per_s_per_worker']:.0f} samples/s a process; loader ÷ loop {t['ratio']:.2f} (least {t['ratio_least']:.2f})",
+        f"{t['plain_samples_per_s_per_worker']:.0f} samples/s per process; "
+        f"loader ÷ loop {t['ratio']:.2f} (minimum {t['ratio_least']:.2f})",
     )
     table.add_row(
-        "ms a sample, one process", ", ".join(f"{stage} {ms:.2f}" for stage, ms in t["ms_per_sample"].items())
+        "ms per sample, one process",
+        ", ".join(f"{stage} {ms:.2f}" for stage, ms in t["ms_per_sample"].items()),
     )
     m = results["memory"]
     table.add_row(
         f"memory over {m['samples']:,} samples",
-        f"{m['mb_after_each_tenth'][0]:.0f} MB after a tenth, {m['mb_after_each_tenth'][-1]:.0f} MB at the end ({m['growth_second_half']:+.1%} in the second half)",
+        f"{m['mb_after_each_tenth'][0]:.0f} MB after a tenth, "
+        f"{m['mb_after_each_tenth'][-1]:.0f} MB at the end "
+        f"({m['growth_second_half']:+.1%} in the second half)",
     )
     s = results["streaming"]
     table.add_row(

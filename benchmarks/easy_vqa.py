@@ -1,9 +1,9 @@
-"""easy-VQA from nothing: train the embedded default, then answer all 9,673 test questions; one line a seed.
+"""easy-VQA from scratch: train the default preset, then answer all 9,673 test questions; one line per seed.
 
   python -m benchmarks.easy_vqa --seeds 0 1 2 --json benchmarks/results/easy_vqa.json
 
-Seconds are of the whole training script, imports, vision features and validation included; nothing is cached from
-run to run. The test set is read once a seed.
+Seconds are those of the whole training script: imports, vision features and validation included. Nothing is
+cached between runs. The test set is evaluated once per seed.
 """
 
 import argparse
@@ -77,12 +77,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="file for the figures")
     args, extra = parser.parse_known_args(argv)
-    resolve(extra, "")  # a mistaken training flag is told now
+    resolve(extra, "")  # report a wrong training flag now
     results = [one(seed, extra) for seed in args.seeds]
-    table = Table(
-        *results[0],
-        title=f"easy-VQA, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}",
-    )
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    title = f"easy-VQA, {machine}, torch {torch.__version__}, {date.today()}"
+    table = Table(*results[0], title=title)
     for r in results:
         table.add_row(
             *[f"{v:.2%}" if isinstance(v, float) and k != "train_s" else f"{v:.0f}" for k, v in r.items()]

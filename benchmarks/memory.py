@@ -1,9 +1,10 @@
-"""What a training step holds, on the CPU: the estimate of `--dry-run` and `--fit-memory` beside tensors counted in real steps.
+"""Memory of a training step on the CPU: the estimate of `--fit-memory` and `--dry-run` ÷ counted tensors.
 
   python -m benchmarks.memory --config dual_tower_cauldron_222m --rows 1,2
 
-A whole model with random weights makes two steps of two micro-batches of full rows. Every tensor that it makes is counted while it is alive; only matrix products
-and convolutions are not computed, zeros of their shape stand for them. Sizes are a pretrained model's, its weights are not fetched: those of SmolLM2 are known here.
+A model with random weights makes two steps of two micro-batches of full rows, and every live tensor is
+counted. Matrix products and convolutions are not computed but replaced by zeros. Sizes are those of
+pretrained models, whose weights are not downloaded; SmolLM2's sizes are in a table.
 """
 
 import argparse
@@ -44,11 +45,11 @@ def counted(steps: Callable[[], Any]) -> float:
 
 
 def sized(config: Config) -> Config:
-    """The preset with random weights of the same sizes."""
+    """Replace a preset's pretrained weights by random ones of the same sizes."""
     for tower in config.model.towers:
         name = getattr(config.model, tower).weights
         if name not in SIZES:
-            raise UserError(f"the sizes of {name} are not known here: {', '.join(SIZES)}")
+            raise UserError(f"the sizes of {name} are unknown; known: {', '.join(SIZES)}")
         config = replace(
             config, model=replace(config.model, **{tower: SIZES[name] or getattr(config.model, tower)})
         )
@@ -61,7 +62,7 @@ def sized(config: Config) -> Config:
 def compared(
     config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]
 ) -> list[tuple[int, float, float]]:
-    """→ (rows, estimated bytes, counted bytes)"""
+    """→ (rows, estimated bytes, counted bytes) for each number of rows."""
     of = step_memory(config, model_class, vocabulary)
     return [
         (
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default="dual_tower_cauldron_222m")
-    parser.add_argument("--rows", default="1,2", help="of a micro-batch, commas apart")
+    parser.add_argument("--rows", default="1,2", help="rows of a micro-batch, comma-separated")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--recompute", action="store_true")
     args = parser.parse_args(argv)
@@ -95,10 +96,10 @@ def main(argv: list[str]) -> None:
         "estimate ÷ counted",
         title=f"{args.config}, {args.dtype}{', recompute' * args.recompute}",
     )
-    for rows, estimate, found in compared(
+    for rows, estimate, count in compared(
         config, model_class, Vocabulary(text, MARKERS), [int(n) for n in args.rows.split(",")]
     ):
-        table.add_row(str(rows), f"{estimate / 1e9:.2f}", f"{found / 1e9:.2f}", f"{estimate / found:.3f}")
+        table.add_row(str(rows), f"{estimate / 1e9:.2f}", f"{count / 1e9:.2f}", f"{estimate / count:.3f}")
     Console().print(table)
 
 

@@ -1,20 +1,20 @@
-"""A training step: tokens a second, where its seconds go, its memory, and how near it comes to bare matrix products.
+"""A training step: tokens/s, seconds of its phases, memory, and its share of the matmul roofline.
 
   python -m benchmarks.train_step --json benchmarks/results/train_step.json
-  python -m benchmarks.train_step --model vanilla --profile                  operations by their own time, instead
+  python -m benchmarks.train_step --model vanilla --profile          print operations by their time instead
 
-The standard row and the sizes stand in `benchmarks/trial.py`.
-
-Vanilla and the dual tower are measured in turn in one run; figures are medians of --repeats steps (least to most), two steps before
-them are not counted.
+`benchmarks/trial.py` describes the sizes and the standard row. Vanilla and the dual tower are measured in
+turn in one run. Figures are medians of --repeats steps (minimum to maximum), after two warm-up steps.
 
 tokens/s   image and text tokens of all documents, each counted once, ÷ seconds of the whole `train_step`
-forward    the model and its loss; backward: until the last gradient stands; optimizer: gradient norm, clipping, AdamW, zeroing
-memory     CPU: the most that a process of its own holds, beyond what it held after its imports; CUDA: the most that torch allocated
-FLOPs      of forward and backward: counted, by torch's counter on the very step; and as `--dry_run` estimates them
-products   the step's linear layers alone (vision, projector, decoders, logits: the shapes that dominate), at its own number of
-           rows and in its type: forward, gradient of the input, gradient of the weight, on operands that lie ready
-share      counted FLOPs ÷ seconds of the step ÷ FLOP/s of the products: 100 % if a step were nothing but products
+forward    the model and its loss
+backward   until the last gradient is computed
+optimizer  gradient norm, clipping, AdamW, zeroing of the gradients
+memory     CPU: peak of a separate process, minus its memory after the imports; CUDA: peak allocated by torch
+FLOPs      of forward and backward: counted by torch's counter in the step, and estimated as by `--dry_run`
+roofline   matmuls of the step's linear layers alone (vision, projector, decoders, logits), with the same rows
+           and type: forward, gradient of the input, gradient of the weight, on operands in memory
+share      counted FLOPs ÷ seconds of the step ÷ FLOP/s of the roofline: 100 % for a step of matmuls only
 """
 
 import argparse
@@ -49,8 +49,8 @@ from utils.errors import UserError, run_script
 WARM_UP = 2
 
 
-class Products:
-    """Bare matrix products of a step's linear layers."""
+class MatmulRoofline:
+    """The matrix products of a step's linear layers alone."""
 
     def __init__(
         self, shapes: Counter[tuple[int, int, int]], dtype: torch.dtype, device: torch.device
@@ -62,11 +62,11 @@ class Products:
         }
 
     def seconds(self) -> dict[tuple[int, int, int], float]:
-        """Of one layer of each shape: its three products, measured anew."""
+        """Measure the three products of one layer of each shape."""
         out = {}
         calls = 20 if self.device.type == "cuda" else 2
         for shape, (x, w, g) in self.operands.items():
-            for count in (1, calls):  # the first is not counted
+            for count in (1, calls):  # the first is a warm-up
                 synchronize(self.device)
                 started = time.perf_counter()
                 for _ in range(count):
@@ -82,19 +82,19 @@ class Products:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most (where there is no /proc, the most so far for both)."""
+    """Resident bytes of this process: VmRSS now, VmHWM at the peak. Without /proc both give the peak."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(rf"{field}:\s+(\d+)", status.read_text())
-        assert found is not None, f"/proc/self/status has no {field}"
-        return int(found[1]) * 1024
+        match = re.search(rf"{field}:\s+(\d+)", status.read_text())
+        assert match is not None, f"/proc/self/status has no {field}"
+        return int(match[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_memory(kind: str, size: str, dtype: str, device: torch.device, rows: int) -> int:
-    """Bytes that three steps take, at most. For a process of its own: a peak does not go away again."""
+    """Peak bytes of three steps. Call it in a new process: a peak does not decrease."""
     before = resident("VmRSS")
     trial = Trial(kind, size, dtype, device, rows=rows)
     for _ in range(3):
@@ -102,23 +102,25 @@ def peak_memory(kind: str, size: str, dtype: str, device: torch.device, rows: in
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") - before
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:
             raise UserError(
-                f"the process that ran {function.__name__}({', '.join(map(str, args))}) was killed: most likely memory ran out, take a smaller --size"
+                f"the process of {function.__name__}({', '.join(map(str, args))}) was killed: "
+                "most likely memory ran out; take a smaller --size"
             ) from None
 
 
 def check_memory(needed: float, device: torch.device, what: str) -> None:
-    """More than is free raises `UserError`: on a CPU the system would end some process, perhaps another's."""
+    """Raise `UserError` if more than the free memory is needed: the system could kill another process."""
     free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
-            f"{what} would take some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: take a smaller --size, or one --model at a time"
+            f"{what} would take some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            "take a smaller --size, or one --model at a time"
         )
 
 
@@ -135,31 +137,33 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
+Seconds = dict[str, float]  # of the phases of a step
+LayerSeconds = dict[tuple[int, int, int], float]  # of a layer of each shape
+
+
 def measure(
     kinds: list[str], size: str, dtype: str, device: torch.device, repeats: int, rows: int
 ) -> dict[str, Any]:
     parameters = {kind: count_parameters(kind, size) for kind in kinds}
     check_memory(16 * max(parameters.values()), device, "weights, gradients and moments alone")
-    memory = {kind: apart(peak_memory, kind, size, dtype, device, rows) for kind in kinds}
+    memory = {kind: in_new_process(peak_memory, kind, size, dtype, device, rows) for kind in kinds}
     check_memory(sum(memory.values()), device, " and ".join(kinds) + ", side by side,")
     trials = {kind: Trial(kind, size, dtype, device, rows=rows) for kind in kinds}
     flops = {kind: trial.flops() for kind, trial in trials.items()}
-    kernels = {
-        kind: Products(trial.products(), torch.bfloat16 if dtype == "bf16" else torch.float32, device)
+    rooflines = {
+        kind: MatmulRoofline(trial.products(), torch.bfloat16 if dtype == "bf16" else torch.float32, device)
         for kind, trial in trials.items()
     }
-    steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    alone: dict[str, list[dict[tuple[int, int, int], float]]] = {kind: [] for kind in kinds}
-    for turn in range(WARM_UP + repeats):
+    steps: dict[str, list[Seconds]] = {kind: [] for kind in kinds}
+    matmuls: dict[str, list[LayerSeconds]] = {kind: [] for kind in kinds}
+    for repeat in range(WARM_UP + repeats):
         for kind, trial in trials.items():
             step = trial.step()
-            if turn >= WARM_UP:
+            if repeat >= WARM_UP:
                 steps[kind].append(step)
-                alone[kind].append(kernels[kind].seconds())
+                matmuls[kind].append(rooflines[kind].seconds())
     out: dict[str, Any] = {}
     for kind, trial in trials.items():
-        rates = [kernels[kind].rate(seconds) for seconds in alone[kind]]
-        reached = [flops[kind]["counted"] / step["step"] for step in steps[kind]]
         out[kind] = {
             "parameters": parameters[kind],
             "tokens": trial.tokens,
@@ -168,37 +172,52 @@ def measure(
                 phase: spread(step[phase] for step in steps[kind])
                 for phase in ("step", "forward", "backward", "optimizer")
             },
-            "turns": [step["step"] for step in steps[kind]],  # one that another program disturbed stands out
+            "turns": [step["step"] for step in steps[kind]],  # shows steps that another program disturbed
             "peak_memory_bytes": memory[kind],
             "flops": flops[kind],
-            "flops_per_s": spread(reached),
-            "products_flops_per_s": spread(rates),
-            "share_of_products": spread(a / b for a, b in zip(reached, rates, strict=True)),
-            "products": [
-                {
-                    "rows": r,
-                    "inputs": i,
-                    "outputs": o,
-                    "layers": n,
-                    "flops_per_s": 6 * r * i * o / statistics.median(s[r, i, o] for s in alone[kind]),
-                }
-                for (r, i, o), n in kernels[kind].shapes.items()
-            ],
-        }
+        } | compare_with_roofline(flops[kind]["counted"], steps[kind], rooflines[kind], matmuls[kind])
     if len(kinds) == 2:
-        pairs = list(zip(steps["dual_tower"], steps["vanilla"], strict=True))
-        out["ratio"] = {"tokens_per_s": spread(v["step"] / d["step"] for d, v in pairs)}
-        out["ratio"] |= {
-            f"seconds_{phase}": spread(d[phase] / v[phase] for d, v in pairs)
-            for phase in ("forward", "backward", "optimizer")
-        }
-        for name, values in (
-            ("parameters", parameters),
-            ("peak_memory", memory),
-            ("flops", {kind: f["counted"] for kind, f in flops.items()}),
-        ):
-            out["ratio"][name] = values["dual_tower"] / values["vanilla"]
+        out["ratio"] = ratios(out, steps)
     return out
+
+
+def compare_with_roofline(
+    flops: float, steps: list[Seconds], roofline: MatmulRoofline, matmuls: list[LayerSeconds]
+) -> dict[str, Any]:
+    """FLOP/s of the steps and of the matrix products alone, and their ratio."""
+    rates = [roofline.rate(seconds) for seconds in matmuls]
+    reached = [flops / step["step"] for step in steps]
+    return {
+        "flops_per_s": spread(reached),
+        "products_flops_per_s": spread(rates),
+        "share_of_products": spread(a / b for a, b in zip(reached, rates, strict=True)),
+        "products": [
+            {
+                "rows": r,
+                "inputs": i,
+                "outputs": o,
+                "layers": n,
+                "flops_per_s": 6 * r * i * o / statistics.median(s[r, i, o] for s in matmuls),
+            }
+            for (r, i, o), n in roofline.shapes.items()
+        ],
+    }
+
+
+def ratios(results: dict[str, Any], steps: dict[str, list[Seconds]]) -> dict[str, Any]:
+    """The dual tower ÷ vanilla; times are compared step by step."""
+    dual, vanilla = results["dual_tower"], results["vanilla"]
+    pairs = list(zip(steps["dual_tower"], steps["vanilla"], strict=True))
+    phases = ("forward", "backward", "optimizer")
+    return (
+        {"tokens_per_s": spread(v["step"] / d["step"] for d, v in pairs)}
+        | {f"seconds_{phase}": spread(d[phase] / v[phase] for d, v in pairs) for phase in phases}
+        | {
+            "parameters": dual["parameters"] / vanilla["parameters"],
+            "peak_memory": dual["peak_memory_bytes"] / vanilla["peak_memory_bytes"],
+            "flops": dual["flops"]["counted"] / vanilla["flops"]["counted"],
+        }
+    )
 
 
 def show(result: dict[str, Any], title: str) -> None:
@@ -211,12 +230,12 @@ def show(result: dict[str, Any], title: str) -> None:
 
     def add(name: str, cell: Callable[[dict[str, Any]], str], key: str = "") -> None:
         r = ratio.get(key)
-        beside = "" if r is None else figure(r, ".2f") if isinstance(r, dict) else f"{r:.2f}"
-        table.add_row(name, *(cell(result[kind]) for kind in kinds), *([beside] if ratio else []))
+        ratio_cell = "" if r is None else figure(r, ".2f") if isinstance(r, dict) else f"{r:.2f}"
+        table.add_row(name, *(cell(result[kind]) for kind in kinds), *([ratio_cell] if ratio else []))
 
     add("parameters", lambda m: f"{m['parameters']:,}", "parameters")
     add(
-        f"tokens/s, {result[kinds[0]]['tokens']:,} a step",
+        f"tokens/s, {result[kinds[0]]['tokens']:,} per step",
         lambda m: figure(m["tokens_per_s"], ".1f"),
         "tokens_per_s",
     )
@@ -228,17 +247,18 @@ def show(result: dict[str, Any], title: str) -> None:
     add(
         "FLOPs of a step, estimated",
         lambda m: (
-            f"{m['flops']['estimate'] / 1e9:,.4g} G ({m['flops']['estimate'] / m['flops']['counted'] - 1:+.1%})"
+            f"{m['flops']['estimate'] / 1e9:,.4g} G "
+            f"({m['flops']['estimate'] / m['flops']['counted'] - 1:+.1%})"
         ),
     )
     add("GFLOP/s of the step", lambda m: figure(m["flops_per_s"], ",.0f", 1e-9))
-    add("GFLOP/s of its bare products", lambda m: figure(m["products_flops_per_s"], ",.0f", 1e-9))
-    add("share of the bare products", lambda m: figure(m["share_of_products"], ".0%"))
+    add("GFLOP/s of the matmul roofline", lambda m: figure(m["products_flops_per_s"], ",.0f", 1e-9))
+    add("share of the matmul roofline", lambda m: figure(m["share_of_products"], ".0%"))
     Console(width=150).print(table)
 
 
 def profiled(trial: Trial, rows: int) -> str:
-    """One step's operations by their own time."""
+    """Profile one step: a table of the operations with the largest own time."""
     for _ in range(WARM_UP):
         trial.step()
     cuda = trial.device.type == "cuda"
@@ -249,7 +269,7 @@ def profiled(trial: Trial, rows: int) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
@@ -258,9 +278,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="222m")
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp32"], help="default: bf16 where the machine computes in it"
-    )
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 if the hardware supports it")
     parser.add_argument(
         "--rows", type=int, default=1, help="rows of a step, one after the other (default: 1)"
     )
@@ -271,20 +289,25 @@ def main(argv: list[str]) -> None:
         nargs="?",
         const=25,
         metavar="N",
-        help="print the N operations that take most, instead of measuring",
+        help="print the N slowest operations instead of measuring",
     )
     parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.rows < 1:
-        parser.error(f"--rows {args.rows}: a step has one row at least")
+        parser.error(f"--rows {args.rows}: a step has at least one row")
     device = pick_device(args.device, "--device")
     dtype = args.dtype or ("bf16" if computes_bf16(device) else "fp32")
     kinds = list(MODELS) if args.model == "both" else [args.model]
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     head = about() | {
         "timm": timm.__version__,
         "threads": torch.get_num_threads(),
-        "device": on,
+        "device": device_name,
         "size": args.size,
         "dtype": dtype,
         "rows": args.rows,
@@ -293,29 +316,24 @@ def main(argv: list[str]) -> None:
     try:
         if args.profile:
             for kind in kinds:
-                print(
-                    f"{kind}, {args.size}, {dtype}",
-                    profiled(Trial(kind, args.size, dtype, device, rows=args.rows), args.profile),
-                    sep="\n",
-                )
-                gc.collect()  # a trial and its hooks hold one another
+                trial = Trial(kind, args.size, dtype, device, rows=args.rows)
+                print(f"{kind}, {args.size}, {dtype}", profiled(trial, args.profile), sep="\n")
+                del trial
+                gc.collect()  # a trial and its hooks reference each other
             return
         result = measure(kinds, args.size, dtype, device, head["repeats"], args.rows)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise UserError(
-                f"memory ran out on {on}: take a smaller --size, or one --model at a time ({str(error).splitlines()[0]})"
+                f"memory ran out on {device_name}: take a smaller --size, or one --model at a time "
+                f"({str(error).splitlines()[0]})"
             ) from None
         raise
-    place = (
-        on
-        if device.type == "cuda"
-        else f"{head['machine']}, {os.cpu_count()} cores, threads: {head['threads']}"
-    )
-    show(
-        result,
-        f"a training step, {args.size}, {dtype}, {args.rows} row{'s' * (args.rows > 1)}, {place}, torch {head['torch']}, {head['date']}",
-    )
+    machine = device_name
+    if device.type != "cuda":
+        machine = f"{head['machine']}, {os.cpu_count()} cores, threads: {head['threads']}"
+    step = f"a training step, {args.size}, {dtype}, {args.rows} row{'s' * (args.rows > 1)}"
+    show(result, f"{step}, {machine}, torch {head['torch']}, {head['date']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(head | result, indent=2) + "\n")

@@ -1,11 +1,12 @@
-"""What the benchmarks of training measure: models with random weights, and one packed row of six documents.
+"""The models and data of the training benchmarks: random weights, and one packed row of six documents.
 
-222m       SigLIP-B/16 at 224 pixels, 49 tokens an image, and decoders of SmolLM2-135M's sizes, over 49,152 text tokens
-450m       SigLIP 2 B/16 at 512 pixels, 64 tokens an image, and decoders of SmolLM2-360M's sizes
-tiny       what tests and the guard run
+222m       SigLIP-B/16 at 224 pixels, 49 tokens per image, and decoders of SmolLM2-135M's sizes
+450m       SigLIP 2 B/16 at 512 pixels, 64 tokens per image, and decoders of SmolLM2-360M's sizes
+tiny       for tests and the guard
 
-A document is an image, 59 tokens of question and 60 of answer, all of it supervised; no padding, no markers. Vanilla has the images in its
-one decoder, the dual tower in its left one. Every part is trained with AdamW, through `training.step.train_step`.
+The text vocabulary of 222m and 450m has 49,152 tokens. A document is an image, a question of 59 tokens and an
+answer of 60 supervised tokens; no padding, no markers. The images go to vanilla's decoder, or to the dual
+tower's left one. AdamW trains every part, through `training.step.train_step`.
 """
 
 import time
@@ -37,7 +38,7 @@ from training.trainer import keep_freed_memory
 from utils.errors import UserError
 
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
-DOCUMENTS, QUESTION, ANSWER = 6, 59, 60  # of the standard row
+DOCUMENTS, QUESTION, ANSWER = 6, 59, 60  # of the standard row; lengths in tokens
 MARKERS = 65  # the global image's and 8 × 8 tiles': rows of the embedding tables, as in a real model
 
 
@@ -82,12 +83,11 @@ def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return (
-        2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
-    )  # scores once more, then a gradient for each factor
+    # The scores once more, then a gradient for each factor.
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-# Counters before torch 2.15 know neither the kernel of CPUs nor grouped queries.
+# Counters before torch 2.15 know neither the CPU kernel nor grouped queries.
 KERNELS = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
     for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -115,7 +115,7 @@ def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1
 
 
 def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
-    """One packed row, the same at every call. In a document the image comes first, then the question, then the answer."""
+    """One packed row, the same at every call. A document is an image, then a question, then an answer."""
     length = model.tokens_per_tile + QUESTION + ANSWER
     generator = torch.Generator().manual_seed(0)
     positions, documents = (
@@ -139,7 +139,7 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
 
 
 class Trial:
-    """A model with its optimizers and the standard row, of which a step has `rows`, one after the other."""
+    """A model with its optimizers. A step has `rows` micro-batches, each the standard row."""
 
     def __init__(
         self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1
@@ -159,7 +159,7 @@ class Trial:
         self.model.register_forward_hook(lambda model, args, output: self._after_forward(output.loss_sum))
 
     def mark(self, name: str) -> None:
-        """Note the time: on CUDA as an event among the device's work, so that nothing has to wait."""
+        """Record the time; on CUDA as an event, without synchronization."""
         if self.device.type == "cuda":
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -168,14 +168,17 @@ class Trial:
         self.marks.setdefault(name, []).append(now)
 
     def between(self, first: str, last: str) -> float:
-        """Seconds, summed over the micro-batches; from a mark that each of them has to one that the step has once: from the last of them."""
+        """Seconds between two marks, summed over the micro-batches.
+
+        If a step has `last` only once, the interval starts at the last `first`.
+        """
         firsts, lasts = self.marks[first], self.marks[last]
         pairs = zip(firsts[-len(lasts) :], lasts, strict=True)
         return sum(a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a for a, b in pairs)
 
     def _after_forward(self, loss: Tensor) -> None:
         self.mark("forward")
-        if loss.requires_grad:  # called at the start of the backward pass, to be called again at its end
+        if loss.requires_grad:  # runs at the start of the backward; queues a callback for its end
             loss.register_hook(
                 lambda _: torch.autograd.Variable._execution_engine.queue_callback(
                     lambda: self.mark("backward")
@@ -183,7 +186,7 @@ class Trial:
             )
 
     def step(self) -> dict[str, float]:
-        """One optimizer step → its seconds, and those of its phases."""
+        """One optimizer step → seconds of the step and of its phases."""
         self.steps += 1
         self.marks.clear()
         self.mark("start")
@@ -191,7 +194,7 @@ class Trial:
         self.mark("end")
         synchronize(self.device)
         if "skipped" in values:
-            raise UserError(f"a step that cannot be measured: {values['skipped']}")
+            raise UserError(f"the step was skipped and cannot be measured: {values['skipped']}")
         return {
             "step": self.between("start", "end"),
             "forward": self.between("called", "forward"),
@@ -200,7 +203,7 @@ class Trial:
         }
 
     def forward(self) -> Tensor:
-        """As in `train_step` → the sum of the losses."""
+        """The forward of `train_step` → the sum of the losses."""
         with autocast(self.config.train, self.device):
             output = self.model(**{name: column.to(self.device) for name, column in self.row.items()})
         loss: Tensor = (
@@ -211,7 +214,7 @@ class Trial:
         return loss
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of a step's forwards and backwards: as estimated, and counted."""
+        """FLOPs of a step's forwards and backwards, estimated and counted."""
         times = self.config.train.micro_batches
         estimate = times * count_flops(self.model).training(self.row, trained_shares(self.model))
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
@@ -220,7 +223,7 @@ class Trial:
         return {"estimate": estimate, "counted": times * counter.get_total_flops()}
 
     def products(self) -> Counter[tuple[int, int, int]]:
-        """(rows, inputs, outputs) of the linear layers and of the logits, each with how often it comes in a forward."""
+        """Shapes (rows, inputs, outputs) of linear layers and logits, with their number per forward."""
         shapes: Counter[tuple[int, int, int]] = Counter()
         linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         hooks = [

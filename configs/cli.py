@@ -1,6 +1,6 @@
-"""Configurations from presets and flags; an unknown flag is an error that names the nearest known one.
+"""Configurations from presets and flags. An unknown flag is an error that names the nearest known one.
 
-`resolve(argv)` merges, later over earlier: the dataclass defaults, a preset (`configs/config_<name>.py`), the flags.
+`resolve(argv)` merges, in this order: dataclass defaults, a preset (`configs/config_<name>.py`), the flags.
 """
 
 import argparse
@@ -18,18 +18,19 @@ T = TypeVar("T")
 
 
 def preset(name: str) -> Config:
-    """The `CONFIG` of `configs/config_<name>.py`; dashes and underscores alike."""
+    """Load `CONFIG` of `configs/config_<name>.py`; dashes and underscores are equal."""
     name = name.replace("-", "_").removeprefix("config_").removesuffix(".py")
     known = sorted(p.stem.removeprefix("config_") for p in Path(__file__).parent.glob("config_*.py"))
     if name not in known:
         raise UsageError(
-            f"no config named '{name}'{nearest(name, known)}; configs are the files configs/config_NAME.py: {', '.join(known)}"
+            f"no config named '{name}'{nearest(name, known)}; "
+            f"configs are the files configs/config_NAME.py: {', '.join(known)}"
         )
     return dataclasses.replace(importlib.import_module(f"configs.config_{name}").CONFIG, config=name)
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose flags take dashes and underscores alike, and whose errors are one line naming the nearest flag."""
+    """argparse with dashes and underscores equal in flags. Errors are one line and name the nearest flag."""
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known(argv)
@@ -50,7 +51,7 @@ class FlagParser(argparse.ArgumentParser):
         return [s for a in self._actions for s in a.option_strings if s.startswith("--")]
 
     def _as_known(self, arg: str) -> str:
-        """`--max-steps=7` → `--max_steps=7` where that is a flag; whatever else begins with dashes stays as it is."""
+        """`--max-steps=7` → `--max_steps=7` if that is a flag; other arguments are returned unchanged."""
         name, sep, value = arg.partition("=")
         spelled = "--" + name[2:].replace("-", "_")
         return spelled + sep + value if name.startswith("--") and spelled in self._flags() else arg
@@ -68,7 +69,7 @@ def _boolean(text: str) -> bool:
 def add_flags(
     parser: argparse.ArgumentParser, cls: type, base: Any, prefix: str = "", group: str = "run"
 ) -> None:
-    """One flag a field of dataclass `cls`, nested ones as `--section.field`; the help shows the value in `base`."""
+    """Add a flag per field of dataclass `cls` (nested: `--section.field`); the help shows `base`'s values."""
     types = typing.get_type_hints(cls)
     section = parser.add_argument_group(prefix.rstrip(".") or group)
     for f in fields(cls):
@@ -90,7 +91,7 @@ def add_flags(
 
 
 def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
-    """`config` with the dotted `flags` put in: `{"train.lr_left": 1e-3}`."""
+    """Replace fields of `config` by dotted flags such as `{"train.lr_left": 1e-3}`."""
     changes: dict[str, Any] = {}
     for f in fields(config):  # type: ignore[arg-type]
         value, name = getattr(config, f.name), prefix + f.name
@@ -106,7 +107,7 @@ def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
 def resolve(
     argv: list[str], description: str, default: str = DEFAULT_PRESET
 ) -> tuple[Config, dict[str, Any]]:
-    """Command line → (the whole configuration, the flags that were given, dotted)."""
+    """Command line → (the whole configuration, the given flags with dotted names)."""
     early = FlagParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=default)
     base = preset(early.parse_known(argv)[0].config)
@@ -116,6 +117,6 @@ def resolve(
     add_flags(parser, Config, base)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = vars(parser.parse(argv))
-    flags |= {"config": base.config} if "config" in flags else {}  # as it is spelled in configs/
+    flags |= {"config": base.config} if "config" in flags else {}  # the file's spelling
     flags.pop("debug", None)
     return override(base, flags), flags

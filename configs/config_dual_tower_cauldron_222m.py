@@ -1,4 +1,7 @@
-"""The 222M-class pair on The Cauldron: SigLIP B/16 at 224 pixels and SmolLM2-135M-Instruct. For one GPU of 12 GB or more."""
+"""The 222M-class pair on The Cauldron: SigLIP B/16 at 224 pixels and SmolLM2-135M-Instruct.
+
+For one GPU of 12 GB or more.
+"""
 
 from dataclasses import replace
 
@@ -16,8 +19,9 @@ CONFIG = replace(
         left=SMOLLM2,
         right=SMOLLM2,
     ),
-    # Rows of 1,024 tokens: what a small card holds.
+    # Rows of 1,024 tokens, for a small GPU.
     data=replace(FULL.data, left_length=600, right_length=424),
-    # An effective batch of 128 rows. Two at a time take some 11 GB, by the estimate of --fit-memory 12; on a larger card --fit-memory takes more.
+    # Two rows per forward take some 11 GB, by the estimate of --fit-memory 12. On a larger GPU --fit-memory
+    # chooses more.
     train=replace(FULL.train, local_batch_size=2, global_batch_size=128),
 )

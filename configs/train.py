@@ -1,4 +1,4 @@
-"""Every setting of a run, the model's (`model.py`) among them: frozen dataclasses, resolved once, saved whole with every run. `command_line.py` reads and writes them."""
+"""All settings of a run, `model.py`'s included: frozen dataclasses, resolved once, saved with every run."""
 
 import re
 from dataclasses import dataclass, fields
@@ -9,28 +9,30 @@ from utils.errors import UsageError
 from utils.files import CACHE
 
 DEFAULT_PRESET = "dual_tower_easyvqa"
-MANY = 1_000_000  # more minutes, or GB, than there can be
+MANY = 1_000_000  # upper bound of minutes, GB and the like
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What is left out of training and counted. 0: no bound."""
+    """Bounds on records and turns; those outside are left out of training, and counted. 0: no bound."""
 
     min_relevance: int = opt(
-        0, "least of FineVision's ratings, 1 to 5: does the question belong to the image?"
+        0, "minimum FineVision rating, 1 to 5, of the question's relevance to the image (0: no bound)"
     )
-    min_visual_dependency: int = opt(0, "does the answer need the image?")
-    min_image_correspondence: int = opt(0, "does the image belong to the text?")
-    min_formatting: int = opt(0, "is the text well formed?")
-    min_question: int = opt(0, "characters of a question, at least")
-    max_question: int = opt(0, "characters of a question, at most")
-    min_answer: int = opt(0, "characters of an answer, at least")
-    max_answer: int = opt(0, "characters of an answer, at most")
-    min_side: int = opt(0, "pixels of an image's shorter side, at least")
-    min_clip_score: float = opt(0.0, "least CLIP score, where a record has one")
+    min_visual_dependency: int = opt(
+        0, "minimum rating of the answer's dependency on the image (0: no bound)"
+    )
+    min_image_correspondence: int = opt(0, "minimum rating of the match of image and text (0: no bound)")
+    min_formatting: int = opt(0, "minimum rating of the text's formatting (0: no bound)")
+    min_question: int = opt(0, "minimum characters of a question (0: no bound)")
+    max_question: int = opt(0, "maximum characters of a question (0: no bound)")
+    min_answer: int = opt(0, "minimum characters of an answer (0: no bound)")
+    max_answer: int = opt(0, "maximum characters of an answer (0: no bound)")
+    min_side: int = opt(0, "minimum shorter side of an image, in pixels (0: no bound)")
+    min_clip_score: float = opt(0.0, "minimum CLIP score, for records that have one (0: no bound)")
     duplicates: bool = opt(
         False,
-        "leave out images that look like one seen before (perceptual hash; every image is decoded in the main process for it)",
+        "leave out near-duplicates of earlier images (perceptual hash; the main process decodes every image)",
     )
 
     def __post_init__(self) -> None:
@@ -40,10 +42,11 @@ class FilterConfig:
                     f"data.filters.{f.name} = {getattr(self, f.name)} must be 0 (no bound) or more"
                 )
         for name in ("question", "answer"):
-            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if 0 < most < least:
+            minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if 0 < maximum < minimum:
                 raise UsageError(
-                    f"data.filters: no {name} has at least {least} characters (min_{name}) and at most {most} (max_{name})"
+                    f"data.filters: no {name} has at least {minimum} characters (min_{name}) "
+                    f"and at most {maximum} (max_{name})"
                 )
 
 
@@ -51,49 +54,46 @@ class FilterConfig:
 class DataConfig:
     sources: str = opt(
         "easy_vqa",
-        "where the records come from: NAME[*WEIGHT][:CAP][=PATH], with commas between; NAME is easy_vqa, openmoji, the_cauldron/SUBSET, … (docs/data.md)",
+        "comma-separated data sources, NAME[*WEIGHT][:CAP][=PATH]; NAME: easy_vqa, openmoji, "
+        "the_cauldron/SUBSET, … (docs/data.md)",
     )
     temperature: float = opt(
-        1.0,
-        "sources are drawn in proportion to size^(1/T): above 1 small ones come more often than large ones",
+        1.0, "T: a source is drawn in proportion to size^(1/T); above 1 favours small sources"
     )
     limit: int = opt(0, "use only the first N training images of each source (0: all)")
     validation_images: int = opt(200, "images of each source held out for validation")
     filters: FilterConfig = FilterConfig()
     turns: Literal["branch", "chain"] = opt(
-        "branch", "turns of a record: independent questions on the same images, or one conversation"
+        "branch",
+        "turns of a record: independent questions on its images, or one conversation (chain)",
     )
     vocab_size: int = opt(
         512,
-        "size of the byte-level BPE vocabulary trained on the training text, where the right tower has no weights of its own",
+        "vocabulary size of the byte-level BPE tokenizer, trained if the right tower is not pretrained",
     )
     chat_template: Literal["auto", "chatml"] = opt(
-        "auto", "a pretrained right tower must speak ChatML (auto), or is taught it (chatml)"
+        "auto", "auto: a pretrained right tower must use ChatML; chatml: train it to"
     )
-    left_length: int = opt(64, "L, left-stream length of a packed row")
-    right_length: int = opt(512, "R, right-stream length of a packed row")
+    left_length: int = opt(64, "left-stream length L of a packed row, in tokens")
+    right_length: int = opt(512, "right-stream length R of a packed row, in tokens")
     max_tiles: int = opt(
-        0, "tiles of a packed row, at most: bounds the vision encoder's memory (0: as many as fit)"
+        0, "maximum tiles of a packed row, to bound the vision encoder's memory (0: as many as fit)"
     )
-    window: int = opt(256, "samples that packing may choose from")
+    window: int = opt(256, "samples from which packing chooses the next row")
     streams: int = opt(
-        0,
-        "shares of the records that are read side by side; the ranks of a run take them, or parts of them (0: one a rank at the start)",
+        0, "shards of the records; a rank reads one or more, or a part of one (0: one per rank at the start)"
     )
     workers: int = opt(
         0,
-        "processes that decode images (0: the training process), a rank and stream; they change speed alone",
+        "image-decoding processes per rank and shard; they only change the speed (0: the main process)",
     )
     read_gb: float = opt(
-        1.0,
-        "memory for rows of Parquet and Arrow files, of which half is read ahead; the other half is what is mixed",
+        1.0, "GB of memory for rows of Parquet and Arrow files: half to read ahead, half to shuffle"
     )
-    download: bool = opt(
-        False, "fetch sub-sets whole before the start, instead of reading them from the Hub bit by bit"
-    )
+    download: bool = opt(False, "download data sets before the start instead of streaming them from the Hub")
 
     def __post_init__(self) -> None:
-        for name, least in (
+        for name, minimum in (
             ("right_length", 1),
             ("window", 1),
             ("vocab_size", 256),
@@ -104,8 +104,8 @@ class DataConfig:
             ("workers", 0),
             ("streams", 0),
         ):
-            if getattr(self, name) < least:
-                raise UsageError(f"data.{name} = {getattr(self, name)} must be at least {least}")
+            if getattr(self, name) < minimum:
+                raise UsageError(f"data.{name} = {getattr(self, name)} must be at least {minimum}")
         if not 0.1 <= self.temperature < float("inf"):
             raise UsageError(f"data.temperature = {self.temperature} must be at least 0.1")
         if not 0 < self.read_gb < MANY:
@@ -118,75 +118,76 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    local_batch_size: int = opt(8, "packed rows of a forward, on each rank")
+    local_batch_size: int = opt(8, "packed rows per forward and rank")
     global_batch_size: int = opt(
-        8, "packed rows of an optimizer step, of all ranks together; a multiple of local_batch_size × ranks"
+        8, "packed rows per optimizer step, over all ranks; a multiple of local_batch_size × ranks"
     )
     optimizer: Literal["adamw", "muon"] = opt(
-        "adamw", "muon: Muon for the weights of linear layers, AdamW for the rest"
+        "adamw", "AdamW, or Muon for the weights of linear layers and AdamW for the rest"
     )
-    lr_vision: float = opt(0.0, "learning rate of the vision encoder (0 freezes a part)")
-    lr_projector: float = opt(2e-3, "learning rate of the modality projector")
-    lr_left: float = opt(2e-3, "learning rate of the left decoder")
-    lr_right: float = opt(2e-3, "learning rate of the right decoder")
-    lr_heads: float = opt(1e-3, "learning rate of the multi-token heads")
-    head_weight: float = opt(0.3, "weight of the first multi-token head's loss beside the next token's")
-    head_decay: float = opt(0.8, "each further head's weight ÷ that of the one before")
+    lr_vision: float = opt(0.0, "learning rate of the vision encoder (0: frozen)")
+    lr_projector: float = opt(2e-3, "learning rate of the modality projector (0: frozen)")
+    lr_left: float = opt(2e-3, "learning rate of the left decoder (0: frozen)")
+    lr_right: float = opt(2e-3, "learning rate of the right decoder (0: frozen)")
+    lr_heads: float = opt(1e-3, "learning rate of the multi-token heads (0: frozen)")
+    head_weight: float = opt(
+        0.3, "weight of the first multi-token head's loss; the next-token loss has weight 1"
+    )
+    head_decay: float = opt(0.8, "weight of each further head ÷ weight of the head before")
     head_warmup: int = opt(
         0,
-        "steps after which one more head joins, over as many steps: next token first, then the first head (arXiv 2505.22757)",
+        "steps of each head's weight warm-up, one head after another (0: no warm-up; arXiv 2505.22757)",
     )
     schedule: Literal["cosine", "wsd"] = opt(
-        "cosine",
-        "how rates fall: from the warm-up on, or (wsd: warm-up, stable, decay) over the last steps alone",
+        "cosine", "learning-rate schedule: cosine decay, or wsd (warm-up, stable, decay over the last steps)"
     )
     warmup_steps: int = opt(50, "steps of linear warm-up")
-    warmup_vision: int = opt(-1, "those of the vision encoder (−1: warmup_steps)")
-    warmup_projector: int = opt(-1, "those of the modality projector")
-    warmup_left: int = opt(-1, "those of the left decoder: many, and the projector learns first")
-    warmup_right: int = opt(-1, "those of the right decoder")
-    decay_share: float = opt(0.2, "wsd: share of the steps over which rates fall, at the end")
+    warmup_vision: int = opt(-1, "warm-up steps of the vision encoder (-1: warmup_steps)")
+    warmup_projector: int = opt(-1, "warm-up steps of the modality projector (-1: warmup_steps)")
+    warmup_left: int = opt(
+        -1, "warm-up steps of the left decoder; many let the projector learn first (-1: warmup_steps)"
+    )
+    warmup_right: int = opt(-1, "warm-up steps of the right decoder (-1: warmup_steps)")
+    decay_share: float = opt(0.2, "wsd: fraction of all steps with decay, at the end")
     final_lr: float = opt(0.0, "learning rate at the last step, as a fraction of the peak")
-    weight_decay: float = opt(0.05, "AdamW's, on matrices")
-    beta2: float = opt(0.95, "AdamW's second-moment decay")
+    weight_decay: float = opt(0.05, "weight decay of AdamW, for matrices only")
+    beta2: float = opt(0.95, "second-moment decay of AdamW")
     ema: float = opt(
         0.0,
-        "decay of a moving average of the trained weights, which is validated and exported: 0.999; as much memory as they (0: none)",
+        "decay of an average of the trained weights, such as 0.999; the average is validated and exported, "
+        "and takes as much memory as they do (0: none)",
     )
-    clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
+    clip: float = opt(1.0, "maximum gradient norm (0: no clipping)")
     skips: int = opt(
-        10, "steps in a row without a finite loss and gradient, each of them skipped, at which the run stops"
+        10,
+        "stop after this many skipped steps in a row; steps with a non-finite loss or gradient are skipped",
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = opt(
-        "auto", "autocast type; auto: bf16 where the machine computes in it; fp16: with scaled gradients"
+        "auto", "autocast type; auto: bf16 if the hardware supports it, else fp32; fp16: with loss scaling"
     )
-    device: str = opt("auto", "auto: cuda where there is one, else cpu")
+    device: str = opt("auto", "cpu, cuda, mps, or auto: cuda if there is one, else cpu")
     feature_cache_gb: float = opt(
-        2.0, "memory (and disk) that features of a frozen vision encoder may take (0: no cache)"
+        2.0, "GB of memory, and of disk, for cached features of a frozen vision encoder (0: no cache)"
     )
-    log_every: int = opt(1, "steps between two lines of metrics.jsonl")
+    log_every: int = opt(1, "steps between lines of metrics.jsonl")
     diagnostics_every: int = opt(
         100,
-        "steps between two looks at updates ÷ weights by part, and for --log at histograms by layer (0: none)",
+        "steps between measurements of updates ÷ weights by part, and histograms for --log (0: none)",
     )
     stall_minutes: float = opt(
-        30.0,
-        "minutes without a step, a validation's included, after which the stacks of all threads are printed (0: never)",
+        30.0, "minutes without a step, validation included, until all thread stacks are printed (0: never)"
     )
-    eval_every: int = opt(200, "steps between two validations (0: only at the end)")
-    checkpoint_every: int = opt(500, "steps between two checkpoints (0: only at the end)")
-    checkpoint_minutes: float = opt(0.0, "minutes after which there is one all the same (0: none)")
+    eval_every: int = opt(200, "steps between validations (0: only at the end)")
+    checkpoint_every: int = opt(500, "steps between checkpoints (0: only at the end)")
+    checkpoint_minutes: float = opt(0.0, "maximum minutes between checkpoints (0: no limit)")
     recompute: bool = opt(
-        False,
-        "keep no activations inside decoder blocks: computed again in the backward pass, one more forward for less memory",
+        False, "activation checkpointing of decoder blocks: less memory, one more forward per step"
     )
     compile: bool = opt(
         False,
-        "compile decoder blocks (torch.compile): a quarter of a minute at the start, steps a little shorter; needs a C++ compiler on a CPU",
+        "torch.compile decoder blocks: some 15 s at the start, then faster steps; CPUs need a C++ compiler",
     )
-    keep_checkpoints: int = opt(
-        2, "checkpoints kept, the last ones; the best one too where eval.best says what that is"
-    )
+    keep_checkpoints: int = opt(2, "number of newest checkpoints to keep; with eval.best, the best one too")
 
     def __post_init__(self) -> None:
         for name in ("local_batch_size", "global_batch_size", "log_every", "keep_checkpoints", "skips"):
@@ -198,19 +199,21 @@ class TrainConfig:
             )
         if self.global_batch_size % self.local_batch_size:
             raise UsageError(
-                f"train.global_batch_size = {self.global_batch_size} rows of a step is not a multiple of train.local_batch_size = {self.local_batch_size} rows of a forward: change one of them"
+                f"train.global_batch_size = {self.global_batch_size} rows of a step is not a multiple of "
+                f"train.local_batch_size = {self.local_batch_size} rows of a forward: change one of them"
             )
         for name in ("eval_every", "diagnostics_every", "checkpoint_every", "warmup_steps", "head_warmup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
-        for name in (
+        amounts = (
             "stall_minutes",
             "checkpoint_minutes",
             "clip",
             "feature_cache_gb",
             "head_weight",
             "head_decay",
-        ):
+        )
+        for name in amounts:
             if not 0 <= getattr(self, name) < MANY:
                 raise UsageError(
                     f"train.{name} = {getattr(self, name)} must be 0 or more, and below {MANY:,}"
@@ -219,17 +222,19 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1e3:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more, and below 1,000")
         for part in ("vision", "projector", "left", "right"):
-            if getattr(self, f"warmup_{part}") < -1:
+            if (steps := getattr(self, f"warmup_{part}")) < -1:
                 raise UsageError(
-                    f"train.warmup_{part} = {getattr(self, f'warmup_{part}')} must be 0 or more, or −1 (as many as warmup_steps)"
+                    f"train.warmup_{part} = {steps} must be 0 or more, or −1 (as many as warmup_steps)"
                 )
         if not 0 < self.decay_share <= 1 or not 0 <= self.final_lr <= 1:
             raise UsageError(
-                f"train.decay_share = {self.decay_share} must be in (0, 1], final_lr = {self.final_lr} in [0, 1]"
+                f"train.decay_share = {self.decay_share} must be in (0, 1], "
+                f"final_lr = {self.final_lr} in [0, 1]"
             )
         if self.schedule == "cosine" and self.decay_share != TrainConfig.decay_share:
             raise UsageError(
-                f"train.decay_share = {self.decay_share} is of the schedule wsd, and train.schedule is cosine: give --train.schedule wsd, or leave it out"
+                f"train.decay_share = {self.decay_share} is of the schedule wsd, and train.schedule is "
+                "cosine: give --train.schedule wsd, or leave it out"
             )
         for name in ("beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
@@ -237,7 +242,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Forwards of an optimizer step, of all ranks together."""
+        """Forwards per optimizer step, over all ranks."""
         return self.global_batch_size // self.local_batch_size
 
 
@@ -245,22 +250,21 @@ class TrainConfig:
 class LoraTower:
     r: int = opt(
         0,
-        "rank of the adapters (0: none); then only they are trained in this decoder, with its learning rate",
+        "rank of the adapters; only they are trained in this decoder, with its learning rate (0: none)",
     )
-    alpha: float = opt(32.0, "adapters are scaled by alpha ÷ r")
-    dropout: float = opt(0.0, "dropout before an adapter")
+    alpha: float = opt(32.0, "scale of the adapters: alpha ÷ r")
+    dropout: float = opt(0.0, "dropout on the adapters' input")
     targets: str = opt(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-        "linear layers that get one, with commas between",
+        "comma-separated linear layers with an adapter",
     )
-    nf4: bool = opt(
-        False, "keep the weights under the adapters in 4 bits (QLoRA; needs CUDA and bitsandbytes)"
-    )
+    nf4: bool = opt(False, "store the frozen weights in 4 bits (QLoRA; needs CUDA and bitsandbytes)")
 
     def __post_init__(self) -> None:
         if self.r < 0 or not 0 <= self.dropout < 1 or not self.alpha > 0:
             raise UsageError(
-                f"lora: r = {self.r} must be 0 or more, dropout = {self.dropout} in [0, 1), alpha = {self.alpha} above 0"
+                f"lora: r = {self.r} must be 0 or more, dropout = {self.dropout} in [0, 1), "
+                f"alpha = {self.alpha} above 0"
             )
 
 
@@ -273,22 +277,22 @@ class LoraConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     captions: int = opt(
-        100,
-        "validation captions that are generated and scored by CIDEr, where records are captions (0: none)",
+        100, "validation captions to generate and score by CIDEr, for sources with captions (0: none)"
     )
-    caption_tokens: int = opt(32, "longest of these captions, in tokens")
+    caption_tokens: int = opt(32, "maximum length of these captions, in tokens")
     tasks: str = opt(
         "",
-        "tasks of lmms-eval that are scored too, as evaluation.py --tasks takes them, commas apart: mmstar",
+        "comma-separated tasks to score, such as mmstar (see evaluation.py --tasks)",
     )
     tasks_every: int = opt(
-        0, "steps between two runs of these tasks, each with a validation (0: only at the end)"
+        0, "steps between runs of these tasks, each with a validation (0: only at the end)"
     )
-    limit: int = opt(0, "only the first questions of each task (0: all)")
-    data_root: str = opt("", "copies of the tasks' data sets, used before the network")
+    limit: int = opt(0, "use only the first N questions of each task (0: all)")
+    data_root: str = opt("", "folder with copies of the tasks' data sets, used instead of the network")
     best: str = opt(
         "",
-        "metric of metrics.jsonl by which the best model is kept, in best/, and its checkpoint: validation_accuracy, validation_cider, mmstar_average … (a loss: the lowest)",
+        "metric of metrics.jsonl that selects the best model, kept in best/, and its checkpoint: "
+        "validation_accuracy, validation_cider, mmstar_average … (highest; a loss: lowest)",
     )
 
     def __post_init__(self) -> None:
@@ -303,12 +307,13 @@ class EvalConfig:
 class HubConfig:
     repo: str = opt(
         "",
-        "repository of the Hugging Face Hub, NAME or OWNER/NAME: the model is pushed there at each checkpoint, in the background, and at the end",
+        "repository of the Hugging Face Hub, NAME or OWNER/NAME, to push the model to: at each checkpoint, "
+        "in the background, and at the end",
     )
     private: bool = opt(False, "make the repository private")
     licence: str = opt(
         "",
-        "licence of the weights, as the Hub names it, for the model card: apache-2.0, cc-by-4.0 … (empty: the card says that none is stated)",
+        "licence of the weights for the model card, as the Hub names it: apache-2.0, … (empty: none)",
     )
 
 
@@ -318,26 +323,27 @@ class Config:
     max_steps: int = opt(1500, "optimizer steps")
     output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
     resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
-    dry_run: bool = opt(False, "print parameters, FLOPs and memory, and stop")
+    dry_run: bool = opt(False, "print parameters, FLOPs and memory, then stop")
     init_left_from: str = opt(
         "",
-        "a nanoVLM checkpoint or vanilla model whose encoder, projector and decoder the left tower starts from: folder or Hub id",
+        "initialise the left tower from a nanoVLM checkpoint or vanilla model: a folder or Hub id",
     )
     parallel: Literal["ddp", "fsdp"] = opt(
         "ddp",
-        "several ranks under torchrun: each holds the whole model (ddp), or a share of it (fsdp: FSDP2)",
+        "with several ranks (torchrun): each holds the whole model (ddp), or a share of it (fsdp: FSDP2)",
     )
     fit_memory: str = opt(
         "",
-        "GB of memory (alone: what is free) that train.local_batch_size is chosen to fit at a run's start; train.global_batch_size stays",
+        "choose the largest train.local_batch_size that fits in this many GB (no value: in free memory); "
+        "train.global_batch_size is unchanged",
         const="auto",
     )
     log: str = opt(
         "",
-        "experiment trackers that are told too, commas apart: wandb, tensorboard, trackio (metrics.jsonl is always written)",
+        "comma-separated experiment trackers: wandb, tensorboard, trackio (metrics.jsonl is always written)",
     )
-    seed: int = opt(0, "of weights and data order")
-    cache_dir: str = opt(CACHE, "folder of what is computed once: vision features")
+    seed: int = opt(0, "random seed of initial weights and data order")
+    cache_dir: str = opt(CACHE, "folder of cached vision features")
     model: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -351,20 +357,14 @@ class Config:
         if self.max_steps > MANY**2:
             raise UsageError(f"max_steps = {self.max_steps} must be at most {MANY**2:,}")
         check_seed(self.seed)
-        learning = {
-            f"train.lr_{part}": getattr(self.train, f"lr_{part}")
-            for part in (
-                "vision",
-                "projector",
-                *self.model.towers,
-                *["heads"] * bool(self.model.multi_token.heads),
-            )
-        }
-        if not any(learning.values()):
+        heads = ("heads",) if self.model.multi_token.heads else ()
+        parts = ("vision", "projector", *self.model.towers, *heads)
+        rates = {f"train.lr_{part}": getattr(self.train, f"lr_{part}") for part in parts}
+        if not any(rates.values()):
             raise UsageError(
-                f"nothing learns: {', '.join(learning)} are all 0, which freezes every part of this model"
+                f"nothing learns: {', '.join(rates)} are all 0, which freezes every part of this model"
             )
-        idle = [
+        no_effect = [
             ("eval.tasks_every", self.eval.tasks_every and not self.eval.tasks, "eval.tasks names no task"),
             ("eval.limit", self.eval.limit and not self.eval.tasks, "eval.tasks names no task"),
             ("hub.private", self.hub.private and not self.hub.repo, "hub.repo names no repository"),
@@ -379,18 +379,19 @@ class Config:
                 "model.multi_token.heads is 0",
             ),
         ]
-        for name, given, why in idle:
+        for name, given, reason in no_effect:
             if given:
-                raise UsageError(f"{name} says nothing here, for {why}: leave it out, or change that")
+                raise UsageError(f"{name} has no effect, for {reason}: leave it out, or change that")
         if self.fit_memory not in ("", "auto") and not (
             re.fullmatch(r"\d+(\.\d+)?", self.fit_memory) and float(self.fit_memory) > 0
         ):
             raise UsageError(
-                f"fit_memory = {self.fit_memory!r} must be a number of GB, or auto: what is free"
+                f"fit_memory = {self.fit_memory!r} must be a number of GB, or auto: the free memory"
             )
         d, block = self.data, 1 + self.model.tokens_per_tile
         stream = "right" if self.model.left_context == "none" else "left"
         if (length := getattr(d, f"{stream}_length")) < block:
             raise UsageError(
-                f"data.{stream}_length = {length} is shorter than one image block of {block} tokens (1 marker + {block - 1} image tokens)"
+                f"data.{stream}_length = {length} is shorter than one image block of {block} tokens "
+                f"(1 marker + {block - 1} image tokens)"
             )

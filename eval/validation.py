@@ -112,7 +112,7 @@ class Validation:
                 batch,
                 output.hidden,
                 predicted,
-                self.dataset.renderer.tokenizer if world.first else None,
+                self.dataset.renderer.tokenizer if world.is_rank0 else None,
             )
             row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
             document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document

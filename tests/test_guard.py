@@ -28,7 +28,7 @@ def now() -> guard.Values:
 
 def test_no_more_work_than_is_kept(now):
     try:
-        kept = guard.read(guard.KEPT)
+        kept = guard.read(guard.REFERENCE)
     except UserError as other:
         pytest.skip(str(other))
     grew, shrank = guard.compare(kept, now)
@@ -84,7 +84,7 @@ def test_a_run_is_like_the_one_before(now):
 
 def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
     values = {"vanilla": {"flops": 1000, "graph_breaks": 0}}
-    monkeypatch.setattr(guard, "KEPT", tmp_path / "guard.json")
+    monkeypatch.setattr(guard, "REFERENCE", tmp_path / "guard.json")
     monkeypatch.setattr(guard, "measure", lambda: values)
 
     def run(*flags: str, **found: int) -> str:
@@ -106,8 +106,8 @@ def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
     assert "to keep the gain" in run(flops=900)
     run("--update", flops=1100)
     assert "none grew" in run(flops=1100)
-    kept = json.loads(guard.KEPT.read_text())
-    guard.KEPT.write_text(json.dumps(kept | {"versions": {"torch": "1.0", "timm": "1.0"}}))
+    kept = json.loads(guard.REFERENCE.read_text())
+    guard.REFERENCE.write_text(json.dumps(kept | {"versions": {"torch": "1.0", "timm": "1.0"}}))
     assert "nothing compared" in run(flops=5000)
 
 
@@ -137,7 +137,7 @@ def test_several_rows_a_step():
 
 
 def test_a_step_is_measured_and_profiled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_step, "apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(train_step, "in_new_process", lambda function, *args: function(*args))
     flags = ["--size", "tiny", "--device", "cpu", "--dtype", "bf16"]
     train_step.main([*flags, "--repeats", "2", "--json", str(tmp_path / "step.json")])
     assert "tokens/s" in capsys.readouterr().out

@@ -103,7 +103,7 @@ def test_a_language_model_by_its_id(folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("org/nothing", "org/nothing is neither a folder here nor on the Hub"),
+        ("org/nothing", "org/nothing is neither a local folder nor on the Hub"),
         ("org/gated", "org/gated is gated"),
         ("org/tiny@v9", "org/tiny has no revision 'v9'"),
         ("org/bert", "architecture 'bert' is not supported; supported are llama, qwen2, qwen3, smollm3"),

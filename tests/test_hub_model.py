@@ -197,7 +197,7 @@ def test_a_private_one(model, served, uploads, login):
     login("hf_you")
     with pytest.raises(
         UserError,
-        match="me/secret is neither a folder here nor on the Hub, or it is private and needs a token",
+        match="me/secret is neither a local folder nor on the Hub, or it is private and needs a token",
     ):
         DualTowerVLM.from_pretrained("me/secret")
     assert same(model, DualTowerVLM.from_pretrained("me/secret", token="hf_me"))
@@ -347,10 +347,10 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     kept.resolve().write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(
         UserError,
-        match="cannot be read as safetensors.*; it is the cache's copy of the Hub's: where that is whole, delete (.*) and it will be fetched again",
+        match="cannot be read as safetensors.*; it is a cached copy of the Hub's file: delete (.*) to fetch it again",
     ) as told:
         DualTowerVLM.from_pretrained("me/tiny")
-    with pytest.raises(UserError, match="the cache's copy of the Hub's"):
+    with pytest.raises(UserError, match="a cached copy of the Hub's file"):
         program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
     assert not (tmp_path / "pulled").exists()
     Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
@@ -358,7 +358,7 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
     with pytest.raises(
         UserError,
-        match="config.json is not valid JSON.*; it is the cache's copy of the Hub's: where that is whole, delete .* and it will be fetched again",
+        match="config.json is not valid JSON.*; it is a cached copy of the Hub's file: delete .* to fetch it again",
     ):
         DualTowerVLM.from_pretrained("me/tiny")
 
@@ -595,14 +595,14 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     ("command", "message"),
     [
         (["push", "nowhere", "tiny"], "no model folder at nowhere"),
-        (["pull", "me/nothing", "new"], "me/nothing is neither a folder here nor on the Hub"),
+        (["pull", "me/nothing", "new"], "me/nothing is neither a local folder nor on the Hub"),
         (["pull", "me/llama", "new"], "me/llama/config.json describes a model of type 'llama'"),
         (["pull", "me/gguf", "new"], "me/gguf holds no config.json"),
         (["pull", "me/llama", "."], "exists already"),
         (["pull", "./nowhere", "new"], "'./nowhere' is no repository"),
         (["info", "nowhere"], "no model folder at nowhere"),
         (["info", "me/gguf"], "me/gguf holds no config.json, so no model of this project"),
-        (["info", "me/nothing"], "me/nothing is neither a folder here nor on the Hub"),
+        (["info", "me/nothing"], "me/nothing is neither a local folder nor on the Hub"),
         (["card", "nowhere"], "nowhere/config.json does not exist"),
         (["psuh", "nowhere", "tiny"], "invalid choice: 'psuh'"),
     ],
@@ -700,7 +700,7 @@ def test_an_ancestor_is_pushed_twice(folder, served, uploads):
         program.main(["push", str(folder), "me/old"])
     (folder / "config.json").write_text(json.dumps(head))
     with pytest.raises(
-        UserError, match="me/old holds a model of type .an ancestor's., this one is 'dual_tower'"
+        UserError, match="me/old holds a model of type 'nanovlm', this one is 'dual_tower'"
     ):
         program.main(["push", str(folder), "me/old"])
 

@@ -258,7 +258,7 @@ def test_downloaded_first(served):
         (
             "org/nothing",
             "",
-            "org/nothing is no folder here, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)",
+            "org/nothing is no local folder, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)",
         ),
         ("org/set@v9", "", "(revision not found)"),
         ("./nowhere", "", "./nowhere is neither a local folder nor a Hub id"),
@@ -289,7 +289,7 @@ def test_a_gated_set(tmp_path, go_to, waits, naps):
 def test_a_hub_out_of_reach(go_to, waits, naps):
     go_to("http://127.0.0.1:9")
     with pytest.raises(
-        UserError, match="org/set is no folder here, and its files could not be listed on the Hub"
+        UserError, match="org/set is no local folder, and its files could not be listed on the Hub"
     ):
         opened("org/set")
     assert not waits and not naps
@@ -331,12 +331,12 @@ def test_a_connection_that_always_drops_is_one_line(served, waits, naps):
     address.failures["/api/datasets/org/set"] = repeat("drop")
     with pytest.raises(
         UserError,
-        match="^org/set is no folder here, and its files could not be listed on the Hub .RemoteProtocolError",
+        match="^org/set is no local folder, and its files could not be listed on the Hub .RemoteProtocolError",
     ) as listed:
         opened("org/set")
     address.failures = {"0001.parquet": repeat("drop")}
     with pytest.raises(
-        UserError, match="^org/set is no folder here, and its files could not be fetched from the Hub"
+        UserError, match="^org/set is no local folder, and its files could not be fetched from the Hub"
     ) as fetched:
         opened("org/set", download=True)
     assert waits == [1, 2, 4] * 2 and "\n" not in f"{listed.value}{fetched.value}"

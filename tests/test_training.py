@@ -23,7 +23,7 @@ from torch import nn
 
 import training.checkpoint
 import training.feature_cache
-from benchmarks.kill import learnt
+from benchmarks.kill import results_of
 from configs.cli import resolve
 from configs.model import VisionConfig
 from configs.train import Config, TrainConfig
@@ -122,7 +122,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     done = run_program(command(*flags, "--resume", "auto"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("resumed from" in done.stdout) == (kill_at > 4)
-    assert losses(folder) == losses(uninterrupted) and learnt(folder) == learnt(uninterrupted)
+    assert losses(folder) == losses(uninterrupted) and results_of(folder) == results_of(uninterrupted)
 
 
 def die_in_save(where: str) -> None:
@@ -154,7 +154,7 @@ def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_
     assert (len(list((folder / "checkpoints").glob(".*"))) == 1) == (last == 4)
     done = run_program(command(*flags, "--resume", "auto"), tmp_path)
     assert done.returncode == 0 and f"after step {last}" in done.stdout, done.stderr
-    assert losses(folder) == losses(uninterrupted) and learnt(folder) == learnt(uninterrupted)
+    assert losses(folder) == losses(uninterrupted) and results_of(folder) == results_of(uninterrupted)
 
 
 def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
@@ -1314,7 +1314,7 @@ def test_a_read_only_disk_is_one_line_and_keeps_what_was_saved(uninterrupted, tm
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000004"]
     done = run_program(command(*flags, "--resume", "auto"), tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
-    assert losses(tmp_path / "run") == losses(uninterrupted) and learnt(tmp_path / "run") == learnt(
+    assert losses(tmp_path / "run") == losses(uninterrupted) and results_of(tmp_path / "run") == results_of(
         uninterrupted
     )
 

@@ -1,4 +1,4 @@
-"""What a user did wrong or what the machine refused, told in one line, with the right exit code."""
+"""Errors that a user can mend: one line on stderr, and an exit code."""
 
 import io
 import os
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake that its reader can mend: the message says what, where and what to do. Exit code 1."""
+    """An error that the user can mend: the message says what is wrong, where, and what to do. Exit code 1."""
 
     exit_code = 1
 
@@ -29,7 +29,10 @@ class ImageError(UserError):
 
 
 def nearest(name: str, known: list[str], count: int = 1) -> str:
-    """A hint naming the known words nearest to `name`, at most `count`: `" (did you mean 'lr_right'?)"`, or all of a short list."""
+    """A hint for an error: `" (did you mean 'lr_right'?)"`, with the `count` known words nearest to `name`.
+
+    Without a near word: all known words if there are at most 12, else an empty string.
+    """
     *others, last = [f"'{word}'" for word in get_close_matches(name, known, n=count)] or [""]
     if last:
         return f" (did you mean {', '.join(others)}{' or ' * bool(others)}{last}?)"
@@ -37,23 +40,23 @@ def nearest(name: str, known: list[str], count: int = 1) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(argv)`; a user's mistake becomes one line on stderr. `--debug` shows the traceback."""
+    """Run `main(argv)`. `UserError`, `OSError`: one line on stderr; with `--debug`, the traceback."""
     argv = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no arrow loses no answer
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal lacks are escaped
     debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])
-        print(end="", flush=True)  # nothing where there is no standard output at all
+        print(end="", flush=True)  # flushes; writes nothing if stdout is closed
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            sys.exit(141)  # as a shell's tools do under `| head`
+        if isinstance(error, BrokenPipeError) and _reader_closed():
+            sys.exit(141)  # as shell tools do under `| head`
         if debug:
             raise
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
         if rank == "0":
             print(f"error: {message}", file=sys.stderr)
-        elif not isinstance(error, UsageError):  # which all ranks find, and the first one tells
+        elif not isinstance(error, UsageError):  # all ranks raise the same one; rank 0 prints it
             print(f"error: rank {rank}: {message}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
@@ -63,12 +66,12 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-def _nobody_reads() -> bool:
-    """Is the standard output a pipe whose reader has gone? From then on it goes nowhere."""
+def _reader_closed() -> bool:
+    """Whether stdout is a pipe without a reader. If so, stdout is redirected to the null device."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, 0)
-    gone = any(events & select.POLLERR for _, events in poll.poll(0))
-    if gone:
+    closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return gone
+    return closed

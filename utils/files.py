@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their name, synced, renamed. Errors: `UserError` naming the file."""
+"""Atomic writes of files and folders: write to a temporary path, sync, rename. Errors: `UserError`."""
 
 import hashlib
 import json
@@ -11,26 +11,28 @@ from typing import Any
 
 from utils.errors import UserError
 
-CACHE = "cache"  # folder of what is computed once, where nothing else is said
+CACHE = "cache"  # default folder of cached results
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to. When the block ends well it is synced and takes `path`'s name, else it is deleted."""
-    beside = path.with_name(
-        f".{path.name}.{int.from_bytes(os.urandom(6))}"
-    )  # not the process's number: machines and containers share folders
+    """Yield the path of an empty temporary file in `path`'s folder.
+
+    If the block succeeds, the file is synced and renamed to `path`; otherwise it is deleted.
+    """
+    # Random, not the process id: machines and containers share folders.
+    temp_path = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6))}")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode
-        yield beside
-        beside.chmod(mode)  # safetensors makes files that nobody else may read
-        sync(beside)
-        beside.replace(path)
-    except OSError as error:  # which, after opening, does not say what file it is about
+        temp_path.touch()
+        mode = temp_path.stat().st_mode
+        yield temp_path
+        temp_path.chmod(mode)  # safetensors restricts it to the owner
+        sync(temp_path)
+        temp_path.replace(path)
+    except OSError as error:  # after opening, an OSError does not name the file
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -45,23 +47,25 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` to fill. When the block ends well its files are synced and it takes `path`'s name, else it is deleted.
+    """Yield the path of an empty temporary folder in `path`'s parent.
 
-    An old `path` is moved aside first and deleted last: a kill in between leaves it whole, under a name that begins with a dot.
+    If the block succeeds, its files are synced and it is renamed to `path`; otherwise it is deleted. An old
+    `path` is renamed first and deleted last: a kill in between leaves it whole, under a name that begins with
+    a dot.
     """
-    beside, old = (path.with_name(f".{path.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    temp_path, old = (path.with_name(f".{path.name}.{suffix}.{os.getpid()}") for suffix in ("new", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.new.*"):  # what a killed run left half-written
+        for stale in path.parent.glob(f".{path.name}.new.*"):  # left by a killed run
             if not _alive(int(stale.name.rpartition(".")[2])):
                 shutil.rmtree(stale)
-        beside.mkdir()
-        yield beside
-        for file in (*beside.iterdir(), beside):
+        temp_path.mkdir()
+        yield temp_path
+        for file in (*temp_path.iterdir(), temp_path):
             sync(file)
         if path.exists():
             path.rename(old)
-        beside.rename(path)
+        temp_path.rename(path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -69,26 +73,28 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temp_path, ignore_errors=True)
 
 
 def file_name(text: str) -> str:
-    """A file's name for any text, another one for every text: what is not a letter, digit, `-` or `_` becomes `_`, and a checksum tells such names apart."""
+    """A file name for any text; different texts have different names.
+
+    Characters other than ASCII letters, digits, `-` and `_` become `_`; a changed name ends with a checksum.
+    """
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in text)[:80]
-    return (
-        safe
-        if safe == text
-        else f"{safe}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
-    )
+    if safe == text:
+        return safe
+    checksum = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    return f"{safe}-{checksum}"
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with replacing(path) as temp_path:
+        temp_path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, error: type[UserError] = UserError) -> Any:
-    """What a JSON file holds; a missing, unreadable or damaged one raises `error`."""
+    """Parse a JSON file. A missing, unreadable or damaged file raises `error`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,14 +106,11 @@ def read_json(path: Path, error: type[UserError] = UserError) -> Any:
 
 
 def in_cache(path: Path) -> str:
-    """The end of an error about a damaged file: what helps where it is the Hub's, a link to a blob of its cache."""
-    kept = path.resolve()
-    cached = path.is_symlink() and kept.parent.name == "blobs" and "snapshots" in path.parts
-    return (
-        f"; it is the cache's copy of the Hub's: where that is whole, delete {kept} and it will be fetched again"
-        if cached
-        else ""
-    )
+    """A hint for the error about a damaged file; empty unless `path` links to a blob of the Hub's cache."""
+    blob = path.resolve()
+    if not (path.is_symlink() and blob.parent.name == "blobs" and "snapshots" in path.parts):
+        return ""
+    return f"; it is a cached copy of the Hub's file: delete {blob} to fetch it again"
 
 
 def append_text(path: Path, text: str) -> None:
@@ -119,7 +122,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk holds a file, or a folder's list of names."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

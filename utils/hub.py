@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub → local folders, and back. What goes wrong is one line that says how to do without, or what to do."""
+"""Downloads from and uploads to the Hugging Face Hub. Errors are one line, and name a remedy."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.files import read_json
 
 T = TypeVar("T")
-TRIES = 4  # of what fails, 1, 2, 4 seconds apart
+TRIES = 4  # of a failed request, after waits of 1, 2 and 4 seconds
 ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -29,26 +29,16 @@ TOKENIZER = [
     "chat_template.jinja",
     "chat_template.json",
 ]
-CODE = [
-    "configs_*.py",
-    "data_*.py",
-    "hf_*.py",
-    "models_*.py",
-    "utils_*.py",
-    "remote_*.py",
-]  # as hf/export.py names it; the last: older folders
-BESIDE = [*SETTINGS, *TOKENIZER, *CODE]  # what may stand beside the weights
-NANOVLM = "an ancestor's"
-ABOUT = (
-    ".md",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".webp",
-    ".svg",
-)  # what a repository may hold before there is a model
-NEVER = {"UnsupportedProtocol", "LocalProtocolError"}  # errors of transport that are the request's own
+# As hf/export.py names them; remote_*.py is of older folders.
+CODE = ["configs_*.py", "data_*.py", "hf_*.py", "models_*.py", "utils_*.py", "remote_*.py"]
+AUXILIARY_FILES = [*SETTINGS, *TOKENIZER, *CODE]  # of a model folder, besides its config and weights
+NANOVLM = "nanovlm"  # kind of a nanoVLM checkpoint
+# Files that a repository may hold before its first model.
+ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
+NEVER = {
+    "UnsupportedProtocol",
+    "LocalProtocolError",
+}  # transport errors caused by the request itself: no retry
 REFUSALS = {
     401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
     402: "more storage has to be paid for",
@@ -56,29 +46,33 @@ REFUSALS = {
     404: "there is no such repository, or this token may not see it",
     413: "a file is too large for this account",
     429: "too many requests: try again later",
-}  # by status; the server's own words follow
+}  # by HTTP status; the server's message is appended
 
 
 class HubUnavailable(UserError):
-    """The Hub is out of reach, or has a bad moment: later it may work."""
+    """A temporary failure: the network or the Hub is unavailable, and a later try may succeed."""
 
 
 def is_hub_id(source: str) -> bool:
-    """`org/name` or `org/name@revision`, and nothing on this disk."""
+    """Whether `source` is `org/name` or `org/name@revision` and no local path."""
     return (
         not Path(source).exists() and ID.fullmatch(source) is not None and not source.startswith((".", "/"))
     )
 
 
 def kind_of(config: Any) -> str | None:
-    """What type of model a `config.json` describes: its `model_type`, or `ANCESTOR`'s, which have none."""
+    """The `model_type` of a parsed `config.json`; `NANOVLM` for nanoVLM's configs, which have none."""
     if not isinstance(config, dict):
         return None
     return NANOVLM if "vit_hidden_dim" in config and "lm_hidden_dim" in config else config.get("model_type")
 
 
 def fetch(source: str, patterns: list[str], what: str, kind: str = "model", token: str | None = None) -> Path:
-    """→ the local folder that holds the files of `source` matching `patterns`; `what` they are is for the errors, `kind` "model" or "dataset"."""
+    """Download the files of `source` that match `patterns`; return their local folder.
+
+    what: a noun phrase for the files, for errors.
+    kind: "model" or "dataset".
+    """
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
@@ -94,13 +88,13 @@ def fetch(source: str, patterns: list[str], what: str, kind: str = "model", toke
 
 
 def repo_info(source: str) -> tuple[str, list[tuple[str, int]]]:
-    """Of a model repository, without its files: "private" or "public" and the commit; each file's name and bytes."""
+    """A model repository's visibility and commit as text, and its files: (name, bytes). Downloads nothing."""
     from huggingface_hub import HfApi
 
     name, _, revision = source.partition("@")
     info = _reading(
         source,
-        "what it holds",
+        "its list of files",
         lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True),
     )
     return f"{'private' if info.private else 'public'}, commit {info.sha}", [
@@ -109,7 +103,7 @@ def repo_info(source: str) -> tuple[str, list[tuple[str, int]]]:
 
 
 def _reading(source: str, what: str, do: Callable[[], T]) -> T:
-    """`do()`, which reads `what` of `source`: tried again where that may help. Errors: `UserError`."""
+    """Call `do`, which reads `what` from `source`; retry temporary failures. Errors: `UserError`."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, _, revision = source.partition("@")
@@ -125,19 +119,20 @@ def _reading(source: str, what: str, do: Callable[[], T]) -> T:
         raise UserError(f"{name} has no revision '{revision}' on the Hub") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name} is neither a folder here nor on the Hub, or it is private and needs a token ('hf auth login', or HF_TOKEN); {local}"
+            f"{name} is neither a local folder nor on the Hub, or it is private and needs a token "
+            f"('hf auth login', or HF_TOKEN); {local}"
         ) from None
     except Exception as error:  # every HTTP library has its own
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"{name} could not be fetched: {REFUSALS[401]}; {local}") from None
         reason = without_tokens(" ".join(str(error).split()).split(". ")[0])[:200]
         raise UserError(
-            f"{name} is no folder here, and {what} could not be fetched from the Hub ({reason}); {local}"
+            f"{name} is no local folder, and {what} could not be fetched from the Hub ({reason}); {local}"
         ) from error
 
 
 def trying(what: str, do: Callable[[], T], may_pass: Callable[[Exception], bool]) -> T:
-    """`do()`, again and again where `may_pass` says of its error that another try may succeed. Errors: the last."""
+    """Call `do` up to `TRIES` times, while `may_pass(error)` is true. Raises the last error."""
     for attempt in range(TRIES):
         try:
             return do()
@@ -156,12 +151,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """Some libraries' errors show the request's headers."""
+    """Replace access tokens: some libraries print request headers in their errors."""
     return re.sub(r"(?<=Bearer )\S+|hf_[A-Za-z0-9]{6,}", "…", text)
 
 
 def pause(seconds: float) -> None:
-    """Wait; in a thread no longer than the program lives."""
+    """Sleep. In other threads than the main one: until the main thread ends, at most."""
     if threading.current_thread() is threading.main_thread():
         time.sleep(seconds)
     else:
@@ -169,19 +164,21 @@ def pause(seconds: float) -> None:
 
 
 def status_may_pass(error: BaseException) -> bool | None:
-    """Whether the Hub's answer, if `error` is one, may be another the next time."""
+    """Whether an HTTP error may pass with another try; None for other errors."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return None if status is None else status in (408, 429) or status >= 500
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a first request may succeed the next time: after a connection that broke, silence, a server's bad moment; not where nobody can be reached at all."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(
-        error.__cause__, Exception
-    ):  # nothing in the cache either: what counts is why it was asked
+    """Whether another try of a read may succeed: after a broken connection, a timeout or a server error.
+
+    False if no connection could be made.
+    """
+    # Not in the cache either: the cause is the request's own error.
+    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    if (answered := status_may_pass(error)) is not None:
-        return answered
+    if (by_status := status_may_pass(error)) is not None:
+        return by_status
     kinds = {kind.__name__ for kind in type(error).__mro__}  # httpx's or httpx2's, as huggingface_hub has it
     return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {
         "ConnectError",
@@ -191,7 +188,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _prepare() -> None:
-    """huggingface_hub lists files with no time limit: a server that accepts and never answers would be waited for for ever. Its own repetitions are not told: ours are."""
+    """Give huggingface_hub's requests a timeout, and silence its own messages about retries.
+
+    It lists files without a timeout: a server that accepts and never answers would block for ever.
+    """
     from huggingface_hub import get_session
 
     for quiet in ("utils._http", "_snapshot_download"):
@@ -211,30 +211,33 @@ def _with_limit(request: Any) -> None:
 
 
 def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[Any, list[str], list[str]]:
-    """→ the Hub's file system, the files below `folder` of data set `source` that end so, and the names of the folders at its top."""
+    """List the files below `folder` of data set `source` whose names end with one of `endings`.
+
+    → the Hub's file system, the files, and the names of the data set's top-level folders.
+    """
     from huggingface_hub import HfFileSystem
 
     _prepare()
     name, _, revision = source.partition("@")
-    root = f"datasets/{name}" + (
-        f"@{quote(revision, safe='')}" if revision else ""
-    )  # a revision may hold a /
+    root = f"datasets/{name}"
+    if revision:
+        root += f"@{quote(revision, safe='')}"  # a revision may contain a slash
 
     def listed() -> tuple[Any, list[str], list[str]]:
         system = HfFileSystem()
         top = [
             Path(entry["name"]).name for entry in system.ls(root, detail=True) if entry["type"] == "directory"
         ]
-        below = (
-            system.find(f"{root}/{folder}".rstrip("/")) if not folder or folder.split("/")[0] in top else []
-        )
+        exists = not folder or folder.split("/")[0] in top
+        below = system.find(f"{root}/{folder}".rstrip("/")) if exists else []
         return system, sorted(file for file in below if file.endswith(endings)), top
 
     try:
         return trying(source, listed, _may_pass)
     except Exception as error:  # every HTTP library has its own
         raise UserError(
-            f"{source} is no folder here, and its files could not be listed on the Hub ({reason_of(error)}); a local folder with the same files works as well"
+            f"{source} is no local folder, and its files could not be listed on the Hub "
+            f"({reason_of(error)}); a local folder with the same files works as well"
         ) from error
 
 
@@ -245,11 +248,12 @@ def open_repo(
     token: str | None = None,
     branch: str | None = None,
 ) -> str:
-    """Make a model repository, unless there is one of that name for a model of this type; and `branch`, from main, where there is none. → OWNER/NAME; without an OWNER it is yours.
+    """Open a model repository for a model of this type → OWNER/NAME. Without an OWNER it is the user's own.
 
-    Errors: `UserError` where it cannot be had, holds a model of another type or files that are none, or is public and was to be private.
+    The repository is created if it is missing, and so is `branch`, from main. Errors: `UserError` if it
+    cannot be created, holds a model of another type or other files, or is public although `private` is true.
     """
-    from huggingface_hub import HfApi, get_token, hf_hub_download
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RevisionNotFoundError
 
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -260,7 +264,8 @@ def open_repo(
         raise UserError(f"{branch!r} is no name for a branch: letters, digits, '-', '_', '.', '+' and '/'")
     if not (token or get_token()):
         raise UserError(
-            f"{name} cannot be pushed to without a token that may write: log in ('hf auth login'), or set HF_TOKEN"
+            f"{name} cannot be pushed to without a token that may write: "
+            "log in ('hf auth login'), or set HF_TOKEN"
         )
 
     def opened() -> str:
@@ -274,23 +279,7 @@ def open_repo(
             raise UserError(
                 f"{repo} is there already, and public: choose another name, or make it private on the Hub"
             )
-        names = {file.rfilename for file in info.siblings or []}
-        if "config.json" in names:
-            found = kind_of(
-                read_json(Path(hf_hub_download(repo, "config.json", revision=info.sha, token=token)))
-            )
-            if found != model_type:
-                raise UserError(
-                    f"{repo} holds a model of type {found!r}, this one is {model_type!r}: choose another name"
-                )
-        elif others := sorted(
-            name
-            for name in names
-            if not name.endswith(ABOUT) and name not in (".gitattributes", "LICENSE", "LICENSE.txt")
-        ):
-            raise UserError(
-                f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, so no model of this project: choose another name"
-            )
+        _check_contents(repo, info, model_type, token)
         if new is not None:
             api.create_branch(repo, branch=new, exist_ok=True)
         return repo
@@ -298,8 +287,35 @@ def open_repo(
     return writing(name, opened)
 
 
+def _check_contents(repo: str, info: Any, model_type: str, token: str | None) -> None:
+    """Raise `UserError` if a repository holds a model of another type, or files but no model."""
+    from huggingface_hub import hf_hub_download
+
+    names = {file.rfilename for file in info.siblings or []}
+    if "config.json" in names:
+        file = hf_hub_download(repo, "config.json", revision=info.sha, token=token)
+        existing_type = kind_of(read_json(Path(file)))
+        if existing_type != model_type:
+            raise UserError(
+                f"{repo} holds a model of type {existing_type!r}, this one is {model_type!r}: "
+                "choose another name"
+            )
+        return
+    known = (".gitattributes", "LICENSE", "LICENSE.txt")
+    others = sorted(name for name in names if not name.endswith(ABOUT) and name not in known)
+    if others:
+        raise UserError(
+            f"{repo} holds {', '.join(others[:3])}{' …' * (len(others) > 3)} and no config.json, "
+            "so no model of this project: choose another name"
+        )
+
+
 def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
-    """A folder's files, but none whose name begins with a dot and no folders in it → repository `repo`, as one commit; → its address. Weights, settings and code of an earlier model that it does not replace go. Errors: `UserError`."""
+    """Upload a folder's files to `repo` as one commit → the commit's URL. Errors: `UserError`.
+
+    Sub-folders and files whose names begin with a dot are left out. Weights, settings and code of an earlier
+    model are deleted unless this one replaces them.
+    """
     from huggingface_hub import HfApi
 
     def pushed() -> str:
@@ -307,7 +323,7 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
             "commit_message": message,
             "revision": branch,
             "ignore_patterns": [".*", "*/*"],
-            "delete_patterns": [*WEIGHTS, *BESIDE],
+            "delete_patterns": [*WEIGHTS, *AUXILIARY_FILES],
         }
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)
 
@@ -315,7 +331,10 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
 
 
 def writing(repo: str, do: Callable[[], T]) -> T:
-    """`do()`, which writes to `repo`: tried again where the network or the Hub may have had a bad moment. Errors: `UserError`, `HubUnavailable` where it stays so."""
+    """Call `do`, which writes to `repo`; retry temporary failures.
+
+    Errors: `HubUnavailable` if the last try failed for a temporary reason too, else `UserError`.
+    """
     _prepare()
     try:
         return trying(repo, do, _writing_may_pass)
@@ -328,31 +347,26 @@ def writing(repo: str, do: Callable[[], T]) -> T:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from, outermost first."""
+    """An error and its chain of causes, outermost first."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _writing_may_pass(error: Exception) -> bool:
-    """Unlike a first request, a long upload is worth waiting for a network that is away."""
+    """Whether another try of an upload may succeed; unlike a read, also if no connection could be made."""
     for cause in _causes(error):
-        if (answered := status_may_pass(cause)) is not None:
-            return answered
+        if (by_status := status_may_pass(cause)) is not None:
+            return by_status
     kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    return bool(
-        kinds & {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}
-    ) and not kinds & {
-        "OfflineModeIsEnabled",
-        *NEVER,
-    }  # RuntimeError: hf_xet's for a network that fails
+    temporary = {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}  # the last: from hf_xet
+    return bool(kinds & temporary) and not kinds & {"OfflineModeIsEnabled", *NEVER}
 
 
 def _refusal(error: Exception) -> str:
     for cause in _causes(error):
         if (response := getattr(cause, "response", None)) is not None:
-            said = without_tokens(getattr(cause, "server_message", None) or reason_of(cause))
-            return " ".join(
-                f"{REFUSALS.get(response.status_code, '')} ({response.status_code}: {said})".split()
-            )[:400]
+            message = without_tokens(getattr(cause, "server_message", None) or reason_of(cause))
+            status = response.status_code
+            return " ".join(f"{REFUSALS.get(status, '')} ({status}: {message})".split())[:400]
     return reason_of(list(_causes(error))[-1])

@@ -1,4 +1,4 @@
-"""Large libraries: imported late, and left at once."""
+"""Faster start and exit of scripts that import large libraries."""
 
 import gc
 import os
@@ -10,22 +10,28 @@ from typing import NoReturn
 
 @contextmanager
 def faster_imports() -> Iterator[None]:
-    """Imports without what takes 2 of their 8 seconds: a search for garbage among modules, and W&B, which timm imports where it is installed."""
-    absent, collected = "wandb" not in sys.modules, gc.isenabled()
+    """Imports inside the block take 6 instead of 8 seconds.
+
+    Garbage collection is off, and timm does not import W&B, which it does where that is installed.
+    """
+    hide_wandb, collecting = "wandb" not in sys.modules, gc.isenabled()
     gc.disable()
-    if absent:
+    if hide_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if collected:
+        if collecting:
             gc.enable()
-        if absent:
+        if hide_wandb:
             del sys.modules["wandb"]
 
 
 def exit_at_once() -> NoReturn:
-    """End the process here: taking some thousand modules apart takes a second and a half, and frees what the system frees anyway. For scripts that have written all they will."""
+    """End the process without the interpreter's clean-up, which takes 1.5 s for some thousand modules.
+
+    For scripts that have written all output: the streams are flushed, `atexit` functions do not run.
+    """
     print(end="", flush=True)
     print(end="", file=sys.stderr, flush=True)
     os._exit(0)

@@ -1,10 +1,10 @@
-"""The processes of a run under torchrun, and words between them. Alone, all of it does nothing."""
+"""Rank and world size under torchrun, and collectives. With one process the collectives do nothing."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from utils.errors import UserError
 
@@ -16,24 +16,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The ranks of a run; this process is number `rank` of `size`. Every rank makes the same calls, in the same order."""
+    """This process's `rank` and the world `size`. All ranks call the collectives, in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def sum(self, *values: "Tensor") -> None:
-        """Sums over all ranks, in place."""
+        """All-reduce each tensor to its sum over all ranks, in place."""
         import torch.distributed as dist
 
         for value in values if self.size > 1 else ():
             dist.all_reduce(value)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
+        """All-gather: the value of every rank, in the order of ranks."""
         import torch.distributed as dist
 
         values = [value] * self.size
@@ -42,7 +42,7 @@ class DistributedContext:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value."""
+        """The value of rank 0, on all ranks."""
         import torch.distributed as dist
 
         values = [value]
@@ -50,27 +50,27 @@ class DistributedContext:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def run_on_rank0(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank. Its `UserError` ends all ranks; the first one tells it."""
-        made: Any = None
-        if self.first:
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 and broadcast its result. Its `UserError` ends all ranks."""
+        result: Any = None
+        if self.is_rank0:
             try:
-                made = make()
+                result = function()
             except UserError as error:
                 self.broadcast(error)
                 raise
-        made = self.broadcast(made)
-        if isinstance(made, UserError):
-            raise SystemExit(made.exit_code)
-        return made  # type: ignore[no-any-return]
+        result = self.broadcast(result)
+        if isinstance(result, UserError):
+            raise SystemExit(result.exit_code)
+        return cast("T", result)
 
     @contextmanager
     def rank0_first(self) -> Iterator[None]:
-        """The block on the first rank, then on all others: what it makes on the disk, they find."""
-        if not self.first:
+        """Run the block on rank 0, then on the others, which can read the files that rank 0 wrote."""
+        if not self.is_rank0:
             self.broadcast(None)
         yield
-        if self.first:
+        if self.is_rank0:
             self.broadcast(None)
 
 
@@ -78,10 +78,11 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def torchrun_context() -> DistributedContext:
-    """What torchrun's environment says; nothing is opened."""
+    """Read RANK and WORLD_SIZE from the environment; no process group is opened."""
     world = DistributedContext(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if not 0 <= world.rank < world.size:
         raise UserError(
-            f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: torchrun sets both; unset RANK for a single process"
+            f"the environment's RANK = {world.rank} and WORLD_SIZE = {world.size} do not fit: "
+            "torchrun sets both; unset RANK for a single process"
         )
     return world

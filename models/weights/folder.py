@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import in_cache, read_json
-from utils.hub import BESIDE, NANOVLM, WEIGHTS, fetch, is_hub_id, kind_of
+from utils.hub import AUXILIARY_FILES, NANOVLM, WEIGHTS, fetch, is_hub_id, kind_of
 
 FORMAT, OLDEST = 4, 3  # of a model folder: the format that is written, and the oldest that is read
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -77,7 +77,7 @@ def find_model(source: str | Path, token: str | None = None) -> Path:
     if not is_hub_id(str(source)):
         return Path(source)
     _checked_config(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
-    return fetch(str(source), ["config.json", *WEIGHTS, *BESIDE], "the model", token=token)
+    return fetch(str(source), ["config.json", *WEIGHTS, *AUXILIARY_FILES], "the model", token=token)
 
 
 def damaged(path: Path, error: Exception) -> UserError:
