@@ -127,8 +127,7 @@ def agreement(captions: list[str]) -> float:
     from eval.ptb_tokenizer import tokenize_java
 
     return sum(
-        tokenize(caption) == tokens
-        for caption, tokens in zip(captions, tokenize_java(captions), strict=True)
+        tokenize(caption) == tokens for caption, tokens in zip(captions, tokenize_java(captions), strict=True)
     ) / len(captions)
 
 

@@ -10,18 +10,18 @@ from rich.table import Table
 import models.generation
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
-from tools.train_heads import HeadsConfig, asked
+from tools.train_heads import HeadsConfig, question_batches
 from utils.errors import UserError
 
 
 def questions_of(predictor: Predictor, config: HeadsConfig, count: int) -> list[tuple[list[Any], str]]:
     """`count` held-out questions: (the images' tiles, text)."""
     out: list[tuple[list[Any], str]] = []
-    for batch in asked(predictor, config, held_out=True):
+    for batch in question_batches(predictor, config, held_out=True):
         out += [([predictor.tiles(image) for image in images], text) for images, text in batch]
         if len(out) >= count:
             return out[:count]
-    raise AssertionError("asked() does not end")
+    raise AssertionError("question_batches() does not end")
 
 
 def drafts(
@@ -79,7 +79,7 @@ def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, flo
 
     `wrong_…`: with every draft wrong. The kernels are warm.
     """
-    shapes, original, out = predictor.model.heads.shapes, models.generation._drafts, {}
+    shapes, original, out = predictor.model.heads.schedulers, models.generation._drafts, {}
 
     def wrong(*arguments: Any) -> Any:
         result = original(*arguments)

@@ -28,7 +28,7 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     from models.dual_tower.dual_tower import DualTowerVLM
     from models.kernels.packed_linear import Packed, pack_for_decoding
     from models.vision_language_model import VisionLanguageModel
-    from models.weights.pretrained import load_model
+    from models.weights.model_folder import load_model
 
     mark("imports")
     model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trial import Trial
 from models.kv_cache import ImageContext
 from models.layers import Rotary
-from training.estimate import kept_bytes
+from training.estimate import saved_tensor_bytes
 from utils.errors import UserError, run_script
 
 REFERENCE = Path(__file__).parent / "results" / "guard.json"
@@ -125,7 +125,10 @@ def graph_breaks(trial: Trial) -> int:
 
 def measure_one(trial: Trial) -> dict[str, int]:
     trial.step()  # creates the optimizer's state
-    values = {"flops": int(trial.flops()["counted"]), "saved_bytes": kept_bytes(trial.model, trial.forward)}
+    values = {
+        "flops": int(trial.flops()["counted"]),
+        "saved_bytes": saved_tensor_bytes(trial.model, trial.forward),
+    }
     ledger, attention = Ledger(len(trial.model.right.unembedding)), AttentionPairs()
     in_optimizer = 0
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import training.fit_memory
+from benchmarks.kill import results_of
 from benchmarks.memory import compared
 from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
@@ -16,7 +17,7 @@ from models.vision_language_model import VisionLanguageModel
 from tests.conftest import TINY
 from tests.programs import run_program
 from tests.test_estimate import make_config
-from tests.test_training import command, learnt, losses
+from tests.test_training import command, losses
 from training.fit_memory import choose, fit_batch_size, peak
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext
@@ -182,7 +183,7 @@ def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_p
     assert (
         by_hand.returncode == 0
         and losses(tmp_path / "fitted") == losses(tmp_path / "hand")
-        and learnt(tmp_path / "fitted") == learnt(tmp_path / "hand")
+        and results_of(tmp_path / "fitted") == results_of(tmp_path / "hand")
     )
     again = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
     assert (

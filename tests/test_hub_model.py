@@ -699,9 +699,7 @@ def test_an_ancestor_is_pushed_twice(folder, served, uploads):
     for _ in range(2):
         program.main(["push", str(folder), "me/old"])
     (folder / "config.json").write_text(json.dumps(head))
-    with pytest.raises(
-        UserError, match="me/old holds a model of type 'nanovlm', this one is 'dual_tower'"
-    ):
+    with pytest.raises(UserError, match="me/old holds a model of type 'nanovlm', this one is 'dual_tower'"):
         program.main(["push", str(folder), "me/old"])
 
 

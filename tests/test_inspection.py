@@ -64,7 +64,7 @@ def width(attrs: dict) -> float:
     return float(attrs["style"].split("width:")[1].split("%")[0])
 
 
-def opened(
+def process_group(
     folder: Path, records: list[dict], vision=TINY_MODEL.vision, left_context: str = "image", **options
 ) -> tuple[Config, Data]:
     """Records as a JSONL source. Two records more are held out for validation."""
@@ -123,7 +123,7 @@ def test_page_holds_every_token_once_in_order(tmp_path, left_context):
             {"user": "sure?", "assistant": "yes"},
         ],
     }
-    config, data = opened(tmp_path, [record], left_context=left_context, turns="chain", left_length=60)
+    config, data = process_group(tmp_path, [record], left_context=left_context, turns="chain", left_length=60)
     text, (sample,), _ = page_of(config, data)
     tokens = Reader(text).tokens
     assert len(tokens) == sample.left_length + sample.right_length + 1  # the last is a target only
@@ -170,7 +170,7 @@ def test_hostile_text_is_no_markup(tmp_path):
     records = [
         {"images": [], "texts": [{"user": HOSTILE, "assistant": HOSTILE}], "id": HOSTILE, "references": []}
     ]
-    config, data = opened(tmp_path, records)
+    config, data = process_group(tmp_path, records)
     text, _, _ = page_of(replace(config, config=HOSTILE), data)
     reader = Reader(text)
     ours = "html head meta title style body header h1 h2 h3 h4 p dl dt dd span b i br article section details summary small div ol li"
@@ -203,7 +203,7 @@ def test_a_token_that_is_markup_is_escaped():
 
 
 def test_long_documents_are_folded_and_whole(tmp_path):
-    config, data = opened(
+    config, data = process_group(
         tmp_path,
         [
             {
@@ -224,7 +224,7 @@ def test_long_documents_are_folded_and_whole(tmp_path):
 
 def test_tiles_stand_in_their_grid(tmp_path):
     vision = replace(TINY_MODEL.vision, max_side=256)
-    config, data = opened(
+    config, data = process_group(
         tmp_path,
         [{"images": [picture(tmp_path, "wide.png", (192, 100))], "texts": [{"user": "q", "assistant": "a"}]}],
         vision=vision,
@@ -243,7 +243,7 @@ def test_bars_are_to_scale_and_fills_are_right(tmp_path):
         {"images": pictures * (1 + i % 2), "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]}
         for i in range(6)
     ]
-    config, data = opened(tmp_path, records, left_length=20, right_length=120)
+    config, data = process_group(tmp_path, records, left_length=20, right_length=120)
     text, _, rows = page_of(config, data, rows=3)
     spans = [
         (tag, attrs)
@@ -277,7 +277,7 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
     whole = picture(tmp_path, "whole.png", (60, 60))
     (tmp_path / "cut.png").write_bytes((tmp_path / whole).read_bytes()[:60])
     texts = [{"user": "q", "assistant": "a"}]
-    config, data = opened(
+    config, data = process_group(
         tmp_path, [{"images": [name], "texts": texts} for name in (whole, "cut.png", whole)]
     )
     text, shown, rows = page_of(config, data, samples=9)
@@ -286,13 +286,13 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
         and not any(s.key[1] == 3 for row in rows for s in row)
         and "image_damaged 1" in text
     )
-    config, data = opened(tmp_path, [{"images": ["cut.png"], "texts": texts}])
+    config, data = process_group(tmp_path, [{"images": ["cut.png"], "texts": texts}])
     with pytest.raises(UserError, match="none of the images can be decoded"):
         preview.draw(data, 1, 1)
 
 
 def test_a_page_of_rows_that_cannot_be_read_any_more(tmp_path, monkeypatch):
-    config, data = opened(
+    config, data = process_group(
         tmp_path,
         [{"images": [picture(tmp_path, "a.png", (60, 60))], "texts": [{"user": "q", "assistant": "a"}]}],
     )
@@ -320,7 +320,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
         {"images": [], "texts": [{"user": "q", "assistant": " "}]},
     ]
     vision = replace(TINY_MODEL.vision, max_side=128)
-    config, data = opened(tmp_path, records, vision=vision, left_length=75, right_length=100)
+    config, data = process_group(tmp_path, records, vision=vision, left_length=75, right_length=100)
     found = stats.gather(
         config, data, 4
     )  # an epoch: five records, of which one makes no sample and one cannot be decoded
@@ -337,7 +337,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     )
     assert set(found.dropped["jsonl"]) <= {"image_damaged", "empty_text"}
     found = stats.gather(
-        *opened(tmp_path, records, vision=vision, left_length=75, right_length=100), 40
+        *process_group(tmp_path, records, vision=vision, left_length=75, right_length=100), 40
     )  # ten epochs
     assert (
         found.dropped == {"jsonl": {"image_damaged": 1, "empty_text": 1}}
@@ -346,7 +346,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     assert Counter(found.sources[0].right) == {n * one: 10 for n in (1, 2, 3)}
 
     chained = stats.gather(
-        *opened(tmp_path, records, turns="chain", left_length=75, right_length=100), 4
+        *process_group(tmp_path, records, turns="chain", left_length=75, right_length=100), 4
     ).sources[0]
     assert sorted(chained.turns) == [1, 2, 3] and chained.documents == [1, 1, 1]
 
@@ -401,8 +401,8 @@ def test_fill_is_what_the_rows_hold(tmp_path):
         {"images": pictures, "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]} for i in range(6)
     ]
     options = {"left_length": 40, "right_length": 60}
-    config, data = opened(tmp_path, records, **options)
-    _, again = opened(tmp_path, records, **options)
+    config, data = process_group(tmp_path, records, **options)
+    _, again = process_group(tmp_path, records, **options)
     fill = stats.gather(config, data, 12).fill
     rows = [row for row, _ in zip(again.batches.rows, fill.left, strict=False)]  # what training would pack
     assert fill.samples == sum(map(len, rows)) >= 12
@@ -438,7 +438,7 @@ def test_suggested_split_follows_the_means(tmp_path):
         }
         for _ in range(9)
     ]
-    config, data = opened(tmp_path, records, left_length=80, right_length=80)
+    config, data = process_group(tmp_path, records, left_length=80, right_length=80)
     found = stats.gather(config, data, 40)
     share = 160 * 5 / (5 + found.sources[0].right[0])
     budget = found.suggested.budget
@@ -448,7 +448,7 @@ def test_suggested_split_follows_the_means(tmp_path):
     stats.show(found, config, console)
     assert f"--data.left_length {budget.left} --data.right_length {budget.right}" in console.export_text()
     vanilla = stats.gather(
-        *opened(tmp_path, records, left_context="none", left_length=1, right_length=160), 20
+        *process_group(tmp_path, records, left_context="none", left_length=1, right_length=160), 20
     )
     assert (
         vanilla.suggested is None

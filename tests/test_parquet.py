@@ -69,7 +69,7 @@ def folder_of(
     return everything
 
 
-def opened(
+def process_group(
     root: str | Path, memory: int = 1 << 30, folder: str = "some", download: bool = False
 ) -> TableRecords:
     system, files = table_files(str(root), folder, download)
@@ -109,7 +109,7 @@ def served(tmp_path, go_to) -> Iterator[tuple[Hub, list[dict]]]:
 @pytest.mark.parametrize("form", ["parquet", "file.arrow", "stream.arrow"])
 def test_every_row_is_read_as_it_was_written(tmp_path, form, reads):
     rows = folder_of(tmp_path, form)
-    records = opened(tmp_path)
+    records = process_group(tmp_path)
     assert len(records) == len(rows) == 120 and len(records.blocks) == 21
     numbers = np.random.default_rng(0).permutation(len(rows))
     assert without_ids(records, numbers) == [rows[i] for i in numbers]
@@ -124,7 +124,7 @@ def test_every_row_is_read_as_it_was_written(tmp_path, form, reads):
 def test_compressed_arrow(tmp_path, form, compression):
     rows = rows_of(50)
     write(tmp_path / f"x.{form}", rows, 8, options=pa.ipc.IpcWriteOptions(compression=compression))
-    assert without_ids(opened(tmp_path, folder=""), range(50)) == rows
+    assert without_ids(process_group(tmp_path, folder=""), range(50)) == rows
 
 
 @pytest.mark.parametrize("form", ["parquet", "stream.arrow"])
@@ -132,7 +132,7 @@ def test_compressed_arrow(tmp_path, form, compression):
 @pytest.mark.parametrize("memory", [1, 1 << 14, 1 << 30])
 def test_orders_cover_and_share(tmp_path, form, group, memory):
     folder_of(tmp_path, form, rows=30, group=group)
-    records = opened(tmp_path, memory)
+    records = process_group(tmp_path, memory)
     for start, stop in ((0, 90), (17, 64), (5, 5)):
         for parts in (1, 2, 3):
             shares = [
@@ -151,7 +151,7 @@ def test_orders_cover_and_share(tmp_path, form, group, memory):
 @pytest.mark.parametrize("group", [6, 1000])  # 20 blocks, and one
 def test_an_order_is_its_generators(tmp_path, group):
     folder_of(tmp_path, files=1, rows=120, group=group)
-    records = opened(tmp_path)
+    records = process_group(tmp_path)
     orders = [records.order(0, 120, np.random.default_rng(seed), 0, 1).tolist() for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2] and orders[0] != sorted(orders[0])
 
@@ -166,8 +166,8 @@ def changes(records: TableRecords) -> int:
 
 def test_blocks_are_mixed_as_far_as_memory_goes(tmp_path):
     folder_of(tmp_path)
-    largest = max(block.bytes for block in opened(tmp_path).blocks)
-    one, three, all_of_them = (opened(tmp_path, 2 * n * largest) for n in (1, 3, 1000))
+    largest = max(block.bytes for block in process_group(tmp_path).blocks)
+    one, three, all_of_them = (process_group(tmp_path, 2 * n * largest) for n in (1, 3, 1000))
     assert (one.pool_blocks, three.pool_blocks) == (1, 3)
     assert changes(one) == 20 < changes(three) < changes(all_of_them)
 
@@ -177,8 +177,8 @@ def test_blocks_are_mixed_as_far_as_memory_goes(tmp_path):
 @pytest.mark.parametrize("ahead", [1, 10, 64])  # rows: 64 are 11 blocks, many times what is kept
 def test_each_block_is_read_once_and_few_are_kept(tmp_path, form, pool, ahead, reads):
     rows = folder_of(tmp_path, form)
-    largest = max(block.bytes for block in opened(tmp_path).blocks)
-    records = opened(tmp_path, 2 * pool * largest)
+    largest = max(block.bytes for block in process_group(tmp_path).blocks)
+    records = process_group(tmp_path, 2 * pool * largest)
     order = records.order(0, 120, np.random.default_rng(0), 0, 1)
     for i, number in enumerate(order):
         for announced in order[i + ahead : i + ahead + 1] if i else order[: ahead + 1]:
@@ -194,7 +194,7 @@ def test_each_block_is_read_once_and_few_are_kept(tmp_path, form, pool, ahead, r
 def test_announced_rows_that_are_passed_over_do_not_stop_the_reading_ahead(tmp_path, reads):
     """A sample that is kept decoded is announced, then not read."""
     folder_of(tmp_path)
-    records = opened(tmp_path, 1)
+    records = process_group(tmp_path, 1)
     for block in range(12):
         records.prefetch(6 * block)
     records[6 * 5]
@@ -214,7 +214,7 @@ def test_announced_rows_that_are_passed_over_do_not_stop_the_reading_ahead(tmp_p
 def test_the_hubs_rows_are_those_of_the_files(served):
     _, rows = served
     for name in ("org/set", "org/set@main", "org/set@refs/convert/parquet", "org/set@a/branch"):
-        records = opened(name)
+        records = process_group(name)
         assert records.system is not None and without_ids(records, range(0, 120, 7)) == rows[::7]
 
 
@@ -223,7 +223,7 @@ def test_one_row_does_not_fetch_its_file(tmp_path, go_to):
     write(tmp_path / "set" / "x.parquet", rows, 10)
     with hub({"datasets/org/set": tmp_path / "set"}) as address:
         go_to(address)
-        records = opened("org/set", folder="")
+        records = process_group("org/set", folder="")
         address.served.clear()
         assert without_ids(records, [234]) == [rows[234]]
         records.prefetch(235)
@@ -238,13 +238,13 @@ def test_many_files_are_opened_from_the_hub(tmp_path, go_to, waits):
     rows = folder_of(tmp_path / "set", files=40, rows=3, group=2)
     with hub({"datasets/org/set": tmp_path / "set"}) as address:
         go_to(address)
-        assert without_ids(opened("org/set"), range(120)) == rows
+        assert without_ids(process_group("org/set"), range(120)) == rows
     assert not waits
 
 
 def test_downloaded_first(served):
     address, rows = served
-    records = opened("org/set@main", download=True)
+    records = process_group("org/set@main", download=True)
     assert records.system is None and without_ids(records, range(120)) == rows
     address.failures[""] = repeat("drop")
     assert without_ids(records, [3]) == [rows[3]]
@@ -279,7 +279,7 @@ def test_a_gated_set(tmp_path, go_to, waits, naps):
             UserError,
             match=r"0000.parquet cannot be read: GatedRepoError.*Access to datasets/org/set is restricted",
         ):
-            opened("org/set")
+            process_group("org/set")
     assert not waits and not naps
 
 
@@ -291,7 +291,7 @@ def test_a_hub_out_of_reach(go_to, waits, naps):
     with pytest.raises(
         UserError, match="org/set is no local folder, and its files could not be listed on the Hub"
     ):
-        opened("org/set")
+        process_group("org/set")
     assert not waits and not naps
 
 
@@ -302,7 +302,7 @@ def test_a_hub_out_of_reach(go_to, waits, naps):
 def test_a_connection_that_fails_and_comes_back(served, waits, naps, failure, times, expected):
     """The first six tries of a request are huggingface_hub's."""
     address, rows = served
-    records = opened("org/set")
+    records = process_group("org/set")
     address.failures["0001.parquet"] = iter([failure] * times)
     assert without_ids(records, [50, 3]) == [rows[50], rows[3]]
     assert waits == expected and len(naps) >= 1
@@ -319,7 +319,7 @@ def test_first_requests_and_downloads_that_fail_once(
     """Whoever repeats it, huggingface_hub or this project: only the latter says so."""
     address, rows = served
     address.failures[request_path] = iter([failure])
-    assert without_ids(opened("org/set", download=download), [50]) == [rows[50]]
+    assert without_ids(process_group("org/set", download=download), [50]) == [rows[50]]
     lines = [line for line in capfd.readouterr().err.splitlines() if "try" in line.lower() or "HTTP" in line]
     assert len(lines) == len(waits) and all(
         line.startswith("warning: org/set: ") and line.endswith("; trying again") for line in lines
@@ -333,12 +333,12 @@ def test_a_connection_that_always_drops_is_one_line(served, waits, naps):
         UserError,
         match="^org/set is no local folder, and its files could not be listed on the Hub .RemoteProtocolError",
     ) as listed:
-        opened("org/set")
+        process_group("org/set")
     address.failures = {"0001.parquet": repeat("drop")}
     with pytest.raises(
         UserError, match="^org/set is no local folder, and its files could not be fetched from the Hub"
     ) as fetched:
-        opened("org/set", download=True)
+        process_group("org/set", download=True)
     assert waits == [1, 2, 4] * 2 and "\n" not in f"{listed.value}{fetched.value}"
 
 
@@ -350,18 +350,18 @@ def test_a_pause_in_the_main_thread_is_one():
 
 def test_a_file_that_fails_for_ever(served, waits, naps):
     address, rows = served
-    records = opened("org/set")
+    records = process_group("org/set")
     address.failures["0001.parquet"] = repeat("503")
     for _ in range(2):  # the block is not asked for again for its next row
         with pytest.raises(UnreadableBlock, match="rows of .*0001.parquet .* cannot be read: .*503"):
             records[50]
     assert waits == [1, 2, 4] and without_ids(records, [3]) == [rows[3]]
     with pytest.raises(UserError, match="0001.parquet cannot be read"):
-        opened("org/set")
+        process_group("org/set")
 
 
 def test_a_file_that_is_gone_is_not_waited_for(served, tmp_path, waits, naps):
-    records, local = opened("org/set"), opened(tmp_path / "set")
+    records, local = process_group("org/set"), process_group(tmp_path / "set")
     next((tmp_path / "set").rglob("0001.parquet")).unlink()
     for gone in (records, local):
         with pytest.raises(UnreadableBlock, match="0001.parquet"):
@@ -374,7 +374,7 @@ def test_a_server_that_never_answers_is_given_up(served, monkeypatch, waits, nap
     from huggingface_hub import constants
 
     address, _ = served
-    records = opened("org/set")
+    records = process_group("org/set")
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     monkeypatch.setattr("utils.hub.TRIES", 1)
@@ -385,12 +385,12 @@ def test_a_server_that_never_answers_is_given_up(served, monkeypatch, waits, nap
     else:
         records.system.invalidate_cache()
         with pytest.raises(UserError, match="could not be listed on the Hub .*[Tt]ime"):
-            opened("org/set")
+            process_group("org/set")
 
 
 def test_a_disk_that_fails_is_tried_again(tmp_path, waits, monkeypatch):
     rows = folder_of(tmp_path)
-    records = opened(tmp_path)
+    records = process_group(tmp_path)
     plain, faults = TableRecords._open, iter([OSError(5, "Input/output error")] * 2)
 
     def failing(self, file):
@@ -404,7 +404,7 @@ def test_a_disk_that_fails_is_tried_again(tmp_path, waits, monkeypatch):
 
 def test_a_bug_is_not_taken_for_damage(tmp_path, monkeypatch):
     folder_of(tmp_path)
-    records = opened(tmp_path)
+    records = process_group(tmp_path)
     monkeypatch.setattr(TableRecords, "_open", lambda self: None)
     with pytest.raises(TypeError):
         records[0]
@@ -422,7 +422,7 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, form, damage, waits
         ]
     )
     with pytest.raises(UserError) as error:
-        opened(tmp_path)
+        process_group(tmp_path)
     assert (
         str(error.value).startswith(f"{path} cannot be read: ") and "\n" not in str(error.value) and not waits
     )
@@ -453,7 +453,7 @@ def test_another_form_is_told_by_its_columns(tmp_path, form, columns, message):
         with pa.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table)
     with pytest.raises(UserError) as error:
-        opened(tmp_path, folder="")
+        process_group(tmp_path, folder="")
     assert str(path) in str(error.value) and message in str(error.value)
 
 
@@ -462,7 +462,7 @@ def test_a_set_without_any_image(tmp_path):
         pa.table({"images": pa.array([None, None]), "texts": [[{"user": "a"}], [{"user": "b"}]]}),
         tmp_path / "x.parquet",
     )
-    assert opened(tmp_path, folder="")[1] == {"id": "some/1", "images": None, "texts": [{"user": "b"}]}
+    assert process_group(tmp_path, folder="")[1] == {"id": "some/1", "images": None, "texts": [{"user": "b"}]}
 
 
 @pytest.mark.parametrize("served_from", ["disk", "hub"])
@@ -510,7 +510,7 @@ def test_damaged_offsets_do_not_end_the_process(tmp_path, form):
     texts = whole.index(b"question 10.0")  # of the second block; its offsets lie before
     whole[texts - 48 : texts - 8] = b"\xf0" * 40
     path.write_bytes(whole)
-    records = opened(tmp_path, folder="")
+    records = process_group(tmp_path, folder="")
     with pytest.raises(UnreadableBlock, match=r"block 1\)"):
         records[13]
     assert without_ids(records, [3, 33]) == [rows[3], rows[33]]
@@ -520,7 +520,7 @@ def test_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
     rows, path = rows_of(40), tmp_path / "x.parquet"
     write(path, rows, 10, compression="none", use_dictionary=False, write_statistics=False)
     path.write_bytes(path.read_bytes().replace(b"question 10.0", b"\xff" * 13))
-    records = opened(tmp_path, folder="")
+    records = process_group(tmp_path, folder="")
     with pytest.raises(UnreadableBlock, match="row 10 of some"):
         records[10]
     assert without_ids(records, [11]) == [rows[11]]
@@ -551,5 +551,5 @@ atexit.register(lambda: print(len(tries)))
 def test_no_thread_is_left_by_opening(tmp_path):
     folder_of(tmp_path)
     before = threading.active_count()
-    opened(tmp_path)
+    process_group(tmp_path)
     assert threading.active_count() == before

@@ -21,12 +21,12 @@ def records_of(source) -> list[dict]:
     return [source.records[i] for i in range(source.start, source.stop)]
 
 
-def opened(sources: str, validation_images: int = 4, **options):
+def process_group(sources: str, validation_images: int = 4, **options):
     return open_sources(DataConfig(sources=sources, validation_images=validation_images, **options))
 
 
 def test_training_and_test_images_of_easy_vqa_are_apart():
-    (training,), (validation,) = opened("easy_vqa", 200)
+    (training,), (validation,) = process_group("easy_vqa", 200)
     images = [
         {r["images"][0] for r in part}
         for part in (records_of(training), records_of(validation), easy_vqa("test"))
@@ -35,7 +35,7 @@ def test_training_and_test_images_of_easy_vqa_are_apart():
     assert not images[0] & images[1] and not (images[0] | images[1]) & images[2]
     assert sum(len(r["texts"]) for part in (training, validation) for r in records_of(part)) == 38575
     assert sum(len(r["texts"]) for r in easy_vqa("test")) == 9673
-    (few,), (same,) = opened("easy_vqa", 200, limit=10)
+    (few,), (same,) = process_group("easy_vqa", 200, limit=10)
     assert records_of(same) == records_of(validation) and records_of(few) == records_of(training)[:10]
 
 
@@ -86,7 +86,7 @@ def cauldron(tmp_path_factory) -> Path:
     ],
 )
 def test_the_cauldron_from_a_local_folder(cauldron, renderer, spec):
-    training, validation = opened(spec.format(cauldron))
+    training, validation = process_group(spec.format(cauldron))
     held = 4 if "," in spec else 2  # sub-sets of one set share the validation images
     assert [(s.name, len(s)) for s in training] == [("ai2d", 12 - held), ("vqav2", 7 - held)]
     assert [(s.name, len(s)) for s in validation] == [("ai2d", held), ("vqav2", held)]
@@ -120,7 +120,7 @@ def test_finevision_and_its_ratings(tmp_path):
     }
     (tmp_path / "chart2text").mkdir()
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "chart2text" / "train-00000-of-00001.parquet")
-    (training,), (validation,) = opened(f"finevision/chart2text={tmp_path}", 1)
+    (training,), (validation,) = process_group(f"finevision/chart2text={tmp_path}", 1)
     (first,), (second,) = records_of(validation), records_of(training)
     assert [t["ratings"] for t in first["texts"]] == [
         {"relevance": 5, "visual_dependency": 1, "image_correspondence": 4, "formatting": 3},
@@ -190,11 +190,11 @@ def test_bad_folders(cauldron, tmp_path):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            opened(sources, 50)
+            process_group(sources, 50)
 
 
 def test_a_mixture_has_every_sources_name_weight_and_cap(cauldron):
-    training, _ = opened(f"the_cauldron*0.5={cauldron},easy_vqa:100")
+    training, _ = process_group(f"the_cauldron*0.5={cauldron},easy_vqa:100")
     assert [(s.name, s.weight, s.cap) for s in training] == [
         ("ai2d", 0.5, 0),
         ("vqav2", 0.5, 0),
@@ -271,7 +271,7 @@ def test_an_emoji_has_several_references_and_its_group():
 def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)
-    training, _ = opened(
+    training, _ = process_group(
         f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa"
     )
     assert [s.name for s in training] == [
@@ -286,11 +286,11 @@ def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
         f"the_cauldron/all={cauldron},the_cauldron={cauldron}",
     ):
         with pytest.raises(UsageError, match="the_cauldron/ai2d is listed twice"):
-            opened(twice)
+            process_group(twice)
 
 
 def test_a_sub_set_may_have_brackets_in_its_name(cauldron, tmp_path):
     (tmp_path / "geo170k(align)").symlink_to(cauldron / "ai2d")
     assert parse_sources("finevision/geo170k(align)*2:7=/x")[0].subset == "geo170k(align)"
     with pytest.raises(UserError, match="no Parquet files in a folder nothing"):
-        opened(f"tables/nothing={tmp_path}")
+        process_group(f"tables/nothing={tmp_path}")

@@ -108,7 +108,7 @@ class Saver:
         saved_state = numbers | {"rng": self.world.gather(rng)} | state()
         temp_path = self.folder / f".{self.final.name}.new"
         problem, self.deleted = None, []
-        if self.world.first:
+        if self.world.is_rank0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for stale in self.folder.glob(".step_*"):  # half-written or half-deleted by a killed run
@@ -200,7 +200,7 @@ class Saver:
                 str(temp_path), fqn_to_index_mapping=_files(copies), save_distributed=True
             )
             state_dict_saver.save(copies, storage_writer=writer, process_group=self.group)
-            if self.world.first:
+            if self.world.is_rank0:
                 self._finish(state, temp_path)
         except (
             Exception,

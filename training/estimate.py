@@ -105,7 +105,7 @@ class Flops:
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
         pairs = [
-            sum(segments.hidden.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks
+            sum(segments.masked.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks
         ]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += (

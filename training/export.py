@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from hf.export import add_hf_code
 from models.weights.lora import add_adapters, merge_adapters, save_adapters
 from training.checkpoint import load_weights_of
-from training.distributed import gathered
+from training.distributed import full_tensor
 from training.ema import load_ema
 from training.hub_push import Pusher
 from training.logging import RunLog
@@ -82,7 +82,7 @@ def unsharded(model: Any, config: Config, model_class: Any) -> Any:
         whole = model_class(config.model, model.vocabulary)
         add_adapters(whole, config.lora)
     whole.load_state_dict(
-        {name: gathered(tensor) for name, tensor in model.state_dict().items()}, assign=True
+        {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, assign=True
     )
     for name, buffer in model.named_buffers():
         module, _, leaf = name.rpartition(".")

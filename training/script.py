@@ -27,7 +27,7 @@ from models.layers import pick_device
 from models.modality_projector import check_kind
 from models.weights.lora import check_lora
 from training.checkpoint import move_to_abandoned
-from training.distributed import check_world, opened
+from training.distributed import check_world, process_group
 from training.estimate import dry_run
 from training.export import export, export_checkpoint, export_final, unsharded
 from training.fit_memory import fit_batch_size
@@ -58,12 +58,16 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TrainingTasks(config.eval)  # raises before anything is written
-    with exit_on_signals(), ExitStack() as until_the_end, opened(pick_device(config.train.device)) as world:
+    with (
+        exit_on_signals(),
+        ExitStack() as until_the_end,
+        process_group(pick_device(config.train.device)) as world,
+    ):
         notes: list[str] = []  # for the log, which is not open yet
         open_folder = partial(open_and_lock, config, flags, model_class, world, until_the_end, notes)
         config, folder, checkpoint, is_new = world.run_on_rank0(open_folder)
         Trackers.check(config.log)
-        if is_new and world.first:
+        if is_new and world.is_rank0:
             until_the_end.enter_context(removing_new_tokenizer(folder))
         with world.rank0_first():
             tasks = TrainingTasks(config.eval)
@@ -72,7 +76,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
             for note in notes:
                 prepared.log.say(note)
             pusher = None
-            if config.hub.repo and world.first:
+            if config.hub.repo and world.is_rank0:
                 pusher = make_pusher(config, folder, prepared, model_class)
         train_and_export(config, folder, checkpoint, prepared, tasks, world, pusher)
 
@@ -210,7 +214,7 @@ class ModelEvaluation:
             metrics["validation_dropped"] = {f"{source}: {reason}": n for (source, reason), n in dropped}
         if step == self.config.max_steps or (e.tasks_every and step % e.tasks_every == 0):
             metrics |= self._score_tasks(model)
-        if self.world.first and self.best.is_beaten(step, metrics):
+        if self.world.is_rank0 and self.best.is_beaten(step, metrics):
             export(model, self.folder / "best", self.data.tokenizer, self.config, self.folder, metrics)
             self.best.note(step, metrics)
         return metrics
@@ -218,7 +222,7 @@ class ModelEvaluation:
     def _predict(self, model: Any, step: int) -> None:
         """Answer a few validation questions; save and log the answers, and the pictures of them."""
         self.predictions = self.validation.predictions(model, 8, self.world)
-        if not self.world.first:
+        if not self.world.is_rank0:
             return
         samples = self.folder / "samples"
         save_samples(samples, step, self.predictions)
@@ -287,7 +291,7 @@ def train_and_export(
         before_checkpoint=prepared.cache.save,
         data_identity=data_identity(data),
         saved=push,
-        best=lambda: best.step if world.first else -1,
+        best=lambda: best.step if world.is_rank0 else -1,
         begin=partial(begin_run, config, folder, best),
     )
     try:
@@ -299,7 +303,7 @@ def train_and_export(
         return
     dropped = sum(world.gather(data.batches.dropped()), Counter())
     model = evaluation.model()
-    if not world.first:
+    if not world.is_rank0:
         return
     predictions = evaluation.predictions
     if not predictions:  # the run had already reached its last step

@@ -233,7 +233,7 @@ def prepare(
     world: DistributedContext,
 ) -> Prepared:
     """Load and check everything that training in run folder `folder` needs; `tokenizer`: its folder."""
-    log = RunLog(folder, silent=not world.first)
+    log = RunLog(folder, silent=not world.is_rank0)
     torch.manual_seed(config.seed)
     source = language_model(config) if checkpoint is None else None
     data = build_data(config, tokenizer, source, world.rank, world.size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.train import Config
 from models.multi_token import chains
 from training.diagnostics import FlopsMeter, sources_of
-from training.distributed import accumulating, gathered
+from training.distributed import full_tensor, gradient_sync
 from training.ema import update_ema
 from training.optim import head_weights, set_learning_rates
 from training.precision import autocast, grad_scaler
@@ -136,7 +136,7 @@ def _backward(
     losses = torch.zeros(1 + heads + 2 * len(names), device=device)
     by_source = losses[1 + heads :].view(2, len(names))
     for number, (batch, samples) in enumerate(zip(data.micro_batches, data.samples, strict=True), 1):
-        with accumulating(model, number == len(data.micro_batches)):
+        with gradient_sync(model, number == len(data.micro_batches)):
             with autocast(c, device):
                 output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
             loss = output.loss_sum / max(1, data.supervised)
@@ -219,7 +219,7 @@ def _clip(optimizers: list[torch.optim.Optimizer], max_norm: float) -> dict[str,
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
     norms = torch.stack(
-        [gathered(_norm([p.grad for p in members if p.grad is not None])) for members in parts.values()]
+        [full_tensor(_norm([p.grad for p in members if p.grad is not None])) for members in parts.values()]
     )
     total = torch.linalg.vector_norm(norms)
     if max_norm and total > max_norm:

@@ -23,11 +23,11 @@ from models.language_model import DecoderBlock
 from models.layers import pick_device
 from training.checkpoint import Saver, abandon_later, checkpoints, load_checkpoint
 from training.diagnostics import Diagnostics, FlopsMeter
-from training.distributed import parallel
+from training.distributed import wrap_model
 from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
-from training.precision import computed_in, grad_scaler, load_scale, scale_state
+from training.precision import compute_dtype, grad_scaler, load_scale, scale_state
 from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
 from training.watchdog import Watchdog
@@ -125,14 +125,14 @@ def _continue_from(run: "Trainer", checkpoint: Path | None) -> None:
     """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
     log, config = run.log, run.config
     logged = run.resume_from(checkpoint) if checkpoint is not None else 0
-    rewound = log.rewound(run.step, logged)  # to nothing if the run was killed before its first checkpoint
-    if run.world.first:
+    rewound = log.read_until(run.step, logged)  # to nothing if the run was killed before its first checkpoint
+    if run.world.is_rank0:
         # First of all: from now on `--resume auto` continues from this step.
         abandoned = abandon_later(run.folder / "checkpoints", run.step)
         for path in abandoned:
             log.say(f"{path.name} is of a later step, or damaged: it is now {path}; delete it when you like")
         run.callbacks.begin(run.step, bool(abandoned))
-        log.rewind(rewound)
+        log.truncate(rewound)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
 
@@ -157,7 +157,7 @@ class Trainer:
         freeze(model, c)
         set_blocks(model, c)
         self.flops_meter = FlopsMeter(model, device, world.size)
-        self.parallel_model = parallel(model, config.parallel, device, computed_in(c, device), world)
+        self.parallel_model = wrap_model(model, config.parallel, device, compute_dtype(c, device), world)
         self.optimizers = make_optimizers(model, c)
         self.scaler = grad_scaler(c, device, world.size)
         self.diagnostics = Diagnostics(model, self.optimizers)
@@ -220,7 +220,7 @@ class Trainer:
         """Save if due, or if any rank received a signal. → the checkpoint, and whether one did."""
         c = self.config.train
         self.saver.protected_step = self.callbacks.best()
-        late = self.world.first and (
+        late = self.world.is_rank0 and (
             0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
             or self.saver.protected_step == self.step
         )
@@ -243,7 +243,7 @@ class Trainer:
         def before_update() -> None:
             self.saver.copied()
             if diagnosed:
-                self.diagnostics.look()
+                self.diagnostics.capture()
 
         values = train_step(
             self.config,
@@ -259,7 +259,7 @@ class Trainer:
         )
         failed = "skipped" in values or "overflow" in values
         if diagnosed and not failed:
-            values["update_ratios"], histograms = self.diagnostics.found()
+            values["update_ratios"], histograms = self.diagnostics.report()
             self.log.histograms(self.step, histograms)
         self.failed = self.failed + 1 if failed else 0
         if "overflow" in values:
@@ -354,7 +354,7 @@ def _log_skipped(
     reason = values.pop("skipped")
     samples = [sample for rank in world.gather(values.pop("samples")) for sample in rank]
     path = folder / "skipped.jsonl"
-    if world.first:
+    if world.is_rank0:
         append_text(path, json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n")
     log.say(f"warning: step {step} skipped ({reason}): the batch's samples are in {path}")
 

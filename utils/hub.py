@@ -268,7 +268,7 @@ def open_repo(
             "log in ('hf auth login'), or set HF_TOKEN"
         )
 
-    def opened() -> str:
+    def process_group() -> str:
         api = HfApi(token=token)
         repo = api.create_repo(name, private=private, exist_ok=True).repo_id
         try:
@@ -284,7 +284,7 @@ def open_repo(
             api.create_branch(repo, branch=new, exist_ok=True)
         return repo
 
-    return writing(name, opened)
+    return writing(name, process_group)
 
 
 def _check_contents(repo: str, info: Any, model_type: str, token: str | None) -> None:

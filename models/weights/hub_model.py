@@ -14,7 +14,7 @@ from models.weights.model_folder import load_model, save_model
 from models.weights.vision import load_vision_weights
 from utils.errors import UsageError, UserError, nearest
 from utils.files import CACHE, replacing
-from utils.hub import BESIDE, WEIGHTS, is_hub_id, open_repo, writing
+from utils.hub import AUXILIARY_FILES, WEIGHTS, is_hub_id, open_repo, writing
 
 
 class HubModel(
@@ -102,7 +102,7 @@ class HubModel(
         repo = open_repo(repo_id, self.model_type, private, token, options.get("branch"))
         # Delete an earlier model's files that this one does not replace, unless the caller selects the files.
         if not {"allow_patterns", "ignore_patterns", "delete_patterns"} & options.keys():
-            options["delete_patterns"] = [*WEIGHTS, *(BESIDE if self.extra_files else [])]
+            options["delete_patterns"] = [*WEIGHTS, *(AUXILIARY_FILES if self.extra_files else [])]
         return writing(repo, lambda: str(super(HubModel, self).push_to_hub(repo, token=token, **options)))
 
     def generate_model_card(self, run: RunFacts | None = None) -> ModelCard:

@@ -18,7 +18,7 @@ from models.weights.nanovlm import read_nanovlm
 from models.weights.tensors import load_tensors, read_safetensors, without_values
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
-from utils.hub import BESIDE, WEIGHTS
+from utils.hub import AUXILIARY_FILES, WEIGHTS
 
 # Largest weight file: the Hub refuses larger ones for some accounts, and a broken upload of one starts again.
 SHARD_SIZE = "5GB"
@@ -78,7 +78,7 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     model.extra_files = {
         path.name: path.read_bytes()
-        for pattern in BESIDE
+        for pattern in AUXILIARY_FILES
         for path in folder.glob(pattern)
         if path.name not in ("config.json", INDEX)
     }
