@@ -3,8 +3,8 @@
   lmms-eval --model dualtower --model_args pretrained=runs/NAME/model --tasks mmstar
 
 works where the project is installed (`pip install -e '.[eval]'`). `evaluation.py` and validation in training
-use the class directly. Prompts go through the one renderer, and an image is encoded once for all its questions.
-An error in a request is raised: it is never scored as an empty answer.
+use the class directly. Prompts go through the one renderer, and an image is encoded once for all its
+questions. An error in a request is raised: it is never scored as an empty answer.
 """
 
 import gc

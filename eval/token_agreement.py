@@ -1,4 +1,7 @@
-"""Predicted against true tokens under teacher forcing: accuracy by place in the answer and by multi-token head, and a picture of some answers, token by token."""
+"""Predicted and true tokens under teacher forcing.
+
+Accuracy by a token's index in its answer and by multi-token head, and a picture of some answers.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +15,12 @@ from data.tokenizer import Tokenizer
 from utils.plotting import agreement, curves, stacked
 from utils.ranks import DistributedContext
 
-PLACES = 8  # tokens of an answer whose places are told apart
-SHOWN, LONGEST = 8, 32  # answers in the picture, and tokens of each
+LEADING_TOKENS = 8  # tokens of an answer whose accuracy is reported by index
+MAX_ANSWERS, MAX_TOKENS = 8, 32  # answers in the picture, and tokens of each
 
 
-def places(labels: Tensor, documents: Tensor) -> Tensor:
-    """Each supervised token's place in its answer, from 0: (S,); `labels`, `documents` (B, R).
+def answer_indices(labels: Tensor, documents: Tensor) -> Tensor:
+    """Return each supervised token's index in its answer, (S,); `labels`, `documents` (B, R).
 
     labels     . a b c . d e | f g        documents  0 0 0 0 0 0 0 | 1 1        → 0 1 2 0 1 0 1
     """
@@ -29,23 +32,27 @@ def places(labels: Tensor, documents: Tensor) -> Tensor:
 
 @dataclass
 class TokenComparison:
-    """One answer's tokens as text; `said[0]` is what was predicted for each as the next token, `said[k]` by head k, None where that had nothing to say."""
+    """One answer's tokens as text.
+
+    `predicted[0]` holds the next-token predictions, `predicted[k]` those of head k; None where there is none.
+    """
 
     question: str
     truth: list[str]
-    said: list[list[str | None]]
+    predicted: list[list[str | None]]
 
 
 @dataclass
 class Agreement:
-    """Sums over batches, and the first answers that were added."""
+    """Counts over batches, and the first answers."""
 
     heads: int
-    places: Tensor = field(default_factory=lambda: torch.zeros(2, PLACES, dtype=torch.float64))  # right, all
+    by_index: Tensor = field(init=False)  # (2, LEADING_TOKENS): right tokens, all tokens
     by_head: Tensor = field(init=False)  # (2, K)
     answers: list[TokenComparison] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.by_index = torch.zeros(2, LEADING_TOKENS, dtype=torch.float64)
         self.by_head = torch.zeros(2, self.heads, dtype=torch.float64)
 
     def add(
@@ -56,78 +63,80 @@ class Agreement:
         predicted: Tensor,
         tokenizer: Tokenizer | None,
     ) -> None:
-        """`hidden` (B, R, D); `predicted` (S,) at its supervised tokens. With a tokenizer answers are kept, while there is room."""
+        """Add a batch: `hidden` (B, R, D), `predicted` (S,) at its supervised tokens.
+
+        With a tokenizer the first `MAX_ANSWERS` answers are kept as text.
+        """
         labels, documents = batch["labels"], batch["right_documents"]
-        truth, place = labels[labels != -100], places(labels, documents)
-        near = place < PLACES
-        for row, of in zip(self.places, (near & (predicted == truth), near), strict=True):
-            row += place[of].bincount(minlength=PLACES).cpu()
+        truth, indices = labels[labels != -100], answer_indices(labels, documents)
+        leading = indices < LEADING_TOKENS
+        for row, selected in zip(self.by_index, (leading & (predicted == truth), leading), strict=True):
+            row += indices[selected].bincount(minlength=LEADING_TOKENS).cpu()
         columns = [predicted[:, None]]
         if self.heads:
             right = model.right
-            drafted, targets = model.heads.predictions(
+            drafted, targets = model.heads.predictions(  # (S, K) both
                 hidden, labels, documents, right.embed_tokens, right.unembedding
-            )  # (S, K) both
+            )
             self.by_head += torch.stack(((drafted == targets) & (targets >= 0), targets >= 0)).sum(1).cpu()
             columns.append(drafted)
-        if tokenizer is not None and len(self.answers) < SHOWN:
-            self._keep(batch, truth.tolist(), place.tolist(), torch.cat(columns, 1).tolist(), tokenizer)
+        if tokenizer is not None and len(self.answers) < MAX_ANSWERS:
+            predictions = torch.cat(columns, 1).tolist()
+            self._add_answers(batch, truth.tolist(), indices.tolist(), predictions, tokenizer)
 
-    def _keep(
+    def _add_answers(
         self,
         batch: dict[str, Tensor],
         truth: list[int],
-        place: list[int],
-        said: list[list[int]],
+        indices: list[int],
+        predictions: list[list[int]],  # (S, 1 + K)
         tokenizer: Tokenizer,
     ) -> None:
-        rows, at = (batch["labels"] != -100).nonzero(as_tuple=True)
-        starts = [i for i, p in enumerate(place) if p == 0]
-        for start, end in zip(starts, [*starts[1:], len(place)], strict=True):
-            row, first = int(rows[start]), int(at[start])
+        rows, columns = (batch["labels"] != -100).nonzero(as_tuple=True)
+        starts = [i for i, index in enumerate(indices) if index == 0]
+        for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+            row, first = int(rows[start]), int(columns[start])
             document = batch["right_documents"][row] == batch["right_documents"][row, first]
-            asked = tokenizer.decode(batch["right_ids"][row, : first + 1][document[: first + 1]].tolist())
-            question = " ".join(asked.strip().removeprefix("user").removesuffix("assistant").split())
-            tokens = range(start, min(end, start + LONGEST))
-            by_row = [
-                [said[i - k][k] if i - k >= start else -1 for i in tokens] for k in range(1 + self.heads)
+            prompt = batch["right_ids"][row, : first + 1][document[: first + 1]].tolist()
+            question = tokenizer.decode(prompt).strip().removeprefix("user").removesuffix("assistant")
+            tokens = range(start, min(end, start + MAX_TOKENS))
+            by_head = [
+                [predictions[i - k][k] if i - k >= start else -1 for i in tokens]
+                for k in range(1 + self.heads)
             ]
             self.answers.append(
                 TokenComparison(
-                    question,
+                    " ".join(question.split()),
                     [tokenizer.show(truth[i]) for i in tokens],
-                    [[tokenizer.show(t) if t >= 0 else None for t in one] for one in by_row],
+                    [[tokenizer.show(t) if t >= 0 else None for t in row] for row in by_head],
                 )
             )
-            if len(self.answers) == SHOWN:
+            if len(self.answers) == MAX_ANSWERS:
                 return
 
     def share(self, world: DistributedContext) -> None:
-        """The sums of all ranks."""
-        world.sum(self.places, self.by_head)
+        """Sum the counts of all ranks."""
+        world.sum(self.by_index, self.by_head)
 
     def scores(self) -> dict[str, list[float]]:
-        """Share of right tokens at each place that occurs, the first 8 at most; of each head, where its target exists."""
-        right, every = (row[self.places[1] > 0] for row in self.places)
-        out = {"position_accuracy": (right / every).tolist()}
-        return out | (
-            {"head_accuracy": (self.by_head[0] / self.by_head[1].clamp(min=1)).tolist()} if self.heads else {}
-        )
+        """Return the accuracy at each index that occurs, and of each head where its target exists."""
+        right, total = (row[self.by_index[1] > 0] for row in self.by_index)
+        scores = {"position_accuracy": (right / total).tolist()}
+        if self.heads:
+            scores["head_accuracy"] = (self.by_head[0] / self.by_head[1].clamp(min=1)).tolist()
+        return scores
 
     def picture(self) -> Image.Image:
-        """The answers that were kept, and below them the accuracy over the places."""
-        found = self.scores()
-        sheets = [
-            agreement(
-                [(a.question, a.truth, a.said) for a in self.answers],
-                ["next", *(f"head {k}" for k in range(1, self.heads + 1))],
-            )
-        ]
-        accuracy = found["position_accuracy"]
+        """Draw the answers, and below them the accuracy over the index."""
+        scores = self.scores()
+        answers = agreement(
+            [(a.question, a.truth, a.predicted) for a in self.answers],
+            ["next", *(f"head {k}" for k in range(1, self.heads + 1))],
+        )
+        accuracy = scores["position_accuracy"]
         heads = "".join(
-            f", head {k} {share:.0%}" for k, share in enumerate(found.get("head_accuracy", []), 1)
+            f", head {k} {share:.0%}" for k, share in enumerate(scores.get("head_accuracy", []), 1)
         )
-        title = f"accuracy by place in the answer, from 1 on (teacher-forced, all validation records){heads}"
-        return stacked(
-            [*sheets, curves(title, {"next token": (range(1, len(accuracy) + 1), accuracy)}, height=180)]
-        )
+        title = f"accuracy by index in the answer, from 1 on (teacher-forced, all validation records){heads}"
+        lines = {"next token": (range(1, len(accuracy) + 1), accuracy)}
+        return stacked([answers, curves(title, lines, height=180)])

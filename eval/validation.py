@@ -1,4 +1,7 @@
-"""Validation inside training: loss and exact-match accuracy on held-out images, CIDEr of captions, lmms-eval's tasks, and a look at some predictions."""
+"""Validation inside training, on held-out images.
+
+Loss and exact-match accuracy, CIDEr of captions, lmms-eval's tasks, and a sample of predictions.
+"""
 
 import json
 import math
@@ -10,55 +13,54 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from configs.model import GenerationConfig
 from configs.train import EvalConfig
 from data.collators import collate
 from data.datasets import Sample, SampleDataset, by_source
 from data.filters import turn_problem
-from data.images import ImageError, open_image
+from data.images import open_image
 from data.packing import Budget, pack
 from data.parquet import UnreadableBlock
 from data.render import Renderer
 from eval.captions import Cider, cider
 from eval.predictor import Predictor
 from eval.token_agreement import Agreement
-from utils.errors import UsageError, UserError, nearest
+from utils.errors import ImageError, UsageError, UserError, nearest
 from utils.files import read_json, replacing, write_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 
 class Validation:
-    """A fixed set of packed rows, and a few questions answered in words.
+    """A fixed set of packed rows, and a few questions with decoded answers.
 
-    A question counts as right where the likeliest token at every supervised position is the true one: exactly then
-    does greedy decoding give the reference answer, and no decoding is needed to know it.
+    A question counts as right where the likeliest token at every supervised position is the true one. Exactly
+    then greedy decoding gives the reference answer, so that no decoding is needed.
     """
 
     def __init__(self, dataset: SampleDataset, budget: Budget, rows: int, padding_id: int) -> None:
         self.dataset, self.padding_id = dataset, padding_id
-        places = [
+        records = [
             (number, index)
             for number, source in enumerate(dataset.sources)
             for index in range(source.start, source.stop)
         ]
-        self.questions: list[
-            tuple[list[Any], dict[str, str]]
-        ] = []  # images, turn: one a record, each record another of its turns
-        self.captions: list[
-            tuple[list[Any], str, list[str]]
-        ] = []  # images, prompt, references: of records that are captions
-        samples = [sample for place in places for sample in self._usable(*place)]
+        # (images, turn) of each record; successive records give different turns
+        self.questions: list[tuple[list[Any], dict[str, str]]] = []
+        # (images, prompt, references) of records that are captions
+        self.captions: list[tuple[list[Any], str, list[str]]] = []
+        samples = [sample for source, index in records for sample in self._usable(source, index)]
         if not samples:
             raise UserError(
-                f"none of the {len(places)} validation records can be used: {by_source(dataset.dropped)}"
+                f"none of the {len(records)} validation records can be used: {by_source(dataset.dropped)}"
             )
         packed = pack(samples, budget)
         self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
         self.sources = list(dict.fromkeys(sample.source for sample in samples))
 
     def _usable(self, source: int, index: int) -> list[Sample]:
-        """A record's samples, decoded once to see that they can be; one of its turns is noted as a question."""
+        """Return a record's samples, decoded once as a check; note one of its turns as a question."""
         dataset = self.dataset
         samples = dataset.samples(source, index, first=True)
         if not samples:
@@ -66,9 +68,7 @@ class Validation:
         try:
             for sample in samples:
                 dataset.decoded(sample)
-            record = dataset.record(
-                source, index
-            )  # read a moment ago: later it might have to be read again, and be gone
+            record = dataset.record(source, index)  # still cached here; later it might be unreadable
         except ImageError as error:
             dataset.dropped[dataset.sources[source].name, f"image_{error.reason}"] += 1
             return []
@@ -78,21 +78,22 @@ class Validation:
         turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
         if references := record.get("references"):
             self.captions.append((record["images"], turns[0]["user"], references))
-        self.questions.append(
-            (record["images"], turns[index % len(turns) if dataset.config.turns == "branch" else 0])
-        )
+        turn = turns[index % len(turns) if dataset.config.turns == "branch" else 0]
+        self.questions.append((record["images"], turn))
         return samples
 
     def score(self, model: Any, world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
-        """Mean loss per supervised token, and the share of documents answered exactly: of all, and of each source where there are several. `agreement` tells more of it."""
+        """Return the mean loss per supervised token, and the share of documents answered exactly.
+
+        The share is over all documents, and over each source where there are several. `agreement` has the
+        details.
+        """
         self.agreement = Agreement(model.config.multi_token.heads)
         total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
         for chunk in self.chunks[world.rank :: world.size]:
-            batch = collate(
-                [[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id
-            )
-            batch = {k: v.to(model.device) for k, v in batch.items()}
+            rows = [[self.dataset.decoded(sample) for sample in row] for row in chunk]
+            batch = {k: v.to(model.device) for k, v in collate(rows, self.padding_id).items()}
             source_of = torch.tensor(
                 [
                     self.sources.index(sample.source)
@@ -101,28 +102,15 @@ class Validation:
                     for _ in sample.documents
                 ]
             )
-            labels = batch["labels"]
-            supervised = labels != -100
+            supervised = batch["labels"] != -100
             output = model(**batch)
-            wrong = torch.zeros_like(labels)
             predicted = model.logits(output.hidden[supervised]).argmax(-1)
-            wrong[supervised] = (predicted != labels[supervised]).long()
-            self.agreement.add(
-                model,
-                batch,
-                output.hidden,
-                predicted,
-                self.dataset.renderer.tokenizer if world.is_rank0 else None,
-            )
-            row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
-            document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
-            mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device).index_add_(
-                0, document, wrong[supervised]
-            )
-            good = (mistakes[document.unique()] == 0).cpu()
+            tokenizer = self.dataset.renderer.tokenizer if world.is_rank0 else None
+            self.agreement.add(model, batch, output.hidden, predicted, tokenizer)
+            exact = _exact_documents(batch, predicted)
             total += torch.tensor([output.loss_sum.item(), int(supervised.sum())])
-            right.index_add_(0, source_of, good.double())
-            documents.index_add_(0, source_of, torch.ones_like(good, dtype=torch.float64))
+            right.index_add_(0, source_of, exact.double())
+            documents.index_add_(0, source_of, torch.ones_like(exact, dtype=torch.float64))
         world.sum(total, right, documents)
         self.agreement.share(world)
         scores = {
@@ -136,7 +124,7 @@ class Validation:
         }
 
     def metrics(self, captions: int) -> dict[str, bool]:
-        """What will be logged of this, and whether higher is better; with `captions` their CIDEr."""
+        """Return the metrics to be logged, and whether higher is better; CIDEr only with `captions`."""
         names = [
             "accuracy",
             *(f"accuracy_{name}" for name in self.sources if len(self.sources) > 1),
@@ -147,72 +135,79 @@ class Validation:
     def cider(
         self, model: Any, count: int, tokens: int, world: DistributedContext = SINGLE_PROCESS, rows: int = 32
     ) -> Cider | None:
-        """Of greedy captions of the first `count` captioned images; None where the records are no captions, or `count` is 0."""
+        """Score greedy captions of the first `count` captioned images.
+
+        None where the records are no captions, or `count` is 0. `rows`: captions per batch of all ranks.
+        """
         asked = self.captions[:count]
         if not asked:
             return None
         predictor, settings = Predictor(model, self.dataset.renderer), GenerationConfig(max_new_tokens=tokens)
-        made = []
+        captions: list[tuple[int, str]] = []
         for start in range(0, len(asked), rows):
-            part = asked[start : start + rows][world.rank :: world.size]
-            answers = (
-                predictor.answer(
-                    [([predictor.tiles(i) for i in images], prompt) for images, prompt, _ in part], settings
-                )
-                if part
-                else []
-            )
-            made += list(
-                zip(
-                    range(start + world.rank, start + rows, world.size),
-                    (a.text for a in answers),
-                    strict=False,
-                )
-            )
-        texts = [text for _, text in sorted(pair for rank in world.gather(made) for pair in rank)]
+            part = list(enumerate(asked[start : start + rows], start))[world.rank :: world.size]
+            questions = [([predictor.tiles(i) for i in images], prompt) for _, (images, prompt, _) in part]
+            answers = predictor.answer(questions, settings) if questions else []
+            captions += [(number, answer.text) for (number, _), answer in zip(part, answers, strict=True)]
+        texts = [text for _, text in sorted(pair for rank in world.gather(captions) for pair in rank)]
         return cider(texts, [references for _, _, references in asked])
 
     def predictions(
         self, model: Any, count: int, world: DistributedContext = SINGLE_PROCESS
     ) -> list[dict[str, Any]]:
-        """Greedy answers to the first `count` questions, each on another image."""
+        """Answer the first `count` questions greedily, each about another image."""
         predictor = Predictor(model, self.dataset.renderer)
         asked = self.questions[:count]
         mine = [
             ([predictor.tiles(i) for i in images], turn["user"])
             for images, turn in asked[world.rank :: world.size]
         ]
-        answers = (
-            [a.text for a in predictor.answer(mine, GenerationConfig(max_new_tokens=16))] if mine else []
-        )
-        said = world.gather(answers)
+        answers = predictor.answer(mine, GenerationConfig(max_new_tokens=16)) if mine else []
+        texts = world.gather([answer.text for answer in answers])
         return [
             {
                 "image": images[0] if images else None,
                 "question": turn["user"],
                 "answer": turn["assistant"],
-                "prediction": said[n % world.size][n // world.size],
+                "prediction": texts[n % world.size][n // world.size],
             }
             for n, (images, turn) in enumerate(asked)
         ]
 
 
+def _exact_documents(batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
+    """Return for each document whether all its supervised tokens are predicted, (documents,), on the CPU.
+
+    `predicted` (S,): the tokens predicted at the batch's supervised positions.
+    """
+    labels = batch["labels"]
+    supervised = labels != -100
+    wrong = (predicted != labels[supervised]).long()
+    row = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
+    document = (batch["right_documents"] + row)[supervised]  # a number of its own for each document
+    mistakes = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device)
+    mistakes.index_add_(0, document, wrong)
+    return (mistakes[document.unique()] == 0).cpu()
+
+
 class TrainingTasks:
-    """lmms-eval's tasks on the model that is being trained: in this process, without another copy. `UserError` at once for what would fail later."""
+    """lmms-eval's tasks on the model in training: in this process, without another copy.
+
+    Raises `UserError` at once for tasks that would fail later.
+    """
 
     def __init__(self, config: EvalConfig) -> None:
-        self.metrics: dict[str, bool] = {}  # what `score` will tell, and whether higher is better
-        self.config, self.names = (
-            config,
-            list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip())),
-        )
+        self.metrics: dict[str, bool] = {}  # the metrics of `score`, and whether higher is better
+        self.config = config
+        self.names = list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
         if not self.names:
             return
         try:
             from eval.tasks import Tasks
         except ModuleNotFoundError as error:
             raise UserError(
-                f"eval.tasks: the package {error.name} is not installed: tasks need the group eval (pip install -e '.[eval]')"
+                f"eval.tasks: the package {error.name} is not installed: "
+                "tasks need the group eval (pip install -e '.[eval]')"
             ) from None
         self.tasks = Tasks(Path(config.data_root) if config.data_root else None)
         for name in self.names:
@@ -221,38 +216,39 @@ class TrainingTasks:
     def score(
         self, model: Any, renderer: Renderer, world: DistributedContext = SINGLE_PROCESS
     ) -> dict[str, float]:
-        """`<task>_<metric>` of every task."""
+        """Return `<task>_<metric>` of every task."""
         if not self.names:
             return {}
         from eval.lmms_eval_wrapper import DualTower
         from eval.tasks import run_tasks, scores_of
 
-        found = run_tasks(
-            DualTower(predictor=Predictor(model, renderer)), self.tasks, self.names, self.config.limit
-        )
-        return world.broadcast(
-            {f"{task}_{metric}": value for task, metric, value in scores_of(found)} if found else {}
-        )
+        adapter = DualTower(predictor=Predictor(model, renderer))
+        outcome = run_tasks(adapter, self.tasks, self.names, self.config.limit)
+        scores = scores_of(outcome) if outcome else []
+        return world.broadcast({f"{task}_{metric}": value for task, metric, value in scores})
 
 
 class BestCheckpoint:
-    """The best model so far by one metric: `best.json` says its step and value. `known`: metrics, and whether higher is better; another one raises `UsageError`."""
+    """The best model so far by one metric; `best.json` holds its step and value.
+
+    `known`: the metrics, and whether higher is better; an unknown metric raises `UsageError`.
+    """
 
     def __init__(self, folder: Path, metric: str, known: dict[str, bool]) -> None:
         if metric and metric not in known:
             raise UsageError(
-                f"eval.best: this run tells no metric '{metric}'{nearest(metric, list(known), 3)}"
+                f"eval.best: this run logs no metric '{metric}'{nearest(metric, list(known), 3)}"
             )
         self.path, self.metric, self.sign = folder / "best.json", metric, 1 if known.get(metric, True) else -1
 
     @property
     def step(self) -> int:
-        """At which it was found; −1: none so far."""
-        kept = read_json(self.path) if self.metric and self.path.is_file() else {}
-        return int(kept["step"]) if kept.get("metric") == self.metric else -1
+        """Step of the best model; −1: none so far."""
+        best = read_json(self.path) if self.metric and self.path.is_file() else {}
+        return int(best["step"]) if best.get("metric") == self.metric else -1
 
     def go_back(self, step: int, move_to_abandoned: Callable[[Path], Any]) -> None:
-        """The run goes on behind `step`: a best model of a later one is no longer its own."""
+        """Move away a best model of a later step than `step`, where the run resumes."""
         if self.path.is_file() and read_json(self.path)["step"] > step:
             for path in (self.path.parent / "best", self.path):
                 if path.exists():
@@ -260,12 +256,13 @@ class BestCheckpoint:
 
     @property
     def warning(self) -> str:
-        """Why no model was kept, where one was wanted; at the end of a run."""
-        none = self.metric and (not self.path.is_file() or read_json(self.path)["metric"] != self.metric)
-        return f"eval.best: {self.metric} never came with a number, so no best model was kept" if none else ""
+        """At the end of a run: why there is no best model; "" if there is one, or none was asked for."""
+        if not self.metric or (self.path.is_file() and read_json(self.path)["metric"] == self.metric):
+            return ""
+        return f"eval.best: {self.metric} never came with a number, so no best model was kept"
 
     def is_beaten(self, step: int, scores: dict[str, Any]) -> bool:
-        """Whether these scores are the best until this step; a later one's, of a run that was taken up again before it, does not count."""
+        """Whether these scores are the best up to `step`; later ones, from before a resume, do not count."""
         value = scores.get(self.metric)
         if not self.metric or value is None or not math.isfinite(value):
             return False
@@ -278,22 +275,23 @@ class BestCheckpoint:
         )
 
     def note(self, step: int, scores: dict[str, Any]) -> None:
-        write_text(
-            self.path, json.dumps({"step": step, "metric": self.metric, "value": scores[self.metric]}) + "\n"
-        )
+        """Write `best.json`."""
+        entry = {"step": step, "metric": self.metric, "value": scores[self.metric]}
+        write_text(self.path, json.dumps(entry) + "\n")
 
 
 def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> None:
-    """Write predictions as JSON lines, and as a picture of images with question, prediction and, where it is wrong, the truth.
+    """Write predictions as JSON lines, and as a picture.
 
-    An image that is no file is written beside them, and named.
+    The picture shows each image with question, prediction and, where it is wrong, the reference. An image
+    that is not a file is written to `folder`, and its path is noted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i, p in enumerate(predictions):
         if p["image"] is not None and not isinstance(p["image"], str | Path):
             path = folder / f"image_{i}.png"
-            with replacing(path) as beside:
-                open_image(p["image"]).save(beside, format="png")
+            with replacing(path) as temp_path:
+                open_image(p["image"]).save(temp_path, format="png")
             p["image"] = path
         p["image"] = str(p["image"] or "")
     write_text(folder / f"step_{step:06d}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
@@ -313,13 +311,14 @@ def save_samples(folder: Path, step: int, predictions: list[dict[str, Any]]) -> 
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """Those of later steps, which the run does again."""
+    """Delete samples of later steps than `step`, which the run repeats."""
     for path in folder.glob("step_*"):
-        if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > step:
+        if (match := re.match(r"step_(\d+)", path.name)) and int(match[1]) > step:
             path.unlink()
 
 
 def save_picture(sheet: Image.Image, path: Path) -> Path:
-    with replacing(path) as beside:
-        sheet.save(beside, format="png")
+    """Write a picture as PNG; return its path."""
+    with replacing(path) as temp_path:
+        sheet.save(temp_path, format="png")
     return path

@@ -10,7 +10,7 @@ from configs.model import MultiTokenConfig
 from data.collators import collate
 from data.datasets import Sample
 from data.packing import Budget
-from eval.token_agreement import PLACES, places
+from eval.token_agreement import LEADING_TOKENS, answer_indices
 from eval.validation import Validation, save_picture
 from tests.conftest import TINY_MODEL, TURNS, dataset_of, lively_model
 from utils.plotting import RIGHT, WRONG, agreement
@@ -19,7 +19,7 @@ from utils.plotting import RIGHT, WRONG, agreement
 def test_places_begin_anew_with_each_answer():
     labels = torch.tensor([[-100, 5, 6, 7, -100, 5, 6, 8, 9], [4, -100, -100, 4, 4, 4, -100, -100, -100]])
     documents = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, -1, -1, -1]])
-    assert places(labels, documents).tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0, 0, 1]
+    assert answer_indices(labels, documents).tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0, 0, 1]
 
 
 @pytest.fixture(params=[0, 2])
@@ -75,13 +75,13 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
                     by_head[k - 1][1] += 1
                 place += 1
     assert scores["position_accuracy"] == pytest.approx(
-        [right[p] / every[p] for p in sorted(every) if p < PLACES]
+        [right[p] / every[p] for p in sorted(every) if p < LEADING_TOKENS]
     )
     assert (
         scores.get("head_accuracy", []) == pytest.approx([r / n for r, n in by_head])
         and len(by_head) == heads
     )
-    kept = [(a.truth, a.said[0]) for a in validation.agreement.answers]
+    kept = [(a.truth, a.predicted[0]) for a in validation.agreement.answers]
     assert (
         kept
         == [
@@ -91,10 +91,10 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
         and len(kept) == 8
     )
     assert validation.agreement.answers[0].question == TURNS[0]["user"] and all(
-        len(a.said) == 1 + heads for a in validation.agreement.answers
+        len(a.predicted) == 1 + heads for a in validation.agreement.answers
     )
     assert all(
-        a.said[k][:k] == [None] * min(k, len(a.truth))
+        a.predicted[k][:k] == [None] * min(k, len(a.truth))
         for a in validation.agreement.answers
         for k in range(1 + heads)
     )

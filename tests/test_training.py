@@ -468,7 +468,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (
             ["--resume", "run", "--max_steps", "16", "--eval.best", "nonsense"],
             None,
-            "this run tells no metric 'nonsense'",
+            "this run logs no metric 'nonsense'",
         ),
         (
             ["--resume", "run/checkpoints/step_000012", "--max_steps", "16"],

@@ -1,4 +1,7 @@
-"""lmms-eval tasks on this project's own sources: what training reads can be evaluated. The YAML files beside this one name the class."""
+"""lmms-eval tasks on this project's data sources: any source that training reads can be evaluated.
+
+The YAML files in this folder name the class.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,26 @@ from utils.errors import UserError
 TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
 SHAPES = ("circle", "rectangle", "triangle")
 
-
-normalise = (
-    EvalAIAnswerProcessor()
-)  # lower case, digits for numbers, no articles, no punctuation: "The two dogs." → "2 dogs"
+# Lower case, digits for numbers, no articles, no punctuation: "The two dogs." → "2 dogs".
+normalise = EvalAIAnswerProcessor()
 
 
 def exact(answer: str, references: list[str]) -> float:
-    """1 where the answer is one of the references, letter for letter."""
+    """Return 1 where the answer equals a reference, letter for letter."""
     return float(answer.strip() in [reference.strip() for reference in references])
 
 
 def normalised(answer: str, references: list[str]) -> float:
-    """1 where the answer has the normal form of a reference: OCR-VQA's accuracy, and that of most short answers."""
+    """Return 1 where the answer has the normal form of a reference, as for OCR-VQA and most short answers."""
     return float(normalise(answer) in [normalise(reference) for reference in references])
 
 
 def vqa(answer: str, references: list[str]) -> float:
-    """VQA's soft accuracy (arXiv 1505.00468): min(1, people who say the same ÷ 3), mean over leaving out each of the people; one reference counts whole."""
+    """Return VQA's soft accuracy (arXiv 1505.00468).
+
+    min(1, equal references ÷ 3), averaged over leaving out each reference. A single reference counts as in
+    `normalised`.
+    """
     if len(references) == 1:
         return normalised(answer, references)
     same = [normalise(answer) == normalise(reference) for reference in references]
@@ -44,12 +49,15 @@ MATCHERS = {"exact": exact, "normalised": normalised, "vqa": vqa}
 
 
 def easy_vqa_kind(answer: str) -> str:
-    """What an easy-VQA question asks for, told by its answer."""
+    """Return what an easy-VQA question asks for, judging by its answer."""
     return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
 
 
 def records_of(source: str) -> list[dict[str, Any]]:
-    """`NAME` or `NAME=PATH` as in `data.sources` → the test records, or validation ones, or all of a set without splits."""
+    """Return the test records of a source, else its validation records, else all of a set without splits.
+
+    `source`: NAME or NAME=PATH, as in `data.sources`.
+    """
     (spec,) = parse_sources(source)
     if spec.name in TEST:
         return TEST[spec.name]()
@@ -60,11 +68,14 @@ def records_of(source: str) -> list[dict[str, Any]]:
 
 
 class SourceTask(ConfigurableTask):
-    """Every turn of every record is a question; `metadata` names the source, and the matcher where it is not about captions."""
+    """A task where every turn of every record is a question.
+
+    `metadata` names the source, and the matcher unless the task is about captions.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.about = config["metadata"]
-        self.records = records_of(self.about["source"])
+        self.task_metadata = config["metadata"]
+        self.records = records_of(self.task_metadata["source"])
         ours = {
             "test_split": "test",
             "doc_to_text": "question",
@@ -75,7 +86,7 @@ class SourceTask(ConfigurableTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"} | ours)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
-        """No download: the rows, in memory; images are read when their turn comes."""
+        """Build the rows in memory; images are read when they are needed. Nothing is downloaded."""
         rows = []
         for number, record in enumerate(self.records):
             for turn in record["texts"] or ():
@@ -83,25 +94,27 @@ class SourceTask(ConfigurableTask):
                     continue  # as in training
                 references = record.get("references") or turn.get("references") or [turn["assistant"]]
                 rows.append({"record": number, "question": turn["user"], "references": list(references)})
-        if "matcher" not in self.about:  # captions: a record's texts are references of one answer
+        if "matcher" not in self.task_metadata:  # captions: a record's texts are references for one answer
             first = {row["record"]: row for row in reversed(rows)}
             for row in rows:
                 references = first[row["record"]]["references"]
                 references += [r for r in row["references"] if r not in references]
             rows = [first[number] for number in sorted(first)]
         if not rows:
-            raise UserError(f"{self.about['source']} holds no question with an answer")
+            raise UserError(f"{self.task_metadata['source']} holds no question with an answer")
         self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 
     def images(self, row: dict[str, Any]) -> list[Any]:
+        """Open the images of a row."""
         return [open_image(image) for image in self.records[row["record"]]["images"] or ()]
 
     def score(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
-        if "matcher" not in self.about:
+        """Score an answer; captions are passed on to be scored together."""
+        if "matcher" not in self.task_metadata:
             return {
                 key: {"answer": answers[0], "references": row["references"]} for key in self._metric_fn_list
             }
-        right = MATCHERS[self.about["matcher"]](answers[0], row["references"])
-        kind = self.about["kinds"](row["references"][0]) if "kinds" in self.about else None
+        right = MATCHERS[self.task_metadata["matcher"]](answers[0], row["references"])
+        kind = self.task_metadata["kinds"](row["references"][0]) if "kinds" in self.task_metadata else None
         return {"accuracy": right} | ({kind: right} if kind is not None else {})
