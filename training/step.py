@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.train import Config
 from models.multi_token import chains
 from training.diagnostics import FlopsMeter, sources_of
-from training.distributed import gradient_sync, full_tensor
+from training.distributed import full_tensor, gradient_sync
 from training.ema import update_ema
 from training.optim import head_weights, set_learning_rates
 from training.precision import autocast, grad_scaler
