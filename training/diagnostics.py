@@ -91,10 +91,8 @@ def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -
 
     `samples`: source and record number of each group of the batch, row by row.
     """
-    groups, supervised = (
-        batch["right_groups"],
-        batch["labels"] != -100,
-    )  # (B, R); groups of a row count from 0
+    groups = batch["right_groups"]  # (B, R); numbered from 0 in each row
+    supervised = batch["labels"] != -100  # (B, R)
     counts = groups.amax(1) + 1  # (B,)
     index = {name: i for i, name in enumerate(names)}
     numbers = torch.tensor([index[sample.rpartition(" ")[0]] for sample in samples], dtype=torch.int64)

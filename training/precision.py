@@ -39,5 +39,5 @@ def scale_state(scaler: torch.amp.GradScaler, ranks: int) -> dict[str, Any]:
 
 
 def load_scale(scaler: torch.amp.GradScaler, state: dict[str, Any], ranks: int) -> None:
-    """Restore what `scale_state` returned, perhaps for another number of ranks."""
+    """Restore what `scale_state` returned; the number of ranks may differ."""
     scaler.load_state_dict(state | {"scale": state["scale"] / ranks} if state else state)

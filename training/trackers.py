@@ -166,7 +166,7 @@ class Wandb:
         import wandb
 
         self.wandb = wandb
-        # These, the environment and W&B's settings files.
+        # Merged with the environment and W&B's settings files.
         settings = wandb.setup(wandb.Settings(show_info=False)).settings
         key = settings.api_key or netrc_key(settings.base_url)
         path = self.folder / "wandb_id"
