@@ -12,20 +12,15 @@ DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DI
 import argparse
 from pathlib import Path
 
-from configs.cli import FlagParser
+from configs.cli import FlagParser, add_checkpoint
 from utils.errors import UsageError, UserError, run_script
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH_OR_HUB_ID",
-        help="model folder, as training exports it (runs/NAME/model), or a Hub id",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument(
@@ -74,7 +69,11 @@ def main(argv: list[str]) -> None:
         "--output", metavar="DIR", help="folder for results.json, the samples and their images"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse(argv)
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     if not args.tasks:
         raise UsageError("--tasks needs a name")

@@ -11,24 +11,20 @@ ends it.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from configs.cli import FlagParser, add_flags, override
+from configs.cli import FlagParser, add_checkpoint, add_flags, override
 from configs.model import GenerationConfig
 from configs.serialization import load_json
 from utils.errors import UsageError, run_script
 from utils.imports import exit_at_once, faster_imports
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="model folder, as training exports it (runs/NAME/model)",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--image",
         action="append",
@@ -63,13 +59,15 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
     parser.add_argument(
-        "--config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
+        "--generation_config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, GenerationConfig, GenerationConfig(), group="generation")
-    flags = vars(parser.parse(argv))
-    settings = load_json(GenerationConfig, Path(flags["config"])) if flags["config"] else GenerationConfig()
-    settings = override(settings, flags)
+    return parser
+
+
+def check(flags: dict[str, Any], settings: GenerationConfig) -> None:
+    """Raise `UsageError` for flags that contradict one another."""
     if flags["chat"] == bool(flags["prompt"]) or (flags["chat"] and flags["json"]):
         raise UsageError("give --prompt, or --chat without --json")
     for prompt in flags["prompt"] or ():
@@ -87,13 +85,20 @@ def main(argv: list[str]) -> None:
     if drawn and not settings.sampling:
         raise UsageError(f"--{drawn[0]} is for --sampling alone: add it, or leave --{drawn[0]} out")
 
+
+def main(argv: list[str]) -> None:
+    flags = vars(make_parser().parse(argv))
+    defaults = flags["generation_config"]
+    settings = load_json(GenerationConfig, Path(defaults)) if defaults else GenerationConfig()
+    settings = override(settings, flags)
+    check(flags, settings)
+
     with faster_imports():
         from eval.chat import Chat, answer_all, talk
         from eval.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(
-        flags["checkpoint"], flags["dtype"], flags["device"], Path(flags["store"]) if flags["store"] else None
-    )
+    store, config = (Path(flags[name]) if flags[name] else None for name in ("store", "config"))
+    predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], store, config)
     images = [predictor.tiles(image) for image in flags["image"] or ()]
     if flags["chat"]:
         if (

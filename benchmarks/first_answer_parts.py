@@ -6,7 +6,6 @@ Arguments: model folder, image, question, maximum tokens. Prints one JSON object
 import json
 import sys
 import time
-from pathlib import Path
 
 from utils.imports import faster_imports
 
@@ -28,12 +27,13 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     from models.dual_tower.dual_tower import DualTowerVLM
     from models.kernels.packed_linear import Packed, pack_for_decoding
     from models.vision_language_model import VisionLanguageModel
+    from models.weights.folder import find_files
     from models.weights.model_folder import load_model
 
     mark("imports")
     model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
     mark("building the model and loading its weights")
-    tokenizer = _tokenizer(Path(folder))
+    tokenizer = _tokenizer(find_files(folder))
     mark("tokenizer")
     if Packed.available(model.right.unembedding):
         pack_for_decoding(model)

@@ -90,6 +90,20 @@ def add_flags(
         section.add_argument(f"--{prefix}{f.name}", **options)
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model a program takes: `--checkpoint`, or `--model`, and `--config`."""
+    parser.add_argument(
+        "--checkpoint",
+        "--model",
+        required=True,
+        metavar="PATH_OR_HUB_ID",
+        help="model folder (runs/NAME/model), Hub id, or weights file (model.safetensors)",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="config.json of a weights file [the one in its folder]"
+    )
+
+
 def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
     """Replace fields of `config` by dotted flags such as `{"train.lr_left": 1e-3}`."""
     changes: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from models.kernels.packed_linear import Packed, pack_for_decoding
 from models.kv_cache import ImageKV
 from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
-from models.weights.folder import find_model
+from models.weights.folder import ModelFiles, find_files
 from models.weights.language_models import find_language_model
 from models.weights.model_folder import load_model, nanovlm_tokenizer
 from utils.errors import UsageError, UserError
@@ -65,18 +65,24 @@ class Predictor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: str = "fp32", device: str = "cpu", store: Path | None = None
+        cls,
+        checkpoint: str | Path,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        store: Path | None = None,
+        config: Path | None = None,
     ) -> "Predictor":
-        """Load model and tokenizer from a model folder or Hub id; raises the errors of both.
+        """Load model and tokenizer; raises the errors of both.
 
-        `dtype`: "fp32", "bf16", or "auto", bf16 where the machine computes in it. `store`: folder of image
-        KVs.
+        `checkpoint`: a model folder, a Hub id, or a weights file with its `config` (by default the
+        `config.json` in its folder). `dtype`: "fp32", "bf16", or "auto", bf16 where the machine computes in
+        it. `store`: folder of image KVs.
         """
         torch_device = pick_device(device, "--device")
-        folder = find_model(folder)
-        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, folder)
+        files = find_files(checkpoint, config)
+        model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, files)
         model.to(torch_device)
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(files)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
         if Packed.available(model.right.unembedding):
@@ -290,9 +296,10 @@ def _overlap(stop: str, text: str) -> int:
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
-    """Load a model folder's tokenizer; a nanoVLM checkpoint only names that of a language model."""
-    reference = None if (folder / "tokenizer.json").is_file() else nanovlm_tokenizer(folder)
+def _tokenizer(files: ModelFiles) -> Tokenizer:
+    """Load a model's tokenizer; a nanoVLM checkpoint only names that of a language model."""
+    folder = files.folder
+    reference = None if (folder / "tokenizer.json").is_file() else nanovlm_tokenizer(files.config)
     if reference is None:
         return Tokenizer.load(folder)
     source, rows = reference

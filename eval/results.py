@@ -70,7 +70,8 @@ def evaluate(args: Namespace, output: Path | None) -> None:
     tasks = Tasks(Path(args.data_root) if args.data_root else None, metrics, args.tokenizer, args.matcher)
     for name in args.tasks:  # errors before anything is computed, the quick ones first
         tasks.add(name)
-    predictor = Predictor.from_pretrained(args.model, args.dtype, args.device)
+    config = Path(args.config) if args.config else None
+    predictor = Predictor.from_pretrained(args.checkpoint, args.dtype, args.device, config=config)
     for name in args.tasks:
         tasks.load(name)
     thumbnails = output / "images" if output is not None else None
@@ -81,7 +82,7 @@ def evaluate(args: Namespace, output: Path | None) -> None:
         )
     results: dict[str, Any] = {
         "format": FORMAT,
-        "model": str(args.model),
+        "model": str(args.checkpoint),
         "settings": _settings(args) | {"device": predictor.model.device.type},
         "versions": versions(),
         "tasks": {},
@@ -94,7 +95,7 @@ def evaluate(args: Namespace, output: Path | None) -> None:
         if not first:
             continue
         results["tasks"][name] = entry | {"random_baseline": baseline.get("scores")}
-        show(console, name, str(args.model), results["tasks"][name])
+        show(console, name, str(args.checkpoint), results["tasks"][name])
         if output is not None:
             _write(output, name, samples, results)
     if first and output is not None:

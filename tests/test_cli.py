@@ -276,13 +276,32 @@ def test_generate_settings_from_a_file(trained, tmp_path):
         str(trained / "model"),
         "--prompt",
         "hello",
-        "--config",
+        "--generation_config",
         str(tmp_path / "g.json"),
     ]
     done = run("generate.py", *flags)
     assert done.returncode == 2 and "unknown key 'top_kk' (did you mean 'top_k'?)" in done.stderr
     (tmp_path / "g.json").write_text('{"max_new_tokens": 1}')
     assert run("generate.py", *flags).returncode == 0
+
+
+def test_a_weights_file_with_its_config(trained, tmp_path):
+    """The weights in one folder, config.json and tokenizer in another: the answer of the model folder."""
+    model, weights, elsewhere = trained / "model", tmp_path / "w.safetensors", tmp_path / "elsewhere"
+    weights.write_bytes((model / "model.safetensors").read_bytes())
+    elsewhere.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (elsewhere / name).write_bytes((model / name).read_bytes())
+    asked = ["--prompt", "what shape is present?"]
+    expected = run("generate.py", "--checkpoint", str(model), *asked)
+    config = str(elsewhere / "config.json")
+    answer = run("generate.py", "--checkpoint", str(weights), "--config", config, *asked)
+    assert answer.returncode == 0 and answer.stdout == expected.stdout, answer.stderr
+    assert run("generate.py", "--model", str(model), *asked).stdout == expected.stdout
+    alone = run("generate.py", "--checkpoint", str(weights), *asked)
+    assert alone.returncode == 2 and "needs its config.json" in alone.stderr and "--config" in alone.stderr
+    both = run("generate.py", "--checkpoint", str(model), "--config", config, *asked)
+    assert both.returncode == 2 and "--config is for a weights file" in both.stderr
 
 
 def test_evaluation_writes_results(trained, tmp_path):
@@ -456,7 +475,12 @@ ERRORS = [
     ),
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--temperature", "1e-45"], 2, "at least 1e-6"),
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--seed", str(2**64)], 2, "below 2^63"),
-    ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--config", "/"], 2, "/ cannot be read"),
+    (
+        "generate.py",
+        ["--checkpoint", "x", "--prompt", "y", "--generation_config", "/"],
+        2,
+        "/ cannot be read",
+    ),
     ("evaluation.py", ["--model", "x", "--output", "/dev/null"], 2, "--output: /dev/null cannot be a folder"),
     ("generate.py", ["--checkpoint", "x", "--prompt", "  "], 2, "--prompt is empty"),
     (

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from configs.cli import FlagParser, add_flags, override
+from configs.cli import FlagParser, add_checkpoint, add_flags, override
 from configs.model import GenerationConfig, MultiTokenConfig, opt
 from configs.train import DataConfig
 from data.collators import collate_prompts
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder")
+    add_checkpoint(parser)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="model folder to write: the same model, with heads"
     )
@@ -323,10 +323,13 @@ def main(argv: list[str]) -> None:
     console = Console()
     torch.manual_seed(config.seed)
     started = time.perf_counter()
-    samples = collect(Predictor.from_pretrained(flags["checkpoint"], config.dtype), config, console)
+    config_file = Path(flags["config"]) if flags["config"] else None
+    samples = collect(
+        Predictor.from_pretrained(flags["checkpoint"], config.dtype, config=config_file), config, console
+    )
     tokens = sum(len(t.tokens) for t in samples)
     console.print(f"{len(samples):,} answers of {tokens:,} tokens in {time.perf_counter() - started:.0f} s")
-    predictor = Predictor.from_pretrained(flags["checkpoint"])
+    predictor = Predictor.from_pretrained(flags["checkpoint"], config=config_file)
     model = predictor.model
     V = len(model.right.unembedding)
     settings = MultiTokenConfig(

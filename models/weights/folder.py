@@ -1,9 +1,9 @@
 """A model folder or Hub repository, checked without reading its weights; imports no PyTorch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.files import in_cache, read_json
 from utils.hub import AUXILIARY_FILES, NANOVLM, WEIGHTS, fetch, is_hub_id, kind_of
 
@@ -15,6 +15,14 @@ MODEL_TYPES = ("dual_tower", "vanilla")
 def is_nanovlm(config: Any) -> bool:
     """Whether this is the content of a nanoVLM checkpoint's `config.json`."""
     return kind_of(config) == NANOVLM
+
+
+class ModelFiles(NamedTuple):
+    """Where the files of a model are."""
+
+    config: Path  # config.json
+    weights: list[Path]
+    folder: Path  # of the tokenizer and settings
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -43,14 +51,19 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """Read the `config.json` of a complete model folder, of this project or of nanoVLM."""
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}")
-    config = _checked_config(folder, str(folder))
+    _check_file(folder, "config.json")
+    config = checked_config(folder / "config.json", str(folder))
     weight_files(folder)
     return config
 
 
-def _checked_config(folder: Path, context: str) -> dict[str, Any]:
-    _check_file(folder, "config.json", context)
-    config = read_json(folder / "config.json")
+def checked_config(path: Path, source: str = "") -> dict[str, Any]:
+    """Read a `config.json`. An unknown model type or format raises `UserError`.
+
+    `source`: the model folder or Hub id, for the error.
+    """
+    context = source or str(path)
+    config = read_json(path)
     version = config.get("format") if isinstance(config, dict) else None
     if type(version) is int and version > FORMAT:
         raise UserError(
@@ -61,9 +74,9 @@ def _checked_config(folder: Path, context: str) -> dict[str, Any]:
         return dict(config)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in MODEL_TYPES:
-        raise UserError(
-            f"{context}/config.json describes a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}"
-        )
+        name = f"{source}/config.json" if source else path
+        types = ", ".join(MODEL_TYPES)
+        raise UserError(f"{name} describes a model of type {kind!r}, not one of {types}")
     if type(version) is not int or not OLDEST <= version <= FORMAT:
         raise UserError(f"{context} has model format {version!r}; this version reads {OLDEST} to {FORMAT}")
     return dict(config)
@@ -76,8 +89,33 @@ def find_model(source: str | Path, token: str | None = None) -> Path:
     """
     if not is_hub_id(str(source)):
         return Path(source)
-    _checked_config(fetch(str(source), ["config.json"], "config.json", token=token), str(source))
+    folder = fetch(str(source), ["config.json"], "config.json", token=token)
+    _check_file(folder, "config.json", str(source))
+    checked_config(folder / "config.json", str(source))
     return fetch(str(source), ["config.json", *WEIGHTS, *AUXILIARY_FILES], "the model", token=token)
+
+
+def find_files(source: str | Path, config: Path | None = None, token: str | None = None) -> ModelFiles:
+    """Find the files of a model folder, a Hub id, or a weights file (`model.safetensors`) and its `config`.
+
+    `config` defaults to the `config.json` in the weights file's folder; folders and Hub ids take none.
+    """
+    if Path(source).is_file():
+        weights = Path(source)
+        config = config if config is not None else weights.parent / "config.json"
+        if not config.is_file():
+            raise UsageError(
+                f"{weights} needs its config.json: {config} does not exist; name it with --config"
+            )
+        has_tokenizer = (config.parent / "tokenizer.json").is_file()
+        return ModelFiles(config, [weights], config.parent if has_tokenizer else weights.parent)
+    if config is not None:
+        raise UsageError(
+            f"--config is for a weights file: {source} is none, and has a config.json of its own"
+        )
+    folder = find_model(source, token)
+    read_model_config(folder)
+    return ModelFiles(folder / "config.json", weight_files(folder), folder)
 
 
 def damaged(path: Path, error: Exception) -> UserError:

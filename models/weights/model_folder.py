@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
-from models.weights.folder import FORMAT, INDEX, find_model, is_nanovlm, read_model_config, weight_files
+from models.weights.folder import FORMAT, INDEX, ModelFiles, checked_config, find_files, is_nanovlm
 from models.weights.nanovlm import read_nanovlm
 from models.weights.tensors import load_tensors, read_safetensors, without_values
 from utils.errors import UsageError, UserError
@@ -59,27 +59,27 @@ def save_model(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_model(classes: dict[str, Any], source: str | Path, token: str | None = None) -> Any:
-    """Load a folder or Hub id, of this project or of nanoVLM, as one of `classes` (model type → class).
+def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: str | None = None) -> Any:
+    """Load a model of this project or of nanoVLM as one of `classes` (model type → class).
+
+    `source`: a model folder, a Hub id, or what `find_files` found.
 
     `extra_files` of the model holds the small files next to the weights, tokenizer and settings: saving
     writes them again. `dropped_tensors` lists the tensors of a nanoVLM left tower that no output depends on.
     """
-    folder = find_model(source, token)
-    raw_config, kind, config, vocabulary, tensors = _read_model(folder)
+    files = source if isinstance(source, ModelFiles) else find_files(source, token=token)
+    raw_config, kind, config, vocabulary, tensors = _read_model(files)
     if kind not in classes:
-        raise UserError(
-            f"{folder / 'config.json'} describes a model of type {kind!r}, not '{next(iter(classes))}'"
-        )
+        raise UserError(f"{files.config} describes a model of type {kind!r}, not '{next(iter(classes))}'")
     try:
         with without_values():
             model = classes[kind](config, vocabulary)
     except UsageError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{files.config}: {error}") from None
     model.extra_files = {
         path.name: path.read_bytes()
         for pattern in AUXILIARY_FILES
-        for path in folder.glob(pattern)
+        for path in files.folder.glob(pattern)
         if path.name not in ("config.json", INDEX)
     }
     model.dropped_tensors = []
@@ -91,25 +91,30 @@ def load_model(classes: dict[str, Any], source: str | Path, token: str | None = 
     else:
         model.code = {key: raw_config[key] for key in ("architectures", "auto_map") if key in raw_config}
     used = {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}
-    load_tensors(model, used, str(folder), assign=True)
+    load_tensors(model, used, _name(files), assign=True)
     return model.eval()
 
 
-def _read_model(folder: Path) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
-    """Read a model folder → `config.json`, model type, configuration, vocabulary, tensors."""
-    raw_config = read_model_config(folder)
+def _name(files: ModelFiles) -> str:
+    """The model's name in errors: its folder, or its weights file."""
+    return str(files.weights[0] if files.config.parent != files.weights[0].parent else files.folder)
+
+
+def _read_model(files: ModelFiles) -> tuple[dict[str, Any], str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """Read a model's files → `config.json`, model type, configuration, vocabulary, tensors."""
+    raw_config = checked_config(files.config)
     tensors = {
         _current_name(name): tensor
-        for file in weight_files(folder)
+        for file in files.weights
         for name, tensor in read_safetensors(file).items()
     }
     if is_nanovlm(raw_config):
-        return raw_config, *read_nanovlm(raw_config, tensors, str(folder))
+        return raw_config, *read_nanovlm(raw_config, tensors, _name(files))
     try:
         config = from_dict(ModelConfig, raw_config.get("model"), "model")
         vocabulary = from_dict(Vocabulary, raw_config.get("vocabulary"), "vocabulary")
     except UsageError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{files.config}: {error}") from None
     return raw_config, raw_config["model_type"], config, vocabulary, tensors
 
 
@@ -119,9 +124,12 @@ def _current_name(name: str) -> str:
     return name
 
 
-def nanovlm_tokenizer(folder: Path) -> tuple[str, int] | None:
-    """Return the language model whose tokenizer a nanoVLM folder uses, and its vocabulary size; else None."""
-    raw_config = read_model_config(folder)
+def nanovlm_tokenizer(config: Path) -> tuple[str, int] | None:
+    """Return the language model whose tokenizer a nanoVLM checkpoint uses, and its vocabulary size.
+
+    None for a model of this project.
+    """
+    raw_config = checked_config(config)
     if not is_nanovlm(raw_config):
         return None
     return str(raw_config.get("lm_tokenizer")), int(raw_config["lm_base_vocab_size"])
@@ -132,8 +140,7 @@ def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tenso
 
     → the configuration, whose `left` is that decoder's; the vocabulary; tensors under the left tower's names.
     """
-    folder = find_model(source)
-    _, kind, config, vocabulary, tensors = _read_model(folder)
+    _, kind, config, vocabulary, tensors = _read_model(find_files(source))
     if kind == "dual_tower":
         left = {name.removeprefix("left."): t for name, t in tensors.items() if name.startswith("left.")}
         return config, vocabulary, left
