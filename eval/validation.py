@@ -92,8 +92,10 @@ class Validation:
         total = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         right, documents = torch.zeros(2, len(self.sources), dtype=torch.float64)
         for chunk in self.chunks[world.rank :: world.size]:
-            rows = [[self.dataset.decoded(sample) for sample in row] for row in chunk]
-            batch = {k: v.to(model.device) for k, v in collate(rows, self.padding_id).items()}
+            batch = collate(
+                [[self.dataset.decoded(sample) for sample in row] for row in chunk], self.padding_id
+            )
+            batch = {k: v.to(model.device) for k, v in batch.items()}
             source_of = torch.tensor(
                 [
                     self.sources.index(sample.source)
@@ -146,8 +148,9 @@ class Validation:
         captions: list[tuple[int, str]] = []
         for start in range(0, len(asked), rows):
             part = list(enumerate(asked[start : start + rows], start))[world.rank :: world.size]
-            questions = [([predictor.tiles(i) for i in images], prompt) for _, (images, prompt, _) in part]
-            answers = predictor.answer(questions, settings) if questions else []
+            answers = predictor.answer(
+                [([predictor.tiles(i) for i in images], prompt) for _, (images, prompt, _) in part], settings
+            )
             captions += [(number, answer.text) for (number, _), answer in zip(part, answers, strict=True)]
         texts = [text for _, text in sorted(pair for rank in world.gather(captions) for pair in rank)]
         return cider(texts, [references for _, _, references in asked])
