@@ -1,6 +1,8 @@
-"""A server on loopback that speaks as much of the Hub's HTTP as downloads need, and with `hub_uploads.py` uploads: `HF_ENDPOINT` points at it.
+"""A server on loopback that speaks the part of the Hub's HTTP API that downloads need.
 
-python -m tests.hub_server      serve an empty Hub until Ctrl-C; prints what to set in another terminal
+`hub_uploads.py` adds uploads. Clients find it by `HF_ENDPOINT`.
+
+python -m tests.hub_server      serve an empty Hub until Ctrl-C; prints the settings for another terminal
 """
 
 import hashlib
@@ -23,9 +25,11 @@ FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)")
 
 
 class Hub(str):
-    """The address. Requests whose path holds a key of `failures` take their answer from there while it has one:
-    "drop" (the connection is closed; of an upload in the middle of it), a status, "silence" (no answer until the server ends), "cut" (half of a file).
-    `served` counts bytes by path.
+    """The server's address, its failures and its traffic.
+
+    A request whose path contains a key of `failures` gets the next failure of that key, if any is left:
+    "drop" (the connection is closed, for an upload in the middle of it), a status code, "silence"
+    (no answer until the server ends), or "cut" (half of a file). `served` counts bytes by path.
     """
 
     def __init__(self, address: str) -> None:
@@ -46,7 +50,10 @@ def hub_constants(address: str, cache: str) -> dict[str, object]:
 
 @contextmanager
 def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | None = None) -> Iterator[Hub]:
-    """Serve `repos` (id, or datasets/id → folder) until the block ends; → the address. `gated` ids answer as the Hub does without a token; `uploads` takes others."""
+    """Serve `repos` (id, or datasets/id → folder) until the block ends; yields the address.
+
+    Repositories in `gated` answer as the Hub does without a token. `uploads` accepts new ones.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -62,7 +69,7 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
             self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
         def fails(self) -> bool:
-            """Whether this request goes wrong, as `failures` wants it; what is to be answered then has been."""
+            """Whether this request fails by `failures`; if so, the failure has been sent."""
             path = urlsplit(self.path).path
             self.failure = next(
                 (

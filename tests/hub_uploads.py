@@ -1,4 +1,4 @@
-"""The upload half of the server in `hub_server.py`: repositories that are made and committed to, as the Hub's HTTP has it."""
+"""The upload half of `hub_server.py`: creating repositories and committing over the Hub's HTTP API."""
 
 import base64
 import hashlib
@@ -40,7 +40,10 @@ class Repo:
 
 
 class Uploads:
-    """`users`: token → name. A file of more than `largest` bytes is refused, whatever is not text or has more than 10 kB goes by LFS."""
+    """The state of uploads; `users` maps a token to a name.
+
+    Files larger than `largest` bytes are refused. Binary files and files over 10 kB are uploaded by LFS.
+    """
 
     def __init__(self, store: Path, users: dict[str, str], largest: int = 1 << 40) -> None:
         self.store, self.users, self.largest = store, users, largest

@@ -1,8 +1,8 @@
-"""The oracle: a dual tower written the slow and obvious way, one document at a time, from DESIGN's definition.
+"""The oracle: a dual tower written in the slow, obvious way from the definition in DESIGN.md.
 
-Both towers run over the document's *full* sequence of image and text tokens; in every layer of the right tower the
-keys and values at image positions are replaced by the left tower's. Plain loops and einsum; it shares with the real
-model nothing but weights.
+It runs one document at a time. Both towers run over the document's *full* sequence of image and text tokens;
+in every layer of the right tower, the keys and values at image positions are replaced by the left tower's.
+Plain loops and einsum; it shares only the weights with the real model.
 """
 
 import math
@@ -16,7 +16,10 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:
-    """x (T, heads, E) at positions 0…T−1: components i and i + E/2 as one complex number, turned by t · theta^(−2i/E)."""
+    """Rotary embedding of x (T, heads, E) at positions 0…T−1.
+
+    Components i and i + E/2 form one complex number, rotated by t · theta^(−2i/E).
+    """
     T, _, E = x.shape
     angles = torch.tensor([[t * theta ** (-2 * i / E) for i in range(E // 2)] for t in range(T)])
     turned = (
@@ -36,7 +39,10 @@ class Naive:
             self.image_tokens = lambda tiles: parts["projector"](parts["vision"](tiles))
 
     def tower(self, prefix: str, c, x: Tensor, mask: Tensor, replaced=None):
-        """x (T, D), mask (T, T); → final hidden (T, D) and each layer's unrotated keys and values (T, G, E)."""
+        """Run one tower over x (T, D) with mask (T, T).
+
+        Returns the final hidden states (T, D) and each layer's unrotated keys and values (T, G, E).
+        """
         w, kvs = self.w, []
         for layer in range(c.layers):
             p, q = f"{prefix}layers.{layer}.", f"{prefix}layers.{layer}.self_attn."
@@ -67,7 +73,10 @@ class Naive:
         return x, kvs
 
     def logits(self, ids: list[int], tiles: Tensor) -> Tensor:
-        """A document's full sequence of ids, image tokens in their places → logits at the positions of its right stream (R, V)."""
+        """Logits at the positions of a document's right stream (R, V).
+
+        The ids are the document's full sequence, with image tokens at their positions.
+        """
         v, T, context = self.vocabulary, len(ids), self.config.left_context
         image_of = torch.full((T,), -1)
         image = -1

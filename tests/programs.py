@@ -1,6 +1,7 @@
-"""The project's programs as processes of their own, forked from a server that has imported what they need: seconds less for each.
+"""Run the project's programs in processes of their own, forked from a server.
 
-What is imported when, and what is read from the environment at import, must be tested with `subprocess`.
+The server has already imported the heavy packages, which saves seconds per process. Use `subprocess` to test
+import order and environment variables that are read at import.
 """
 
 import multiprocessing
@@ -61,7 +62,10 @@ class Program:
 
 
 def at_hub(address: str, cache: str, token: str = "") -> None:
-    """For `before`: makes an address the program's Hub, as HF_ENDPOINT would have when huggingface_hub was imported."""
+    """Make `address` the program's Hub; pass it as `before`.
+
+    It has the effect of HF_ENDPOINT being set when huggingface_hub was imported.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
@@ -82,7 +86,11 @@ def run_program(
 
 
 def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    """`command` as the ranks of one run, with what torchrun tells its workers, which would each import everything anew. → the outputs of all, one after the other; the first status that is not 0."""
+    """Run `command` as the ranks of one run.
+
+    Sets the variables that torchrun gives its workers, without importing everything again in each. Returns
+    the outputs of all ranks, concatenated, and the first non-zero exit status.
+    """
     ranks = start_ranks(number, command, cwd)
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):  # the others would wait for it

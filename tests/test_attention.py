@@ -1,4 +1,4 @@
-"""Attention by spans, and the loss without its logits, against torch's plain operations in double precision."""
+"""Attention by spans and the chunked loss, against PyTorch's plain operations in double precision."""
 
 import random
 from unittest.mock import Mock
@@ -21,7 +21,10 @@ from models.masks import left_mask, right_mask
 
 
 def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
-    """(B, 1, T, left + T): causal documents of these lengths, rows padded; each also sees its share of `left` keys before."""
+    """The mask (B, 1, T, left + T) of causal documents of these lengths, in padded rows.
+
+    Each document also attends to its share of `left` keys in front.
+    """
     T = max(map(sum, lengths))
     mask = torch.zeros(len(lengths), 1, T, left + T, dtype=torch.bool)
     for row, documents in enumerate(lengths):
@@ -87,7 +90,11 @@ def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
 
 
 def test_a_key_is_added_up_as_often_as_it_is_seen(monkeypatch):
-    """A document of 20 in parts of 4: keys of the first part are seen by all five, those of the last by one; of the other row, each once."""
+    """A key's gradient is summed over all segments of queries that attend to it.
+
+    A document of 20 in parts of 4: five parts attend to the first part's keys, one to the last part's. In the
+    other row one part attends to each key.
+    """
     monkeypatch.setattr(attention, "MAX_QUERIES", 4)
     layout = attention_layout(packed_mask([[20], [4] * 5]), 3)
     assert isinstance(layout, BlockSparseLayout)
@@ -150,7 +157,10 @@ def plain_flex(monkeypatch):
 
 
 def random_batch(seed: int, left_length: int, right_length: int, rows: int = 3) -> dict[str, torch.Tensor]:
-    """The fields of a packed batch that masks are made of: groups of images, each with documents that may share it, and padding."""
+    """The fields of a packed batch from which masks are made.
+
+    Groups of images, each with documents that may share it, and padding.
+    """
     draw = random.Random(seed)
     batch: dict[str, list[list[int]]] = {name: [] for name in FIELDS}
     for _ in range(rows):
@@ -183,7 +193,11 @@ FIELDS = (
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("left", "right"), [(40, 60), (300, 200), (128, 256)])
 def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
-    """Forward, for FlexAttention has no backward on a CPU; both towers, rows of other lengths than its blocks', heads that share keys. Its mask is that of models/masks.py, pair by pair."""
+    """FlexAttention's forward equals attention with the whole mask.
+
+    Forward only, for FlexAttention has no backward on a CPU. Both towers, rows whose lengths are not
+    multiples of its blocks, and grouped keys. Its mask equals that of models/masks.py, pair by pair.
+    """
     torch.manual_seed(0)
     b = random_batch(left, left, right)
     masks_of = {
@@ -216,7 +230,11 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
 
 
 def test_one_function_chooses(plain_flex, monkeypatch):
-    """Spans on a CPU, blocks on CUDA where its compiler is, the mask itself elsewhere and where nothing is learnt."""
+    """One function selects the form of attention.
+
+    Spans on a CPU, blocks on CUDA if its compiler is installed, the mask itself elsewhere and without
+    gradients.
+    """
     mask = packed_mask([[3]])
     asked = Mock(spec=torch.Tensor, device=torch.device("cuda"))
     monkeypatch.setattr(attention, "flex_block_mask", lambda mask: "blocks")

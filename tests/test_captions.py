@@ -1,4 +1,7 @@
-"""Captions are split into tokens and scored as pycocoevalcap does it: its recorded answers and, where it is installed, itself are the oracle."""
+"""Captions are tokenized and scored as by pycocoevalcap.
+
+The oracle is its recorded answers and, if it is installed, the package itself.
+"""
 
 import json
 import random
@@ -135,28 +138,47 @@ PLACES = [
     "in Washington, D.C.",
     "on a double-decker bus",
 ]
-PIECES = r"""
-don't  Don't  DON'T  won't  I'm  it's  they've  he'd  you're  she'll  could've  shouldn't've  ain't  y'all  'tis  'twas  gonna  wanna
-gimme  lemme  gotta  cannot  Cannot  o'clock  O'Brien's  rock 'n' roll  rock'n'roll  the '80s  1980's  the dogs' bowls  James's  ma'am  s'mores
-goin'  'em  'til  more'n  d'oeuvres  don’t  it’s  dogs’  O’Neill  cafe's  each other's  nothin'  c'mon  jack-o'-lantern  do's and don'ts
-"STOP"  'stop'  “stop”  ‘stop’  "one way".  'go,'  “Don’t walk.”  «pain»  ``quoted''  "  '  ”  5'10"  6'  12"  8"x10"  5′2″
+PIECES = (
+    r"""
+don't  Don't  DON'T  won't  I'm  it's  they've  he'd  you're  she'll  could've  shouldn't've  ain't  """
+    r"""y'all  'tis  'twas  gonna  wanna
+gimme  lemme  gotta  cannot  Cannot  o'clock  O'Brien's  rock 'n' roll  rock'n'roll  the '80s  1980's  """
+    r"""the dogs' bowls  James's  ma'am  s'mores
+goin'  'em  'til  more'n  d'oeuvres  don’t  it’s  dogs’  O’Neill  cafe's  each other's  nothin'  c'mon  """
+    r"""jack-o'-lantern  do's and don'ts
+"STOP"  'stop'  “stop”  ‘stop’  "one way".  'go,'  “Don’t walk.”  «pain»  ``quoted''  "  '  ”  5'10"  6'  """
+    r"""12"  8"x10"  5′2″
 (left)  [sic]  {a}  (the red one.)  ((deep))  (a  b)  (1)  2)  :)  :-)  ;-)  :(  :D  <3  ^_^  xD  :P  =)
-$5  $1,000.50  $.99  US$20  £5  €10  10€  ¥500  99¢  5 cents  $5-$10  50%  3.5%  100%-pure  #23  # 5  #1's  No. 5  no. 7  No.
-10:30am  10:30 a.m.  4pm  4 p.m.  7:15  12:00:05  5 o'clock  12/25/2014  2014-12-25  Dec. 25, 2014  25.12.2014  Sept. 3rd  9/11  24/7  Mon.  1990s
-3.5  1,000  1,000,000  -5  +7  .5  5,  1/2  2 1/2  ½  1½  ¼ cup  ⅓  3/4-inch  5-year-old  1st  22nd  10k  5kg  6ft  6-ft.  20mph  747-400
-5°C  x2  3x4  3×4  4x4  100m²  H2O  B-52  F250  0.5mm  1,5  10-20  2-3  '99  70's  90°  2.5ft  iPhone4  555-1234  1-800-555-1234
-Mr. Smith  Mrs. Jones  Dr. Who  St. Louis  Inc.  Ltd.  Co.  e.g.  i.e.  etc.  etc.,  vs.  approx.  Jr.  Ph.D.  U.S.  U.K  a.m.  J.R.R. Tolkien  N.Y.C.
-plan B. Then  U.S.A.-made  Ave.  ft.  in.  lbs.  Calif.  L.A.  T.V.  R.V.  A. The end  A.B.C  Capt. Kirk  Fig. 2  pp. 3-4  vol. 2  Oct.  Gov. X
-...  ....  …  . . .  wait...what  wait…what  ..  --  ---  -  —  –  man—dog  man–dog  man--dog  man -dog  man- dog  5–10  one - two  semi-  -pro
-red-and-white  in-n-out  multi- colored  black/white  and/or  he/she/they  w/  w/o  c/o  /  //  A/C  1/2in  either / or  t-shirt's  half‐time  X-ray's
-me@example.com  a.b-c@d.co.uk  @handle  @cat_lover99  #dog  #nofilter!  #cat2  #dog-lover  http://example.com/a?b=c&d=e  https://www.flickr.com/photos/1_2/  www.cat.org
-example.com  http://t.co/x.  (www.cat.com)  cat.jpg  IMG_1234.JPG  snake_case  __init__  flickr.com/photos  C++  C#  AT&T  R&B  B&B's  M&M's  salt & pepper  a&b
-&amp;  R&amp;B  &quot;hi&quot;  &lt;b&gt;  &nbsp;  &#39;  caf&eacute;  <b>  <br />  </a>  a < b  a > b  ->  =>  =  +  1+1=2  a+b  *  **  *bold*  ~  ~5  ^
-\  |  _  %  @  &  $  #  !  !!  ?  ?!  !?!  wow!Look  really?yes  Yahoo!  ¿qué?  ¡hola!  naïve  café  Señor  ÉTÉ  Zürich  crème brûlée
+$5  $1,000.50  $.99  US$20  £5  €10  10€  ¥500  99¢  5 cents  $5-$10  50%  3.5%  100%-pure  #23  # 5  """
+    r"""#1's  No. 5  no. 7  No.
+10:30am  10:30 a.m.  4pm  4 p.m.  7:15  12:00:05  5 o'clock  12/25/2014  2014-12-25  Dec. 25, 2014  """
+    r"""25.12.2014  Sept. 3rd  9/11  24/7  Mon.  1990s
+3.5  1,000  1,000,000  -5  +7  .5  5,  1/2  2 1/2  ½  1½  ¼ cup  ⅓  3/4-inch  5-year-old  1st  22nd  10k  """
+    r"""5kg  6ft  6-ft.  20mph  747-400
+5°C  x2  3x4  3×4  4x4  100m²  H2O  B-52  F250  0.5mm  1,5  10-20  2-3  '99  70's  90°  2.5ft  iPhone4  """
+    r"""555-1234  1-800-555-1234
+Mr. Smith  Mrs. Jones  Dr. Who  St. Louis  Inc.  Ltd.  Co.  e.g.  i.e.  etc.  etc.,  vs.  approx.  Jr.  """
+    r"""Ph.D.  U.S.  U.K  a.m.  J.R.R. Tolkien  N.Y.C.
+plan B. Then  U.S.A.-made  Ave.  ft.  in.  lbs.  Calif.  L.A.  T.V.  R.V.  A. The end  A.B.C  Capt. Kirk  """
+    r"""Fig. 2  pp. 3-4  vol. 2  Oct.  Gov. X
+...  ....  …  . . .  wait...what  wait…what  ..  --  ---  -  —  –  man—dog  man–dog  man--dog  man -dog  """
+    r"""man- dog  5–10  one - two  semi-  -pro
+red-and-white  in-n-out  multi- colored  black/white  and/or  he/she/they  w/  w/o  c/o  /  //  A/C  """
+    r"""1/2in  either / or  t-shirt's  half‐time  X-ray's
+me@example.com  a.b-c@d.co.uk  @handle  @cat_lover99  #dog  #nofilter!  #cat2  #dog-lover  """
+    r"""http://example.com/a?b=c&d=e  https://www.flickr.com/photos/1_2/  www.cat.org
+example.com  http://t.co/x.  (www.cat.com)  cat.jpg  IMG_1234.JPG  snake_case  __init__  """
+    r"""flickr.com/photos  C++  C#  AT&T  R&B  B&B's  M&M's  salt & pepper  a&b
+&amp;  R&amp;B  &quot;hi&quot;  &lt;b&gt;  &nbsp;  &#39;  caf&eacute;  <b>  <br />  </a>  a < b  a > b  """
+    r"""->  =>  =  +  1+1=2  a+b  *  **  *bold*  ~  ~5  ^
+\  |  _  %  @  &  $  #  !  !!  ?  ?!  !?!  wow!Look  really?yes  Yahoo!  ¿qué?  ¡hola!  naïve  café  """
+    r"""Señor  ÉTÉ  Zürich  crème brûlée
 日本  日本語の看板  한국  Привет  Ελλάς  مرحبا  😀  👍🏽  🇺🇸  ☕  ❤️  ♥  ★★★  →  ©  ®  ™  •  ·  §  № 5  °F  µm
 STOP AHEAD  NaN  i  I  A  a  ;  one;two  :  one:two  ,  cats,dogs  cats,2 dogs
-hangar,a plane  street.and  street.A  street .  street ,  street.,  (street).  's  n't  '  ''  `  ’  ‚low’  „low“  0-0  it 's  do n't  x'y  a'b'c  5's
+hangar,a plane  street.and  street.A  street .  street ,  street.,  (street).  's  n't  '  ''  `  ’  """
+    r"""‚low’  „low“  0-0  it 's  do n't  x'y  a'b'c  5's
 """
+)
 # What two spaces do not keep apart, or an eye.
 UNSEEN = [
     "e\u0301te",
@@ -205,7 +227,7 @@ ENDS = [
 
 
 def nasty(count: int, seed: int) -> list[str]:
-    """Sentences as people write them under pictures, with what a tokenizer stumbles over put in and joined in many ways."""
+    """Random captions, with text that is hard to tokenize inserted and joined in many ways."""
     rng = random.Random(seed)
     token_logprobs = [piece for line in PIECES.split("\n") for piece in line.split("  ")] + UNSEEN
     captions = []
@@ -363,7 +385,10 @@ def test_scores_are_those_of_pycocoevalcap():
 
 
 def test_standard_errors_are_the_spread_over_samples_of_images():
-    """Against scores of corpora drawn anew, with replacement; CIDEr's against its definition, for its weights change with the corpus."""
+    """Standard errors equal the spread of scores over corpora resampled with replacement.
+
+    CIDEr's is compared with its definition, for its weights change with the corpus.
+    """
     rng = random.Random(0)
     words = [
         "a",
@@ -404,7 +429,8 @@ def test_standard_errors_are_the_spread_over_samples_of_images():
     )
 
 
-def test_rouge_by_hand():  # two of three words of the caption, all of the reference: 2.44 · ⅔ · 1 / (1 + 1.44 · ⅔)
+def test_rouge_by_hand():
+    # Two of three words of the caption, all of the reference: 2.44 · ⅔ · 1 / (1 + 1.44 · ⅔).
     assert caption_scores(["red cat here"], [["red here"]], ["ROUGE-L"]) == {
         "ROUGE-L": pytest.approx(0.829931972789, abs=1e-9)
     }

@@ -27,7 +27,10 @@ SQUARE = (1, 1)
 @pytest.mark.parametrize("context", ["image", "none"])
 @pytest.mark.parametrize("heads", [0, 3])
 def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(tokenizer, context, heads):
-    """Three turns, an image in the first and another in the third: token for token, and each image encoded once."""
+    """Three turns, with images in the first and the third.
+
+    The tokens equal the naive model's, and each image is encoded once.
+    """
     model = lively_model(
         tokenizer, replace(TINY_MODEL, left_context=context, multi_token=MultiTokenConfig(heads, 32))
     )
@@ -341,7 +344,7 @@ def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):
 
 
 def test_half_a_stop_string_waits_whatever_its_bytes(tokenizer, renderer):
-    """A stop string of characters that take several tokens: half of one must not bring out what waited for it."""
+    """A partial stop string is held back even if its characters take several tokens."""
     predictor, shown = Predictor(lively_model(tokenizer), renderer), []
     on_tokens = predictor.stream(lambda text, _: shown.append(text), ["é💡"], 1)
     tokens = tokenizer.encode("caé💥 aé💡x")

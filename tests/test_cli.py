@@ -1,4 +1,7 @@
-"""The scripts as a user meets them: flags, one-line errors, exit codes. Nothing heavy is imported for a wrong command line."""
+"""The scripts from the command line: flags, one-line errors, exit codes.
+
+A wrong command line imports nothing heavy.
+"""
 
 import json
 import os
@@ -430,7 +433,8 @@ ERRORS = [
         "train_dual_tower.py",
         ["--train.local_batch_size", "7"],
         2,
-        "train.global_batch_size = 20 rows of a step is not a multiple of train.local_batch_size = 7 rows of a forward",
+        "train.global_batch_size = 20 rows of a step "
+        "is not a multiple of train.local_batch_size = 7 rows of a forward",
     ),
     ("train_dual_tower.py", ["--data.vocab_size", "1" + "0" * 20], 2, "must be at most 1,000,000"),
     ("train_dual_tower.py", ["--data.read_gb", "inf"], 2, "data.read_gb = inf must be"),
@@ -559,7 +563,11 @@ HEAVY = {
 )
 def test_help_comes_without_what_is_heavy(script):
     """--help lists the flags; neither torch is loaded for it nor any optional package."""
-    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{ROOT / script}', run_name='__main__')\nexcept SystemExit: pass\n"
+    code = (
+        f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path('{ROOT / script}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+    )
     code += f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "[]" and "--debug" in done.stdout
@@ -568,7 +576,10 @@ def test_help_comes_without_what_is_heavy(script):
 
 
 def test_a_folder_is_looked_at_without_what_is_heavy(trained):
-    code = f"import sys; from tools.hub import main; main(['info', {str(trained / 'model')!r}]); print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    code = (
+        f"import sys; from tools.hub import main; main(['info', {str(trained / 'model')!r}]); "
+        f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (
         done.stderr.strip() == "[]"
@@ -579,7 +590,10 @@ def test_a_folder_is_looked_at_without_what_is_heavy(trained):
 
 def test_a_reader_that_goes_away():
     """`| head -1`: nothing is printed of it; a pipe that is not the output's is an error as any."""
-    code = "import sys; from utils.errors import run_script; run_script(lambda argv: [print(n) for n in range(100_000)])"
+    code = (
+        "import sys; from utils.errors import run_script; "
+        "run_script(lambda argv: [print(n) for n in range(100_000)])"
+    )
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -c '{code}' | head -1; echo ${{PIPESTATUS[0]}}"],
         cwd=ROOT,
@@ -587,7 +601,10 @@ def test_a_reader_that_goes_away():
         text=True,
     )
     assert done.stdout.split() == ["0", "141"] and done.stderr == ""
-    code = "import os, sys; from utils.errors import run_script; r, w = os.pipe(); os.close(r); run_script(lambda argv: os.write(w, b'x'))"
+    code = (
+        "import os, sys; from utils.errors import run_script; r, w = os.pipe(); os.close(r); "
+        "run_script(lambda argv: os.write(w, b'x'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: [Errno 32] Broken pipe\n"
 
@@ -595,7 +612,10 @@ def test_a_reader_that_goes_away():
 def test_answers_come_without_trackers(trained, tmp_path):
     """timm would import W&B, where it is installed; later imports find it as ever."""
     call = ["--checkpoint", str(trained / "model"), "--prompt", "x", "--max_new_tokens", "1"]
-    code = f"import sys, generate; generate.main({call!r}); print('wandb' in sys.modules, 'timm' in sys.modules, file=sys.stderr); import wandb"
+    code = (
+        f"import sys, generate; generate.main({call!r}); "
+        "print('wandb' in sys.modules, 'timm' in sys.modules, file=sys.stderr); import wandb"
+    )
     (tmp_path / "wandb.py").write_text("import sys; print('here', file=sys.stderr)")
     done = subprocess.run(
         [sys.executable, "-c", code],

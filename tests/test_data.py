@@ -1,4 +1,7 @@
-"""Records → samples → rows → batches: nothing lost in silence, every sample once an epoch, state exact, bad records counted."""
+"""Records → samples → rows → batches.
+
+Nothing is dropped silently, every sample comes once an epoch, the state is exact, bad records are counted.
+"""
 
 import json
 import multiprocessing
@@ -141,7 +144,10 @@ class TestEpochs:
 
     @pytest.mark.parametrize("ranks", [1, 3])
     def test_parts_of_a_record_are_carried_over(self, ranks):
-        """Sources that are due less than once an epoch come in time; none of their records comes again before all have come."""
+        """Sources that are due less than once an epoch are used in time.
+
+        None of their records is repeated before all have been used.
+        """
         sources = [
             Source(name, InMemoryRecords([{}] * n), 0, n, weight)
             for name, n, weight in (("big", 30, 1.0), ("tiny", 4, 0.1), ("half", 5, 0.5), ("one", 1, 0.3))
@@ -189,7 +195,10 @@ class TestEpochs:
 
 class TestLoader:
     def test_workers_change_nothing(self, records, renderer):
-        """Batches, losses, counts and the global random state are those of no workers, for 1, 2 and 3 of them; every sample comes once an epoch."""
+        """One, two or three workers give the same results as none.
+
+        Batches, losses, counts and the global random state are equal, and every sample comes once an epoch.
+        """
         (records[5]["images"],) = ([records[4]["images"][0] + ".nowhere"],)
         torch.manual_seed(1)
         plain = loader_of(records, renderer)
@@ -298,7 +307,8 @@ class TestLoader:
         for _ in range(2):
             with pytest.raises(
                 UserError,
-                match=f"^a data worker died .process [0-9]+, {'SIGKILL' if end == 'killed' else 'exit status 0'}.: .*--resume auto",
+                match="^a data worker died .process [0-9]+, "
+                f"{'SIGKILL' if end == 'killed' else 'exit status 0'}.: .*--resume auto",
             ):
                 while True:
                     next(loader)
@@ -565,7 +575,10 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("tiled", [False, True])
 def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
-    """Every bad record is counted by its reason, once however many epochs go by; every good one is trained on once an epoch."""
+    """Every bad record is counted by its reason, once over all epochs.
+
+    Every good record is trained on once an epoch.
+    """
     bad, reasons = hostile_records(tmp_path, records[0]["images"][0])
     everything = bad + records
     vision = replace(TINY_MODEL.vision, max_side=128) if tiled else TINY_MODEL.vision
@@ -747,7 +760,10 @@ class TestFilters:
         assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
 
     def test_duplicates_are_found_again_after_compression_and_scaling(self, renderer, tmp_path):
-        """The first seen stays, in this epoch and the next; pictures that differ are not taken for one another."""
+        """Of duplicates the first is used, in this epoch and the next.
+
+        Different images are not treated as duplicates.
+        """
         rng = np.random.default_rng(5)
         records = []
         for i in range(40):

@@ -1,4 +1,7 @@
-"""Two ranks on one machine: the losses of one process, DDP and FSDP2; another number of ranks goes on where one stopped; lost ranks and contradictions."""
+"""Two ranks on one machine have the losses of one process, under DDP and FSDP2.
+
+Also: resuming with another number of ranks, lost ranks, and contradictory settings.
+"""
 
 import json
 import os
@@ -24,8 +27,9 @@ from training.script import TORCHRUN
 from utils.errors import UsageError
 from utils.ranks import DistributedContext
 
-# One process with two streams has the batches of two ranks. AdamW in fp32: Muon's own steps are in bf16 on some machines, where sums differ by their order.
-# Three layers: with two, what FSDP does to a block's arguments does not show.
+# One process with two streams has the batches of two ranks. The optimizer is AdamW in fp32: on some machines
+# Muon's steps are in bf16, where sums depend on their order.
+# Three layers: two do not show what FSDP does to a block's arguments.
 PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 SHARED = [
     "--data.streams",
@@ -156,7 +160,10 @@ def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
     [("bf16", []), ("fp16", []), ("fp32", ["--lora.right.r", "1", "--train.optimizer", "muon"])],
 )
 def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
-    """An encoder with batch statistics, in two types; matrices of fewer rows than ranks. Within the type's rounding."""
+    """FSDP2 gives the results of DDP, within the type's rounding.
+
+    An encoder with batch statistics, in two types, and matrices with fewer rows than ranks.
+    """
     found = []
     for parallel in ("ddp", "fsdp"):
         more = [
@@ -331,7 +338,11 @@ def test_states_of_all_ranks_are_one_of_each_stream():
 
 
 def test_fp16_holds_the_same_numbers_on_any_number_of_ranks(tmp_path):
-    """Losses count as often as there are ranks, for gradients are averaged: the scale is as many times smaller. It is told, and kept, as one process has it."""
+    """The fp16 loss scale is logged and saved as by one process.
+
+    Gradients are averaged over ranks, so losses are multiplied by their number and the scale is divided by
+    it.
+    """
     config, cpu = TrainConfig(dtype="fp16"), torch.device("cpu")
     alone, four = (grad_scaler(config, cpu, ranks) for ranks in (1, 4))
     assert 4 * four.get_scale() == alone.get_scale() == 65536

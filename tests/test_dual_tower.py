@@ -130,7 +130,10 @@ def test_the_image_changes_the_answer(model, tokenizer, renderer):
 
 
 def test_packing_leaks_nothing(model, tokenizer, samples):
-    """Changing any token of a document changes no logit of another: exactly 0. Changing an image reaches its own group only."""
+    """Packed documents are independent: the difference is exactly 0.
+
+    Changing any token of a document changes no logit of another. An image affects its own group only.
+    """
     batch = collate([[samples[0], samples[1], samples[2]]], tokenizer.global_image)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     documents, groups = batch["right_documents"][0], batch["right_groups"][0]

@@ -1,4 +1,7 @@
-"""--dry_run's figures against what really happens: torch's FLOP counter, saved tensors, a model's own parameters."""
+"""The figures of --dry_run against measurements.
+
+They are compared with PyTorch's FLOP counter, saved tensors, and a model's own parameters.
+"""
 
 from dataclasses import replace
 
@@ -39,9 +42,8 @@ VIT = VisionConfig(
 
 
 def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -> Config:  # noqa: B008
-    tower = replace(
-        TINY, layers=10
-    )  # in a frozen right tower's first layer no gradient goes below attention: not modelled, one layer of many
+    # In a frozen right tower's first layer no gradient goes below attention. This is not modelled.
+    tower = replace(TINY, layers=10)
     model = replace(TINY_MODEL, vision=VIT, left_context=context, left=tower, right=tower)
     data = DataConfig(left_length=30, right_length=96)
     return Config(
@@ -65,7 +67,10 @@ def plain_attention():
 @pytest.mark.parametrize("context", ["image", "none"])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_flops_are_those_of_the_counter(tokenizer, context, frozen, plain_attention):
-    """To 2 %, forward and with backward. In bf16, where attention is plain matrix products that the counter knows."""
+    """FLOPs agree to 2 %, for the forward alone and with the backward.
+
+    In bf16, where attention is plain matrix products that the counter recognizes.
+    """
     config = make_config(context, **FROZEN[frozen])
     model = tiny_model(tokenizer, config.model)
     add_adapters(model, config.lora)

@@ -1,4 +1,8 @@
-"""lmms-eval through the adapter: against direct answers, a plain forward pass, scores worked out by hand, and the stock tasks' own data paths."""
+"""lmms-eval through the adapter.
+
+Its results are compared with direct answers, a plain forward pass, scores computed by hand, and the stock
+tasks' own data paths.
+"""
 
 import contextlib
 import io
@@ -147,7 +151,10 @@ def request(
 
 @pytest.mark.parametrize("context", ["image", "none"])
 def test_ragged_batches_answer_as_single_questions_do(tokenizer, context):
-    """The whole small set, in fp32, dual tower and vanilla; images with another size, none and two, questions of many lengths."""
+    """Batched answers equal single ones on the whole small set, in fp32, dual tower and vanilla.
+
+    Images of different sizes, no image and two images, and questions of many lengths.
+    """
     predictor = Predictor(
         lively_model(tokenizer, replace(TINY_MODEL, left_context=context)),
         Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context),
@@ -432,7 +439,10 @@ configs:
 
 
 def test_a_copy_that_changes_is_read_anew(predictor, tmp_path):
-    """Two copies with the same README.md, and one whose file is written again: `datasets` takes all of these for one set."""
+    """Changed data is read again even if `datasets` takes it for the same data.
+
+    Two copies with the same README.md, and one whose file is rewritten.
+    """
     for name, count in (("a", 12), ("b", 8)):
         write_mmstar(tmp_path / name / "MMStar", mmstar_rows(count))
         (tmp_path / name / "MMStar" / "README.md").write_text(README)
@@ -482,7 +492,7 @@ def test_the_hash_of_the_data_is_of_the_images_too(predictor, tmp_path):
 
 
 def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
-    """Average and categories, against their definition: the mean over l2 categories of the share of right letters."""
+    """Average and categories against their definition: the mean accuracy over the level-2 categories."""
     rows = mmstar_rows(36)
     for i, row in enumerate(rows):  # no two alike
         row["question"] = f"{i}: {row['question']}"
@@ -594,11 +604,16 @@ def test_a_stock_multiple_choice_task_takes_the_likeliest(predictor, tmp_path, m
     [
         ("exact", "Two dogs", ["two dogs"], 0), ("exact", "two dogs ", ["two dogs"], 1),
         ("normalised", "The 2 dogs.", ["two dogs"], 1), ("normalised", "2 cats", ["two dogs"], 0),
-        ("vqa", "yes", ["yes"] * 3 + ["no"] * 7, (3 * 2 / 3 + 7 * 1) / 10), ("vqa", "yes", ["yes"] + ["no"] * 9, (0 + 9 / 3) / 10), ("vqa", "Yes!", ["yes"], 1),
+        ("vqa", "yes", ["yes"] * 3 + ["no"] * 7, (3 * 2 / 3 + 7 * 1) / 10),
+        ("vqa", "yes", ["yes"] + ["no"] * 9, (0 + 9 / 3) / 10), ("vqa", "Yes!", ["yes"], 1),
     ],
 )  # fmt: skip
 def test_matchers(matcher, answer, references, right):
-    """VQA's soft accuracy by hand: with three of ten, leaving out one of the three leaves two (2/3), one of the others three (1)."""
+    """Each matcher against scores computed by hand.
+
+    VQA's soft accuracy with three matches of ten: leaving out one of the three leaves two (2/3); leaving out
+    one of the others leaves three (1).
+    """
     import importlib.util
 
     found = importlib.util.spec_from_file_location("source_task", ROOT / "eval" / "tasks" / "source_task.py")
@@ -855,7 +870,8 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
 
     stock = Path(lmms_eval.__file__).parent / "tasks" / "mmstar" / "mmstar.yaml"
     yaml.write_text(
-        f"include: {stock}\ntask: mmstar_here\ndataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n"
+        f"include: {stock}\ntask: mmstar_here\n"
+        f"dataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n"
     )
     flags = [
         "--model",
@@ -883,7 +899,10 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
 
 
 def test_the_stock_task_through_the_hub(predictor, data_root, tmp_path):
-    """lmms-eval's mmstar as it is, its data from a Hub on loopback and no token: the scores that the local copy gives."""
+    """lmms-eval's own mmstar task gives the scores of the local copy.
+
+    Its data comes from a Hub on loopback, without a token.
+    """
     flags = [
         "--model",
         str(exported(tmp_path / "model", predictor)),

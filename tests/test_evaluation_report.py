@@ -1,4 +1,7 @@
-"""The page of `tools.evaluation_report`, against a reading of the page by html.parser and against orders, counts and marks written down by hand."""
+"""The page of `tools.evaluation_report`.
+
+The page is parsed by html.parser and compared with orders, counts and marks written by hand.
+"""
 
 import base64
 import io
@@ -26,7 +29,10 @@ VOID = {"meta", "br", "img", "rect", "path"}
 
 
 class Reader(HTMLParser):
-    """Sections of a page, their cards (title, fields, images, placeholders), table rows and every tag; fails where tags are not closed in their order."""
+    """Parse a page; fail if its tags are not closed in order.
+
+    Collects sections, their cards (title, fields, images, placeholders), table rows and all tags.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -204,7 +210,10 @@ def test_worst_first_and_ties_in_the_order_of_the_file(tmp_path):
 
 
 def test_the_key_is_the_mean_and_errors_count_downwards(tmp_path):
-    """Keys by hand: a (1 − 0.9)/2 = 0.05, b (0.2 − 0)/2 = 0.1, c (0.5 − 3)/2 = −1.25, d 0 (one score is no number)."""
+    """Sort keys by hand.
+
+    a (1 − 0.9)/2 = 0.05, b (0.2 − 0)/2 = 0.1, c (0.5 − 3)/2 = −1.25, d 0 (one score is not a number).
+    """
     pairs = {"a": (1, 0.9), "b": (0.2, 0), "c": (0.5, 3), "d": (0, math.nan)}
     page = of(
         tmp_path,
@@ -215,7 +224,11 @@ def test_the_key_is_the_mean_and_errors_count_downwards(tmp_path):
 
 
 def test_names_as_evaluation_writes_them(tmp_path):
-    """A group's metrics are `task: metric` in results.json, and `metric` in its samples; a task's file has letters, digits, _ and - alone."""
+    """Names of groups, metrics and files follow evaluation.py.
+
+    A group's metrics are `task: metric` in results.json and `metric` in its samples. The name of a task's
+    file has only letters, digits, _ and -.
+    """
     better = {"a: wer": False, "b: acc": True}
     folder = write(
         tmp_path,
@@ -307,7 +320,10 @@ def test_hostile_text_is_no_markup(tmp_path):
             versions={HOSTILE: [HOSTILE]},
         )
     )
-    ours = "html head meta title style body header section h1 h2 h3 h4 p dl dt dd div span small b em a ul li table thead tr th td article details summary figure figcaption svg rect path text"
+    ours = (
+        "html head meta title style body header section h1 h2 h3 h4 p dl dt dd div span small b em a ul li "
+        "table thead tr th td article details summary figure figcaption svg rect path text"
+    )
     assert {tag for tag, _ in page.tags} <= set(ours.split())
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
     assert {attrs["href"].startswith("#") for tag, attrs in page.tags if tag == "a"} == {True}
@@ -632,7 +648,10 @@ def test_the_program_itself(tmp_path):
             and part in done.stderr
             and not done.stdout
         )
-    heavy = "import sys, tools.evaluation_report; print(sorted({'torch', 'datasets', 'lmms_eval', 'transformers'} & set(sys.modules)))"
+    heavy = (
+        "import sys, tools.evaluation_report; "
+        "print(sorted({'torch', 'datasets', 'lmms_eval', 'transformers'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -1,4 +1,7 @@
-"""--fit-memory: the batch stays, what is chosen fits, and the run is what it would be with the same numbers given by hand."""
+"""--fit-memory: the global batch size stays, and the selected sizes fit.
+
+The run equals one with the same numbers set by hand.
+"""
 
 import json
 import math
@@ -32,7 +35,11 @@ def shallow(context: str) -> Config:
     ("model_class", "recompute"), [(DualTowerVLM, False), (DualTowerVLM, True), (VisionLanguageModel, False)]
 )
 def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute):
-    """Rows that were not measured for it; never less, and little more: recomputed blocks of both towers count, though they come one after the other."""
+    """The estimate is never below a real step's memory (to 1 %), and only slightly above.
+
+    It is compared on rows that it was not measured on. Recomputed blocks of both towers count, although they
+    run one after the other.
+    """
     config = shallow("none" if model_class is VisionLanguageModel else "image")
     config = replace(config, train=replace(config.train, recompute=recompute))
     ((_, estimate, found),) = compared(config, model_class, tokenizer.vocabulary, [4])
@@ -67,8 +74,8 @@ def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chose
         new, train=config.train
     ) == config
     assert (
-        f"train.local_batch_size {chosen[0]} of train.global_batch_size {math.prod(chosen)}, {chosen[0]:.1f} GB (told) of the {limit:.1f} GB given"
-        in line
+        f"train.local_batch_size {chosen[0]} of train.global_batch_size {math.prod(chosen)}, "
+        f"{chosen[0]:.1f} GB (told) of the {limit:.1f} GB given" in line
     )
 
 
@@ -86,7 +93,10 @@ def test_nothing_fits(recompute, turn):
 
 
 def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
-    """CUDA's counter replaced by that of the CPU; a second row for which there is no memory; and not even one."""
+    """On a GPU, the estimate comes from two measured steps.
+
+    The CPU's counter replaces CUDA's. Also: no memory for a second row, and no memory for one.
+    """
     config = replace(make_config("image"), fit_memory="auto")
     config = replace(
         config, train=replace(config.train, local_batch_size=4, global_batch_size=8, device="cpu")
@@ -141,7 +151,10 @@ def settings(folder: Path) -> dict:
 
 
 def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_path):
-    """2 × 3 rows, where 6 fit: bit for bit what 6 × 1 gives; the very command, with --resume, goes on with what was chosen."""
+    """2 × 3 rows, where 6 fit, equal 6 × 1 bit for bit.
+
+    The same command with --resume continues with the selected sizes.
+    """
     flags = ("--cache_dir", "cache", "--train.global_batch_size", "6", "--output_dir", "fitted")
     dry = run_program(command(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
     assert (

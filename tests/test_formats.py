@@ -330,9 +330,11 @@ def test_placeholders(value, clean):
 def test_jsonl(tmp_path):
     path = tmp_path / "mine.jsonl"
     lines = [
-        '{"images": ["a.png", "/data/b.png"], "texts": [{"user": "Q1", "assistant": "é"}, {"user": "Q2", "assistant": ""}], "id": "first"}',
+        '{"images": ["a.png", "/data/b.png"], "texts": [{"user": "Q1", "assistant": "é"}, '
+        '{"user": "Q2", "assistant": ""}], "id": "first"}',
         "",
-        '{"image": "in/a.png", "texts": [{"user": "Q", "assistant": "A"}], "references": ["A", "B"], "turns": "branch", "clip_score": 0.5}\r',
+        '{"image": "in/a.png", "texts": [{"user": "Q", "assistant": "A"}], '
+        '"references": ["A", "B"], "turns": "branch", "clip_score": 0.5}\r',
         "  ",
         '{"texts": [{"user": "Q", "assistant": "A \\ud83d\\ude00"}]}',
     ]
@@ -506,12 +508,14 @@ def test_sets_not_of_the_form(tmp_path, read, content, message):
         (
             coco,
             official("1.jpg"),
-            "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, val2014, train2017, val2017, 1.jpg is in none of them",
+            "{0}, {0}/images, {1}, {1}/images and their sub-folders "
+            "train2014, val2014, train2017, val2017, 1.jpg is in none of them",
         ),
         (
             coco,
             {"images": [SPLIT_ENTRY]},
-            "{0}, {0}/images, {1}, {1}/images and their sub-folders train2014, COCO_train2014_1.jpg is in none of them",
+            "{0}, {0}/images, {1}, {1}/images and their sub-folders "
+            "train2014, COCO_train2014_1.jpg is in none of them",
         ),
         (ocr_vqa, {"b": BOOK, "c": BOOK}, "{0}/images, b.jpg is in none of them nor are 1 others"),
         (llava, [{"conversations": PAIR, "image": "x/1.jpg"}], "{0}, {0}/images, x/1.jpg is in none of them"),
@@ -537,13 +541,15 @@ def test_files_that_cannot_be_read(tmp_path, read):
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}/latin.json(:1:)? .*'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$",
+        match=f"^{tmp_path}/latin.json(:1:)? .*"
+        "'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$",
     ):
         read(tmp_path / "latin.json")
     (tmp_path / "empty.json").write_bytes(b"\n\n")
     with pytest.raises(
         UserError,
-        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none| is not valid JSON: Expecting value.*)$',
+        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none'
+        r"| is not valid JSON: Expecting value.*)$",
     ):
         read(tmp_path / "empty.json")
 

@@ -1,4 +1,8 @@
-"""Generation against the naive model run over the whole sequence again for every token, and sampling against its definition."""
+"""Generation and sampling.
+
+Generation against the naive model, rerun on the whole sequence for every token; sampling against its
+definition.
+"""
 
 from typing import Any
 
@@ -196,7 +200,10 @@ def test_seeds_repeat_and_differ(model, renderer):
     ],
 )
 def test_sampling_has_the_distribution_it_says(settings, expected):
-    """Temperature, then top-k, then top-p; 20,000 draws within five standard deviations, and nothing outside."""
+    """Temperature, then top-k, then top-p.
+
+    20,000 draws are within five standard deviations, and none is outside the support.
+    """
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[torch.tensor([2, 0, 3, 1])].repeat(20_000, 1)
     settings = GenerationConfig(sampling=True, **settings)
     drawn = choose(probabilities(logits, settings), settings, torch.Generator().manual_seed(0))
@@ -288,7 +295,10 @@ def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
 
 
 def test_pieces_are_the_answer(tokenizer, renderer):
-    """Each token's text and log-probability, up to where a stop string begins; characters of several tokens come with their last."""
+    """Each token's text and log-probability, up to the start of a stop string.
+
+    A character of several tokens comes with its last token.
+    """
     predictor = Predictor(lively_model(tokenizer), renderer)
     whole = predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True))[0]
     assert (

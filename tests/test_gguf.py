@@ -1,4 +1,7 @@
-"""GGUF files of tiny models, written by the package gguf the way llama.cpp's converter does: read back, or refused with a reason."""
+"""GGUF files of tiny models: read back, or refused with a reason.
+
+They are written by the package gguf in the same way as llama.cpp's converter.
+"""
 
 import gguf
 import numpy as np
@@ -12,8 +15,10 @@ from tests.test_language_models import logits, ours, reference
 from utils.errors import UserError
 
 NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -39,8 +44,10 @@ def write(path, model, kind: str, change=None, **settings) -> None:
     c = model.config
     writer = gguf.GGUFWriter(path, kind)
     fields = {
-        "block_count": c.num_hidden_layers, "context_length": 128, "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
-        "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads, "attention.key_length": c.head_dim if kind != "qwen2" else c.hidden_size // c.num_attention_heads,
+        "block_count": c.num_hidden_layers, "context_length": 128,
+        "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim if kind != "qwen2" else c.hidden_size // c.num_attention_heads,
     }  # fmt: skip
     for name, value in fields.items():
         writer.add_uint32(f"{kind}.{name}", value)

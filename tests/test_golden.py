@@ -1,4 +1,4 @@
-"""What the code computes is what tests/golden/references.json holds: ids, labels, rows, batches, data state, tokens."""
+"""Results equal tests/golden/references.json: ids, labels, rows, batches, data state, tokens."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""A training step does no more work than is kept in benchmarks/results/guard.json, and more work is caught. The benchmark of a step runs, on tiny models."""
+"""A training step does no more work than benchmarks/results/guard.json records.
+
+More work is detected. The step benchmark runs on tiny models.
+"""
 
 import json
 import logging
@@ -38,9 +41,13 @@ def test_no_more_work_than_is_kept(now):
 
 
 def test_the_values_are_those_that_can_be_told(now):
-    """720: logits of six answers of 60 tokens, computed again in the backward. Attention: three layers of 738 tokens, and of 6 × 16 patches; the left tower's last has none.
+    """Values that can be computed by hand.
 
-    A document has 123 tokens, of which 119 are text, and is a span of its own, its keys (left and right, 123) filled up to 128; the six images of 4 tokens are one, of 24 keys and room for 32.
+    720: the logits of six answers of 60 tokens, computed again in the backward. Attention: three layers of
+    738 tokens, and of 6 × 16 patches; the left tower's last layer has none.
+
+    A document has 123 tokens, of which 119 are text. It is a span of its own, with its keys (left and right,
+    123) padded to 128. The six images of 4 tokens are one span of 24 keys, padded to 32.
     """
     patches = 3 * 6 * 16**2
     assert now["vanilla"]["logits_rows"] == now["dual_tower"]["logits_rows"] == 720
@@ -50,7 +57,10 @@ def test_the_values_are_those_that_can_be_told(now):
 
 
 def test_more_work_is_caught(now, monkeypatch):
-    """Logits of every token, attention twice, a tensor more that is kept, a graph break, an optimizer that is not fused: every value is told."""
+    """Every value that grows is reported.
+
+    Logits of every token, attention twice, an additional saved tensor, a graph break, an unfused optimizer.
+    """
     once, plain = Attention.forward, MLP.forward
 
     def all_logits(self, hidden, labels):
@@ -122,7 +132,10 @@ def test_the_standard_row(kind):
 
 
 def test_several_rows_a_step():
-    """Tokens and FLOPs are those of all; the phases of all micro-batches are added up and make the step; they do not go on into the next."""
+    """Tokens and FLOPs are summed over all micro-batches.
+
+    Their phases add up to the step, and the next step starts from zero.
+    """
     one, three = Trial("vanilla", "tiny", "fp32", CPU), Trial("vanilla", "tiny", "fp32", CPU, rows=3)
     assert (
         three.tokens == 3 * one.tokens

@@ -1,4 +1,7 @@
-"""Models on the Hub, over real HTTP on loopback: pushed and loaded again, in one file and in several; what goes wrong, and that nothing is lost then."""
+"""Models on the Hub, over real HTTP on loopback.
+
+They are pushed and loaded again, in one file and in several. Failures lose nothing.
+"""
 
 import json
 import os
@@ -212,7 +215,8 @@ def test_a_private_one(model, served, uploads, login):
             "hf_me",
             "you/new",
             None,
-            'you/new could not be pushed to: this token may not write there.*rights to create a model under the namespace "you"',
+            "you/new could not be pushed to: this token may not write there"
+            '.*rights to create a model under the namespace "you"',
         ),
         ("hf_me", "you/taken", None, "you/taken could not be pushed to: this token may not write there"),
         (
@@ -347,7 +351,8 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     kept.resolve().write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(
         UserError,
-        match="cannot be read as safetensors.*; it is a cached copy of the Hub's file: delete (.*) to fetch it again",
+        match="cannot be read as safetensors.*; "
+        "it is a cached copy of the Hub's file: delete (.*) to fetch it again",
     ) as told:
         DualTowerVLM.from_pretrained("me/tiny")
     with pytest.raises(UserError, match="a cached copy of the Hub's file"):
@@ -358,7 +363,8 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
     with pytest.raises(
         UserError,
-        match="config.json is not valid JSON.*; it is a cached copy of the Hub's file: delete .* to fetch it again",
+        match="config.json is not valid JSON.*; "
+        "it is a cached copy of the Hub's file: delete .* to fetch it again",
     ):
         DualTowerVLM.from_pretrained("me/tiny")
 
@@ -802,7 +808,10 @@ def train(tmp_path: Path, endpoint: str, token: str, *flags: str) -> subprocess.
 
 
 def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
-    """The card, the tokenizer and the weights are those of runs/…/model; losses are those of a run that pushes nothing."""
+    """The pushed card, tokenizer and weights are those of runs/…/model.
+
+    The losses equal those of a run that pushes nothing.
+    """
     with hub({}, uploads=uploads) as address:
         done = train(
             tmp_path,

@@ -1,4 +1,7 @@
-"""The full-size config's way through the Hub, at a tiny size: The Cauldron, both decoders and the encoder's weights by their ids, over real HTTP on loopback."""
+"""The full-size config's downloads from the Hub, at a tiny size, over real HTTP on loopback.
+
+The Cauldron, both decoders and the encoder's weights, by their ids.
+"""
 
 import io
 import json
@@ -65,7 +68,10 @@ def cauldron_rows(subset: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory) -> dict[str, Path]:
-    """Id → folder, as the Hub would hold them: The Cauldron with all its sub-sets, a Llama with a chat template, timm's encoder."""
+    """Id → folder, as on the Hub.
+
+    The Cauldron with all its subsets, a Llama with a chat template, timm's encoder.
+    """
     root = tmp_path_factory.mktemp("repos")
     for subset in CAULDRON_SUBSETS:
         write(root / "cauldron" / subset / "train-00000-of-00001.parquet", cauldron_rows(subset), group=2)
@@ -87,7 +93,7 @@ def run(command: list[str], address: Hub, place: Path) -> subprocess.CompletedPr
 
 
 def test_the_full_size_config_by_its_own_ids(repos, tmp_path):
-    """Nothing but sizes and the number of steps is changed: sources and weights are those that the config names."""
+    """Only sizes and the number of steps are changed; sources and weights are those that the config names."""
     command = [
         str(ROOT / "train_dual_tower.py"),
         "--config",
@@ -137,7 +143,8 @@ from data.parquet import TableRecords, table_files
 theirs = load_dataset({THE_CAULDRON!r}, "ocrvqa", split="train")
 system, files = table_files({THE_CAULDRON!r}, "ocrvqa", False)
 ours = TableRecords("ocrvqa", files, system, table_record, 1 << 20)
-equal = [table_record(row) | {{"id": record["id"]}} == record for row, record in zip(theirs, ours, strict=True)]
+equal = [table_record(row) | {{"id": record["id"]}} == record \
+for row, record in zip(theirs, ours, strict=True)]
 print(json.dumps([len(theirs), all(equal), len({{record["id"] for record in ours}})]))
 """
     (tmp_path / "compare.py").write_text(code)

@@ -1,4 +1,8 @@
-"""Image KVs on disk: bit for bit, refused where anything is wrong; the store's order and bytes, counted by hand; answers from the disk against a cold encode."""
+"""Image KVs on disk.
+
+They are bit for bit those of the encoder and are refused if anything is wrong. The store's order and bytes
+are counted by hand; answers from the disk equal those of a cold encode.
+"""
 
 import os
 import resource

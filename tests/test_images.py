@@ -173,7 +173,8 @@ def test_tiles_are_pixels_in_order():
 @pytest.mark.parametrize(
     ("size", "max_side", "enlarge", "grid"),
     [
-        # longer side up to the next multiple of 512, at most max_side; the shorter in proportion, up to the next multiple: by hand
+        # By hand: the longer side goes up to the next multiple of 512, at most max_side;
+        # the shorter one, in proportion, up to its next multiple.
         ((640, 480), 0, False, (1, 1)),
         ((512, 512), 2048, False, (1, 1)),
         ((513, 512), 2048, False, (2, 2)),
@@ -281,10 +282,14 @@ def patterns_of_patterns(levels: int) -> str:
     """Each is drawn twice by the next."""
     size = 'width="9" height="9"'
     inner = [
-        f'<pattern id="p{i}" {size} patternUnits="userSpaceOnUse">{f"""<rect {size} fill="url(#p{i - 1})"/>""" * 2}</pattern>'
+        f'<pattern id="p{i}" {size} patternUnits="userSpaceOnUse">'
+        f'{f"""<rect {size} fill="url(#p{i - 1})"/>""" * 2}</pattern>'
         for i in range(1, levels + 1)
     ]
-    return f'<pattern id="p0" {size} patternUnits="userSpaceOnUse"><rect {size}/></pattern>{"".join(inner)}<rect {size} fill="url(#p{levels})"/>'
+    return (
+        f'<pattern id="p0" {size} patternUnits="userSpaceOnUse"><rect {size}/></pattern>'
+        f'{"".join(inner)}<rect {size} fill="url(#p{levels})"/>'
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,20 +314,23 @@ def patterns_of_patterns(levels: int) -> str:
             "damaged",
         ),
         (
-            SVG
-            + '<pattern id="p" width="1000000" height="1000000" patternUnits="userSpaceOnUse"><path d="M0 0L9 9"/></pattern><rect width="9" height="9" fill="url(#p)"/></svg>',
+            SVG + '<pattern id="p" width="1000000" height="1000000" patternUnits="userSpaceOnUse">'
+            '<path d="M0 0L9 9"/></pattern><rect width="9" height="9" fill="url(#p)"/></svg>',
             "too_large",
         ),
         (
-            SVG
-            + '<filter id="f"><feTurbulence baseFrequency="0.9" numOctaves="100000"/></filter><rect width="9" height="9" filter="url(#f)"/></svg>',
+            SVG + '<filter id="f"><feTurbulence baseFrequency="0.9" numOctaves="100000"/></filter>'
+            '<rect width="9" height="9" filter="url(#f)"/></svg>',
             "too_large",
         ),
         (SVG + patterns_of_patterns(12) + "</svg>", "too_large"),
     ],
 )
 def test_drawings_that_are_refused(svg, reason, monkeypatch):
-    """Before they are drawn, or by the end of the process that draws them; the next one is drawn all the same."""
+    """Refused before they are rendered, or by the end of the rendering process.
+
+    The next one is rendered as usual.
+    """
     monkeypatch.setattr("data.svg.SECONDS", 0.5)
     with pytest.raises(ImageError) as caught:
         open_image(svg.encode())
@@ -389,7 +397,10 @@ def test_an_interrupted_drawing_does_not_answer_for_the_next(monkeypatch):
 def test_drawings_keep_their_proportion(size, drawn):
     assert (
         open_image(
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="9" height="9" fill="red"/></svg>'.encode()
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
+                '<rect width="9" height="9" fill="red"/></svg>'
+            ).encode()
         ).size
         == drawn
     )

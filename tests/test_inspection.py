@@ -1,4 +1,4 @@
-"""The page of `tools.preview` and the figures of `tools.stats`, against a reading of the page and a recount by hand."""
+"""The page of `tools.preview` and the figures of `tools.stats`, against a parser and a recount by hand."""
 
 import html
 import json
@@ -115,7 +115,10 @@ def readable(text: str) -> str:
 
 @pytest.mark.parametrize("left_context", ["image", "none"])
 def test_page_holds_every_token_once_in_order(tmp_path, left_context):
-    """The text of the boxes, put together, is the conversation; green is the answers and their end, nothing else."""
+    """The text of the boxes, joined, is the conversation.
+
+    Only the answers and their end-of-turn tokens are green.
+    """
     record = {
         "images": [picture(tmp_path, "a.png", (60, 60))],
         "texts": [
@@ -134,7 +137,8 @@ def test_page_holds_every_token_once_in_order(tmp_path, left_context):
     ]
     joined = unbyte([(spelt, title) for _, spelt, title in text_tokens])
     turn = readable(
-        f"{TURN_START}user\nwhat  is it?\nsay{TURN_END}\n{TURN_START}assistant\na Zoë 漢{TURN_END}\n{TURN_START}user\nsure?{TURN_END}\n{TURN_START}assistant\nyes{TURN_END}"
+        f"{TURN_START}user\nwhat  is it?\nsay{TURN_END}\n{TURN_START}assistant\na Zoë 漢{TURN_END}\n"
+        f"{TURN_START}user\nsure?{TURN_END}\n{TURN_START}assistant\nyes{TURN_END}"
     )
     assert joined == turn
     supervised = [(spelt, title) for classes, spelt, title in tokens if "supervised" in classes]
@@ -173,7 +177,10 @@ def test_hostile_text_is_no_markup(tmp_path):
     config, data = process_group(tmp_path, records)
     text, _, _ = page_of(replace(config, config=HOSTILE), data)
     reader = Reader(text)
-    ours = "html head meta title style body header h1 h2 h3 h4 p dl dt dd span b i br article section details summary small div ol li"
+    ours = (
+        "html head meta title style body header h1 h2 h3 h4 p dl dt dd span b i br "
+        "article section details summary small div ol li"
+    )
     assert {tag for tag, _ in reader.tags} <= {*ours.split()}
     assert not any(
         name.startswith("on") or name in ("src", "href") for _, attrs in reader.tags for name in attrs
@@ -266,8 +273,8 @@ def test_bars_are_to_scale_and_fills_are_right(tmp_path):
             )
         )
         assert (
-            f"left {left} of 20 ({left / 0.2:.1f} %), right {right} of 120 ({right / 1.2:.1f} %), both {(left + right) / 1.4:.1f} %"
-            in text
+            f"left {left} of 20 ({left / 0.2:.1f} %), right {right} of 120 ({right / 1.2:.1f} %), "
+            f"both {(left + right) / 1.4:.1f} %" in text
         )
     assert [width(attrs) for _, attrs in spans] == pytest.approx(expected, abs=1e-3)
     assert any(len(row) > 1 for row in rows)
@@ -430,7 +437,10 @@ def fake_sample(left: int, right: int) -> Sample:
 
 
 def test_suggested_split_follows_the_means(tmp_path):
-    """Samples of 5 left tokens and n right ones: of 160, the share of the left in steps of 5; rows fill up."""
+    """Samples of 5 left tokens and n right ones.
+
+    The suggested left length is the left share of 160, in steps of 5; rows become fuller.
+    """
     records = [
         {
             "images": [picture(tmp_path, "a.png", (60, 60))],

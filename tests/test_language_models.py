@@ -36,9 +36,12 @@ def reference(kind: str, seed: int, folder, **changes):
     groups = rng.choice([1, 2])
     heads = groups * rng.choice([1, 2, 3])
     options = {
-        "vocab_size": 90, "hidden_size": rng.choice([32, 40]), "intermediate_size": rng.choice([48, 72]), "num_hidden_layers": rng.choice([2, 5]),
-        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": rng.choice([8, 16]), "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": rng.choice([True, False]), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 90, "hidden_size": rng.choice([32, 40]), "intermediate_size": rng.choice([48, 72]),
+        "num_hidden_layers": rng.choice([2, 5]),
+        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": rng.choice([8, 16]),
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": rng.choice([True, False]),
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": rng.choice([1e3, 1e5])},
     }  # fmt: skip
     if kind == "Qwen2":

@@ -1,4 +1,7 @@
-"""utils ← configs ← {data, models} ← {eval, hf} ← training ← {tools, scripts}, read from the imports; and no circle among the files."""
+"""The layers, read from the imports; the files have no import cycle.
+
+utils ← configs ← {data, models} ← {eval, hf} ← training ← {tools, scripts}
+"""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Linear layers and norms of training on a CPU, against torch's plain operations in double precision, and beside its own in bf16."""
+"""Linear layers and norms of training on a CPU.
+
+They are compared with PyTorch's plain operations in double precision, and with its own in bf16.
+"""
 
 import pytest
 import timm
@@ -32,7 +35,10 @@ SHAPES = [
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_product(monkeypatch, M, K, N, bias):
-    """Whole, in halves of the rows, and in halves of the columns; no half is left out, and none is rounded more than torch's whole."""
+    """The whole product, and in halves of the rows or of the columns.
+
+    No half is left out, and none is rounded more than PyTorch's whole product.
+    """
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     a, b, c = (
@@ -77,7 +83,11 @@ def test_products_are_halved_where_that_helps(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("needed", ["all", "input", "weight"])
 def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
-    """Forward and every gradient: as near to double precision as torch's own under autocast; the types are those of what they belong to; what is frozen gets none."""
+    """Forward and every gradient are as accurate as PyTorch's own under autocast.
+
+    Accuracy is measured against double precision. Each gradient has its tensor's type; frozen tensors get
+    none.
+    """
     torch.manual_seed(0)
     layer = Linear(inputs, outputs, bias=bias)
     x, upstream = torch.randn(2, 300, inputs), torch.randn(2, 300, outputs).bfloat16()
@@ -159,7 +169,11 @@ def test_the_norms_gradient(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_norm_in_training(dtype, frozen):
-    """Under autocast the result has its type, gradients the types of what they belong to, and everything is as near to double precision as torch's own; tiny and huge rows too."""
+    """Under autocast, results and gradients are as accurate as PyTorch's own.
+
+    Accuracy is measured against double precision, with tiny and huge rows too. The result has autocast's
+    type, each gradient its tensor's type.
+    """
     torch.manual_seed(0)
     norm = RMSNorm(576, 1e-5)
     norm.weight.data.uniform_(-2, 2)

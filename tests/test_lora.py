@@ -90,8 +90,10 @@ def test_transformers_reads_the_right_towers_adapter(tokenizer, tmp_path):
     save_adapters(model, tmp_path)
     c = TINY
     config = transformers.LlamaConfig(
-        vocab_size=model.right.embed_tokens.num_embeddings, hidden_size=c.hidden_size, intermediate_size=c.mlp_size, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads, head_dim=c.head_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        vocab_size=model.right.embed_tokens.num_embeddings, hidden_size=c.hidden_size,
+        intermediate_size=c.mlp_size, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
     base = {

@@ -1,4 +1,7 @@
-"""Multi-token heads and self-speculation: losses against loops over positions, answers against plain decoding, draws against the distribution itself."""
+"""Multi-token heads and self-speculation.
+
+Losses against loops over positions, answers against plain decoding, draws against the exact distribution.
+"""
 
 import io
 import json
@@ -74,7 +77,10 @@ class TestLosses:
 
     @pytest.mark.parametrize("vocabulary", [0, 151])
     def test_losses_are_those_of_a_loop_over_positions(self, tokenizer, renderer, vocabulary):
-        """Head by head, position by position, with the whole logits; tokens that cannot be drafted count nothing."""
+        """Head by head and position by position, with the whole logits.
+
+        Tokens that cannot be drafted add nothing.
+        """
         model = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, vocabulary)))
         heads, right, batch = model.heads, model.right, batch_of(renderer)
         torch.nn.init.normal_(heads.down.weight)
@@ -163,7 +169,10 @@ class Oracle:
         return Drafts(torch.tensor(drafts), torch.arange(count).expand(len(drafts), count))
 
     def tree(self, embedding, rows, hidden, tokens, depth, width, size):
-        """The chain's tokens, each after a wrong sibling that has a wrong child of its own: what stands does not lie side by side."""
+        """A tree with the chain's tokens, each after a wrong sibling that has a wrong child.
+
+        The accepted tokens are therefore not adjacent.
+        """
         chain = self.draft(embedding, rows, hidden, tokens, depth, None).tokens
         tokens, parents = [], []
         for k in range(depth):
@@ -178,7 +187,10 @@ class Oracle:
 @pytest.mark.parametrize("wrong", [2, 3, 100])
 @pytest.mark.parametrize("width", [1, 2])
 def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong, width):
-    """Ragged rows with none to three images, rows that end early, drafts that are wrong here and there: the naive model's tokens, in fewer passes."""
+    """Speculation gives the naive model's tokens, in fewer passes.
+
+    Ragged rows with none to three images, rows that end early, and drafts that are sometimes wrong.
+    """
     model = lively_model(tokenizer)
     naive = Naive(model)
     asked = [
@@ -306,7 +318,11 @@ def test_the_cache_keeps_the_slots_of_a_path():
 
 
 def test_a_tree_holds_the_likeliest_ways(tokenizer):
-    """Against the heads applied one by one, three ways followed at each of three steps: the likeliest of all that were found; with width 1 the chain."""
+    """The tree against the heads applied one by one.
+
+    Three paths are followed at each of three steps; the tree has the most likely ones. With width 1 it is the
+    chain.
+    """
     torch.manual_seed(1)
     heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, 20))).heads
     heads.draft_ids.copy_(torch.arange(200, 220))
@@ -344,7 +360,10 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_draft_stands_as_often_as_it_may(seed):
-    """300,000 draws: first and second token together have the target's distribution, whatever was proposed."""
+    """First and second tokens together have the target's distribution, for any proposal.
+
+    300,000 draws.
+    """
     g = torch.Generator().manual_seed(seed)
     N, V = 300_000, 4
     first, second = torch.rand(V, generator=g).softmax(0), (3 * torch.rand(V, V, generator=g)).softmax(-1)
@@ -370,7 +389,10 @@ def test_a_draft_stands_as_often_as_it_may(seed):
 
 
 def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
-    """Second tokens of 20,000 answers, drafted by heads, against the exact distribution: χ² within its bound (fixed seed)."""
+    """Second tokens of 20,000 answers against the exact distribution.
+
+    They are drafted by heads; χ² is within its bound, with a fixed seed.
+    """
     model = lively_model(tokenizer, WITH_HEADS)
     torch.manual_seed(3)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
@@ -477,7 +499,11 @@ class TestDraftShape:
     def run(
         self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None
     ) -> float:
-        """A decoder whose drafts stand with these chances and cost so much each; `tree`: the same of a tree, and what it costs → tokens in the time that plain decoding takes for one."""
+        """Tokens decoded in the time that plain decoding takes for one.
+
+        A simulated decoder accepts drafts with these chances and has these costs; `tree` gives the same for a
+        tree.
+        """
         g, shapes, clock, made = (
             torch.Generator().manual_seed(0),
             DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1),
@@ -595,7 +621,10 @@ class TestDraftShape:
         assert seconds / made < 1.03 + DraftScheduler.CARRY / 16
 
     def test_drafts_that_stand_behind_short_answers_gain_nothing(self):
-        """Of two tokens, the second of which ends it: a draft that is this end stands each time, and no pass is saved."""
+        """Answers of two tokens, of which the second is the end.
+
+        A draft of this end is accepted each time, but saves no pass.
+        """
         shapes, seconds, plain = DraftScheduler([0.5] * 4, "auto"), 0.0, 0.0
         for _ in range(300):
             shapes.start_answer(1.0)
@@ -621,7 +650,11 @@ class TestDraftShape:
 
 
 def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
-    """An end-of-turn token among drafts that stand, or behind them; an end that the caller sets; the most tokens of one row of two."""
+    """Drafts at or after the end of an answer.
+
+    An end-of-turn token among accepted drafts or after them, an end set by the caller, and a token limit for
+    one row of two.
+    """
     model = tiny_model(tokenizer, WITH_HEADS)
     prompt, stop, told = renderer.prompt([], [{"user": "what is it?"}]), 7, []
     monkeypatch.setattr(
@@ -747,7 +780,10 @@ def test_speculation_needs_heads(model, renderer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
-    """In fp32 the same logits to rounding; and a row's result does not depend, to the bit, on how many rows there are."""
+    """Packed weights in fp32 give the same logits to rounding.
+
+    A row's result does not depend, to the bit, on the number of rows.
+    """
     from models.kernels.packed_linear import Packed, pack_for_decoding
 
     if not Packed.available(torch.empty(1, dtype=dtype)):
@@ -782,7 +818,11 @@ DECODERS = {
 
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder):
-    """Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as in training. Images, norms and biases are not trivial."""
+    """Packed blocks compute the same as plain blocks.
+
+    Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as
+    in training. Images, norms and biases are not trivial.
+    """
     from models.kernels.packed_linear import Packed, pack_for_decoding
 
     if not Packed.available(torch.empty(1)):
@@ -824,7 +864,10 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
 
 @pytest.mark.parametrize("kernels", ["own", "none"])
 def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_path, monkeypatch, kernels):
-    """What this CPU has, and what one without bf16 instructions has; with drafts and without. Nothing is packed where nothing could compute it."""
+    """With this CPU's kernels and without bf16 instructions, with drafts and without.
+
+    Weights are packed only where a kernel can use them.
+    """
     tiny_model(tokenizer, WITH_HEADS).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     if kernels == "none":
@@ -886,11 +929,17 @@ SMALL = [
     "6",
 ]
 for tower in ("left", "right"):
-    SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
+    SMALL += (
+        f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 "
+        f"--model.{tower}.heads 2 --model.{tower}.kv_heads 1"
+    ).split()
 
 
 def test_heads_train_with_the_model_and_behind_it(tmp_path):
-    """Jointly, with their losses in the metrics; and given to a model that has none, whose other tensors stay bit for bit and whose answers do not change."""
+    """Heads are trained jointly, with their losses in the metrics, or added to a finished model.
+
+    In the second case all other tensors stay bit for bit the same, and answers do not change.
+    """
     train = [
         sys.executable,
         str(ROOT / "train_dual_tower.py"),

@@ -167,7 +167,10 @@ def left_tower_from(source: Path, right: DecoderConfig) -> tuple[DualTowerVLM, l
 
 @needs_fixtures
 def test_a_left_tower_from_nanovlm():
-    """The image KV is what nanoVLM's decoder makes of the image; what the left tower has no use for is listed."""
+    """The image KV equals that of nanoVLM's decoder.
+
+    Weights that the left tower does not use are listed.
+    """
     vanilla = VisionLanguageModel.from_pretrained(FIXTURES / "nanovlm_tiny")
     model, dropped = left_tower_from(FIXTURES / "nanovlm_tiny", TINY)
     v, w = vanilla.vocabulary, model.vocabulary

@@ -42,7 +42,10 @@ def test_it_is_stored_as_executed(code):
 
 
 def test_it_runs(tmp_path, monkeypatch):
-    """In an empty folder, with a few steps of training: what it prints differs, that it runs does not. A cell that raises fails the test."""
+    """The notebook runs in an empty folder, with a few steps of training.
+
+    Its output is not compared; a cell that raises fails the test.
+    """
     shutil.copy(PATH, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTEBOOK_STEPS", "10")

@@ -51,7 +51,10 @@ def test_links_lead_somewhere():
 
 
 def test_hooks_before_a_commit_are_what_ci_runs():
-    """Local ones, with the locked tools of .venv: nothing is fetched from elsewhere, and both say the same."""
+    """The hooks are local and use the locked tools of .venv, as in CI.
+
+    Nothing is downloaded, and both run the same checks.
+    """
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = {
         hook["id"]: hook["entry"]

@@ -1,4 +1,7 @@
-"""Parquet and Arrow tables, local and over real HTTP on loopback: every row as it was written, in every order, whatever fails."""
+"""Parquet and Arrow tables, local and over real HTTP on loopback.
+
+Every row is read as it was written, in every order and despite failures.
+"""
 
 import subprocess
 import sys
@@ -258,7 +261,8 @@ def test_downloaded_first(served):
         (
             "org/nothing",
             "",
-            "org/nothing is no local folder, and its files could not be listed on the Hub (FileNotFoundError: datasets/org/nothing (repository not found)",
+            "org/nothing is no local folder, and its files could not be listed on the Hub "
+            "(FileNotFoundError: datasets/org/nothing (repository not found)",
         ),
         ("org/set@v9", "", "(revision not found)"),
         ("./nowhere", "", "./nowhere is neither a local folder nor a Hub id"),
@@ -331,7 +335,8 @@ def test_a_connection_that_always_drops_is_one_line(served, waits, naps):
     address.failures["/api/datasets/org/set"] = repeat("drop")
     with pytest.raises(
         UserError,
-        match="^org/set is no local folder, and its files could not be listed on the Hub .RemoteProtocolError",
+        match="^org/set is no local folder, and its files could not be listed on the Hub "
+        ".RemoteProtocolError",
     ) as listed:
         process_group("org/set")
     address.failures = {"0001.parquet": repeat("drop")}
@@ -527,7 +532,10 @@ def test_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
 
 
 def test_the_programs_end_waits_for_no_reading(tmp_path):
-    """Blocks that are being tried again, or wait for it, are left: the last line, printed at the end of the end, counts the tries."""
+    """The program's end does not wait for blocks that are being retried.
+
+    The number of tries is counted by the last line, printed at exit.
+    """
     folder_of(tmp_path)
     program = """
 import atexit, sys

@@ -1,4 +1,4 @@
-"""What must hold whatever comes: the loss mask, packing, masks, spans and tiles, against plain readings of what they mean."""
+"""Properties of the loss mask, packing, masks, spans and tiles, against their plain definitions."""
 
 from itertools import accumulate
 
@@ -32,7 +32,10 @@ grids_of_images = st.lists(st.sampled_from([(1, 1), (1, 2), (3, 2)]), max_size=3
 @same_every_time
 @given(turns=conversations, grids=grids_of_images, left_context=st.sampled_from(["image", "prefix", "none"]))
 def test_answers_and_their_end_of_turn_are_learnt_and_nothing_else(tokenizer, turns, grids, left_context):
-    """Read back from the tokens alone: a turn goes from its start to its end, which no text can hold, and begins with who speaks."""
+    """The loss mask, read back from the tokens alone.
+
+    A turn goes from its start token to its end token, which no text can contain, and begins with its role.
+    """
     document = Renderer(tokenizer, 2, left_context).conversation(grids, turns)
     tokens = dict(
         zip(
@@ -80,7 +83,10 @@ class Epochs:
     window=st.integers(1, 30),
 )
 def test_a_stream_of_rows_loses_and_repeats_nothing(lengths, unit, tiles, window):
-    """After any row, what went in has come out or waits, each sample as often as the epochs so far hold it; no row is over a budget."""
+    """After any row, every sample is either packed or pending.
+
+    Each comes as often as the epochs so far contain it, and no row exceeds a budget.
+    """
     samples = []
     for number, (images, right) in enumerate(lengths):
         left = [7] * 5 * images
@@ -108,7 +114,10 @@ def test_a_stream_of_rows_loses_and_repeats_nothing(lengths, unit, tiles, window
 
 @st.composite
 def rows_of_documents(draw):
-    """A packed row as DESIGN.md draws it, one token a line: (position, group, image) left, (position, document, group) right; padded with −1."""
+    """A packed row as in DESIGN.md, one token a line, padded with −1.
+
+    Left: (position, group, image). Right: (position, document, group).
+    """
     left, right, document = [], [], 0
     for group in range(draw(st.integers(1, 3))):
         head, blocks = draw(st.integers(0, 2)), draw(st.lists(st.integers(1, 4), max_size=2))
@@ -223,7 +232,11 @@ def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
     enlarge=st.booleans(),
 )
 def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, most, enlarge):
-    """The longer side has the tiles it needs, at most `most`; the shorter one the fewest that do not squeeze it."""
+    """The smallest grid within the limits.
+
+    The longer side has the tiles that it needs, at most `most`; the shorter side has the fewest tiles that do
+    not shrink the image further.
+    """
     rows, across = grid_of(
         width, height, VisionConfig(image_size=side, max_side=most * side, enlarge=enlarge)
     )

@@ -1,6 +1,9 @@
-"""The commands of the README and of `docs/` run as they stand (shortened by flags), the README's Python blocks too; the set-up script does what it says.
+"""The commands of the README and of `docs/` run as written, shortened by flags.
 
-Elsewhere: the Python of docs/transformers.md in test_transformers.py, docs/extending.md in test_extending.py, docs/hub.md in test_hub_model.py.
+So do the README's Python blocks and the set-up script.
+
+Elsewhere: the Python of docs/transformers.md in test_transformers.py, docs/extending.md in test_extending.py,
+docs/hub.md in test_hub_model.py.
 """
 
 import importlib
@@ -198,7 +201,10 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_flag_and_program_in_a_sentence_exists(capsys):
-    """`code` outside of blocks: a flag that no program has, or that the program named beside it has not, is a mistake in the page."""
+    """Each flag in `code` outside of blocks exists.
+
+    It must belong to some program, or to the program that is named next to it.
+    """
     programs = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
         for folder in (".", "*")

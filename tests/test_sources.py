@@ -47,7 +47,7 @@ def png(width: int, height: int, color: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture(scope="module")
 def cauldron(tmp_path_factory) -> Path:
-    """Two sub-sets in the Cauldron's schema, as the Hub's own library writes them; one row's image is damaged."""
+    """Two subsets in The Cauldron's schema, written by the Hub's own library; one row's image is damaged."""
     root = tmp_path_factory.mktemp("cauldron")
     for name, rows in (("ai2d", 12), ("vqav2", 7)):
         table = {"images": [], "texts": []}
@@ -141,7 +141,8 @@ def test_finevision_and_its_ratings(tmp_path):
 
 def test_specs():
     specs = parse_sources(
-        "easy_vqa*0.5, the_cauldron/vqav2*2:5000=/my/cauldron,jsonl:10=a*b:c.jsonl, the_cauldron,tables/x=org/name@v1"
+        "easy_vqa*0.5, the_cauldron/vqav2*2:5000=/my/cauldron,jsonl:10=a*b:c.jsonl, "
+        "the_cauldron,tables/x=org/name@v1"
     )
     assert [(s.name, s.subset, s.weight, s.cap, s.path) for s in specs] == [
         ("easy_vqa", "", 0.5, 0, ""),
@@ -272,7 +273,8 @@ def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)
     training, _ = process_group(
-        f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa"
+        f"jsonl={tmp_path}/a.jsonl,jsonl={tmp_path}/b.jsonl,"
+        f"the_cauldron/ai2d={cauldron},tables/ai2d={cauldron},easy_vqa"
     )
     assert [s.name for s in training] == [
         f"jsonl={tmp_path}/a.jsonl",

@@ -70,7 +70,11 @@ def test_averages_are_those_of_the_weights_after_each_step(tokenizer, rows, monk
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
 def test_muon(shape, monkeypatch):
-    """With products in bf16 PyTorch's own to the bit; in fp32 the iteration's polynomial on each singular value, by fp64's decomposition."""
+    """Muon against two references.
+
+    With products in bf16, PyTorch's own, to the bit; in fp32, the iteration's polynomial on each singular
+    value, from an fp64 decomposition.
+    """
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     monkeypatch.setattr("training.muon.computes_bf16", lambda device: False)
@@ -224,7 +228,10 @@ def overflow_often() -> None:
 
 
 def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):
-    """From a scale of 2^80 on: two or three overflows, then it learns; the samples are not to blame. With fewer allowed it ends."""
+    """Training continues after two or three overflows, from a scale of 2^80.
+
+    Samples are not reported as the cause. With fewer overflows allowed in a row, the run ends.
+    """
     flags = ["--train.dtype", "fp16", "--cache_dir", "cache", "--train.eval_every", "0", "--max_steps", "6"]
     done = run_program(command("--output_dir", "run", *flags), tmp_path, before=overflow_often)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,10 @@ def test_places_begin_anew_with_each_answer():
 
 @pytest.fixture(params=[0, 2])
 def scored(request, tokenizer, renderer, image_file):
-    """A validation of chained and single turns by a model with and without heads, and what a loop over the same batches finds."""
+    """A validation and its scores, by a model with heads and one without.
+
+    The records have one to four chained turns.
+    """
     heads = request.param
     config = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=heads, mlp_size=32))
     model = lively_model(tokenizer, config)

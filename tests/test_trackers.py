@@ -1,6 +1,7 @@
-"""Trackers, read back from what they wrote: W&B's offline file and a server on loopback, TensorBoard's events, trackio's database.
+"""Trackers, read back from their own files and servers.
 
-W&B and trackio take the environment in when they are imported, so each of their runs is a process of its own.
+W&B's offline file and a server on loopback, TensorBoard's events, trackio's database. W&B and trackio read
+the environment when they are imported, so each of their runs has its own process.
 """
 
 import json
@@ -58,7 +59,10 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "") -> None:
-    """A run's life with trackers: five steps, a validation, a histogram, predictions, a picture. `now` is done after the first half: a URL is called, "kill" ends W&B's process."""
+    """A run with trackers: five steps, a validation, a histogram, predictions, an image.
+
+    `now` is done after the first half: a URL is requested, or "kill" ends W&B's process.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (900, 600), "red").save(path / "image.png")
@@ -91,11 +95,17 @@ def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "
 
 
 # Torch takes seconds to import; W&B and trackio need it for nothing.
-LIGHT = "import sys, types, PIL.Image as p; sys.modules['data.images'] = types.SimpleNamespace(open_image=lambda path: p.open(path).convert('RGB')); "
+LIGHT = (
+    "import sys, types, PIL.Image as p; sys.modules['data.images'] = "
+    "types.SimpleNamespace(open_image=lambda path: p.open(path).convert('RGB')); "
+)
 
 
 def run(folder: Path, names: str, *arguments: object, seconds: float = 60, **environment: str) -> str:
-    """`drive` in a process on a terminal, where W&B could ask for a key, with a home of its own; → what it printed. It must end well, within `seconds`."""
+    """Run `drive` in its own process and home, on a terminal; returns its output.
+
+    On a terminal W&B could ask for a key. The process must exit with 0 within `seconds`.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "HF_", "PYTEST"))}
     env |= {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
@@ -105,7 +115,10 @@ def run(folder: Path, names: str, *arguments: object, seconds: float = 60, **env
     }
     env = {k: v for k, v in env.items() if not (k == "NETRC" or k.startswith("XDG_"))}
     master, slave = pty.openpty()
-    call = f"{LIGHT}import test_trackers; test_trackers.drive({', '.join(map(repr, (names, str(folder), *arguments)))})"
+    call = (
+        f"{LIGHT}import test_trackers; "
+        f"test_trackers.drive({', '.join(map(repr, (names, str(folder), *arguments)))})"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", call],
         env=env,
@@ -317,7 +330,10 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
 
 @needs("trackio")
 def test_trackio(tmp_path):
-    """Its database, on this machine alone: neither the Space in the environment nor the Hub is asked for anything."""
+    """trackio writes its database on this machine alone.
+
+    It contacts neither the Space in the environment nor the Hub.
+    """
     with server() as hub:
         text = run(
             tmp_path / "first",
@@ -360,7 +376,11 @@ def test_trackio(tmp_path):
 
 
 def records(path: Path) -> Iterator:
-    """W&B's file of a run: after 7 bytes, LevelDB's log format: blocks of 32 KiB, of records with checksum, length and kind (whole, first, middle, last)."""
+    """The records of W&B's file of a run.
+
+    After 7 bytes, LevelDB's log format: blocks of 32 KiB, of records with checksum, length and kind (whole,
+    first, middle, last).
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = path.read_bytes(), 7, b""
@@ -388,7 +408,10 @@ def history(path: Path) -> list[dict]:
 
 @needs("wandb")
 def test_wandb_offline(tmp_path):
-    """On a terminal and without a key: no question, no request, one line; all in the run folder. A resumed run has the same id."""
+    """On a terminal and without a key: no prompt, no request, one line of output.
+
+    All files are in the run folder. A resumed run has the same id.
+    """
     folder = tmp_path / "a run"
     with server() as wandb:
         text = run(folder, "wandb", WANDB_BASE_URL=wandb.address)
@@ -397,7 +420,10 @@ def test_wandb_offline(tmp_path):
     assert wandb.seen == []
     assert (
         text
-        == f"wandb: no API key (WANDB_API_KEY, or `wandb login`): kept offline; send it with: wandb sync '{folder}'/wandb/offline-run-*\n"
+        == (
+            "wandb: no API key (WANDB_API_KEY, or `wandb login`): kept offline; "
+            f"send it with: wandb sync '{folder}'/wandb/offline-run-*\n"
+        )
         * 2
     )
     assert not list((tmp_path / "home").glob("**/staging/*")) and not (tmp_path / "wandb").exists()
@@ -464,7 +490,10 @@ class Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """As much of W&B's server as a run needs, on loopback. It falls silent where `silent` is set, or once /silence was asked for."""
+    """The part of W&B's server that a run needs, on loopback.
+
+    It stops answering while `silent` is set, or once /silence was requested.
+    """
     run = {
         "id": "1",
         "name": "name",
@@ -591,7 +620,10 @@ def test_wandb_online(tmp_path):
 
 @needs("wandb")
 def test_wandb_server_falls_silent(tmp_path):
-    """The run goes on, with the time limits that it has by itself; what was not sent is on the disk, whole, and said to be."""
+    """The run continues, with its own time limits.
+
+    Data that was not sent is complete on the disk, and a message says so.
+    """
     with server() as wandb:
         text = run(
             tmp_path / "run",

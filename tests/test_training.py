@@ -1,4 +1,7 @@
-"""Training: the loss it logs, exact resumption after SIGKILL, checkpoints that are whole or absent, frozen parts, the feature cache."""
+"""Training: the logged loss, exact resumption after SIGKILL, checkpoints, frozen parts, the feature cache.
+
+A checkpoint is complete or absent.
+"""
 
 import ctypes
 import json
@@ -66,7 +69,10 @@ SMALL = [
     "6",
 ]
 for tower in ("left", "right"):
-    SMALL += f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 --model.{tower}.heads 2 --model.{tower}.kv_heads 1".split()
+    SMALL += (
+        f"--model.{tower}.layers 2 --model.{tower}.hidden_size 32 --model.{tower}.mlp_size 64 "
+        f"--model.{tower}.heads 2 --model.{tower}.kv_heads 1"
+    ).split()
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -109,7 +115,10 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kill_at", [3, 9, 13])
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_at):
-    """All metrics but times, and the final weights, bit for bit; killed before the first checkpoint, between two, and near the end."""
+    """All metrics except times and the final weights are equal bit for bit.
+
+    Killed before the first checkpoint, between two, and near the end.
+    """
     folder = tmp_path / "killed"
     flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
     process = Program(command(*flags), tmp_path)
@@ -143,7 +152,10 @@ def die_in_save(where: str) -> None:
 
 @pytest.mark.parametrize(("where", "last"), [("_files", 4), ("_checksums", 4), ("sync", 8)])
 def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, where, last):
-    """Before the tensors are written; when they are, without the state; when the checkpoint has its name, and nothing is tidied up."""
+    """Killed before the tensors are written, before the state is written, or before the clean-up.
+
+    In the last case the checkpoint already has its final name.
+    """
     folder = tmp_path / "killed"
     flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
     killed = run_program(command(*flags), tmp_path, before=partial(die_in_save, where))
@@ -158,7 +170,10 @@ def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_
 
 
 def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
-    """As by ranks that outlive the torchrun that started them: the second start is refused, the first one is not disturbed."""
+    """A second start is refused while the first run continues undisturbed.
+
+    This happens if ranks outlive the torchrun that started them.
+    """
     folder = tmp_path / "run"
     flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
     process = Program(command(*flags), tmp_path)
@@ -230,7 +245,10 @@ def test_a_killed_data_worker_is_one_line_and_the_run_resumes(uninterrupted, tmp
 
 
 def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
-    """A JSONL of pictures of many sizes, one of them damaged: trained on, counted, and a wide one asked about."""
+    """A JSONL of images of many sizes, one of them damaged.
+
+    The model trains on it, the damaged image is counted, and a question is asked about a wide one.
+    """
     lines = []
     for i in range(24):
         Image.new("RGB", (40 + 12 * i, 60), (10 * i, 0, 99)).save(tmp_path / f"{i}.png")
@@ -292,7 +310,10 @@ def test_resume_refuses_what_changes_the_run(uninterrupted, tmp_path):
 
 
 def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted, tmp_path):
-    """Of the same size, which no shape would tell; and a configuration whose shapes the checkpoint has not."""
+    """A different tokenizer of the same size, which no shape reveals, is refused.
+
+    So is a configuration whose shapes differ from the checkpoint's.
+    """
     shutil.copytree(uninterrupted, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
     whole = path.read_text()
@@ -329,7 +350,8 @@ def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted
     )
     assert (
         wide.returncode == 1
-        and "does not fit this model: left.decoder.layers.0.mlp.down_proj.weight is (32, 64) in it, (32, 48) in the model"
+        and "does not fit this model: left.decoder.layers.0.mlp.down_proj.weight "
+        "is (32, 64) in it, (32, 48) in the model"
         in wide.stderr
     ), wide.stderr
 
@@ -352,7 +374,10 @@ def test_a_damaged_run_is_one_line(uninterrupted, tmp_path, name, text, message)
 
 @pytest.mark.parametrize("name", ["state.json", SHARD])
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
-    """One bit of it turned: the run goes on from the one before, and says so; by its name it is refused; with none left the run is not begun anew."""
+    """With one bit flipped, the run resumes from the checkpoint before and reports it.
+
+    Given by name, a damaged checkpoint is refused. With none left, the run does not start again.
+    """
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     path = folder / "checkpoints" / "step_000014" / name
@@ -810,7 +835,10 @@ def batches(renderer, tokenizer):
 
 
 def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
-    """Micro-batches with different numbers of supervised tokens: still sum of loss ÷ supervised tokens of the whole step."""
+    """Micro-batches with different numbers of supervised tokens.
+
+    The loss is still the sum of losses ÷ supervised tokens of the whole step.
+    """
     singles, whole = batches
     weights = []
     for source, forwards in ((Given(singles), 8), (Given([whole]), 1)):
@@ -962,7 +990,10 @@ def test_cosine_schedule():
 
 
 def test_wsd_schedule_knows_its_end_in_the_decay_alone():
-    """So a run that is taken up again before the decay with more steps is the longer run from its first step on."""
+    """The schedule depends on the number of steps only in the decay.
+
+    A run resumed before the decay with more steps therefore equals the longer run from its first step on.
+    """
     config = TrainConfig(schedule="wsd", warmup_steps=10, final_lr=0.1, decay_share=0.25)
     factors = [schedule(s, 100, config, "right") for s in range(100)]
     assert factors[0] == 0.1 and set(factors[9:75]) == {1.0} and factors[99] == pytest.approx(0.1)
@@ -976,7 +1007,10 @@ def test_wsd_schedule_knows_its_end_in_the_decay_alone():
 
 
 def test_parts_warm_up_for_as_long_as_each_is_told(tokenizer, batches):
-    """Right's own number, left's none, the rest as by default; and what is logged is what the optimizer used."""
+    """Each part has its own warm-up, and the logged rate is the one that the optimizer used.
+
+    Right has its own number, left has none, the rest use the default.
+    """
     train = TrainConfig(
         dtype="fp32",
         warmup_steps=4,
@@ -1161,7 +1195,10 @@ def with_secrets() -> None:
 
 
 def test_secrets_are_written_nowhere(tmp_path):
-    """Neither the Hub's token nor W&B's key stands in anything that a run prints or writes, the trackers' own files included."""
+    """No output or file of a run contains the Hub's token or W&B's key.
+
+    This includes the trackers' own files.
+    """
     pytest.importorskip("wandb", reason="the group wandb is not installed")
     done = run_program(
         command("--output_dir", "run", "--log", "wandb", "--cache_dir", "cache", "--max_steps", "2"),
@@ -1223,7 +1260,10 @@ def test_a_failed_save_leaves_the_last_checkpoint(model, tmp_path, monkeypatch):
     [(1, "tokenizer.json"), (32, "feature cache"), (100, "checkpoint"), (400, "checkpoint")],
 )
 def test_a_full_disk_is_one_line(tmp_path, kilobytes, what):
-    """Files cannot grow beyond a limit. With the last two, a checkpoint's weights are refused, and its optimizer state."""
+    """Files cannot grow beyond a limit.
+
+    With the last two limits, writing a checkpoint's weights fails, or writing its optimizer state.
+    """
     folder = tmp_path / "run"
     flags = [
         "--output_dir",
@@ -1296,7 +1336,11 @@ def can_mount() -> None:
 
 @pytest.mark.parametrize("step", [0, 6])
 def test_a_read_only_disk_is_one_line_and_keeps_what_was_saved(uninterrupted, tmp_path, step):
-    """From the start, when nothing is left behind, or in the middle of a run, which goes on from its last checkpoint when the disk takes files again."""
+    """A read-only disk gives one line of error.
+
+    At the start nothing is left over. In the middle of a run, the run resumes from its last checkpoint when
+    the disk is writable again.
+    """
     if run_program(["-c"], tmp_path, before=can_mount).returncode:
         pytest.skip("this process may not mount")
     flags = ("--output_dir", "run", "--cache_dir", str(uninterrupted / "cache"))
@@ -1379,7 +1423,10 @@ def test_memory_for_copies_is_made_before_the_first_save(model, tmp_path):
 
 
 def test_adapters_by_flag_resume_and_end_merged(tmp_path):
-    """A run with LoRA on the right tower, continued from its checkpoint, equals the uninterrupted one, dropout's random state included; its export is an ordinary model."""
+    """A run with LoRA on the right tower, resumed, equals the uninterrupted one.
+
+    Dropout's random state is resumed too. The export is an ordinary model.
+    """
     lora = ["--lora.right.r", "2", "--lora.right.dropout", "0.4", "--cache_dir", str(tmp_path / "cache")]
     for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
         resume = ["--resume", "auto"] if (name, steps) == ("parts", "4") else []

@@ -1,4 +1,4 @@
-"""The page of `tools.training_report`: its charts, as matplotlib holds them, and its tables, against the numbers that went in."""
+"""The page of `tools.training_report`: charts (matplotlib objects) and tables, against the input numbers."""
 
 import base64
 import io
@@ -427,7 +427,8 @@ def test_what_cannot_be_read_or_written(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     with pytest.raises(
         UserError,
-        match=r"matplotlib.* is not installed: reports need the group report \(pip install -e '.\[report\]'\)",
+        match=r"matplotlib.* is not installed: reports need the group report "
+        r"\(pip install -e '.\[report\]'\)",
     ):
         report.main([str(folder)])
 

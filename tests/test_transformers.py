@@ -1,4 +1,7 @@
-"""Exported folders in transformers: the same tokens as this project's own generate, in a process that knows nothing of the project."""
+"""Exported folders in transformers give the tokens of this project's own generate.
+
+They run in a process that does not import the project.
+"""
 
 import ast
 import json
@@ -71,7 +74,8 @@ from transformers import pipeline
 folder, chats = sys.argv[1], json.loads(sys.argv[2])
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 told = pipe(text=chats, batch_size=3, max_new_tokens=9, return_full_text=False)
-inputs = pipe.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+inputs = pipe.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, \
+return_dict=True, return_tensors="pt")
 made = pipe.model.generate(**inputs, max_new_tokens=9)[:, inputs["input_ids"].shape[1] :]
 print(json.dumps([[row[0]["generated_text"] for row in told], made.tolist()]))
 """
@@ -273,7 +277,11 @@ def test_bf16(exported):
 
 
 def test_a_conversation(exported):
-    """Turns, images in two of them: the ids are what transformers' own tokenizer makes of the template's text, the next token is the naive model's."""
+    """Several turns, with images in two of them.
+
+    The ids are those of transformers' own tokenizer on the template's text; the next token is the naive
+    model's.
+    """
     messages = [
         *asked(exported.images, [(["b", "a"], "what is it?")])[0],
         {"role": "assistant", "content": "a rectangle"},
@@ -303,8 +311,8 @@ def test_text_that_the_template_wrote_is_the_same_prompt(exported):
     chats = asked(exported.images, QUESTIONS)
     texts = exported.processor.apply_chat_template(chats, add_generation_prompt=True)
     assert (
-        texts[2]
-        == "<|im_start|>user\n<|image|><|image|>is it large or is it small?<|im_end|>\n<|im_start|>assistant\n"
+        texts[2] == "<|im_start|>user\n<|image|><|image|>is it large or is it small?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     shown = [[Image.open(exported.images[name]) for name in names] for names, _ in QUESTIONS]
     again, plain = (
@@ -730,7 +738,10 @@ def test_export_needs_no_transformers(tokenizer, model, tmp_path):
 
 
 def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
-    """Without code transformers does not know it; `python -m tools.export` adds the code, and leaves what was there."""
+    """A folder without code is unknown to transformers.
+
+    `python -m tools.export` adds the code and leaves the other files unchanged.
+    """
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     with pytest.raises(ValueError, match="dual_tower"):

@@ -1,4 +1,7 @@
-"""Evaluation inside training: training must not notice it, and its figures must be those that evaluation.py gives afterwards."""
+"""Evaluation inside training does not affect training.
+
+Its figures equal those of evaluation.py afterwards.
+"""
 
 import gc
 import json
@@ -68,7 +71,10 @@ def losses(lines: list[dict]) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A run that evaluates all that can be, each at its own cadence: captions after every third step, lmms-eval's tasks on a file after every second."""
+    """A run with every kind of evaluation, each at its own cadence.
+
+    Captions after every third step, lmms-eval's tasks on a file after every second.
+    """
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     folder = tmp_path_factory.mktemp("evaluated")
     captions(folder, 30)
@@ -91,7 +97,10 @@ def evaluated(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 def test_training_does_not_notice(evaluated, tmp_path):
-    """Losses and gradient norms bit for bit those of a run that evaluates at its end alone; the exported model too."""
+    """Losses and gradient norms equal, bit for bit, those of a run that evaluates only at its end.
+
+    So does the exported model.
+    """
     captions(tmp_path, 30)
     plain = run(tmp_path, "--train.eval_every", "0", "--eval.captions", "0")
     folder, lines = evaluated
@@ -174,7 +183,10 @@ def held() -> int:
 
 
 def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
-    """Image KVs and decoding caches of an evaluation are gone after it; what validation itself keeps for the next one does not grow."""
+    """An evaluation frees its image KVs and decoding caches.
+
+    The memory that validation itself holds for the next one does not grow.
+    """
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     records = [json.loads(line) for line in captions(tmp_path, 10).read_text().splitlines()]
     records = [
@@ -253,7 +265,10 @@ def test_ranks_share_captions_and_predictions(tokenizer, renderer, tmp_path, mon
 
 
 def test_two_ranks_score_as_one_does(tmp_path):
-    """Under torchrun: validation, CIDEr and lmms-eval's tasks while two processes train, against one process on the same batches."""
+    """Two processes under torchrun score as one process on the same batches.
+
+    Validation, CIDEr and lmms-eval's tasks run during training.
+    """
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     captions(tmp_path, 20)
     flags = [

@@ -1,9 +1,9 @@
-"""Golden references: what the code computes today, stored, so that a refactoring can be held against it.
+"""Golden references: stored results of today's code, to compare a refactoring with.
 
-  python -m tests.golden BASE_COMMIT           train both working trees, this one and the commit's, and compare
-  python -m tests.golden BASE_COMMIT --close   the same for changed operations: losses to 1e-6, gradients to 1e-5
-  python -m tests.golden --write               store references.json again, after a change that was meant
+  python -m tests.golden BASE_COMMIT           train in this working tree and in the commit's, and compare
+  python -m tests.golden BASE_COMMIT --close   for changed operations: losses to 1e-6, gradients to 1e-5
+  python -m tests.golden --write               store references.json again, after an intended change
 
-`references.json` holds what is the same on every machine; tests/test_golden.py compares. Losses differ between CPUs, so
-they are compared on one machine, commit against commit.
+`references.json` holds the results that are the same on every machine; tests/test_golden.py compares them.
+Losses differ between CPUs, so they are compared on one machine, commit against commit.
 """

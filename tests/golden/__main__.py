@@ -96,7 +96,10 @@ def working_tree(commit: str) -> Iterator[Path]:
 
 
 def flags_of(tree: Path, case: dict[str, Any]) -> list[str]:
-    """In the words of that tree: before `global_batch_size` there were rows, and micro-batches of all ranks together."""
+    """The command-line flags of a configuration, as the given tree spells them.
+
+    Older trees have no `global_batch_size`: they count rows, and the micro-batches of all ranks together.
+    """
     values = SMALL | {key: value for key, value in case.items() if key != "ranks"}
     settings = tree / "configs" / "train.py"
     if not settings.exists() or "local_batch_size" not in settings.read_text():
@@ -161,7 +164,10 @@ def current_name(name: str) -> str:
 
 
 def same(base: Path, here: Path) -> str:
-    """What differs first, or "": every number of metrics.jsonl but times, and the exported weights, to the bit."""
+    """The first difference between two runs, or "".
+
+    Compares every number of metrics.jsonl except times, and the exported weights, bit for bit.
+    """
     a, b = metrics(base), metrics(here)
     if len(a) != len(b):
         return f"{len(a)} and {len(b)} rows of metrics"
@@ -187,7 +193,10 @@ def gradients(run: Path) -> dict[str, torch.Tensor]:
 
 
 def near(base: Path, here: Path, tolerance: float) -> str:
-    """After one step: its loss, to a tenth of `tolerance`, and each tensor's gradient, in proportion to its norm."""
+    """Compare loss and gradients after one step.
+
+    The loss must agree to a tenth of `tolerance`, each tensor's gradient to `tolerance` relative to its norm.
+    """
     (a, *_), (b, *_) = metrics(base), metrics(here)
     if abs(a["loss"] - b["loss"]) > tolerance / 10 * max(1.0, abs(a["loss"])):
         return f"losses {a['loss']} and {b['loss']}"
@@ -208,7 +217,8 @@ def main() -> None:
     parser.add_argument(
         "--close",
         action="store_true",
-        help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, in bf16 to a hundred times as much",
+        help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, "
+        "in bf16 to a hundred times as much",
     )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", default="", help="cases whose name holds this text")

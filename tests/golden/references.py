@@ -1,4 +1,4 @@
-"""What is stored: rendered records, packed rows, batches after a resume, data state, answers of tiny models."""
+"""The stored references: rendered records, packed rows, batches, data state, answers of tiny models."""
 
 import hashlib
 import json
@@ -134,7 +134,10 @@ def rendered() -> dict[str, Any]:
 
 
 def runs() -> dict[str, Any]:
-    """Of several configurations: tokenizer, an epoch's rows, data state, and batches before and after a resume."""
+    """References of several configurations.
+
+    The tokenizer, an epoch's rows, the data state, and the batches before and after a resume.
+    """
     return {
         f"{name}, streams {streams}": run([*flags, *SMALL, "--data.streams", str(streams)])
         for name, flags in RUNS.items()
@@ -181,7 +184,11 @@ def packed() -> dict[str, Any]:
     rows: list[list[int]] = []
     for number in range(1500):
         tiles = int(rng.integers(0, 9))
-        window.add(FakeSample(number, 65 * tiles, int(min(1496, 20 + rng.exponential(173))), tiles))  # type: ignore[arg-type]
+        window.add(
+            FakeSample(  # type: ignore[arg-type]
+                number, 65 * tiles, int(min(1496, 20 + rng.exponential(173))), tiles
+            )
+        )
         if len(window) == 300:
             rows.append([sample.key for sample in window.take_row()])  # type: ignore[misc]
     return {"rows": digest(rows), "first": rows[0]}
@@ -200,7 +207,10 @@ class FakeSample:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Weights by NumPy's generator, the same on every machine; large, so that logits are far from one another."""
+    """Fill weights from NumPy's generator: the same on every machine.
+
+    The weights are large, so that logits differ clearly.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             seed = crc32(
