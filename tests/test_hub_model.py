@@ -358,7 +358,7 @@ def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
     with pytest.raises(UserError, match="a cached copy of the Hub's file"):
         program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
     assert not (tmp_path / "pulled").exists()
-    Path(str(told.value).split("delete ")[1].split(" and it")[0]).unlink()
+    Path(str(told.value).split("delete ")[1].split(" to fetch")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
     next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
     with pytest.raises(

@@ -12,17 +12,22 @@ PACKAGES = ("utils", "configs", "data", "models", "hf", "eval", "training", "too
 SOURCES = [*sorted(ROOT.glob("*.py")), *(p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py")))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-PARTS = """told said heard learnt unlearnt found made kept shown wanted beside aside gone fresh cut least most purse hopes hope
-    doubted owes spared barren lap laps settled settle ancestor ancestors looks pictures drawings averages stands stood planned
-    agreed answerer"""  # not even as a part of a name
-WHOLE = """place places where room spans passed passes one_pass in_turn complete fitted origin pieces floor details achieved
-    accumulation remote read_head Answerer World Past Best Achieved Task Run Pick Listed DraftShape SpanPlan Passed Details
-    Told Shown Kept"""
+# Not even as a part of a name.
+PARTS = """
+    told said heard learnt unlearnt found made kept shown wanted beside aside gone fresh cut least
+    most purse hopes hope doubted owes spared barren lap laps settled settle ancestor ancestors
+    looks pictures drawings averages stands stood planned agreed answerer
+"""
+WHOLE = """
+    place places where room spans passed passes one_pass in_turn complete fitted origin pieces floor
+    details achieved accumulation remote read_head Answerer World Past Best Achieved Task Run Pick
+    Listed DraftShape SpanPlan Passed Details Told Shown Kept
+"""
 CACHES = "turn grow keep"  # of tensors and caches: in models/
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every name that a file defines, with its line: functions, classes, parameters, variables, attributes."""
+    """Every name that a file defines, with its line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node.lineno
