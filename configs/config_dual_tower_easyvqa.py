@@ -1,6 +1,6 @@
 """The default: easy-VQA and EfficientNet-Lite0 from PyPI, towers from scratch; minutes on two CPU cores.
 
-The values were chosen on validation images; the trials are in docs/experiments.md.
+The values were chosen on validation images; the trials are in docs/log/experiments.md.
 """
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig

@@ -224,6 +224,6 @@ def to_tiles(pixels: Tensor, config: VisionConfig) -> Tiles:
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Resize by bicubic interpolation in 8 bits.
 
-    Within two levels of Pillow's result, and six times as fast with AVX2 (docs/experiments.md).
+    Within two levels of Pillow's result, and six times as fast with AVX2 (docs/log/experiments.md).
     """
     return interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).contiguous()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from configs.model import GenerationConfig
 
-TREE = 11  # drafts of a tree: 12 rows with the token before them (docs/experiments.md)
+TREE = 11  # drafts of a tree: 12 rows with the token before them (docs/log/experiments.md)
 TREE_ROWS = 32  # of a batch with trees, at most: `Packed.MAX_ROWS`
 # Cost of a draft in plain steps for sampled answers, which must not depend on the clock (docs/benchmarks.md).
 NOMINAL = 0.2

@@ -19,7 +19,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     It is 0 where a label is −100. Logits are computed in chunks (arXiv 2411.09009 does so in one kernel), and
     again in the backward pass: one more product by `weight` saves their memory. torch's own
     `F.linear_cross_entropy` sums in the dtype of `hidden`, which costs bf16 losses their third digit. It
-    takes twice the time on a CPU (docs/experiments.md).
+    takes twice the time on a CPU (docs/log/experiments.md).
     """
     return CrossEntropy.apply(hidden, weight, labels)
 

@@ -157,7 +157,7 @@ class VisionEncoder(nn.Module):
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             # Here the backward pass of torch's fused kernel takes three times that of plain products
-            # (docs/experiments.md).
+            # (docs/log/experiments.md).
             plain = (
                 torch.is_grad_enabled()
                 and tiles.device.type == "cpu"

@@ -29,7 +29,7 @@ from data.render import IGNORE, Document
 from data.tokenizer import GLOBAL_IMAGE, TILE_MARKERS
 from tools.inspection import Decoder, arguments, track_progress
 from tools.spelling import Spelling
-from training.setup import Data, build_data
+from training.setup import Data, build_data, language_model, resolve_config
 from utils.errors import UserError, run_script
 from utils.files import write_text
 
@@ -370,7 +370,6 @@ def draw(data: Data, samples: int, rows: int) -> tuple[list[Sample], list[Row], 
 def main(argv: list[str]) -> None:
     args, config, flags = arguments(argv, str(__doc__), OWN)
     torch.set_num_threads(1)  # tiles are small: threads only wait for one another
-    from training.setup import language_model, resolve_config
 
     config = resolve_config(config, flags)
     with TemporaryDirectory() as folder:

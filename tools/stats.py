@@ -25,7 +25,7 @@ from data.datasets import Sample, SampleDataset, by_source
 from data.images import image_size, tile_count
 from data.packing import Budget, Row, RowStream
 from tools.inspection import Decoder, arguments, track_progress
-from training.setup import Data, build_data
+from training.setup import Data, build_data, language_model, resolve_config
 from utils.errors import run_script
 from utils.files import replacing
 from utils.plotting import PALETTE
@@ -359,7 +359,6 @@ def _histogram(axes: "Axes", groups: list[list[float]], end: int = 0, **options:
 def main(argv: list[str]) -> None:
     args, config, flags = arguments(argv, str(__doc__), OWN)
     torch.set_num_threads(1)  # tiles are small: threads only wait for one another
-    from training.setup import language_model, resolve_config
 
     config = resolve_config(config, flags)
     with TemporaryDirectory() as folder:

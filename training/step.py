@@ -56,7 +56,7 @@ def train_step(
     flops_meter: FlopsMeter | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
-    """Take the 1-based `step`; return its values for the log. `model`: as `parallel` returned it.
+    """Take the 1-based `step`; return its values for the log. `model`: as `wrap_model` returned it.
 
     The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens.
     If loss or gradient are not finite, or no token is supervised, nothing is updated. The values then hold

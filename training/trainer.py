@@ -363,7 +363,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed tensors' memory; elsewhere do nothing.
 
     By default it returns large blocks to the system at once and gets them again page by page. That is a fifth
-    of a step on a CPU (docs/experiments.md).
+    of a step on a CPU (docs/log/experiments.md).
     """
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt

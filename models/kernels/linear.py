@@ -56,7 +56,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     With two threads (no other number was measured), oneDNN 3.13 computes some bf16 products in one of them:
     0.8 · N < M < 1,400 where N is small. Computed as two halves they use both. Rows are halved where that
-    leaves the slow range, else columns (docs/experiments.md).
+    leaves the slow range, else columns (docs/log/experiments.md).
     """
     (M, K), N = a.shape, b.shape[1]
     min_rows = 0.8 * N

@@ -16,7 +16,7 @@ class Packed:
     """Linear layers over the same input, merged into one in oneDNN's layout; results are concatenated.
 
     On CPUs with bf16 instructions, one to sixteen rows cost the same: two thirds of `F.linear`'s time for two
-    to eight (docs/experiments.md). A row's result does not depend on the number of rows. So verifying drafts
+    to eight (docs/log/experiments.md). A row's result does not depend on the number of rows. So verifying drafts
     is nearly free, and bit-identical to decoding one token at a time. The packed weights are a copy, for
     inference only. Beyond `MAX_ROWS` rows the plain layout is faster.
     """
