@@ -5,8 +5,8 @@
                           token t+2 ─────────────────┴→ head 2 → state, token t+3 …
 
 All heads are one small module, applied K times: a recurrent drafter (arXiv 2403.09919). It is sequential
-like DeepSeek-V3's (arXiv 2412.19437 §2.2), but has no attention and so no cache. docs/log/experiments.md has the
-alternatives.
+like DeepSeek-V3's (arXiv 2412.19437 §2.2), but has no attention and so no cache. docs/log/experiments.md has
+the alternatives.
 """
 
 from collections.abc import Callable

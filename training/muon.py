@@ -17,8 +17,8 @@ class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, in the dtype that is fast on this machine.
 
     Updates have AdamW's root mean square (arXiv 2502.16982). PyTorch's class multiplies in bf16 everywhere.
-    On a CPU without bf16 instructions that takes 19 times as long as fp32 (docs/log/experiments.md), two thirds
-    of a step. This class uses fp32 on such a machine, else bf16. `params` must all be matrices.
+    On a CPU without bf16 instructions that takes 19 times as long as fp32 (docs/log/experiments.md), two
+    thirds of a step. This class uses fp32 on such a machine, else bf16. `params` must all be matrices.
     """
 
     def __init__(self, params: Any) -> None:

@@ -221,8 +221,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout)
 class SegmentAttention(torch.autograd.Function):
     """Attention over segments, by matrix products; the weights are saved for the backward pass.
 
-    Queries, keys and values are gathered by segment, and the results scattered back. docs/log/experiments.md has
-    the time saved.
+    Queries, keys and values are gathered by segment, and the results scattered back.
+    docs/log/experiments.md has the time saved.
     """
 
     @staticmethod
