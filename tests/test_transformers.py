@@ -101,7 +101,7 @@ def images(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / f"{name}.png") for name in "ab"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def modules_cache(tmp_path_factory):
     """Where transformers keeps the code that it loads: one place a process."""
     with pytest.MonkeyPatch.context() as patch:
