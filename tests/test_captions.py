@@ -444,7 +444,7 @@ def test_references_of_few_words_are_told(count, words, most):
     found = cider([texts[0] for texts in references], references)
     assert (
         found.score == pytest.approx(float(most))
-        and f"cannot exceed {most} " in found.warning
+        and f"cannot exceed {most}: " in found.warning
         and "\n" not in found.warning
     )
 
