@@ -699,7 +699,7 @@ def test_saved_and_pushed_in_one(model, served, uploads, tmp_path):
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
-def test_an_ancestor_is_pushed_twice(folder, served, uploads):
+def test_a_nanovlm_checkpoint_is_pushed_twice(folder, served, uploads):
     head = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"vit_hidden_dim": 1, "lm_hidden_dim": 1}))
     for _ in range(2):

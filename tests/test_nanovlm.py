@@ -1,4 +1,4 @@
-"""Checkpoints of the ancestors, against what their own code computed from them."""
+"""nanoVLM and dual-tower checkpoints, against what their own code computed from them."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason=f"no checkpoints of the ancestors at {FIXTURES}"
+    not FIXTURES.is_dir(), reason=f"no nanoVLM checkpoints at {FIXTURES}"
 )
 
 

@@ -693,7 +693,6 @@ def test_the_tokenizer_alone(exported):
 
 def test_code_differs_in_its_imports_alone():
     files = code_files()
-    assert sum(map(len, files.values())) < 278_000
     for name, text in files.items():
         path, _, rest = text.partition("\n")
         rest, _, others = rest.partition("\n\n\nif False:")

@@ -17,8 +17,8 @@ class Packed:
 
     On CPUs with bf16 instructions, one to sixteen rows cost the same: two thirds of `F.linear`'s time for two
     to eight (docs/log/experiments.md). A row's result does not depend on the number of rows. So verifying
-    drafts is nearly free, and bit-identical to decoding one token at a time. The packed weights are a copy, for
-    inference only. Beyond `MAX_ROWS` rows the plain layout is faster.
+    drafts is nearly free, and bit-identical to decoding one token at a time. The packed weights are a
+    copy, for inference only. Beyond `MAX_ROWS` rows the plain layout is faster.
     """
 
     ROWS = 8  # that the layout is made for
