@@ -110,8 +110,10 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
                 return self.answer(200 if json.loads(body)["oid"] in uploads.objects else 404)
             if self.user() == "":
                 return self.answer(401, b"{}", **UNKNOWN)
-            status, found, headers = uploads.post(path, body, self.user(), str(here))
-            return self.answer(status, json.dumps(found).encode(), Content_Type="application/json", **headers)
+            status, content, headers = uploads.post(path, body, self.user(), str(here))
+            return self.answer(
+                status, json.dumps(content).encode(), Content_Type="application/json", **headers
+            )
 
         def do_PUT(self) -> None:
             if not self.fails():
@@ -155,7 +157,7 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
             if route == "resolve" and target.is_file():
                 return self.file(target.read_bytes(), commit)
             if route == "tree" and target.is_dir():
-                found = sorted(
+                content = sorted(
                     target.rglob("*") if "recursive=true" in address.query.lower() else target.iterdir()
                 )
                 kinds = {True: "directory", False: "file"}
@@ -167,7 +169,7 @@ def hub(repos: dict[str, Path], gated: tuple[str, ...] = (), uploads: Uploads | 
                             "size": p.stat().st_size,
                             "oid": COMMIT,
                         }
-                        for p in found
+                        for p in content
                     ]
                 )
             if route in ("", "revision"):

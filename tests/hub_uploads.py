@@ -25,8 +25,8 @@ class Repo:
 
     def find(self, revision: str) -> str | None:
         """→ the commit."""
-        found = self.branches.get(revision, revision)
-        return found if found in self.commits else None
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
 
     @property
     def files(self) -> dict[str, bytes]:

@@ -53,8 +53,8 @@ class Naive:
             if last_left:
                 break
             if replaced is not None:
-                where, left = replaced
-                k[where], v[where] = left[layer][0][where], left[layer][1][where]
+                positions, left = replaced
+                k[positions], v[positions] = left[layer][0][positions], left[layer][1][positions]
             queries = (h @ w[f"{q}q_proj.weight"].T).view(len(x), c.heads, c.head_size)
             queries, k = _rotate(queries, c.rope_theta), _rotate(k, c.rope_theta)
             out = torch.zeros(len(x), c.heads, c.head_size)
@@ -92,10 +92,10 @@ class Naive:
         }[context]
         features = self.image_tokens(tiles).flatten(0, 1) if len(tiles) else tiles
 
-        def embedded(table: Tensor, first: int, where: Tensor) -> Tensor:
+        def embedded(table: Tensor, first: int, selected: Tensor) -> Tensor:
             x, used = torch.randn(T, table.shape[1]), 0  # noise where nothing may be read
             for t, i in enumerate(ids):
-                if where[t]:
+                if selected[t]:
                     x[t] = features[used] if i == v.image_token_id else table[i - first]
                     used += i == v.image_token_id
             return x

@@ -107,7 +107,7 @@ def run_ranks(number: int, command: list[str], cwd: Path) -> subprocess.Complete
 
 
 def start_ranks(number: int, command: list[str], cwd: Path, local: int = 0) -> list[Program]:
-    """The same, not waited for; `local` of them on a node, as they are told."""
+    """The same, not waited for; `local` of them on a node, as its flags say."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,7 +118,7 @@ def start_ranks(number: int, command: list[str], cwd: Path, local: int = 0) -> l
 
 
 def _as_rank(rank: int, number: int, local: int, port: int) -> None:
-    told = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank % local,
         "WORLD_SIZE": number,
@@ -126,7 +126,7 @@ def _as_rank(rank: int, number: int, local: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    os.environ |= {name: str(value) for name, value in told.items()}
+    os.environ |= {name: str(value) for name, value in variables.items()}
 
 
 def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] | None) -> None:

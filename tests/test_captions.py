@@ -306,13 +306,13 @@ def test_java_can_be_chosen():
 @needs_fixtures
 def test_cider_of_the_fixture():
     stored = json.loads((FIXTURES / "cider.json").read_text())
-    found = cider(
+    result = cider(
         [image["candidate"] for image in stored["images"]],
         [image["references"] for image in stored["images"]],
     )
-    assert found.score == pytest.approx(stored["cider"], abs=1e-4)
-    assert found.each == pytest.approx([image["cider"] for image in stored["images"]], abs=1e-4)
-    assert found.warning is None
+    assert result.score == pytest.approx(stored["cider"], abs=1e-4)
+    assert result.each == pytest.approx([image["cider"] for image in stored["images"]], abs=1e-4)
+    assert result.warning is None
 
 
 REFERENCES = [
@@ -343,13 +343,13 @@ SHORT = ["cat sat on a", "a dog is running", "red buses on a street"]
     ],
 )
 def test_scores(candidates, each, bleu, rouge):
-    found = cider(candidates, REFERENCES)
-    assert found.each == pytest.approx(each, abs=1e-9) and found.score == pytest.approx(
+    result = cider(candidates, REFERENCES)
+    assert result.each == pytest.approx(each, abs=1e-9) and result.score == pytest.approx(
         sum(each) / 3, abs=1e-9
     )
     scores = caption_scores(candidates, REFERENCES, ["ROUGE-L", "CIDEr", "BLEU-4"])
     assert list(scores) == ["ROUGE-L", "CIDEr", "BLEU-4"]
-    assert scores == pytest.approx({"CIDEr": found.score, "BLEU-4": bleu, "ROUGE-L": rouge}, abs=1e-9)
+    assert scores == pytest.approx({"CIDEr": result.score, "BLEU-4": bleu, "ROUGE-L": rouge}, abs=1e-9)
 
 
 def test_scores_are_those_of_pycocoevalcap():
@@ -371,8 +371,10 @@ def test_scores_are_those_of_pycocoevalcap():
     truths = {i: [tokenize(text) for text in texts] for i, texts in enumerate(references)}
     results = {i: [tokenize(text)] for i, text in enumerate(first)}
     score, each = Cider().compute_score(truths, results)
-    found = cider(first, references)
-    assert found.score == pytest.approx(score, abs=1e-9) and found.each == pytest.approx(list(each), abs=1e-9)
+    result = cider(first, references)
+    assert result.score == pytest.approx(score, abs=1e-9) and result.each == pytest.approx(
+        list(each), abs=1e-9
+    )
     expected = dict(
         zip(
             ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
@@ -450,7 +452,7 @@ OTHERS = [[f"word{i} and another{i} in image{i}"] for i in range(200)]
 
 
 @pytest.mark.parametrize(
-    "text, most",
+    "text, maximum",
     [
         ("cat", 2.5),
         ("red cat", 5.0),
@@ -459,42 +461,44 @@ OTHERS = [[f"word{i} and another{i} in image{i}"] for i in range(200)]
         ("a red cat sits here", 10.0),
     ],
 )
-def test_a_perfect_caption_of_few_words_is_capped(text, most):
-    found = cider([text, *(texts[0] for texts in OTHERS)], [[text], *OTHERS])
-    assert found.each[0] == pytest.approx(most) and found.warning is None
+def test_a_perfect_caption_of_few_words_is_capped(text, maximum):
+    result = cider([text, *(texts[0] for texts in OTHERS)], [[text], *OTHERS])
+    assert result.each[0] == pytest.approx(maximum) and result.warning is None
 
 
-@pytest.mark.parametrize("count, words, most", [(150, 1, "2.5"), (150, 2, "5"), (3, 3, "7.5")])
-def test_references_of_few_words_are_told(count, words, most):
+@pytest.mark.parametrize("count, words, maximum", [(150, 1, "2.5"), (150, 2, "5"), (3, 3, "7.5")])
+def test_references_of_few_words_are_reported(count, words, maximum):
     references = [[" ".join(f"word{i}{j}" for j in range(words))] for i in range(count)]
-    found = cider([texts[0] for texts in references], references)
+    result = cider([texts[0] for texts in references], references)
     assert (
-        found.score == pytest.approx(float(most))
-        and f"cannot exceed {most}:" in found.warning
-        and "\n" not in found.warning
+        result.score == pytest.approx(float(maximum))
+        and f"cannot exceed {maximum}:" in result.warning
+        and "\n" not in result.warning
     )
 
 
 def test_one_image_scores_nothing():
-    found = cider(["A red cat sits."], [["A red cat sits.", "A cat."]])
-    assert found.each == [0.0] and "1 image is 0 whatever its caption" in found.warning
+    result = cider(["A red cat sits."], [["A red cat sits.", "A cat."]])
+    assert result.each == [0.0] and "1 image is 0 whatever its caption" in result.warning
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 150])
 def test_same_references_score_nothing(count):
-    found = cider(["a red cat sits here"] * count, [["A red cat sits here.", "A red cat sits, here"]] * count)
-    assert found.each == [0.0] * count and f"all {count} images have the same references" in found.warning
+    result = cider(
+        ["a red cat sits here"] * count, [["A red cat sits here.", "A red cat sits, here"]] * count
+    )
+    assert result.each == [0.0] * count and f"all {count} images have the same references" in result.warning
 
 
-def test_few_images_are_told():
+def test_few_images_are_reported():
     texts = [texts[0] for texts in OTHERS]
     assert "CIDEr of 99 images means little" in cider(texts[:99], OTHERS[:99]).warning
     assert cider(texts[:100], OTHERS[:100]).warning is None
 
 
 def test_captions_without_words():
-    found = cider(["", "..."], [["", "."], [""]])
-    assert found.each == [0.0, 0.0] and "0 whatever the captions" in found.warning
+    result = cider(["", "..."], [["", "."], [""]])
+    assert result.each == [0.0, 0.0] and "0 whatever the captions" in result.warning
     assert caption_scores(["", "..."], [["a cat"], ["two"]], ["CIDEr", "BLEU-4", "ROUGE-L"]) == {
         "CIDEr": 0.0,
         "BLEU-4": 0.0,
@@ -524,7 +528,7 @@ def test_unknown_names():
     "use",
     [lambda: cider(["a"], [["a"]], tokenizer="java"), lambda: caption_scores(["a"], [["a"]], ["SPICE"])],
 )
-def test_what_java_needs_is_told(use, monkeypatch):
+def test_missing_requirements_of_java_are_reported(use, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.raises(UserError, match="needs the package pycocoevalcap: pip install pycocoevalcap"):
         use()

@@ -1,4 +1,4 @@
-"""Conversations against the naive model over everything said so far, and the terminal's side of them."""
+"""Conversations against the naive model over the whole context, and the terminal's side of them."""
 
 import io
 import sys
@@ -37,7 +37,7 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
     renderer = Renderer(tokenizer, TINY_MODEL.tokens_per_tile, context)
     settings = GenerationConfig(max_new_tokens=6, speculative="on" if heads else "off")
     chat, naive = Chat(Predictor(model, renderer), settings), Naive(model)
-    tiles, ids, told = [], [], []
+    tiles, ids, answers = [], [], []
     for turn, (text, new) in enumerate([("what is it?", 1), ("is it large?", 0), ("what color?", 1)]):
         images = [Tiles(SQUARE, random_tiles(1, seed=turn))] * new
         tiles += [image.pixels for image in images]
@@ -55,14 +55,14 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
         expected = naive_greedy(naive, ids, torch.cat(tiles), tokenizer.turn_end, 6)
         assert answer.text == tokenizer.decode(expected) and answer.tokens == len(expected)
         assert answer.image_kv == ("computed" if new and context == "image" else "none")
-        told.append(expected)
+        answers.append(expected)
         ids += expected
-    assert told[0] != told[1] and len({token for tokens in told for token in tokens}) > 4
+    assert answers[0] != answers[1] and len({token for tokens in answers for token in tokens}) > 4
     again = chat.ask("and this?", [Tiles(SQUARE, random_tiles(1, seed=0))])
     assert again.image_kv == ("reused" if context == "image" else "none")
 
 
-def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monkeypatch):
+def test_an_answer_that_ends_by_itself_is_continued(tokenizer, renderer, monkeypatch):
     """Its last token is in the cache already, and must not be there twice."""
     model = lively_model(tokenizer)
     naive, settings, tiles = Naive(model), GenerationConfig(max_new_tokens=6), random_tiles(1)
@@ -84,9 +84,9 @@ def test_an_answer_that_ends_by_itself_is_gone_on_from(tokenizer, renderer, monk
     chat = Chat(Predictor(model, renderer), settings)
     assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
     follow = renderer.follow_up([], "is it large?", chat.last, chat.position)
-    said = [*ids, *answer[: answer.index(stop)]]
-    assert follow.right_positions[0] == len(said) - 1 and follow.right_ids[0] == said[-1]
-    expected = naive_greedy(naive, [*said, *follow.right_ids[1:]], tiles, stop, 6)
+    prefix = [*ids, *answer[: answer.index(stop)]]
+    assert follow.right_positions[0] == len(prefix) - 1 and follow.right_ids[0] == prefix[-1]
+    expected = naive_greedy(naive, [*prefix, *follow.right_ids[1:]], tiles, stop, 6)
     assert chat.ask("is it large?", []).text == tokenizer.decode(expected)
 
 
@@ -109,7 +109,7 @@ def test_a_turn_that_is_stopped_is_forgotten(model, renderer, monkeypatch):
 
 
 def test_the_terminals_side(model, renderer, image_file, monkeypatch, capsys):
-    """Turns until an empty line; /image shows one; what is wrong is said and the conversation goes on."""
+    """Turns until an empty line; /image shows one; errors are reported and the conversation goes on."""
     monkeypatch.setattr(
         sys,
         "stdin",
@@ -157,16 +157,18 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
         return original(*arguments, **more)
 
     monkeypatch.setattr(eval.chat, "generate", noted)
-    said = []
+    history = []
     for text in ("what is it?", "is it large?"):
-        said += [{"user": text, "assistant": chat.ask(text, []).text}]
+        history += [{"user": text, "assistant": chat.ask(text, []).text}]
     first = renderer.prompt([], [{"user": "what is it?"}])
-    made = generate(
+    generated = generate(
         model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])
     ).tokens[0]
-    assert counted == [set(), {*first.right_ids, *made}]
-    follow = renderer.follow_up([], "is it large?", made[-1:], first.right_positions[-1] + len(made))
-    ids = [*first.right_ids, *made[:-1], *follow.right_ids]
+    assert counted == [set(), {*first.right_ids, *generated}]
+    follow = renderer.follow_up(
+        [], "is it large?", generated[-1:], first.right_positions[-1] + len(generated)
+    )
+    ids = [*first.right_ids, *generated[:-1], *follow.right_ids]
     again = generate(
         model,
         torch.tensor([ids]),
@@ -175,9 +177,9 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
         stop=tokenizer.turn_end,
         settings=settings,
     )
-    assert tokenizer.decode(again.tokens[0]) == said[1]["assistant"]
+    assert tokenizer.decode(again.tokens[0]) == history[1]["assistant"]
     plain = Chat(Predictor(model, renderer), GenerationConfig(max_new_tokens=6))
-    assert [plain.ask(turn["user"], []).text for turn in said] != [turn["assistant"] for turn in said]
+    assert [plain.ask(turn["user"], []).text for turn in history] != [turn["assistant"] for turn in history]
 
 
 def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, capsys):
@@ -200,7 +202,7 @@ def test_the_next_answer_begins_on_its_own_line(model, renderer, monkeypatch, ca
     )
 
 
-def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
+def test_a_generated_image_token_is_not_read(tokenizer, monkeypatch):
     """As a model may that knows nothing yet."""
     model = lively_model(tokenizer, replace(TINY_MODEL, left_context="none"))
     chat = Chat(
@@ -211,13 +213,13 @@ def test_an_image_token_that_was_said_is_not_read(tokenizer, monkeypatch):
         model.right.unembedding[model.vocabulary.image_token_id] *= 50
     original, kinds = eval.chat.generate, []
 
-    def said(*arguments, **more):
-        made = original(*arguments, **more)
-        made.tokens[0][:] = [model.vocabulary.image_token_id]
-        kinds.append(made)
-        return made
+    def generate_image_token(*arguments, **more):
+        result = original(*arguments, **more)
+        result.tokens[0][:] = [model.vocabulary.image_token_id]
+        kinds.append(result)
+        return result
 
-    monkeypatch.setattr(eval.chat, "generate", said)
+    monkeypatch.setattr(eval.chat, "generate", generate_image_token)
     assert [
         chat.ask(text, [Tiles(SQUARE, random_tiles(1))] * (n == 1)).tokens for n, text in enumerate("abc")
     ] == [1, 1, 1] and len(kinds) == 3
@@ -257,34 +259,36 @@ def test_stop_strings_and_streaming(tokenizer, renderer):
     whole = predictor.answer(asked, GenerationConfig(max_new_tokens=12))[0]
     stop = whole.text[len(whole.text) // 2 :][:3]
     seen: list[str] = []
-    cut = predictor.answer(
+    truncated = predictor.answer(
         asked, GenerationConfig(max_new_tokens=12), lambda text, _: seen.append(text), ["never", stop]
     )[0]
-    assert cut.text == whole.text.split(stop)[0] and cut.tokens < whole.tokens
+    assert truncated.text == whole.text.split(stop)[0] and truncated.tokens < whole.tokens
     assert (
-        seen[-1] == cut.text
+        seen[-1] == truncated.text
         and all(b.startswith(a) for a, b in pairwise(seen))
         and not any(stop in s for s in seen)
     )
 
 
-def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
+def test_tokens_after_a_stop_string_are_not_in_the_context(tokenizer, renderer):
     """The next turn goes on from the last token before it, and not from those behind."""
     model = lively_model(tokenizer)
     settings, first = (
         GenerationConfig(max_new_tokens=12, repetition_penalty=1.3),
         renderer.prompt([], [{"user": "what is it?"}]),
     )
-    made = generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([first])).tokens[0]
-    for kept in (0, 1, 5):
-        text = tokenizer.decode(made[:kept])
-        stop = tokenizer.decode(made)[len(text) :][:4]
+    generated = generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([first])).tokens[0]
+    for retained in (0, 1, 5):
+        text = tokenizer.decode(generated[:retained])
+        stop = tokenizer.decode(generated)[len(text) :][:4]
         chat = Chat(Predictor(model, renderer), settings, ["", "never", stop])
-        assert tokenizer.decode(made).index(stop) == len(text) and chat.ask("what is it?", []).text == text
-        follow = renderer.follow_up(
-            [], "is it large?", made[:kept][-1:], first.right_positions[-1] + max(1, kept)
+        assert (
+            tokenizer.decode(generated).index(stop) == len(text) and chat.ask("what is it?", []).text == text
         )
-        ids = [*first.right_ids, *made[: max(0, kept - 1)], *follow.right_ids]
+        follow = renderer.follow_up(
+            [], "is it large?", generated[:retained][-1:], first.right_positions[-1] + max(1, retained)
+        )
+        ids = [*first.right_ids, *generated[: max(0, retained - 1)], *follow.right_ids]
         expected = generate(
             model,
             torch.tensor([ids]),
@@ -296,7 +300,7 @@ def test_what_a_stop_string_cut_off_was_not_said(tokenizer, renderer):
         assert (
             chat.ask("is it large?", []).text == tokenizer.decode(expected).split(stop)[0].split("never")[0]
         )
-        assert not set(made[kept:]) & chat.seen - {*ids, *expected}
+        assert not set(generated[retained:]) & chat.seen - {*ids, *expected}
 
 
 def test_an_answer_is_out_before_the_next_begins(model, renderer, monkeypatch):
@@ -345,9 +349,9 @@ def test_lines_that_fail_are_counted(model, renderer, monkeypatch, capsys):
 
 def test_half_a_stop_string_waits_whatever_its_bytes(tokenizer, renderer):
     """A partial stop string is held back even if its characters take several tokens."""
-    predictor, shown = Predictor(lively_model(tokenizer), renderer), []
-    on_tokens = predictor.stream(lambda text, _: shown.append(text), ["é💡"], 1)
+    predictor, visible = Predictor(lively_model(tokenizer), renderer), []
+    on_tokens = predictor.stream(lambda text, _: visible.append(text), ["é💡"], 1)
     tokens = tokenizer.encode("caé💥 aé💡x")
     ended = [on_tokens(0, tokens[:n]) for n in range(1, len(tokens) + 1)]
-    assert all(b.startswith(a) for a, b in pairwise(shown)) and "\ufffd" not in "".join(shown)
-    assert ended.index(True) < len(ended) - 1 and shown[ended.index(True)] == "caé💥 a"
+    assert all(b.startswith(a) for a, b in pairwise(visible)) and "\ufffd" not in "".join(visible)
+    assert ended.index(True) < len(ended) - 1 and visible[ended.index(True)] == "caé💥 a"

@@ -231,12 +231,12 @@ def test_what_came_before_an_interruption_is_not_lost(trained):
         [ROOT / "generate.py", *flags, "--stop", part + "never"], ROOT, before=interrupt_third_pass
     )  # it may begin a stop string
     assert (waiting.returncode, waiting.stdout) == (130, plain.stdout)
-    told = json.loads(as_json.stdout)
-    assert told | {"ttft_ms": None, "decode_steps": None} == told and (
-        told["answer"],
-        told["interrupted"],
+    output = json.loads(as_json.stdout)
+    assert output | {"ttft_ms": None, "decode_steps": None} == output and (
+        output["answer"],
+        output["interrupted"],
     ) == (part, True)
-    assert set(told) == set(json.loads(run("generate.py", *flags, "--json").stdout))
+    assert set(output) == set(json.loads(run("generate.py", *flags, "--json").stdout))
 
 
 def test_a_terminal_without_arrows_loses_no_answer(trained):

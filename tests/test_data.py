@@ -215,11 +215,11 @@ class TestLoader:
             }
             assert json.dumps(loader.state()) == json.dumps(plain.state())
 
-    def test_batches_that_are_kept_do_not_change(self, records, renderer):
+    def test_retained_batches_do_not_change(self, records, renderer):
         """Workers use their shared memory again; what was given out stays as it was."""
         plain = [batch["tiles"] for batch in islice(loader_of(records, renderer), 40)]
-        kept = [batch["tiles"] for batch in islice(loader_of(records, renderer, workers=1), 40)]
-        assert all(map(torch.equal, plain, kept)) and len({t.data_ptr() for t in kept}) == 40
+        retained = [batch["tiles"] for batch in islice(loader_of(records, renderer, workers=1), 40)]
+        assert all(map(torch.equal, plain, retained)) and len({t.data_ptr() for t in retained}) == 40
 
     @pytest.mark.parametrize("workers", [1, 2, 3])
     @pytest.mark.parametrize("ranks", [1, 2])
@@ -287,12 +287,12 @@ class TestLoader:
     @pytest.mark.parametrize("end", ["killed", "exit 0"])
     def test_a_worker_that_dies_is_one_line_within_seconds(self, records, renderer, monkeypatch, end):
         """However it ends; and no line besides, from a destructor or PyTorch's handler of signals."""
-        made, last = data.loader.decode, Path(records[0]["images"][0]).with_name("end")
+        original, last = data.loader.decode, Path(records[0]["images"][0]).with_name("end")
 
         def ending(sample, vision):
             if last.exists():
                 os._exit(0)
-            return made(sample, vision)
+            return original(sample, vision)
 
         monkeypatch.setattr("data.loader.decode", ending)
         handler = signal.getsignal(signal.SIGCHLD)
@@ -346,17 +346,17 @@ class TestLoader:
 
     def test_slow_workers_are_waited_for(self, records, renderer, monkeypatch):
         expected = [digest(b) for b in islice(loader_of(records, renderer), 6)]
-        made = data.loader.decode
+        original = data.loader.decode
         monkeypatch.setattr("data.loader.POLL_SECONDS", 0.01)
-        monkeypatch.setattr("data.loader.decode", lambda *a: time.sleep(0.02) or made(*a))
+        monkeypatch.setattr("data.loader.decode", lambda *a: time.sleep(0.02) or original(*a))
         assert [digest(b) for b in islice(loader_of(records, renderer, workers=2), 6)] == expected
 
     def test_more_workers_than_cores_are_not_warned_of(self, records, renderer, monkeypatch):
         monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             next(loader_of(records, renderer, workers=2))
-        assert not [w for w in told if "DataLoader" in str(w.message)]
+        assert not [w for w in caught if "DataLoader" in str(w.message)]
 
     def test_images_that_are_damaged_for_some_small_epochs_are_not_the_end(self, records, renderer):
         dataset = dataset_of(records, renderer, **SHORT)
@@ -368,10 +368,10 @@ class TestLoader:
         loader = Loader(
             RowStream(stream_of(dataset), Budget(15, 60, 5), 1), 1, renderer.tokenizer.global_image, 0
         )
-        found = [len(next(loader)["tiles"]) for _ in range(40)]
-        assert found[0] == 0 and 1 in found
+        counts = [len(next(loader)["tiles"]) for _ in range(40)]
+        assert counts[0] == 0 and 1 in counts
 
-    def test_what_is_gone_at_a_resume_is_skipped_and_counted(self, records, renderer):
+    def test_images_missing_at_a_resume_are_skipped_and_counted(self, records, renderer):
         vision = replace(TINY_MODEL.vision, max_side=128)  # sizes are read when a sample is planned
 
         def tiled() -> Loader:
@@ -426,10 +426,10 @@ class TestLoader:
         assert not epoch[0] & epoch[1] and len(epoch[0] | epoch[1]) == 12 and all(seen)
 
     def test_memory_is_not_needed_for_exactness(self, records, renderer):
-        kept, fresh = loader_of(records, renderer), loader_of(records, renderer)
-        fresh.dataset.capacity = 0
-        assert [digest(b) for b in islice(kept, 12)] == [digest(b) for b in islice(fresh, 12)]
-        assert kept.dataset.cache and not fresh.dataset.cache
+        cached, uncached = loader_of(records, renderer), loader_of(records, renderer)
+        uncached.dataset.capacity = 0
+        assert [digest(b) for b in islice(cached, 12)] == [digest(b) for b in islice(uncached, 12)]
+        assert cached.dataset.cache and not uncached.dataset.cache
 
 
 class TestSamples:
@@ -452,7 +452,7 @@ class TestSamples:
         assert batch["right_groups"].unique().tolist() == [0]
 
     def test_a_long_conversation_is_split_between_turns(self, records, renderer):
-        """Every answer stays whole and is learnt once; only a turn that is too long by itself is dropped."""
+        """Every answer stays whole and is supervised once; only a turn too long by itself is dropped."""
         turns = [{"user": f"question {i}?", "assistant": "answer " * (1 + i % 3) + str(i)} for i in range(12)]
         turns[7] = {"user": "tell me all", "assistant": "much " * 200}
         dataset = dataset_of(
@@ -460,19 +460,19 @@ class TestSamples:
         )
         samples = samples_of(dataset)
         assert len(samples) > 1 and dataset.dropped == {("test", "too_long"): 1}
-        learnt = []
+        supervised = []
         for sample in samples:
             (document,) = sample.documents
             assert len(document.right_ids) <= 100 and sample.left_length == 5
             assert [sample.key[2]] == [samples.index(sample)]
-            learnt += [t for t in document.labels if t >= 0]
+            supervised += [t for t in document.labels if t >= 0]
         answers = [
             token
             for i, turn in enumerate(turns)
             if i != 7
             for token in (*renderer.tokenizer.encode(turn["assistant"]), renderer.tokenizer.turn_end)
         ]
-        assert learnt == answers
+        assert supervised == answers
         shorter = [len(renderer.conversation([(1, 1)], turns[:n]).right_ids) for n in (1, 2, 3, 4)]
         assert max(n for n in range(4) if shorter[n] <= 100) + 1 == sum(
             t == renderer.tokenizer.turn_end for t in samples[0].documents[0].labels
@@ -590,8 +590,8 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
     answers = Counter()
     while (loader.consumed or {"epoch": 0})["epoch"] < 3:
         batch = next(loader)
-        learnt = batch["labels"][batch["labels"] >= 0].tolist()
-        answers["documents"] += learnt.count(renderer.tokenizer.turn_end)
+        supervised = batch["labels"][batch["labels"] >= 0].tolist()
+        answers["documents"] += supervised.count(renderer.tokenizer.turn_end)
         assert (batch["left_ids"] == renderer.tokenizer.image).sum() == 4 * len(batch["tiles"])
     assert loader.dropped() == {("test", reason): n for reason, n in reasons.items()}
     usable = (
@@ -600,7 +600,7 @@ def test_a_corpus_of_bad_records(records, renderer, tmp_path, workers, tiled):
     assert answers["documents"] == pytest.approx(3 * usable, abs=20)
 
 
-def test_an_image_that_changes_after_it_was_planned(renderer, tmp_path):
+def test_an_image_that_changes_after_planning(renderer, tmp_path):
     vision = replace(TINY_MODEL.vision, max_side=128)
     Image.new("RGB", (100, 100)).save(tmp_path / "x.png")
     dataset = dataset_of(
@@ -641,8 +641,10 @@ def test_rows_that_cannot_be_read_are_counted_every_time_and_tried_again(records
         return readable(self, index)
 
     monkeypatch.setattr(InMemoryRecords, "__getitem__", failing)
-    for lap in (1, 2):
-        assert not dataset.samples(0, 3, first=lap == 1) and dataset.dropped == {("test", "unreadable"): lap}
+    for epoch in (1, 2):
+        assert not dataset.samples(0, 3, first=epoch == 1) and dataset.dropped == {
+            ("test", "unreadable"): epoch
+        }
     monkeypatch.setattr(InMemoryRecords, "__getitem__", readable)
     assert dataset.samples(0, 3, first=False)
 
@@ -731,8 +733,8 @@ class TestFilters:
         dataset = dataset_of(
             records, renderer, filters=FilterConfig(**filters), **SHORT | {"right_length": 200}
         )
-        kept = [document for sample in samples_of(dataset) for document in sample.documents]
-        return len(kept), {reason: n for (_, reason), n in dataset.dropped.items()}
+        retained = [document for sample in samples_of(dataset) for document in sample.documents]
+        return len(retained), {reason: n for (_, reason), n in dataset.dropped.items()}
 
     def test_ratings_lengths_sizes_and_scores(self, records, renderer):
         turns = [
@@ -759,7 +761,7 @@ class TestFilters:
         assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
         assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
 
-    def test_duplicates_are_found_again_after_compression_and_scaling(self, renderer, tmp_path):
+    def test_duplicates_are_detected_after_compression_and_scaling(self, renderer, tmp_path):
         """Of duplicates the first is used, in this epoch and the next.
 
         Different images are not treated as duplicates.

@@ -1,4 +1,4 @@
-"""What is logged beside the loss: update ratios, histograms, FLOP/s, spikes; and the watchdog."""
+"""What is logged with the loss: update ratios, histograms, FLOP/s, spikes; and the watchdog."""
 
 import ctypes
 import json
@@ -61,16 +61,16 @@ def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
         model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0)
     )
     optimizers = make_optimizers(model, config.train)
-    details = Diagnostics(model, optimizers)
+    diagnostics = Diagnostics(model, optimizers)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {}
 
     def look():
-        details.capture()
+        diagnostics.capture()
         gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
     train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), before_update=look)
-    ratios, spread = details.report()
+    ratios, spread = diagnostics.report()
     assert set(ratios) == {"vision", "projector", "left", "right"}
     names = {id(p): name for name, p in model.named_parameters()}
     for part in ("projector", "left", "right"):  # no tensor of theirs is longer than what is looked at
@@ -132,28 +132,28 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     assert flops_meter.of(seen, 2.0)["mfu"] == pytest.approx(flops_meter.of(seen, 2.0)["tflops_per_s"])
 
 
-def test_a_spike_is_told():
-    told, norms = [], deque(maxlen=100)
-    log = SimpleNamespace(say=told.append)
+def test_a_spike_is_logged():
+    messages, norms = [], deque(maxlen=100)
+    log = SimpleNamespace(say=messages.append)
     for step, norm in enumerate([1.0] * 25 + [4.9, 5.1, 1.0], 1):
         values = {"grad_norm": norm}
         training.trainer._log_spike(values, norms, 1.0, step, log)
         assert ("spike" in values) == (norm == 5.1)
     assert (
-        told == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"]
+        messages == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"]
         and len(norms) == 28
     )
     few = deque(maxlen=100)
     for norm in (1.0, 100.0):
         training.trainer._log_spike({"grad_norm": norm}, few, 1.0, 1, log)
-    assert len(told) == 1
-    for least, lines in (
+    assert len(messages) == 1
+    for minimum, lines in (
         (1.0, 1),
         (0.4, 2),
-    ):  # clipping does nothing to the first: it is told in the metrics alone
+    ):  # clipping does nothing to the first: it is logged in the metrics alone
         values = {"grad_norm": 0.5}
-        training.trainer._log_spike(values, deque([0.01] * 25), least, 1, log)
-        assert values["spike"] == pytest.approx(50) and len(told) == lines
+        training.trainer._log_spike(values, deque([0.01] * 25), minimum, 1, log)
+        assert values["spike"] == pytest.approx(50) and len(messages) == lines
 
 
 def slow_third_step():
@@ -219,7 +219,7 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
 
 
 def busy_under_a_watchdog() -> None:
-    """Hundreds of dumps of threads at work, which may end a process where they are made beside them."""
+    """Hundreds of dumps of threads at work, which may end a process if written from another thread."""
     from training.watchdog import Watchdog
 
     over = time.monotonic() + 3

@@ -63,24 +63,24 @@ def ranks(number: int, *flags: str) -> list[str]:
     ]
 
 
-def told(folder: Path) -> dict[tuple[int, str], float]:
+def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {
+    losses = {
         (line["step"], key): line[key]
         for line in lines
         for key in ("loss", "validation_loss", "validation_accuracy")
         if key in line
     }
-    return found | {
+    return losses | {
         (line["step"], name): value for line in lines for name, value in line.get("source_losses", {}).items()
     }
 
 
 def assert_near(
-    got: dict[tuple[int, str], float], wanted: dict[tuple[int, str], float], most: float = 1e-5
+    got: dict[tuple[int, str], float], expected: dict[tuple[int, str], float], tolerance: float = 1e-5
 ) -> None:
-    assert got.keys() == wanted.keys() and wanted
-    assert max(abs(got[key] - wanted[key]) for key in wanted) <= most
+    assert got.keys() == expected.keys() and expected
+    assert max(abs(got[key] - expected[key]) for key in expected) <= tolerance
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
         2, command(*SHARED, "--max_steps", "50", "--output_dir", "run", "--parallel", parallel), tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert_near(told(tmp_path / "run"), told(alone))
+    assert_near(logged_losses(tmp_path / "run"), logged_losses(alone))
     assert done.stdout.count("validation loss") == 10  # one rank tells
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone, tmp_path / "run"))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
@@ -110,7 +110,7 @@ def stopped_at(step: int, program: list[str], folder: Path, number: signal.Signa
         time.sleep(0.01)
     os.kill(process.pid, number)
     stopped = process.wait()
-    # torchrun that was told itself ends so, whatever its ranks did.
+    # torchrun that got the signal itself ends so, whatever its ranks did.
     assert (
         stopped.returncode == ("torch.distributed.run" in program)
         and f"{number.name}: stopped after step" in stopped.stdout
@@ -137,7 +137,7 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path, 
         last = command(*SHARED, *end, "--resume", "auto")
     done = run_ranks(2, last, tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
-    assert_near(told(tmp_path / "run"), told(alone))
+    assert_near(logged_losses(tmp_path / "run"), logged_losses(alone))
 
 
 def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
@@ -146,7 +146,7 @@ def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
     while process.poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
         time.sleep(0.002)
     worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-    os.kill(int(worker), signal.SIGUSR1)  # one rank is told: both stop
+    os.kill(int(worker), signal.SIGUSR1)  # one rank gets the signal: both stop
     stopped = process.wait()
     assert stopped.returncode == 0 and "stopped after step" in stopped.stdout, stopped.stderr
     again = run_program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
@@ -164,7 +164,7 @@ def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
 
     An encoder with batch statistics, in two types, and matrices with fewer rows than ranks.
     """
-    found = []
+    runs = []
     for parallel in ("ddp", "fsdp"):
         more = [
             *flags,
@@ -183,12 +183,14 @@ def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
         ]
         done = run_ranks(2, command(*SHARED, *more), tmp_path)
         assert done.returncode == 0, done.stderr
-        found.append({key: value for key, value in told(tmp_path / parallel).items() if value is not None})
-    assert_near(*found, most=5e-3)
+        runs.append(
+            {key: value for key, value in logged_losses(tmp_path / parallel).items() if value is not None}
+        )
+    assert_near(*runs, tolerance=5e-3)
 
 
 def test_the_command_for_several_nodes_is_theirs(tmp_path):
-    """No rank knows what their torchruns were told."""
+    """No rank knows the flags of their torchruns."""
     processes, metrics = (
         start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1),
         tmp_path / "run" / "metrics.jsonl",
@@ -253,7 +255,7 @@ def test_two_ranks_killed_and_resumed_are_bit_for_bit_what_they_had_been(tmp_pat
     assert lost.returncode != 0 and not (tmp_path / "run" / "model").exists(), lost.stderr
     done = run_program(ranks(2, *end, "--resume", "auto"), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert told(tmp_path / "run") == told(tmp_path / "whole" / "run")
+    assert logged_losses(tmp_path / "run") == logged_losses(tmp_path / "whole" / "run")
 
 
 def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_path):
@@ -290,8 +292,10 @@ def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_p
         flags = [*data, "--output_dir", f"run{number}{parallel}", "--parallel", parallel]
         done = run_ranks(number, command(*SHARED, *flags), tmp_path)
         assert done.returncode == 0, done.stderr
-        assert_near(told(tmp_path / f"run{number}{parallel}"), told(tmp_path / "run1ddp"))
-    assert {"jsonl", "easy_vqa"} <= {key for _, key in told(tmp_path / "run1ddp")}  # losses by source
+        assert_near(logged_losses(tmp_path / f"run{number}{parallel}"), logged_losses(tmp_path / "run1ddp"))
+    assert {"jsonl", "easy_vqa"} <= {
+        key for _, key in logged_losses(tmp_path / "run1ddp")
+    }  # losses by source
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_contradictions_are_one_line(size, config, message):
 
 
 def test_states_of_all_ranks_are_one_of_each_stream():
-    """Two ranks that share a stream: what each found damaged is added up."""
+    """Two ranks that share a stream: the damaged images of each are added up."""
     shared = [
         {0: {"epoch": 1, "damaged": [["a", "image_damaged", 2]]}},
         {0: {"epoch": 1, "damaged": [["a", "image_damaged", 3], ["b", "image_missing", 1]]}},

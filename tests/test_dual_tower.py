@@ -61,14 +61,14 @@ def test_equals_the_naive_dual_tower(tokenizer, renderer, samples, isolation, at
     model = tiny_model(tokenizer, replace(TINY_MODEL, image_isolation=isolation, left_attention=attention))
     naive = Naive(model)
     packed = collate([[samples[3], samples[0], samples[1]], [samples[2]]], tokenizer.global_image)
-    places = {0: (0, 1), 1: (0, 4), 2: (1, 0), 3: (0, 0)}  # sample → row, first document
+    locations = {0: (0, 1), 1: (0, 4), 2: (1, 0), 3: (0, 0)}  # sample → row, first document
     for number, sample in enumerate(samples):
         alone = collate([[sample]], tokenizer.global_image)
         for d in range(len(sample.documents)):
             expected = (
                 naive.logits(full_ids(renderer, sample, d), sample.tiles) if len(sample.tiles) else None
             )
-            row, first = places[number]
+            row, first = locations[number]
             got_packed, got_alone = (
                 document_logits(model, packed, row, first + d),
                 document_logits(model, alone, 0, d),
@@ -98,9 +98,9 @@ def test_other_routings_equal_their_naive_models(tokenizer, attention, context):
     ]
     packed = collate([samples], tokenizer.global_image)
     numbers = [(s, d) for s in samples for d in range(len(s.documents))]
-    for place, (sample, d) in enumerate(numbers):
+    for index, (sample, d) in enumerate(numbers):
         got, alone = (
-            document_logits(model, packed, 0, place),
+            document_logits(model, packed, 0, index),
             document_logits(model, collate([[sample]], tokenizer.global_image), 0, d),
         )
         torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
@@ -149,9 +149,9 @@ def test_packing_leaks_nothing(model, tokenizer, samples):
 
     def logits_of_text(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            places = (batch[name] for name in ("right_positions", "right_documents", "right_groups"))
+            columns = (batch[name] for name in ("right_positions", "right_documents", "right_groups"))
             return model.logits(
-                model.right.read(image_kv, batch["left_positions"], batch["left_groups"], ids, *places)
+                model.right.read(image_kv, batch["left_positions"], batch["left_groups"], ids, *columns)
             )[0]
 
     base = logits()

@@ -133,9 +133,9 @@ def predictor(tokenizer, renderer) -> Predictor:
 
 
 def adapter(predictor: Predictor, documents: list[dict], **options) -> DualTower:
-    made = DualTower(predictor=predictor, **options)
-    made.task_dict = {"task": {"test": documents}}
-    return made
+    result = DualTower(predictor=predictor, **options)
+    result.task_dict = {"task": {"test": documents}}
+    return result
 
 
 def request(
@@ -170,9 +170,9 @@ def test_ragged_batches_answer_as_single_questions_do(tokenizer, context):
     ]
     assert len(set(alone)) > 6
     for size in (1, 5, 12):
-        made = adapter(predictor, documents, batch_size=size, max_new_tokens=7)
-        found = made.generate_until([request(n, t, {}) for n, t in enumerate(texts)])
-        assert [f.text for f in found] == alone, size
+        evaluated = adapter(predictor, documents, batch_size=size, max_new_tokens=7)
+        answers = evaluated.generate_until([request(n, t, {}) for n, t in enumerate(texts)])
+        assert [f.text for f in answers] == alone, size
 
 
 def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, predictor, renderer):
@@ -187,25 +187,35 @@ def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, predictor
         and "\ufffd" not in text
     )
     answers, questions = [" blue", " a rectangle", " no", " it is small", greedy], [*QUESTIONS, question]
-    found = adapter(predictor, documents, batch_size=3).loglikelihood(
+    results = adapter(predictor, documents, batch_size=3).loglikelihood(
         [request(n, questions[n], a, kind="loglikelihood") for n, a in enumerate(answers)]
     )
     for n, (document, answer) in enumerate(zip(documents, answers, strict=True)):
         tiles = [predictor.tiles(image) for image in document["images"]]
-        told = renderer.conversation(
+        conversation = renderer.conversation(
             [t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}]
         )
         batch = collate(
-            [[Sample((0, 0, 0), torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0), [told])]],
+            [
+                [
+                    Sample(
+                        (0, 0, 0),
+                        torch.cat([t.pixels for t in tiles]) if tiles else random_tiles(0),
+                        [conversation],
+                    )
+                ]
+            ],
             tokenizer.global_image,
         )
         with torch.no_grad():
             logprobs = predictor.model.logits(predictor.model(**batch).hidden[0]).log_softmax(-1)
         labels = batch["labels"][0]
-        places = (labels != -100).nonzero()[:-1, 0]
-        assert found[n].text[0] == pytest.approx(-logprobs[places, labels[places]].sum().item(), abs=1e-3)
-        assert found[n].text[1] == bool((logprobs[places].argmax(-1) == labels[places]).all())
-    assert [made.text[1] for made in found] == [False] * 4 + [True]
+        positions = (labels != -100).nonzero()[:-1, 0]
+        assert results[n].text[0] == pytest.approx(
+            -logprobs[positions, labels[positions]].sum().item(), abs=1e-3
+        )
+        assert results[n].text[1] == bool((logprobs[positions].argmax(-1) == labels[positions]).all())
+    assert [result.text[1] for result in results] == [False] * 4 + [True]
     with pytest.raises(UserError, match="an empty answer has no likelihood"):
         predictor.loglikelihoods([([], "what is it?", "")])
     with pytest.raises(UsageError, match="256 positions"):
@@ -227,7 +237,7 @@ def test_multi_round(predictor, monkeypatch):
         )
 
     documents = [{"images": [Image.open(io.BytesIO(png(3 + i)))], "rounds": 1 + i} for i in range(3)]
-    made = adapter(predictor, documents)
+    evaluated = adapter(predictor, documents)
     requests = [
         Instance(
             "generate_until_multi_round",
@@ -246,9 +256,9 @@ def test_multi_round(predictor, monkeypatch):
             original(questions, *more, **named),
         )[1],
     )
-    told = made.generate_until_multi_round(requests)
+    outputs = evaluated.generate_until_multi_round(requests)
     assert batches == [3, 2, 1]  # a round of all at once
-    for document, answers in zip(documents, told, strict=True):
+    for document, answers in zip(documents, outputs, strict=True):
         tiles = predictor.tiles(document["images"][0])
         assert answers == [
             original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text
@@ -308,26 +318,26 @@ def test_answers_end_before_any_of_the_strings(predictor):
         [request(0, "what is it?", {})]
     )
     ends = [whole.text[5:7], whole.text[3:4], "never"]
-    (cut,) = adapter(predictor, documents, max_new_tokens=12).generate_until(
+    (truncated,) = adapter(predictor, documents, max_new_tokens=12).generate_until(
         [request(0, "what is it?", {"until": ends})]
     )
     assert (
         DualTower(predictor=predictor, max_new_tokens=7).settings({"max_new_tokens": 999})[0].max_new_tokens
         == 7
     )
-    assert cut.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(cut.text) < len(
-        whole.text
-    )
+    assert truncated.text == whole.text[: min(whole.text.index(end) for end in ends[:2])] and len(
+        truncated.text
+    ) < len(whole.text)
     assert (
-        cut.token_counts.output_tokens < whole.token_counts.output_tokens == 12
+        truncated.token_counts.output_tokens < whole.token_counts.output_tokens == 12
     )  # and it was not made to its longest first
 
 
 def test_answers_at_their_longest_length_are_counted(predictor):
-    made = adapter(predictor, [{"images": []}], max_new_tokens=3)
-    (answer,) = made.generate_until([request(0, "what is it?", {})])
-    made.generate_until([request(0, "what is it?", {"until": ["never", answer.text[-1]]})])
-    assert made.truncated == {"task": 1}
+    evaluated = adapter(predictor, [{"images": []}], max_new_tokens=3)
+    (answer,) = evaluated.generate_until([request(0, "what is it?", {})])
+    evaluated.generate_until([request(0, "what is it?", {"until": ["never", answer.text[-1]]})])
+    assert evaluated.truncated == {"task": 1}
 
 
 @pytest.mark.parametrize(
@@ -375,7 +385,7 @@ def test_an_image_with_many_questions_is_encoded_once(tokenizer):
 
 
 def test_out_of_memory_halves_the_batch_once_and_says_so(predictor, monkeypatch):
-    original, sizes, said = predictor.answer, [], []
+    original, sizes, messages = predictor.answer, [], []
     limit = 4
 
     def answer(questions, settings, stops):
@@ -393,27 +403,27 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(predictor, monkeypatch)
         )
     ]
     sizes.clear()
-    made = adapter(predictor, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=said.append)
-    assert [f.text for f in made.generate_until(requests)] == plain
+    evaluated = adapter(predictor, [{"images": []}] * 12, batch_size=8, max_new_tokens=3, say=messages.append)
+    assert [f.text for f in evaluated.generate_until(requests)] == plain
     assert (
-        made.batch_size == 4
+        evaluated.batch_size == 4
         and sizes == [8, 4, 4, 4]
-        and said == ["out of memory at batch size 8: going on with 4"]
+        and messages == ["out of memory at batch size 8: going on with 4"]
     )
     limit = 3
     with pytest.raises(UserError, match="out of memory at batch size 4 too"):  # once is enough
-        made.generate_until(requests)
+        evaluated.generate_until(requests)
     limit = 1
     with pytest.raises(UserError, match="out of memory at batch size 2 too: give a smaller --batch_size"):
         adapter(
-            predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=said.append
+            predictor, [{"images": []}] * 12, batch_size=4, max_new_tokens=3, say=messages.append
         ).generate_until(requests)
 
 
 def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> DualTower:
     """An adapter whose model says what we want, by the letters of the question's first line."""
-    made = DualTower(predictor=predictor)
-    real = made.answer
+    result = DualTower(predictor=predictor)
+    real = result.answer
 
     def answer(questions, settings, ends):
         return [
@@ -423,8 +433,8 @@ def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> Dual
             )
         ]
 
-    monkeypatch.setattr(made, "answer", answer)
-    return made
+    monkeypatch.setattr(result, "answer", answer)
+    return result
 
 
 README = """---
@@ -459,8 +469,8 @@ def test_a_copy_that_changes_is_read_anew(predictor, tmp_path):
 
 
 def test_the_hash_of_the_data_is_of_the_images_too(predictor, tmp_path):
-    """And an earlier run's results stay until there are new ones, which is told."""
-    model, said = exported(tmp_path / "model", predictor), []
+    """And an earlier run's results stay until there are new ones, which is reported."""
+    model, runs = exported(tmp_path / "model", predictor), []
     (tmp_path / "mine.jsonl").write_text(
         "".join(
             json.dumps({"image": f"{i}.png", "texts": [{"user": "what?", "assistant": "it"}]}) + "\n"
@@ -481,14 +491,14 @@ def test_the_hash_of_the_data_is_of_the_images_too(predictor, tmp_path):
             "out",
             cwd=tmp_path,
         )
-        told = json.loads((tmp_path / "out" / "results.json").read_text())
-        said.append(
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        runs.append(
             (
-                told["tasks"]["questions:jsonl=mine.jsonl"]["data_hash"],
+                results["tasks"]["questions:jsonl=mine.jsonl"]["data_hash"],
                 "results of an earlier run" in done.stdout,
             )
         )
-    assert said[0][0] == said[1][0] != said[2][0] and [earlier for _, earlier in said] == [False, True, True]
+    assert runs[0][0] == runs[1][0] != runs[2][0] and [earlier for _, earlier in runs] == [False, True, True]
 
 
 def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
@@ -498,12 +508,12 @@ def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
         row["question"] = f"{i}: {row['question']}"
     write_mmstar(tmp_path / "MMStar", rows)
     rng = random.Random(1)
-    said = {
+    predicted = {
         row["question"].strip()
         + "\nAnswer with the option's letter from the given choices directly": rng.choice("ABCD")
         for row in rows
     }
-    found = run_tasks(scripted(predictor, said, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"][
+    metrics = run_tasks(scripted(predictor, predicted, monkeypatch), Tasks(tmp_path), ["mmstar"])["results"][
         "mmstar"
     ]
     for name, among in [("average", [c for l2 in MMSTAR.values() for c in l2]), *MMSTAR.items()]:
@@ -511,12 +521,12 @@ def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
         for l2 in among:
             right = [
                 a == row["answer"]
-                for row, a in zip(rows, said.values(), strict=True)
+                for row, a in zip(rows, predicted.values(), strict=True)
                 if row["l2_category"] == l2
             ]
             shares += [sum(right) / len(right)] if right else []
-        assert found[f"{name},none"] == pytest.approx(sum(shares) / len(shares)), name
-    assert 0 < found["average,none"] < 1
+        assert metrics[f"{name},none"] == pytest.approx(sum(shares) / len(shares)), name
+    assert 0 < metrics["average,none"] < 1
 
 
 def test_random_states_and_the_model_stay_as_they_are(predictor, data_root):
@@ -530,11 +540,13 @@ def test_random_states_and_the_model_stay_as_they_are(predictor, data_root):
 def test_sampled_answers_do_not_depend_on_the_batch(predictor):
     """Nor are repetitions of a question all the same."""
     documents, arguments = [{"images": []}] * 4, {"do_sample": True, "temperature": 5.0, "max_new_tokens": 4}
-    told = []
+    outputs = []
     for size in (1, 3):
         requests = [request(n // 2, QUESTIONS[0], dict(arguments)) for n in range(8)]
-        told.append([f.text for f in adapter(predictor, documents, batch_size=size).generate_until(requests)])
-    assert told[0] == told[1] and len(set(told[0])) == 8
+        outputs.append(
+            [f.text for f in adapter(predictor, documents, batch_size=size).generate_until(requests)]
+        )
+    assert outputs[0] == outputs[1] and len(set(outputs[0])) == 8
 
 
 def test_half_an_image_is_refused(predictor):
@@ -593,10 +605,10 @@ def test_a_stock_multiple_choice_task_takes_the_likeliest(predictor, tmp_path, m
         ]
 
     monkeypatch.setattr(predictor, "loglikelihoods", likelihoods)
-    found = run_tasks(DualTower(predictor=predictor), Tasks(tmp_path), ["seedbench_ppl"])["results"][
+    metrics = run_tasks(DualTower(predictor=predictor), Tasks(tmp_path), ["seedbench_ppl"])["results"][
         "seedbench_ppl"
     ]
-    assert found["acc,none"] == 0.5
+    assert metrics["acc,none"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -616,9 +628,11 @@ def test_matchers(matcher, answer, references, right):
     """
     import importlib.util
 
-    found = importlib.util.spec_from_file_location("source_task", ROOT / "eval" / "tasks" / "source_task.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location(
+        "source_task", ROOT / "eval" / "tasks" / "source_task.py"
+    )
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     assert module.MATCHERS[matcher](answer, references) == pytest.approx(right)
 
 
@@ -713,7 +727,7 @@ def test_standard_error_of_a_mean_over_uneven_groups():
     assert standard_error("acc", 0.1, plain) is None and standard_error("acc", 1.0, [{"acc": 1}] * 9) is None
 
 
-def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(predictor, tmp_path, capfd):
+def test_a_metric_is_announced_by_its_final_name(predictor, tmp_path, capfd):
     """Also where a filter's name stands behind it; and of lmms-eval's progress bars nothing is seen."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
@@ -735,23 +749,23 @@ def test_a_metric_is_told_before_by_the_name_that_it_has_afterwards(predictor, t
     )
     tasks = Tasks(tmp_path)
     known = dict(tasks.load("ai2d"))
-    found = run_tasks(DualTower(predictor=predictor, max_new_tokens=2), tasks, ["ai2d"])
+    results = run_tasks(DualTower(predictor=predictor, max_new_tokens=2), tasks, ["ai2d"])
     assert (
-        {f"{task}_{metric}" for task, metric, _ in scores_of(found)}
+        {f"{task}_{metric}" for task, metric, _ in scores_of(results)}
         == known.keys()
         == {"ai2d_exact_match (flexible-extract)"}
     )
     assert "it/s" not in capfd.readouterr().err
 
 
-def test_tasks_are_found_as_lmms_eval_finds_them():
+def test_tasks_are_those_that_lmms_eval_lists():
     import yaml
 
-    found, theirs = Tasks(), TaskManager(include_path=str(ROOT / "eval" / "tasks"))
+    ours, theirs = Tasks(), TaskManager(include_path=str(ROOT / "eval" / "tasks"))
     assert (
-        found.task_index == theirs.task_index
-        and found.all_tasks == theirs.all_tasks
-        and len(found.all_tasks) > 1900
+        ours.task_index == theirs.task_index
+        and ours.all_tasks == theirs.all_tasks
+        and len(ours.all_tasks) > 1900
     )
     assert yaml.full_load("a: 1") == {"a": 1} and yaml.full_load.__module__ == "yaml"
 
@@ -829,8 +843,8 @@ def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
     held = []
     for out in "abc":
         results = json.loads((tmp_path / out / "results.json").read_text())
-        for told in results["tasks"].values():
-            assert told.pop("seconds") >= 0 and told.pop("tokens_per_s") > 0
+        for entry in results["tasks"].values():
+            assert entry.pop("seconds") >= 0 and entry.pop("tokens_per_s") > 0
         held.append((results, {p.name: p.read_text() for p in sorted((tmp_path / out).glob("samples_*"))}))
     assert held[0] == held[1]
     assert held[0] == held[2]
@@ -962,7 +976,7 @@ def test_bad_flags(predictor, tmp_path, flags, code, message):
     assert message in done.stderr
 
 
-def test_a_model_that_is_not_there_is_told_before_data_are_looked_for(tmp_path, monkeypatch):
+def test_a_missing_model_is_reported_before_data_are_searched(tmp_path, monkeypatch):
     monkeypatch.setattr(Tasks, "load", lambda self, name: pytest.fail("data first"))
     done = evaluation_here("--model", "nowhere", "--tasks", "mmstar", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: no model folder at nowhere\n")

@@ -340,7 +340,7 @@ def test_hostile_text_is_no_markup(tmp_path):
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def test_letters_that_print_nothing_are_seen_and_lines_are_kept(tmp_path):
+def test_unprintable_letters_are_visible_and_lines_remain(tmp_path):
     answers = {
         "a\n\n b\tc\n": "a\n\n b\tc\n",
         "\u202eabc\x00\x1b[1m\r": "\\u202eabc\\u0000\\u001b[1m\\u000d",
@@ -360,7 +360,7 @@ def test_letters_that_print_nothing_are_seen_and_lines_are_kept(tmp_path):
     )
 
 
-def test_a_long_text_is_cut_with_a_note(tmp_path):
+def test_a_long_text_is_truncated_with_a_note(tmp_path):
     page = of(tmp_path, [sample(1, answer="ab" * 50_000, prompt="p" * report.LONGEST)])
     answer = page.cards[0]["fields"]["answer"]
     assert (
@@ -372,7 +372,7 @@ def test_a_long_text_is_cut_with_a_note(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "shown"),
+    ("reference", "expected"),
     [
         ("x", "x"),
         (["a", "b"], "ab"),
@@ -383,8 +383,8 @@ def test_a_long_text_is_cut_with_a_note(tmp_path):
         ({"k": [1]}, '{"k": [1]}'),
     ],
 )
-def test_references_of_any_kind(tmp_path, reference, shown):
-    assert of(tmp_path, [sample(1, reference=reference)]).cards[0]["fields"]["reference"] == shown
+def test_references_of_any_kind(tmp_path, reference, expected):
+    assert of(tmp_path, [sample(1, reference=reference)]).cards[0]["fields"]["reference"] == expected
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -425,13 +425,13 @@ def test_images_are_the_files_byte_for_byte(tmp_path):
             sample("gone", images=["images/9.jpg", "images/1.jpg"]),
         ],
     )
-    none, two, gone = page.cards
+    none, two, incomplete = page.cards
     assert (
         not none["images"]
         and none["missing"] == ["no image"]
-        and gone["missing"] == ["missing image: images/9.jpg"]
+        and incomplete["missing"] == ["missing image: images/9.jpg"]
     )
-    for card, names in ((two, ["images/2.jpg", "images/0.jpg"]), (gone, ["images/1.jpg"])):
+    for card, names in ((two, ["images/2.jpg", "images/0.jpg"]), (incomplete, ["images/1.jpg"])):
         assert [source.partition(",")[0] for source in card["images"]] == ["data:image/jpeg;base64"] * len(
             names
         )
@@ -473,7 +473,7 @@ def test_no_image_path_leads_out_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "shown"),
+    ("values", "expected"),
     [
         ([0, 0, 1, 0.5, 0.99, math.nan], ["2", "1", "2", "0", "1"]),
         ([0.3, 0.6, 0.7, 0.9], ["1", "1", "1", "1", "0", "1"]),  # each in a bar of its own
@@ -483,9 +483,9 @@ def test_no_image_path_leads_out_of_the_folder(tmp_path):
         ([10**400, math.inf], None),
     ],
 )
-def test_histogram_counts(tmp_path, values, shown):
+def test_histogram_counts(tmp_path, values, expected):
     page = of(tmp_path, [sample(i, {"accuracy": v}) for i, v in enumerate(values)])
-    assert page.counts == ([shown] if shown else [])
+    assert page.counts == ([expected] if expected else [])
 
 
 def test_bars_are_as_tall_as_their_counts(tmp_path):

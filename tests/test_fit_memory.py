@@ -42,8 +42,8 @@ def test_the_estimate_is_what_real_steps_hold(tokenizer, model_class, recompute)
     """
     config = shallow("none" if model_class is VisionLanguageModel else "image")
     config = replace(config, train=replace(config.train, recompute=recompute))
-    ((_, estimate, found),) = compared(config, model_class, tokenizer.vocabulary, [4])
-    assert 0.99 * found <= estimate <= (1.15 if recompute else 1.04) * found
+    ((_, estimate, measured),) = compared(config, model_class, tokenizer.vocabulary, [4])
+    assert 0.99 * measured <= estimate <= (1.15 if recompute else 1.04) * measured
 
 
 def of(rows: int, forwards: int, streams: int = 0) -> Config:
@@ -65,7 +65,7 @@ def of(rows: int, forwards: int, streams: int = 0) -> Config:
         (of(7, 1), 1, 6.9, (1, 7)),
     ],
 )
-def test_the_most_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
+def test_the_maximum_of_rows_that_fit_and_divide_the_batch(config, ranks, limit, chosen):
     """A row takes a GB."""
     new, line = choose(
         config, lambda rows: rows * 1e9, limit * 1e9, "given", "told", DistributedContext(0, ranks)
@@ -103,9 +103,9 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
     )
     monkeypatch.setattr(training.fit_memory, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
-    told = {1: 0.1e9, 2: 0.2e9}
+    peaks = {1: 0.1e9, 2: 0.2e9}
     monkeypatch.setattr(
-        training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: told[rows]
+        training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: peaks[rows]
     )
     new, line = fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
     assert (
@@ -113,9 +113,9 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
         and "measured with one row and two" in line
         and "of the 1.0 GB that are free on cuda; 4 rows would take 1.1" in line
     )  # (0.7 + 1.05 × 0.4 GB)
-    told[2] = math.inf
+    peaks[2] = math.inf
     assert fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)[0].train.local_batch_size == 1
-    told[1] = math.inf
+    peaks[1] = math.inf
     with pytest.raises(UserError, match="one row takes more"):
         fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
 
@@ -140,7 +140,7 @@ def test_what_is_no_number_of_gigabytes(given):
         Config(fit_memory=given)
 
 
-def test_memory_that_is_not_known_must_be_said(tokenizer, monkeypatch):
+def test_unknown_memory_must_be_given(tokenizer, monkeypatch):
     monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: None)
     with pytest.raises(UsageError, match="say how many GB"):
         fit_batch_size(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)

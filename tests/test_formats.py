@@ -1,4 +1,4 @@
-"""Data sets as files → records: every layout, where images lie, and what a broken set is told."""
+"""Data sets as files → records: every layout, where images lie, and the error of a broken set."""
 
 import json
 import re
@@ -131,13 +131,13 @@ def test_coco_karpathy(tmp_path):
     ],
 )
 def test_coco_finds_the_folder_of_the_images(tmp_path, folder, name, inner):
-    place = Path(folder) / inner / name
-    lay(tmp_path, str(place))
+    location = Path(folder) / inner / name
+    lay(tmp_path, str(location))
     training, _ = coco(write(tmp_path / "set" / "captions.json", official(name)))
-    assert training[0]["images"] == [str(tmp_path / place)]
+    assert training[0]["images"] == [str(tmp_path / location)]
 
 
-def test_coco_folder_told_by_the_name_is_the_only_one(tmp_path):
+def test_coco_folder_given_by_the_name_is_the_only_one(tmp_path):
     lay(tmp_path, "val2014/COCO_train2014_01.jpg", "train2017/COCO_train2014_01.jpg")
     with pytest.raises(UserError, match="their sub-folders train2014, COCO_train2014_01.jpg is in none"):
         coco(write(tmp_path / "captions.json", official("COCO_train2014_01.jpg")))
@@ -266,7 +266,7 @@ def test_llava(tmp_path):
     )
 
 
-def test_llava_images_beside_the_file(tmp_path):
+def test_llava_images_next_to_the_file(tmp_path):
     lay(tmp_path, "images/004/1.jpg")
     pair = say(("human", "<image>"), ("gpt", "A cat."))
     entries = [{"id": i, "image": f"004/{i}.jpg", "conversations": pair} for i in (1, 2)]
@@ -521,7 +521,7 @@ def test_sets_not_of_the_form(tmp_path, read, content, message):
         (llava, [{"conversations": PAIR, "image": "x/1.jpg"}], "{0}, {0}/images, x/1.jpg is in none of them"),
     ],
 )
-def test_images_found_nowhere(tmp_path, read, content, message):
+def test_missing_images(tmp_path, read, content, message):
     path = write(tmp_path / "set" / "bad.json", content)
     with pytest.raises(
         UserError,

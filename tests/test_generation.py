@@ -26,13 +26,13 @@ from utils.errors import UsageError, UserError
 
 
 def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> list[int]:
-    made: list[int] = []
-    while len(made) < new_tokens:
-        token = int(naive.logits([*ids, *made], tiles)[-1].argmax())
+    generated: list[int] = []
+    while len(generated) < new_tokens:
+        token = int(naive.logits([*ids, *generated], tiles)[-1].argmax())
         if token == stop:
             break
-        made.append(token)
-    return made
+        generated.append(token)
+    return generated
 
 
 def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]:
@@ -57,16 +57,16 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     ]
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
     settings = GenerationConfig(max_new_tokens=6)
-    made = generate(
+    result = generate(
         model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts])
     )
     expected = [naive_greedy(naive, ids, t, stop, 6) for (_, ids), t in zip(prompts, tiles, strict=True)]
-    assert made.tokens == expected
+    assert result.tokens == expected
     assert any(expected)
 
 
 def test_an_answer_may_be_empty(model, renderer):
-    """Where the first token is the end of turn, and in a row beside one that goes on."""
+    """Where the first token is the end of turn, and in a row next to one that goes on."""
     prompts = [
         prompt_ids(renderer, 0, question)[0] for question in ("what is it?", "is it large or is it small?")
     ]
@@ -78,7 +78,7 @@ def test_an_answer_may_be_empty(model, renderer):
         **collate_prompts(prompts),
     ).tokens
     for row, (first, *_) in enumerate(free):
-        made = generate(
+        result = generate(
             model,
             images=[[], []],
             stop=first,
@@ -86,9 +86,9 @@ def test_an_answer_may_be_empty(model, renderer):
             **collate_prompts(prompts),
         )
         assert (
-            made.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free]
-            and made.tokens[row] == []
-            and made.decode_steps[row] == 1
+            result.tokens == [tokens[: tokens.index(first)] if first in tokens else tokens for tokens in free]
+            and result.tokens[row] == []
+            and result.decode_steps[row] == 1
         )
 
 
@@ -108,22 +108,22 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
     monkeypatch.setattr(
         models.generation, "verify", lambda *arguments: seen.append(verify(*arguments)) or seen[-1]
     )
-    made = generate(
+    result = generate(
         model,
         images=[images],
         stop=-1,
         settings=GenerationConfig(max_new_tokens=5),
         **collate_prompts([prompt]),
     )
-    assert len(seen) == 4 and len(made.tokens[0]) == 5
+    assert len(seen) == 4 and len(result.tokens[0]) == 5
     for step, hidden in enumerate(seen, start=1):
-        expected = naive.logits([*ids, *made.tokens[0][:step]], tiles)[-1]
+        expected = naive.logits([*ids, *result.tokens[0][:step]], tiles)[-1]
         torch.testing.assert_close(
             F.linear(hidden.clone(), model.right.unembedding.detach())[0, 0], expected, atol=1e-4, rtol=0
         )
 
 
-def test_text_only_prompts_work_beside_image_prompts(model, renderer):
+def test_text_only_prompts_work_together_with_image_prompts(model, renderer):
     predictor = Predictor(model, renderer)
     tiles = Tiles((1, 1), random_tiles(1))
     settings = GenerationConfig(max_new_tokens=5)
@@ -162,7 +162,7 @@ def test_the_same_image_is_encoded_once(model, renderer, monkeypatch):
     assert encoded == [2, 1, 1]
 
 
-def test_an_image_is_the_same_wherever_it_stands(model, renderer):
+def test_an_image_is_the_same_at_any_position(model, renderer):
     predictor, settings = Predictor(model, renderer), GenerationConfig(max_new_tokens=2)
     a, b = (Tiles((1, 1), random_tiles(1, seed)) for seed in range(2))
     assert [
@@ -253,11 +253,11 @@ def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.generation, "probabilities", noted)
-        made = generate(model, images=[[]] * 3, stop=-1, settings=settings, **collate_prompts(prompts))
+        result = generate(model, images=[[]] * 3, stop=-1, settings=settings, **collate_prompts(prompts))
     for row, prompt in enumerate(prompts):
         assert seen[0][row].nonzero()[:, 0].tolist() == sorted(set(prompt.right_ids))
         assert (
-            made.tokens[row]
+            result.tokens[row]
             == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
         )
 
@@ -306,15 +306,16 @@ def test_pieces_are_the_answer(tokenizer, renderer):
         and "".join(text for text, _ in whole.token_logprobs) == whole.text
     )
     stop = whole.text[len(whole.text) // 2 :][:3]
-    cut = predictor.answer(
+    truncated = predictor.answer(
         [([], "what is it?")], GenerationConfig(max_new_tokens=12, logprobs=True), stops=[stop]
     )[0]
     assert (
-        "".join(text for text, _ in cut.token_logprobs) == cut.text and len(cut.token_logprobs) < cut.tokens
+        "".join(text for text, _ in truncated.token_logprobs) == truncated.text
+        and len(truncated.token_logprobs) < truncated.tokens
     )
-    assert [logprob for _, logprob in cut.token_logprobs] == [logprob for _, logprob in whole.token_logprobs][
-        : len(cut.token_logprobs)
-    ]
+    assert [logprob for _, logprob in truncated.token_logprobs] == [
+        logprob for _, logprob in whole.token_logprobs
+    ][: len(truncated.token_logprobs)]
     tokens = [*tokenizer.encode("x 💡"), tokenizer.turn_end]
     token_logprobs = predictor.token_logprobs(tokens, [0.0] * len(tokens))
     assert (
@@ -326,12 +327,12 @@ def test_pieces_are_the_answer(tokenizer, renderer):
 
 def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
     predictor = Predictor(lively_model(tokenizer), renderer)
-    for tokens, wanted in ((1, 0.0), (5, 1.0)):
+    for tokens, expected in ((1, 0.0), (5, 1.0)):
         assert (
             predictor.answer([([], "what is it?")], GenerationConfig(max_new_tokens=tokens))[
                 0
             ].tokens_per_step
-            == wanted
+            == expected
         )
 
 
@@ -392,18 +393,18 @@ def test_what_is_not_finite_ends_the_answer_wherever_it_begins(
 def test_top_p_in_a_vocabulary_of_any_size(spread, top_p):
     """Among 2,000 tokens, flat and steep: those that a loop over them keeps, few or nearly all."""
     logits = spread * torch.randn(3, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    made = probabilities(logits, GenerationConfig(sampling=True, top_p=top_p))
-    for row, found in zip(logits.float().softmax(-1).tolist(), made, strict=True):
-        kept, before = [], 0.0
+    results = probabilities(logits, GenerationConfig(sampling=True, top_p=top_p))
+    for row, actual in zip(logits.float().softmax(-1).tolist(), results, strict=True):
+        retained, before = [], 0.0
         for token in sorted(range(2000), key=lambda token, row=row: -row[token]):
-            if before >= top_p and kept:
+            if before >= top_p and retained:
                 break
-            kept.append(token)
+            retained.append(token)
             before += row[token]
-        differ = set(kept) ^ set(found.nonzero()[:, 0].tolist())
+        differ = set(retained) ^ set(actual.nonzero()[:, 0].tolist())
         assert len(differ) <= 1  # the last one, by rounding
         assert torch.allclose(
-            found[kept[:-1]] / found[kept[0]],
-            torch.tensor([row[token] / row[kept[0]] for token in kept[:-1]]),
+            actual[retained[:-1]] / actual[retained[0]],
+            torch.tensor([row[token] / row[retained[0]] for token in retained[:-1]]),
             rtol=1e-4,
         )

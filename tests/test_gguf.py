@@ -84,9 +84,9 @@ def test_logits_equal_those_of_the_model_written(kind, tmp_path):
         ids = torch.randint(0, 90, (2, 20), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             expected = model(ids).logits
-        places = torch.arange(20).expand_as(ids)
+        positions = torch.arange(20).expand_as(ids)
         torch.testing.assert_close(
-            logits(ours(folder), ids, places, torch.zeros_like(ids)), expected, atol=1e-4, rtol=1e-4
+            logits(ours(folder), ids, positions, torch.zeros_like(ids)), expected, atol=1e-4, rtol=1e-4
         )
         written = (folder / "model.safetensors").stat().st_mtime_ns
         assert (

@@ -11,16 +11,16 @@ STORED = json.loads(references.FILE.read_text())
 
 @pytest.mark.parametrize("part", ["rendered", "packed", "answers"])
 def test_equals_the_stored_references(part):
-    found = json.loads(json.dumps(getattr(references, part)()))
-    assert list(found) == list(STORED[part])
-    for name, value in found.items():
+    actual = json.loads(json.dumps(getattr(references, part)()))
+    assert list(actual) == list(STORED[part])
+    for name, value in actual.items():
         assert value == STORED[part][name], f"{part}: {name}"
 
 
 @pytest.mark.parametrize("name", STORED["runs"])
 def test_a_run_has_the_stored_rows_and_batches(name):
     title, _, streams = name.rpartition(", streams ")
-    found = json.loads(
+    actual = json.loads(
         json.dumps(references.run([*references.RUNS[title], *references.SMALL, "--data.streams", streams]))
     )
-    assert found == STORED["runs"][name]
+    assert actual == STORED["runs"][name]

@@ -29,18 +29,18 @@ def now() -> guard.Values:
     return guard.measure()
 
 
-def test_no_more_work_than_is_kept(now):
+def test_no_more_work_than_in_the_reference(now):
     try:
-        kept = guard.read(guard.REFERENCE)
+        stored = guard.read(guard.REFERENCE)
     except UserError as other:
         pytest.skip(str(other))
-    grew, shrank = guard.compare(kept, now)
+    grew, shrank = guard.compare(stored, now)
     assert not grew, "\n".join(grew)
     for line in shrank:
         warnings.warn(line, stacklevel=1)
 
 
-def test_the_values_are_those_that_can_be_told(now):
+def test_the_values_are_those_computed_by_hand(now):
     """Values that can be computed by hand.
 
     720: the logits of six answers of 60 tokens, computed again in the backward. Attention: three layers of
@@ -92,13 +92,13 @@ def test_a_run_is_like_the_one_before(now):
     assert guard.measure_one(Trial("dual_tower", "tiny", "fp32", CPU)) == now["dual_tower"]
 
 
-def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
+def test_growth_fails_and_a_gain_is_reported(tmp_path, monkeypatch, capsys):
     values = {"vanilla": {"flops": 1000, "graph_breaks": 0}}
     monkeypatch.setattr(guard, "REFERENCE", tmp_path / "guard.json")
     monkeypatch.setattr(guard, "measure", lambda: values)
 
-    def run(*flags: str, **found: int) -> str:
-        values["vanilla"] = {"flops": 1000, "graph_breaks": 0} | found
+    def run(*flags: str, **measured: int) -> str:
+        values["vanilla"] = {"flops": 1000, "graph_breaks": 0} | measured
         guard.main(list(flags))
         return capsys.readouterr().out
 
@@ -116,8 +116,8 @@ def test_growth_fails_and_a_gain_is_told(tmp_path, monkeypatch, capsys):
     assert "to keep the gain" in run(flops=900)
     run("--update", flops=1100)
     assert "none grew" in run(flops=1100)
-    kept = json.loads(guard.REFERENCE.read_text())
-    guard.REFERENCE.write_text(json.dumps(kept | {"versions": {"torch": "1.0", "timm": "1.0"}}))
+    stored = json.loads(guard.REFERENCE.read_text())
+    guard.REFERENCE.write_text(json.dumps(stored | {"versions": {"torch": "1.0", "timm": "1.0"}}))
     assert "nothing compared" in run(flops=5000)
 
 
@@ -154,17 +154,17 @@ def test_a_step_is_measured_and_profiled(tmp_path, monkeypatch, capsys):
     flags = ["--size", "tiny", "--device", "cpu", "--dtype", "bf16"]
     train_step.main([*flags, "--repeats", "2", "--json", str(tmp_path / "step.json")])
     assert "tokens/s" in capsys.readouterr().out
-    found = json.loads((tmp_path / "step.json").read_text())
+    report = json.loads((tmp_path / "step.json").read_text())
     for kind in MODELS:
-        seconds = {phase: s["median"] for phase, s in found[kind]["seconds"].items()}
+        seconds = {phase: s["median"] for phase, s in report[kind]["seconds"].items()}
         assert min(seconds.values()) > 0 and sum(seconds.values()) <= 2 * seconds["step"] * 1.1
-        assert 0 < found[kind]["share_of_products"]["median"] < 1
-    assert found["ratio"]["parameters"] > 1 and found["torch"] and found["repeats"] == 2
+        assert 0 < report[kind]["share_of_products"]["median"] < 1
+    assert report["ratio"]["parameters"] > 1 and report["torch"] and report["repeats"] == 2
     train_step.main([*flags, "--model", "vanilla", "--profile", "5"])
     assert "Self CPU" in capsys.readouterr().out
 
 
-def test_what_the_machine_lacks_is_told(monkeypatch):
+def test_missing_hardware_is_reported(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device = 'cuda' cannot be used"):
             train_step.main(["--size", "tiny", "--device", "cuda"])

@@ -1,4 +1,4 @@
-"""Language models by Hub id, over real HTTP on loopback: fetched, and what goes wrong told in one line."""
+"""Language models by Hub id, over real HTTP on loopback: fetched, and errors reported in one line."""
 
 import json
 import os

@@ -124,7 +124,7 @@ def test_a_revision(model, uploads, served):
         DualTowerVLM.from_pretrained("./folder", revision="v9")
 
 
-def test_what_stands_beside_the_weights_goes_along(model, tokenizer, folder, served, uploads, tmp_path):
+def test_other_files_of_the_folder_go_along(model, tokenizer, folder, served, uploads, tmp_path):
     """From a folder to the Hub, from there into a folder that answers like the first."""
     (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
     DualTowerVLM.from_pretrained(folder).push_to_hub("me/tiny")
@@ -321,7 +321,7 @@ def test_a_hub_that_stays_away(model, served, uploads, kind):
     assert len(uploads.put) == sent and same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
-def test_offline_is_said_at_once(model, served, waits, monkeypatch):
+def test_offline_is_reported_at_once(model, served, waits, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -330,7 +330,7 @@ def test_offline_is_said_at_once(model, served, waits, monkeypatch):
     assert not waits
 
 
-def test_a_download_that_broke_off_is_said_and_mended(model, served, go_to):
+def test_an_interrupted_download_is_reported_and_repaired(model, served, go_to):
     model.push_to_hub("me/tiny")
     served.failures["/model.safetensors"] = repeat("drop")
     with pytest.raises(UserError, match="could not be fetched from the Hub"):
@@ -343,22 +343,22 @@ def test_a_download_that_broke_off_is_said_and_mended(model, served, go_to):
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
 
 
-def test_a_file_of_the_cache_that_was_cut(model, served, tmp_path):
+def test_a_truncated_file_of_the_cache(model, served, tmp_path):
     """What the error says to do helps."""
     model.push_to_hub("me/tiny")
     DualTowerVLM.from_pretrained("me/tiny")
-    [kept] = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
-    kept.resolve().write_bytes(kept.read_bytes()[:-100])
+    [cached] = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
+    cached.resolve().write_bytes(cached.read_bytes()[:-100])
     with pytest.raises(
         UserError,
         match="cannot be read as safetensors.*; "
         "it is a cached copy of the Hub's file: delete (.*) to fetch it again",
-    ) as told:
+    ) as error:
         DualTowerVLM.from_pretrained("me/tiny")
     with pytest.raises(UserError, match="a cached copy of the Hub's file"):
         program.main(["pull", "me/tiny", str(tmp_path / "pulled")])
     assert not (tmp_path / "pulled").exists()
-    Path(str(told.value).split("delete ")[1].split(" to fetch")[0]).unlink()
+    Path(str(error.value).split("delete ")[1].split(" to fetch")[0]).unlink()
     assert same(model, DualTowerVLM.from_pretrained("me/tiny"))
     next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve().write_text("{")
     with pytest.raises(
@@ -377,7 +377,7 @@ def test_a_wrong_token_when_reading(model, served, login):
 
 
 def test_half_a_file_is_not_pushed(folder, served, uploads, tmp_path):
-    """A user's own link is no copy of the Hub's: nobody is told to delete what it leads to."""
+    """A user's own link is no copy of the Hub's: no message says to delete what it leads to."""
     weights, elsewhere = folder / "model.safetensors", tmp_path / "elsewhere"
     elsewhere.write_bytes(weights.read_bytes()[:-100])
     weights.unlink()
@@ -387,15 +387,15 @@ def test_half_a_file_is_not_pushed(folder, served, uploads, tmp_path):
     assert "me/tiny" not in uploads.repos
 
 
-def test_a_token_is_never_shown(model, served, capsys):
+def test_a_token_is_never_printed(model, served, capsys):
     """Read from a file, with its line's end; and in a header that an HTTP library will not send."""
     model.push_to_hub("me/tiny", token="hf_me\n")
     assert same(model, DualTowerVLM.from_pretrained("me/tiny", token="hf_me\n"))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         model.push_to_hub("me/tiny", token="hf_secret\nsecret")
     with pytest.raises(UserError) as read:
         DualTowerVLM.from_pretrained("me/tiny", token="hf_secret\nsecret")
-    assert "secret" not in f"{told.value}{read.value}{capsys.readouterr()}"
+    assert "secret" not in f"{error.value}{read.value}{capsys.readouterr()}"
 
 
 def test_a_folder_of_a_newer_version(folder):
@@ -452,13 +452,13 @@ def test_the_card_says_what_is_known(model, tmp_path):
         {"step": 10, "validation_loss": 2.25, "validation_accuracy": 0.5, "validation_dropped": {"a": 1}}
     ]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
-    told = {
+    results = {
         "scores": {"accuracy": 0.75, "other": 1.0},
         "standard_errors": {"accuracy": 0.125},
         "random_baseline": {"accuracy": 0.25},
         "samples": 1234,
     }
-    write_text(tmp_path / "results.json", json.dumps({"tasks": {"easy_vqa": told}}))
+    write_text(tmp_path / "results.json", json.dumps({"tasks": {"easy_vqa": results}}))
     text = card(model, tmp_path, evaluation=tmp_path / "results.json")
     for line in (
         "license: cc-by-4.0",
@@ -587,10 +587,10 @@ def test_push_pull_info(folder, served, uploads, tmp_path, capsys):
     served.served.clear()
     program.main(["info", "me/tiny"])
     assert not [path for path in served.served if path.endswith(".safetensors")]
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "me/tiny: model of type dual_tower, format 4; private, commit " in told
-        and "model.safetensors" in told
+        "me/tiny: model of type dual_tower, format 4; private, commit " in output
+        and "model.safetensors" in output
     )
     program.main(["info", str(folder)])
     numbers = sum(t.numel() for t in DualTowerVLM.from_pretrained(folder).state_dict().values())
@@ -726,38 +726,38 @@ def test_without_a_tokenizer(folder, served, uploads):
 # --- a run
 
 
-def pusher(tmp_path, repo: str, folder: Path, said: list[str]) -> Pusher:
+def pusher(tmp_path, repo: str, folder: Path, messages: list[str]) -> Pusher:
     return Pusher(
         HubConfig(repo),
         "dual_tower",
         tmp_path,
         lambda checkpoint, to: shutil.copytree(folder, to),
-        said.append,
+        messages.append,
     )
 
 
 def test_checkpoints_are_pushed_in_the_background(served, uploads, folder, tmp_path):
-    said: list[str] = []
-    p = pusher(tmp_path, "tiny", folder, said)
+    messages: list[str] = []
+    p = pusher(tmp_path, "tiny", folder, messages)
     p.saved(Path("step_000010"))
     p.thread.join()
     p.finish(folder)
     assert (
-        uploads.repos["me/tiny"].messages == ["initial commit", "step 000010"] and len(said) == 2
+        uploads.repos["me/tiny"].messages == ["initial commit", "step 000010"] and len(messages) == 2
     )  # the same files again are no commit
-    assert "pushed: " in said[-1] and not (tmp_path / "hub").exists()
+    assert "pushed: " in messages[-1] and not (tmp_path / "hub").exists()
 
 
-def test_failures_never_reach_the_run_and_are_told_once(served, uploads, folder, tmp_path):
-    said: list[str] = []
-    p = pusher(tmp_path, "tiny", folder, said)
+def test_failures_never_reach_the_run_and_are_reported_once(served, uploads, folder, tmp_path):
+    messages: list[str] = []
+    p = pusher(tmp_path, "tiny", folder, messages)
     served.failures["/commit/"] = repeat("500")
     for step in (10, 20, 30):
         p.saved(Path(f"step_{step:06d}"))
         p.thread.join()
-    assert len(said) == 2 and "warning: hub: me/tiny could not be pushed to: " in said[1]
+    assert len(messages) == 2 and "warning: hub: me/tiny could not be pushed to: " in messages[1]
     p.finish(folder)
-    assert f"python -m tools.hub push {folder} tiny" in said[2]
+    assert f"python -m tools.hub push {folder} tiny" in messages[2]
     served.failures.clear()
     p.finish(folder)
     assert "model.safetensors" in uploads.repos["me/tiny"].files
@@ -765,9 +765,9 @@ def test_failures_never_reach_the_run_and_are_told_once(served, uploads, folder,
 
 def test_a_hub_that_comes_later(served, uploads, folder, tmp_path, go_to):
     go_to("http://127.0.0.1:9")
-    said: list[str] = []
-    p = pusher(tmp_path, "tiny", folder, said)
-    assert len(said) == 1 and "warning" in said[0]
+    messages: list[str] = []
+    p = pusher(tmp_path, "tiny", folder, messages)
+    assert len(messages) == 1 and "warning" in messages[0]
     go_to(served)
     p.saved(Path("step_000010"))
     p.thread.join()
@@ -869,8 +869,8 @@ def test_a_run_pushes(uploads, tmp_path, go_to, login, capsys):
     ]
     assert losses[0] == losses[1]
     (run / "evaluation").mkdir()
-    told = {"scores": {"accuracy": 0.5}, "standard_errors": {}, "random_baseline": None, "samples": 3}
-    write_text(run / "evaluation" / "results.json", json.dumps({"tasks": {"mine": told}}))
+    results = {"scores": {"accuracy": 0.5}, "standard_errors": {}, "random_baseline": None, "samples": 3}
+    write_text(run / "evaluation" / "results.json", json.dumps({"tasks": {"mine": results}}))
     program.main(["card", str(run), "--licence", "mit"])
     text = (run / "model" / "README.md").read_text()
     assert "license: mit" in text and "| mine (3 samples): accuracy | 0.5000 |" in text

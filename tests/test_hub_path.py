@@ -88,8 +88,8 @@ def repos(tmp_path_factory) -> dict[str, Path]:
     return {f"datasets/{THE_CAULDRON}": root / "cauldron", DECODER: root / "llama", VISION: root / "encoder"}
 
 
-def run(command: list[str], address: Hub, place: Path) -> subprocess.CompletedProcess:
-    return run_program(command, place, partial(at_hub, str(address), str(place / "hf")))
+def run(command: list[str], address: Hub, folder: Path) -> subprocess.CompletedProcess:
+    return run_program(command, folder, partial(at_hub, str(address), str(folder / "hf")))
 
 
 def test_the_full_size_config_by_its_own_ids(repos, tmp_path):
@@ -112,21 +112,23 @@ def test_the_full_size_config_by_its_own_ids(repos, tmp_path):
         for path in address.served
         if "parquet" in path
     } == set(CAULDRON_SUBSETS)
-    made, started = (
+    trained, started = (
         load_file(tmp_path / "run" / "model" / "model.safetensors"),
         load_file(repos[VISION] / "model.safetensors"),
     )
-    kept = {
-        name: made[f"left.vision_encoder.backbone.{name}"]
+    backbone = {
+        name: trained[f"left.vision_encoder.backbone.{name}"]
         for name in started
-        if f"left.vision_encoder.backbone.{name}" in made
+        if f"left.vision_encoder.backbone.{name}" in trained
     }
-    assert len(kept) > 20 and all(
-        torch.allclose(tensor, started[name], atol=1e-4) for name, tensor in kept.items()
+    assert len(backbone) > 20 and all(
+        torch.allclose(tensor, started[name], atol=1e-4) for name, tensor in backbone.items()
     )  # after one step of the warm-up
     theirs = load_file(repos[DECODER] / "model.safetensors")
     assert torch.allclose(
-        made["right.layers.1.mlp.down_proj.weight"], theirs["model.layers.1.mlp.down_proj.weight"], atol=1e-4
+        trained["right.layers.1.mlp.down_proj.weight"],
+        theirs["model.layers.1.mlp.down_proj.weight"],
+        atol=1e-4,
     )
     assert read_json(tmp_path / "run" / "config.json")["model"]["left"]["weights"] == DECODER
     card = (tmp_path / "run" / "model" / "README.md").read_text()

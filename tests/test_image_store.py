@@ -73,17 +73,17 @@ class TestFile:
         data.view(BITS[dtype])[0, 0, 0, 0, :4] = torch.tensor(
             [torch.iinfo(BITS[dtype]).min, 1, 2, 0], dtype=BITS[dtype]
         )  # −0, two subnormal numbers, 0
-        for number, made in enumerate(
+        for number, tensor in enumerate(
             (data, data.transpose(3, 4), torch.cat((data, data))[1:3])
         ):  # as it lies in memory, and otherwise
             path = tmp_path / f"{number}.safetensors"
-            save_image_kv(ImageKV(made), path, FINGERPRINT)
+            save_image_kv(ImageKV(tensor), path, FINGERPRINT)
             read = load_image_kv(path, FINGERPRINT)
-            assert same(read, ImageKV(made)) and read.tokens == made.shape[3]
+            assert same(read, ImageKV(tensor)) and read.tokens == tensor.shape[3]
             assert torch.equal(
-                load_file(path)["data"].view(BITS[dtype]), made.contiguous().view(BITS[dtype])
+                load_file(path)["data"].view(BITS[dtype]), tensor.contiguous().view(BITS[dtype])
             )  # any reader of safetensors reads it
-        assert files(tmp_path) == {"0", "1", "2"}  # nothing beside them
+        assert files(tmp_path) == {"0", "1", "2"}  # no other files
 
     def test_what_was_loaded_does_not_change_with_its_file(self, tmp_path):
         path, kv = tmp_path / "a.safetensors", kv_of(0)
@@ -95,7 +95,7 @@ class TestFile:
         assert same(read, kv)
 
     @pytest.mark.parametrize(
-        ("spoil", "said"),
+        ("spoil", "reason"),
         [
             (lambda path: path.unlink(), "cannot be read as an image KV"),
             (lambda path: path.write_bytes(b""), "cannot be read as an image KV"),
@@ -184,12 +184,12 @@ class TestFile:
             ),
         ],
     )
-    def test_refusals(self, tmp_path, spoil, said):
+    def test_refusals(self, tmp_path, spoil, reason):
         path = tmp_path / "a.safetensors"
         save_image_kv(kv_of(0), path, FINGERPRINT)
         assert same(load_image_kv(path, FINGERPRINT), kv_of(0))
         spoil(path)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=reason) as caught:
             load_image_kv(path, FINGERPRINT)
         message = str(caught.value)
         assert (
@@ -206,11 +206,11 @@ class TestFile:
         )
         save_image_kv(kv, path, FINGERPRINT)
         whole, refused = path.read_bytes(), 0
-        for place in range(len(whole)):
+        for index in range(len(whole)):
             for bit in (0, 5):
-                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                path.write_bytes(whole[:index] + bytes([whole[index] ^ 1 << bit]) + whole[index + 1 :])
                 try:
-                    assert same(load_image_kv(path, FINGERPRINT), kv), (place, bit)
+                    assert same(load_image_kv(path, FINGERPRINT), kv), (index, bit)
                 except UserError:
                     refused += 1
         assert refused > 2 * len(whole) - 16
@@ -270,7 +270,7 @@ class TestOrigin:
 
 
 class TestMemory:
-    def test_the_least_recently_used_goes_first(self):
+    def test_the_longest_unused_is_evicted_first(self):
         store, kvs = ImageStore(memory_bytes=3 * 2048), {key: kv_of(i) for i, key in enumerate("abcde")}
         for key in "abc":
             store.put(key, kvs[key])
@@ -301,7 +301,7 @@ class TestMemory:
         store.put("f", kv_of(5, tokens=8, dtype=torch.bfloat16))  # 1024 bytes: as many as c holds
         assert [key for key in "abcdef" if store.get(key) is not None] == ["b", "d", "e", "f"]
 
-    def test_larger_than_the_cap_is_not_kept_and_drives_nobody_out(self):
+    def test_larger_than_the_cap_is_not_stored_and_evicts_nothing(self):
         store = ImageStore(memory_bytes=2048)
         store.put("a", kv_of(0))
         store.put("b", kv_of(1, tokens=9))
@@ -310,10 +310,10 @@ class TestMemory:
 
 class TestDisk:
     def store(self, folder, **options) -> ImageStore:
-        """Without memory, so that every hit comes from the disk; `said` collects its lines."""
-        self.said = []
+        """Without memory, so that every hit comes from the disk; `messages` collects its lines."""
+        self.messages = []
         return ImageStore(
-            **{"memory_bytes": 0, "folder": folder, "fingerprint": FINGERPRINT, "say": self.said.append}
+            **{"memory_bytes": 0, "folder": folder, "fingerprint": FINGERPRINT, "say": self.messages.append}
             | options
         )
 
@@ -327,9 +327,9 @@ class TestDisk:
         assert len(again) == 0 and same(again.get("a1"), kv) and len(again) == 1
         (tmp_path / "new" / "folder" / FINGERPRINT / "a1.safetensors").unlink()
         assert same(again.get("a1"), kv)  # from memory by now
-        assert again.get("b2") is None and not self.said
+        assert again.get("b2") is None and not self.messages
 
-    def test_the_least_recently_used_goes_first_and_bytes_hold(self, tmp_path):
+    def test_the_longest_unused_is_evicted_first_and_bytes_hold(self, tmp_path):
         cap = 3 * (2048 + 1024) + 100  # three files, not four
         store = self.store(tmp_path, disk_bytes=cap)
         for i, key in enumerate("abc"):
@@ -357,8 +357,8 @@ class TestDisk:
         for i in range(120):
             store.put(f"{i:x}", kv_of(i, tokens=int(torch.randint(1, 9, (), generator=generator))))
             assert size(tmp_path) <= cap
-        kept = sorted(int(name, 16) for name in files(tmp_path))
-        assert kept == list(range(120 - len(kept), 120)) and size(tmp_path) > cap * 0.8
+        retained = sorted(int(name, 16) for name in files(tmp_path))
+        assert retained == list(range(120 - len(retained), 120)) and size(tmp_path) > cap * 0.8
         assert len(looked) < 60
 
     def test_a_file_used_since_the_folder_was_looked_through_stays(self, tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ class TestDisk:
         assert files(tmp_path / FINGERPRINT) == {"a", "c"} and files(tmp_path / OTHER) == {"a"}
         two.put("d", kv_of(4))  # now it is the other model's
         assert files(tmp_path / FINGERPRINT) == {"a", "c", "d"} and not files(tmp_path / OTHER)
-        assert other.get("a") is None and size(tmp_path) <= cap and not self.said
+        assert other.get("a") is None and size(tmp_path) <= cap and not self.messages
 
     def test_vanished_files_are_misses(self, tmp_path):
         cap = 2 * (2048 + 1024)
@@ -417,7 +417,7 @@ class TestDisk:
         (tmp_path / FINGERPRINT / "d.safetensors").unlink()
         (tmp_path / FINGERPRINT).rmdir()
         store.put("e", kv_of(4))
-        assert files(tmp_path) == {"e"} and not self.said
+        assert files(tmp_path) == {"e"} and not self.messages
 
     @pytest.mark.parametrize(
         ("spoil", "why"),
@@ -434,7 +434,7 @@ class TestDisk:
             ),
         ],
     )
-    def test_a_bad_file_is_a_miss_said_once_and_deleted(self, tmp_path, spoil, why):
+    def test_a_bad_file_is_a_miss_reported_once_and_deleted(self, tmp_path, spoil, why):
         store, path = self.store(tmp_path), tmp_path / FINGERPRINT / "a.safetensors"
         for _ in range(2):
             store.put("a", kv_of(0))
@@ -442,10 +442,10 @@ class TestDisk:
             spoil(path)
             assert store.get("a") is None and store.get("a") is None and not path.exists()
         assert (
-            len(self.said) == 1
-            and str(path) in self.said[0]
-            and why in self.said[0]
-            and "\n" not in self.said[0]
+            len(self.messages) == 1
+            and str(path) in self.messages[0]
+            and why in self.messages[0]
+            and "\n" not in self.messages[0]
         )
         store.put("b", kv_of(1))
         assert same(store.get("b"), kv_of(1))  # the disk is still in use
@@ -455,10 +455,11 @@ class TestDisk:
     )
     def test_a_file_of_another_shape_is_a_miss(self, tmp_path, shape):
         self.store(tmp_path).put("a", kv_of(0))
-        assert same(self.store(tmp_path).get("a", (2, 2, 1, 8, 16)), kv_of(0)) and not self.said
+        assert same(self.store(tmp_path).get("a", (2, 2, 1, 8, 16)), kv_of(0)) and not self.messages
         assert (
             self.store(tmp_path).get("a", shape) is None
-            and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image" in self.said[0]
+            and "holds (2, 2, 1, 8, 16) of torch.float32, not the keys and values of an image"
+            in self.messages[0]
         )
 
     def test_lines_go_to_stderr_by_default(self, tmp_path, capsys):
@@ -503,15 +504,15 @@ class TestDisk:
         assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
         assert models.image_store.TEMPORARY.fullmatch(other.name.replace(".a.", ".0a.safetensors."))
 
-    def test_a_folder_that_cannot_be_is_said_once(self, tmp_path):
+    def test_an_impossible_folder_is_reported_once(self, tmp_path):
         (tmp_path / "file").write_text("in the way")
         store = self.store(tmp_path / "file", memory_bytes=1 << 20)
         store.put("a", kv_of(0))
         store.put("b", kv_of(1))
-        assert len(self.said) == 1 and f"goes on without {tmp_path / 'file'}" in self.said[0]
+        assert len(self.messages) == 1 and f"goes on without {tmp_path / 'file'}" in self.messages[0]
         assert same(store.get("a"), kv_of(0)) and store.get("c") is None  # memory still serves
 
-    def test_a_folder_that_becomes_a_file_is_said_once(self, tmp_path):
+    def test_a_folder_that_becomes_a_file_is_reported_once(self, tmp_path):
         store = self.store(tmp_path / "folder", memory_bytes=1 << 20)
         store.put("a", kv_of(0))
         (tmp_path / "folder").rename(tmp_path / "away")
@@ -519,22 +520,22 @@ class TestDisk:
         assert same(store.get("a"), kv_of(0)) and store.get("b") is None
         store.put("b", kv_of(1))
         store.put("c", kv_of(2))
-        assert len(self.said) == 1 and len(store) == 3
+        assert len(self.messages) == 1 and len(store) == 3
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-    def test_a_read_only_folder_is_read_then_said_once(self, tmp_path):
+    def test_a_read_only_folder_is_read_then_reported_once(self, tmp_path):
         self.store(tmp_path).put("a", kv_of(0))
         (tmp_path / FINGERPRINT).chmod(0o555)
         try:
             store = self.store(tmp_path)
-            assert same(store.get("a"), kv_of(0)) and not self.said
+            assert same(store.get("a"), kv_of(0)) and not self.messages
             store.put("b", kv_of(1))
             store.put("c", kv_of(2))
-            assert len(self.said) == 1 and files(tmp_path) == {"a"}
+            assert len(self.messages) == 1 and files(tmp_path) == {"a"}
         finally:
             (tmp_path / FINGERPRINT).chmod(0o755)
 
-    def test_a_full_disk_is_said_once_and_leaves_nothing_behind(self, tmp_path):
+    def test_a_full_disk_is_reported_once_and_leaves_nothing_behind(self, tmp_path):
         store = self.store(tmp_path, memory_bytes=1 << 20)
         store.put("a", kv_of(0))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -544,7 +545,7 @@ class TestDisk:
             store.put("c", kv_of(2))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert len(self.said) == 1 and "could not be written" in self.said[0]
+        assert len(self.messages) == 1 and "could not be written" in self.messages[0]
         assert files(tmp_path) == {"a"} and len(store) == 3
 
     def test_killed_runs_leave_nothing_and_other_files_are_let_be(self, tmp_path):
@@ -562,9 +563,7 @@ class TestDisk:
             os.utime(path, (time.time() - (10 if path.name in young else 4000),) * 2)
         store = self.store(tmp_path, disk_bytes=2 * 2000 + 2 * (2048 + 1024))
         assert not any((tmp_path / FINGERPRINT / name).exists() for name in old)
-        for i, key in enumerate(
-            ("a", "b", "c")
-        ):  # beside what may still be being written there is room for two
+        for i, key in enumerate(("a", "b", "c")):  # two fit next to what may still be being written
             store.put(key, kv_of(i))
         assert files(tmp_path / FINGERPRINT) == {"b", "c", *young, "model", ".tmp", "notes.txt"}
         assert all(path.exists() for path in others)
@@ -576,7 +575,7 @@ class TestDisk:
             self.store(tmp_path).put("../a", kv_of(0))
 
 
-class TestAnswerer:
+class TestPredictor:
     settings = GenerationConfig(max_new_tokens=8)
 
     def asked(self) -> list:
@@ -601,7 +600,7 @@ class TestAnswerer:
         monkeypatch.setattr(
             eval.predictor,
             "generate",
-            lambda *a, **k: self.tokens.append((made := generate(*a, **k)).tokens) or made,
+            lambda *a, **k: self.tokens.append((result := generate(*a, **k)).tokens) or result,
         )
 
     def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
@@ -638,9 +637,9 @@ class TestAnswerer:
         )
 
     def test_a_damaged_file_costs_an_encode_and_nothing_else(self, model, renderer, tmp_path):
-        said = []
+        messages = []
         for _ in range(2):
-            store = ImageStore(folder=tmp_path, fingerprint=model.fingerprint(), say=said.append)
+            store = ImageStore(folder=tmp_path, fingerprint=model.fingerprint(), say=messages.append)
             kinds = [
                 a.image_kv for a in Predictor(model, renderer, store).answer(self.asked()[:2], self.settings)
             ]
@@ -650,14 +649,14 @@ class TestAnswerer:
             kinds == ["computed", "reused"]
             and self.encoded == [3, 1]
             and self.tokens[0] == self.tokens[1]
-            and len(said) == 1
+            and len(messages) == 1
         )
 
     def test_a_store_without_room_still_serves_the_batch(self, model, renderer):
         asked = self.asked()
         expected = [a.text for a in Predictor(model, renderer).answer(asked, self.settings)]
-        for room in (0, 1500):
-            store = ImageStore(memory_bytes=room)
+        for capacity in (0, 1500):
+            store = ImageStore(memory_bytes=capacity)
             answers = Predictor(model, renderer, store).answer(asked, self.settings)
             assert [a.text for a in answers] == expected and [a.image_kv for a in answers] == [
                 "computed",
@@ -665,7 +664,7 @@ class TestAnswerer:
                 "none",
                 "reused",
             ]
-            assert sum(kv.data.nbytes for kv in store.memory.values()) == store.bytes <= room
+            assert sum(kv.data.nbytes for kv in store.memory.values()) == store.bytes <= capacity
         assert self.encoded == [3, 3, 3]
 
     def test_the_key_knows_bytes_shape_ids_images_and_precision(self, model, renderer):
@@ -699,11 +698,11 @@ class TestAnswerer:
             [config.layers, 2, config.kv_heads, 5, config.head_size],
         )
         generate(model, images=[[(ImageKV(torch.zeros(shape)), 0)]], stop=-1, settings=settings, **batch)
-        for place, other in ((0, 1), (2, 2 * config.kv_heads), (4, 2 * config.head_size)):
+        for axis, other in ((0, 1), (2, 2 * config.kv_heads), (4, 2 * config.head_size)):
             with pytest.raises(UserError, match="of another model"):
                 generate(
                     model,
-                    images=[[(ImageKV(torch.zeros([*shape[:place], other, *shape[place + 1 :]])), 0)]],
+                    images=[[(ImageKV(torch.zeros([*shape[:axis], other, *shape[axis + 1 :]])), 0)]],
                     stop=-1,
                     settings=settings,
                     **batch,

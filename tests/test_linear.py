@@ -55,19 +55,21 @@ def test_product(monkeypatch, M, K, N, bias):
 
 def test_products_are_halved_where_that_helps(monkeypatch):
     whole = {(M, K, N): torch.ones(M, K).bfloat16() @ torch.ones(K, N).bfloat16() for M, K, N in SHAPES}
-    made = []
+    products = []
     mm = torch.mm
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "mm", None)
     for M, K, N in SHAPES:
         product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: made.append((len(a), b.shape[1])) or mm(a, b, out=out))
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: products.append((len(a), b.shape[1])) or mm(a, b, out=out)
+    )
     halves = {}
     for M, K, N in SHAPES:
-        made.clear()
+        products.clear()
         assert torch.equal(product(torch.ones(M, K).bfloat16(), torch.ones(K, N).bfloat16()), whole[M, K, N])
-        halves[M, K, N] = list(made)
+        halves[M, K, N] = list(products)
     assert halves == {
         (1008, 576, 576): [(1008, 288)] * 2,
         (714, 1536, 576): [(384, 576), (330, 576)],
@@ -103,14 +105,14 @@ def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
         out.backward(upstream)
         return [out.detach(), *(t.grad for t in (x, *layer.parameters()))]
 
-    kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         ours = run(lambda: layer(x))
-    assert kept == [
+    assert saved == [
         shape
         for shape, of in (((600, inputs), "weight"), ((outputs, inputs), "input"))
         if needed in (of, "all")
-    ]  # what nobody needs is not kept
+    ]  # what nobody needs is not saved
     theirs = run(lambda: F.linear(x, layer.weight, layer.bias))
     double = [
         t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())
@@ -125,7 +127,7 @@ def test_a_linear_layer_in_training(inputs, outputs, bias, needed):
 
 
 def test_a_linear_layer_elsewhere_is_torchs(monkeypatch):
-    """In fp32, and where nothing is learnt: to the bit, and by torch's function."""
+    """In fp32, and where nothing is trained: to the bit, and by torch's function."""
     monkeypatch.setattr(linear.TrainedLinear, "apply", None)
     layer, x = Linear(8, 4), torch.randn(3, 8)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

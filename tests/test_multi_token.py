@@ -58,7 +58,7 @@ def batch_of(renderer) -> dict[str, torch.Tensor]:
 
 
 class TestLosses:
-    def test_chains_stop_at_a_documents_end_and_at_what_is_not_learnt(self):
+    def test_chains_stop_at_a_documents_end_and_at_unsupervised_tokens(self):
         labels = torch.tensor([[-100, 5, 6, 7, -100, 8, 9, 3, 4, -100]])
         documents = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, -1]])
         expected = [
@@ -154,13 +154,13 @@ class Oracle:
     def draft(self, embedding, rows, hidden, tokens, count, pick):
         drafts = []
         for token, row in zip(tokens.tolist(), hidden, strict=True):
-            answer, place = next(
+            answer, position = next(
                 (a, i)
                 for a in self.answers
                 for i, h in enumerate(a[1])
                 if torch.allclose(h, row, atol=1e-4) and i < len(a[0]) and a[0][i] == token
             )
-            new = [*answer[0][place + 1 : place + 1 + count], *[0] * count][:count]
+            new = [*answer[0][position + 1 : position + 1 + count], *[0] * count][:count]
             for k in range(count):
                 self.drafted += 1
                 if self.drafted % self.wrong == 0:
@@ -176,10 +176,10 @@ class Oracle:
         chain = self.draft(embedding, rows, hidden, tokens, depth, None).tokens
         tokens, parents = [], []
         for k in range(depth):
-            place = 3 * k  # of the chain's token before this one
+            node = 3 * k  # of the chain's token before this one
             other = (chain[:, k] + 7) % 290
             tokens += [other, other, chain[:, k]]
-            parents += [place, place + 1, place]
+            parents += [node, node + 1, node]
         return Drafts(torch.stack(tokens, 1), torch.tensor(parents).expand(len(chain), -1))
 
 
@@ -226,7 +226,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     ):  # each alone: its hidden states along the answer
         seen.clear()
         one = collate_prompts([prompt])
-        made = generate(
+        result = generate(
             model,
             images=[row],
             stop=-1,
@@ -234,30 +234,30 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
             **one,
         )
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
-        answers.append((made.tokens[0], [first, *[s[0, 0] for s in seen]]))
+        answers.append((result.tokens[0], [first, *[s[0, 0] for s in seen]]))
     model.heads = Oracle(answers, wrong)
     monkeypatch.setattr(models.draft_scheduler, "TREE_ROWS", 100)
-    made = generate(
+    result = generate(
         model,
         images=images,
         stop=stop,
         settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True),
         **batch,
     )
-    assert made.tokens == expected
-    for one, other in zip(made.logprobs, plain.logprobs, strict=True):
+    assert result.tokens == expected
+    for one, other in zip(result.logprobs, plain.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     if mode == "on" and wrong > 2:
-        assert sum(made.decode_steps) < 0.7 * sum(plain.decode_steps)
+        assert sum(result.decode_steps) < 0.7 * sum(plain.decode_steps)
 
 
 TREE = Drafts(torch.tensor([[3, 0, 1, 4, 2]]), torch.tensor([[0, 0, 1, 3, 1]]))  # 3 → 1 → 4, 3 → 2, and 0
-WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each place, from the token chosen last on
+WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each node, from the token chosen last on
 
 
 def test_a_draft_sees_those_on_its_way():
     sees = draft_tree_mask(TREE.parents)[0]
-    assert [{int(TREE.tokens[0, n - 1]) for n in place.nonzero()[:, 0].tolist() if n} for place in sees] == [
+    assert [{int(TREE.tokens[0, n - 1]) for n in node.nonzero()[:, 0].tolist() if n} for node in sees] == [
         set(way) for way in WAYS
     ]
     assert sees.diagonal().all() and sees[:, 0].all() and sees.sum() == sum(len(way) + 1 for way in WAYS)
@@ -272,13 +272,13 @@ def test_every_draft_counts_as_seen_behind_it():
     seen[:, 5] = True
     tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
     sees = draft_tree_mask(torch.stack((TREE.parents[0], torch.arange(5))))
-    found = seen_at_each_node(seen, tokens, sees)
+    actual = seen_at_each_node(seen, tokens, sees)
     expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
-    assert [[set(place.nonzero().flatten().tolist()) for place in row] for row in found] == expected
+    assert [[set(node.nonzero().flatten().tolist()) for node in row] for row in actual] == expected
 
 
 def test_a_draft_falls_with_the_one_before_it():
-    """Greedy: drafts as long as each is what is wanted at its parent."""
+    """Greedy: drafts as long as each is the target at its parent."""
     chains = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
     assert follow(Drafts(chains, torch.arange(3).expand(4, 3)), torch.tensor([3, 1, 4, 2]).expand(4, 4)) == [
         [0, 1, 2, 3],
@@ -291,11 +291,11 @@ def test_a_draft_falls_with_the_one_before_it():
         [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 5], [0], [0, 1], [0, 2]],
         strict=True,
     ):
-        wanted = torch.full((1, 6), 9)
-        for place, known in enumerate(WAYS):  # at a place on this way its next token is wanted
+        targets = torch.full((1, 6), 9)
+        for node, known in enumerate(WAYS):  # at a node on this way its next token is the target
             if way[: len(known)] == known and len(way) > len(known):
-                wanted[0, place] = way[len(known)]
-        assert follow(TREE, wanted) == [path], way
+                targets[0, node] = way[len(known)]
+        assert follow(TREE, targets) == [path], way
 
 
 def test_the_cache_keeps_the_slots_of_a_path():
@@ -310,8 +310,8 @@ def test_the_cache_keeps_the_slots_of_a_path():
     cache.commit(start, paths)
     assert cache.lengths == [6, 5, 6]
     for row, (at, path) in enumerate(zip(start, paths, strict=True)):
-        for kept, new in ((cache.keys, keys), (cache.values, values)):
-            assert torch.equal(kept[:, row, :, at : at + len(path)], new[:, row, :, path])
+        for cached, new in ((cache.keys, keys), (cache.values, values)):
+            assert torch.equal(cached[:, row, :, at : at + len(path)], new[:, row, :, path])
         assert cache.positions[row].tolist() == [NEVER] * at + [10, 11, 12, 13][: len(path)] + [NEVER] * (
             12 - at - len(path)
         )
@@ -331,7 +331,7 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
     rows = heads.rows(embedding.weight)
     with torch.no_grad():
         unembed = heads.unembedder(embedding.weight)
-        made = heads.tree(embedding, unembed, hidden, tokens, 3, 3, 12)
+        tree = heads.tree(embedding, unembed, hidden, tokens, 3, 3, 12)
         for b in range(3):
             ways: dict[tuple[int, ...], float] = {}
             followed = {(): (0.0, hidden[b])}  # way: log-probability and state
@@ -339,19 +339,19 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
                 new = {}
                 for way, (belief, state) in followed.items():
                     state = heads.step(state, embedding.weight[way[-1] if way else tokens[b]])
-                    said = (rows @ heads.norm(state)).log_softmax(0)
+                    logprobs = (rows @ heads.norm(state)).log_softmax(0)
                     new |= {
-                        (*way, 200 + j): (belief + float(said[j]), state)
-                        for j in said.topk(3).indices.tolist()
+                        (*way, 200 + j): (belief + float(logprobs[j]), state)
+                        for j in logprobs.topk(3).indices.tolist()
                     }
                 ways |= {way: belief for way, (belief, _) in new.items()}
                 followed = dict(sorted(new.items(), key=lambda item: -item[1][0])[:3])
-            found: list[tuple[int, ...]] = [()]
-            for token, parent in zip(made.tokens[b].tolist(), made.parents[b].tolist(), strict=True):
-                found.append((*found[parent], token))
+            paths: list[tuple[int, ...]] = [()]
+            for token, parent in zip(tree.tokens[b].tolist(), tree.parents[b].tolist(), strict=True):
+                paths.append((*paths[parent], token))
             assert (
-                sorted(found[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12])
-                and max(map(len, found)) == 3
+                sorted(paths[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12])
+                and max(map(len, paths)) == 3
             )
         chain = heads.draft(embedding, unembed, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
         narrow = heads.tree(embedding, unembed, hidden, tokens, 2, 1, 8)
@@ -359,7 +359,7 @@ def test_a_tree_holds_the_likeliest_ways(tokenizer):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_draft_stands_as_often_as_it_may(seed):
+def test_a_draft_is_accepted_as_often_as_it_may(seed):
     """First and second tokens together have the target's distribution, for any proposal.
 
     300,000 draws.
@@ -402,8 +402,8 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     )
     rows = 10_000
     batch = {k: v.expand(rows, -1) for k, v in collate_prompts([prompt]).items()}
-    made = generate(model, images=[[]] * rows, stop=-1, settings=settings, **batch)
-    drawn = torch.tensor(made.tokens)  # (rows, 3)
+    result = generate(model, images=[[]] * rows, stop=-1, settings=settings, **batch)
+    drawn = torch.tensor(result.tokens)  # (rows, 3)
     ids = torch.tensor(prompt.right_ids)
     naive = Naive(model)
 
@@ -422,14 +422,14 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     chi = ((seen - rows * expected) ** 2 / (rows * expected))[cells].sum()
     freedom = int(cells.sum()) - 1
     assert chi < freedom + 5 * (2 * freedom) ** 0.5, (chi, freedom)
-    assert sum(made.decode_steps) < 3 * rows  # some drafts stood
+    assert sum(result.decode_steps) < 3 * rows  # some drafts were accepted
 
 
 def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, renderer):
     model = lively_model(tokenizer, WITH_HEADS)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt, ids = prompt_ids(renderer, 0, "what is it?")
-    made = [
+    results = [
         generate(
             model,
             images=[[]],
@@ -441,13 +441,13 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
         )
         for mode in ("on", "off")
     ]
-    assert made[0].tokens == made[1].tokens
-    naive, tokens = Naive(model), made[0].tokens[0]
-    for i, (token, logprob) in enumerate(zip(tokens, made[0].logprobs[0], strict=True)):
+    assert results[0].tokens == results[1].tokens
+    naive, tokens = Naive(model), results[0].tokens[0]
+    for i, (token, logprob) in enumerate(zip(tokens, results[0].logprobs[0], strict=True)):
         logits = naive.logits([*ids, *tokens[:i]], random_tiles(0))[-1]
         assert (
             abs(logits.log_softmax(-1)[token] - logprob) < 1e-4
-            and abs(made[1].logprobs[0][i] - logprob) < 1e-4
+            and abs(results[1].logprobs[0][i] - logprob) < 1e-4
         )
         for seen in {*ids, *tokens[:i]}:
             logits[seen] = logits[seen] / 1.7 if logits[seen] > 0 else logits[seen] * 1.7
@@ -455,24 +455,24 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
     free = generate(
         model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12), **collate_prompts([prompt])
     )
-    assert free.tokens != made[0].tokens
+    assert free.tokens != results[0].tokens
 
 
 def test_drafts_are_of_the_draft_vocabulary(tokenizer):
-    """Ids, not places in the list of what can be drafted; and the distribution lies on them alone."""
+    """Ids, not indices in the list of what can be drafted; and the distribution lies on them alone."""
     heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(2, 32, 20))).heads
     heads.draft_ids.copy_(torch.arange(200, 220))
     embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
-    places = torch.tensor([0, 3, 19, 7, 7])
+    indices = torch.tensor([0, 3, 19, 7, 7])
     drafts, _, proposed = heads.draft(
         embedding,
         heads.unembedder(embedding.weight),
         hidden,
-        places,
+        indices,
         2,
-        lambda logits: (places, logits.softmax(-1)),
+        lambda logits: (indices, logits.softmax(-1)),
     )
-    assert drafts.tolist() == [[200 + p] * 2 for p in places.tolist()]
+    assert drafts.tolist() == [[200 + p] * 2 for p in indices.tolist()]
     assert (
         proposed.shape == (5, 2, 302)
         and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2))
@@ -504,13 +504,13 @@ class TestDraftShape:
         A simulated decoder accepts drafts with these chances and has these costs; `tree` gives the same for a
         tree.
         """
-        g, shapes, clock, made = (
+        g, shapes, clock, generated = (
             torch.Generator().manual_seed(0),
             DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1),
             0.0,
             0,
         )
-        while made < tokens:
+        while generated < tokens:
             k, width = shape = shapes()
             acceptance_rates = torch.rand(len(chances), generator=g) < torch.tensor(
                 tree[0] if tree and width > 1 else chances
@@ -518,8 +518,8 @@ class TestDraftShape:
             count = int(acceptance_rates[:k].long().cumprod(0).sum()) if k else 0
             seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
             shapes.record_step(shape, [count], [1 + count], seconds)
-            clock, made = clock + seconds, made + 1 + count
-        return made / clock
+            clock, generated = clock + seconds, generated + 1 + count
+        return generated / clock
 
     @pytest.mark.parametrize("cost", [0.02, 0.1, 0.25, 1.0])
     def test_never_much_slower_than_plain_decoding(self, cost):
@@ -529,7 +529,7 @@ class TestDraftShape:
     @pytest.mark.parametrize("tokens", [16, 64, 256])
     @pytest.mark.parametrize("cost", [0.03, 0.06, 0.1])
     def test_a_first_answer_is_no_slower_either(self, tokens, cost):
-        """Drafts that all fall, though in training half of them stood."""
+        """Drafts that all fall, though in training half of them were accepted."""
         assert self.run([0.0] * 4, cost, tokens) > 0.96
         assert self.run([0.0] * 4, cost, tokens, ([0.0] * 4, 8 * cost)) > 0.96
 
@@ -547,7 +547,7 @@ class TestDraftShape:
         assert self.run([0.5] * 4, 0.1, 3000, ([0.9] * 4, 0.4)) > 0.95 * wide
 
     def test_notices_that_the_text_has_become_easy(self):
-        """Drafts that never stood and then always do are in use within 300 passes."""
+        """Drafts first never accepted, then always, are in use within 300 passes."""
         shapes = DraftScheduler([0.5] * 4, "auto")
         easy = []
         for i in range(1300):
@@ -565,7 +565,7 @@ class TestDraftShape:
 
     def test_the_first_pass_of_a_shape_says_little_of_its_cost(self):
         """It prepares kernels: answers go on to be drafted."""
-        shapes, made = DraftScheduler([0.9] * 4, "auto"), set()
+        shapes, prepared = DraftScheduler([0.9] * 4, "auto"), set()
         for _ in range(4):
             shapes.start_answer(1.0)
             for _ in range(40):
@@ -574,9 +574,9 @@ class TestDraftShape:
                     shape,
                     [shape.depth],
                     [1 + shape.depth],
-                    (1 + 0.05 * shape.depth) * (9 if shape not in made else 1),
+                    (1 + 0.05 * shape.depth) * (9 if shape not in prepared else 1),
                 )
-                made.add(shape)
+                prepared.add(shape)
         assert shapes() == DraftPlan(4) and shapes.cost(DraftPlan(4)) < 1.3
 
     @pytest.mark.parametrize("times", [1.5, 3, 10, 30])
@@ -605,20 +605,20 @@ class TestDraftShape:
 
     @pytest.mark.parametrize("width", [1, 4])
     def test_an_answer_lives_off_no_other(self, width):
-        """After many whose drafts all stood, a short one whose drafts all fall."""
+        """After many whose drafts were all accepted, a short one whose drafts all fall."""
         shapes = DraftScheduler([0.5] * 4, "auto", width)
         for number in range(21):
             shapes.start_answer(1.0)
-            seconds, made = 1.0, 1
-            while made < 16:
+            seconds, generated = 1.0, 1
+            while generated < 16:
                 shape = shapes()
                 usual, count = (
                     1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1),
                     shape.depth if number < 20 else 0,
                 )
                 shapes.record_step(shape, [count], [1 + count], usual)
-                seconds, made = seconds + usual, made + 1 + count
-        assert seconds / made < 1.03 + DraftScheduler.CARRY / 16
+                seconds, generated = seconds + usual, generated + 1 + count
+        assert seconds / generated < 1.03 + DraftScheduler.CARRY / 16
 
     def test_drafts_that_stand_behind_short_answers_gain_nothing(self):
         """Answers of two tokens, of which the second is the end.
@@ -656,16 +656,16 @@ def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeyp
     one row of two.
     """
     model = tiny_model(tokenizer, WITH_HEADS)
-    prompt, stop, told = renderer.prompt([], [{"user": "what is it?"}]), 7, []
+    prompt, stop, recorded = renderer.prompt([], [{"user": "what is it?"}]), 7, []
     monkeypatch.setattr(
         DraftScheduler,
         "record_step",
-        lambda self, shape, stood, tokens, seconds: told.append((shape.depth, stood, tokens)),
+        lambda self, shape, accepted, tokens, seconds: recorded.append((shape.depth, accepted, tokens)),
     )
 
     def answers(
         decode_steps: list[list[list[int]]],
-        most: int,
+        limit: int,
         rows: int = 1,
         on_tokens: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
@@ -674,14 +674,18 @@ def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeyp
         def decode_step(
             m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any
         ) -> StepOutput:
-            made = decode_steps.pop(0)
+            output = decode_steps.pop(0)
             return StepOutput(
-                torch.zeros(rows, 4, 302), [list(range(len(tokens))) for tokens in made], made, chosen, hidden
+                torch.zeros(rows, 4, 302),
+                [list(range(len(tokens))) for tokens in output],
+                output,
+                chosen,
+                hidden,
             )
 
-        settings = GenerationConfig(max_new_tokens=most, speculative="on", draft_width=1)
+        settings = GenerationConfig(max_new_tokens=limit, speculative="on", draft_width=1)
         monkeypatch.setattr(models.generation, "decode_step", decode_step)
-        made = generate(
+        output = generate(
             model,
             images=[[]] * rows,
             stop=stop,
@@ -690,20 +694,20 @@ def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeyp
             **collate_prompts([prompt] * rows),
         )
         assert not decode_steps
-        return [tokens[1:] for tokens in made.tokens]  # the first is the model's own
+        return [tokens[1:] for tokens in output.tokens]  # the first is the model's own
 
-    assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and told.pop() == (3, [2], [2])
-    assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and told.pop() == (3, [1], [1])
-    assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and told.pop() == (3, [3], [4])
+    assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and recorded.pop() == (3, [2], [2])
+    assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and recorded.pop() == (3, [1], [1])
+    assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and recorded.pop() == (3, [3], [4])
     assert answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6) == [
         [5, 6]
-    ] and told.pop() == (3, [2], [2])
+    ] and recorded.pop() == (3, [2], [2])
     assert answers([[[5, 6], [5]], [[8, 9], [6, 8]]], 4, rows=2) == [[5, 6, 8], [5, 6, 8]]
-    assert told == [(2, [1, 0], [2, 1]), (1, [1, 1], [1, 2])]
+    assert recorded == [(2, [1, 0], [2, 1]), (1, [1, 1], [1, 2])]
 
 
 def test_rows_that_are_done_leave_the_cache():
-    """The last rows move into their places, and hold what they held."""
+    """The last rows move into the free rows, and hold what they held."""
     for done in (
         [False] * 5,
         [True, False, True, False, False],
@@ -727,9 +731,9 @@ def test_rows_that_are_done_leave_the_cache():
         assert cache.lengths == [before[0][i] for i in order] and torch.equal(
             cache.positions, before[3][order]
         )
-        for made, was in ((cache.keys, before[1]), (cache.values, before[2])):
-            assert made.shape[1] == len(order) and all(
-                torch.equal(made[:, new, :, :n], was[:, old, :, :n])
+        for now, was in ((cache.keys, before[1]), (cache.values, before[2])):
+            assert now.shape[1] == len(order) and all(
+                torch.equal(now[:, new, :, :n], was[:, old, :, :n])
                 for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True))
             )
 
@@ -756,7 +760,7 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
         for prompt in prompts
     ]
     assert len({tuple(tokens) for tokens in alone}) == len(prompts)
-    made = generate(
+    result = generate(
         model,
         images=[[]] * 6,
         stop=-1,
@@ -764,7 +768,7 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
         on_tokens=lambda row, tokens: len(tokens) >= ends[row],
         **collate_prompts(prompts),
     )
-    assert made.tokens == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
+    assert result.tokens == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
 
 
 def test_speculation_needs_heads(model, renderer):
@@ -840,7 +844,7 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
     tiles = random_tiles(2, seed=5)
     prompt, _ = prompt_ids(renderer, 2, "what color?")
     short = renderer.prompt([], [{"user": "what?"}])
-    tokens, made = torch.randint(0, 40, (2, 4)), []
+    tokens, outputs = torch.randint(0, 40, (2, 4)), []
     with torch.inference_mode():
         kvs = plain.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2)
         batch = collate_prompts([prompt, short])
@@ -852,15 +856,15 @@ def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder)
                 [list(zip(kvs, block_starts(prompt), strict=True)), []],
                 slots=4,
             )
-            made.append(
+            outputs.append(
                 verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4))
             )
-        torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
-        made = [
+        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+        outputs = [
             m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden
             for m in (plain, packed)
         ]
-        torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["own", "none"])
@@ -894,7 +898,7 @@ def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, rendere
             strict=True,
         )
     )
-    made = generate(
+    generated = generate(
         model,
         images=[images],
         stop=-1,
@@ -904,13 +908,13 @@ def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, rendere
     last = prompt.right_positions[-1] + 1
     whole = replace(
         prompt,
-        right_ids=[*prompt.right_ids, *made],
+        right_ids=[*prompt.right_ids, *generated],
         right_positions=[*prompt.right_positions, *range(last, last + 6)],
         labels=[-100] * (len(prompt.labels) + 6),
     )
     with torch.no_grad():
         hidden = model(**collate([[Sample((0, 0, 0), tiles, [whole])]], tokenizer.global_image)).hidden[0]
-        assert model.logits(hidden)[-7:-1].argmax(-1).tolist() == made
+        assert model.logits(hidden)[-7:-1].argmax(-1).tolist() == generated
 
 
 SMALL = [
@@ -984,7 +988,7 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
     )
     image = sorted((tmp_path / "cache").parent.rglob("*.png"))[0]
     ask = ["--image", str(image), "--prompt", "what color is the shape?", "--json", "--max_new_tokens", "24"]
-    said = [
+    outputs = [
         json.loads(
             run_program(
                 [sys.executable, str(ROOT / "generate.py"), "--checkpoint", folder, *ask, *more], tmp_path
@@ -997,8 +1001,8 @@ def test_heads_train_with_the_model_and_behind_it(tmp_path):
         )
     ]
     assert (
-        said[0]["answer"] == said[1]["answer"] == said[2]["answer"]
-        and said[1]["decode_steps"] <= said[2]["decode_steps"] == said[0]["decode_steps"]
+        outputs[0]["answer"] == outputs[1]["answer"] == outputs[2]["answer"]
+        and outputs[1]["decode_steps"] <= outputs[2]["decode_steps"] == outputs[0]["decode_steps"]
     )
 
 
@@ -1016,9 +1020,9 @@ def test_questions_on_images_that_cannot_be_used_are_left_out_and_counted(
     config = HeadsConfig(
         sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, tokens=20, answer_tokens=6, rows=5
     )
-    told = collect(Predictor(model, renderer), config, Console(file=out, width=200))
+    samples = collect(Predictor(model, renderer), config, Console(file=out, width=200))
     assert (
-        sum(len(t.tokens) for t in told) >= 20 and len({tuple(t.tokens.tolist()) for t in told}) == 1
+        sum(len(t.tokens) for t in samples) >= 20 and len({tuple(t.tokens.tolist()) for t in samples}) == 1
     )  # one image, one question
     assert "questions left out" in out.getvalue()
 
@@ -1032,11 +1036,11 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
-    learnt, held_out = (
+    supervised, held_out = (
         {text for _, text in next(question_batches(Predictor(model, renderer), config, held_out=which))}
         for which in (False, True)
     )
-    assert (len(learnt), len(held_out)) == (4, 2) and learnt | held_out == {f"q{i}" for i in range(6)}
+    assert (len(supervised), len(held_out)) == (4, 2) and supervised | held_out == {f"q{i}" for i in range(6)}
 
 
 def test_bad_heads():

@@ -20,9 +20,7 @@ from tests.conftest import TINY, TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
-needs_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason=f"no nanoVLM checkpoints at {FIXTURES}"
-)
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no nanoVLM checkpoints at {FIXTURES}")
 
 
 @needs_fixtures
@@ -59,10 +57,10 @@ def test_nanovlm_as_vanilla():
         )
     prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
     settings = GenerationConfig(max_new_tokens=tokens.shape[1])
-    made = generate(
+    result = generate(
         model, prompt, torch.arange(prompt.shape[1]).expand_as(prompt), [[], []], -1, settings, tiles=tiles
     )
-    assert made.tokens == tokens.tolist()
+    assert result.tokens == tokens.tolist()
 
 
 @needs_fixtures
@@ -78,13 +76,19 @@ def test_the_first_dual_tower_as_prefix():
     } <= set(model.dropped_tensors)
     expected = load_file(FIXTURES / "dualtower_tiny" / "expected.safetensors")
     tiles, ids, labels = expected["pixel_values"] * 255, expected["input_ids"], expected["labels"]
-    cut = int(expected["last_image_index"]) + 1
+    boundary = int(expected["last_image_index"]) + 1
     positions, zeros = torch.arange(ids.shape[1]).expand_as(ids), torch.zeros_like(ids)
-    images = torch.where(ids[:, :cut] == model.vocabulary.image_token_id, 0, -1)
+    images = torch.where(ids[:, :boundary] == model.vocabulary.image_token_id, 0, -1)
     with torch.no_grad():
-        left = (ids[:, :cut], positions[:, :cut], zeros[:, :cut], images)
+        left = (ids[:, :boundary], positions[:, :boundary], zeros[:, :boundary], images)
         output = model(
-            tiles, *left, ids[:, cut:], positions[:, cut:], zeros[:, cut:], zeros[:, cut:], labels[:, cut:]
+            tiles,
+            *left,
+            ids[:, boundary:],
+            positions[:, boundary:],
+            zeros[:, boundary:],
+            zeros[:, boundary:],
+            labels[:, boundary:],
         )
         logits = model.logits(output.hidden)
         torch.testing.assert_close(logits, expected["text_logits"], atol=1e-4, rtol=0)
@@ -92,24 +96,24 @@ def test_the_first_dual_tower_as_prefix():
             output.loss_sum / (labels != -100).sum(), expected["loss"][0], atol=1e-4, rtol=0
         )
         torch.testing.assert_close(
-            F.cross_entropy(logits.flatten(0, 1), labels[:, cut:].flatten()),
+            F.cross_entropy(logits.flatten(0, 1), labels[:, boundary:].flatten()),
             expected["loss"][0],
             atol=1e-4,
             rtol=0,
         )
     prompt, tokens = expected["greedy_prompt"], expected["greedy_tokens"]
-    kvs = model.encode_images(tiles, list(prompt[:, :cut]), list(images))
-    positions = torch.arange(cut, prompt.shape[1]).expand(len(prompt), -1)
+    kvs = model.encode_images(tiles, list(prompt[:, :boundary]), list(images))
+    positions = torch.arange(boundary, prompt.shape[1]).expand(len(prompt), -1)
     for _ in range(2):
-        made = generate(
+        result = generate(
             model,
-            prompt[:, cut:],
+            prompt[:, boundary:],
             positions,
             [[(kv, 0)] for kv in kvs],
             -1,
             GenerationConfig(max_new_tokens=tokens.shape[1]),
         )
-        assert made.tokens == tokens.tolist()
+        assert result.tokens == tokens.tolist()
 
 
 @needs_fixtures
@@ -140,12 +144,12 @@ def test_the_wrong_class_says_so():
 def keys_and_values_of(model: VisionLanguageModel, tiles: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """(layers, 2, G, T, E): what a vanilla model's decoder makes of an image block."""
     recorder = KeyValueRecorder()
-    places = torch.arange(len(block))[None]
+    positions = torch.arange(len(block))[None]
     with torch.no_grad():
         model.right(
             model.embed(block[None], tiles),
-            places,
-            (places[:, :, None] >= places[:, None])[:, None],
+            positions,
+            (positions[:, :, None] >= positions[:, None])[:, None],
             recorder,
         )
     return torch.stack([torch.stack(layer) for layer in recorder.layers])[:, :, 0]

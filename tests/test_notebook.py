@@ -38,7 +38,7 @@ def test_it_is_stored_as_executed(code):
         )
         assert not any(output.output_type == "error" for output in cell.outputs)
     assert PATH.stat().st_size < 1_000_000
-    assert not any(place in PATH.read_text(encoding="utf-8") for place in ("/home/", "/root/", "/tmp/"))
+    assert not any(folder in PATH.read_text(encoding="utf-8") for folder in ("/home/", "/root/", "/tmp/"))
 
 
 def test_it_runs(tmp_path, monkeypatch):
@@ -55,9 +55,9 @@ def test_it_runs(tmp_path, monkeypatch):
     )
     notebook = nbformat.read(PATH.name, as_version=4)
     nbclient.NotebookClient(notebook, timeout=180).execute()
-    told = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert (
-        "all answers equal: True" in told
-        and "every tensor equal: True" in told
-        and "read back, equal: True" in told
+        "all answers equal: True" in text
+        and "every tensor equal: True" in text
+        and "read back, equal: True" in text
     )

@@ -1,4 +1,4 @@
-"""Packed rows: every sample once, all budgets kept, rows full, order random, state exact."""
+"""Packed rows: every sample once, all budgets observed, rows full, order random, state exact."""
 
 import copy
 import json
@@ -79,8 +79,8 @@ def test_rows_are_full_and_no_sample_waits_long():
     rows = list(islice(stream, 1200))
     used = sum(s.left_length + s.right_length for row in rows for s in row)
     assert used / (len(rows) * 4096) >= 0.99
-    place = {s.key[1]: n for n, s in enumerate(samples)}
-    waited = [sum(map(len, rows[:i])) - place[s.key[1]] for i, row in enumerate(rows) for s in row]
+    order = {s.key[1]: n for n, s in enumerate(samples)}
+    waited = [sum(map(len, rows[:i])) - order[s.key[1]] for i, row in enumerate(rows) for s in row]
     assert max(waited) < 1000  # of 2,000 that stand in the window, a sample is never overtaken by more
     assert np.std(waited) > 300  # and order is not the stream's
 

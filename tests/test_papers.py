@@ -28,7 +28,7 @@ def test_citation():
     ] == "https://github.com/huggingface/nanoVLM"
 
 
-def test_pictures_are_what_the_script_draws():
+def test_diagrams_are_what_the_script_draws():
     for name, draw in DIAGRAMS.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw(), (
             f"python -m tools.diagrams draws another {name}"

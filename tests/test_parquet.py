@@ -177,8 +177,8 @@ def test_blocks_are_mixed_as_far_as_memory_goes(tmp_path):
 
 @pytest.mark.parametrize("form", ["parquet", "file.arrow"])
 @pytest.mark.parametrize("pool", [1, 3])
-@pytest.mark.parametrize("ahead", [1, 10, 64])  # rows: 64 are 11 blocks, many times what is kept
-def test_each_block_is_read_once_and_few_are_kept(tmp_path, form, pool, ahead, reads):
+@pytest.mark.parametrize("ahead", [1, 10, 64])  # rows: 64 are 11 blocks, many times what is cached
+def test_each_block_is_read_once_and_few_are_cached(tmp_path, form, pool, ahead, reads):
     rows = folder_of(tmp_path, form)
     largest = max(block.bytes for block in process_group(tmp_path).blocks)
     records = process_group(tmp_path, 2 * pool * largest)
@@ -195,7 +195,7 @@ def test_each_block_is_read_once_and_few_are_kept(tmp_path, form, pool, ahead, r
 
 
 def test_announced_rows_that_are_passed_over_do_not_stop_the_reading_ahead(tmp_path, reads):
-    """A sample that is kept decoded is announced, then not read."""
+    """A sample that is cached decoded is announced, then not read."""
     folder_of(tmp_path)
     records = process_group(tmp_path, 1)
     for block in range(12):
@@ -365,12 +365,12 @@ def test_a_file_that_fails_for_ever(served, waits, naps):
         process_group("org/set")
 
 
-def test_a_file_that_is_gone_is_not_waited_for(served, tmp_path, waits, naps):
+def test_a_missing_file_is_not_waited_for(served, tmp_path, waits, naps):
     records, local = process_group("org/set"), process_group(tmp_path / "set")
     next((tmp_path / "set").rglob("0001.parquet")).unlink()
-    for gone in (records, local):
+    for incomplete in (records, local):
         with pytest.raises(UnreadableBlock, match="0001.parquet"):
-            gone[50]
+            incomplete[50]
     assert not waits and not naps
 
 
@@ -449,7 +449,7 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, form, damage, waits
         ),
     ],
 )
-def test_another_form_is_told_by_its_columns(tmp_path, form, columns, message):
+def test_another_form_is_recognised_by_its_columns(tmp_path, form, columns, message):
     path = tmp_path / f"x.{form}"
     table = pa.table(columns)
     if form == "parquet":

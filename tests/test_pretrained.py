@@ -107,12 +107,12 @@ def _set(name, value):
     return change
 
 
-def _cut(name, share):
-    def cut(folder):
+def _truncated(name, share):
+    def truncate(folder):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: int(len(data) * share)])
 
-    return cut
+    return truncate
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def _cut(name, share):
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json"),
-        (_cut("model.safetensors", 0.5), "cannot be read as safetensors"),
-        (_cut("model.safetensors", 0.0), "cannot be read as safetensors"),
-        (_cut("tokenizer.json", 0.5), "cannot be read as a tokenizer"),
-        (_cut("config.json", 0.5), "not valid JSON"),
+        (_truncated("model.safetensors", 0.5), "cannot be read as safetensors"),
+        (_truncated("model.safetensors", 0.0), "cannot be read as safetensors"),
+        (_truncated("tokenizer.json", 0.5), "cannot be read as a tokenizer"),
+        (_truncated("config.json", 0.5), "not valid JSON"),
         (_drop_tensor, "lacks right.norm.weight"),
         (_reshape_tensor, r"right.norm.weight is \(3,\), expected \(48,\)"),
         (_extra_tensor, "unexpected third_tower.weight"),

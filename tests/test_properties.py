@@ -31,7 +31,7 @@ grids_of_images = st.lists(st.sampled_from([(1, 1), (1, 2), (3, 2)]), max_size=3
 
 @same_every_time
 @given(turns=conversations, grids=grids_of_images, left_context=st.sampled_from(["image", "prefix", "none"]))
-def test_answers_and_their_end_of_turn_are_learnt_and_nothing_else(tokenizer, turns, grids, left_context):
+def test_answers_and_their_end_of_turn_are_supervised_and_nothing_else(tokenizer, turns, grids, left_context):
     """The loss mask, read back from the tokens alone.
 
     A turn goes from its start token to its end token, which no text can contain, and begins with its role.
@@ -48,15 +48,17 @@ def test_answers_and_their_end_of_turn_are_learnt_and_nothing_else(tokenizer, tu
     ids = [
         *(tokens[i] for i in range(document.length)),
         tokenizer.turn_end,
-    ]  # the last one is learnt, never read
+    ]  # the last one is supervised, never read
     header = tokenizer.encode("assistant\n")
-    learnt, answers = set(), []
+    supervised, answers = set(), []
     for start in (i for i, token in enumerate(ids) if token == tokenizer.turn_start):
         end = ids.index(tokenizer.turn_end, start)
         if ids[start + 1 : start + 1 + len(header)] == header:
-            learnt |= set(range(start + 1 + len(header), end + 1))
+            supervised |= set(range(start + 1 + len(header), end + 1))
             answers.append(tokenizer.decode(ids[start + 1 + len(header) : end]))
-    assert document.labels == [ids[p + 1] if p + 1 in learnt else IGNORE for p in document.right_positions]
+    assert document.labels == [
+        ids[p + 1] if p + 1 in supervised else IGNORE for p in document.right_positions
+    ]
     assert answers == [turn["assistant"] for turn in turns]
     assert ids.count(tokenizer.global_image) == len(grids) and ids.count(tokenizer.image) == 2 * sum(
         map(tile_count, grids)
@@ -160,8 +162,8 @@ def test_masks_are_what_the_design_says(row, isolation, kind):
                 and (q <= p or (same_image and kind == "bidirectional"))
             )
             assert seen[0, 0, i, j] == may
-    places, documents, of_group = columns(right)
-    seen = right_mask(places, documents, of_group, positions, groups)
+    right_positions, documents, of_group = columns(right)
+    seen = right_mask(right_positions, documents, of_group, positions, groups)
     assert seen.shape == (1, 1, len(right), len(left) + len(right)) and seen.any(-1).all()
     for i, (p, document, group) in enumerate(right):
         may_left = [group == g and q < p for q, g, _ in left]
@@ -190,12 +192,12 @@ def test_a_cache_shows_what_is_not_later(queries, slots):
 @same_every_time
 @given(
     row=rows_of_documents(),
-    most=st.integers(1, 9),
+    limit=st.integers(1, 9),
     aligned=st.integers(1, 9),
     spread=st.floats(1, 9),
     seed=st.integers(0, 9),
 )
-def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
+def test_spans_attend_as_the_whole_mask_does(row, limit, aligned, spread, seed):
     left, right = row
     (left_positions, left_groups, _), (positions, documents, groups) = columns(left), columns(right)
     mask = right_mask(positions, documents, groups, left_positions, left_groups)
@@ -205,7 +207,7 @@ def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
         for heads, length in ((4, len(right)), (2, mask.shape[-1]), (2, mask.shape[-1]))
     ]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("MAX_QUERIES", most), ("ALIGNED", aligned), ("SPREAD", spread)):
+        for name, value in (("MAX_QUERIES", limit), ("ALIGNED", aligned), ("SPREAD", spread)):
             patch.setattr(attention, name, value)
         layout = attention_layout(mask, 2)
     assert isinstance(layout, attention.BlockSparseLayout)
@@ -228,26 +230,26 @@ def test_spans_attend_as_the_whole_mask_does(row, most, aligned, spread, seed):
     width=st.integers(1, 3000),
     height=st.integers(1, 3000),
     side=st.sampled_from([16, 64, 224]),
-    most=st.integers(0, MAX_GRID),
+    limit=st.integers(0, MAX_GRID),
     enlarge=st.booleans(),
 )
-def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, most, enlarge):
+def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, limit, enlarge):
     """The smallest grid within the limits.
 
-    The longer side has the tiles that it needs, at most `most`; the shorter side has the fewest tiles that do
-    not shrink the image further.
+    The longer side has the tiles that it needs, at most `limit`; the shorter side has the fewest tiles that
+    do not shrink the image further.
     """
     rows, across = grid_of(
-        width, height, VisionConfig(image_size=side, max_side=most * side, enlarge=enlarge)
+        width, height, VisionConfig(image_size=side, max_side=limit * side, enlarge=enlarge)
     )
-    if not most:
+    if not limit:
         assert (rows, across) == (1, 1)
         return
     (long, along), (short, other) = sorted(
         [(width, across), (height, rows)], key=lambda pair: (pair[0], pair[1]), reverse=True
     )
-    assert 1 <= other <= along <= most
-    assert along == most if enlarge else along * side >= long or along == most
+    assert 1 <= other <= along <= limit
+    assert along == limit if enlarge else along * side >= long or along == limit
     assert enlarge or (along - 1) * side < long
     assert other * long >= short * along > (other - 1) * long
 
@@ -256,16 +258,16 @@ def test_a_grid_is_the_smallest_that_keeps_its_limits(width, height, side, most,
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),
-    most=st.integers(1, 4),
+    limit=st.integers(1, 4),
     enlarge=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_tiles_put_together_are_the_resized_picture(width, height, most, enlarge, seed):
+def test_tiles_put_together_are_the_resized_picture(width, height, limit, enlarge, seed):
     pixels = torch.randint(
         0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     (rows, across), tiles = to_tiles(
-        pixels, config := VisionConfig(image_size=16, max_side=16 * most, enlarge=enlarge)
+        pixels, config := VisionConfig(image_size=16, max_side=16 * limit, enlarge=enlarge)
     )
     assert (rows, across) == grid_of(width, height, config) and tiles.shape == (
         tile_count((rows, across)),

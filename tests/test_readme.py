@@ -79,31 +79,31 @@ ALL = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """An empty folder with a model where the README has one, and an image."""
-    place = tmp_path_factory.mktemp("readme")
-    run_program([ROOT / "train_dual_tower.py", *SHORT], place).check_returncode()
+    folder = tmp_path_factory.mktemp("readme")
+    run_program([ROOT / "train_dual_tower.py", *SHORT], folder).check_returncode()
     from PIL import Image
 
     for name in ("FILE", "photo.png"):
-        Image.new("RGB", (64, 64), "red").save(place / name, format="PNG")
+        Image.new("RGB", (64, 64), "red").save(folder / name, format="PNG")
     for name in "ab":
-        shutil.copytree(place / "runs/dual_tower_easyvqa", place / "runs" / name)
-    return place
+        shutil.copytree(folder / "runs/dual_tower_easyvqa", folder / "runs" / name)
+    return folder
 
 
-def in_a_hub(command: list[str], place: Path) -> None:
+def in_a_hub(command: list[str], folder: Path) -> None:
     """A process whose Hub is a server on loopback, where it is logged in."""
-    with hub({}, uploads=Uploads(place / "store", {"hf_me": "me"})) as address:
+    with hub({}, uploads=Uploads(folder / "store", {"hf_me": "me"})) as address:
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
             "HF_ENDPOINT": address,
             "HF_TOKEN": "hf_me",
-            "HF_HOME": str(place / "hf"),
+            "HF_HOME": str(folder / "hf"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
         }
-        subprocess.run([sys.executable, *command], cwd=place, env=env, check=True)
+        subprocess.run([sys.executable, *command], cwd=folder, env=env, check=True)
 
 
 def test_there_are_commands():
@@ -117,7 +117,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize(
     ("page", "command"), [(page, c) for page, c in ALL if "site-packages" not in c and page != "extending.md"]
 )
-def test_a_command_of_a_page(page, command, place):
+def test_a_command_of_a_page(page, command, folder):
     """`bash x.sh` stands for the script it runs: the set-up itself is not repeated."""
     words = shlex.split(command)
     values = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
@@ -135,7 +135,7 @@ def test_a_command_of_a_page(page, command, place):
         flags = words[2 + len(config) // 2 :]
         words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *SHORT]
         if any(flag.startswith("--hub.") for flag in flags):
-            return in_a_hub([str(ROOT / words[0]), *words[1:], "--output_dir", "runs/pushed"], place)
+            return in_a_hub([str(ROOT / words[0]), *words[1:], "--output_dir", "runs/pushed"], folder)
     elif words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
         words = [
@@ -168,7 +168,7 @@ def test_a_command_of_a_page(page, command, place):
             "8",
         ]
     elif words[2:3] == ["tools.hub"]:
-        return in_a_hub(words[1:], place)
+        return in_a_hub(words[1:], folder)
     elif words[2:3] == ["tools.evaluation_report"]:
         words = ["tools/evaluation_report.py", *words[3:]]
     elif words[2:3] == ["tools.training_report"]:
@@ -183,7 +183,7 @@ def test_a_command_of_a_page(page, command, place):
         ["-m", "tools.train_heads", *words[1:]]
         if words[0] == "tools/train_heads.py"
         else [ROOT / words[0], *words[1:]],
-        place,
+        folder,
     )
     assert done.returncode == 0, done.stderr
     return None
@@ -242,11 +242,11 @@ def test_every_flag_and_program_in_a_sentence_exists(capsys):
     assert not wrong and looked_at > 80
 
 
-def test_the_python_blocks(place, tmp_path):
+def test_the_python_blocks(folder, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=place,
+        cwd=folder,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)},

@@ -58,11 +58,11 @@ def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
 @given(conversation=turns, images=st.integers(0, 3))
 def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversation, images):
     document = renderer.conversation([(1, 1)] * images, conversation)
-    learnt = [label for label in document.labels if label != IGNORE]
+    supervised = [label for label in document.labels if label != IGNORE]
     expected = [
         token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)
     ]
-    assert learnt == expected
+    assert supervised == expected
     following = [*document.right_ids[1:], tokenizer.turn_end]
     assert all(label in (IGNORE, after) for label, after in zip(document.labels, following, strict=True))
 

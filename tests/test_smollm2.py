@@ -79,10 +79,10 @@ def reference(folder):
 def ours(model: DualTowerVLM, ids: torch.Tensor) -> torch.Tensor:
     """Logits of a text-only row through the right tower."""
     with torch.no_grad():
-        places = torch.arange(ids.shape[1])[None]
-        none, zeros = places.new_empty(1, 0), torch.zeros_like(places)
-        mask = right_mask(places, zeros, zeros, none, none)
-        return model.logits(model.right(model.embed(ids), places, mask))
+        positions = torch.arange(ids.shape[1])[None]
+        none, zeros = positions.new_empty(1, 0), torch.zeros_like(positions)
+        mask = right_mask(positions, zeros, zeros, none, none)
+        return model.logits(model.right(model.embed(ids), positions, mask))
 
 
 def test_logits_equal_those_of_transformers(dual, reference, tokenizer):
@@ -129,29 +129,29 @@ def test_the_special_tokens(tokenizer, folder):
 
 
 def test_frozen_right_tower_is_the_language_model_after_training(dual, folder, tokenizer):
-    """0 difference on text alone, while the left tower and the projector have learnt."""
-    fresh = DualTowerVLM(dual.config, tokenizer.vocabulary)
-    load_language_weights(fresh, folder.parent.parent)
+    """0 difference on text alone, while the left tower and the projector have been trained."""
+    trained = DualTowerVLM(dual.config, tokenizer.vocabulary)
+    load_language_weights(trained, folder.parent.parent)
     ids = torch.tensor([tokenizer.encode(ENGLISH)])
-    before = ours(fresh, ids)
+    before = ours(trained, ids)
     assert torch.equal(before, ours(dual, ids))
     optimizers = make_optimizers(
-        fresh, TrainConfig(lr_vision=0.0, lr_projector=1e-3, lr_left=1e-3, lr_right=0.0)
+        trained, TrainConfig(lr_vision=0.0, lr_projector=1e-3, lr_left=1e-3, lr_right=0.0)
     )
-    renderer = Renderer(tokenizer, fresh.config.tokens_per_tile)
+    renderer = Renderer(tokenizer, trained.config.tokens_per_tile)
     sample = make_sample(renderer, 1, [[{"user": "what is it?", "assistant": "a red bus"}]])
     losses = []
     for _ in range(3):
-        loss = fresh(**collate([[sample]], tokenizer.global_image)).loss_sum
+        loss = trained(**collate([[sample]], tokenizer.global_image)).loss_sum
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and not torch.equal(
-        fresh.left.decoder.layers[0].mlp.up_proj.weight, dual.left.decoder.layers[0].mlp.up_proj.weight
+        trained.left.decoder.layers[0].mlp.up_proj.weight, dual.left.decoder.layers[0].mlp.up_proj.weight
     )
-    assert torch.equal(ours(fresh, ids), before)
+    assert torch.equal(ours(trained, ids), before)
 
 
 def test_new_markers_are_the_mean_embedding_and_the_last_left_layer_has_keys_and_values_only(dual):
@@ -174,7 +174,7 @@ def test_it_answers_sensibly(dual, tokenizer):
 class TestTokenizerOfALanguageModel:
     @pytest.fixture
     def small(self, tokenizer, folder, tmp_path) -> Path:
-        """The same tokenizer in a folder of its own, its template gone."""
+        """The same tokenizer in a folder of its own, without its template."""
         for name in ("tokenizer.json", "config.json"):
             shutil.copy(folder / name, tmp_path)
         return tmp_path

@@ -269,7 +269,7 @@ def test_an_emoji_has_several_references_and_its_group():
     )  # newer than the list of groups
 
 
-def test_two_sets_of_one_name_are_told_apart(cauldron, tmp_path):
+def test_two_sets_of_one_name_are_distinguished(cauldron, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(('{"texts": [{"user": "q", "assistant": "a"}]}\n') * 6)
     training, _ = process_group(

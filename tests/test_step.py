@@ -41,7 +41,7 @@ def rows(renderer, tokenizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_averages_are_those_of_the_weights_after_each_step(tokenizer, rows, monkeypatch, optimizer):
+def test_averaged_weights_are_those_after_each_step(tokenizer, rows, monkeypatch, optimizer):
     """By their definition, in fp64; a skipped step is none. The block swaps and swaps back, to the bit."""
     train = TrainConfig(dtype="fp32", warmup_steps=0, ema=0.5, optimizer=optimizer, lr_vision=0.0)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
@@ -97,7 +97,7 @@ def test_muon(shape, monkeypatch):
         assert torch.equal(ours, theirs) and not torch.equal(ours, torch.ones(shape))
 
 
-def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
+def test_averaged_weights_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
     flags = [
         "--cache_dir",
         str(tmp_path / "cache"),
@@ -142,21 +142,21 @@ def test_averages_are_validated_exported_and_resumed_bit_for_bit(tmp_path):
     assert all(torch.equal(pushed[name], weights[0][name]) for name in pushed)
 
 
-def test_the_dry_run_counts_averages(tokenizer, capsys):
-    told = []
+def test_the_dry_run_counts_averaged_weights(tokenizer, capsys):
+    logged = []
     for decay in (0.0, 0.999):
         dry_run(
             Config(model=TINY_MODEL, train=TrainConfig(ema=decay, local_batch_size=1)),
             DualTowerVLM,
             tokenizer.vocabulary,
         )
-        told.append("averaged weights" in capsys.readouterr().out)
-    assert told == [False, True]
+        logged.append("averaged weights" in capsys.readouterr().out)
+    assert logged == [False, True]
 
 
 def test_fp16_learns_what_fp32_does(tokenizer, rows):
     """Within what fp16 rounds; gradients are unscaled before their norm is taken and they are clipped."""
-    told = []
+    logged = []
     for dtype in ("fp32", "fp16"):
         train = TrainConfig(dtype=dtype, warmup_steps=0, clip=0.1, lr_vision=1e-4)
         config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
@@ -164,18 +164,18 @@ def test_fp16_learns_what_fp32_does(tokenizer, rows):
             make_optimizers(model, train),
             torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16"),
         )
-        told.append(
+        logged.append(
             [
                 train_step(config, model, optimizers, Given(rows), step, CPU, scaler=scaler)
                 for step in (1, 2, 3)
             ]
         )
-    assert [line["loss_scale"] for line in told[1]] == [1024.0] * 3 and "loss_scale" not in told[0][0]
-    for a, b in zip(*told, strict=True):
+    assert [line["loss_scale"] for line in logged[1]] == [1024.0] * 3 and "loss_scale" not in logged[0][0]
+    for a, b in zip(*logged, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=5e-2
         )
-    assert told[1][2]["loss"] < told[1][0]["loss"]
+    assert logged[1][2]["loss"] < logged[1][0]["loss"]
 
 
 def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
@@ -210,11 +210,11 @@ def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
     optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0)
     nothing = rows | {"labels": torch.full_like(rows["labels"], -100)}
-    told = [
+    logged = [
         train_step(config, model, optimizers, Given(batch), step, CPU, scaler=scaler)
         for step, batch in enumerate((nothing, nothing, rows), 1)
     ]
-    assert [line.get("skipped") for line in told] == ["no token to learn"] * 2 + [None] and told[2][
+    assert [line.get("skipped") for line in logged] == ["no token to learn"] * 2 + [None] and logged[2][
         "loss_scale"
     ] == 1024.0
 
@@ -227,7 +227,7 @@ def overflow_often() -> None:
     )
 
 
-def test_overflows_are_told_and_only_in_a_row_the_end(tmp_path):
+def test_overflows_are_logged_and_only_in_a_row_the_end(tmp_path):
     """Training continues after two or three overflows, from a scale of 2^80.
 
     Samples are not reported as the cause. With fewer overflows allowed in a row, the run ends.
@@ -303,9 +303,9 @@ def test_one_source_has_no_losses_of_its_own(tokenizer, rows):
 
 
 def test_autocast_is_of_the_type_that_is_asked_for():
-    for dtype, wanted in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for dtype, expected in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with autocast(TrainConfig(dtype=dtype), CPU):
-            assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == wanted
+            assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
 
 
 def test_the_norm_of_gradients():

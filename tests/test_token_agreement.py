@@ -40,7 +40,7 @@ def scored(request, tokenizer, renderer, image_file):
     return heads, model, validation, scores
 
 
-def test_accuracy_by_place_and_by_head(scored, tokenizer):
+def test_accuracy_by_position_and_by_head(scored, tokenizer):
     heads, model, validation, scores = scored
     right, every, by_head = {}, {}, [[0, 0] for _ in range(heads)]
     answers = []
@@ -56,16 +56,19 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
             with torch.no_grad():
                 hidden = model(**batch).hidden
                 logits = model.logits(hidden)[0]
-            place = 0
+            position = 0
             for i, label in enumerate(document.labels):
                 if label == -100:
-                    place = 0
+                    position = 0
                     continue
-                if place == 0:
+                if position == 0:
                     answers.append([])
-                said = int(logits[i].argmax())
-                answers[-1].append((label, said))
-                right[place], every[place] = right.get(place, 0) + (said == label), every.get(place, 0) + 1
+                predicted = int(logits[i].argmax())
+                answers[-1].append((label, predicted))
+                right[position], every[position] = (
+                    right.get(position, 0) + (predicted == label),
+                    every.get(position, 0) + 1,
+                )
                 state = hidden[0, i]
                 for k in range(1, heads + 1):
                     run = document.labels[i : i + k + 1]
@@ -76,7 +79,7 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
                         guess = int((model.heads.norm(state) @ model.right.unembedding.T).argmax())
                     by_head[k - 1][0] += guess == run[k]
                     by_head[k - 1][1] += 1
-                place += 1
+                position += 1
     assert scores["position_accuracy"] == pytest.approx(
         [right[p] / every[p] for p in sorted(every) if p < LEADING_TOKENS]
     )
@@ -84,14 +87,14 @@ def test_accuracy_by_place_and_by_head(scored, tokenizer):
         scores.get("head_accuracy", []) == pytest.approx([r / n for r, n in by_head])
         and len(by_head) == heads
     )
-    kept = [(a.truth, a.predicted[0]) for a in validation.agreement.answers]
+    retained = [(a.truth, a.predicted[0]) for a in validation.agreement.answers]
     assert (
-        kept
+        retained
         == [
             ([tokenizer.show(t) for t, _ in answer], [tokenizer.show(s) for _, s in answer])
-            for answer in answers[: len(kept)]
+            for answer in answers[: len(retained)]
         ]
-        and len(kept) == 8
+        and len(retained) == 8
     )
     assert validation.agreement.answers[0].question == TURNS[0]["user"] and all(
         len(a.predicted) == 1 + heads for a in validation.agreement.answers

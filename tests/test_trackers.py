@@ -48,7 +48,7 @@ LINES = [
         "validation_loss": 0.5,
         "mmstar.v1_average": 0.25,
         "validation_dropped": {"vqa: image_broken": 2},
-    },  # late: step 5 was told already
+    },  # late: step 5 was logged already
 ]
 COUNTS, EDGES = np.array([1, 5, 2]), np.array([-1.0, 0.0, 1.0, 2.0])
 CONFIG = {"max_steps": 5, "train": {"lr": 0.1}, "sources": ["a", None]}
@@ -76,22 +76,22 @@ def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "
         },
         {"image": "", "question": "1+1?", "answer": "2", "prediction": "2"},
     ]
-    told = Trackers(names, path, CONFIG, print, resumed_from)
+    session = Trackers(names, path, CONFIG, print, resumed_from)
     for line in LINES:
-        told.metrics(line)
+        session.metrics(line)
     if now == "kill":
         subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
         time.sleep(0.5)
     elif now:
         time.sleep(1)
         urllib.request.urlopen(now)
-    told.metrics({"step": 6, "loss": 0.1})
-    told.histograms(3, {"gates": (COUNTS, EDGES)})
+    session.metrics({"step": 6, "loss": 0.1})
+    session.histograms(3, {"gates": (COUNTS, EDGES)})
     began = time.monotonic()
-    told.predictions(3, rows, path / "sheet.png")
+    session.predictions(3, rows, path / "sheet.png")
     assert time.monotonic() - began < 12  # W&B asks its server about tables, and waits
-    told.picture(3, "tokens", path / "sheet.png")
-    told.close(True)
+    session.picture(3, "tokens", path / "sheet.png")
+    session.close(True)
 
 
 # Torch takes seconds to import; W&B and trackio need it for nothing.
@@ -234,17 +234,17 @@ def test_one_that_fails_is_left_out(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(trackers, "OLDEST", {"bad": "1.0", "good": "1.0"})
     monkeypatch.setattr(trackers, "version", lambda name: "1.0.2")
     monkeypatch.setattr(Failing, "fails", fails)
-    said = []
-    told = Trackers("bad,good", tmp_path, CONFIG, said.append, None)
-    good = told.open["good"]
+    messages = []
+    session = Trackers("bad,good", tmp_path, CONFIG, messages.append, None)
+    good = session.open["good"]
     for step in (1, 2):
-        told.metrics({"step": step, "loss": 1.0})
-        told.histograms(step, {})
-        told.predictions(step, [], None)
-        told.picture(step, "tokens", tmp_path)
-    told.close(True)
-    told.close(True)
-    assert said == ["warning: bad: no space left — logging to it stops, metrics.jsonl goes on"]
+        session.metrics({"step": step, "loss": 1.0})
+        session.histograms(step, {})
+        session.predictions(step, [], None)
+        session.picture(step, "tokens", tmp_path)
+    session.close(True)
+    session.close(True)
+    assert messages == ["warning: bad: no space left — logging to it stops, metrics.jsonl goes on"]
     assert good.calls == ["start", *["metrics", "histograms", "predictions", "picture"] * 2, "close"]
 
 
@@ -316,10 +316,10 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
         ]
 
     def steps(first: int, last: int, value: float, resumed_from: int | None) -> None:
-        told = Trackers("tensorboard", tmp_path, CONFIG, print, resumed_from)
+        session = Trackers("tensorboard", tmp_path, CONFIG, print, resumed_from)
         for step in range(first, last + 1):
-            told.metrics({"step": step, "loss": value})
-        told.close(False)
+            session.metrics({"step": step, "loss": value})
+        session.close(False)
 
     steps(1, 9, 1.0, None)
     steps(9, 10, 2.0, 8)
@@ -350,15 +350,15 @@ def test_trackio(tmp_path):
     )
     with sqlite3.connect(tmp_path / "first" / "trackio" / "dualtowervlm.db") as database:
         rows = [
-            (step, name, run_id, json.loads(told))
-            for step, name, run_id, told in database.execute(
+            (step, name, run_id, json.loads(metrics))
+            for step, name, run_id, metrics in database.execute(
                 "SELECT step, run_name, run_id, metrics FROM metrics ORDER BY id"
             )
         ]
         config = json.loads(database.execute("SELECT config FROM configs").fetchone()[0])
     assert {(name, run_id) for _, name, run_id, _ in rows} == {("first", rows[0][2])}  # one run, resumed
     assert len(rows) == 2 * (len(LINES) + 4) and config.items() >= CONFIG.items()
-    assert [(step, told) for step, *_, told in rows[: len(LINES)]] == [
+    assert [(step, metrics) for step, *_, metrics in rows[: len(LINES)]] == [
         (line["step"], flatten(line)) for line in LINES
     ]
     assert rows[len(LINES) + 1][3]["gates"] == {
@@ -452,18 +452,20 @@ def test_wandb_offline(tmp_path):
             "tokens.height": 40,
         }.items()
     )
-    found = list(records(before))
-    axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in found if r.HasField("metric")}
+    entries = list(records(before))
+    axes = {
+        r.metric.name or r.metric.glob_name: r.metric.step_metric for r in entries if r.HasField("metric")
+    }
     late = dict.fromkeys([*flatten(LINES[5]), "predictions", "tokens"], "validation_step")
     assert axes == {"step": "", "validation_step": "", "*": "step"} | late
-    (start,) = [r.run for r in found if r.HasField("run")]
+    (start,) = [r.run for r in entries if r.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in start.config.update}
     assert (start.run_id, start.project, start.display_name) == (
         name,
         "dualtowervlm",
         "a run",
     ) and config.items() >= CONFIG.items()
-    code, table = [r.artifact for r in found if r.HasField("artifact")]
+    code, table = [r.artifact for r in entries if r.HasField("artifact")]
     assert {Path(c.path).suffix for c in code.manifest.contents} == {
         ".py",
         ".sh",
@@ -546,12 +548,12 @@ def server() -> Iterator[Server]:
                     {"name": name, "uploadUrl": f"{here.address}/{name}"}
                     for name in json.loads(body)["variables"]["files"]
                 ]
-            told = json.dumps({"data": data} if match else {}).encode()
+            reply = json.dumps({"data": data} if match else {}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(told)))
+            self.send_header("Content-Length", str(len(reply)))
             self.end_headers()
-            self.wfile.write(told)
+            self.wfile.write(reply)
 
         do_GET = do_PUT = do_HEAD = do_POST
 
@@ -583,7 +585,7 @@ SHORT = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2", "WANDB_FINISH_TIMEOUT"
 @needs("wandb")
 @pytest.mark.parametrize("refused", [True, False])
 def test_wandb_out_of_reach(tmp_path, refused):
-    """Nobody at that port, or one who never answers: the run is kept offline, whole."""
+    """Nobody at that port, or one who never answers: the run is stored offline, whole."""
     with server() as wandb:
         wandb.silent = True
         address = "http://127.0.0.1:1" if refused else wandb.address

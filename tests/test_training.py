@@ -134,31 +134,31 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kill_a
     assert losses(folder) == losses(uninterrupted) and results_of(folder) == results_of(uninterrupted)
 
 
-def die_in_save(where: str) -> None:
+def die_in_save(function: str) -> None:
     """In the thread that saves, at step 8."""
-    whole, calls = getattr(training.checkpoint, where), []
+    whole, calls = getattr(training.checkpoint, function), []
 
     def killed(*arguments: Any) -> Any:
         if (
-            where != "sync" or arguments[0].name == "checkpoints"
+            function != "sync" or arguments[0].name == "checkpoints"
         ):  # the folder, when the checkpoint has its name
             calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*arguments)
 
-    setattr(training.checkpoint, where, killed)
+    setattr(training.checkpoint, function, killed)
 
 
-@pytest.mark.parametrize(("where", "last"), [("_files", 4), ("_checksums", 4), ("sync", 8)])
-def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, where, last):
+@pytest.mark.parametrize(("function", "last"), [("_files", 4), ("_checksums", 4), ("sync", 8)])
+def test_killed_in_mid_save_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, function, last):
     """Killed before the tensors are written, before the state is written, or before the clean-up.
 
     In the last case the checkpoint already has its final name.
     """
     folder = tmp_path / "killed"
     flags = ("--output_dir", str(folder), "--cache_dir", str(folder / "cache"))
-    killed = run_program(command(*flags), tmp_path, before=partial(die_in_save, where))
+    killed = run_program(command(*flags), tmp_path, before=partial(die_in_save, function))
     assert (
         killed.returncode == -signal.SIGKILL
         and checkpoints(folder / "checkpoints")[-1].name == f"step_{last:06d}"
@@ -181,9 +181,9 @@ def test_a_run_that_goes_on_is_not_joined_by_a_second(uninterrupted, tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        kept = (folder / "config.json").read_bytes()
+        stored = (folder / "config.json").read_bytes()
         second = run_program(command(*flags, "--resume", "auto", "--max_steps", "99"), tmp_path)
-        assert (folder / "config.json").read_bytes() == kept
+        assert (folder / "config.json").read_bytes() == stored
     finally:
         os.kill(process.pid, signal.SIGCONT)
     assert (
@@ -244,7 +244,7 @@ def test_a_killed_data_worker_is_one_line_and_the_run_resumes(uninterrupted, tmp
     assert losses(folder) == losses(uninterrupted)
 
 
-def test_own_images_cut_into_tiles_from_file_to_answer(tmp_path):
+def test_own_images_in_tiles_from_file_to_answer(tmp_path):
     """A JSONL of images of many sizes, one of them damaged.
 
     The model trains on it, the damaged image is counted, and a question is asked about a wide one.
@@ -322,9 +322,9 @@ def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted
     tokenizer["model"]["vocab"] |= {a: tokenizer["model"]["vocab"][b], b: tokenizer["model"]["vocab"][a]}
     path.write_text(json.dumps(tokenizer))
     flags = ("--resume", "run", "--cache_dir", "cache", "--max_steps", "15")
-    kept = (tmp_path / "run" / "config.json").read_bytes()
+    stored = (tmp_path / "run" / "config.json").read_bytes()
     done = run_program(command(*flags), tmp_path)
-    assert (tmp_path / "run" / "config.json").read_bytes() == kept  # what is refused changes nothing
+    assert (tmp_path / "run" / "config.json").read_bytes() == stored  # what is refused changes nothing
     assert (
         done.returncode == 1
         and "was made with another tokenizer than run/tokenizer holds" in done.stderr
@@ -336,12 +336,12 @@ def test_resume_refuses_another_tokenizer_and_another_architecture(uninterrupted
         tmp_path,
     )
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    for told in (
+    for message in (
         "model.left.layers (was 2, now 3)",
         "model.right.layers (was 2, now 3)",
         "data.vocab_size (was 512, now 300)",
     ):
-        assert told in other.stderr
+        assert message in other.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["model"]["left"]["mlp_size"] = 48
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -410,7 +410,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, name):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_a_run_goes_back_before_is_no_longer_its_own(uninterrupted, tmp_path, damaged):
-    """Else the later checkpoint would be what is kept, and what "auto" goes on with."""
+    """Else the later checkpoint would be what is retained, and what "auto" goes on with."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     if damaged:
@@ -449,7 +449,7 @@ def test_a_run_that_is_resumed_forgets_what_it_does_again(tmp_path):
 
 def test_a_preset_or_script_other_than_the_run_s_is_refused(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    kept = (tmp_path / "run" / "config.json").read_bytes()
+    stored = (tmp_path / "run" / "config.json").read_bytes()
     done = run_program(
         [
             sys.executable,
@@ -471,7 +471,7 @@ def test_a_preset_or_script_other_than_the_run_s_is_refused(uninterrupted, tmp_p
         and "is trained by train_dual_tower.py" in done.stderr
         and done.stderr.count("\n") == 1
     ), done.stderr
-    assert (tmp_path / "run" / "config.json").read_bytes() == kept
+    assert (tmp_path / "run" / "config.json").read_bytes() == stored
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -568,13 +568,13 @@ def test_what_torchrun_starts_again_goes_back_once(uninterrupted, tmp_path):
     for restarts, behind in ((1, 12), (2, 13), (0, 12)):
         done = run_program(flags, tmp_path, before=partial(by_torchrun, restarts))
         assert done.returncode == 0 and f"after step {behind}" in done.stdout, done.stderr
-    aside = {path.name for path in (tmp_path / "run" / "checkpoints" / "abandoned").iterdir()}
-    assert aside == {
+    abandoned = {path.name for path in (tmp_path / "run" / "checkpoints" / "abandoned").iterdir()}
+    assert abandoned == {
         "step_000014",
         "step_000013",
         "model",
         "model-2",
-    }  # nothing that went aside before is lost
+    }  # nothing that was abandoned before is lost
 
 
 @pytest.mark.parametrize("folder", ["runs/dual_tower_easyvqa", "other"])
@@ -597,7 +597,7 @@ def test_what_torchrun_starts_again_goes_on_untold(tmp_path, folder):
     ), other.stderr
 
 
-def test_data_that_changed_is_told(tmp_path):
+def test_changed_data_are_reported(tmp_path):
     lines = [
         json.dumps({"images": [], "texts": [{"user": f"what is {n}?", "assistant": f"it is {n}"}]})
         for n in range(30)
@@ -638,7 +638,7 @@ def failing_validation() -> None:
 
 
 @pytest.mark.parametrize(("step", "every"), [(5, "5"), (14, "0")])
-def test_an_evaluation_that_failed_is_made_up_for(uninterrupted, tmp_path, step, every):
+def test_a_failed_evaluation_is_repeated(uninterrupted, tmp_path, step, every):
     """Between steps, and at the end: what comes out is what comes out without a failure."""
     flags = command(
         "--output_dir", "run", "--cache_dir", str(uninterrupted / "cache"), "--train.eval_every", every
@@ -740,7 +740,7 @@ def test_a_second_signal_changes_nothing(tmp_path):
     )
 
 
-def test_a_start_that_is_told_to_stop_leaves_nothing(tmp_path):
+def test_a_start_that_is_stopped_leaves_nothing(tmp_path):
     flags = ("--output_dir", "run", "--max_steps", "2")
     process = Program(command(*flags), tmp_path)
     while process.poll() is None and not (tmp_path / "run" / ".tokenizer" / "tokenizer.json").is_file():
@@ -863,7 +863,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tokenizer, batches, monkeypat
     for poisoned in (True, False):
         model = tiny_model(tokenizer)
         config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32"))
-        optimizers, given, told = make_optimizers(model, config.train), Given(batches[0][:4]), []
+        optimizers, given, logged = make_optimizers(model, config.train), Given(batches[0][:4]), []
         for step in range(1, 5):
             if step == 3 and not poisoned:
                 next(given)
@@ -872,9 +872,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tokenizer, batches, monkeypat
                 if step == 3:
                     loss = model.right.loss
                     patch.setattr(model.right, "loss", lambda *arguments, loss=loss: spoil(loss(*arguments)))
-                told.append(train_step(config, model, optimizers, given, step, torch.device("cpu")))
+                logged.append(train_step(config, model, optimizers, given, step, torch.device("cpu")))
         held.append((model.state_dict(), optimizers[0].state_dict()["state"]))
-        assert [("skipped" in values, values.get("samples")) for values in told] == [
+        assert [("skipped" in values, values.get("samples")) for values in logged] == [
             (False, None),
             (False, None),
             *[(True, ["test 2"])] * poisoned,
@@ -919,11 +919,11 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_in_a_row_the_end(tmp_
     assert done.returncode == 0 and done.stdout.count("skipped (loss nan, gradient norm nan)") == 2, (
         done.stderr
     )
-    told = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert (
-        [t["step"] for t in told] == [5, 6]
-        and all(re.fullmatch(r"easy_vqa \d+", name) for t in told for name in t["samples"])
-        and "loss nan" in told[0]["skipped"]
+        [t["step"] for t in skipped] == [5, 6]
+        and all(re.fullmatch(r"easy_vqa \d+", name) for t in skipped for name in t["samples"])
+        and "loss nan" in skipped[0]["skipped"]
     )
     assert [step for step, loss in losses(tmp_path / "run") if loss is None] == [5, 6]
     flags[1] = "run2"
@@ -962,8 +962,8 @@ def test_heads_may_learn_alone(tmp_path):
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert told[0]["grad_norm"] > 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["grad_norm"] > 0
 
 
 def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
@@ -1006,7 +1006,7 @@ def test_wsd_schedule_knows_its_end_in_the_decay_alone():
     assert max(short) < 0.7 and short[-1] == pytest.approx(0.8 * 0.1)
 
 
-def test_parts_warm_up_for_as_long_as_each_is_told(tokenizer, batches):
+def test_parts_warm_up_for_their_own_number_of_steps(tokenizer, batches):
     """Each part has its own warm-up, and the logged rate is the one that the optimizer used.
 
     Right has its own number, left has none, the rest use the default.
@@ -1025,16 +1025,16 @@ def test_parts_warm_up_for_as_long_as_each_is_told(tokenizer, batches):
     config = Config(model=TINY_MODEL, max_steps=100, train=train)
     model = tiny_model(tokenizer)
     optimizers, given = make_optimizers(model, train), Given(batches[0])
-    told = [
+    rates = [
         train_step(config, model, optimizers, given, step, torch.device("cpu"))["lr"] for step in (1, 2, 6)
     ]
-    assert told[0] == pytest.approx(
+    assert rates[0] == pytest.approx(
         {"vision": 0.25e-3, "projector": 0.25e-3, "left": 1e-3, "right": 0.125e-3}
     )
-    assert told[1]["projector"] == pytest.approx(0.5e-3) and told[2] == pytest.approx(
+    assert rates[1]["projector"] == pytest.approx(0.5e-3) and rates[2] == pytest.approx(
         {"vision": 1e-3, "projector": 1e-3, "left": 1e-3, "right": 0.75e-3}
     )
-    assert {group["part"]: group["lr"] for group in optimizers[0].param_groups} == told[2]
+    assert {group["part"]: group["lr"] for group in optimizers[0].param_groups} == rates[2]
 
 
 @pytest.mark.parametrize(
@@ -1079,7 +1079,7 @@ def test_a_disk_that_is_nearly_full_costs_old_checkpoints_but_not_the_newest(mod
         save(tmp_path, step, model, optimizers, {"data": []}, keep=3)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     shutil.copytree(tmp_path / "step_000001", tmp_path / "abandoned" / "step_000009")
-    free = [size // 2, size // 2, 2 * size]  # the abandoned and the first one gone, there is enough
+    free = [size // 2, size // 2, 2 * size]  # without the abandoned and the first one, there is enough
     monkeypatch.setattr(training.checkpoint.shutil, "disk_usage", lambda _: Mock(free=free.pop(0)))
     save(tmp_path, 4, model, optimizers, {"data": []}, keep=3)
     assert [p.name for p in checkpoints(tmp_path)] == [
@@ -1120,20 +1120,20 @@ def test_no_checkpoint_is_deleted_where_that_would_not_do(model, tmp_path, monke
 
 
 def test_recomputed_blocks_give_the_same_gradients_for_less_memory(tokenizer, batches):
-    grads, kept = [], []
+    grads, saved = [], []
     for recompute in (False, True):
         model = tiny_model(tokenizer).train()
-        model.parts()["vision"].requires_grad_(False)  # has no decoder blocks, but most of what is kept
+        model.parts()["vision"].requires_grad_(False)  # no decoder blocks, but the bulk of the tensors
         for block in model.modules():
             if isinstance(block, DecoderBlock):
                 block.recompute = recompute
-        kept.append(saved_tensor_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
+        saved.append(saved_tensor_bytes(model, lambda model=model: model(**batches[0][0]).loss_sum))
         model(**batches[0][0]).loss_sum.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and all(
         torch.equal(grads[0][name], grads[1][name]) for name in grads[0]
     )
-    assert kept[1] < 0.7 * kept[0]
+    assert saved[1] < 0.7 * saved[0]
 
 
 def test_compiled_blocks_learn_the_same_and_are_compiled_once(renderer, tokenizer):
@@ -1217,7 +1217,7 @@ def test_secrets_are_written_nowhere(tmp_path):
         ]
 
 
-def test_trackers_are_told_what_metrics_jsonl_holds(tmp_path):
+def test_trackers_receive_what_metrics_jsonl_holds(tmp_path):
     """TensorBoard's events, read back; and W&B without a key, which asks nothing."""
     events = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
@@ -1383,7 +1383,7 @@ def test_checkpoints_are_pruned_and_half_written_ones_ignored(model, tmp_path):
         read_state(tmp_path / "step_000003")
 
 
-def test_the_best_checkpoint_stays_beside_the_last(tmp_path):
+def test_the_best_checkpoint_stays_next_to_the_last(tmp_path):
     """Of step 5, where no other would be, for no later accuracy is above it."""
     flags = [
         "--output_dir",
@@ -1406,18 +1406,18 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_000005", "step_000014"]
 
 
-def test_memory_for_copies_is_made_before_the_first_save(model, tmp_path):
+def test_memory_for_copies_is_allocated_before_the_first_save(model, tmp_path):
     optimizers = make_optimizers(model, TrainConfig())
     saver = Saver(tmp_path, 1, SINGLE_PROCESS)
     saver.prepare(model, optimizers)
     saver.copied()
     saver.wait()
-    at = {name: kept.data_ptr() for name, kept in saver.memory.items()}
+    at = {name: copy.data_ptr() for name, copy in saver.memory.items()}
     saver.prepare(model, optimizers)
     assert saver.thread is None and len(at) == len(model.state_dict())
     saver.save(1, model, optimizers, lambda: {"data": []}, lambda: None)
     saver.wait()
-    assert {name: kept.data_ptr() for name, kept in saver.memory.items()} == at and read_state(
+    assert {name: copy.data_ptr() for name, copy in saver.memory.items()} == at and read_state(
         tmp_path / "step_000001"
     )["step"] == 1
 
@@ -1457,10 +1457,10 @@ def test_adapters_by_flag_resume_and_end_merged(tmp_path):
 
 def test_a_failed_export_leaves_the_old_one_whole(tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    with replacing_folder(folder) as beside:
-        (beside / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), replacing_folder(folder) as beside:
-        (beside / "config.json").write_text("new")
+    with replacing_folder(folder) as staging:
+        (staging / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), replacing_folder(folder) as staging:
+        (staging / "config.json").write_text("new")
         raise RuntimeError("killed")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "config.json").read_text() == "old"
     rename = Path.rename
@@ -1473,20 +1473,20 @@ def test_a_failed_export_leaves_the_old_one_whole(tmp_path, monkeypatch):
     )
     with (
         pytest.raises(UserError, match="model could not be written: broken"),
-        replacing_folder(folder) as beside,
+        replacing_folder(folder) as staging,
     ):
-        (beside / "config.json").write_text("new")
+        (staging / "config.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "config.json").read_text() == "old"
     monkeypatch.undo()
-    with replacing_folder(folder) as beside:
-        (beside / "other.json").write_text("new")
+    with replacing_folder(folder) as staging:
+        (staging / "other.json").write_text("new")
     assert [p.name for p in folder.iterdir()] == ["other.json"] and [p.name for p in tmp_path.iterdir()] == [
         "model"
     ]
 
 
 def test_validation_records_that_cannot_be_read_are_left_out(model, renderer, tmp_path, image_file):
-    """Neither scored nor shown as predictions; counted."""
+    """Neither scored nor among the predictions; counted."""
     (tmp_path / "bad.png").write_bytes(b"nothing")
     records = [
         {"images": [str(tmp_path / "bad.png")], "texts": TURNS[:2], "id": "bad"},
@@ -1538,14 +1538,14 @@ class TestFeatureCache:
                     )
 
     def test_features_come_back_in_their_own_type(self, tmp_path):
-        """Training computes in bf16, the shown predictions in fp32; one cache holds both."""
+        """Training computes in bf16, the previewed predictions in fp32; one cache holds both."""
         self.seen = 0
         cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(4)
 
         def encode(x):
             return self.encode(x).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
 
-        kept = {}
+        computed = {}
         for again in (cache, None):
             if again is None:
                 cache.save()
@@ -1554,7 +1554,7 @@ class TestFeatureCache:
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     features = again(tiles, encode)
                 assert features.dtype == (torch.bfloat16 if bf16 else torch.float32) and torch.equal(
-                    kept.setdefault(bf16, features), features
+                    computed.setdefault(bf16, features), features
                 )
         assert self.seen == 8
 
@@ -1565,7 +1565,7 @@ class TestFeatureCache:
             assert torch.equal(cache(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True))
         assert self.seen == 70 and cache.bytes == 120
 
-    def test_a_damaged_shard_is_computed_again_and_said(self, tmp_path, capsys):
+    def test_a_damaged_shard_is_computed_again_and_reported(self, tmp_path, capsys):
         self.seen = 0
         cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(4)
         cache(tiles, self.encode)

@@ -39,14 +39,12 @@ class Reader:
             for alt, kind, data in sources
             if kind == "data:image/svg+xml"
         }
-        self.pictures = {
-            alt: base64.b64decode(data) for alt, kind, data in sources if kind == "data:image/png"
-        }
+        self.images = {alt: base64.b64decode(data) for alt, kind, data in sources if kind == "data:image/png"}
         assert all(
             ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
             for svg in self.charts.values()
         )
-        assert len(self.charts) + len(self.pictures) == len(sources)
+        assert len(self.charts) + len(self.images) == len(sources)
 
 
 def write(
@@ -95,7 +93,7 @@ def trained(count: int, **more) -> list[dict]:
     ]
 
 
-def test_every_number_is_drawn_and_told(tmp_path):
+def test_every_number_is_drawn_and_listed(tmp_path):
     lines = trained(
         90,
         head_losses=lambda n: [2 + n / 10, 3.0],
@@ -128,10 +126,10 @@ def test_every_number_is_drawn_and_told(tmp_path):
     rows = {(row[0], row[1] or row[0]): row[2:] for row in page.rows[1:]}
     assert set(rows) == set(expected)
     for (title, name), points in expected.items():
-        found = lines_of(charts[title])["left = right" if name in ("left", "right") else name]
-        assert np.array_equal(np.transpose(found), points)
-        least, greatest = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
-        steps, values = (list(column) for column in zip(points[-1], least, greatest, strict=True))
+        actual = lines_of(charts[title])["left = right" if name in ("left", "right") else name]
+        assert np.array_equal(np.transpose(actual), points)
+        minimum, maximum = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
+        steps, values = (list(column) for column in zip(points[-1], minimum, maximum, strict=True))
         assert [float(cell.replace(",", "")) for cell in rows[title, name][::2]] == pytest.approx(
             values, rel=1e-5
         )
@@ -277,7 +275,7 @@ def png(colour: int) -> bytes:
     return file.getvalue()
 
 
-def test_hostile_text_is_no_markup_and_the_latest_predictions_are_shown(tmp_path):
+def test_hostile_text_is_no_markup_and_the_latest_predictions_are_visible(tmp_path):
     odd = HOSTILE + "\u202e\x1b漢"
     folder = write(
         tmp_path / HOSTILE,
@@ -328,7 +326,7 @@ def test_hostile_text_is_no_markup_and_the_latest_predictions_are_shown(tmp_path
             f"{HOSTILE}\\u202e\\u001b漢" in cell for row in page.rows for cell in row
         )
         assert not [svg for svg in page.charts.values() if "<script" in svg]
-        assert page.pictures == {
+        assert page.images == {
             f"{HOSTILE}: predictions at step 1,000,000": png(2),
             f"{HOSTILE}: predicted tokens, and the true ones at step 700": png(4),
         }
@@ -370,7 +368,7 @@ def test_half_a_last_line_is_passed_over(tmp_path):
         ("\xff", "is damaged"),
     ],
 )
-def test_damage_is_told_with_its_line(tmp_path, line, why):
+def test_damage_is_reported_with_its_line(tmp_path, line, why):
     rows = [json.dumps(row) + "\n" for row in trained(9)]
     folder = write(tmp_path / "run", "")
     for rest in (rows[3:], []):
@@ -410,8 +408,8 @@ def test_what_cannot_be_read_or_written(tmp_path, monkeypatch):
             [folder, "--output", tmp_path / "nowhere" / "page.html"],
         ),
     ]
-    for kind, told, argv in cases:
-        with pytest.raises(kind, match=told):
+    for kind, message, argv in cases:
+        with pytest.raises(kind, match=message):
             report.main([*map(str, argv)])
     report.main([str(folder), "--output", str(tmp_path / "page.html")])
     before = (tmp_path / "page.html").read_bytes()
@@ -461,7 +459,7 @@ def test_as_a_program(tmp_path):
         )
 
 
-def test_curves_of_long_paths_are_told_apart():
+def test_curves_of_long_paths_are_distinguished():
     curve, other = (report.Curve(np.arange(3.0), np.full(3, value)) for value in (1.0, 2.0))
     figure = report.draw(
         "loss",

@@ -103,7 +103,7 @@ def images(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def modules_cache(tmp_path_factory):
-    """Where transformers keeps the code that it loads: one place a process."""
+    """Where transformers keeps the code that it loads: one folder a process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
@@ -137,12 +137,12 @@ def asked(images: dict[str, str], questions: list[tuple[list[str], str]]) -> lis
             {
                 "role": "user",
                 "content": [
-                    *({"type": "image", "path": images[name]} for name in shown),
+                    *({"type": "image", "path": images[name]} for name in names),
                     {"type": "text", "text": text},
                 ],
             }
         ]
-        for shown, text in questions
+        for names, text in questions
     ]
 
 
@@ -154,12 +154,12 @@ def inputs_of(e: Exported, chats: list) -> Any:
 
 def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) -> list[list[int]]:
     """This project's answers to QUESTIONS."""
-    shown = [[predictor.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
+    tiled = [[predictor.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
     prompts = [
         predictor.renderer.prompt([i.grid for i in images], [{"user": text}])
-        for images, (_, text) in zip(shown, QUESTIONS, strict=True)
+        for images, (_, text) in zip(tiled, QUESTIONS, strict=True)
     ]
-    kvs, tiles = predictor.images_of(prompts, shown)[0], predictor.tiles_of(shown)
+    kvs, tiles = predictor.images_of(prompts, tiled)[0], predictor.tiles_of(tiled)
     return generate(
         predictor.model,
         images=kvs,
@@ -170,9 +170,9 @@ def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) ->
     ).tokens
 
 
-def ended(tokens: list[list[int]], most: int, end: int) -> list[list[int]]:
+def ended(tokens: list[list[int]], limit: int, end: int) -> list[list[int]]:
     """Answers as transformers has them: with their end of turn, and filled up with it."""
-    longest = max(len(row) + (len(row) < most) for row in tokens)
+    longest = max(len(row) + (len(row) < limit) for row in tokens)
     return [row + [end] * (longest - len(row)) for row in tokens]
 
 
@@ -181,9 +181,9 @@ def ended(tokens: list[list[int]], most: int, end: int) -> list[list[int]]:
 )
 def test_greedy_tokens_are_those_of_generate(exported, settings):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS))
-    made = exported.model.generate(**inputs, max_new_tokens=9, **settings)
-    prompts, answers = made.split(
-        [inputs["input_ids"].shape[1], made.shape[1] - inputs["input_ids"].shape[1]], 1
+    generated = exported.model.generate(**inputs, max_new_tokens=9, **settings)
+    prompts, answers = generated.split(
+        [inputs["input_ids"].shape[1], generated.shape[1] - inputs["input_ids"].shape[1]], 1
     )
     expected = own_tokens(exported, exported.own, GenerationConfig(max_new_tokens=9, **settings))
     assert torch.equal(prompts, inputs["input_ids"]) and answers.tolist() == ended(
@@ -214,11 +214,11 @@ def test_outside_of_the_project(kind, tokenizer, images, tmp_path):
     ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told, tokens = json.loads(done.stdout.splitlines()[-1])
+    texts, tokens = json.loads(done.stdout.splitlines()[-1])
     expected = own_tokens(
         Exported(tmp_path, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9)
     )
-    assert tokens == ended(expected, 9, tokenizer.turn_end) and told == [
+    assert tokens == ended(expected, 9, tokenizer.turn_end) and texts == [
         tokenizer.decode(row) for row in expected
     ]
 
@@ -289,9 +289,9 @@ def test_a_conversation(exported):
     ]
     inputs = inputs_of(exported, messages)
     (ids,), own = inputs["input_ids"].tolist(), exported.own
-    decoder, shown = own.renderer.tokenizer.backend, [own.tiles(exported.images[name]) for name in "bab"]
+    decoder, tiled = own.renderer.tokenizer.backend, [own.tiles(exported.images[name]) for name in "bab"]
     blocks = iter(
-        [decoder.decode(own.renderer.image_block(image.grid), skip_special_tokens=False) for image in shown]
+        [decoder.decode(own.renderer.image_block(image.grid), skip_special_tokens=False) for image in tiled]
     )
     text = re.sub(
         r"<\|image\|>",
@@ -299,7 +299,7 @@ def test_a_conversation(exported):
         exported.processor.apply_chat_template(messages, add_generation_prompt=True),
     )
     assert exported.processor.tokenizer(text)["input_ids"] == ids and torch.equal(
-        inputs["pixel_values"], torch.cat([image.pixels for image in shown])
+        inputs["pixel_values"], torch.cat([image.pixels for image in tiled])
     )
     naive = Naive(own.model).logits(ids, inputs["pixel_values"])[-1]
     assert exported.model.generate(**inputs, max_new_tokens=1)[0, len(ids) :].tolist() == [
@@ -314,17 +314,17 @@ def test_text_that_the_template_wrote_is_the_same_prompt(exported):
         texts[2] == "<|im_start|>user\n<|image|><|image|>is it large or is it small?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    shown = [[Image.open(exported.images[name]) for name in names] for names, _ in QUESTIONS]
+    opened = [[Image.open(exported.images[name]) for name in names] for names, _ in QUESTIONS]
     again, plain = (
-        exported.processor(text=text, images=shown, return_tensors="pt")
+        exported.processor(text=text, images=opened, return_tensors="pt")
         for text in (texts, [text for _, text in QUESTIONS])
     )
     for name, tensor in inputs_of(exported, chats).items():
         assert torch.equal(again[name], tensor) and torch.equal(plain[name], tensor)
-    told = [f"{'<|image|> ' * len(names)}{text}" for names, text in QUESTIONS]
+    prompts = [f"{'<|image|> ' * len(names)}{text}" for names, text in QUESTIONS]
     assert (
-        exported.processor(text=told, images=shown)["input_ids"]
-        == exported.processor(text=[text for _, text in QUESTIONS], images=shown)["input_ids"]
+        exported.processor(text=prompts, images=opened)["input_ids"]
+        == exported.processor(text=[text for _, text in QUESTIONS], images=opened)["input_ids"]
     )
     whole = [*chats[1], {"role": "assistant", "content": "blue"}]
     for options, end in (({}, "blue<|im_end|>\n"), ({"continue_final_message": True}, "blue")):
@@ -421,56 +421,58 @@ def test_the_pipeline(exported):
         ] == texts
     (whole,) = pipe(chats[1], generate_kwargs={"max_new_tokens": 7, "speculative": "on"})
     assert whole["generated_text"] == [*chats[1], {"role": "assistant", "content": texts[1]}]
-    (told,) = pipe(
+    (answer,) = pipe(
         images=exported.images["a"], text=QUESTIONS[1][1], max_new_tokens=7, return_full_text=False
     )
-    assert told["generated_text"] == texts[1]
+    assert answer["generated_text"] == texts[1]
 
 
 def test_settings_of_generate(exported):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:2]))
     width = inputs["input_ids"].shape[1]
 
-    def made(**options) -> list[int]:
+    def answer_ids(**options) -> list[int]:
         return exported.model.generate(**inputs, **options)[0, width:].tolist()
 
-    plain = made(max_new_tokens=9)
+    plain = answer_ids(max_new_tokens=9)
     assert (
-        made(generation_config=TransformersGenerationConfig(max_new_tokens=9))
+        answer_ids(generation_config=TransformersGenerationConfig(max_new_tokens=9))
         == plain
-        == made(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
+        == answer_ids(max_new_tokens=9, do_sample=False, num_beams=1, use_cache=True, top_p=None)
     )
     filled = TransformersGenerationConfig(
         max_new_tokens=9, max_length=20, typical_p=1.0, early_stopping=False
     )  # as some versions fill it
-    assert made(generation_config=filled) == plain
+    assert answer_ids(generation_config=filled) == plain
     assert (
-        made(max_new_tokens=9, eos_token_id=plain[3])
-        == made(max_new_tokens=9, eos_token_id=[plain[3]])
+        answer_ids(max_new_tokens=9, eos_token_id=plain[3])
+        == answer_ids(max_new_tokens=9, eos_token_id=[plain[3]])
         == plain[: plain.index(plain[3]) + 1]
     )
     drawn = []
     for seed in (0, 0, 1, 2):
         set_seed(seed)
-        drawn.append(made(max_new_tokens=9, do_sample=True, temperature=2.0))
+        drawn.append(answer_ids(max_new_tokens=9, do_sample=True, temperature=2.0))
     assert drawn[0] == drawn[1] and len({tuple(row) for row in drawn}) > 1
-    assert made(max_new_tokens=9, do_sample=True, top_k=1) == plain
+    assert answer_ids(max_new_tokens=9, do_sample=True, top_k=1) == plain
     end = exported.processor.decode(plain[:4])
     assert (
-        made(max_new_tokens=9, stop_strings=["no such text", end], tokenizer=exported.processor.tokenizer)
+        answer_ids(
+            max_new_tokens=9, stop_strings=["no such text", end], tokenizer=exported.processor.tokenizer
+        )
         == plain[:4]
     )
 
 
 def test_a_streamer_sees_the_answer_grow(exported, capsys):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:2]))
-    made = exported.model.generate(
+    generated = exported.model.generate(
         **inputs,
         max_new_tokens=5,
         streamer=TextStreamer(exported.processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     assert capsys.readouterr().out.rstrip("\n") == exported.processor.decode(
-        made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     ).rstrip("\n")
 
 
@@ -820,7 +822,7 @@ def test_the_cards_example(exported, images, capsys):
     there["model"].code = {}
     assert theirs.splitlines()[0] not in str(
         there["model"].generate_model_card()
-    )  # where there is no code beside it
+    )  # where there is no code next to it
 
 
 def test_the_document(tokenizer, images, tmp_path):

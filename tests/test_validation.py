@@ -32,12 +32,12 @@ def captions(folder: Path, count: int) -> Path:
     lines = []
     for i in range(count):
         Image.new("RGB", (64, 64), (i * 9 % 256, 40, 90)).save(folder / f"{i}.png")
-        told = {
+        record = {
             "image": f"{i}.png",
             "texts": [{"user": "what is it?", "assistant": f"a red shape {i % 7}"}],
             "references": [f"a red shape {i % 7}", f"blue {i % 5} shapes"][: 1 + i % 2],
         }
-        lines.append(json.dumps(told) + "\n")
+        lines.append(json.dumps(record) + "\n")
     if count > 12:  # half an image is left out, whatever libraries let Pillow do
         whole = (folder / "12.png").read_bytes()
         (folder / "12.png").write_bytes(whole[: len(whole) // 2])
@@ -114,7 +114,7 @@ def test_training_does_not_notice(evaluated, tmp_path):
     assert [line["step"] for line in lines if any(key.startswith("questions:") for key in line)] == [2, 4, 6]
 
 
-def test_the_best_model_is_kept(evaluated):
+def test_the_best_model_is_stored(evaluated):
     folder, lines = evaluated
     values = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     step = min(values, key=values.get)
@@ -160,15 +160,15 @@ def test_cider_is_that_of_the_captions(tokenizer, renderer, tmp_path):
     ]
     model = lively_model(tokenizer)
     validation = Validation(dataset_of(records, renderer), Budget(64, 128, renderer.left_unit), 2, 0)
-    found = validation.cider(model, 10, 5)
-    predictor, made = Predictor(model, renderer), {}
+    result = validation.cider(model, 10, 5)
+    predictor, answers = Predictor(model, renderer), {}
     for record in records:
-        made[record["images"][0]] = predictor.answer(
+        answers[record["images"][0]] = predictor.answer(
             [([predictor.tiles(record["images"][0])], "what is it?")], GenerationConfig(max_new_tokens=5)
         )[0].text
     asked = validation.captions[:10]
-    assert len(found.each) == 10 and found.score == pytest.approx(
-        cider([made[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score
+    assert len(result.each) == 10 and result.score == pytest.approx(
+        cider([answers[images[0]] for images, _, _ in asked], [r for _, _, r in asked]).score
     )
     assert validation.cider(model, 0, 5) is None
 
@@ -182,7 +182,7 @@ def held() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
+def test_nothing_remains_in_memory(tokenizer, renderer, tmp_path):
     """An evaluation frees its image KVs and decoding caches.
 
     The memory that validation itself holds for the next one does not grow.
@@ -209,12 +209,14 @@ def test_nothing_is_kept_in_memory(tokenizer, renderer, tmp_path):
         lambda model: validation.predictions(model, 8),
         lambda model: tasks.score(model, renderer),
     ):
-        found = []
+        allocated = []
         for _ in range(3):
             with torch.no_grad():
                 work(model)
-            found.append(held())
-        assert found[1] == found[2] and found[0] > sum(p.nbytes for p in model.parameters()), found
+            allocated.append(held())
+        assert allocated[1] == allocated[2] and allocated[0] > sum(p.nbytes for p in model.parameters()), (
+            allocated
+        )
 
 
 class Meeting(DistributedContext):
@@ -295,7 +297,7 @@ def test_two_ranks_score_as_one_does(tmp_path):
         "--max_steps",
         "3",
     ]
-    told = []
+    metrics = []
     for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
         done = run_program(
             [
@@ -304,43 +306,43 @@ def test_two_ranks_score_as_one_does(tmp_path):
                 *SMALL,
                 *flags,
                 "--output_dir",
-                f"run{len(told)}",
+                f"run{len(metrics)}",
                 "--cache_dir",
                 "cache",
             ],
             tmp_path,
         )
         assert done.returncode == 0, done.stderr
-        last = json.loads((tmp_path / f"run{len(told)}" / "metrics.jsonl").read_text().splitlines()[-1])
-        told.append(
+        last = json.loads((tmp_path / f"run{len(metrics)}" / "metrics.jsonl").read_text().splitlines()[-1])
+        metrics.append(
             {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
         )
     assert (
-        told[1] == pytest.approx(told[0], abs=1e-5)
-        and {"validation_cider", "validation_loss"} < told[0].keys()
-        and any(key.startswith("questions:") for key in told[0])
+        metrics[1] == pytest.approx(metrics[0], abs=1e-5)
+        and {"validation_cider", "validation_loss"} < metrics[0].keys()
+        and any(key.startswith("questions:") for key in metrics[0])
     )
 
 
 def test_best_goes_by_the_metric_s_direction(tmp_path):
     best = BestCheckpoint(tmp_path, "mmstar_average", {"mmstar_average": True, "mmstar_error": False})
-    told = []
+    steps = []
     for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]:
         if best.is_beaten(step, {"mmstar_average": value}):
             best.note(step, {"mmstar_average": value})
-            told.append(step)
-    assert told == [1, 3]
+            steps.append(step)
+    assert steps == [1, 3]
     assert best.is_beaten(2, {"mmstar_average": 0.0})  # the run was taken up again before step 3
     assert not best.is_beaten(5, {"validation_loss": 0.0}) and not best.is_beaten(
         5, {"mmstar_average": float("nan")}
     )
     lowest = BestCheckpoint(tmp_path, "mmstar_error", {"mmstar_average": True, "mmstar_error": False})
-    assert lowest.is_beaten(9, {"mmstar_error": 0.9})  # what was kept by another metric does not count
+    assert lowest.is_beaten(9, {"mmstar_error": 0.9})  # what was stored by another metric does not count
     lowest.note(9, {"mmstar_error": 0.9})
     assert lowest.is_beaten(10, {"mmstar_error": 0.1}) and not lowest.is_beaten(10, {"mmstar_error": 1.0})
     never = BestCheckpoint(
         tmp_path, "mmstar_average", {"mmstar_average": True}
-    )  # what is kept is another metric's
+    )  # what is stored is another metric's
     assert (
         lowest.warning == ""
         and never.warning == "eval.best: mmstar_average never came with a number, so no best model was kept"
@@ -353,7 +355,7 @@ def test_best_goes_by_the_metric_s_direction(tmp_path):
         BestCheckpoint(tmp_path, "mmstar_averge", {"mmstar_average": True, "mmstar_error": False})
 
 
-def test_tasks_that_cannot_be_are_told_before_training(tmp_path):
+def test_impossible_tasks_are_reported_before_training(tmp_path):
     pytest.importorskip("lmms_eval", reason="the group eval is not installed")
     with pytest.raises(UserError, match="no task named 'mmstr'"):
         TrainingTasks(EvalConfig(tasks="mmstr"))

@@ -139,11 +139,11 @@ def start(tree: Path, case: dict[str, Any], steps: int, folder: Path) -> subproc
 def both(trees: list[Path], case: dict[str, Any], steps: int, folder: Path) -> list[Path]:
     """Run folders of the two trees, trained at the same time."""
     folders = [folder / name for name in ("base", "here")]
-    started = [start(tree, case, steps, place) for tree, place in zip(trees, folders, strict=True)]
-    for process, place in zip(started, folders, strict=True):
+    started = [start(tree, case, steps, run_folder) for tree, run_folder in zip(trees, folders, strict=True)]
+    for process, run_folder in zip(started, folders, strict=True):
         if process.wait():
-            raise SystemExit(f"{place.name} failed:\n{(place / 'log.txt').read_text()[-2000:]}")
-    return [place / "run" for place in folders]
+            raise SystemExit(f"{run_folder.name} failed:\n{(run_folder / 'log.txt').read_text()[-2000:]}")
+    return [run_folder / "run" for run_folder in folders]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -245,11 +245,12 @@ def main() -> None:
                     1 if args.close else args.steps,
                     Path(folder) / f"{name} {dtype}",
                 )
-                found = near(*runs, 1e-5 if dtype == "fp32" else 1e-3) if args.close else same(*runs)
+                differences = near(*runs, 1e-5 if dtype == "fp32" else 1e-3) if args.close else same(*runs)
                 print(
-                    f"{name}, {dtype}: {found or ('near' if args.close else 'equal to the bit')}", flush=True
+                    f"{name}, {dtype}: {differences or ('near' if args.close else 'equal to the bit')}",
+                    flush=True,
                 )
-                different += bool(found)
+                different += bool(differences)
     sys.exit(bool(different))
 
 

@@ -249,7 +249,7 @@ def answers() -> dict[str, Any]:
             if "drafts" in what and name != "heads":
                 continue
             placed = predictor.images_of(prompts, images)[0]
-            made = generate(
+            generated = generate(
                 model,
                 images=placed,
                 stop=tokenizer.turn_end,
@@ -257,7 +257,7 @@ def answers() -> dict[str, Any]:
                 tiles=predictor.tiles_of(images),
                 **collate_prompts(prompts),
             )
-            out[f"{name}, {what}"] = made.tokens
+            out[f"{name}, {what}"] = generated.tokens
     return out
 
 
