@@ -125,14 +125,14 @@ def _continue_from(run: "Trainer", checkpoint: Path | None) -> None:
     """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
     log, config = run.log, run.config
     logged = run.resume_from(checkpoint) if checkpoint is not None else 0
-    rewound = log.read_until(run.step, logged)  # to nothing if the run was killed before its first checkpoint
+    retained = log.read_until(run.step, logged)  # to nothing if the run was killed before its first checkpoint
     if run.world.is_rank0:
         # First of all: from now on `--resume auto` continues from this step.
         abandoned = abandon_later(run.folder / "checkpoints", run.step)
         for path in abandoned:
             log.say(f"{path.name} is of a later step, or damaged: it is now {path}; delete it when you like")
         run.callbacks.begin(run.step, bool(abandoned))
-        log.truncate(rewound)
+        log.truncate(retained)
     log.start(run.step, config.max_steps)
     log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
 
