@@ -772,8 +772,9 @@ def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
         a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
         x, token = torch.randn(2, 32, 48).to(dtype)
-        a, b = (m.heads.step(x, token) for m in (plain, packed))
-        torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
+        for rows in (1, 2):  # 32 are packed, 64 are not
+            a, b = (m.heads.step(x.repeat(rows, 1), token.repeat(rows, 1)) for m in (plain, packed))
+            torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
         blocks, unembedding = packed.right.decode.blocks, packed.right.unembed
         for part in (blocks[0].gate_up, unembedding):
             assert all(torch.equal(part(x[:n]), part(x)[:n]) for n in (1, 2, 5, 8, 17))
