@@ -50,20 +50,20 @@ def arguments(
     return args, config, flags
 
 
-def track_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def track_progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Yield the first `total` items and report progress on stderr.
 
     A terminal gets a progress bar, anything else a line every `PLAIN_SECONDS`.
     """
     if Console(stderr=True).is_terminal:
-        yield from track(_first(items, total), what, total, console=Console(stderr=True), transient=True)
+        yield from track(_first(items, total), label, total, console=Console(stderr=True), transient=True)
         return
     last = time.perf_counter()
     for number, item in enumerate(_first(items, total), 1):
         yield item
         if time.perf_counter() - last >= PLAIN_SECONDS:
             last = time.perf_counter()
-            print(f"{what}: {number:,} of {total:,}", file=sys.stderr)
+            print(f"{label}: {number:,} of {total:,}", file=sys.stderr)
 
 
 def _first(items: Iterable[T], total: int) -> Iterator[T]:

@@ -123,5 +123,5 @@ def pack_for_decoding(model: Any) -> None:
     right.decode, right.unembed = PackedDecoder(list(right.layers)), Packed(right.unembedding)
     if heads is not None:
         for layer in (heads.carry, heads.gate_up, heads.down):
-            layer.forward = Packed(layer)
+            layer.forward = Packed(layer.weight)  # not the layer: with many rows, its forward would call itself
         heads.unembed = Packed(heads.rows(right.unembedding))
