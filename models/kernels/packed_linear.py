@@ -41,10 +41,8 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.takes(x):
-            # Not `layer(x)`: its forward may be this very object.
             parts = [
-                F.linear(x, layer) if isinstance(layer, Tensor) else F.linear(x, layer.weight, layer.bias)
-                for layer in self.layers
+                layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer) for layer in self.layers
             ]
             return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         out: Tensor = self.product(x, self.weight, self.bias, "none", [], "")
