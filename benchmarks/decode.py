@@ -114,7 +114,7 @@ def decode_steps(predictor: Predictor, max_drafts: int, repeats: int) -> dict[st
     """
     model, device = predictor.model, predictor.model.device
     right = model.right
-    ids = torch.randint(0, 1000, (1, 200), device=device)
+    ids = torch.randint(0, min(1000, model.vocabulary.text_size), (1, 200), device=device)
     cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], TREE + 1)
     lengths, state = cache.lengths, states[:, -1]
     heads = predictor.model.heads
