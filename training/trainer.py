@@ -125,7 +125,8 @@ def _continue_from(run: "Trainer", checkpoint: Path | None) -> None:
     """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
     log, config = run.log, run.config
     logged = run.resume_from(checkpoint) if checkpoint is not None else 0
-    retained = log.read_until(run.step, logged)  # to nothing if the run was killed before its first checkpoint
+    # Nothing is retained if the run was killed before its first checkpoint.
+    retained = log.read_until(run.step, logged)
     if run.world.is_rank0:
         # First of all: from now on `--resume auto` continues from this step.
         abandoned = abandon_later(run.folder / "checkpoints", run.step)

@@ -121,5 +121,6 @@ def pack_for_decoding(model: Any) -> None:
     right.decode, right.unembed = PackedDecoder(list(right.layers)), Packed(right.unembedding)
     if heads is not None:
         for layer in (heads.carry, heads.gate_up, heads.down):
-            layer.forward = Packed(layer.weight)  # not the layer: with many rows, its forward would call itself
+            # Of the weight, not the layer: with many rows, its forward would call itself.
+            layer.forward = Packed(layer.weight)
         heads.unembed = Packed(heads.rows(right.unembedding))
