@@ -59,7 +59,7 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--random_baseline",
         action="store_true",
-        help="also score the same model untrained: what a score must exceed to mean anything",
+        help="also score the same model with random weights: a trained one must exceed it",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]"

@@ -59,7 +59,7 @@ def make_parser() -> FlagParser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
     parser.add_argument(
-        "--generation_config", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
+        "--sampling_defaults", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser, GenerationConfig, GenerationConfig(), group="generation")
@@ -88,7 +88,7 @@ def check(flags: dict[str, Any], settings: GenerationConfig) -> None:
 
 def main(argv: list[str]) -> None:
     flags = vars(make_parser().parse(argv))
-    defaults = flags["generation_config"]
+    defaults = flags["sampling_defaults"]
     settings = load_json(GenerationConfig, Path(defaults)) if defaults else GenerationConfig()
     settings = override(settings, flags)
     check(flags, settings)

@@ -197,11 +197,6 @@ class TrainConfig:
             raise UsageError(
                 f"train.global_batch_size = {self.global_batch_size} must be at most {1 << 20:,}"
             )
-        if self.global_batch_size % self.local_batch_size:
-            raise UsageError(
-                f"train.global_batch_size = {self.global_batch_size} rows of a step is not a multiple of "
-                f"train.local_batch_size = {self.local_batch_size} rows of a forward: change one of them"
-            )
         for name in ("eval_every", "diagnostics_every", "checkpoint_every", "warmup_steps", "head_warmup"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be 0 or more")
@@ -242,7 +237,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Forwards per optimizer step, over all ranks."""
+        """Forwards per optimizer step, over all ranks; `training.distributed.check_world` has checked it."""
         return self.global_batch_size // self.local_batch_size
 
 

@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer
 from models.weights.folder import is_nanovlm, read_model_config
 from utils.errors import UserError
 from utils.files import write_text
+from utils.hub import CODE
 
 HOME = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "hf", "models", "utils")
@@ -86,7 +87,12 @@ def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
         "AutoModelForImageTextToText": f"modeling.{kind}ForConditionalGeneration",
     }
     auto_map = {auto: f"hf_{name}" for auto, name in names.items()}
-    for name, text in code_files().items():
+    code = code_files()
+    for pattern in CODE:
+        for old in folder.glob(pattern):
+            if old.name not in code and " of DualTowerVLM, " in old.read_text(encoding="utf-8")[:200]:
+                old.unlink()  # a module that an earlier version added
+    for name, text in code.items():
         (folder / name).write_text(text, encoding="utf-8")  # not used before config.json, the last, names it
     _write(folder / "processor_config.json", processor_config(model))
     _write(

@@ -40,7 +40,6 @@ class MultiTokenHeads(nn.Module):
     draft's cost (arXiv 2502.14856).
     """
 
-    unembed: Callable[[Tensor], Tensor] | None = None  # a faster form of `unembedder`'s result
     draft_ids: Tensor  # (V′,)
     acceptance_rates: Tensor  # (K,)
 
@@ -115,8 +114,6 @@ class MultiTokenHeads(nn.Module):
 
     def unembedder(self, unembedding: Tensor) -> Callable[[Tensor], Tensor]:
         """A function from normed states (…, D) to logits over `draft_ids` (…, V′)."""
-        if self.unembed is not None:
-            return self.unembed
         rows = self.rows(unembedding)
         return lambda normed: F.linear(normed, rows)
 

@@ -151,3 +151,9 @@ def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def without_local_batch_size(flags: list[str]) -> list[str]:
+    """These flags without `--train.local_batch_size` and its value, for a run with `--fit-memory`."""
+    at = flags.index("--train.local_batch_size")
+    return flags[:at] + flags[at + 2 :]

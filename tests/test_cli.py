@@ -279,7 +279,7 @@ def test_generate_settings_from_a_file(trained, tmp_path):
         str(trained / "model"),
         "--prompt",
         "hello",
-        "--generation_config",
+        "--sampling_defaults",
         str(tmp_path / "g.json"),
     ]
     done = run("generate.py", *flags)
@@ -436,6 +436,13 @@ ERRORS = [
         "train.global_batch_size = 20 rows of a step "
         "is not a multiple of train.local_batch_size = 7 rows of a forward",
     ),
+    ("train_dual_tower.py", ["--train.rows", "7"], 2, "did you mean '--train.local_batch_size'?"),
+    (
+        "train_dual_tower.py",
+        ["--fit-memory", "8", "--train.local_batch_size", "4"],
+        2,
+        "--train.local_batch_size is what --fit-memory chooses",
+    ),
     ("train_dual_tower.py", ["--data.vocab_size", "1" + "0" * 20], 2, "must be at most 1,000,000"),
     ("train_dual_tower.py", ["--data.read_gb", "inf"], 2, "data.read_gb = inf must be"),
     (
@@ -481,7 +488,7 @@ ERRORS = [
     ("generate.py", ["--checkpoint", "x", "--prompt", "y", "--seed", str(2**64)], 2, "below 2^63"),
     (
         "generate.py",
-        ["--checkpoint", "x", "--prompt", "y", "--generation_config", "/"],
+        ["--checkpoint", "x", "--prompt", "y", "--sampling_defaults", "/"],
         2,
         "/ cannot be read",
     ),

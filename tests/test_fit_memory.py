@@ -18,7 +18,7 @@ from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from tests.conftest import TINY
-from tests.programs import run_program
+from tests.programs import run_program, without_local_batch_size
 from tests.test_estimate import make_config
 from tests.test_training import command, losses
 from training.fit_memory import choose, fit_batch_size, peak
@@ -146,6 +146,11 @@ def test_unknown_memory_must_be_given(tokenizer, monkeypatch):
         fit_batch_size(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)
 
 
+def fitting(*flags: str) -> list[str]:
+    """The command of a small run whose local batch size `--fit-memory` chooses."""
+    return without_local_batch_size(command(*flags))
+
+
 def settings(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
@@ -156,20 +161,20 @@ def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_p
     The same command with --resume continues with the selected sizes.
     """
     flags = ("--cache_dir", "cache", "--train.global_batch_size", "6", "--output_dir", "fitted")
-    dry = run_program(command(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
+    dry = run_program(fitting(*flags, "--fit-memory", "9", "--dry_run"), tmp_path)
     assert (
         dry.returncode == 0
         and "train.local_batch_size 6 of train.global_batch_size 6" in dry.stdout
         and "a micro-batch: 6 full rows" in dry.stdout
     ), dry.stderr
-    small = run_program(command(*flags, "--fit_memory", "0.1"), tmp_path)
+    small = run_program(fitting(*flags, "--fit_memory", "0.1"), tmp_path)
     assert (
         small.returncode == 1
         and "one row takes 0.7 GB" in small.stderr
         and small.stderr.count("\n") == 1
         and not (tmp_path / "fitted").exists()
     ), small.stderr
-    done = run_program(command(*flags, "--fit-memory", "--max_steps", "4"), tmp_path)
+    done = run_program(fitting(*flags, "--fit-memory", "--max_steps", "4"), tmp_path)
     assert (
         done.returncode == 0
         and "--fit-memory: train.local_batch_size 6 of train.global_batch_size 6, " in done.stdout
@@ -198,14 +203,14 @@ def test_a_fitted_run_is_the_run_of_the_same_numbers_and_resumes_with_them(tmp_p
         and losses(tmp_path / "fitted") == losses(tmp_path / "hand")
         and results_of(tmp_path / "fitted") == results_of(tmp_path / "hand")
     )
-    again = run_program(command(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
+    again = run_program(fitting(*flags, "--fit-memory", "--resume", "auto", "--max_steps", "5"), tmp_path)
     assert (
         again.returncode == 0
         and "resumed from" in again.stdout
         and settings(tmp_path / "fitted")["train"]["local_batch_size"] == 6
     ), again.stderr
     other = run_program(
-        command(
+        fitting(
             *flags, "--fit-memory", "--resume", "auto", "--max_steps", "5", "--train.global_batch_size", "12"
         ),
         tmp_path,

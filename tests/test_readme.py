@@ -20,7 +20,7 @@ import pytest
 from configs.cli import resolve
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
-from tests.programs import run_program
+from tests.programs import run_program, without_local_batch_size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -133,7 +133,8 @@ def test_a_command_of_a_page(page, command, folder):
         script = "train_vanilla.py" if "vanilla" in command else "train_dual_tower.py"
         config = ["--config", words[2]] if len(words) > 2 and not words[2].startswith("-") else []
         flags = words[2 + len(config) // 2 :]
-        words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *SHORT]
+        short = without_local_batch_size(SHORT) if "--fit-memory" in flags else SHORT
+        words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *short]
         if any(flag.startswith("--hub.") for flag in flags):
             return in_a_hub([str(ROOT / words[0]), *words[1:], "--output_dir", "runs/pushed"], folder)
     elif words[1] == "evaluate.sh":

@@ -771,8 +771,11 @@ def test_a_folder_of_format_3(kind, tokenizer, images, modules_cache, tmp_path, 
     expected = Exported(tmp_path, Predictor.from_pretrained(tmp_path), None, None, images)
     to_format_3(tmp_path)
     old = Predictor.from_pretrained(tmp_path)
+    (tmp_path / "models_old.py").write_text("# models/old.py of DualTowerVLM, with relative imports\n")
+    (tmp_path / "data_mine.py").write_text("# my own\n")
     main([str(tmp_path)])
     assert "was of format 3 and is now of format 4" in capsys.readouterr().out
+    assert not (tmp_path / "models_old.py").exists() and (tmp_path / "data_mine.py").exists()
     tensors, config = load_file(tmp_path / "model.safetensors"), read_json(tmp_path / "config.json")
     assert tensors.keys() == model.state_dict().keys() and config["format"] == 4
     loaded, info = AutoModelForImageTextToText.from_pretrained(

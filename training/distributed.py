@@ -40,6 +40,11 @@ def check_world(config: Config, world: DistributedContext, resumed: bool = False
         )
     if config.parallel == "fsdp" and (config.lora.left.nf4 or config.lora.right.nf4):
         raise UsageError("--lora.*.nf4: 4-bit weights cannot be shared among ranks: not with --parallel fsdp")
+    if train.global_batch_size % train.local_batch_size:
+        raise UsageError(
+            f"train.global_batch_size = {train.global_batch_size} rows of a step is not a multiple of "
+            f"train.local_batch_size = {train.local_batch_size} rows of a forward: change one of them"
+        )
     if world.size % streams and streams % world.size:
         raise UsageError(
             f"{world.size} ranks cannot take the data's {streams} streams: one number must be a multiple "
@@ -53,8 +58,9 @@ def check_world(config: Config, world: DistributedContext, resumed: bool = False
                 else "lower --train.local_batch_size, or raise --train.global_batch_size"
             )
             raise UsageError(
-                f"train.global_batch_size = {train.global_batch_size} is {train.micro_batches} forwards of "
-                f"{train.local_batch_size} rows, which {number} {kind} cannot share: {advice}"
+                f"{number} {kind} cannot share the forwards of a step equally: train.global_batch_size = "
+                f"{train.global_batch_size} ÷ train.local_batch_size = {train.local_batch_size} "
+                f"makes {train.micro_batches}; {advice}"
             )
 
 

@@ -68,8 +68,7 @@ def open_run(
         return config, _new_folder(config, lock), None
     lock(folder)
     saved = load_json(Config, folder / "config.json")
-    chosen = ("train.local_batch_size",) if saved.fit_memory else ()  # by --fit-memory, when the run began
-    resumed = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume", *chosen)})
+    resumed = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
     changed = [
         f"{k} (was {a}, now {b})"
         for k, a, b in _differences(to_dict(saved), to_dict(resumed))

@@ -52,7 +52,7 @@ TORCHRUN = (
 
 def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Train `model_class` and export it. `flags`: the flags that the command line gave."""
-    check_before_start(config, model_class)
+    check_before_start(config, flags, model_class)
     if config.dry_run:
         print_estimate(config, flags, model_class)
         return
@@ -81,9 +81,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         train_and_export(config, folder, checkpoint, prepared, tasks, world, pusher)
 
 
-def check_before_start(config: Config, model_class: Any) -> None:
+def check_before_start(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Raise for settings that cannot work, before anything is loaded or written."""
     check_script(config, model_class)
+    if config.fit_memory and "train.local_batch_size" in flags:
+        raise UsageError(
+            "--train.local_batch_size is what --fit-memory chooses: give one of them; "
+            "--train.global_batch_size stays as it is"
+        )
     # A resumed run and --fit-memory are checked later, with the configuration that they result in.
     if not config.resume and not config.fit_memory:
         check_world(config, torchrun_context())

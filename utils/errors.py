@@ -2,10 +2,19 @@
 
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+
+EARLIER_NAMES = {  # of flags and keys in the first edition → their names now
+    "rows": "local_batch_size",
+    "accumulation": "global_batch_size",
+    "detail_every": "diagnostics_every",
+    "floor": "random_baseline",
+    "generation_config": "sampling_defaults",
+}
 
 
 class UserError(Exception):
@@ -31,9 +40,12 @@ class ImageError(UserError):
 def nearest(name: str, known: list[str], count: int = 1) -> str:
     """A hint for an error: `" (did you mean 'lr_right'?)"`, with the `count` known words nearest to `name`.
 
-    Without a near word: all known words if there are at most 12, else an empty string.
+    An earlier name gives the one it has now. Without a near word: all known words if there are at most 12,
+    else an empty string.
     """
-    *others, last = [f"'{word}'" for word in get_close_matches(name, known, n=count)] or [""]
+    renamed = EARLIER_NAMES.get(re.split("[-.]", name)[-1], "\0")  # no name ends so
+    words = [word for word in known if word.endswith(renamed)] or get_close_matches(name, known, n=count)
+    *others, last = [f"'{word}'" for word in words] or [""]
     if last:
         return f" (did you mean {', '.join(others)}{' or ' * bool(others)}{last}?)"
     return f" (known: {', '.join(sorted(known))})" if len(known) <= 12 else ""

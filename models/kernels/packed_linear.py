@@ -123,4 +123,5 @@ def pack_for_decoding(model: Any) -> None:
         for layer in (heads.carry, heads.gate_up, heads.down):
             # Of the weight, not the layer: with many rows, its forward would call itself.
             layer.forward = Packed(layer.weight)
-        heads.unembed = Packed(heads.rows(right.unembedding))
+        packed_rows = Packed(heads.rows(right.unembedding))
+        heads.unembedder = lambda unembedding: packed_rows

@@ -100,19 +100,16 @@ def find_files(source: str | Path, config: Path | None = None, token: str | None
 
     `config` defaults to the `config.json` in the weights file's folder; folders and Hub ids take none.
     """
-    if Path(source).is_file():
-        weights = Path(source)
+    if (weights := Path(source)).is_file():
         config = config if config is not None else weights.parent / "config.json"
         if not config.is_file():
-            raise UsageError(
-                f"{weights} needs its config.json: {config} does not exist; name it with --config"
-            )
+            problem = "is a folder" if config.is_dir() else "does not exist"
+            raise UsageError(f"{weights} needs its config.json: {config} {problem}; name it with --config")
         has_tokenizer = (config.parent / "tokenizer.json").is_file()
         return ModelFiles(config, [weights], config.parent if has_tokenizer else weights.parent)
     if config is not None:
-        raise UsageError(
-            f"--config is for a weights file: {source} is none, and has a config.json of its own"
-        )
+        problem = "has a config.json of its own" if weights.is_dir() else "is no file"
+        raise UsageError(f"--config is for a weights file, and {source} {problem}")
     folder = find_model(source, token)
     read_model_config(folder)
     return ModelFiles(folder / "config.json", weight_files(folder), folder)
