@@ -43,8 +43,9 @@ def nearest(name: str, known: list[str], count: int = 1) -> str:
     An earlier name gives the one it has now. Without a near word: all known words if there are at most 12,
     else an empty string.
     """
-    renamed = EARLIER_NAMES.get(re.split("[-.]", name)[-1], "\0")  # no name ends so
-    words = [word for word in known if word.endswith(renamed)] or get_close_matches(name, known, n=count)
+    renamed = EARLIER_NAMES.get(re.split("[-.]", name)[-1])
+    words = [word for word in known if renamed and word.endswith(renamed)]
+    words = words or get_close_matches(name, known, n=count)
     *others, last = [f"'{word}'" for word in words] or [""]
     if last:
         return f" (did you mean {', '.join(others)}{' or ' * bool(others)}{last}?)"

@@ -14,17 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.kill import TIMES
+
 ROOT = Path(__file__).parent.parent.parent
-TIMES = {
-    "seconds",
-    "tokens_per_s",
-    "supervised_tokens_per_s",
-    "tiles_per_s",
-    "data_wait",
-    "memory_gb",
-    "tflops_per_s",
-    "mfu",
-}
 TOWERS = {
     f"model.{tower}.{size}": value
     for tower in ("left", "right")
