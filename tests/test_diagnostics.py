@@ -169,30 +169,26 @@ def slow_third_step():
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    f"--model.{tower}.{name}"
-    for tower in ("left", "right")
-    for name in ("layers=1", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")
+    part
+    for setting in (
+        *(
+            f"model.{tower}.{size}"
+            for tower in ("left", "right")
+            for size in ("layers=1", "hidden_size=32", "mlp_size=64", "heads=2", "kv_heads=1")
+        ),
+        "model.vision.image_size=64",
+        "data.limit=20",
+        "data.validation_images=4",
+        "data.right_length=64",
+        "train.local_batch_size=2",
+        "train.global_batch_size=2",
+    )
+    for part in ("--" + setting).split("=")
 ]
 
 
 def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
-    flags = [part for flag in SMALL for part in flag.split("=")]
-    flags += [
-        "--model.vision.image_size",
-        "64",
-        "--data.limit",
-        "20",
-        "--data.validation_images",
-        "4",
-        "--data.right_length",
-        "64",
-        "--train.local_batch_size",
-        "2",
-        "--train.global_batch_size",
-        "2",
-        "--train.dtype",
-        "fp32",
-    ]
+    flags = [*SMALL, "--train.dtype", "fp32"]
     flags += [
         "--max_steps",
         "4",
@@ -260,26 +256,11 @@ def test_the_watchdog_ends_nothing_and_sees_what_holds_the_interpreter(tmp_path)
 
 
 def test_training_without_a_standard_error(tmp_path):
-    flags = [part for flag in SMALL for part in flag.split("=")]
-    flags += [
-        "--model.vision.image_size",
-        "64",
-        "--data.limit",
-        "20",
-        "--data.validation_images",
-        "4",
-        "--data.right_length",
-        "64",
-        "--train.local_batch_size",
-        "2",
-        "--train.global_batch_size",
-        "2",
-    ]
     command = shlex.join(
         [
             sys.executable,
             str(ROOT / "train_dual_tower.py"),
-            *flags,
+            *SMALL,
             "--max_steps",
             "2",
             "--output_dir",
