@@ -17,7 +17,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
 from models.image_blocks import ImageBlock, encode_blocks, encode_rows, image_blocks_of
 from models.image_store import ImageStore
-from models.kernels.packed_linear import Packed, pack_for_decoding
+from models.kernels import find_kernel
 from models.kv_cache import ImageKV
 from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
@@ -85,8 +85,9 @@ class Predictor:
         tokenizer = _tokenizer(files)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
-        if Packed.available(model.right.unembedding):
-            pack_for_decoding(model)
+        if packed := find_kernel("decoding", model.right.unembedding):
+            for block in model.right.layers:
+                block.forward = packed(block)
         image_store = None
         if store is not None and isinstance(model, DualTowerVLM):
             fingerprint = model.fingerprint()

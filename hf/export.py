@@ -38,7 +38,8 @@ def code_files() -> dict[str, str]:
         while waiting:
             module = waiting.pop()
             if module not in texts:
-                path = f"{module.replace('.', '/')}.py"
+                path = module.replace(".", "/")
+                path += "/__init__.py" if (HOME / path).is_dir() else ".py"
                 text, imports[module] = flattened((HOME / path).read_text(encoding="utf-8"))
                 texts[module] = f"# {path} of DualTowerVLM, with relative imports\n{text}"
             waiting += set(imports[module]) - reached

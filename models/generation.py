@@ -16,7 +16,7 @@ from configs.model import GenerationConfig
 from models.draft_scheduler import TREE, DraftPlan, DraftScheduler, draft_scheduler
 from models.kv_cache import DecodingCache, ImageKV, compact_rows
 from models.layers import Rotary
-from models.masks import NEVER, cache_mask
+from models.masks import NEVER, Mask, cache_mask
 from models.multi_token import Drafts, draft_tree_mask
 from models.sampling import accept, choose, draw_draft, follow, probabilities, seen_at_each_node
 from utils.errors import UsageError, UserError
@@ -148,13 +148,15 @@ def verify(
     cache.reserve(positions)
     mask = _mask(cache, positions)
     if tree_mask is not None:
+        seen = mask.dense()
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         slots = torch.tensor(start, device=tokens.device)[:, None, None] + offsets  # (B, 1, T)
-        mask[:, 0].scatter_(2, slots.expand_as(tree_mask), tree_mask)
+        seen[:, 0].scatter_(2, slots.expand_as(tree_mask), tree_mask)
+        mask = Mask(lambda query, key: seen[:, 0], mask.queries, mask.keys)
     return model.right(model.right.embed_tokens(tokens), positions, mask, cache)
 
 
-def _mask(cache: DecodingCache, positions: Tensor) -> Tensor:
+def _mask(cache: DecodingCache, positions: Tensor) -> Mask:
     return cache_mask(positions, cache.positions[:, : cache.used])
 
 

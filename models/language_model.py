@@ -9,9 +9,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import DecoderConfig
-from models.kernels.attention import AttentionLayout, attention_layout
-from models.layers import MLP, Attention, KeyValue, KVSource, RMSNorm, Rotary, building, init_weights
+from models.kernels import find_kernel
+from models.layers import (
+    MLP,
+    Attention,
+    AttentionLayout,
+    KeyValue,
+    KVSource,
+    RMSNorm,
+    Rotary,
+    building,
+    init_weights,
+)
 from models.losses import cross_entropy
+from models.masks import Mask
 
 
 class Output(NamedTuple):
@@ -36,25 +47,28 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+    ) -> Tensor:
         """`x` (B, T, D) → (B, T, D); arguments as in `Attention`."""
         run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
         return run(x, rotary, mask, past)
 
-    def run(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
+    def run(self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def attention_layout(mask: Mask, x: Tensor, config: DecoderConfig) -> Tensor | AttentionLayout:
+    """`mask` in the form that attention over `x` reads: once for all layers."""
+    kernel = find_kernel("attention", x)
+    return mask.dense() if kernel is None else kernel(mask, config.kv_heads)
+
+
 class LanguageModel(nn.Module):
     """Decoder-only transformer: embeddings → hidden states, hidden states → logits or losses."""
-
-    # Faster forms for decoding, set by models/kernels/packed_linear.py. They copy weights: `train()` refuses.
-    # `decode`: of the blocks; returns None for inputs that it does not support.
-    decode: Callable[[Tensor, Rotary, Tensor, KVSource | None], Tensor | None] | None = None
-    unembed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -67,18 +81,13 @@ class LanguageModel(nn.Module):
                 self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         init_weights(self, config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, past: KVSource | None = None) -> Tensor:
         """Embeddings `x` (B, T, D) → normed hidden states (B, T, D).
 
         `positions` (B, T); `mask` (B, 1, T, S), where S counts the keys of `past` and the T tokens.
         """
         rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
-        if self.decode is not None:
-            # Added to the scores; a boolean mask would be converted to this in every layer.
-            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-            if (decoded := self.decode(x, rotary, mask, past)) is not None:
-                return self.norm(decoded)
-        layout = attention_layout(mask, self.config.kv_heads)
+        layout = attention_layout(mask, x, self.config)
         for block in self.layers:
             x = block(x, rotary, layout, past)
         return self.norm(x)
@@ -90,12 +99,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        return F.linear(hidden, self.unembedding) if self.unembed is None else self.unembed(hidden)
-
-    def train(self, mode: bool = True) -> "LanguageModel":
-        if mode and self.decode is not None:
-            raise ValueError("the weights are packed for decoding: load the model again to train it")
-        return super().train(mode)
+        return F.linear(hidden, self.unembedding)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each supervised token, (supervised tokens,).
@@ -140,10 +144,10 @@ class KeyValueDecoder(nn.Module):
             )
         init_weights(self, config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: KVSource) -> None:
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, past: KVSource) -> None:
         """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
         rotary = Rotary.at(positions, self.config)
-        layout = attention_layout(mask, self.config.kv_heads)
+        layout = attention_layout(mask, x, self.config)
         *blocks, last = self.layers
         for block in blocks:
             x = block(x, rotary, layout, past)

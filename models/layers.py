@@ -2,71 +2,30 @@
 
 import math
 import os
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig
-from models.kernels.attention import AttentionLayout, attend
-from models.kernels.linear import Linear, working_dtype
 from utils.errors import UsageError, UserError
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm; under autocast the result is cast once, not by every projection that reads it.
-
-    The fused GPU kernel needs input and weight of one dtype.
-    """
+    """torch's RMSNorm (arXiv 1910.07467), in the dtype of its weight."""
 
     eps: float  # never None, as torch's may be
-    packed_weight: Tensor | None = None  # (2·D,), the weight twice; set by `pack`
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed_weight is not None:
-            size = x.shape[-1]
-            signed = (x.unsqueeze(-2) * self.signs).flatten(-2)  # (…, 2·D)
-            normed = torch.layer_norm(signed, (2 * size,), self.packed_weight, None, self.eps)
-            return normed.narrow(-1, 0, size)  # (…, D)
-        dtype = working_dtype(x.dtype, x.device)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return TrainedNorm.apply(x.to(self.weight.dtype), self.weight, self.eps, dtype)
-        return super().forward(x.to(self.weight.dtype)).to(dtype)
-
-    def pack(self) -> None:
-        """Prepare for decoding on a CPU, where torch has no fused RMSNorm.
-
-        x and −x together have mean 0 and the mean square of x as variance, so LayerNorm's one kernel serves.
-        """
-        self.packed_weight = torch.cat((self.weight, self.weight)).detach()
-        self.signs = self.weight.new_tensor(((1.0,), (-1.0,)))
+        # Under autocast the result is cast once here, not by every projection that reads it.
+        return super().forward(x.to(self.weight.dtype)).to(working_dtype(x))
 
 
-class TrainedNorm(torch.autograd.Function):
-    """RMSNorm for training on a CPU, where torch's takes some thirty operations.
-
-    Its gradient is LayerNorm's at mean 0, which is one kernel, plus the term that LayerNorm subtracts because
-    its mean depends on x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        gradient, size = gradient.to(x.dtype), x.shape[-1:]
-        needed = [True, ctx.needs_input_grad[1], False]
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, size, torch.zeros_like(scale), scale, weight, None, needed
-        )
-        mean_term = (gradient @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(scale)
-        return d_x.add_(mean_term), d_weight, None, None
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of `x` are computed: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Rotary(NamedTuple):
@@ -122,14 +81,33 @@ class KVSource(Protocol):
         ...
 
 
+class AttentionLayout(Protocol):
+    """A mask in the form of a kernel in `models/kernels/`, made once for all layers."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same as `attention`, arguments and all."""
+        ...
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: "Tensor | AttentionLayout") -> Tensor:
+    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) → (B, H, T, E).
+
+    `mask` (B, 1, T, S): True where a query sees a key.
+    """
+    if not isinstance(mask, Tensor):
+        return mask.attend(queries, keys, values)
+    grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+
 class KeyValue(nn.Module):
     """The key and value projections of a layer: all that the left tower's last layer has."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.k_proj = Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=config.qkv_bias)
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def key_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,12 +127,14 @@ class Attention(KeyValue):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
         self.layer, self.has_rope = layer, config.has_rope(layer)
-        self.q_proj = Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.o_proj = Linear(config.heads * config.head_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionLayout, past: KVSource | None) -> Tensor:
-        """`x` (B, T, D) → (B, T, D); `mask`: the `attention_layout` of (B, 1, T, S)."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+    ) -> Tensor:
+        """`x` (B, T, D) → (B, T, D); `mask` (B, 1, T, S)."""
         rope = rotary if self.has_rope else None
         queries = rotate(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
         out = self._attend(queries, *self.key_values(x), rope, mask, past)  # (B, H, T, E)
@@ -168,28 +148,14 @@ class Attention(KeyValue):
         keys: Tensor,
         values: Tensor,
         rope: Rotary | None,
-        mask: AttentionLayout,
+        mask: Tensor | AttentionLayout,
         past: KVSource | None,
     ) -> Tensor:
         if past is None:
             keys = rotate(rope, keys)
         else:
             keys, values = past.extend(self.layer, keys, values, rope)  # (B, G, S, E)
-        return attend(queries, keys, values, mask)
-
-
-class Gated(torch.autograd.Function):
-    """SiLU(gate) · up; the backward pass recomputes SiLU instead of storing it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        return attention(queries, keys, values, mask)
 
 
 class MLP(nn.Module):
@@ -197,12 +163,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def building(config: DecoderConfig) -> torch.device:

@@ -5,17 +5,16 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from configs.model import ProjectorConfig
-from models.kernels.linear import Linear
 from utils.errors import UsageError, nearest
 
 
 def linear(width: int, hidden_size: int) -> nn.Module:
-    return Linear(width, hidden_size, bias=False)
+    return nn.Linear(width, hidden_size, bias=False)
 
 
 def mlp(width: int, hidden_size: int) -> nn.Module:
     """Two layers with GELU between them (LLaVA 1.5, arXiv 2310.03744)."""
-    return nn.Sequential(Linear(width, hidden_size), nn.GELU(), Linear(hidden_size, hidden_size))
+    return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
 
 # (features of an image token, hidden size of the left decoder) → module. Add yours here.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import VisionConfig
-from models.kernels.linear import Linear, working_dtype
 from utils.errors import UsageError
 
 
@@ -95,9 +94,6 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = create_backbone(config)
-        for module in self.backbone.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = Linear
         if not hasattr(self.backbone, "forward_intermediates"):
             raise UsageError(f"model.vision.name: timm's {config.name} does not give its feature maps")
         levels: list[dict[str, Any]] = list(self.backbone.feature_info)
@@ -126,7 +122,6 @@ class VisionEncoder(nn.Module):
             buffer = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
             self.register_buffer(name, buffer, persistent=False)
         self.eval()
-        self.attentions: list[Any] = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
         # training/feature_cache.py: stores a frozen encoder's features.
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
 
@@ -156,15 +151,6 @@ class VisionEncoder(nn.Module):
 
     def encode(self, tiles: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            # Here the backward pass of torch's fused kernel takes three times that of plain products
-            # (docs/log/experiments.md).
-            plain = (
-                torch.is_grad_enabled()
-                and tiles.device.type == "cpu"
-                and working_dtype(self.dtype, tiles.device) == torch.bfloat16
-            )
-            for attention in self.attentions:
-                attention.fused_attn = not plain
             pixels = ((tiles.float() - self.mean) / self.std).to(self.dtype)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             return self.backbone.forward_intermediates(

@@ -107,14 +107,14 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     )
     left = left_mask(
         rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal"
-    )[:, 0][rows["left_groups"] >= 0]
+    ).dense()[:, 0][rows["left_groups"] >= 0]
     right = right_mask(
         rows["right_positions"],
         rows["right_documents"],
         rows["right_groups"],
         rows["left_positions"],
         rows["left_groups"],
-    )[:, 0][rows["right_documents"] >= 0]
+    ).dense()[:, 0][rows["right_documents"] >= 0]
     assert seen["right_pairs"] == int(right.sum()) and seen["right"] == len(right)
     text_between = seen["left_pairs"] - int(
         left.sum()

@@ -26,7 +26,8 @@ from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
 from models.draft_scheduler import DraftPlan, DraftScheduler, draft_scheduler
-from models.generation import StepOutput, generate, prefill, verify
+from models.generation import StepOutput, generate
+from models.kernels.packed_block import PackedBlock
 from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
 from models.multi_token import Drafts, chains, draft_tree_mask
@@ -782,91 +783,6 @@ def test_speculation_needs_heads(model, renderer):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_say_the_same(tokenizer, renderer, dtype):
-    """Packed weights in fp32 give the same logits to rounding.
-
-    A row's result does not depend, to the bit, on the number of rows.
-    """
-    from models.kernels.packed_linear import Packed, pack_for_decoding
-
-    if not Packed.available(torch.empty(1, dtype=dtype)):
-        pytest.skip(f"oneDNN has no kernels for {dtype} on this CPU")
-    plain, packed = (tiny_model(tokenizer, WITH_HEADS).to(dtype) for _ in range(2))
-    torch.nn.init.normal_(plain.heads.down.weight, std=0.3)
-    packed.load_state_dict(plain.state_dict())
-    pack_for_decoding(packed)
-    ids = torch.tensor([renderer.prompt([], [{"user": "what is it?"}]).right_ids])
-    positions = torch.arange(ids.shape[1])[None]
-    mask = (positions[:, None, :] <= positions[:, :, None])[:, None]
-    with torch.inference_mode():
-        a, b = (m.logits(m.right(m.embed(ids), positions, mask)) for m in (plain, packed))
-        torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        for rows in (33, 32):  # more than the packed layout takes, and as many
-            x, token = torch.randn(2, rows, 48).to(dtype)
-            a, b = (m.heads.step(x, token) for m in (plain, packed))
-            torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.02)
-        blocks, unembedding = packed.right.decode.blocks, packed.right.unembed
-        for part in (blocks[0].gate_up, unembedding):
-            assert all(torch.equal(part(x[:n]), part(x)[:n]) for n in (1, 2, 5, 8, 17))
-    with pytest.raises(ValueError, match="packed"):
-        packed.train()
-
-
-DECODERS = {
-    "as it is": TINY,
-    "biases": replace(TINY, qkv_bias=True),
-    "norms on heads": replace(TINY, qk_norm=True),
-    "layers without rotary embedding": replace(TINY, no_rope_interval=2),
-}
-
-
-@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
-def test_packed_blocks_compute_what_blocks_compute(tokenizer, renderer, decoder):
-    """Packed blocks compute the same as plain blocks.
-
-    Over a cache with an image in it, two rows of different lengths, four tokens each; and without a cache, as
-    in training. Images, norms and biases are not trivial.
-    """
-    from models.kernels.packed_linear import Packed, pack_for_decoding
-
-    if not Packed.available(torch.empty(1)):
-        pytest.skip("oneDNN has no kernels for this CPU")
-    plain, packed = (
-        lively_model(tokenizer, replace(TINY_MODEL, left=decoder, right=decoder)).eval() for _ in range(2)
-    )
-    with torch.no_grad():
-        for name, p in plain.named_parameters():
-            if p.dim() == 1 and "right" in name:
-                p.add_(torch.randn(p.shape) * 0.5)
-    packed.load_state_dict(plain.state_dict())
-    pack_for_decoding(packed)
-    tiles = random_tiles(2, seed=5)
-    prompt, _ = prompt_ids(renderer, 2, "what color?")
-    short = renderer.prompt([], [{"user": "what?"}])
-    tokens, outputs = torch.randint(0, 40, (2, 4)), []
-    with torch.inference_mode():
-        kvs = plain.encode_images(tiles, [torch.tensor(renderer.image_block())] * 2)
-        batch = collate_prompts([prompt, short])
-        for m in (plain, packed):
-            cache, _ = prefill(
-                m,
-                batch["ids"],
-                batch["positions"],
-                [list(zip(kvs, block_starts(prompt), strict=True)), []],
-                slots=4,
-            )
-            outputs.append(
-                verify(m, cache, tokens, batch["positions"].amax(1, keepdim=True) + 1 + torch.arange(4))
-            )
-        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
-        outputs = [
-            m(**collate([[Sample((0, 0, 0), tiles, [prompt])]], tokenizer.global_image)).hidden
-            for m in (plain, packed)
-        ]
-        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("kernels", ["own", "none"])
 def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_path, monkeypatch, kernels):
     """With this CPU's kernels and without bf16 instructions, with drafts and without.
@@ -878,7 +794,8 @@ def test_bf16_weights_answer_with_and_without_kernels_for_them(tokenizer, tmp_pa
     if kernels == "none":
         monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
     predictor = Predictor.from_pretrained(tmp_path, dtype="bf16")
-    assert (predictor.model.right.decode is None) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    packed = isinstance(predictor.model.right.layers[0].forward, PackedBlock)
+    assert packed == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for mode in ("on", "off"):
         answer = predictor.answer(
             [([], "what is it?")], GenerationConfig(max_new_tokens=8, speculative=mode)

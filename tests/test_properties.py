@@ -14,8 +14,9 @@ from data.images import grid_of, tile_count, to_tiles
 from data.packing import Budget, RowStream
 from data.render import IGNORE, Document, Renderer
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS
-from models.kernels import attention
-from models.kernels.attention import attend, attention_layout
+from models.kernels import segment_attention
+from models.kernels.segment_attention import BlockSparseLayout
+from models.layers import attention
 from models.masks import NEVER, cache_mask, left_mask, right_mask
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=150)
@@ -148,7 +149,7 @@ def columns(tokens: list[tuple[int, ...]]) -> list[torch.Tensor]:
 def test_masks_are_what_the_design_says(row, isolation, kind):
     left, right = row
     positions, groups, images = columns(left)
-    seen = left_mask(positions, groups, images, isolation, kind)
+    seen = left_mask(positions, groups, images, isolation, kind).dense()
     assert seen.shape == (1, 1, len(left), len(left))
     for i, (p, group, image) in enumerate(left):
         for j, (q, other_group, other_image) in enumerate(left):
@@ -163,7 +164,7 @@ def test_masks_are_what_the_design_says(row, isolation, kind):
             )
             assert seen[0, 0, i, j] == may
     right_positions, documents, of_group = columns(right)
-    seen = right_mask(right_positions, documents, of_group, positions, groups)
+    seen = right_mask(right_positions, documents, of_group, positions, groups).dense()
     assert seen.shape == (1, 1, len(right), len(left) + len(right)) and seen.any(-1).all()
     for i, (p, document, group) in enumerate(right):
         may_left = [group == g and q < p for q, g, _ in left]
@@ -185,7 +186,7 @@ def test_masks_are_what_the_design_says(row, isolation, kind):
     slots=st.lists(st.integers(0, 20) | st.just(NEVER), min_size=1, max_size=12),
 )
 def test_a_cache_shows_what_is_not_later(queries, slots):
-    seen = cache_mask(torch.tensor([queries]), torch.tensor([slots]))
+    seen = cache_mask(torch.tensor([queries]), torch.tensor([slots])).dense()
     assert seen.tolist() == [[[[slot != NEVER and slot <= query for slot in slots] for query in queries]]]
 
 
@@ -200,7 +201,8 @@ def test_a_cache_shows_what_is_not_later(queries, slots):
 def test_spans_attend_as_the_whole_mask_does(row, limit, aligned, spread, seed):
     left, right = row
     (left_positions, left_groups, _), (positions, documents, groups) = columns(left), columns(right)
-    mask = right_mask(positions, documents, groups, left_positions, left_groups)
+    rule = right_mask(positions, documents, groups, left_positions, left_groups)
+    mask = rule.dense()
     torch.manual_seed(seed)
     inputs = [
         torch.randn(1, heads, length, 4, dtype=torch.float64, requires_grad=True)
@@ -208,11 +210,10 @@ def test_spans_attend_as_the_whole_mask_does(row, limit, aligned, spread, seed):
     ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MAX_QUERIES", limit), ("ALIGNED", aligned), ("SPREAD", spread)):
-            patch.setattr(attention, name, value)
-        layout = attention_layout(mask, 2)
-    assert isinstance(layout, attention.BlockSparseLayout)
+            patch.setattr(segment_attention, name, value)
+        layout = BlockSparseLayout(rule, 2)
     out, expected = (
-        attend(*inputs, layout),
+        attention(*inputs, layout),
         F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True),
     )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

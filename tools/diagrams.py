@@ -138,8 +138,8 @@ def who_sees_whom() -> str:
     texts = [
         f"{'abc'[document]}{position}" for position, document in zip(*right[:2, 0].tolist(), strict=True)
     ]
-    one = left_mask(*left, isolation=True, attention="bidirectional")[0, 0]
-    other = right_mask(*right, left[0], left[1])[0, 0]
+    one = left_mask(*left, isolation=True, attention="bidirectional").dense()[0, 0]
+    other = right_mask(*right, left[0], left[1]).dense()[0, 0]
     parts = grid(60, 70, "left tower: images", one, images, images, len(images))
     parts += grid(270, 70, "right tower: image KV, then text", other, texts, [*images, *texts], len(images))
     notes = (

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.model import DecoderConfig, ModelConfig, Vocabulary
 from configs.train import Config
-from models.kernels.attention import BlockSparseLayout
 from models.language_model import DecoderBlock
 from models.losses import CHUNK as LOGITS_CHUNK
 from models.masks import left_mask, right_mask
@@ -89,7 +88,7 @@ class Flops:
         return len(batch["tiles"]) * self.tile + text + supervised * self.supervised_token
 
     def training(self, batch: dict[str, Tensor], trained: dict[str, float]) -> float:
-        """FLOPs of forward and backward; attention as a CPU computes it (`BlockSparseLayout`).
+        """FLOPs of forward and backward; attention over what each query sees.
 
         `trained`: part → trained share of its matrices. The backward of a trained part costs two forwards,
         that of a frozen part one if gradients flow through it. Logits are computed twice.
@@ -104,9 +103,7 @@ class Flops:
             left_mask(*own, batch["left_images"], isolation=True, attention="causal"),
             right_mask(batch["right_positions"], batch["right_documents"], batch["right_groups"], *own),
         )
-        pairs = [
-            sum(segments.masked.numel() for segments in BlockSparseLayout(mask, 1).segments) for mask in masks
-        ]
+        pairs = [int(mask.dense().sum()) for mask in masks]
         left_attention, right_attention = pairs[0] * self.left_pair, pairs[1] * self.right_pair
         total += (
             B * L * self.left_token * (1 + before_right + trained["left"]) + 3 * left_attention * before_right

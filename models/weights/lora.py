@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configs.train import LoraConfig, LoraTower
-from models.kernels.linear import Linear
 from utils.errors import UsageError, UserError
 from utils.files import replacing, replacing_folder
 
@@ -174,11 +173,13 @@ def merge_adapters(model: Any) -> None:
 
 def _dequantised(layer: Any) -> nn.Module:
     """Return a linear layer in place of a bitsandbytes one; any other is returned itself."""
-    if type(layer) is Linear:
+    if type(layer) is nn.Linear:
         return layer
     import bitsandbytes
 
-    plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
+    plain = nn.Linear(
+        layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device
+    )
     with torch.no_grad():
         plain.weight.copy_(
             bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

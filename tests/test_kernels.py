@@ -1,23 +1,31 @@
-"""Attention by spans and the chunked loss, against PyTorch's plain operations in double precision."""
+"""Every kernel against its plain form, and the seam that chooses them."""
 
 import random
-from unittest.mock import Mock
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models import losses
-from models.kernels import attention
-from models.kernels.attention import (
-    BlockSparseLayout,
-    SegmentAttention,
-    attend,
-    attention_layout,
-    flex_block_mask,
-)
-from models.losses import cross_entropy
-from models.masks import left_mask, right_mask
+from configs.model import DecoderConfig
+from models import kernels
+from models.kernels import find_kernel, flex_attention, segment_attention, use_kernels
+from models.kernels.flex_attention import FlexLayout
+from models.kernels.packed_block import PackedBlock, PackedLinear
+from models.kernels.segment_attention import BlockSparseLayout
+from models.kv_cache import DecodingCache
+from models.language_model import LanguageModel
+from models.layers import attention
+from models.masks import Mask, cache_mask, left_mask, right_mask
+
+
+def as_mask(dense: torch.Tensor) -> Mask:
+    """A mask (B, 1, T, S) as the core's masks are given."""
+    return Mask(lambda query, key: dense[:, 0], (), ())
+
+
+def segments_of(dense: torch.Tensor, kv_heads: int) -> BlockSparseLayout:
+    return BlockSparseLayout(as_mask(dense), kv_heads)
 
 
 def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
@@ -53,16 +61,16 @@ def packed_mask(lengths: list[list[int]], left: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("spread", [1.0, 100.0])  # every length for itself, all together
 def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads, spread):
     for name, value in (("MAX_QUERIES", 4), ("ALIGNED", 3), ("SPREAD", spread)):
-        monkeypatch.setattr(attention, name, value)
+        monkeypatch.setattr(segment_attention, name, value)
     torch.manual_seed(0)
     mask, (H, G), E = packed_mask(lengths, left), heads, 8
     B, _, T, S = mask.shape
     inputs = [
         torch.randn(B, n, s, E, dtype=torch.float64, requires_grad=True) for n, s in ((H, T), (G, S), (G, S))
     ]
-    layout = attention_layout(mask, G)
-    assert isinstance(layout, BlockSparseLayout) and (len(layout.segments) == 1 or spread == 1.0)
-    out = attend(*inputs, layout)
+    layout = segments_of(mask, G)
+    assert len(layout.segments) == 1 or spread == 1.0
+    out = attention(*inputs, layout)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=H != G)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)
@@ -75,9 +83,9 @@ def test_spans_give_what_the_whole_mask_gives(monkeypatch, lengths, left, heads,
 
 
 def test_a_span_is_whole_documents_or_an_equal_part_of_a_long_one(monkeypatch):
-    monkeypatch.setattr(attention, "MAX_QUERIES", 4)
+    monkeypatch.setattr(segment_attention, "MAX_QUERIES", 4)
     seen = packed_mask([[2, 1, 1, 2, 3, 10, 1, 4]])[0, 0].numpy()
-    assert attention._split_queries(seen) == [
+    assert segment_attention._split_queries(seen) == [
         (0, 4),
         (4, 6),
         (6, 9),
@@ -95,9 +103,8 @@ def test_a_key_is_added_up_as_often_as_it_is_seen(monkeypatch):
     A document of 20 in parts of 4: five parts attend to the first part's keys, one to the last part's. In the
     other row one part attends to each key.
     """
-    monkeypatch.setattr(attention, "MAX_QUERIES", 4)
-    layout = attention_layout(packed_mask([[20], [4] * 5]), 3)
-    assert isinstance(layout, BlockSparseLayout)
+    monkeypatch.setattr(segment_attention, "MAX_QUERIES", 4)
+    layout = segments_of(packed_mask([[20], [4] * 5]), 3)
     assert layout.key_slots.unique().numel() == 2 * 20 * 3
     assert [sorted({row // 3 for row in rows.tolist()}) for rows, _ in layout.more_keys] == [
         list(range(n)) for n in (16, 12, 8, 4)
@@ -109,7 +116,7 @@ def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
     mask = packed_mask([[3, 2]], left=4)
     mask[..., :2] = False
     inputs = [torch.randn(1, n, s, 4, requires_grad=True) for n, s in ((2, 5), (1, 9), (1, 9))]
-    _, keys, values = torch.autograd.grad(attend(*inputs, attention_layout(mask, 1)).sum(), inputs)
+    _, keys, values = torch.autograd.grad(attention(*inputs, segments_of(mask, 1)).sum(), inputs)
     assert (
         not keys[:, :, :2].any()
         and not values[:, :, :2].any()
@@ -117,43 +124,34 @@ def test_keys_that_nobody_sees_have_no_gradient_and_an_empty_batch_works():
         and values[:, :, 2:].any()
     )
     nothing = [torch.randn(2, n, 0, 4, requires_grad=True) for n in (2, 1, 1)]
-    out = attend(*nothing, attention_layout(torch.ones(2, 1, 0, 0, dtype=torch.bool), 1))
+    out = attention(*nothing, segments_of(torch.ones(2, 1, 0, 0, dtype=torch.bool), 1))
     assert out.shape == (2, 2, 0, 4) and [g.shape for g in torch.autograd.grad(out.sum(), nothing)] == [
         x.shape for x in nothing
     ]
 
 
 def test_one_plan_serves_two_types():
-    layout = attention_layout(packed_mask([[3, 2]]), 1)
+    layout = segments_of(packed_mask([[3, 2]]), 1)
     for dtype in (torch.float32, torch.float64, torch.float32):
         inputs = [torch.ones(1, n, 5, 4, dtype=dtype) for n in (2, 1, 1)]
-        assert attend(*inputs, layout).dtype == dtype
+        assert attention(*inputs, layout).dtype == dtype
 
 
 def test_spans_leave_out_what_nobody_sees():
-    layout = attention_layout(packed_mask([[300] * 6]), 1)
-    assert isinstance(layout, BlockSparseLayout)
+    layout = segments_of(packed_mask([[300] * 6]), 1)
     scores = sum(segments.masked.numel() for segments in layout.segments)
     assert scores < 0.15 * 1800 * 1800
-    left = attention_layout(packed_mask([[300] * 6], left=1200), 1)
-    assert (
-        isinstance(left, BlockSparseLayout)
-        and sum(segments.masked.numel() for segments in left.segments) < 0.19 * 1800 * 3000
-    )  # its image, its own text
-
-
-def test_spans_are_for_training_alone():
-    with torch.no_grad():
-        mask = packed_mask([[3]])
-        assert attention_layout(mask, 1) is mask
+    left = segments_of(packed_mask([[300] * 6], left=1200), 1)
+    scores = sum(segments.masked.numel() for segments in left.segments)
+    assert scores < 0.19 * 1800 * 3000  # its image, its own text
 
 
 @pytest.fixture
 def plain_flex(monkeypatch):
     """FlexAttention as plain operations: kernels for a CPU would take a minute to compile."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention as flex
 
-    monkeypatch.setattr(attention, "flex", lambda: flex_attention)
+    monkeypatch.setattr(flex_attention, "compiled_flex", lambda: flex)
 
 
 def random_batch(seed: int, left_length: int, right_length: int, rows: int = 3) -> dict[str, torch.Tensor]:
@@ -210,11 +208,11 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
             b["left_groups"],
         ),
     }
-    for mask in masks_of.values():
+    for rule in masks_of.values():
+        mask, layout = rule.dense(), FlexLayout(rule, 2)
         B, _, T, S = mask.shape
-        layout = flex_block_mask(mask)
         every = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(S), indexing="ij")
-        assert torch.equal(layout.mask_mod(every[0], torch.tensor(0), every[1], every[2]), mask[:, 0])
+        assert torch.equal(layout.blocks.mask_mod(every[0], torch.tensor(0), every[1], every[2]), mask[:, 0])
         whole = (
             F.pad(mask[:, 0], (0, -S % 128, 0, -T % 128))
             .unflatten(2, (-1, 128))
@@ -222,77 +220,94 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
             .any(4)
             .any(2)
         )  # blocks of which something is seen
-        assert torch.equal(layout.to_dense()[:, 0].bool(), whole)
+        assert torch.equal(layout.blocks.to_dense()[:, 0].bool(), whole)
         queries, keys, values = torch.randn(B, 6, T, 16), torch.randn(B, 2, S, 16), torch.randn(B, 2, S, 16)
         with torch.no_grad():
             expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-            torch.testing.assert_close(attend(queries, keys, values, layout), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                attention(queries, keys, values, layout), expected, rtol=1e-5, atol=1e-5
+            )
 
 
-def test_one_function_chooses(plain_flex, monkeypatch):
-    """One function selects the form of attention.
+@pytest.fixture
+def restored_kernels():
+    yield
+    use_kernels("auto")
 
-    Spans on a CPU, blocks on CUDA if its compiler is installed, the mask itself elsewhere and without
-    gradients.
-    """
-    mask = packed_mask([[3]])
-    asked = Mock(spec=torch.Tensor, device=torch.device("cuda"))
-    monkeypatch.setattr(attention, "flex_block_mask", lambda mask: "blocks")
-    monkeypatch.setattr(attention, "find_spec", lambda name: name == "triton")
-    assert isinstance(attention_layout(mask, 1), BlockSparseLayout) and attention_layout(asked, 1) == "blocks"
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    assert attention_layout(asked, 1) is asked
+
+def test_the_seam_chooses(monkeypatch, restored_kernels):
+    """Segments in training on a CPU, FlexAttention on CUDA with its compiler, else the plain form."""
+    x, on_gpu = torch.empty(0), torch.empty(0, device="meta")
+    monkeypatch.setattr(
+        on_gpu.__class__, "device", property(lambda self: torch.device("cuda")), raising=False
+    )
+    monkeypatch.setattr(flex_attention, "find_spec", lambda name: name == "triton")
+    assert find_kernel("attention", on_gpu) is FlexLayout
+    monkeypatch.setattr(flex_attention, "find_spec", lambda name: None)
+    assert find_kernel("attention", on_gpu) is None
+    monkeypatch.undo()
+    assert find_kernel("attention", x) is BlockSparseLayout
     with torch.no_grad():
-        monkeypatch.undo()
-        assert attention_layout(asked, 1) is asked and attention_layout(mask, 1) is mask
+        assert find_kernel("attention", x) is None
+    use_kernels("plain")
+    assert all(find_kernel(operation, x) is None for operation in kernels.all_kernels())
+    use_kernels(["FlexLayout"])
+    assert find_kernel("attention", x) is None
+    use_kernels(["BlockSparseLayout"])
+    assert find_kernel("attention", x) is BlockSparseLayout
 
 
 def test_span_attention_has_the_right_gradient():
     torch.manual_seed(0)
     inputs = [torch.randn(1, n, 5, 2, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
-    assert torch.autograd.gradcheck(
-        lambda *x: SegmentAttention.apply(*x, attention_layout(packed_mask([[2, 3]]), 1)), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, segments_of(packed_mask([[2, 3]]), 1)), inputs)
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 50, 1 << 24])
-def test_cross_entropy(monkeypatch, chunk):
-    """Position by position, and its gradients where each position weighs differently."""
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+TINY = DecoderConfig(layers=2, hidden_size=48, heads=4, kv_heads=2, head_size=12, mlp_size=96)
+DECODERS = {
+    "as it is": TINY,
+    "biases": replace(TINY, qkv_bias=True),
+    "norms on heads": replace(TINY, qk_norm=True),
+    "layers without rotary embedding": replace(TINY, no_rope_interval=2),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_packed_blocks_compute_what_blocks_compute(decoder):
+    """Over a cache with rows of different lengths, four tokens each; and without a cache, as in training.
+
+    In fp32, whose rounding hides nothing. Norms and biases are not trivial.
+    """
     torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
-    labels = torch.tensor([3, -100, 0, 49, -100, 7, 7])
-    loss = cross_entropy(hidden, weight, labels)
-    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    ours, theirs = (
-        torch.autograd.grad((value * torch.arange(1, 8)).sum(), (hidden, weight))
-        for value in (loss, expected)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    model = LanguageModel(decoder, 40).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.1))
+    lengths = torch.tensor([7, 3])
+    before = torch.where(torch.arange(7) < lengths[:, None], torch.arange(7), torch.iinfo(torch.int64).max)
+    positions, x = lengths[:, None] + torch.arange(4), torch.randn(2, 4, 48)
+    earlier = torch.randn(2, 7, 48)
+    outputs = []
+    for packed in (False, True):
+        if packed:
+            for block in model.layers:
+                block.forward = PackedBlock(block)
+        cache = DecodingCache(2, 2, 2, 11, 12, torch.float32, torch.device("cpu"))
+        with torch.inference_mode():
+            for part, at in ((earlier, before), (x, positions)):
+                cache.reserve(at)
+                mask = cache_mask(at.clamp(max=99), cache.positions[:, : cache.used])
+                hidden = model(part, at.clamp(max=99), mask, cache)
+            outputs.append((hidden, model(x, positions, cache_mask(positions, positions))))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="packed"):
+        model.train()(x, positions, cache_mask(positions, positions))
 
 
-def test_cross_entropy_of_frozen_weights_and_of_nothing():
-    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(50, 6)
-    cross_entropy(hidden, weight, torch.tensor([1, 2, 3, -100])).sum().backward()
-    assert hidden.grad is not None and not hidden.grad[3].any() and weight.grad is None
-    weight.requires_grad_()
-    loss = cross_entropy(hidden[:0], weight, torch.empty(0, dtype=torch.long)).sum()
-    loss.backward()
-    assert loss.item() == 0 and not weight.grad.any()
-
-
-def test_cross_entropy_in_bf16_keeps_its_digits():
-    """The sum is made in float32: of 300 losses of about 10, bf16 would keep two digits."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_row_does_not_depend_on_the_others(dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 instructions")
     torch.manual_seed(0)
-    hidden, weight, labels = (
-        torch.randn(300, 64).bfloat16(),
-        torch.randn(5000, 64).bfloat16() * 0.1,
-        torch.randint(0, 5000, (300,)),
-    )
-    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum").item()
-    assert cross_entropy(hidden, weight, labels).sum().item() == pytest.approx(expected, rel=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert cross_entropy(hidden.float(), weight.float(), labels).sum().item() == pytest.approx(
-            expected, rel=1e-4
-        )
+    packed, x = PackedLinear(torch.nn.Linear(48, 96).to(dtype)), torch.randn(32, 48).to(dtype)
+    assert all(torch.equal(packed(x[:n]), packed(x)[:n]) for n in (1, 2, 5, 8, 17))

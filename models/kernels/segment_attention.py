@@ -1,20 +1,16 @@
-"""Softmax attention, and the choice of its kernel.
+"""Attention in training on a CPU: matrix products over segments of a packed row.
 
-Inference uses torch's fused kernel; training uses FlexAttention on CUDA and block-sparse segments on a CPU.
+A packed row's documents do not see one another, and no token sees a later one: most scores of the dense form
+need not be computed. docs/log/experiments.md has the time saved.
 """
 
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from models.masks import Mask
 
 Array = np.ndarray[Any, Any]
 
@@ -49,14 +45,14 @@ class _Segment(NamedTuple):
 
 
 class BlockSparseLayout:
-    """The segments of a mask (B, 1, T, S): all that is seen, and little else.
+    """The segments of a mask: all that is seen, and little else.
 
     Slots number the gathered queries and keys of all segments and heads.
     """
 
-    def __init__(self, mask: Tensor, kv_heads: int) -> None:
-        B, _, T, S = mask.shape
-        G, heads, seen = kv_heads, np.arange(kv_heads), mask[:, 0].numpy()
+    def __init__(self, mask: Mask, kv_heads: int) -> None:
+        seen = mask.dense()[:, 0].numpy()
+        (B, T, S), G, heads = seen.shape, kv_heads, np.arange(kv_heads)
         pending = [
             _Segment(row, start, end, np.flatnonzero(seen[row, start:end].any(0)))
             for row in range(B)
@@ -89,6 +85,16 @@ class BlockSparseLayout:
         self.key_slots = torch.from_numpy(first_slots)  # (B · S · G,)
         self.more_keys = [(torch.from_numpy(rows), torch.from_numpy(slots)) for rows, slots in more_slots]
         self._bias: dict[torch.dtype, list[Tensor]] = {}
+
+    @staticmethod
+    def applies(x: Tensor) -> bool:
+        """For training on a CPU."""
+        return torch.is_grad_enabled() and x.device.type == "cpu"
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Arguments as in `attention`."""
+        out: Tensor = SegmentAttention.apply(queries, keys, values, self)
+        return out
 
     def bias(self, dtype: torch.dtype) -> list[Tensor]:
         """Each segment group's addend to its scores (n, G, t, H ÷ G, s): 0, or −∞ where masked.
@@ -161,68 +167,10 @@ def _occurrences(
     return first.reshape(-1), more
 
 
-AttentionLayout = Union[Tensor, BlockSparseLayout, "BlockMask"]
-
-
-def attention_layout(mask: Tensor, kv_heads: int) -> AttentionLayout:
-    """Prepare a mask (B, 1, T, S) for `attend`, once for all layers.
-
-    Where gradients are computed, that is segments on a CPU and FlexAttention's blocks on CUDA. A packed row's
-    documents do not see one another, and no token sees a later one: most scores need not be computed.
-    """
-    if not torch.is_grad_enabled():
-        return mask
-    if mask.device.type == "cuda" and find_spec("triton") is not None:  # FlexAttention needs it
-        return flex_block_mask(mask)
-    return BlockSparseLayout(mask, kv_heads) if mask.device.type == "cpu" else mask
-
-
-def flex_block_mask(mask: Tensor) -> "BlockMask":
-    """FlexAttention's block mask of a mask (B, 1, T, S).
-
-    It skips blocks of 128 × 128 in which nothing is seen, and reads the mask in those seen in part.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    B, _, T, S = mask.shape
-    return create_block_mask(
-        lambda b, h, query, key: mask[b, 0, query, key], B, None, T, S, device=str(mask.device)
-    )
-
-
-@cache
-def flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for all layers and both towers, with dynamic sizes."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionLayout) -> Tensor:
-    """Softmax attention of `queries` (B, H, T, E) over `keys`, `values` (B, G, S, E) → (B, H, T, E).
-
-    `mask`: boolean (B, 1, T, S), its `attention_layout`, or float to be added to the scores.
-    """
-    if isinstance(mask, BlockSparseLayout):
-        return SegmentAttention.apply(queries, keys, values, mask)
-    if not isinstance(mask, Tensor):
-        return flex()(
-            queries,
-            keys.to(queries.dtype),
-            values.to(queries.dtype),
-            block_mask=mask,
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1]
-    )
-
-
 class SegmentAttention(torch.autograd.Function):
     """Attention over segments, by matrix products; the weights are saved for the backward pass.
 
     Queries, keys and values are gathered by segment, and the results scattered back.
-    docs/log/experiments.md has the time saved.
     """
 
     @staticmethod

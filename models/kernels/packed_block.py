@@ -1,0 +1,101 @@
+"""Decoder blocks for decoding in bf16 on a CPU: merged linear layers with weights in oneDNN's own layout.
+
+For more than one row, torch lays bf16 weights out anew at every call; for the few rows of a decode step that
+takes as long as the products. Beside it the block's many small calls, a fourth of the time at one token, are
+halved. docs/log/experiments.md has the figures.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.kv_cache import DecodingCache
+from models.layers import AttentionLayout, KVSource, RMSNorm, Rotary, attention
+
+ROWS = 8  # that the layout is made for
+MAX_ROWS = 32  # that it is used for; with more the plain block is faster
+
+
+class PackedLinear:
+    """Linear layers over the same input as one product; their results are concatenated.
+
+    A row's result does not depend on the number of rows, so that a verified draft equals plain decoding.
+    """
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), ROWS)
+        self.bias = torch.cat(biases) if biases else None
+        self.product = torch.ops.mkldnn._linear_pointwise.default  # looked up once
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.product(x, self.weight, self.bias, "none", [], "")
+        return out
+
+
+class PackedNorm:
+    """RMSNorm by LayerNorm's one kernel: x and −x together have mean 0 and x's mean square as variance."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.weight, self.eps = torch.cat((norm.weight, norm.weight)).detach(), norm.eps
+        self.signs = norm.weight.new_tensor(((1.0,), (-1.0,)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        D = x.shape[-1]
+        signed = (x.unsqueeze(-2) * self.signs).flatten(-2)  # (…, 2·D)
+        return torch.layer_norm(signed, (2 * D,), self.weight, None, self.eps).narrow(-1, 0, D)
+
+
+class PackedBlock:
+    """The forward of a `DecoderBlock` over few tokens and a `DecodingCache`; other inputs take the plain one.
+
+    The packed weights are a copy, for inference only.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block, attention, mlp = block, block.self_attn, block.mlp
+        self.layer, self.has_rope, self.config = attention.layer, attention.has_rope, attention.config
+        self.norms = PackedNorm(block.input_layernorm), PackedNorm(block.post_attention_layernorm)
+        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = PackedLinear(attention.o_proj)
+        self.gate_up, self.down = PackedLinear(mlp.gate_proj, mlp.up_proj), PackedLinear(mlp.down_proj)
+
+    @staticmethod
+    def applies(weight: Tensor) -> bool:
+        """For bf16 on a CPU with instructions for it (AVX-512)."""
+        ops = torch.ops.mkldnn
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and torch.backends.mkldnn.is_available()
+            and ops._is_mkldnn_bf16_supported()
+            and hasattr(ops, "_linear_pointwise")
+        )
+
+    def __call__(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+    ) -> Tensor:
+        """`x` (B, T, D) → (B, T, D); arguments as in `DecoderBlock`."""
+        block = self.block
+        if block.training:
+            raise ValueError("the weights are packed for decoding: load the model again to train it")
+        if not isinstance(past, DecodingCache) or x.shape[:-1].numel() > MAX_ROWS:
+            plain: Tensor = block.run(x, rotary, mask, past)
+            return plain
+        H, G, E, M = self.config.heads, self.config.kv_heads, self.config.head_size, self.config.mlp_size
+        qkv = self.qkv(self.norms[0](x)).view(*x.shape[:2], H + 2 * G, E).transpose(1, 2)
+        queries_keys = qkv.narrow(1, 0, H + G)  # (B, H + G, T, E)
+        if self.config.qk_norm:
+            q_norm, k_norm = block.self_attn.q_norm, block.self_attn.k_norm
+            queries_keys = torch.cat((q_norm(qkv.narrow(1, 0, H)), k_norm(qkv.narrow(1, H, G))), 1)
+        if self.has_rope:
+            queries_keys = rotary.rotate(queries_keys)
+        new_keys, new_values = queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G)
+        keys, values = past.extend(self.layer, new_keys, new_values, None)  # keys are rotated already
+        seen = attention(queries_keys.narrow(1, 0, H), keys, values, mask)  # (B, H, T, E)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        gate_up = self.gate_up(self.norms[1](x))  # (B, T, 2·M)
+        return x + self.down(F.silu(gate_up.narrow(-1, 0, M)) * gate_up.narrow(-1, M, M))
