@@ -12,7 +12,7 @@ DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DI
 import argparse
 from pathlib import Path
 
-from configs.cli import FlagParser, add_checkpoint
+from configs.cli import FlagParser, add_model_flags
 from utils.errors import UsageError, UserError, run_script
 
 
@@ -20,7 +20,7 @@ def make_parser() -> FlagParser:
     parser = FlagParser(
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_checkpoint(parser)
+    add_model_flags(parser)
     parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument(
@@ -90,11 +90,13 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--output: {output} cannot be a folder: {error.strerror}") from None
     try:
         from eval.results import evaluate
+        from models.kernels import use_kernels
     except ModuleNotFoundError as error:
         raise UserError(
             f"the package {error.name} is not installed: "
             "evaluation needs the group eval (pip install -e '.[eval]')"
         ) from None
+    use_kernels(args.kernels)
     evaluate(args, output)
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.cli import FlagParser, add_checkpoint, add_flags, override
+from configs.cli import FlagParser, add_flags, add_model_flags, override
 from configs.model import GenerationConfig
 from configs.serialization import load_json
 from utils.errors import UsageError, run_script
@@ -24,7 +24,7 @@ def make_parser() -> FlagParser:
     parser = FlagParser(
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_checkpoint(parser)
+    add_model_flags(parser)
     parser.add_argument(
         "--image",
         action="append",
@@ -96,7 +96,9 @@ def main(argv: list[str]) -> None:
     with faster_imports():
         from eval.chat import Chat, answer_all, talk
         from eval.predictor import Predictor
+        from models.kernels import use_kernels
 
+    use_kernels(flags["kernels"])
     store, config = (Path(flags[name]) if flags[name] else None for name in ("store", "config"))
     predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], store, config)
     images = [predictor.tiles(image) for image in flags["image"] or ()]

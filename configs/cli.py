@@ -90,8 +90,8 @@ def add_flags(
         section.add_argument(f"--{prefix}{f.name}", **options)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model a program takes: `--checkpoint`, or `--model`, and `--config`."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model a program takes, and with which kernels it computes."""
     parser.add_argument(
         "--checkpoint",
         "--model",
@@ -101,6 +101,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config", metavar="FILE", help="config.json of a weights file [the one in its folder]"
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "plain"),
+        default="auto",
+        help="auto: faster forms of the model's operations where they apply; plain: PyTorch's alone [auto]",
     )
 
 

@@ -338,6 +338,9 @@ class Config:
         "comma-separated experiment trackers: wandb, tensorboard, trackio (metrics.jsonl is always written)",
     )
     seed: int = opt(0, "random seed of initial weights and data order")
+    kernels: Literal["auto", "plain"] = opt(
+        "auto", "auto: faster forms of the model's operations where they apply; plain: PyTorch's alone"
+    )
     cache_dir: str = opt(CACHE, "folder of cached vision features")
     model: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()

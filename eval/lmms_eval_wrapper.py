@@ -26,6 +26,7 @@ from PIL import Image, ImageFile
 from configs.model import GenerationConfig
 from data.images import Tiles
 from eval.predictor import Answer, Predictor
+from models.kernels import MODES, use_kernels
 from utils.errors import ImageError, UsageError, UserError
 from utils.files import replacing
 
@@ -54,6 +55,7 @@ class DualTower(lmms):
         dtype: str = "fp32",
         max_new_tokens: int | str = 0,
         speculative: str = "auto",
+        kernels: str = "auto",
         predictor: Predictor | None = None,
         thumbnails: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -65,10 +67,14 @@ class DualTower(lmms):
         if unknown:
             raise UsageError(
                 f"--model_args: unknown {', '.join(unknown)} "
-                "(known: pretrained, dtype, max_new_tokens, speculative)"
+                "(known: pretrained, dtype, max_new_tokens, speculative, kernels)"
             )
         if predictor is None and not pretrained:
             raise UsageError("--model_args: pretrained=DIR is needed, a model folder or Hub id")
+        if kernels not in MODES:
+            raise UsageError(f"--model_args: kernels={kernels} must be one of {', '.join(MODES)}")
+        if predictor is None:
+            use_kernels(kernels)
         self.predictor = (
             predictor if predictor is not None else Predictor.from_pretrained(pretrained, dtype, device)
         )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from configs.cli import FlagParser, add_checkpoint, add_flags, override
+from configs.cli import FlagParser, add_flags, add_model_flags, override
 from configs.model import GenerationConfig, MultiTokenConfig, opt
 from configs.train import DataConfig
 from data.collators import collate_prompts
@@ -33,6 +33,7 @@ from data.sources import open_sources
 from eval.predictor import Predictor
 from hf.export import add_hf_code
 from models.generation import generate, prefill
+from models.kernels import use_kernels
 from models.layers import computes_bf16
 from models.multi_token import MultiTokenHeads, chains
 from utils.errors import UsageError, UserError, run_script
@@ -308,7 +309,7 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_checkpoint(parser)
+    add_model_flags(parser)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="model folder to write: the same model, with heads"
     )
@@ -321,6 +322,7 @@ def main(argv: list[str]) -> None:
     if output.exists() and not (output / "config.json").is_file() and any(contents):
         raise UsageError(f"--output {output} exists and is not a model folder")
     console = Console()
+    use_kernels(flags["kernels"])
     torch.manual_seed(config.seed)
     started = time.perf_counter()
     config_file = Path(flags["config"]) if flags["config"] else None

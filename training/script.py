@@ -23,6 +23,7 @@ from eval.validation import (
     save_picture,
     save_samples,
 )
+from models.kernels import use_kernels
 from models.layers import pick_device
 from models.modality_projector import check_kind
 from models.weights.lora import check_lora
@@ -53,6 +54,7 @@ TORCHRUN = (
 def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Train `model_class` and export it. `flags`: the flags that the command line gave."""
     check_before_start(config, flags, model_class)
+    use_kernels(config.kernels)
     if config.dry_run:
         print_estimate(config, flags, model_class)
         return
@@ -66,6 +68,7 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         notes: list[str] = []  # for the log, which is not open yet
         open_folder = partial(open_and_lock, config, flags, model_class, world, until_the_end, notes)
         config, folder, checkpoint, is_new = world.run_on_rank0(open_folder)
+        use_kernels(config.kernels)  # a resumed run's own
         Trackers.check(config.log)
         if is_new and world.is_rank0:
             until_the_end.enter_context(removing_new_tokenizer(folder))

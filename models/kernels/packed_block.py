@@ -1,8 +1,8 @@
-"""Decoder blocks for decoding in bf16 on a CPU: merged linear layers with weights in oneDNN's own layout.
+"""Decoder blocks for decoding on a CPU: merged linear layers, with weights in oneDNN's own layout.
 
 For more than one row, torch lays bf16 weights out anew at every call; for the few rows of a decode step that
-takes as long as the products. Beside it the block's many small calls, a fourth of the time at one token, are
-halved. docs/log/experiments.md has the figures.
+takes as long as the products. Beside it the block's many small calls are halved. docs/log/experiments.md has
+the figures.
 """
 
 from typing import Any
@@ -65,15 +65,12 @@ class PackedBlock:
 
     @staticmethod
     def applies(weight: Tensor) -> bool:
-        """For bf16 on a CPU with instructions for it (AVX-512)."""
+        """For fp32, and bf16 where there are instructions for it (AVX-512), on a CPU."""
         ops = torch.ops.mkldnn
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()
-            and ops._is_mkldnn_bf16_supported()
-            and hasattr(ops, "_linear_pointwise")
-        )
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        bf16 = weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
+        return hasattr(ops, "_linear_pointwise") and (weight.dtype == torch.float32 or bf16)
 
     def __call__(
         self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
