@@ -9,6 +9,7 @@ ends it.
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from configs.cli import FlagParser, add_checkpoint, add_flags, override
 from configs.model import GenerationConfig
 from configs.serialization import load_json
 from utils.errors import UsageError, run_script
-from utils.imports import exit_at_once, faster_imports
 
 
 def make_parser() -> FlagParser:
@@ -93,9 +93,11 @@ def main(argv: list[str]) -> None:
     settings = override(settings, flags)
     check(flags, settings)
 
-    with faster_imports():
-        from eval.chat import Chat, answer_all, talk
-        from eval.predictor import Predictor
+    gc.disable()  # saves a sixth of the time of these imports, which make a million objects that stay
+    from eval.chat import Chat, answer_all, talk
+    from eval.predictor import Predictor
+
+    gc.enable()
 
     store, config = (Path(flags[name]) if flags[name] else None for name in ("store", "config"))
     predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], store, config)
@@ -112,4 +114,3 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     run_script(main)
-    exit_at_once()

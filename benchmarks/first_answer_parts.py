@@ -3,11 +3,10 @@
 Arguments: model folder, image, question, maximum tokens. Prints one JSON object.
 """
 
+import gc
 import json
 import sys
 import time
-
-from utils.imports import faster_imports
 
 
 def main(folder: str, image: str, question: str, tokens: str) -> None:
@@ -20,8 +19,10 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
         seconds[name] = now - last
         last = now
 
-    with faster_imports():
-        from eval.predictor import Predictor, _tokenizer
+    gc.disable()  # as generate.py does
+    from eval.predictor import Predictor, _tokenizer
+
+    gc.enable()
     from configs.model import GenerationConfig
     from data.render import Renderer
     from models.dual_tower.dual_tower import DualTowerVLM
