@@ -1,6 +1,7 @@
 """Tensors of a file → a module. Strict: every tensor is accounted for."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,10 +62,11 @@ def _compute_buffers(module: nn.Module, context: str) -> None:
     """
     for part in module.modules():
         on_meta = [(name, buffer) for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
-        if on_meta and hasattr(part, "init_non_persistent_buffers"):
+        compute: Callable[[], None] | None = getattr(part, "init_non_persistent_buffers", None)
+        if on_meta and compute is not None:
             for name, buffer in on_meta:
                 setattr(part, name, torch.empty_like(buffer, device="cpu"))
-            part.init_non_persistent_buffers()
+            compute()
     named = [*module.named_parameters(), *module.named_buffers()]
     if remaining := [name for name, tensor in named if tensor.is_meta]:
         raise UserError(
