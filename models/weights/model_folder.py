@@ -168,7 +168,7 @@ def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor
         )
     first = len(tensors[table]) - vocabulary.markers
     used = {name: t for name, t in tensors.items() if name in own} | {
-        table: tensors[table][first : first + markers]
+        table: tensors[table][first : first + markers].clone()
     }
     load_tensors(left, used, context)
     return sorted(tensors.keys() - own.keys())
