@@ -44,8 +44,8 @@ class ImageError(UserError):
 def nearest(name: str, known: list[str], count: int = 1) -> str:
     """A hint for an error: `" (did you mean 'lr_right'?)"`, with the `count` known words nearest to `name`.
 
-    An earlier name gives the one it has now; a removed one, what to do instead. Without a near word: all known
-    words if there are at most 12, else an empty string.
+    An earlier name gives the one it has now; a removed one, what to do instead. Without a near word: all
+    known words if there are at most 12, else an empty string.
     """
     leaf = re.split("[-.]", name)[-1]
     if leaf in REMOVED:

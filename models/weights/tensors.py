@@ -76,7 +76,7 @@ def _compute_buffers(module: nn.Module, context: str) -> None:
 
 
 def allocate(module: nn.Module) -> None:
-    """Give tensors that are on the meta device memory, for a checkpoint that fills it: values are arbitrary."""
+    """Give tensors on the meta device memory, which a checkpoint will fill: values are arbitrary."""
     on_meta = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_meta}
     empty = {name: torch.empty_like(tensor, device="cpu") for name, tensor in on_meta.items()}
     module.load_state_dict(empty, assign=True, strict=False)
