@@ -3,11 +3,10 @@
 Arguments: model folder, image, question, maximum tokens. Prints one JSON object.
 """
 
+import gc
 import json
 import sys
 import time
-
-from utils.imports import faster_imports
 
 
 def main(folder: str, image: str, question: str, tokens: str) -> None:
@@ -20,12 +19,14 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
         seconds[name] = now - last
         last = now
 
-    with faster_imports():
-        from eval.predictor import Predictor, _tokenizer
+    gc.disable()  # as generate.py does
+    from eval.predictor import Predictor, _tokenizer
+
+    gc.enable()
     from configs.model import GenerationConfig
     from data.render import Renderer
     from models.dual_tower.dual_tower import DualTowerVLM
-    from models.kernels.packed_linear import Packed, pack_for_decoding
+    from models.kernels import find_kernel
     from models.vision_language_model import VisionLanguageModel
     from models.weights.folder import find_files
     from models.weights.model_folder import load_model
@@ -35,8 +36,9 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     mark("building the model and loading its weights")
     tokenizer = _tokenizer(find_files(folder))
     mark("tokenizer")
-    if Packed.available(model.right.unembedding):
-        pack_for_decoding(model)
+    if packed := find_kernel("decoding", model.right.unembedding):
+        for block in model.right.layers:
+            block.forward = packed(block)
     mark("laying the weights out for oneDNN")
     renderer = Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context)
     predictor = Predictor(model, renderer)

@@ -30,10 +30,6 @@ class FilterConfig:
     max_answer: int = opt(0, "maximum characters of an answer (0: no bound)")
     min_side: int = opt(0, "minimum shorter side of an image, in pixels (0: no bound)")
     min_clip_score: float = opt(0.0, "minimum CLIP score, for records that have one (0: no bound)")
-    duplicates: bool = opt(
-        False,
-        "leave out near-duplicates of earlier images (perceptual hash; the main process decodes every image)",
-    )
 
     def __post_init__(self) -> None:
         for f in fields(self):

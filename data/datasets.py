@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.model import VisionConfig
 from configs.train import DataConfig
-from data.filters import DuplicateImages, turn_problem
+from data.filters import turn_problem
 from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.parquet import UnreadableBlock
@@ -94,7 +94,6 @@ class SampleDataset:
         self.sources, self.renderer, self.vision = sources, renderer, vision
         self.config, self.max_positions = config, max_positions
         self.dropped: Counter[tuple[str, str]] = Counter()
-        self.duplicates = DuplicateImages() if config.filters.duplicates else None
         self.cache: dict[tuple[int, int], list[Sample]] = {}
         self.capacity = CACHE_BYTES if keep else 0  # bytes left in the cache
 
@@ -158,7 +157,7 @@ class SampleDataset:
                 turns.append(turn)
         if not turns:
             return []
-        grids = self._usable_grids(record, (source, index), counts)
+        grids = self._usable_grids(record, counts)
         if grids is None:
             return []
         documents = self._documents(grids, turns_of(turns, record.get("turns") or self.config.turns), counts)
@@ -168,9 +167,7 @@ class SampleDataset:
             for part, documents in enumerate(self._parts(documents))
         ]
 
-    def _usable_grids(
-        self, record: dict[str, Any], owner: tuple[int, int], counts: Counter[str]
-    ) -> list[Grid] | None:
+    def _usable_grids(self, record: dict[str, Any], counts: Counter[str]) -> list[Grid] | None:
         """Return the tile grid of every image; None, with the reason counted, if the record is dropped."""
         images, minimum = record["images"], self.config.filters.min_clip_score
         try:
@@ -180,11 +177,7 @@ class SampleDataset:
             if minimum and isinstance(score, int | float) and score < minimum:
                 counts["clip_score"] += 1
                 return None
-            grids = [self._grid(image) for image in images]
-            if self.duplicates is not None and images and self.duplicates.seen(images, owner):
-                counts["duplicate"] += 1
-                return None
-            return grids
+            return [self._grid(image) for image in images]
         except ImageError as error:
             counts[f"image_{error.reason}"] += 1
             return None
@@ -320,22 +313,13 @@ class SampleStream:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return the position as plain JSON. Of the many image hashes, only the number is given."""
-        images = len(self.dataset.duplicates.owners) if self.dataset.duplicates is not None else 0
+        """Return the position as plain JSON."""
         dropped = [[*k, n] for k, n in self.dataset.dropped.items()]
-        return {
-            "epoch": self.epoch,
-            "cursor": self.cursor,
-            "part": self.part,
-            "dropped": dropped,
-            "images": images,
-        }
+        return {"epoch": self.epoch, "cursor": self.cursor, "part": self.part, "dropped": dropped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.cursor, self.part = state["epoch"], state["cursor"], state["part"]
         self.dataset.dropped = Counter({(source, reason): n for source, reason, n in state["dropped"]})
-        if self.dataset.duplicates is not None:
-            self.dataset.duplicates.load(state["images"])
 
 
 def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:

@@ -92,8 +92,7 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Return the position as plain JSON."""
         state = self.rows.state() if self.consumed is None else self.consumed
-        images = self.dataset.duplicates.first(state["images"]) if self.dataset.duplicates is not None else []
-        return state | {"images": images, "damaged": [[*key, n] for key, n in self.damaged.items()]}
+        return state | {"damaged": [[*key, n] for key, n in self.damaged.items()]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Call before the first batch; the number of workers may differ."""

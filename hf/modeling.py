@@ -20,7 +20,6 @@ from models.generation import generate
 from models.image_blocks import encode_rows, image_blocks_of
 from models.image_store import ImageStore
 from models.language_model import Output
-from models.vision_encoder import VisionEncoder
 from models.vision_language_model import VisionLanguageModel
 from utils.errors import UsageError, nearest
 
@@ -94,15 +93,9 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill the buffers that follow from the settings.
-
-        transformers builds models on the meta device and fills in only the tensors of the file.
-        """
-        if isinstance(module, VisionEncoder):
-            whole = VisionEncoder(module.config)
-            for name, part in whole.named_modules():
-                for leaf in part._non_persistent_buffers_set:
-                    module.get_submodule(name).get_buffer(leaf).copy_(part.get_buffer(leaf))
+        """Compute the buffers that no file holds: transformers fills in only the tensors of the file."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.right.embed_tokens

@@ -179,10 +179,9 @@ def building(config: DecoderConfig) -> torch.device:
 def init_weights(module: nn.Module, config: DecoderConfig) -> None:
     """Normal(0, 0.02), times 1/√(2·layers) for projections into the residual stream (GPT-2).
 
-    Leaves weights that come from a file uninitialised.
+    A module on the meta device gets its values from a file (models/weights/tensors.py).
     """
-    if config.weights != "random":
-        module.to_empty(device=torch.get_default_device())
+    if next(module.parameters()).is_meta:
         return
     for name, weight in module.named_parameters():
         if name.endswith(".bias"):

@@ -115,15 +115,20 @@ class VisionEncoder(nn.Module):
         self.own_size: int = settings["input_size"][-1]
         # Drop the layers whose output is not read.
         self.backbone.prune_intermediate_layers([self.level], prune_norm=not self.last, prune_head=True)
-        mean, std = (0.0,) * 3, (1.0,) * 3
-        if config.normalize == "timm":
-            mean, std = settings["mean"], settings["std"]
-        for name, values in (("mean", mean), ("std", std)):  # of 8-bit pixels
-            buffer = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, buffer, persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(1, 3, 1, 1, dtype=torch.float32), persistent=False)
+        self.init_non_persistent_buffers()
         self.eval()
         # training/feature_cache.py: stores a frozen encoder's features.
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill in mean and standard deviation of 8-bit pixels. Under this name timm's modules do the same."""
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if self.config.normalize == "timm":
+            mean, std = self.backbone.default_cfg["mean"], self.backbone.default_cfg["std"]
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stay in evaluation mode."""

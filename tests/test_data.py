@@ -6,7 +6,6 @@ Nothing is dropped silently, every sample comes once an epoch, the state is exac
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 import warnings
@@ -760,57 +759,3 @@ class TestFilters:
         scored = [of[0] | {"clip_score": 0.2}, of[0] | {"clip_score": 0.3}, of[0]]
         assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
         assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
-
-    def test_duplicates_are_detected_after_compression_and_scaling(self, renderer, tmp_path):
-        """Of duplicates the first is used, in this epoch and the next.
-
-        Different images are not treated as duplicates.
-        """
-        rng = np.random.default_rng(5)
-        records = []
-        for i in range(40):
-            base = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
-                (160, 120), Image.Resampling.BICUBIC
-            )
-            variants = [(base, {}), (base.resize((200, 150)), {"quality": 60})] if i % 2 else [(base, {})]
-            for number, (image, options) in enumerate(variants):
-                image.save(tmp_path / f"{i}_{number}.jpg", **options)
-                records.append(
-                    {
-                        "images": [str(tmp_path / f"{i}_{number}.jpg")],
-                        "texts": TURNS[:1],
-                        "id": f"{i}_{number}",
-                    }
-                )
-        for i, color in enumerate(((200, 0, 0), (0, 200, 0), (200, 60, 0))):
-            Image.new("RGB", (50, 50), color).save(tmp_path / f"plain{i}.png")
-            records.append(
-                {"images": [str(tmp_path / f"plain{i}.png")], "texts": TURNS[:1], "id": f"plain{i}"}
-            )
-        random.Random(0).shuffle(records)
-        dataset = dataset_of(records, renderer, keep=False, filters=FilterConfig(duplicates=True))
-        first = [s.key for s in samples_of(dataset)]
-        assert len(first) == 43 and dataset.dropped == {("test", "duplicate"): 20}
-        assert {records[key[1]]["id"].split("_")[0] for key in first} == {
-            *map(str, range(40)),
-            "plain0",
-            "plain1",
-            "plain2",
-        }
-        assert [s.key for s in samples_of(dataset, False)] == first
-
-    def test_seen_images_are_part_of_the_state(self, records, renderer, tmp_path):
-        for i, record in enumerate(records):
-            Image.fromarray(np.random.default_rng(i // 2).integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(
-                record["images"][0]
-            )
-        options = {"filters": FilterConfig(duplicates=True), "window": 2}
-        whole = loader_of(records, renderer, **options)
-        expected = [digest(b) for b in islice(whole, 10)]
-        first = loader_of(records, renderer, **options)
-        list(islice(first, 1))
-        again = loader_of(records, renderer, **options)
-        again.load_state(json.loads(json.dumps(first.state())))
-        assert [digest(b) for b in islice(again, 9)] == expected[
-            1:
-        ] and again.dropped() == whole.dropped() == {("test", "duplicate"): 6}

@@ -13,6 +13,7 @@ from data.images import Tiles
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import VisionEncoder, resolve_vision
+from models.weights.tensors import load_tensors
 from models.weights.vision import load_vision_weights
 from tests.conftest import TINY_MODEL, lively_model, random_tiles, to_format_3
 from tests.naive_dual_tower import Naive
@@ -42,6 +43,7 @@ def test_round_trip(model, renderer, folder):
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), again.model.state_dict().values(), strict=True)
     )
+    assert not any(t.is_meta for t in [*again.model.parameters(), *again.model.buffers()])
     asked = [([Tiles((1, 1), random_tiles(1))], "what color is the shape?")]
     assert (
         again.answer(asked, GenerationConfig())[0].text
@@ -261,6 +263,64 @@ def test_timm_says_size_and_grid(name, own_size, grid):
 def test_a_tile_size_that_the_encoder_cannot_take(name, size):
     with pytest.raises(UsageError, match=f"image_size = {size}"):
         resolve_vision(VisionConfig(name, image_size=size))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unsaved"),
+    [
+        ("vit_base_patch16_siglip_224", {"depth": 2}, 0),
+        ("swin_tiny_patch4_window7_224", {"depths": [2, 2], "num_heads": [3, 6]}, 6),
+        ("eva02_tiny_patch14_224", {"depth": 2}, 4),
+        ("convnext_atto", {}, 0),
+    ],
+)
+def test_encoders_loaded_on_the_meta_device_equal_timms(name, options, unsaved):
+    """Weights, buffers (`unsaved` of them in no file) and features are those of timm's model."""
+    import timm
+
+    torch.manual_seed(0)
+    whole = timm.create_model(name, **options).eval()
+    config = resolve_vision(VisionConfig(name, options=json.dumps(options)))
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+    saved = encoder.state_dict().keys()
+    tensors = {f"backbone.{key}": tensor for key, tensor in whole.state_dict().items()}
+    load_tensors(encoder, {key: tensor for key, tensor in tensors.items() if key in saved}, name)
+    backbone = encoder.backbone
+    loaded = dict([*backbone.named_parameters(), *backbone.named_buffers()])
+    expected = dict([*whole.named_parameters(), *whole.named_buffers()])
+    assert len(loaded.keys() - backbone.state_dict().keys()) == unsaved
+    for key, tensor in loaded.items():
+        assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key]), key
+    tiles = random_tiles(1, side=config.image_size)
+    mean, std = (torch.tensor(whole.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        features = whole.forward_intermediates((tiles / 255 - mean) / std, intermediates_only=True, norm=True)
+        torch.testing.assert_close(encoder(tiles), features[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_no_tensor_remains_on_the_meta_device(computed):
+    """A buffer that no file holds is computed by its module, or named in an error."""
+
+    class Positions(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 3)
+            self.register_buffer("positions", torch.arange(3), persistent=False)
+            if computed:
+                self.init_non_persistent_buffers = lambda: self.positions.copy_(torch.arange(3))
+
+    with torch.device("meta"):
+        module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), Positions())
+    tensors = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3)).state_dict()
+    del tensors["0.num_batches_tracked"]
+    if not computed:
+        with pytest.raises(UserError, match=r"file has no values for 1\.positions"):
+            load_tensors(module, tensors, "file")
+        return
+    load_tensors(module, tensors, "file")
+    assert module[1].positions.tolist() == [0, 1, 2] and module[0].num_batches_tracked == 0
+    assert torch.equal(module[1].weight, tensors["1.weight"])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])

@@ -161,8 +161,7 @@ def resample(
     `right_length` decides where conversations are truncated and records are divided into parts.
     """
     old, d = data.training, config.data
-    filters = replace(d.filters, duplicates=False)  # duplicates are out already
-    changed = replace(d, left_length=budget.left, right_length=budget.right, filters=filters)
+    changed = replace(d, left_length=budget.left, right_length=budget.right)
     dataset = SampleDataset(old.sources, old.renderer, old.vision, changed, old.max_positions, keep=False)
     result: list[Sample] = []
     lost = 0

@@ -13,6 +13,7 @@ from configs.train import Config
 from data.tokenizer import Tokenizer
 from hf.export import add_hf_code
 from models.weights.lora import add_adapters, merge_adapters, save_adapters
+from models.weights.tensors import allocate
 from training.checkpoint import load_weights_of
 from training.distributed import full_tensor
 from training.ema import load_ema
@@ -59,10 +60,7 @@ def export_checkpoint(
     with torch.device("meta"):  # so that no random number is drawn: training's order stays
         model = model_class(config.model, tokenizer.vocabulary)
         add_adapters(model, config.lora)
-    model.load_state_dict(
-        {name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()},
-        assign=True,
-    )
+    allocate(model)
     load_weights_of(checkpoint, model)
     if config.train.ema:
         load_ema(checkpoint, model)

@@ -32,7 +32,7 @@ from models.weights.language_models import (
 )
 from models.weights.lora import add_adapters
 from models.weights.model_folder import left_tower_of, load_left_tower
-from models.weights.tensors import module_fingerprint
+from models.weights.tensors import allocate, module_fingerprint
 from models.weights.vision import load_vision_weights
 from training.checkpoint import load_weights_of, read_state
 from training.feature_cache import FeatureCache
@@ -243,6 +243,8 @@ def prepare(
     encoder = model.parts()["vision"]
     if checkpoint is None:
         load_pretrained(model, config, log)
+    else:
+        allocate(model)
     add_adapters(model, config.lora)
     if checkpoint is not None:
         load_weights_of(checkpoint, model)  # before the cache, which depends on the weights

@@ -16,6 +16,10 @@ EARLIER_NAMES = {  # of flags and keys in the first edition → their names now
     "generation_config": "sampling_defaults",
 }
 
+REMOVED = {  # flags and keys of the first edition without a successor → what to do instead
+    "duplicates": "leave out near-duplicate images before training",
+}
+
 
 class UserError(Exception):
     """An error that the user can mend: the message says what is wrong, where, and what to do. Exit code 1."""
@@ -40,10 +44,13 @@ class ImageError(UserError):
 def nearest(name: str, known: list[str], count: int = 1) -> str:
     """A hint for an error: `" (did you mean 'lr_right'?)"`, with the `count` known words nearest to `name`.
 
-    An earlier name gives the one it has now. Without a near word: all known words if there are at most 12,
-    else an empty string.
+    An earlier name gives the one it has now; a removed one, what to do instead. Without a near word: all
+    known words if there are at most 12, else an empty string.
     """
-    renamed = EARLIER_NAMES.get(re.split("[-.]", name)[-1])
+    leaf = re.split("[-.]", name)[-1]
+    if leaf in REMOVED:
+        return f" (removed: {REMOVED[leaf]})"
+    renamed = EARLIER_NAMES.get(leaf)
     words = [word for word in known if renamed and word.endswith(renamed)]
     words = words or get_close_matches(name, known, n=count)
     *others, last = [f"'{word}'" for word in words] or [""]

@@ -35,10 +35,6 @@ AUXILIARY_FILES = [*SETTINGS, *TOKENIZER, *CODE]  # of a model folder, besides i
 NANOVLM = "nanovlm"  # kind of a nanoVLM checkpoint
 # Files that a repository may hold before its first model.
 ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
-NEVER = {
-    "UnsupportedProtocol",
-    "LocalProtocolError",
-}  # transport errors caused by the request itself: no retry
 REFUSALS = {
     401: "the Hub does not know this token: log in again ('hf auth login'), or mend HF_TOKEN",
     402: "more storage has to be paid for",
@@ -172,19 +168,19 @@ def status_may_pass(error: BaseException) -> bool | None:
 def _may_pass(error: Exception) -> bool:
     """Whether another try of a read may succeed: after a broken connection, a timeout or a server error.
 
-    False if no connection could be made.
+    False if no connection could be made, or if the request itself is wrong.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import httpx
+
     # Not in the cache either: the cause is the request's own error.
-    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if (by_status := status_may_pass(error)) is not None:
         return by_status
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # httpx's or httpx2's, as huggingface_hub has it
-    return bool(kinds & {"TransportError", "ConnectionResetError", "TimeoutError"}) and not kinds & {
-        "ConnectError",
-        "ProxyError",
-        *NEVER,
-    }
+    temporary = (httpx.TransportError, ConnectionResetError, TimeoutError)
+    permanent = (httpx.ConnectError, httpx.ProxyError, httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+    return isinstance(error, temporary) and not isinstance(error, permanent)
 
 
 def _prepare() -> None:
@@ -355,12 +351,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _writing_may_pass(error: Exception) -> bool:
     """Whether another try of an upload may succeed; unlike a read, also if no connection could be made."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
     for cause in _causes(error):
         if (by_status := status_may_pass(cause)) is not None:
             return by_status
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    temporary = {"TransportError", "ConnectionError", "TimeoutError", "RuntimeError"}  # the last: from hf_xet
-    return bool(kinds & temporary) and not kinds & {"OfflineModeIsEnabled", *NEVER}
+    temporary = (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError)  # the last: from hf_xet
+    permanent = (OfflineModeIsEnabled, httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+    causes = list(_causes(error))
+    return any(isinstance(cause, temporary) for cause in causes) and not any(
+        isinstance(cause, permanent) for cause in causes
+    )
 
 
 def _refusal(error: Exception) -> str:

@@ -228,7 +228,7 @@ def load_language_model(model: LanguageModel, tensors: dict[str, Tensor], contex
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in tensors and (rows := model.embed_tokens.num_embeddings) > len(tensors[name]):
             tensors[name] = _with_mean_rows(tensors[name], rows)
-    load_tensors(model, tensors, context, assign=True)
+    load_tensors(model, tensors, context)
 
 
 def _with_mean_rows(table: Tensor, rows: int) -> Tensor:
@@ -249,5 +249,5 @@ def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], context: s
     """Fill a `KeyValueDecoder` from a language model's tensors; → the names of unused tensors."""
     own = decoder.state_dict()
     used = {name: tensor for name, tensor in tensors.items() if name in own}
-    load_tensors(decoder, used, context, assign=True)
+    load_tensors(decoder, used, context)
     return sorted(tensors.keys() - own.keys())

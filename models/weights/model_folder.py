@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
 from models.weights.folder import FORMAT, INDEX, ModelFiles, checked_config, find_files, is_nanovlm
 from models.weights.nanovlm import read_nanovlm
-from models.weights.tensors import load_tensors, read_safetensors, without_values
+from models.weights.tensors import load_tensors, read_safetensors
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
 from utils.hub import AUXILIARY_FILES, WEIGHTS
@@ -72,7 +73,7 @@ def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: 
     if kind not in classes:
         raise UserError(f"{files.config} describes a model of type {kind!r}, not '{next(iter(classes))}'")
     try:
-        with without_values():
+        with torch.device("meta"):
             model = classes[kind](config, vocabulary)
     except UsageError as error:
         raise UserError(f"{files.config}: {error}") from None
@@ -91,7 +92,7 @@ def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: 
     else:
         model.code = {key: raw_config[key] for key in ("architectures", "auto_map") if key in raw_config}
     used = {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}
-    load_tensors(model, used, _name(files), assign=True)
+    load_tensors(model, used, _name(files))
     return model.eval()
 
 
@@ -167,7 +168,7 @@ def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor
         )
     first = len(tensors[table]) - vocabulary.markers
     used = {name: t for name, t in tensors.items() if name in own} | {
-        table: tensors[table][first : first + markers]
+        table: tensors[table][first : first + markers].clone()
     }
     load_tensors(left, used, context)
     return sorted(tensors.keys() - own.keys())

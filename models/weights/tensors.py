@@ -1,17 +1,13 @@
 """Tensors of a file → a module. Strict: every tensor is accounted for."""
 
 import hashlib
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from models.weights.folder import damaged
 from utils.errors import UserError
@@ -41,21 +37,49 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from None
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], context: str, assign: bool = False) -> None:
-    """Fill `module`. A missing, extra or misshapen tensor raises `UserError` naming it and `context`.
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], context: str) -> None:
+    """Make `tensors` the parameters and buffers of `module`, as fp32. It may be on the meta device.
 
-    With `assign` the file's tensors become the parameters, as fp32. Their pages are read on first use and
-    copied when they are changed.
+    A missing, extra or misshapen tensor raises `UserError` naming it and `context`. Pages of a file are read
+    on first use and copied when they are changed.
     """
     check_tensors(module, tensors, context)
-    own = module.state_dict()  # a counter that is missing, extra or misshapen keeps its value
-    values = {
-        name: tensors[name] if name in tensors and tensors[name].shape == own[name].shape else own[name]
-        for name in own
-    }
-    if assign:
-        values = {name: t.float() if t.is_floating_point() else t for name, t in values.items()}
-    module.load_state_dict(values, assign=assign)
+    values = {}
+    for name, own in module.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != own.shape:  # a counter keeps its value, or starts at zero
+            tensor = torch.zeros_like(own, device="cpu") if own.is_meta else own
+        values[name] = tensor.float() if tensor.is_floating_point() else tensor
+    module.load_state_dict(values, assign=True)
+    _compute_buffers(module, context)
+
+
+def _compute_buffers(module: nn.Module, context: str) -> None:
+    """Compute the buffers that no file holds, where they are on the meta device.
+
+    Their modules do it in `init_non_persistent_buffers`, as timm calls it. `UserError` if a tensor remains on
+    the meta device.
+    """
+    for part in module.modules():
+        on_meta = [(name, buffer) for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
+        compute: Callable[[], None] | None = getattr(part, "init_non_persistent_buffers", None)
+        if on_meta and compute is not None:
+            for name, buffer in on_meta:
+                setattr(part, name, torch.empty_like(buffer, device="cpu"))
+            compute()
+    named = [*module.named_parameters(), *module.named_buffers()]
+    if remaining := [name for name, tensor in named if tensor.is_meta]:
+        raise UserError(
+            f"{context} has no values for {', '.join(remaining[:3])}: "
+            "their module must compute them in init_non_persistent_buffers()"
+        )
+
+
+def allocate(module: nn.Module) -> None:
+    """Give tensors on the meta device memory, which a checkpoint will fill: values are arbitrary."""
+    on_meta = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_meta}
+    empty = {name: torch.empty_like(tensor, device="cpu") for name, tensor in on_meta.items()}
+    module.load_state_dict(empty, assign=True, strict=False)
 
 
 def check_tensors(module: nn.Module, tensors: dict[str, Tensor], context: str) -> None:
@@ -98,38 +122,3 @@ def check_tensors(module: nn.Module, tensors: dict[str, Tensor], context: str) -
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite. The sum is a fast check that may overflow: then all are looked at."""
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
-
-
-class _SkipInit(TorchFunctionMode):
-    """Skip random and constant initialisation of meta tensors, which takes torch some milliseconds each."""
-
-    SKIPPED = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        target = args[0] if args else (kwargs or {}).get("tensor")  # nn.init's functions name it
-        if func.__name__ in self.SKIPPED and isinstance(target, Tensor) and target.is_meta:
-            return target
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Build modules whose parameters have a shape and no memory: a file will fill them.
-
-    Buffers are built as usual, because not all of them are saved. Other threads are not affected.
-    """
-    register, own_thread = nn.Module.register_parameter, threading.get_ident()
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and threading.get_ident() == own_thread:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with _SkipInit():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
