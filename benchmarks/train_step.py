@@ -42,8 +42,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.about import about
 from benchmarks.trial import MARKERS, MODELS, SIZES, Trial, make_config, synchronize
 from configs.model import Vocabulary
-from models.layers import computes_bf16, pick_device
 from training.fit_memory import free_memory
+from utils.device import computes_bf16, pick_device
 from utils.errors import UserError, run_script
 
 WARM_UP = 2

@@ -12,6 +12,9 @@ DEFAULT_PRESET = "dual_tower_easyvqa"
 MANY = 1_000_000  # upper bound of minutes, GB and the like
 
 
+RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")  # FineVision's, 1 to 5
+
+
 @dataclass(frozen=True)
 class FilterConfig:
     """Bounds on records and turns; those outside are left out of training, and counted. 0: no bound."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.model import VisionConfig
-from configs.train import DataConfig
-from data.filters import turn_problem
+from configs.train import RATINGS, DataConfig, FilterConfig
 from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.parquet import UnreadableBlock
@@ -328,3 +327,23 @@ def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     for (source, reason), n in sorted(dropped.items()):
         out.setdefault(source, {})[reason] = n
     return out
+
+
+def turn_problem(turn: dict[str, Any], filters: FilterConfig) -> str | None:
+    """Return the reason to drop a turn, or None.
+
+    Reasons: a missing half, a rating below its minimum, a length (in characters) out of bounds.
+    """
+    user, assistant = turn.get("user"), turn.get("assistant")
+    if not (isinstance(user, str) and isinstance(assistant, str) and user.strip() and assistant.strip()):
+        return "empty_text"
+    for name in RATINGS:
+        minimum, rating = getattr(filters, f"min_{name}"), (turn.get("ratings") or {}).get(name)
+        if minimum and isinstance(rating, int | float) and rating < minimum:
+            return f"rating_{name}"
+    for text, name in ((user, "question"), (assistant, "answer")):
+        if len(text) < getattr(filters, f"min_{name}"):
+            return f"short_{name}"
+        if len(text) > (getattr(filters, f"max_{name}") or len(text)):
+            return f"long_{name}"
+    return None

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.train import DataConfig
+from configs.train import RATINGS, DataConfig
 from data import formats
 from data.easy_vqa import easy_vqa
-from data.filters import RATINGS
 from data.formats import Record, Splits
 from data.mixture import InMemoryRecords, Source
 from data.openmoji import openmoji

@@ -19,11 +19,11 @@ from models.image_blocks import ImageBlock, encode_blocks, encode_rows, image_bl
 from models.image_store import ImageStore
 from models.kernels import find_kernel
 from models.kv_cache import ImageKV
-from models.layers import computes_bf16, pick_device
 from models.vision_language_model import VisionLanguageModel
 from models.weights.folder import ModelFiles, find_files
 from models.weights.language_models import find_language_model
 from models.weights.model_folder import load_model, nanovlm_tokenizer
+from utils.device import computes_bf16, pick_device
 from utils.errors import UsageError, UserError
 from utils.files import CACHE
 from utils.hub import is_hub_id

@@ -18,8 +18,7 @@ from torch import Tensor
 from configs.model import GenerationConfig
 from configs.train import EvalConfig
 from data.collators import collate
-from data.datasets import Sample, SampleDataset, by_source
-from data.filters import turn_problem
+from data.datasets import Sample, SampleDataset, by_source, turn_problem
 from data.images import open_image
 from data.packing import Budget, pack
 from data.parquet import UnreadableBlock

@@ -1,7 +1,6 @@
 """The parts of a decoder block: norm, rotary embedding, attention, gated MLP."""
 
 import math
-import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig
-from utils.errors import UsageError, UserError
 
 
 class RMSNorm(nn.RMSNorm):
@@ -189,30 +187,3 @@ def init_weights(module: nn.Module, config: DecoderConfig) -> None:
         elif weight.dim() >= 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 products natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu"
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    )
-
-
-def pick_device(name: str, flag: str = "train.device") -> torch.device:
-    """The device called `name`; "auto" is cuda if available, under torchrun this rank's own.
-
-    `flag`: what error messages call it.
-    """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"{flag} = {name!r} is none of auto, cpu, cuda, mps")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{flag} = {device!r} cannot be used: {str(error).splitlines()[0]}") from None

@@ -17,11 +17,11 @@ import torch
 
 from configs.model import Vocabulary
 from configs.train import Config
-from models.layers import pick_device
 from training.estimate import full_batch, step_memory, trial_model
 from training.optim import make_optimizers
 from training.step import Batch, train_step
 from training.trainer import set_blocks
+from utils.device import pick_device
 from utils.errors import UsageError, UserError
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 

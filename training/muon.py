@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.layers import computes_bf16
+from utils.device import computes_bf16
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic Newton-Schulz iteration in the post above
 ITERATIONS = 5

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from configs.train import TrainConfig
-from models.layers import computes_bf16
+from utils.device import computes_bf16
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

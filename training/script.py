@@ -24,7 +24,6 @@ from eval.validation import (
     save_samples,
 )
 from models.kernels import use_kernels
-from models.layers import pick_device
 from models.modality_projector import check_kind
 from models.weights.lora import check_lora
 from training.checkpoint import move_to_abandoned
@@ -39,6 +38,7 @@ from training.setup import Prepared, check_compiler, data_identity, prepare, res
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
 from training.trainer import TrainingCallbacks, train
+from utils.device import pick_device
 from utils.errors import UsageError
 from utils.ranks import DistributedContext, torchrun_context
 

@@ -22,7 +22,6 @@ from data.render import Renderer
 from data.sources import open_sources, parse_sources
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.validation import Validation
-from models.layers import pick_device
 from models.vision_encoder import resolve_vision
 from models.weights.language_models import (
     find_language_model,
@@ -37,6 +36,7 @@ from models.weights.vision import load_vision_weights
 from training.checkpoint import load_weights_of, read_state
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
+from utils.device import pick_device
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext
 

@@ -20,7 +20,6 @@ from configs.serialization import to_dict
 from configs.train import Config, TrainConfig
 from data.loader import merged
 from models.language_model import DecoderBlock
-from models.layers import pick_device
 from training.checkpoint import Saver, abandon_later, checkpoints, load_checkpoint
 from training.diagnostics import Diagnostics, FlopsMeter
 from training.distributed import wrap_model
@@ -31,6 +30,7 @@ from training.precision import compute_dtype, grad_scaler, load_scale, scale_sta
 from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
 from training.watchdog import Watchdog
+from utils.device import pick_device
 from utils.errors import UserError
 from utils.files import append_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
