@@ -136,7 +136,7 @@ def test_the_left_decoder_takes_a_language_models_keys_and_values(tmp_path):
     theirs = reference("Qwen3", 0, tmp_path)
     config = decoder_config(tmp_path)
     left = KeyValueDecoder(config)
-    unused = load_left_decoder(left, read_tensors(tmp_path), str(tmp_path))
+    unused = load_left_decoder(left, list(range(config.layers)), read_tensors(tmp_path), str(tmp_path))
     last = f"layers.{config.layers - 1}."
     assert {
         "norm.weight",

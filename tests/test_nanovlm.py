@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from configs.model import DecoderConfig, GenerationConfig, Vocabulary
+from configs.model import DecoderConfig, GenerationConfig, Vocabulary, as_left_decoder
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import KeyValueRecorder
@@ -155,18 +155,23 @@ def keys_and_values_of(model: VisionLanguageModel, tiles: torch.Tensor, block: t
     return torch.stack([torch.stack(layer) for layer in recorder.layers])[:, :, 0]
 
 
-def left_tower_from(source: Path, right: DecoderConfig) -> tuple[DualTowerVLM, list[str]]:
-    config, vocabulary, tensors = left_tower_of(str(source))
+def left_tower_from(
+    source: Path, right: DecoderConfig, layer_map: str = ""
+) -> tuple[DualTowerVLM, list[str]]:
+    source_config, vocabulary, tensors = left_tower_of(str(source))
+    left = as_left_decoder(source_config.left, layer_map)
     config = replace(
-        config,
+        source_config,
         left_context="image",
         image_isolation=True,
+        left=left,
         right=replace(
-            right, layers=config.left.layers, kv_heads=config.left.kv_heads, head_size=config.left.head_size
+            right, layers=source_config.left.layers, kv_heads=left.kv_heads, head_size=left.head_size
         ),
+        layer_map=layer_map,
     )
     model = DualTowerVLM(config, Vocabulary(text_size=300, markers=65)).eval()
-    return model, load_left_tower(model.left, vocabulary, tensors, str(source))
+    return model, load_left_tower(model.left, source_config, vocabulary, tensors, str(source))
 
 
 @needs_fixtures

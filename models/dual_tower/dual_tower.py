@@ -138,7 +138,8 @@ class DualTowerVLM(HubModel):
 
         The table of batch keys is in docs/architecture.md.
         """
-        image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
+        left_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
+        image_kv = [left_kv[layer] for layer in self.config.left_layer_of]
         hidden = self.right.read(
             image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
         )
