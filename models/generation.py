@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.model import GenerationConfig
+from configs.model import GenerationConfig, ModelConfig
 from models.draft_scheduler import TREE, DraftPlan, DraftScheduler, draft_scheduler
 from models.kv_cache import DecodingCache, ImageKV, compact_rows
 from models.layers import Rotary
@@ -100,18 +100,20 @@ def prefill(
         )
     else:
         cache.resize(tokens + slots)
-    _write_images(cache, images, config)
+    _write_images(cache, images, model.config)
     cache.reserve(positions.masked_fill(positions < 0, NEVER))
     positions = positions.clamp(min=0)
     return cache, model.right(model.embed(ids, tiles), positions, _mask(cache, positions), cache)
 
 
-def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]], config: Any) -> None:
+def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]], config: ModelConfig) -> None:
     """Write each row's image KVs into the cache, keys rotated by their positions.
 
-    `UserError` where an image KV has another model's shape.
+    Every right layer gets those of the left layer that it reads. `UserError` where an image KV has another
+    model's shape.
     """
-    expected = config.layers, 2, config.kv_heads, config.head_size
+    left, right = config.left, config.right
+    expected = left.layers, 2, left.kv_heads, left.head_size
     for kv, _ in (pair for row in images for pair in row):
         if (*kv.data.shape[:3], *kv.data.shape[4:]) != expected:
             raise UserError(
@@ -131,10 +133,10 @@ def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]],
             data[:, :, b, :, at : at + kv.tokens] = kv.data.to(device, dtype)
             positions[b, at : at + kv.tokens] = torch.arange(start, start + kv.tokens, device=device)
             at += kv.tokens
-    rotary = Rotary.at(positions.clamp(max=config.max_positions), config)
+    rotary = Rotary.at(positions.clamp(max=right.max_positions), right)
     cache.reserve(positions)
-    for layer in range(layers):
-        cache.extend(layer, data[layer, 0], data[layer, 1], rotary if config.has_rope(layer) else None)
+    for layer, read in enumerate(config.left_layer_of):
+        cache.extend(layer, data[read, 0], data[read, 1], rotary if right.has_rope(layer) else None)
 
 
 def verify(

@@ -39,7 +39,7 @@ def encode_blocks(
 ) -> tuple[list[ImageKV], list[bool]]:
     """A dual tower's image KVs of `blocks`, by way of `store`, and which of them were computed."""
     store.serve(model)
-    c, keys = model.right.config, [_key(model, block) for block in blocks]
+    c, keys = model.config.left, [_key(model, block) for block in blocks]
     unique = dict(zip(keys, blocks, strict=True))
     shapes = {key: (c.layers, 2, c.kv_heads, len(block.ids), c.head_size) for key, block in unique.items()}
     # Not read from the store again at the end: it may be too small for all of them.

@@ -15,9 +15,9 @@ from models.masks import NEVER
 
 @dataclass(frozen=True)
 class ImageKV:
-    """The left tower's product for one image block: unrotated keys and values of every layer."""
+    """The left tower's product for one image block: unrotated keys and values of each of its layers."""
 
-    data: Tensor  # (layers, 2, G, T, E), keys at index 0, values at 1
+    data: Tensor  # (left layers, 2, G, T, E), keys at index 0, values at 1
 
     @property
     def tokens(self) -> int:
@@ -44,7 +44,7 @@ class KeyValueRecorder:
 class ImageContext:
     """The right tower's `KVSource` in training: the left stream's keys and values come first."""
 
-    layers: list[tuple[Tensor, Tensor]]  # unrotated, (B, G, L, E) each
+    layers: list[tuple[Tensor, Tensor]]  # what each right layer reads: unrotated, (B, G, L, E) each
     rotary: Rotary  # of the left stream's positions
 
     def extend(

@@ -118,7 +118,9 @@ class Naive:
             left_x = embedded(
                 self.w["left.embed_tokens.weight"], v.first_marker_id if context == "image" else 0, goes_left
             )
-            replaced = goes_left, self.tower("left.decoder.", self.config.left, left_x, mask)[1]
+            left_kvs = self.tower("left.decoder.", self.config.left, left_x, mask)[1]
+            layer_map = self.config.layer_map.split(",") if self.config.layer_map else range(len(left_kvs))
+            replaced = goes_left, [left_kvs[int(layer)] for layer in layer_map]
             table = self.w["right.embed_tokens.weight"]
             x = torch.stack(
                 [torch.randn(table.shape[1]) if goes_left[t] else table[i] for t, i in enumerate(ids)]

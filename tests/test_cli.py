@@ -339,7 +339,8 @@ ERRORS = [
     ("train_dual_tower.py", ["--train.lr_rigth", "1"], 2, "did you mean '--train.lr_right'?"),
     ("train_dual_tower.py", ["--max_steps", "many"], 2, "invalid int value: 'many'"),
     ("train_dual_tower.py", ["--max_steps", "0"], 2, "max_steps = 0 must be at least 1"),
-    ("train_dual_tower.py", ["--model.left.layers", "7"], 2, "both must agree"),
+    ("train_dual_tower.py", ["--model.left.layers", "7"], 2, "so the left tower has at most as many"),
+    ("train_dual_tower.py", ["--model.layer_map", "0,0,1"], 2, "must name one of the 3 left layers"),
     ("train_dual_tower.py", ["--model.vision.image_size", "100"], 2, "must be a multiple of 16"),
     (
         "train_dual_tower.py",

@@ -232,3 +232,80 @@ def test_counts_of_placeholders_and_tiles_must_match(model, tokenizer, samples):
     batch["tiles"] = batch["tiles"][:2]
     with pytest.raises(ValueError, match="12 image placeholders.*2 tiles make 8"):
         model(**batch)
+
+
+class Doubled(torch.nn.Module):
+    """An encoder of float32 in a model of float64."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        return self.encoder(tiles).double()
+
+
+LEFT_KEYS = ("tiles", "left_ids", "left_positions", "left_groups", "left_images")
+
+
+def left_kv(model, batch) -> torch.Tensor:
+    """(layers, 2, B, G, L, E)"""
+    layers = model.left(*(batch[name] for name in LEFT_KEYS))
+    return torch.stack([torch.stack(layer) for layer in layers]).detach()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("isolation", [True, False])
+def test_an_image_kv_is_the_same_to_the_bit_wherever_its_image_stands(
+    tokenizer, renderer, samples, isolation, grad
+):
+    """Several images, groups and padding; each group's documents begin with more or less text."""
+    model = tiny_model(tokenizer, replace(TINY_MODEL, image_isolation=isolation))
+    batch = collate([[samples[0], samples[1], samples[2]], [samples[2]]], tokenizer.global_image)
+    moved = batch["left_positions"] + 7 * (batch["left_groups"] + 1) * (batch["left_groups"] >= 0)
+    with torch.set_grad_enabled(grad):
+        expected, result = left_kv(model, batch), left_kv(model, batch | {"left_positions": moved})
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("isolation", [True, False])
+def test_training_and_encoding_give_the_same_image_kv_to_the_bit(
+    tokenizer, renderer, samples, isolation, attention
+):
+    """Where both compute matrices of one shape: rows of one block each, of several lengths."""
+    model = tiny_model(tokenizer, replace(TINY_MODEL, image_isolation=isolation, left_attention=attention))
+    one, two = samples[0], make_sample(renderer, [(2, 1)], [TURNS[:2]], seed=5)
+    rows = [one, two] if isolation else [one, two, samples[1]]  # three images that see one another
+    with torch.no_grad():
+        kvs = left_kv(model, collate([[row] for row in rows], tokenizer.global_image))
+    documents = [row.documents[0] for row in rows]
+    tiles = torch.cat([row.tiles for row in rows])
+    blocks, images = ([torch.tensor(getattr(d, f"left_{n}")) for d in documents] for n in ("ids", "images"))
+    for index, kv in enumerate(model.encode_images(tiles, blocks, images)):
+        assert torch.equal(kvs[:, :, index, :, : kv.tokens], kv.data)
+
+
+@pytest.mark.parametrize("isolation", [True, False])
+def test_a_packed_row_and_encoding_differ_by_rounding_alone(tokenizer, samples, isolation):
+    """In float64, from features in float32: a rotary angle of another position would differ by 1e-8."""
+    config = replace(TINY_MODEL, image_isolation=isolation)
+    model = tiny_model(tokenizer, config)
+    features = model.left.vision_encoder
+    model.double()
+    features.float()
+    model.left.vision_encoder = Doubled(features)
+    batch = collate([[samples[0], samples[1], samples[2]], [samples[2]]], tokenizer.global_image)
+    with torch.no_grad():
+        kvs = left_kv(model, batch)[:, :, 0]
+    tile = at = 0
+    for sample in samples[:3]:
+        document = sample.documents[0]
+        for part in document.blocks(isolation):
+            ids, images = torch.tensor(document.left_ids[part]), torch.tensor(document.left_images[part])
+            count = int((ids >= tokenizer.global_image).sum())  # a marker for each tile
+            tiles = batch["tiles"][tile : tile + count]
+            kv = model.encode_images(tiles, [ids], [images - images.min()])[0]
+            difference = (kvs[..., at : at + len(ids), :] - kv.data).abs().max()
+            assert difference < 1e-13, difference
+            tile, at = tile + count, at + len(ids)

@@ -17,7 +17,14 @@ from models.kernels import use_kernels
 from models.vision_language_model import VisionLanguageModel
 from models.weights.lora import add_adapters
 from tests.conftest import TINY, TINY_MODEL, tiny_model
-from training.estimate import count_flops, estimate_activations, full_batch, saved_bytes, trained_shares
+from training.estimate import (
+    all_activations,
+    count_flops,
+    estimate_activations,
+    full_batch,
+    saved_bytes,
+    trained_shares,
+)
 from training.optim import make_optimizers
 from training.precision import autocast
 
@@ -42,10 +49,16 @@ VIT = VisionConfig(
 )
 
 
-def make_config(context: str, lora: LoraConfig = LoraConfig(), **rates: float) -> Config:  # noqa: B008
+def make_config(
+    context: str,
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    left_layers: int = 10,
+    **rates: float,
+) -> Config:
     # In a frozen right tower's first layer no gradient goes below attention. This is not modelled.
     tower = replace(TINY, layers=10)
-    model = replace(TINY_MODEL, vision=VIT, left_context=context, left=tower, right=tower)
+    left = replace(TINY, layers=left_layers)
+    model = replace(TINY_MODEL, vision=VIT, left_context=context, left=left, right=tower)
     data = DataConfig(left_length=30, right_length=96)
     return Config(
         model=model,
@@ -76,14 +89,14 @@ def counted(run) -> tuple[float, float]:
     return counter.get_total_flops(), attention
 
 
-@pytest.mark.parametrize("context", ["image", "none"])
+@pytest.mark.parametrize(("context", "left_layers"), [("image", 10), ("image", 4), ("none", 10)])
 @pytest.mark.parametrize("frozen", FROZEN)
-def test_flops_are_those_of_the_counter(tokenizer, context, frozen, plain):
+def test_flops_are_those_of_the_counter(tokenizer, context, left_layers, frozen, plain):
     """FLOPs agree to 2 %: of the forward, and of the whole step but for attention.
 
     In training, attention counts what is seen, in three products for each of the forward's.
     """
-    config = make_config(context, **FROZEN[frozen])
+    config = make_config(context, left_layers=left_layers, **FROZEN[frozen])
     model = tiny_model(tokenizer, config.model)
     add_adapters(model, config.lora)
     make_optimizers(model, config.train)  # freezes
@@ -120,6 +133,19 @@ def test_activations_follow_from_one_and_two_layers_and_rows(tokenizer, model_cl
     assert estimate_activations(
         config.train.local_batch_size, config.model.right.layers, measure
     ) == pytest.approx(measure(config.train.local_batch_size, config.model.right.layers), rel=0.02)
+
+
+@pytest.mark.parametrize("layer_map", ["", "0,0,0,0,0,0,0,1,2,3"])
+def test_activations_of_a_shallower_left_tower(tokenizer, layer_map):
+    config = make_config("image", left_layers=4)
+    config = replace(config, model=replace(config.model, layer_map=layer_map))
+
+    def measure(rows: int, layers: int, left_layers: int = 0) -> int:
+        return saved_bytes(config, DualTowerVLM, tokenizer.vocabulary, rows, layers, left_layers)
+
+    measured = measure(3, 10, 4)
+    assert all_activations(config, 3, measure) == pytest.approx(measured, rel=0.02)
+    assert measured < 0.9 * measure(3, 10)
 
 
 def test_a_full_batch_is_full(tokenizer):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models.kv_cache import KeyValueRecorder
 from models.language_model import KeyValueDecoder, LanguageModel
-from models.masks import right_mask
+from models.masks import cache_mask, right_mask
 from models.weights.language_models import (
     decoder_config,
     load_language_model,
@@ -136,7 +136,7 @@ def test_the_left_decoder_takes_a_language_models_keys_and_values(tmp_path):
     theirs = reference("Qwen3", 0, tmp_path)
     config = decoder_config(tmp_path)
     left = KeyValueDecoder(config)
-    unused = load_left_decoder(left, read_tensors(tmp_path), str(tmp_path))
+    unused = load_left_decoder(left, list(range(config.layers)), read_tensors(tmp_path), str(tmp_path))
     last = f"layers.{config.layers - 1}."
     assert {
         "norm.weight",
@@ -149,7 +149,7 @@ def test_the_left_decoder_takes_a_language_models_keys_and_values(tmp_path):
         left(
             theirs.get_input_embeddings()(ids),
             positions,
-            torch.ones(20, 20, dtype=torch.bool).tril()[None, None],
+            cache_mask(positions, positions),
             recorder,
         )
         cache = theirs(ids, use_cache=True).past_key_values

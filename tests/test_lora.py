@@ -7,6 +7,7 @@ import torch
 
 from configs.train import LoraConfig, LoraTower, TrainConfig
 from data.collators import collate
+from models.masks import cache_mask
 from models.weights.lora import add_adapters, check_lora, load_adapter, merge_adapters, save_adapters
 from tests.conftest import TINY, TINY_MODEL, TURNS, tiny_model
 from tests.test_dual_tower import make_sample
@@ -103,9 +104,10 @@ def test_transformers_reads_the_right_towers_adapter(tokenizer, tmp_path):
     }
     theirs.load_state_dict(base | {"lm_head.weight": base["model.embed_tokens.weight"]})
     ids = torch.randint(0, 200, (1, 12), generator=torch.Generator().manual_seed(0))
-    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    positions = torch.arange(12)[None]
+    causal = cache_mask(positions, positions)
     with torch.no_grad():
-        ours = model.logits(model.right(model.embed(ids), torch.arange(12)[None], causal))
+        ours = model.logits(model.right(model.embed(ids), positions, causal))
         assert not torch.allclose(theirs(ids).logits, ours, atol=1e-2)
         torch.testing.assert_close(
             peft.PeftModel.from_pretrained(theirs, tmp_path / "right")(ids).logits, ours, atol=1e-4, rtol=1e-4

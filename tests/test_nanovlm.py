@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from configs.model import DecoderConfig, GenerationConfig, Vocabulary
+from configs.model import DecoderConfig, GenerationConfig, Vocabulary, as_left_decoder
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.kv_cache import KeyValueRecorder
+from models.masks import cache_mask
 from models.vision_language_model import VisionLanguageModel
 from models.weights.model_folder import left_tower_of, load_left_tower
 from tests.conftest import TINY, TINY_MODEL, random_tiles, tiny_model
@@ -149,24 +150,29 @@ def keys_and_values_of(model: VisionLanguageModel, tiles: torch.Tensor, block: t
         model.right(
             model.embed(block[None], tiles),
             positions,
-            (positions[:, :, None] >= positions[:, None])[:, None],
+            cache_mask(positions, positions),
             recorder,
         )
     return torch.stack([torch.stack(layer) for layer in recorder.layers])[:, :, 0]
 
 
-def left_tower_from(source: Path, right: DecoderConfig) -> tuple[DualTowerVLM, list[str]]:
-    config, vocabulary, tensors = left_tower_of(str(source))
+def left_tower_from(
+    source: Path, right: DecoderConfig, layer_map: str = ""
+) -> tuple[DualTowerVLM, list[str]]:
+    source_config, vocabulary, tensors = left_tower_of(str(source))
+    left = as_left_decoder(source_config.left, layer_map)
     config = replace(
-        config,
+        source_config,
         left_context="image",
         image_isolation=True,
+        left=left,
         right=replace(
-            right, layers=config.left.layers, kv_heads=config.left.kv_heads, head_size=config.left.head_size
+            right, layers=source_config.left.layers, kv_heads=left.kv_heads, head_size=left.head_size
         ),
+        layer_map=layer_map,
     )
     model = DualTowerVLM(config, Vocabulary(text_size=300, markers=65)).eval()
-    return model, load_left_tower(model.left, vocabulary, tensors, str(source))
+    return model, load_left_tower(model.left, source_config, vocabulary, tensors, str(source))
 
 
 @needs_fixtures

@@ -152,7 +152,10 @@ def _truncated(name, share):
             lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(heads="four")),
             "heads = 'four' is not of type int",
         ),
-        (lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(layers=2)), "must agree"),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["model"]["right"].update(layers=2)),
+            "at most as many",
+        ),
         (lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=7)), "wrong shape"),
         (
             lambda f: edit(f / "config.json", lambda c: c["vocabulary"].update(text_size=-1)),

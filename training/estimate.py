@@ -189,26 +189,32 @@ class SkipMatmuls(TorchDispatchMode):
         )
 
 
-def trial_model(config: Config, model_class: Any, vocabulary: Vocabulary, layers: int = 0) -> Any:
+def trial_model(
+    config: Config, model_class: Any, vocabulary: Vocabulary, layers: int = 0, left_layers: int = 0
+) -> Any:
     """A model of `config` with random weights, adapters and frozen parts; does not change the random state.
 
-    `layers`: of each decoder (0: as configured).
+    `layers`: of each decoder (0: as configured). `left_layers`: of the left one, where it has fewer.
     """
     left, right = (
         replace(getattr(config.model, tower), weights="random", **({"layers": layers} if layers else {}))
         for tower in ("left", "right")
     )
+    left = replace(left, layers=left_layers) if left_layers else left
+    layer_map = "" if layers else config.model.layer_map
     with torch.random.fork_rng(devices=[]):
-        model = model_class(replace(config.model, left=left, right=right), vocabulary)
+        model = model_class(replace(config.model, left=left, right=right, layer_map=layer_map), vocabulary)
         add_adapters(model, config.lora)
     freeze(model, config.train)
     return model.train()
 
 
 @cache
-def saved_bytes(config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int) -> int:
+def saved_bytes(
+    config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, layers: int, left_layers: int = 0
+) -> int:
     """Bytes that a forward with `layers` layers saves for its backward, without weights; measured."""
-    model = trial_model(config, model_class, vocabulary, layers)
+    model = trial_model(config, model_class, vocabulary, layers, left_layers)
     for block in model.modules():
         if isinstance(block, DecoderBlock):
             block.recompute = config.train.recompute
@@ -244,6 +250,21 @@ def estimate_activations(rows: int, layers: int, measure: Callable[[int, int], i
     return a + rows * (b - a) + layers * (c - a) + rows * layers * (d - c - b + a)
 
 
+def all_activations(config: Config, rows: int, measure: Callable[..., int]) -> int:
+    """`estimate_activations` of all layers, where the left tower may have fewer than the right one.
+
+    `measure(rows, layers, left_layers)` as in `saved_bytes`. Right layers without a left one of their own are
+    measured over a single left layer.
+    """
+    right = config.model.right.layers
+    left = config.model.left.layers if "left" in config.model.towers else right
+    total = estimate_activations(rows, left, measure)
+    if left < right:
+        more, less = (estimate_activations(rows, n, lambda r, n: measure(r, n, 1)) for n in (right, left))
+        total += more - less
+    return total
+
+
 def step_memory(
     config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1
 ) -> Callable[[int], dict[str, int]]:
@@ -266,13 +287,15 @@ def step_memory(
     whole = replace(one, train=replace(one.train, recompute=False))
     supervised = int((full_batch(config, vocabulary, 1)["labels"] != -100).sum())
 
-    def measure(rows: int, layers: int, recompute: bool = config.train.recompute) -> int:
-        return saved_bytes(one if recompute else whole, model_class, vocabulary, rows, layers)
+    def measure(
+        rows: int, layers: int, left_layers: int = 0, recompute: bool = config.train.recompute
+    ) -> int:
+        return saved_bytes(one if recompute else whole, model_class, vocabulary, rows, layers, left_layers)
 
     dtype = str(compute_dtype(config.train, torch.device("cpu"))).removeprefix("torch.")
 
     def bytes_of_step(rows: int) -> dict[str, int]:
-        activations = estimate_activations(rows, config.model.right.layers, measure)
+        activations = all_activations(config, rows, measure)
         parts = {
             "weights": 4 * total // ranks,
             "gradients": 4 * trained // ranks,
@@ -283,7 +306,8 @@ def step_memory(
         }
         if config.train.recompute:
             two, one = (
-                estimate_activations(rows, layers, lambda r, n: measure(r, n, False)) for layers in (2, 1)
+                estimate_activations(rows, layers, lambda r, n: measure(r, n, recompute=False))
+                for layers in (2, 1)
             )
             parts["a block of each tower, computed again"] = two - one
         return parts
@@ -314,6 +338,8 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         table.add_row(name, f"{size:,}", f"{trained_size:,}", "float32", f"{size * 4 / 2**20:,.0f}")
     table.add_row("all", f"{total:,}", f"{trained:,}", "float32", f"{total * 4 / 2**20:,.0f}")
     console.print(table)
+    if config.model.has_shallower_left:
+        console.print(f"Left layers that the right layers read: {config.model.left_layer_of}")
 
     flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.local_batch_size)
     tokens = batch["left_ids"].numel() + batch["right_ids"].numel()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from configs.model import Vocabulary
+from configs.model import Vocabulary, as_left_decoder
 from configs.train import Config, FilterConfig
 from data.datasets import SampleDataset, SampleStream, by_source
 from data.loader import Loader, Streams
@@ -148,7 +148,7 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
 
     Settings that do not fit raise `UsageError` before any weight is loaded.
     """
-    model = config.model
+    model, left_layers = config.model, flags.get("model.left.layers", 0)
     parse_sources(config.data.sources)
     if config.init_left_from:
         if model.left_context == "none":
@@ -157,15 +157,21 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
             if name.startswith(("model.vision.", "model.projector.")) or name == "model.left.weights":
                 raise UsageError(f"--{name} follows from --init_left_from: leave one of them out")
         pretrained = left_tower_of(config.init_left_from)[0]
+        layer_map = model.layer_map or pretrained.layer_map
         model = replace(
             model,
             vision=replace(pretrained.vision, weights="random"),
             projector=pretrained.projector,
-            left=replace(pretrained.left, weights="random"),
+            left=as_left_decoder(replace(pretrained.left, weights="random"), layer_map, left_layers),
+            layer_map=layer_map,
         )
+        model.source_layers(pretrained.left)
     for tower in model.towers:
         size_flags = [
-            name for name in flags if name.startswith(f"model.{tower}.") and name != f"model.{tower}.weights"
+            name
+            for name in flags
+            if name.startswith(f"model.{tower}.")
+            and name not in (f"model.{tower}.weights", "model.left.layers")  # the left tower may take fewer
         ]
         is_pretrained = getattr(model, tower).weights != "random"
         if size_flags and (is_pretrained or (tower == "left" and config.init_left_from)):
@@ -173,7 +179,7 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
                 f"--{size_flags[0]} follows from the pretrained weights of the {tower} tower: leave it out, "
                 f"or say --model.{tower}.weights random"
             )
-    model = resolve_decoders(model, Path(config.cache_dir))
+    model = resolve_decoders(model, Path(config.cache_dir), left_layers)
     config = replace(config, model=replace(model, vision=resolve_vision(model.vision)))
     if (source := language_model(config)) is not None:  # an unfit tokenizer raises here, not later
         Tokenizer.of_language_model(*source, impose_chatml=config.data.chat_template == "chatml")
@@ -214,11 +220,12 @@ def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
     """Load the pretrained weights that the configuration names into a new model; other parts stay random."""
     load_language_weights(model, Path(config.cache_dir))
     if config.init_left_from:
-        _, vocabulary, tensors = left_tower_of(config.init_left_from)
-        dropped = load_left_tower(model.left, vocabulary, tensors, config.init_left_from)
+        dropped = load_left_tower(
+            model.left, *left_tower_of(config.init_left_from), context=config.init_left_from
+        )
         log.say(
             f"left tower from {config.init_left_from}; {len(dropped)} tensors that it has no use for: "
-            f"{', '.join(dropped)}"
+            f"{', '.join(dropped[:8])}{' …' * (len(dropped) > 8)}"
         )
     else:
         load_vision_weights(model.parts()["vision"])
@@ -262,6 +269,8 @@ def prepare(
         f"{sum(map(len, data.validation.sources))} validation records of {config.data.sources}; "
         f"parameters: {sizes}"
     )
+    if config.model.has_shallower_left:
+        log.say(f"left layers that the right layers read: {config.model.left_layer_of}")
     if data.validation.dropped:
         log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
     if world.rank:  # ranks have equal weights, but each its own dropout

@@ -23,7 +23,8 @@ class DualLanguageModel(LanguageModel):
     ) -> Tensor:
         """Packed text rows, with the left stream's keys and values → hidden states (B, R, D).
 
-        `image_kv`: every layer's unrotated keys and values (B, G, L, E). Other arguments as in the batch.
+        `image_kv`: for each of its layers, the unrotated keys and values that it reads (B, G, L, E). Other
+        arguments as in the batch.
         """
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         past = ImageContext(image_kv, Rotary.at(left_positions, self.config))

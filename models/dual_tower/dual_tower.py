@@ -45,7 +45,7 @@ class LeftTower(nn.Module):
         left_groups: Tensor,
         left_images: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The left stream → every layer's unrotated keys and values (B, G, L, E).
+        """The left stream → unrotated keys and values (B, G, L, E) of each of its layers.
 
         `tiles` (N, 3, h, w) uint8, other arguments (B, L).
         """
@@ -59,8 +59,29 @@ class LeftTower(nn.Module):
         if self.blank_tile and not len(tiles):
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         recorder = KeyValueRecorder()
-        self.decoder(x, left_positions, mask, recorder)
+        self.decoder(
+            x, block_positions(left_groups, left_images, self.config.image_isolation), mask, recorder
+        )
         return recorder.layers
+
+
+def block_positions(groups: Tensor, images: Tensor, isolation: bool) -> Tensor:
+    """Each left token's position in its block, counted from the block's own start; all (B, L).
+
+    A block is what is encoded together: an image with isolation, else all of a group. So an image KV does not
+    depend on where its image stands. Images A, B and C in two groups, then padding:
+
+        image              A A A B B C C - -
+        group              0 0 0 0 0 1 1 - -
+        with isolation     0 1 2 0 1 0 1 0 1
+        without            0 1 2 3 4 0 1 0 1
+    """
+    index = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+    first = torch.ones_like(groups, dtype=torch.bool)
+    first[:, 1:] = groups[:, 1:] != groups[:, :-1]
+    if isolation:
+        first[:, 1:] |= images[:, 1:] != images[:, :-1]
+    return index - torch.where(first, index, 0).cummax(1).values
 
 
 class DualTowerVLM(HubModel):
@@ -117,7 +138,8 @@ class DualTowerVLM(HubModel):
 
         The table of batch keys is in docs/architecture.md.
         """
-        image_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
+        left_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
+        image_kv = [left_kv[layer] for layer in self.config.left_layer_of]
         hidden = self.right.read(
             image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
         )

@@ -5,6 +5,8 @@ a GGUF file, or `pypi:PACKAGE`, a package that holds a GGUF file.
 """
 
 import importlib.metadata
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.model import DecoderConfig, ModelConfig, RopeScaling
+from configs.model import DecoderConfig, ModelConfig, RopeScaling, as_left_decoder
 from configs.serialization import from_dict
 from models.language_model import LanguageModel
 from models.weights.gguf import convert_gguf
@@ -74,15 +76,24 @@ def _file_of_package(package: str) -> Path:
     return Path(str(models[0].locate()))
 
 
-def resolve_decoders(config: ModelConfig, cache: Path) -> ModelConfig:
-    """Fill in the sizes of towers with pretrained weights, from `config.json` of their sources."""
+def resolve_decoders(config: ModelConfig, cache: Path, left_layers: int = 0) -> ModelConfig:
+    """Fill in the sizes of towers with pretrained weights, from `config.json` of their sources.
+
+    `left_layers`: the number that the left tower takes of its source's (0: as `layer_map` has, else all).
+    """
+    whole_left = None  # the left tower's source
     for tower in config.towers:
         source: str = getattr(config, tower).weights
-        if source != "random":
-            decoder = decoder_config(find_language_model(source, cache, weights=False))
-            changes: dict[str, Any] = {tower: replace(decoder, weights=source)}
-            config = replace(config, **changes)
+        if source == "random":
+            continue
+        decoder = replace(decoder_config(find_language_model(source, cache, weights=False)), weights=source)
+        if tower == "left":
+            whole_left, decoder = decoder, as_left_decoder(decoder, config.layer_map, left_layers)
+        changes: dict[str, Any] = {tower: decoder}
+        config = replace(config, **changes)
     config.check_join()
+    if whole_left is not None:
+        config.source_layers(whole_left)
     return config
 
 
@@ -96,12 +107,13 @@ def load_language_weights(model: Any, cache: Path) -> None:
         if source == "random":
             continue
         folder = find_language_model(source, cache)
-        tensors, config = read_tensors(folder), getattr(model.config, tower)
-        _check_complete(config, table_rows(folder), tensors, str(folder))
+        tensors, decoder = read_tensors(folder), decoder_config(folder)
+        whole = replace(getattr(model.config, tower), layers=decoder.layers)
+        _check_complete(whole, table_rows(folder), tensors, str(folder))
         if tower == "right":
             load_language_model(model.right, tensors, str(folder))
             continue
-        load_left_decoder(model.left.decoder, tensors, str(folder))
+        load_left_decoder(model.left.decoder, model.config.source_layers(decoder), tensors, str(folder))
         table, own = tensors["embed_tokens.weight"], model.left.embed_tokens.weight
         if model.left.first_id == 0 and len(table) > model.vocabulary.text_size:
             raise UserError(
@@ -245,9 +257,28 @@ def table_rows(folder: Path) -> int:
     return rows
 
 
-def load_left_decoder(decoder: nn.Module, tensors: dict[str, Tensor], context: str) -> list[str]:
-    """Fill a `KeyValueDecoder` from a language model's tensors; → the names of unused tensors."""
-    own = decoder.state_dict()
-    used = {name: tensor for name, tensor in tensors.items() if name in own}
+def load_left_decoder(
+    decoder: nn.Module, layers: list[int], tensors: dict[str, Tensor], context: str
+) -> list[str]:
+    """Fill a `KeyValueDecoder` from a language model's tensors; → the names of unused tensors.
+
+    `layers`: the language model's layer that each of its own starts from (`ModelConfig.source_layers`).
+    """
+    used, unused = take_layers(tensors, decoder.state_dict(), layers)
     load_tensors(decoder, used, context)
-    return sorted(tensors.keys() - own.keys())
+    return unused
+
+
+def take_layers(
+    tensors: dict[str, Tensor], names: Iterable[str], layers: list[int]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors for `names` of a decoder or a left tower, whose layer i is layer `layers[i]` of `tensors`.
+
+    Also returns the names in `tensors` that are not taken.
+    """
+    sources = {
+        name: re.sub(r"^((?:decoder\.)?layers\.)(\d+)", lambda m: f"{m[1]}{layers[int(m[2])]}", name)
+        for name in names
+    }
+    used = {name: tensors[source] for name, source in sources.items() if source in tensors}
+    return used, sorted(tensors.keys() - sources.values())

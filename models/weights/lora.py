@@ -107,7 +107,8 @@ def base_parameters(model: Any) -> set[int]:
 def save_adapters(model: Any, folder: Path) -> list[Path]:
     """Write each tower's adapter to `folder/<tower>/`, in peft's format.
 
-    `peft.PeftModel.from_pretrained` reads it over the same language model in transformers.
+    `peft.PeftModel.from_pretrained` reads it over the same language model in transformers. Not that of a left
+    tower with fewer layers than its language model: there the layers have other numbers.
     """
     written = []
     for tower in model.config.towers:

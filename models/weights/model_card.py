@@ -126,6 +126,9 @@ def _model(model: Any) -> str:
     descriptions |= {tower: _decoder(getattr(c, tower)) for tower in c.towers} | {
         "heads": f"{c.multi_token.heads} tokens drafted per decode step"
     }
+    if c.has_shallower_left:
+        read = ", ".join(map(str, c.left_layer_of))
+        descriptions["left"] += f"; the right decoder's layers read its layers {read}"
     rows = [(PARTS[name], descriptions[name], f"{count:,}") for name, count in counts.items()]
     return _table(
         ("part", "description", "parameters"),

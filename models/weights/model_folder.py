@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
 from models.weights.folder import FORMAT, INDEX, ModelFiles, checked_config, find_files, is_nanovlm
+from models.weights.language_models import take_layers
 from models.weights.nanovlm import read_nanovlm
 from models.weights.tensors import load_tensors, read_safetensors
 from utils.errors import UsageError, UserError
@@ -152,9 +153,11 @@ def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tenso
     return replace(config, left=config.right), vocabulary, renamed
 
 
-def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor], context: str) -> list[str]:
+def load_left_tower(
+    left: Any, config: ModelConfig, vocabulary: Vocabulary, tensors: dict[str, Tensor], context: str
+) -> list[str]:
     """Fill a `LeftTower` with the result of `left_tower_of`; → names of the unused tensors."""
-    own, table = left.state_dict(), "embed_tokens.weight"
+    table = "embed_tokens.weight"
     markers = left.vocabulary.markers
     if vocabulary.markers < markers:
         raise UserError(
@@ -167,8 +170,6 @@ def load_left_tower(left: Any, vocabulary: Vocabulary, tensors: dict[str, Tensor
             "model's yet; use left_context = image"
         )
     first = len(tensors[table]) - vocabulary.markers
-    used = {name: t for name, t in tensors.items() if name in own} | {
-        table: tensors[table][first : first + markers].clone()
-    }
-    load_tensors(left, used, context)
-    return sorted(tensors.keys() - own.keys())
+    used, unused = take_layers(tensors, left.state_dict(), left.config.source_layers(config.left))
+    load_tensors(left, used | {table: tensors[table][first : first + markers].clone()}, context)
+    return unused
