@@ -50,32 +50,6 @@ class Row:
     decode_steps: int = 0
     done: bool = False
 
-    def take(
-        self,
-        tokens: list[int],
-        logits: Tensor,
-        stop: int,
-        settings: GenerationConfig,
-        on_tokens: OnTokens | None,
-    ) -> int:
-        """Append a decode step's tokens up to the answer's end; return how many there were.
-
-        The end-of-turn token counts. Token i was chosen from `logits[i]`, (T, V) in all.
-        """
-        self.decode_steps += 1
-        for count, token in enumerate(tokens, start=1):
-            if token == stop:
-                self.done = True
-                return count
-            self.tokens.append(token)
-            if settings.logprobs:
-                self.logprobs.append(logits[count - 1].float().log_softmax(-1)[token].item())
-            ended = on_tokens is not None and on_tokens(self.index, self.tokens)
-            if ended or len(self.tokens) == settings.max_new_tokens:
-                self.done = True
-                return count
-        return len(tokens)
-
 
 @torch.inference_mode()
 def generate(
@@ -157,7 +131,7 @@ class DecodingBatch:
         return all(row.done for row in self.rows)
 
     def draft(self, count: int) -> Drafts:
-        """Let the heads propose `count` tokens after each row's last one, or what the longest row can use."""
+        """Let the heads propose `count` tokens after each row's last one, fewer near the answers' ends."""
         heads, right = self.model.heads, self.model.right
         count = min(count, max(self.settings.max_new_tokens - len(row.tokens) for row in self.rows) - 1)
         if heads is None or self.unembed_drafts is None or not count:
@@ -175,7 +149,7 @@ class DecodingBatch:
         )
 
     def verify(self, drafts: Drafts) -> tuple[Tensor, Tensor]:
-        """Run the right tower over last tokens and drafts → states (B, K + 1, D), logits (B, K + 1, V)."""
+        """One decode step over last tokens and drafts → states (B, K + 1, D) and logits (B, K + 1, V)."""
         tokens = torch.cat((self.tokens[:, None], drafts.tokens), 1)  # (B, K + 1)
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         states = decode_step(self.model, self.cache, tokens, self.positions[:, None] + offsets)
@@ -209,16 +183,32 @@ class DecodingBatch:
         self.tokens = torch.tensor([new[-1] for new in tokens], device=states.device)
         self.positions = self.positions + index
         self.hidden = states[torch.arange(len(counts)), index - 1]
-        taken = [
-            row.take(new, row_logits, self.stop, self.settings, self.on_tokens)
-            for row, new, row_logits in zip(self.rows, tokens, logits, strict=True)
-        ]
+        taken = [self._extend(*part) for part in zip(self.rows, tokens, logits, strict=True)]
         if any(row.done for row in self.rows) and not self.done:
             self._select(compact_rows([row.done for row in self.rows]))
         if self.seen is not None:
             for i, row in enumerate(self.rows):
                 self.seen[i, row.tokens] = True
         return taken
+
+    def _extend(self, row: Row, tokens: list[int], logits: Tensor) -> int:
+        """Append `tokens` to an answer up to its end; return how many, the end-of-turn token included.
+
+        Token i was chosen from `logits[i]`, (T, V) in all.
+        """
+        row.decode_steps += 1
+        for count, token in enumerate(tokens, start=1):
+            if token == self.stop:
+                row.done = True
+                return count
+            row.tokens.append(token)
+            if self.settings.logprobs:
+                row.logprobs.append(logits[count - 1].float().log_softmax(-1)[token].item())
+            ended = self.on_tokens is not None and self.on_tokens(row.index, row.tokens)
+            if ended or len(row.tokens) == self.settings.max_new_tokens:
+                row.done = True
+                return count
+        return len(tokens)
 
     def _select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, device=self.tokens.device)
