@@ -111,6 +111,7 @@ class DecodingCache:
                 cached[self.slots] = new.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
+    @torch.inference_mode()  # a chat calls it between answers, when the tensors are inference tensors
     def truncate(self, lengths: list[int]) -> None:
         """Keep each row's first slots, `lengths` of them; the others become free."""
         for row, (length, end) in enumerate(zip(lengths, self.lengths, strict=True)):

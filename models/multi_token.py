@@ -161,7 +161,7 @@ class DraftGuard:
     """
 
     LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
-    PAUSE = 64  # decode steps before a trial
+    PAUSE = 64  # tokens of a row, without drafts, before a trial
 
     def __init__(self, draft_length: int, cost: float = DRAFT_COST, always: bool = False) -> None:
         self.draft_length, self.cost, self.always = draft_length, cost, always
