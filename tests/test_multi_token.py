@@ -441,8 +441,8 @@ class TestDraftGuard:
         for _ in range(50):
             guard.record(3, [1, 1, 1, 4])  # 0.75 accepted, 0.3 spent
             assert guard.next_length() == 3
-        for _ in range(50):
-            guard.record(3, [1, 1, 1, 1])
+        for _ in range(85):
+            guard.record(3, [1, 1, 1, 2])  # 0.25 accepted
         assert guard.next_length() == 0
 
     def test_on_and_off(self, tokenizer):
