@@ -14,9 +14,9 @@ is a ratio of sums over the prompts, next to the median and minimum over single 
 plain         one row, greedy, no drafts: tokens/s, against the matmul roofline: the product of one vector
               with every weight that a token needs
 decode_steps  cost of a decode step over K + 1 tokens ÷ of one over 1 token: it bounds the gain by drafts
-drafts        after the first token: tokens per decode step, and tokens/s ÷ plain decoding; for chains of K
-              drafts, a tree, and --speculative auto
-first         first answers, before any cost is measured, ÷ plain ones; also with every draft wrong
+drafts        after the first token: tokens per decode step, and tokens/s ÷ plain decoding; for K drafts and
+              --speculative auto
+wrong         whole calls with every draft wrong ÷ plain ones: what --speculative auto may lose
 sampled       sampled answers: --speculative auto ÷ plain ones (other samples of the same distribution)
 same          greedy answers with and without drafts, batch 1 and 8: how many differ
 image         time to first token: a second question on an image against the first one
@@ -40,17 +40,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
-from benchmarks.decode_drafts import add_draft_rows, drafts, first, questions_of, same, sampled
+from benchmarks.decode_drafts import add_draft_rows, drafts, questions_of, same, sampled, wrong
 from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
-from models.generation import TREE, prefill, verify
+from models.generation import decode_step, prefill
 from tools.train_heads import HeadsConfig
 from utils.errors import UsageError, UserError, run_script
 
-FIRST = 6  # questions of `first`
-PARTS = "plain", "decode_steps", "drafts", "first", "sampled", "same", "image"
-DRAFTED = {"drafts", "first", "sampled", "same"}  # parts that need multi-token heads
+WRONG = 6  # questions of `wrong`
+PARTS = "plain", "decode_steps", "drafts", "wrong", "sampled", "same", "image"
+DRAFTED = {"drafts", "wrong", "sampled", "same"}  # parts that need multi-token heads
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -92,7 +92,7 @@ def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
             token = right.logits(state).max(-1).indices
             token.item()  # as streaming does
             position = torch.full((1, 1), start + i, device=device)
-            state = verify(model, cache, token[:, None], position)[:, 0]
+            state = decode_step(model, cache, token[:, None], position)[:, 0]
         step.append((time.perf_counter() - started) / tokens)
     shares = [r / s for r, s in zip(roofline, step, strict=True)]
     gigabytes = sum(w.numel() * w.element_size() for w in weights) / 1e9
@@ -108,48 +108,44 @@ def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def decode_steps(predictor: Predictor, max_drafts: int, repeats: int) -> dict[str, float]:
-    """Costs ÷ that of a decode step over 1 token, logits included, after 200 tokens.
+    """Costs ÷ that of a decode step over 1 token per row, logits included, after 200 tokens.
 
-    `verify_K`: a decode step over K + 1 tokens; `draft_K`: drafting K tokens; `draft_tree`: drafting a tree.
+    `verify_K`: a decode step over K + 1 tokens; `draft_K`: drafting K tokens; `…_rows_8`: of eight rows.
     """
+    out: dict[str, list[float]] = {}
+    for rows, suffix in ((1, ""), (8, "_rows_8")):
+        verify, draft = _step_parts(predictor, rows, max_drafts)
+        for _ in range(repeats):
+            one = median_s(lambda verify=verify: verify(0), 8)
+            for k in range(1, max_drafts + 1):
+                seconds = median_s(lambda k=k, verify=verify: verify(k), 8)
+                out.setdefault(f"verify_{k}{suffix}", []).append(seconds / one)
+            for k in range(1, max_drafts + 1) if predictor.model.heads is not None else ():
+                seconds = median_s(lambda k=k, draft=draft: draft(k), 8)
+                out.setdefault(f"draft_{k}{suffix}", []).append(seconds / one)
+    return {name: statistics.median(values) for name, values in out.items()}
+
+
+def _step_parts(predictor: Predictor, rows: int, max_drafts: int) -> tuple[Callable[[int], None], ...]:
+    """Functions that verify and that draft so many tokens per row."""
     model, device = predictor.model, predictor.model.device
-    right = model.right
-    ids = torch.randint(0, min(1000, model.vocabulary.text_size), (1, 200), device=device)
-    cache, states = prefill(model, ids, torch.arange(200, device=device)[None], [[]], TREE + 1)
-    lengths, state = cache.lengths, states[:, -1]
-    heads = predictor.model.heads
+    right, heads = model.right, model.heads
+    ids = torch.randint(0, min(1000, model.vocabulary.text_size), (rows, 200), device=device)
+    positions = torch.arange(200 + max_drafts + 1, device=device).expand(rows, -1)
+    cache, states = prefill(model, ids, positions[:, :200], [[]] * rows, max_drafts + 1)
+    lengths = cache.lengths
     unembed = heads.unembedder(right.unembedding) if heads is not None else None
 
-    def run(count: int) -> None:
-        cache.lengths = lengths
-        tokens, positions = ids[:, :count], torch.arange(200, 200 + count, device=device)[None]
-        right.logits(verify(model, cache, tokens, positions)).max(-1).indices.tolist()
+    def verify(count: int) -> None:
+        cache.truncate(lengths)
+        states = decode_step(model, cache, ids[:, : count + 1], positions[:, 200 : 201 + count])
+        right.logits(states).max(-1).indices.tolist()
 
     def draft(count: int) -> None:
-        heads.draft(
-            right.embed_tokens,
-            unembed,
-            state,
-            ids[:, 0],
-            count,
-            lambda logits: (logits.max(-1).indices, None),
-        ).tokens.tolist()
+        embedding, last = right.embed_tokens, ids[:, 0]
+        heads.draft(embedding, unembed, states[:, -1], last, count, GenerationConfig()).tokens.tolist()
 
-    def tree() -> None:
-        heads.tree(
-            right.embed_tokens, unembed, state, ids[:, 0], heads.count, GenerationConfig().draft_width, TREE
-        ).tokens.tolist()
-
-    out: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        one = median_s(lambda: run(1), 8)
-        for k in (*range(1, max_drafts + 1), TREE):
-            out.setdefault(f"verify_{k}", []).append(median_s(lambda k=k: run(k + 1), 8) / one)
-        for k in range(1, max_drafts + 1) if heads is not None else ():
-            out.setdefault(f"draft_{k}", []).append(median_s(lambda k=k: draft(k), 8) / one)
-        if heads is not None:
-            out.setdefault("draft_tree", []).append(median_s(tree, 8) / one)
-    return {name: statistics.median(values) for name, values in out.items()}
+    return verify, draft
 
 
 def image(predictor: Predictor, tiles: int, repeats: int) -> dict[str, float]:
@@ -245,11 +241,9 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
             questions = questions_of(predictor, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:
             fifth = max(1, args.prompts // 5)
-            r["drafts"] = drafts(
-                predictor, questions[:fifth], questions[fifth : 2 * fifth], args.tokens, heads.count
-            )
-        if "first" in parts:
-            r["first"] = first(predictor, questions[:FIRST])
+            r["drafts"] = drafts(predictor, questions[:fifth], args.tokens, heads.count)
+        if "wrong" in parts:
+            r["wrong"] = wrong(predictor, questions[:WRONG])
         if "sampled" in parts:
             r["sampled"] = sampled(predictor, questions[: args.prompts // 10], args.tokens)
         if "same" in parts:
@@ -275,9 +269,9 @@ def show(dtype: str, r: dict[str, Any]) -> None:
             f"decoding reaches {p['share_of_bare']:.0%} (minimum {p['share_least']:.0%})",
         )
     for name, cost in r.get("decode_steps", {}).items():
-        kind, k = name.split("_")
+        kind, k, *rows = name.split("_")
         what = f"a step over {int(k) + 1} tokens" if kind == "verify" else f"drafting {k}"
-        table.add_row(f"{what} ÷ a step over one", f"{cost:.2f}")
+        table.add_row(f"{what} ÷ a step over one" + ", of 8 rows" * bool(rows), f"{cost:.2f}")
     add_draft_rows(table, r)
     if i := r.get("image"):
         table.add_row(

@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 from rich.table import Table
 
-import models.generation
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
+from models.multi_token import Drafts, MultiTokenHeads
 from tools.train_heads import HeadsConfig, question_batches
 from utils.errors import UserError
 
@@ -25,23 +25,14 @@ def questions_of(predictor: Predictor, config: HeadsConfig, count: int) -> list[
 
 
 def drafts(
-    predictor: Predictor, questions: list[Any], untimed: list[Any], tokens: int, max_drafts: int
+    predictor: Predictor, questions: list[Any], tokens: int, max_drafts: int
 ) -> dict[str, dict[str, float]]:
-    """Answer each question alone, by plain decoding and with each shape of drafts, in turn.
-
-    The draft scheduler of `auto` answers the `untimed` questions first.
-    """
+    """Answer each question alone, by plain decoding, with `auto` and with each number of drafts, in turn."""
     base = GenerationConfig(max_new_tokens=tokens, speculative="off")
     predictor.answer(questions[:1], base)
-    kinds = {
-        "plain": base,
-        "auto": replace(base, speculative="auto"),
-        "tree": replace(base, speculative="on"),
-    }
+    kinds = {"plain": base, "auto": replace(base, speculative="auto")}
     for k in range(1, max_drafts + 1):
-        kinds[f"K={k}"] = replace(base, speculative="on", draft_tokens=k, draft_width=1)
-    for question in untimed:
-        predictor.answer([question], kinds["auto"])
+        kinds[f"K={k}"] = replace(base, speculative="on", draft_tokens=k)
     answers: dict[str, list[Any]] = {name: [] for name in kinds}
     for question in questions:
         predictor.answer([question], replace(base, max_new_tokens=1))  # encode its images
@@ -74,36 +65,28 @@ def drafts(
     return out
 
 
-def first(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, float]]:
-    """Whole calls, each in turn with a plain one, without measured costs and acceptance rates of drafts.
+def wrong(predictor: Predictor, questions: list[Any]) -> dict[str, dict[str, float]]:
+    """Whole calls with every draft wrong, by number of tokens, each in turn with a plain one."""
+    original, out = MultiTokenHeads.draft, {}
 
-    `wrong_…`: with every draft wrong. The kernels are warm.
-    """
-    shapes, original, out = predictor.model.heads.schedulers, models.generation._drafts, {}
-
-    def wrong(*arguments: Any) -> Any:
+    def draft(*arguments: Any) -> Drafts:
         result = original(*arguments)
         return result._replace(tokens=(result.tokens + 1) % predictor.model.vocabulary.text_size)
 
-    for name, draft in (("first", original), ("wrong", wrong)):
-        for tokens in (16, 64, 256):
-            ratios = []
-            for question in questions:
-                shapes.clear()
-                with patch.object(models.generation, "_drafts", draft):
-                    plain, auto = (
-                        predictor.answer(
-                            [question], GenerationConfig(max_new_tokens=tokens, speculative=mode)
-                        )[0]
-                        for mode in ("off", "auto")
-                    )  # type: ignore[arg-type]
-                if plain.tokens == auto.tokens:
-                    ratios.append(auto.tokens_per_s / plain.tokens_per_s)
-            out[f"{name}_{tokens}"] = {
-                "speedup_median": statistics.median(ratios),
-                "speedup_least": min(ratios),
-                "answers": len(ratios),
-            }
+    for tokens in (16, 64, 256):
+        ratios = []
+        settings = GenerationConfig(max_new_tokens=tokens)
+        for question in questions:
+            plain = predictor.answer([question], replace(settings, speculative="off"))[0]
+            with patch.object(MultiTokenHeads, "draft", draft):
+                auto = predictor.answer([question], settings)[0]
+            if plain.tokens == auto.tokens:
+                ratios.append(auto.tokens_per_s / plain.tokens_per_s)
+        out[str(tokens)] = {
+            "speedup_median": statistics.median(ratios),
+            "speedup_least": min(ratios),
+            "answers": len(ratios),
+        }
     return out
 
 
@@ -172,10 +155,9 @@ def add_draft_rows(table: Table, results: dict[str, Any]) -> None:
             f"{d['speedup']:.2f} × plain (median {d['speedup_median']:.2f}, minimum "
             f"{d['speedup_least']:.2f}; whole calls {d['whole_call']:.2f}); {d['differ']} answers differ",
         )
-    for name, f in results.get("first", {}).items():
-        kind, tokens = name.split("_")
+    for tokens, f in results.get("wrong", {}).items():
         table.add_row(
-            f"a first answer of {tokens} tokens" + ", all drafts wrong" * (kind == "wrong"),
+            f"answers of {tokens} tokens, all drafts wrong",
             f"{f['speedup_median']:.2f} × plain (minimum {f['speedup_least']:.2f} of {f['answers']} answers)",
         )
     for name, d in results.get("sampled", {}).items():

@@ -288,9 +288,9 @@ class GenerationConfig:
         "draft with the multi-token heads, if any: while it is faster, always, or never; greedy answers stay "
         "the same in fp32 (in bf16 nearly tied tokens may differ), sampled ones keep their distribution",
     )
-    draft_tokens: int = opt(0, "maximum number of drafted tokens (0: one per head)")
-    draft_width: int = opt(
-        4, "branches of a draft tree, for greedy answers to one or two prompts at a time (1: a single chain)"
+    draft_tokens: int = opt(
+        0,
+        "drafted tokens per decode step, at most one per head (0: what the heads' acceptance rates suggest)",
     )
     max_new_tokens: int = opt(64, "maximum length of an answer in tokens")
     seed: int = opt(0, "random seed of sampling")
@@ -314,8 +314,6 @@ class GenerationConfig:
                 f"repetition_penalty = {self.repetition_penalty} must be between 0.01 and 100 (1: none)"
             )
         if self.draft_tokens < 0:
-            raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (one for each head) or more")
-        if not 1 <= self.draft_width <= 11:
-            raise UsageError(f"draft_width = {self.draft_width} must be between 1 (a chain of drafts) and 11")
+            raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (automatic) or more")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")

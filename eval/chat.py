@@ -106,15 +106,14 @@ class Chat:
                 **batch,
             )
         except BaseException:  # Ctrl-C, for one
-            self.cache.lengths = before
+            self.cache.truncate(before)
             raise
 
     def _commit(self, prompt: Document, generated: list[int], answer: Answer, images: int) -> None:
         """Add a turn to the conversation. Tokens behind a stop string are removed from the cache."""
         tokens = generated[: self.predictor.tokens_within(generated, answer.text)]
-        self.cache.lengths = [
-            length - max(0, len(generated) - 1) + max(0, len(tokens) - 1) for length in self.cache.lengths
-        ]
+        dropped = max(0, len(generated) - 1) - max(0, len(tokens) - 1)
+        self.cache.truncate([length - dropped for length in self.cache.lengths])
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
         # An image token in the answer cannot be read.
         text_size = self.predictor.model.vocabulary.text_size

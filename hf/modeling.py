@@ -35,7 +35,6 @@ SETTINGS = {"do_sample": "sampling"} | {
         "repetition_penalty",
         "speculative",
         "draft_tokens",
-        "draft_width",
     )
 }
 # Arguments with only one supported value.

@@ -111,21 +111,13 @@ class DecodingCache:
                 cached[self.slots] = new.transpose(1, 2)
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
-    def commit(self, start: list[int], paths: list[list[int]]) -> None:
-        """Keep the accepted slots of a decode step, without gaps, and clear its others.
-
-        Row b's step began at slot `start[b]`; `paths[b]` are the accepted offsets from there, ascending.
-        """
-        for row, (at, path) in enumerate(zip(start, paths, strict=True)):
-            end = at + len(path)
-            if path[-1] >= len(path):  # with a gap
-                slots = at + torch.tensor(path, device=self.positions.device)
-                for cached in (self.keys, self.values):
-                    cached[:, row, :, at:end] = cached[:, row, :, slots]
-                self.positions[row, at:end] = self.positions[row, slots]
-            if end < self.lengths[row]:
-                self.positions[row, end : self.lengths[row]] = NEVER
-        self.lengths = [at + len(path) for at, path in zip(start, paths, strict=True)]
+    @torch.inference_mode()  # a chat calls it between answers, when the tensors are inference tensors
+    def truncate(self, lengths: list[int]) -> None:
+        """Keep each row's first slots, `lengths` of them; the others become free."""
+        for row, (length, end) in enumerate(zip(lengths, self.lengths, strict=True)):
+            if length < end:
+                self.positions[row, length:end] = NEVER
+        self.lengths = lengths
 
     def resize(self, slots: int) -> None:
         """Grow, where needed, so that every row has `slots` free ones."""

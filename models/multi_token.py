@@ -9,28 +9,30 @@ like DeepSeek-V3's (arXiv 2412.19437 §2.2), but has no attention and so no cach
 the alternatives.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import DecoderConfig, ModelConfig, MultiTokenConfig
+from configs.model import DecoderConfig, GenerationConfig, ModelConfig, MultiTokenConfig
 from models.layers import RMSNorm
 from models.losses import cross_entropy
+from models.sampling import draw_draft
+
+# Cost of drafting and verifying a token, in decode steps without drafts (docs/benchmarks.md). Sampled drafts
+# need two distributions over the vocabulary each.
+DRAFT_COST, SAMPLED_DRAFT_COST = 0.1, 0.2
 
 
 class Drafts(NamedTuple):
-    """A chain or a tree of drafts after the last chosen token.
+    """K drafted tokens after each row's last one."""
 
-    Node 0 is that token, node n the n-th draft. A draft's parent is the node of the token before it, and has
-    a smaller number.
-    """
-
-    tokens: Tensor  # (B, N)
-    parents: Tensor  # (B, N)
-    proposed: Tensor | None = None  # (B, N, V), each draft's distribution; None where the likeliest is taken
+    tokens: Tensor  # (B, K)
+    proposed: Tensor | None  # (B, K, V), the distributions they were drawn from; None where not sampled
 
 
 class MultiTokenHeads(nn.Module):
@@ -55,7 +57,6 @@ class MultiTokenHeads(nn.Module):
         self.register_buffer("draft_ids", torch.arange(min(config.vocabulary or vocab_size, vocab_size)))
         # Of each draft, given that those before it are accepted.
         self.register_buffer("acceptance_rates", torch.full((self.count,), 0.5))
-        self.schedulers: dict[Any, Any] = {}  # models/draft_scheduler.py
         with torch.no_grad():  # an untrained head passes its state on unchanged
             self.carry.weight.zero_()[:, :D].fill_diagonal_(1.0)
             nn.init.normal_(self.gate_up.weight, std=0.02)
@@ -124,64 +125,70 @@ class MultiTokenHeads(nn.Module):
         hidden: Tensor,
         tokens: Tensor,
         count: int,
-        pick: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        settings: GenerationConfig,
+        generator: torch.Generator | None = None,
     ) -> Drafts:
-        """Draft a chain of `count` tokens after `tokens` (B,), which were chosen from `hidden` (B, D).
+        """Draft `count` tokens after `tokens` (B,), which were chosen from `hidden` (B, D).
 
-        `unembed`: from `unembedder`. `pick`: logits (B, V′) → indices into V′ (B,), and the distribution
-        (B, V′) they were drawn from, or None.
+        `unembed`: from `unembedder`.
         """
-        drafts, proposed = [], []
-        for _ in range(count):
+        drafts, proposed = tokens.new_empty(len(tokens), count), None
+        if settings.sampling:
+            proposed = hidden.new_zeros(*drafts.shape, embedding.num_embeddings, dtype=torch.float32)
+        for k in range(count):
             hidden = self.step(hidden, embedding(tokens))
-            index, distribution = pick(unembed(self.norm(hidden)))
-            tokens = self.draft_ids[index]
-            drafts.append(tokens)
-            if distribution is not None:
-                full = distribution.new_zeros(len(tokens), embedding.num_embeddings)  # (B, V)
-                proposed.append(full.index_copy_(1, self.draft_ids, distribution))
-        parents = torch.arange(count, device=tokens.device).expand(len(tokens), count)
-        return Drafts(torch.stack(drafts, 1), parents, torch.stack(proposed, 1) if proposed else None)
+            index, distribution = draw_draft(unembed(self.norm(hidden)), settings, generator)
+            tokens = drafts[:, k] = self.draft_ids[index]
+            if proposed is not None and distribution is not None:
+                proposed[:, k, self.draft_ids] = distribution
+        return Drafts(drafts, proposed)
 
-    def tree(
-        self,
-        embedding: nn.Embedding,
-        unembed: Callable[[Tensor], Tensor],
-        hidden: Tensor,
-        tokens: Tensor,
-        depth: int,
-        width: int,
-        size: int,
-    ) -> Drafts:
-        """Draft a tree: the `size` likeliest drafts of a beam search of `depth` steps (arXiv 2406.16858).
 
-        Each step follows the `width` likeliest paths so far, and tries the `width` likeliest tokens after
-        each. Other arguments as in `draft`.
-        """
-        B, D = hidden.shape
-        states, last = hidden[:, None], tokens[:, None]  # of the followed paths: (B, w, D), (B, w)
-        nodes = tokens.new_zeros(B, 1)  # (B, w)
-        scores = hidden.new_zeros(B, 1, dtype=torch.float32)  # (B, w), log-probability of the whole path
-        candidates: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, parents, scores; (B, w · width) each
-        count = 1  # nodes so far
-        for _ in range(depth):
-            states = self.step(states, embedding(last))
-            logprobs = unembed(self.norm(states)).float().log_softmax(-1)  # (B, w, V′)
-            best, ids = logprobs.topk(min(width, len(self.draft_ids)))  # (B, w, width)
-            children = self.draft_ids[ids].flatten(1)  # (B, w · width)
-            child_scores = (scores[..., None] + best).flatten(1)
-            candidates.append((children, nodes.repeat_interleave(best.shape[-1], 1), child_scores))
-            scores, top = child_scores.topk(min(width, child_scores.shape[1]))
-            states = states.gather(1, (top // best.shape[-1])[..., None].expand(-1, -1, D))
-            last, nodes, count = children.gather(1, top), count + top, count + children.shape[1]
-        drafts, parents, path_scores = (torch.cat(part, 1) for part in zip(*candidates, strict=True))
-        # No draft is likelier than its parent, which comes first: a selected draft's parent is selected, too.
-        ranked = path_scores.sort(dim=1, descending=True, stable=True).indices
-        selected = ranked[:, :size].sort(1).values
-        numbers = torch.arange(1, selected.shape[1] + 1, device=tokens.device).expand_as(selected)
-        renumbered = torch.zeros(B, count, dtype=torch.int64, device=tokens.device)
-        renumbered.scatter_(1, selected + 1, numbers)
-        return Drafts(drafts.gather(1, selected), renumbered.gather(1, parents.gather(1, selected)))
+def best_draft_length(acceptance_rates: Sequence[float], cost: float) -> int:
+    """The number of drafts with the most tokens per second; 0 where drafts do not pay.
+
+    `acceptance_rates` as in `MultiTokenHeads`; `cost`: of drafting and verifying a token, in decode steps.
+    """
+    tokens = list(accumulate(accumulate(acceptance_rates, mul), initial=1.0))  # of a step with k drafts
+    return max(range(len(tokens)), key=lambda k: tokens[k] / (1 + cost * k))
+
+
+class DraftGuard:
+    """Turns drafts off while too few are accepted, and tries again later.
+
+    It counts tokens and has no clock, so that a sampled answer depends on its seed alone. `balance` is what
+    drafts have won, in decode steps: accepted drafts minus `cost` for every draft.
+    """
+
+    LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
+    PAUSE = 64  # tokens of a row, without drafts, before a trial
+
+    def __init__(self, draft_length: int, cost: float = DRAFT_COST, always: bool = False) -> None:
+        self.draft_length, self.cost, self.always = draft_length, cost, always
+        self.balance, self.pause = 0.0, 0
+
+    @classmethod
+    def of(cls, heads: MultiTokenHeads | None, settings: GenerationConfig) -> "DraftGuard":
+        """A guard for one call. Without heads, and with `speculative = off`, it never drafts."""
+        if heads is None or settings.speculative == "off":
+            return cls(0)
+        cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
+        length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost)
+        return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on")
+
+    def next_length(self) -> int:
+        """Drafts of the next decode step."""
+        return 0 if self.pause else self.draft_length
+
+    def record(self, drafts: int, tokens: Sequence[int]) -> None:
+        """Record a decode step of `drafts` per row, and how many `tokens` each row's answer got."""
+        if not drafts or self.always:
+            self.pause = max(0, self.pause - 1)
+            return
+        gain = sum(tokens) / len(tokens) - 1 - self.cost * drafts
+        self.balance = min(self.balance + gain, self.LIMIT)
+        if self.balance <= -self.LIMIT:
+            self.pause, self.balance = self.PAUSE, -self.LIMIT / 2
 
 
 def make_heads(config: ModelConfig, vocab_size: int) -> MultiTokenHeads | None:
@@ -209,20 +216,3 @@ def chains(labels: Tensor, documents: Tensor, heads: int) -> Tensor:
         supervised = supervised[:, :-1] & (labels[:, k:] != -100) & same_document
         out[:, : R - k, k] = labels[:, k:].masked_fill(~supervised, -1)
     return out[labels != -100]
-
-
-def draft_tree_mask(parents: Tensor) -> Tensor:
-    """Parents (B, N) as in `Drafts` → (B, N + 1, N + 1): True where a node (row) sees itself or an ancestor.
-
-    parents 0 0 1      0 1 2 3
-                    0  x
-                    1  x x
-                    2  x   x
-                    3  x x   x
-    """
-    B, N = parents.shape
-    steps = torch.eye(N + 1, device=parents.device).repeat(B, 1, 1)
-    steps[:, 1:].scatter_(2, parents[..., None], 1.0)
-    for _ in range(N.bit_length()):  # each product doubles the length of the paths to ancestors
-        steps = steps @ steps
-    return steps > 0

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import GenerationConfig
-from models.multi_token import Drafts
 
 NUCLEUS = 512  # top-p sorts this many of the likeliest tokens first, and all only where they are too few
 
@@ -63,7 +62,7 @@ def draw_draft(
     """Choose a draft per row from a head's logits (B, V′).
 
     Returns the drafts (B,), as indices into V′, and the distribution (B, V′) they were drawn from, or None
-    where the likeliest is taken.
+    without `settings.sampling`, where they are the likeliest.
     """
     if not settings.sampling:
         return logits.max(-1).indices, None
@@ -71,29 +70,23 @@ def draw_draft(
     return choose(distribution, settings, generator), distribution
 
 
-def follow(drafts: Drafts, target: Tensor) -> list[list[int]]:
-    """Accept drafts without sampling: each row's path of nodes from the last chosen token (node 0) on.
+def accept_greedy(drafts: Tensor, target: Tensor) -> tuple[list[int], Tensor]:
+    """Accept drafts while they equal the model's own choice.
 
-    A draft is accepted where its parent is and it equals `target` (B, N + 1) at its parent.
+    `drafts` (B, K); `target` (B, K + 1, V), where the largest value is the choice: logits or a distribution.
+    Returns each row's number of accepted drafts, and the model's own choice after them (B,).
     """
-    paths = []
-    for tokens, parents, targets in zip(
-        drafts.tokens.tolist(), drafts.parents.tolist(), target.tolist(), strict=True
-    ):
-        path = [0]
-        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
-            if parent == path[-1] and token == targets[parent]:
-                path.append(node)
-        paths.append(path)
-    return paths
+    choices = target.max(-1).indices  # (B, K + 1)
+    counts = (drafts == choices[:, :-1]).long().cumprod(1).sum(1)  # (B,)
+    return counts.tolist(), choices.gather(1, counts[:, None])[:, 0]
 
 
-def accept(
+def accept_sampled(
     drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator | None
 ) -> tuple[list[int], Tensor]:
     """Accept sampled drafts: each row's number of accepted drafts, and the token after them (B,).
 
-    `drafts` (B, K), a chain, were drawn from `proposed` (B, K, V). `target` (B, K + 1, V) is the model's own
+    `drafts` (B, K) were drawn from `proposed` (B, K, V). `target` (B, K + 1, V) is the model's own
     distribution at each draft and after the last. A draft x is accepted with probability
     min(1, target(x) ÷ proposed(x)). After the first rejection a token is drawn from the positive part of
     target − proposed. So tokens have exactly the target's distribution (arXiv 2211.17192, 2302.01318).
@@ -102,7 +95,7 @@ def accept(
     ids = drafts[..., None]
     ratio = target[:, :K].gather(-1, ids)[..., 0] / proposed.gather(-1, ids)[..., 0]  # (B, K)
     uniform = torch.rand(B, K, generator=generator, device=drafts.device)
-    counts = (uniform < ratio).long().cumprod(1).sum(1)
+    counts = (uniform < ratio).long().cumprod(1).sum(1)  # (B,)
     padded = F.pad(proposed, (0, 0, 0, 1))  # nothing is proposed after the last draft
     rows = torch.arange(B)
     residual = (target - padded).clamp(min=0)[rows, counts]  # (B, V)
@@ -112,11 +105,7 @@ def accept(
     return counts.tolist(), torch.multinomial(residual, 1, generator=generator)[:, 0]
 
 
-def seen_at_each_node(seen: Tensor, tokens: Tensor, tree_mask: Tensor) -> Tensor:
-    """Extend the tokens `seen` (B, V) to each node of a tree of drafts: (B, N + 1, V).
-
-    A node adds those of `tokens` (B, N + 1) that `tree_mask` (B, N + 1, N + 1) lets it see.
-    """
-    # Every node sees node 0, so its token fills the gaps.
-    visible = torch.where(tree_mask, tokens[:, None], tokens[:, :1, None])
-    return seen[:, None].repeat(1, tokens.shape[1], 1).scatter_(2, visible, True)
+def seen_after_drafts(seen: Tensor, drafts: Tensor) -> Tensor:
+    """Tokens `seen` (B, V) before the drafts (B, K), and after each of them: (B, K + 1, V)."""
+    added = F.one_hot(drafts, seen.shape[1]).cumsum(1) > 0  # (B, K, V)
+    return seen[:, None] | F.pad(added, (0, 0, 1, 0))

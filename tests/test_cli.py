@@ -205,7 +205,7 @@ def test_generate_json(trained, image_file):
 def interrupt_third_pass() -> None:
     import models.generation
 
-    whole, calls = models.generation.verify, []
+    whole, calls = models.generation.decode_step, []
 
     def interrupted(*arguments: object) -> object:
         calls.append(1)
@@ -213,7 +213,7 @@ def interrupt_third_pass() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return whole(*arguments)
 
-    models.generation.verify = interrupted
+    models.generation.decode_step = interrupted
 
 
 def test_what_came_before_an_interruption_is_not_lost(trained):

@@ -104,9 +104,9 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
             strict=True,
         )
     )
-    verify = models.generation.verify
+    verify = models.generation.decode_step
     monkeypatch.setattr(
-        models.generation, "verify", lambda *arguments: seen.append(verify(*arguments)) or seen[-1]
+        models.generation, "decode_step", lambda *arguments: seen.append(verify(*arguments)) or seen[-1]
     )
     result = generate(
         model,
@@ -350,8 +350,6 @@ def test_tokens_a_pass_are_those_behind_the_first(tokenizer, renderer):
         {"repetition_penalty": 0.0},
         {"repetition_penalty": 1e-300},
         {"draft_tokens": -1},
-        {"draft_width": 0},
-        {"draft_width": 12},
     ],
 )
 def test_bad_settings(bad):
@@ -369,13 +367,13 @@ def test_a_prompt_too_long_says_so(model, renderer):
 def test_what_is_not_finite_ends_the_answer_wherever_it_begins(
     tokenizer, renderer, monkeypatch, sampling, bad
 ):
-    model, original, decode_steps = lively_model(tokenizer), models.generation.verify, []
+    model, original, decode_steps = lively_model(tokenizer), models.generation.decode_step, []
 
     def verify(*arguments: Any) -> torch.Tensor:
         decode_steps.append(original(*arguments))
         return decode_steps[-1] if len(decode_steps) < 3 else decode_steps[-1] * bad
 
-    monkeypatch.setattr(models.generation, "verify", verify)
+    monkeypatch.setattr(models.generation, "decode_step", verify)
     batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
     with pytest.raises(UserError, match="not finite"):
         generate(

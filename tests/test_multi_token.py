@@ -9,29 +9,25 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import models.draft_scheduler
 import models.generation
 from configs.model import GenerationConfig, MultiTokenConfig
 from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
-from models.draft_scheduler import DraftPlan, DraftScheduler, draft_scheduler
-from models.generation import StepOutput, generate
+from models.generation import DecodingBatch, generate
 from models.kernels.packed_block import PackedBlock
 from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
-from models.multi_token import Drafts, chains, draft_tree_mask
-from models.sampling import accept, follow, probabilities, seen_at_each_node
+from models.multi_token import DraftGuard, Drafts, best_draft_length, chains
+from models.sampling import accept_greedy, accept_sampled, probabilities, seen_after_drafts
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 from tests.programs import run_program
@@ -147,12 +143,12 @@ class Oracle:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
-        self.acceptance_rates, self.schedulers = torch.full((3,), 0.5), {}
+        self.acceptance_rates = torch.full((3,), 0.9)
 
     def unembedder(self, unembedding):
         return unembedding
 
-    def draft(self, embedding, rows, hidden, tokens, count, pick):
+    def draft(self, embedding, unembed, hidden, tokens, count, settings, generator):
         drafts = []
         for token, row in zip(tokens.tolist(), hidden, strict=True):
             answer, position = next(
@@ -167,27 +163,12 @@ class Oracle:
                 if self.drafted % self.wrong == 0:
                     new[k] = (new[k] + 1) % 290
             drafts.append(new)
-        return Drafts(torch.tensor(drafts), torch.arange(count).expand(len(drafts), count))
-
-    def tree(self, embedding, rows, hidden, tokens, depth, width, size):
-        """A tree with the chain's tokens, each after a wrong sibling that has a wrong child.
-
-        The accepted tokens are therefore not adjacent.
-        """
-        chain = self.draft(embedding, rows, hidden, tokens, depth, None).tokens
-        tokens, parents = [], []
-        for k in range(depth):
-            node = 3 * k  # of the chain's token before this one
-            other = (chain[:, k] + 7) % 290
-            tokens += [other, other, chain[:, k]]
-            parents += [node, node + 1, node]
-        return Drafts(torch.stack(tokens, 1), torch.tensor(parents).expand(len(chain), -1))
+        return Drafts(torch.tensor(drafts), None)
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
 @pytest.mark.parametrize("wrong", [2, 3, 100])
-@pytest.mark.parametrize("width", [1, 2])
-def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong, width):
+def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wrong):
     """Speculation gives the naive model's tokens, in fewer passes.
 
     Ragged rows with none to three images, rows that end early, and drafts that are sometimes wrong.
@@ -210,8 +191,8 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])
     expected = [naive_greedy(naive, ids, t, stop, 14) for (_, ids), t in zip(prompts, tiles, strict=True)]
     seen: list = []
-    original = models.generation.verify
-    monkeypatch.setattr(models.generation, "verify", lambda *a: seen.append(original(*a)) or seen[-1])
+    original = models.generation.decode_step
+    monkeypatch.setattr(models.generation, "decode_step", lambda *a: seen.append(original(*a)) or seen[-1])
     batch = collate_prompts([p for p, _ in prompts])
     plain = generate(
         model,
@@ -237,12 +218,11 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         first = models.generation.prefill(model, one["ids"], one["positions"], [row], 0)[1][0, -1]
         answers.append((result.tokens[0], [first, *[s[0, 0] for s in seen]]))
     model.heads = Oracle(answers, wrong)
-    monkeypatch.setattr(models.draft_scheduler, "TREE_ROWS", 100)
     result = generate(
         model,
         images=images,
         stop=stop,
-        settings=GenerationConfig(max_new_tokens=14, speculative=mode, draft_width=width, logprobs=True),
+        settings=GenerationConfig(max_new_tokens=14, speculative=mode, logprobs=True),
         **batch,
     )
     assert result.tokens == expected
@@ -252,111 +232,41 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         assert sum(result.decode_steps) < 0.7 * sum(plain.decode_steps)
 
 
-TREE = Drafts(torch.tensor([[3, 0, 1, 4, 2]]), torch.tensor([[0, 0, 1, 3, 1]]))  # 3 → 1 → 4, 3 → 2, and 0
-WAYS = [[], [3], [0], [3, 1], [3, 1, 4], [3, 2]]  # to each node, from the token chosen last on
-
-
-def test_a_draft_sees_those_on_its_way():
-    sees = draft_tree_mask(TREE.parents)[0]
-    assert [{int(TREE.tokens[0, n - 1]) for n in node.nonzero()[:, 0].tolist() if n} for node in sees] == [
-        set(way) for way in WAYS
-    ]
-    assert sees.diagonal().all() and sees[:, 0].all() and sees.sum() == sum(len(way) + 1 for way in WAYS)
-    assert (
-        torch.equal(draft_tree_mask(torch.arange(9)[None])[0], torch.ones(10, 10).tril().bool())
-        and draft_tree_mask(torch.empty(3, 0, dtype=torch.int64)).all()
-    )
-
-
-def test_every_draft_counts_as_seen_behind_it():
+def test_every_draft_counts_as_seen_after_it():
     seen = torch.zeros(2, 6, dtype=torch.bool)
     seen[:, 5] = True
-    tokens = torch.tensor([[5, *TREE.tokens[0].tolist()], [5, 2, 2, 4, 0, 1]])  # the second row is a chain
-    sees = draft_tree_mask(torch.stack((TREE.parents[0], torch.arange(5))))
-    actual = seen_at_each_node(seen, tokens, sees)
-    expected = [[{5, *way} for way in WAYS], [{5, *[2, 2, 4, 0, 1][:k]} for k in range(6)]]
-    assert [[set(node.nonzero().flatten().tolist()) for node in row] for row in actual] == expected
+    rows = [[3, 0, 1], [2, 2, 4]]
+    actual = seen_after_drafts(seen, torch.tensor(rows))
+    expected = [[{5, *row[:k]} for k in range(4)] for row in rows]
+    assert [[set(step.nonzero().flatten().tolist()) for step in row] for row in actual] == expected
 
 
-def test_a_draft_falls_with_the_one_before_it():
-    """Greedy: drafts as long as each is the target at its parent."""
-    chains = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
-    assert follow(Drafts(chains, torch.arange(3).expand(4, 3)), torch.tensor([3, 1, 4, 2]).expand(4, 4)) == [
-        [0, 1, 2, 3],
-        [0, 1],
-        [0],
-        [0],
-    ]
-    for way, path in zip(
-        [*WAYS, [1], [3, 4], [0, 1]],
-        [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 5], [0], [0, 1], [0, 2]],
-        strict=True,
-    ):
-        targets = torch.full((1, 6), 9)
-        for node, known in enumerate(WAYS):  # at a node on this way its next token is the target
-            if way[: len(known)] == known and len(way) > len(known):
-                targets[0, node] = way[len(known)]
-        assert follow(TREE, targets) == [path], way
+def test_a_rejected_draft_rejects_those_after_it():
+    """Greedy: drafts as long as each equals the model's choice, then that choice."""
+    target = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 2]), 6).float().expand(4, 4, 6)
+    drafts = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
+    counts, chosen = accept_greedy(drafts, target)
+    assert counts == [3, 1, 0, 0] and chosen.tolist() == [2, 1, 3, 3]
+    counts, chosen = accept_greedy(drafts[:, :0], target[:, :1])  # without drafts
+    assert counts == [0] * 4 and chosen.tolist() == [3] * 4
 
 
-def test_the_cache_keeps_the_slots_of_a_path():
-    """Rows of other lengths, with a path each, without gaps and in order; what fell is at no position."""
+def test_the_cache_forgets_rejected_drafts():
+    """Rows of other lengths, each truncated to its own; later queries see none of the other slots."""
     cache = DecodingCache(2, 3, 1, 12, 4, torch.float32, torch.device("cpu"))
     cache.lengths = start = [2, 4, 3]
-    cache.reserve(torch.tensor([[10, 11, 11, 12, 12, 13]]).expand(3, 6))
-    keys, values = torch.randn(2, 2, 3, 1, 6, 4)
+    cache.reserve(torch.tensor([[10, 11, 12, 13]]).expand(3, 4))
+    keys, values = torch.randn(2, 2, 3, 1, 4, 4)
     for layer in range(2):
         cache.extend(layer, keys[layer], values[layer], None)
-    paths = [[0, 2, 4, 5], [0], [0, 1, 3]]
-    cache.commit(start, paths)
-    assert cache.lengths == [6, 5, 6]
-    for row, (at, path) in enumerate(zip(start, paths, strict=True)):
+    counts = [4, 1, 2]
+    cache.truncate([n + count for n, count in zip(start, counts, strict=True)])
+    assert cache.lengths == [6, 5, 5]
+    for row, (at, count) in enumerate(zip(start, counts, strict=True)):
         for cached, new in ((cache.keys, keys), (cache.values, values)):
-            assert torch.equal(cached[:, row, :, at : at + len(path)], new[:, row, :, path])
-        assert cache.positions[row].tolist() == [NEVER] * at + [10, 11, 12, 13][: len(path)] + [NEVER] * (
-            12 - at - len(path)
-        )
-
-
-def test_a_tree_holds_the_likeliest_ways(tokenizer):
-    """The tree against the heads applied one by one.
-
-    Three paths are followed at each of three steps; the tree has the most likely ones. With width 1 it is the
-    chain.
-    """
-    torch.manual_seed(1)
-    heads = tiny_model(tokenizer, replace(TINY_MODEL, multi_token=MultiTokenConfig(3, 32, 20))).heads
-    heads.draft_ids.copy_(torch.arange(200, 220))
-    torch.nn.init.normal_(heads.down.weight)
-    embedding, hidden, tokens = torch.nn.Embedding(302, 48), torch.randn(3, 48), torch.tensor([3, 250, 7])
-    rows = heads.rows(embedding.weight)
-    with torch.no_grad():
-        unembed = heads.unembedder(embedding.weight)
-        tree = heads.tree(embedding, unembed, hidden, tokens, 3, 3, 12)
-        for b in range(3):
-            ways: dict[tuple[int, ...], float] = {}
-            followed = {(): (0.0, hidden[b])}  # way: log-probability and state
-            for _ in range(3):
-                new = {}
-                for way, (belief, state) in followed.items():
-                    state = heads.step(state, embedding.weight[way[-1] if way else tokens[b]])
-                    logprobs = (rows @ heads.norm(state)).log_softmax(0)
-                    new |= {
-                        (*way, 200 + j): (belief + float(logprobs[j]), state)
-                        for j in logprobs.topk(3).indices.tolist()
-                    }
-                ways |= {way: belief for way, (belief, _) in new.items()}
-                followed = dict(sorted(new.items(), key=lambda item: -item[1][0])[:3])
-            paths: list[tuple[int, ...]] = [()]
-            for token, parent in zip(tree.tokens[b].tolist(), tree.parents[b].tolist(), strict=True):
-                paths.append((*paths[parent], token))
-            assert (
-                sorted(paths[1:]) == sorted(sorted(ways, key=ways.get, reverse=True)[:12])
-                and max(map(len, paths)) == 3
-            )
-        chain = heads.draft(embedding, unembed, hidden, tokens, 2, lambda logits: (logits.argmax(-1), None))
-        narrow = heads.tree(embedding, unembed, hidden, tokens, 2, 1, 8)
-        assert torch.equal(chain.tokens, narrow.tokens) and torch.equal(chain.parents, narrow.parents)
+            assert torch.equal(cached[:, row, :, at : at + count], new[:, row, :, :count])
+        expected = [NEVER] * at + [10, 11, 12, 13][:count]
+        assert cache.positions[row].tolist() == expected + [NEVER] * (12 - len(expected))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -374,7 +284,7 @@ def test_a_draft_is_accepted_as_often_as_it_may(seed):
     target = torch.stack(
         [first.expand(N, V), second[a], second[b]], 1
     )  # behind two drafts: the chain goes on
-    counts, last = accept(
+    counts, last = accept_sampled(
         torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, g
     )
     counts = torch.tensor(counts)
@@ -465,15 +375,11 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     heads.draft_ids.copy_(torch.arange(200, 220))
     embedding, hidden = torch.nn.Embedding(302, 48), torch.randn(5, 48)
     indices = torch.tensor([0, 3, 19, 7, 7])
-    drafts, _, proposed = heads.draft(
-        embedding,
-        heads.unembedder(embedding.weight),
-        hidden,
-        indices,
-        2,
-        lambda logits: (indices, logits.softmax(-1)),
+    settings = GenerationConfig(sampling=True)
+    drafts, proposed = heads.draft(
+        embedding, heads.unembedder(embedding.weight), hidden, indices, 2, settings, torch.Generator()
     )
-    assert drafts.tolist() == [[200 + p] * 2 for p in indices.tolist()]
+    assert drafts.shape == (5, 2) and ((drafts >= 200) & (drafts < 220)).all()
     assert (
         proposed.shape == (5, 2, 302)
         and torch.allclose(proposed[..., 200:220].sum(-1), torch.ones(5, 2))
@@ -481,176 +387,97 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     )
 
 
-def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer):
+def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer, monkeypatch):
     """Not on what passes took, nor on what was asked before."""
     model = lively_model(tokenizer, WITH_HEADS)
     batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
     settings = GenerationConfig(sampling=True, temperature=2.0, max_new_tokens=40, speculative="auto", seed=7)
     first = generate(model, images=[[]], stop=-1, settings=settings, **batch)
     generate(model, images=[[]], stop=-1, settings=replace(settings, sampling=False), **batch)
-    original = models.generation.verify
-    models.generation.verify = lambda *a: (time.sleep(0.02), original(*a))[1]
-    try:
-        assert generate(model, images=[[]], stop=-1, settings=settings, **batch).tokens == first.tokens
-    finally:
-        models.generation.verify = original
+    original = models.generation.decode_step
+    monkeypatch.setattr(models.generation, "decode_step", lambda *a: (time.sleep(0.02), original(*a))[1])
+    assert generate(model, images=[[]], stop=-1, settings=settings, **batch).tokens == first.tokens
 
 
-class TestDraftShape:
-    def run(
-        self, chances: list[float], cost: float, tokens: int, tree: tuple[list[float], float] | None = None
-    ) -> float:
-        """Tokens decoded in the time that plain decoding takes for one.
+def simulate(acceptance_rates: list[float], cost: float, tokens: int, after: int = 0) -> float:
+    """Tokens per second of a guarded decoder, in those of plain decoding, over `tokens` tokens.
 
-        A simulated decoder accepts drafts with these chances and has these costs; `tree` gives the same for a
-        tree.
-        """
-        g, shapes, clock, generated = (
-            torch.Generator().manual_seed(0),
-            DraftScheduler([0.5] * len(chances), "auto", 4 if tree else 1),
-            0.0,
-            0,
-        )
-        while generated < tokens:
-            k, width = shape = shapes()
-            acceptance_rates = torch.rand(len(chances), generator=g) < torch.tensor(
-                tree[0] if tree and width > 1 else chances
-            )
-            count = int(acceptance_rates[:k].long().cumprod(0).sum()) if k else 0
-            seconds = 1 + (tree[1] if tree and width > 1 else cost * k)
-            shapes.record_step(shape, [count], [1 + count], seconds)
-            clock, generated = clock + seconds, generated + 1 + count
-        return generated / clock
+    Drafts are accepted with these rates, but none of the first `after` tokens'.
+    """
+    generator, guard = torch.Generator().manual_seed(0), DraftGuard(len(acceptance_rates), cost)
+    generated, seconds = 0, 0.0
+    while generated < after + tokens:
+        if generated < after:
+            seconds, accepted = 0.0, [False] * len(acceptance_rates)
+        else:
+            accepted = (
+                torch.rand(len(acceptance_rates), generator=generator) < torch.tensor(acceptance_rates)
+            ).tolist()
+        drafts = guard.next_length()
+        count = next((k for k in range(drafts) if not accepted[k]), drafts)
+        guard.record(drafts, [1 + count])
+        seconds, generated = seconds + 1 + cost * drafts, generated + 1 + count
+    return tokens / seconds
 
-    @pytest.mark.parametrize("cost", [0.02, 0.1, 0.25, 1.0])
-    def test_never_much_slower_than_plain_decoding(self, cost):
-        assert self.run([0.02] * 4, cost, 3000) > 0.98
-        assert self.run([0.02] * 4, cost, 3000, ([0.03] * 4, 5 * cost)) > 0.97
 
-    @pytest.mark.parametrize("tokens", [16, 64, 256])
-    @pytest.mark.parametrize("cost", [0.03, 0.06, 0.1])
-    def test_a_first_answer_is_no_slower_either(self, tokens, cost):
-        """Drafts that all fall, though in training half of them were accepted."""
-        assert self.run([0.0] * 4, cost, tokens) > 0.96
-        assert self.run([0.0] * 4, cost, tokens, ([0.0] * 4, 8 * cost)) > 0.96
+class TestDraftGuard:
+    @pytest.mark.parametrize("cost", [0.03, 0.1, 0.3])
+    def test_rejected_drafts_lose_little(self, cost):
+        assert simulate([0.0] * 3, cost, 3000) > 0.97
+        assert simulate([0.02] * 3, cost, 3000) > 0.97
+        for tokens in (16, 64, 256):  # each answer starts anew
+            lost = DraftGuard.LIMIT + 3 * cost + 0.04 * tokens
+            assert simulate([0.0] * 3, cost, tokens) > tokens / (tokens + lost)
 
-    def test_an_easy_first_answer_is_drafted_soon(self):
-        assert self.run([0.9] * 4, 0.06, 32) > 0.65 * sum(0.9**k for k in range(5)) / 1.24
+    def test_accepted_drafts_gain_what_they_can(self):
+        for rate, cost in ((0.9, 0.1), (0.7, 0.1), (0.5, 0.1), (0.6, 0.2)):
+            whole = sum(rate**k for k in range(4)) / (1 + 3 * cost)
+            assert simulate([rate] * 3, cost, 3000) > 0.95 * whole
 
-    def test_takes_what_there_is_to_gain(self):
-        best = max(sum([1, 0.8, 0.64, 0.512, 0.41][: k + 1]) / (1 + 0.1 * k) for k in range(5))
-        assert self.run([0.8] * 4, 0.1, 3000) > 0.95 * best
-        assert self.run([0.8] * 4, 0.1, 3000, ([0.82] * 4, 3.0)) > 0.95 * best
-        assert (
-            self.run([0.8, 0.05, 0.05, 0.05], 0.25, 3000) > 0.95 * 1.8 / 1.25
-        )  # one draft, which was never measured at first
-        wide = sum(0.9**k for k in range(5)) / 1.4
-        assert self.run([0.5] * 4, 0.1, 3000, ([0.9] * 4, 0.4)) > 0.95 * wide
+    def test_an_easy_text_after_a_hard_one_is_drafted_soon(self):
+        assert simulate([1.0] * 3, 0.1, 300, after=1000) > 0.75 * 4 / 1.3
 
-    def test_notices_that_the_text_has_become_easy(self):
-        """Drafts first never accepted, then always, are in use within 300 passes."""
-        shapes = DraftScheduler([0.5] * 4, "auto")
-        easy = []
-        for i in range(1300):
-            shape = shapes()
-            shapes.record_step(
-                shape,
-                [shape.depth if i >= 1000 else 0],
-                [1 + (shape.depth if i >= 1000 else 0)],
-                1 + 0.1 * shape.depth,
-            )
-            easy.append(shape.depth)
-        assert (
-            sum(k > 0 for k in easy[500:1000]) < 50 and easy[-20:].count(4) >= 19
-        )  # a plain pass comes now and then, to be timed
+    def test_rows_of_a_batch_are_averaged(self):
+        guard = DraftGuard(3, 0.1)
+        for _ in range(50):
+            guard.record(3, [1, 1, 1, 4])  # 0.75 accepted, 0.3 spent
+            assert guard.next_length() == 3
+        for _ in range(85):
+            guard.record(3, [1, 1, 1, 2])  # 0.25 accepted
+        assert guard.next_length() == 0
 
-    def test_the_first_pass_of_a_shape_says_little_of_its_cost(self):
-        """It prepares kernels: answers go on to be drafted."""
-        shapes, prepared = DraftScheduler([0.9] * 4, "auto"), set()
-        for _ in range(4):
-            shapes.start_answer(1.0)
-            for _ in range(40):
-                shape = shapes()
-                shapes.record_step(
-                    shape,
-                    [shape.depth],
-                    [1 + shape.depth],
-                    (1 + 0.05 * shape.depth) * (9 if shape not in prepared else 1),
+    def test_on_and_off(self, tokenizer):
+        heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig()
+        guard = DraftGuard.of(heads, replace(settings, speculative="on"))
+        for _ in range(50):
+            guard.record(3, [1])
+            assert guard.next_length() > 0
+        for off in (
+            DraftGuard.of(None, settings),
+            DraftGuard.of(heads, replace(settings, speculative="off")),
+        ):
+            assert off.next_length() == 0
+
+    def test_the_length_follows_the_acceptance_rates(self, tokenizer):
+        """Compared with simulated decoding at each length; `draft_tokens` overrides it."""
+        for rates in ([0.9, 0.9, 0.9], [0.5, 0.5, 0.5], [0.3, 0.9, 0.1], [0.02, 0.5, 0.5]):
+            by_length = [1.0]
+            for k in range(1, 4):
+                accepted = torch.rand(100_000, k, generator=torch.Generator().manual_seed(k)) < torch.tensor(
+                    rates[:k]
                 )
-                prepared.add(shape)
-        assert shapes() == DraftPlan(4) and shapes.cost(DraftPlan(4)) < 1.3
-
-    @pytest.mark.parametrize("times", [1.5, 3, 10, 30])
-    def test_a_disturbed_pass_does_not_last(self, times):
-        """A plain one seems dear, so all drafts would seem to pay; or a shape's first one."""
-        for disturbed in (1, 2, 3, 4):
-            shapes, decode_steps, losses = DraftScheduler([0.5] * 4, "auto", 4), 0, []
-            for _ in range(8):
-                shapes.start_answer(1.0)
-                seconds, undisturbed = 1.0, 1.0
-                for _ in range(63):
-                    shape, decode_steps = shapes(), decode_steps + 1
-                    usual = 1 + 0.1 * shape.depth * (2 if shape.width > 1 else 1)
-                    shapes.record_step(shape, [0], [1], usual * (times if decode_steps == disturbed else 1))
-                    seconds, undisturbed = seconds + usual, undisturbed + 1
-                losses.append(seconds / undisturbed - 1)
-            assert max(losses) < 0.06, (disturbed, losses)
-
-    def test_what_plain_passes_take_is_noticed_while_drafts_win(self):
-        shapes, plain = DraftScheduler([0.9] * 4, "auto"), []
-        for number in range(400):
-            shape = shapes()
-            plain += [number] * (shape.depth == 0)
-            shapes.record_step(shape, [shape.depth], [1 + shape.depth], 1 + 0.05 * shape.depth)
-        assert len(plain) > 6 and max(b - a for a, b in pairwise([*plain, 400])) <= DraftScheduler.AGAIN + 1
-
-    @pytest.mark.parametrize("width", [1, 4])
-    def test_an_answer_lives_off_no_other(self, width):
-        """After many whose drafts were all accepted, a short one whose drafts all fall."""
-        shapes = DraftScheduler([0.5] * 4, "auto", width)
-        for number in range(21):
-            shapes.start_answer(1.0)
-            seconds, generated = 1.0, 1
-            while generated < 16:
-                shape = shapes()
-                usual, count = (
-                    1 + 0.08 * shape.depth * (2 if shape.width > 1 else 1),
-                    shape.depth if number < 20 else 0,
-                )
-                shapes.record_step(shape, [count], [1 + count], usual)
-                seconds, generated = seconds + usual, generated + 1 + count
-        assert seconds / generated < 1.03 + DraftScheduler.CARRY / 16
-
-    def test_drafts_that_stand_behind_short_answers_gain_nothing(self):
-        """Answers of two tokens, of which the second is the end.
-
-        A draft of this end is accepted each time, but saves no pass.
-        """
-        shapes, seconds, plain = DraftScheduler([0.5] * 4, "auto"), 0.0, 0.0
-        for _ in range(300):
-            shapes.start_answer(1.0)
-            shape = shapes()
-            shapes.record_step(shape, [min(shape.depth, 1)], [1], usual := 1 + 0.3 * shape.depth)
-            seconds, plain = seconds + 1 + usual, plain + 2
-        assert 1 < seconds / plain < 1.03
-
-    def test_trees_are_for_greedy_answers_to_few(self, tokenizer):
-        heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig(draft_width=5)
-        assert [draft_scheduler(heads, rows, settings).width for rows in (1, 2, 3, 8)] == [5, 5, 1, 1]
-        assert (
-            draft_scheduler(heads, 1, replace(settings, sampling=True)).width
-            == draft_scheduler(heads, 1, replace(settings, draft_width=1)).width
-            == 1
-        )
-
-    def test_off_and_on(self):
-        assert DraftScheduler([0.5] * 4, "off")() == DraftPlan(0) == DraftScheduler([], "on")()
-        assert DraftScheduler([0.0] * 4, "on")() == DraftPlan(4) and DraftScheduler(
-            [0.0] * 4, "on", 3
-        )() == DraftPlan(4, 3)
+                by_length.append(float(1 + accepted.long().cumprod(1).sum(1).float().mean()) / (1 + 0.1 * k))
+            assert best_draft_length(rates, 0.1) == max(range(4), key=by_length.__getitem__), rates
+        heads = tiny_model(tokenizer, WITH_HEADS).heads
+        heads.acceptance_rates.copy_(torch.tensor([0.9, 0.9, 0.9]))
+        assert DraftGuard.of(heads, GenerationConfig()).next_length() == 3
+        heads.acceptance_rates.copy_(torch.tensor([0.9, 0.0, 0.0]))
+        assert DraftGuard.of(heads, GenerationConfig()).next_length() == 1
+        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=2)).next_length() == 2
+        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=9)).next_length() == 3
 
 
-def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeypatch):
+def test_drafts_after_an_answers_end_do_not_count(tokenizer, renderer, monkeypatch):
     """Drafts at or after the end of an answer.
 
     An end-of-turn token among accepted drafts or after them, an end set by the caller, and a token limit for
@@ -658,53 +485,39 @@ def test_drafts_behind_an_answers_end_are_of_no_use(tokenizer, renderer, monkeyp
     """
     model = tiny_model(tokenizer, WITH_HEADS)
     prompt, stop, recorded = renderer.prompt([], [{"user": "what is it?"}]), 7, []
-    monkeypatch.setattr(
-        DraftScheduler,
-        "record_step",
-        lambda self, shape, accepted, tokens, seconds: recorded.append((shape.depth, accepted, tokens)),
-    )
+    monkeypatch.setattr(DraftGuard, "record", lambda self, *arguments: recorded.append(arguments))
+    accept = DecodingBatch.accept
 
     def answers(
-        decode_steps: list[list[list[int]]],
+        accepted: list[list[list[int]]],
         limit: int,
         rows: int = 1,
         on_tokens: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Of as many rows; a pass gives each of them tokens."""
+        """Answers without their first tokens, where each decode step accepts the next of `accepted`."""
 
-        def decode_step(
-            m: Any, cache: Any, positions: list[int], hidden: torch.Tensor, chosen: torch.Tensor, *_: Any
-        ) -> StepOutput:
-            output = decode_steps.pop(0)
-            return StepOutput(
-                torch.zeros(rows, 4, 302),
-                [list(range(len(tokens))) for tokens in output],
-                output,
-                chosen,
-                hidden,
-            )
+        def scripted(batch: DecodingBatch, drafts: Drafts, logits: torch.Tensor) -> list[list[int]]:
+            return accepted.pop(0) if batch.rows[0].tokens else accept(batch, drafts, logits)
 
-        settings = GenerationConfig(max_new_tokens=limit, speculative="on", draft_width=1)
-        monkeypatch.setattr(models.generation, "decode_step", decode_step)
+        monkeypatch.setattr(DecodingBatch, "accept", scripted)
         output = generate(
             model,
             images=[[]] * rows,
             stop=stop,
-            settings=settings,
+            settings=GenerationConfig(max_new_tokens=limit, speculative="on", draft_tokens=3),
             on_tokens=on_tokens,
             **collate_prompts([prompt] * rows),
         )
-        assert not decode_steps
+        assert not accepted
         return [tokens[1:] for tokens in output.tokens]  # the first is the model's own
 
-    assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and recorded.pop() == (3, [2], [2])
-    assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and recorded.pop() == (3, [1], [1])
-    assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and recorded.pop() == (3, [3], [4])
-    assert answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6) == [
-        [5, 6]
-    ] and recorded.pop() == (3, [2], [2])
+    assert answers([[[5, stop, 6, 8]]], 30) == [[5]] and recorded.pop() == (3, [2])
+    assert answers([[[stop, 5, 6, 8]]], 30) == [[]] and recorded.pop() == (3, [1])
+    assert answers([[[5, 6, 8, stop]]], 30) == [[5, 6, 8]] and recorded.pop() == (3, [4])
+    ended = answers([[[5, 6, 8, 9]]], 30, on_tokens=lambda _, tokens: tokens[-1] == 6)
+    assert ended == [[5, 6]] and recorded.pop() == (3, [2])
     assert answers([[[5, 6], [5]], [[8, 9], [6, 8]]], 4, rows=2) == [[5, 6, 8], [5, 6, 8]]
-    assert recorded == [(2, [1, 0], [2, 1]), (1, [1, 1], [1, 2])]
+    assert recorded == [(2, [2, 1]), (1, [1, 2])]
 
 
 def test_rows_that_are_done_leave_the_cache():

@@ -516,7 +516,7 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         ),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=[1, 2]), "eos_token_id"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=True), "eos_token_id"),
-        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), draft_width=0), "draft_width"),
+        (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), draft_tokens=-1), "draft_tokens"),
         (
             lambda e: e.processor.apply_chat_template(
                 asked(e.images, QUESTIONS[1:2])[0], enable_thinking=True

@@ -34,7 +34,7 @@ from eval.predictor import Predictor
 from hf.export import add_hf_code
 from models.generation import generate, prefill
 from models.kernels import use_kernels
-from models.multi_token import MultiTokenHeads, chains
+from models.multi_token import DraftGuard, MultiTokenHeads, chains
 from utils.device import computes_bf16
 from utils.errors import UsageError, UserError, run_script
 from utils.files import replacing_folder
@@ -283,7 +283,7 @@ def acceptance(model: Any, heads: MultiTokenHeads, samples: list[AnswerStates]) 
             hidden[0],
             targets[:, 0],
             heads.count,
-            lambda logits: (logits.max(-1).indices, None),
+            GenerationConfig(),
         )
         good = (drafts.tokens == targets[:, 1:]).long().cumprod(1)  # (S, K)
         decode_steps += len(targets)
@@ -350,7 +350,8 @@ def main(argv: list[str]) -> None:
         f"{tokens_per_step:.2f} tokens per decode step",
         soft_wrap=True,
     )
-    heads.acceptance_rates.copy_(torch.tensor(rates))
+    heads.acceptance_rates.copy_(torch.tensor(rates))  # they set the number of drafts
+    console.print(f"drafts per decode step: {DraftGuard.of(heads, GenerationConfig()).draft_length}")
     model.heads = heads
     model.config = replace(model.config, multi_token=settings)
     with replacing_folder(output) as temp_path:
