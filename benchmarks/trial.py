@@ -33,8 +33,8 @@ from training.estimate import count_flops, trained_shares
 from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
 from training.precision import autocast
+from training.process_memory import FreedMemory
 from training.step import Batch, train_step
-from training.trainer import keep_freed_memory
 from utils.errors import UserError
 
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
@@ -145,8 +145,7 @@ class Trial:
         self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1
     ) -> None:
         self.config, self.device = make_config(kind, SIZES[size], dtype, heads, rows), device
-        if device.type == "cpu":
-            keep_freed_memory()  # as `train` does
+        self.freed_memory = FreedMemory(device)
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
         torch.manual_seed(0)
         self.model = MODELS[kind](self.config.model, vocabulary).to(device).train()
@@ -191,6 +190,7 @@ class Trial:
         self.marks.clear()
         self.mark("start")
         values = train_step(self.config, self.model, self.optimizers, self.batches, self.steps, self.device)
+        self.freed_memory.after_step()  # as `train` does
         self.mark("end")
         synchronize(self.device)
         if "skipped" in values:

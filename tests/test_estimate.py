@@ -17,16 +17,20 @@ from models.kernels import use_kernels
 from models.vision_language_model import VisionLanguageModel
 from models.weights.lora import add_adapters
 from tests.conftest import TINY, TINY_MODEL, tiny_model
+from training.checkpoint import tensors_of
 from training.estimate import (
     all_activations,
     count_flops,
     estimate_activations,
     full_batch,
     saved_bytes,
+    step_memory,
     trained_shares,
 )
+from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
 from training.precision import autocast
+from training.step import train_step
 
 FROZEN = {
     "none": {},
@@ -162,3 +166,19 @@ def test_a_full_batch_is_full(tokenizer):
         vanilla["right_ids"].shape == (1, 96)
         and int((vanilla["right_ids"] == tokenizer.image).sum()) == len(vanilla["tiles"]) * 4
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_save_takes_a_copy_of_what_it_writes_and_its_file_twice(tokenizer, optimizer):
+    """The tensors of a real checkpoint; a small one is a single file, assembled twice."""
+    config = make_config("image")
+    config = replace(config, train=replace(config.train, optimizer=optimizer, ema=0.9))
+    model = tiny_model(tokenizer, config.model)
+    optimizers = make_optimizers(model, config.train)
+    batches = RepeatedBatch(full_batch(config, tokenizer.vocabulary, 3))
+    train_step(config, model, optimizers, batches, 1, torch.device("cpu"))
+    written = sum(tensor.nbytes for tensor in tensors_of(model, optimizers).values())
+    without, with_save = (
+        step_memory(config, DualTowerVLM, tokenizer.vocabulary, save=save)(3) for save in (False, True)
+    )
+    assert sum(with_save.values()) - sum(without.values()) == pytest.approx(3 * written, rel=0.01)

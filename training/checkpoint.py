@@ -33,7 +33,7 @@ from utils.files import sync
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 FORMAT = 2  # of the folder
-FILE_BYTES = 1 << 30  # approximate size of a tensor file, which is assembled in memory
+FILE_BYTES = 1 << 28  # approximate size of a tensor file, which is assembled in memory, twice
 ABANDONED = "abandoned"  # folder of the checkpoints after the step from which a run was resumed
 MARGIN = 1.05  # minimum of free disk space ÷ size of a checkpoint
 # A single process is intended. Set at import, because warning filters are shared by all threads.
@@ -241,7 +241,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Name → number of its file, from 1; each file holds about a gigabyte."""
+    """Name → number of its file, from 1; each file holds about `FILE_BYTES`."""
     numbers, size = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + size // FILE_BYTES

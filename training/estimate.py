@@ -19,10 +19,13 @@ from models.language_model import DecoderBlock
 from models.losses import CHUNK as LOGITS_CHUNK
 from models.masks import left_mask, right_mask
 from models.weights.lora import add_adapters
+from training.checkpoint import FILE_BYTES
 from training.optim import freeze
 from training.precision import autocast, compute_dtype
+from utils.device import pick_device
 
 SUPERVISED = 0.5  # assumed share of supervised tokens in the right stream's text
+OVERHEAD = 700_000_000  # bytes that PyTorch itself takes: its code, or a GPU's context
 
 
 def full_batch(config: Config, vocabulary: Vocabulary, rows: int) -> dict[str, Tensor]:
@@ -266,11 +269,12 @@ def all_activations(config: Config, rows: int, measure: Callable[..., int]) -> i
 
 
 def step_memory(
-    config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1
+    config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1, save: bool = False
 ) -> Callable[[int], dict[str, int]]:
     """Return a function from the rows of a micro-batch to the bytes of a step, by purpose.
 
-    Weights, gradients and optimizer state are sharded over `ranks`.
+    Weights, gradients and optimizer state are sharded over `ranks`. With `save`, a checkpoint is written
+    meanwhile; on a GPU this takes none of its memory.
     """
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
@@ -282,6 +286,8 @@ def step_memory(
         m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad
     )
     optimizer = 8 * trained - (4 * matrices if config.train.optimizer == "muon" else 0)
+    average = 4 * trained if config.train.ema else 0
+    copied = (4 * total + optimizer + average) // ranks
     # Activations do not depend on these fields: --fit-memory and --dry_run share one cached measurement.
     one = replace(config, train=replace(config.train, local_batch_size=1, global_batch_size=1), fit_memory="")
     whole = replace(one, train=replace(one.train, recompute=False))
@@ -300,7 +306,7 @@ def step_memory(
             "weights": 4 * total // ranks,
             "gradients": 4 * trained // ranks,
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
-            **({"averaged weights (ema)": 4 * trained // ranks} if config.train.ema else {}),
+            **({"averaged weights (ema)": average // ranks} if average else {}),
             f"activations, weights in {dtype}": activations,
             "logits of a chunk": 3 * 4 * min(LOGITS_CHUNK, rows * supervised * vocabulary.size),
         }
@@ -310,6 +316,8 @@ def step_memory(
                 for layers in (2, 1)
             )
             parts["a block of each tower, computed again"] = two - one
+        if save:
+            parts["a save: copies, and a file in the making"] = copied + 2 * min(FILE_BYTES, copied)
         return parts
 
     return bytes_of_step
@@ -365,8 +373,13 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     console.print(table)
 
     table = Table("memory of a step", "GiB")
-    parts = step_memory(config, model_class, vocabulary)(config.train.local_batch_size)
+    on_cpu = pick_device(config.train.device).type == "cpu"
+    parts = step_memory(config, model_class, vocabulary, save=on_cpu)(config.train.local_batch_size)
+    parts["PyTorch itself"] = OVERHEAD
     for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")
     console.print(table)
-    console.print("For full rows, half of the text supervised. PyTorch itself takes about 0.5 GiB more.")
+    console.print(
+        "For full rows, half of the text supervised. Samples (0.5 GiB) and features "
+        "(--train.feature_cache_gb) are cached beside."
+    )

@@ -17,16 +17,16 @@ import torch
 
 from configs.model import Vocabulary
 from configs.train import Config
-from training.estimate import full_batch, step_memory, trial_model
+from training.estimate import OVERHEAD, full_batch, step_memory, trial_model
 from training.optim import make_optimizers
+from training.process_memory import GROWTH
 from training.step import Batch, train_step
 from training.trainer import set_blocks
 from utils.device import pick_device
 from utils.errors import UsageError, UserError
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
-OVERHEAD = 0.7e9  # bytes that PyTorch itself takes: its code, or a GPU's context
-MARGIN = 1.05  # for fragmentation
+MARGIN = 1.05  # for fragmentation on a GPU; on a CPU it is at most GROWTH
 
 
 def fit_batch_size(
@@ -50,12 +50,14 @@ def fit_batch_size(
         one, two = (peak(config, model_class, vocabulary, rows, device) for rows in (1, 2))
         method = "measured with one row and two"
     else:
-        of = step_memory(config, model_class, vocabulary, world.size if config.parallel == "fsdp" else 1)
+        ranks = world.size if config.parallel == "fsdp" else 1
+        of = step_memory(config, model_class, vocabulary, ranks, save=device.type == "cpu")
         one, two = (sum(of(rows).values()) for rows in (1, 2))
         method = "estimated, as by --dry_run"
+    margin = GROWTH if device.type == "cpu" else MARGIN
     return choose(
         config,
-        lambda rows: OVERHEAD + MARGIN * (one if rows == 1 else one + (rows - 1) * (two - one)),
+        lambda rows: OVERHEAD + margin * (one if rows == 1 else one + (rows - 1) * (two - one)),
         limit,
         limit_label,
         method,

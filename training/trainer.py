@@ -1,6 +1,5 @@
 """The training loop, the same for every model."""
 
-import ctypes
 import json
 import math
 import random
@@ -8,7 +7,6 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -27,6 +25,7 @@ from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
 from training.precision import compute_dtype, grad_scaler, load_scale, scale_state
+from training.process_memory import FreedMemory
 from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
 from training.watchdog import Watchdog
@@ -82,8 +81,7 @@ def train(
     A signal raises `Stopped` once its step is saved. At the end the model holds the average of `train.ema`.
     """
     device = pick_device(config.train.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    freed_memory = FreedMemory(device)
     run = Trainer(config, model, callbacks, folder, log, device, world)
     _continue_from(run, checkpoint)
     if config.train.ema:
@@ -106,6 +104,7 @@ def train(
                 if run.is_evaluation_due:
                     run.evaluate()
                 saved, stopped = run.save_if_due(stop.name)
+                freed_memory.after_step()
                 if stopped and run.step < config.max_steps:
                     run.saver.wait()
                     succeeded = True
@@ -358,19 +357,6 @@ def _log_skipped(
     if world.is_rank0:
         append_text(path, json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n")
     log.say(f"warning: step {step} skipped ({reason}): the batch's samples are in {path}")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed tensors' memory; elsewhere do nothing.
-
-    By default it returns large blocks to the system at once and gets them again page by page. That is a fifth
-    of a step on a CPU (docs/log/experiments.md).
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):
-            mallopt(option, value)
 
 
 def evaluate(
