@@ -15,8 +15,7 @@ from data.render import IGNORE, Document, Renderer
 from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
-from models.image_blocks import ImageBlock, encode_blocks, encode_rows, image_blocks_of
-from models.image_store import ImageStore
+from models.image_store import ImageBlock, ImageStore, encode_blocks, encode_rows, image_blocks_of
 from models.kernels import find_kernel
 from models.kv_cache import ImageKV
 from models.vision_language_model import VisionLanguageModel

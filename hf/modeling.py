@@ -17,8 +17,7 @@ from data.render import IGNORE, Document, route, segments_of
 from hf.configuration import DualTowerConfig, VanillaConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
-from models.image_blocks import encode_rows, image_blocks_of
-from models.image_store import ImageStore
+from models.image_store import ImageStore, encode_rows, image_blocks_of
 from models.language_model import Output
 from models.vision_language_model import VisionLanguageModel
 from utils.errors import UsageError, nearest
