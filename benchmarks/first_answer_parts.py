@@ -26,7 +26,8 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     from configs.model import GenerationConfig
     from data.render import Renderer
     from models.dual_tower.dual_tower import DualTowerVLM
-    from models.kernels import find_kernel
+    from models.kernels import in_use
+    from models.kernels.packed_block import PackedBlock
     from models.vision_language_model import VisionLanguageModel
     from models.weights.folder import find_files
     from models.weights.model_folder import load_model
@@ -36,9 +37,9 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     mark("building the model and loading its weights")
     tokenizer = _tokenizer(find_files(folder))
     mark("tokenizer")
-    if packed := find_kernel("decoding", model.right.unembedding):
+    if in_use(PackedBlock, model.right.unembedding):
         for block in model.right.layers:
-            block.forward = packed(block)
+            block.forward = PackedBlock(block)
     mark("laying the weights out for oneDNN")
     renderer = Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context)
     predictor = Predictor(model, renderer)

@@ -32,7 +32,8 @@ from configs.cli import preset
 from configs.train import TrainConfig
 from models.dual_tower.dual_language_model import DualLanguageModel
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.kernels import all_kernels, find_kernel, use_kernels
+from models.kernels import KERNELS, in_use, use_kernels
+from models.kernels.packed_block import PackedBlock
 from models.kv_cache import DecodingCache
 from models.masks import cache_mask
 from training.optim import make_optimizers
@@ -79,16 +80,16 @@ def decoding(tokens: int, dtype: torch.dtype) -> Callable[[], Any]:
     for packed in (False, True):
         torch.manual_seed(0)
         models[packed] = DualLanguageModel(size.decoder, size.text).eval().to(dtype)
-    if kernel := find_kernel("decoding", models[True].unembedding):
+    if PackedBlock.applies(models[True].unembedding):
         for block in models[True].layers:
-            block.forward = kernel(block)
+            block.forward = PackedBlock(block)
     c = size.decoder
     cache = DecodingCache(c.layers, 1, c.kv_heads, TEXT + tokens, c.head_size, dtype, CPU)
     ids, positions = torch.zeros(1, tokens, dtype=torch.int64), TEXT + torch.arange(tokens)[None]
 
     @torch.inference_mode()
     def step() -> None:
-        model = models[find_kernel("decoding", models[True].unembedding) is not None]
+        model = models[in_use(PackedBlock, models[True].unembedding)]
         cache.lengths = [TEXT]
         cache.positions[:, :TEXT] = torch.arange(TEXT)
         cache.reserve(positions)
@@ -102,8 +103,8 @@ def measure(step: Callable[[], Any], choices: dict[str, Any], repeats: int) -> d
     """Seconds of `step` with each choice of kernels, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in choices}
     for repeat in range(repeats + 1):  # the first is a warm-up
-        for name, kernels in choices.items():
-            use_kernels(kernels)
+        for name, chosen in choices.items():
+            use_kernels(chosen)
             started = time.perf_counter()
             step()
             if repeat:
@@ -124,25 +125,26 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     dtype = compute_dtype(TrainConfig(), CPU)
     short = str(dtype).removeprefix("torch.")
-    workloads: dict[str, tuple[str, Callable[[Path], Callable[[], Any]], int]] = {
-        "default": ("attention", default_step, 10),
+    trained = [kernel for kernels in KERNELS.values() for kernel in kernels]
+    workloads: dict[str, tuple[list[Any], Callable[[Path], Callable[[], Any]], int]] = {
+        "default": (trained, default_step, 10),
         "222m": (
-            "attention",
+            trained,
             lambda _: Trial("dual_tower", "222m", {"bfloat16": "bf16"}.get(short, "fp32"), CPU).step,
             1,
         ),
-        "decoding, one token": ("decoding", lambda _: decoding(1, dtype), 10),
-        "decoding, four tokens": ("decoding", lambda _: decoding(4, dtype), 10),
+        "decoding, one token": ([PackedBlock], lambda _: decoding(1, dtype), 10),
+        "decoding, four tokens": ([PackedBlock], lambda _: decoding(4, dtype), 10),
     }
     table = Table("workload", "kernels", "seconds", "÷ plain", title=f"{about()['machine']}, {short}")
     results: dict[str, Any] = {}
-    for name, (operation, make, times) in workloads.items():
+    for name, (kernels, make, times) in workloads.items():
         if args.only and not name.startswith(args.only):
             continue
         use_kernels("auto")
         probe = torch.empty(0, dtype=dtype)
         choices: dict[str, Any] = {"plain": "plain"} | {
-            kernel.__name__: [kernel.__name__] for kernel in all_kernels()[operation] if kernel.applies(probe)
+            kernel.__name__: [kernel.__name__] for kernel in kernels if kernel.applies(probe)
         }
         if len(choices) == 1:
             table.add_row(name, "none applies", "", "")
@@ -150,17 +152,17 @@ def main(argv: list[str]) -> None:
         with TemporaryDirectory() as folder:
             seconds = measure(make(Path(folder)), choices | {"all": "auto"}, args.repeats * times)
         results[name] = {
-            kernels: {
+            choice: {
                 "seconds": statistics.median(s),
                 "min_seconds": min(s),
                 "max_seconds": max(s),
                 "share_of_plain": statistics.median(s) / statistics.median(seconds["plain"]),
             }
-            for kernels, s in seconds.items()
+            for choice, s in seconds.items()
         }
-        for kernels, r in results[name].items():
+        for choice, r in results[name].items():
             spread = f"{r['seconds']:.4f} ({r['min_seconds']:.4f} to {r['max_seconds']:.4f})"
-            table.add_row(name, kernels, spread, f"{r['share_of_plain']:.2f}")
+            table.add_row(name, choice, spread, f"{r['share_of_plain']:.2f}")
     Console(width=110).print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import DecoderConfig
+from models.kernels import find_kernel
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm (arXiv 1910.07467), in the dtype of its weight."""
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467) of the last dimension, with a learned weight."""
 
-    eps: float  # never None, as torch's may be
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         # Under autocast the result is cast once here, not by every projection that reads it.
-        return super().forward(x.to(self.weight.dtype)).to(working_dtype(x))
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(working_dtype(x))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x ÷ √(mean(x²) + eps) · weight over the last dimension."""
+    if kernel := find_kernel("rms_norm", x):
+        normed: Tensor = kernel.apply(x, weight, eps)
+        return normed
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -166,7 +177,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) · up"""
+    if kernel := find_kernel("swiglu", gate):
+        gated: Tensor = kernel.apply(gate, up)
+        return gated
+    return F.silu(gate) * up
 
 
 def building(config: DecoderConfig) -> torch.device:

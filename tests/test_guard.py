@@ -128,7 +128,8 @@ def test_the_standard_row(kind):
     last, answered = trial.row["right_ids"][0, -2:].tolist(), trial.row["labels"][0, -2:].tolist()
     assert answered == [last[1], -100]
     flops = trial.flops()
-    assert flops["estimate"] == pytest.approx(flops["counted"], rel=0.02)
+    # What is seen, and what segments compute; exactly: tests/test_estimate.py.
+    assert 0.75 * flops["counted"] < flops["estimate"] < flops["counted"]
 
 
 def test_several_rows_a_step():

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from configs.model import DecoderConfig
-from models import kernels
-from models.kernels import find_kernel, flex_attention, segment_attention, use_kernels
+from models.kernels import KERNELS, find_kernel, flex_attention, in_use, segment_attention, use_kernels
 from models.kernels.flex_attention import FlexLayout
 from models.kernels.packed_block import PackedBlock, PackedLinear
+from models.kernels.rms_norm import TrainedRMSNorm
 from models.kernels.segment_attention import BlockSparseLayout
+from models.kernels.swiglu import RecomputedSwiGLU
 from models.kv_cache import DecodingCache
 from models.language_model import LanguageModel
-from models.layers import attention
+from models.layers import RMSNorm, attention, swiglu
 from models.masks import Mask, cache_mask, left_mask, right_mask
 
 
@@ -250,7 +251,8 @@ def test_the_seam_chooses(monkeypatch, restored_kernels):
     with torch.no_grad():
         assert find_kernel("attention", x) is None
     use_kernels("plain")
-    assert all(find_kernel(operation, x) is None for operation in kernels.all_kernels())
+    assert all(find_kernel(operation, x) is None for operation in KERNELS)
+    assert not in_use(PackedBlock, x)
     use_kernels(["FlexLayout"])
     assert find_kernel("attention", x) is None
     use_kernels(["BlockSparseLayout"])
@@ -311,3 +313,63 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype):
     torch.manual_seed(0)
     packed, x = PackedLinear(torch.nn.Linear(48, 96).to(dtype)), torch.randn(32, 48).to(dtype)
     assert all(torch.equal(packed(x[:n]), packed(x)[:n]) for n in (1, 2, 5, 8, 17))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (1, 3, 2, 24)])
+def test_the_norms_gradient(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.empty(24, dtype=torch.float64).uniform_(-2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: TrainedRMSNorm.apply(x, w, 1e-5), (x, weight))
+    torch.testing.assert_close(
+        TrainedRMSNorm.apply(x, weight, 1e-5), F.rms_norm(x, (24,), weight, 1e-5), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_in_training(autocast, frozen, restored_kernels):
+    """Results and gradients are as accurate as the plain form's, against double precision.
+
+    With tiny and huge rows too. The result has autocast's type, each gradient its tensor's type.
+    """
+    torch.manual_seed(0)
+    norm, dtype = RMSNorm(576, 1e-5), torch.bfloat16 if autocast else torch.float32
+    norm.weight.data.uniform_(-2, 2)
+    norm.weight.requires_grad_(not frozen)
+    x = (torch.randn(200, 576) * torch.logspace(-6, 6, 200)[:, None]).requires_grad_()
+    upstream = torch.randn(200, 576).to(dtype)
+
+    def run(kernels):
+        use_kernels(kernels)
+        norm.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = norm(x)
+        assert out.dtype == dtype
+        out.backward(upstream)
+        return [out.detach(), x.grad, norm.weight.grad]
+
+    ours, plain = run("auto"), run("plain")
+    double = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    exact = F.rms_norm(double[0], (576,), double[1], 1e-5)
+    exact.backward(upstream.double())
+    for mine, other, best in zip(ours, plain, [exact.detach(), *(t.grad for t in double)], strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert mine.dtype == other.dtype
+            assert distance(mine, best) <= 1.1 * distance(other, best) + 3e-7  # of fp32's rounding
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the whole tensors, in units of `b`'s length."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_swiglu_is_the_plain_one(restored_kernels):
+    torch.manual_seed(0)
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(RecomputedSwiGLU.apply, (gate, up))
+    ours = swiglu(gate, up)
+    use_kernels("plain")
+    torch.testing.assert_close(ours, swiglu(gate, up), rtol=1e-12, atol=1e-12)

@@ -5,33 +5,38 @@ for which tensors it is used. `use_kernels("plain")` turns all of them off.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from models.kernels.flex_attention import FlexLayout
+from models.kernels.rms_norm import TrainedRMSNorm
+from models.kernels.segment_attention import BlockSparseLayout
+from models.kernels.swiglu import RecomputedSwiGLU
+
 MODES = ("auto", "plain")
-_in_use: list[str] = ["auto"]  # or names of kernels
-
-
-@cache
-def all_kernels() -> dict[str, tuple[Any, ...]]:
-    """Operation of the core → its kernels in the order of preference."""
-    from models.kernels.flex_attention import FlexLayout
-    from models.kernels.packed_block import PackedBlock
-    from models.kernels.segment_attention import BlockSparseLayout
-
-    return {"attention": (FlexLayout, BlockSparseLayout), "decoding": (PackedBlock,)}
+# Operation of the core → its kernels in the order of preference. Decoding has `packed_block.py` besides.
+KERNELS: dict[str, tuple[Any, ...]] = {
+    "attention": (FlexLayout, BlockSparseLayout),
+    "rms_norm": (TrainedRMSNorm,),
+    "swiglu": (RecomputedSwiGLU,),
+}
+_chosen: list[str] = ["auto"]  # or names of kernels
 
 
 def use_kernels(mode: str | Sequence[str]) -> None:
     """Choose the kernels of this process: "auto" (all), "plain" (none), or the names of some."""
-    _in_use[:] = ([] if mode == "plain" else [mode]) if isinstance(mode, str) else mode
+    _chosen[:] = ([] if mode == "plain" else [mode]) if isinstance(mode, str) else mode
+
+
+def in_use(kernel: Any, x: Tensor) -> bool:
+    """Whether `kernel` was chosen, and applies to tensors like `x`."""
+    return (_chosen == ["auto"] or kernel.__name__ in _chosen) and bool(kernel.applies(x))
 
 
 def find_kernel(operation: str, x: Tensor) -> Any | None:
     """The kernel of `operation` for tensors like `x`, or None: then the plain form is computed."""
-    for kernel in all_kernels()[operation] if _in_use else ():
-        if (_in_use == ["auto"] or kernel.__name__ in _in_use) and kernel.applies(x):
+    for kernel in KERNELS[operation]:
+        if in_use(kernel, x):
             return kernel
     return None
