@@ -10,6 +10,8 @@ Without drafts (K = 0) this is plain decoding.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -19,11 +21,14 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.kv_cache import DecodingCache, ImageKV, compact_rows
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
-from models.multi_token import DraftGuard, Drafts
+from models.multi_token import Drafts, MultiTokenHeads
 from models.sampling import accept_greedy, accept_sampled, probabilities, seen_after_drafts
 from models.vision_language_model import VisionLanguageModel
 from utils.errors import UsageError, UserError
 
+# Cost of drafting and verifying a token, in decode steps without drafts (docs/benchmarks.md). Sampled drafts
+# need two distributions over the vocabulary each.
+DRAFT_COST, SAMPLED_DRAFT_COST = 0.1, 0.2
 VLM = DualTowerVLM | VisionLanguageModel
 # (row in the caller's batch, all its tokens so far) → True ends the row.
 OnTokens = Callable[[int, list[int]], bool | None]
@@ -217,6 +222,53 @@ class DecodingBatch:
         self.tokens, self.positions = self.tokens[index], self.positions[index]
         self.hidden = self.hidden[index]
         self.seen = self.seen[index] if self.seen is not None else None
+
+
+def best_draft_length(acceptance_rates: Sequence[float], cost: float) -> int:
+    """The number of drafts with the most tokens per second; 0 where drafts do not pay.
+
+    `acceptance_rates` as in `MultiTokenHeads`; `cost`: of drafting and verifying a token, in decode steps.
+    """
+    tokens = list(accumulate(accumulate(acceptance_rates, mul), initial=1.0))  # of a step with k drafts
+    return max(range(len(tokens)), key=lambda k: tokens[k] / (1 + cost * k))
+
+
+class DraftGuard:
+    """Turns drafts off while too few are accepted, and tries again later.
+
+    It counts tokens and has no clock, so that a sampled answer depends on its seed alone. `balance` is what
+    drafts have won, in decode steps: accepted drafts minus `cost` for every draft.
+    """
+
+    LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
+    PAUSE = 64  # tokens of a row, without drafts, before a trial
+
+    def __init__(self, draft_length: int, cost: float = DRAFT_COST, always: bool = False) -> None:
+        self.draft_length, self.cost, self.always = draft_length, cost, always
+        self.balance, self.pause = 0.0, 0
+
+    @classmethod
+    def of(cls, heads: MultiTokenHeads | None, settings: GenerationConfig) -> "DraftGuard":
+        """A guard for one call. Without heads, and with `speculative = off`, it never drafts."""
+        if heads is None or settings.speculative == "off":
+            return cls(0)
+        cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
+        length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost)
+        return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on")
+
+    def next_length(self) -> int:
+        """Drafts of the next decode step."""
+        return 0 if self.pause else self.draft_length
+
+    def record(self, drafts: int, tokens: Sequence[int]) -> None:
+        """Record a decode step of `drafts` per row, and how many `tokens` each row's answer got."""
+        if not drafts or self.always:
+            self.pause = max(0, self.pause - 1)
+            return
+        gain = sum(tokens) / len(tokens) - 1 - self.cost * drafts
+        self.balance = min(self.balance + gain, self.LIMIT)
+        if self.balance <= -self.LIMIT:
+            self.pause, self.balance = self.PAUSE, -self.LIMIT / 2
 
 
 def prefill(

@@ -22,11 +22,11 @@ from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
 from eval.predictor import Predictor
-from models.generation import DecodingBatch, generate
+from models.generation import DecodingBatch, DraftGuard, best_draft_length, generate
 from models.kernels.packed_block import PackedBlock
 from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
-from models.multi_token import DraftGuard, Drafts, best_draft_length, chains
+from models.multi_token import Drafts, chains
 from models.sampling import accept_greedy, accept_sampled, probabilities, seen_after_drafts
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive

@@ -308,7 +308,7 @@ def step_memory(
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
             **({"averaged weights (ema)": average // ranks} if average else {}),
             f"activations, weights in {dtype}": activations,
-            "logits of a chunk": 3 * 4 * min(LOGITS_CHUNK, rows * supervised * vocabulary.size),
+            "logits of a chunk": 4 * 4 * min(LOGITS_CHUNK, rows * supervised * vocabulary.size),
         }
         if config.train.recompute:
             two, one = (
