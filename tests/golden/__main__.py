@@ -94,6 +94,8 @@ def flags_of(tree: Path, case: dict[str, Any]) -> list[str]:
     """
     values = SMALL | {key: value for key, value in case.items() if key != "ranks"}
     settings = tree / "configs" / "train.py"
+    if tree != ROOT:
+        values.pop("kernels", None)
     if not settings.exists() or "local_batch_size" not in settings.read_text():
         values["train.global_batch_size"] //= values["train.local_batch_size"]
         values = {OLD_FLAGS.get(key, key): value for key, value in values.items()}
@@ -209,9 +211,10 @@ def main() -> None:
     parser.add_argument(
         "--close",
         action="store_true",
-        help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, "
-        "in bf16 to a hundred times as much",
+        help="for changed operations: one step; losses to 1e-6, gradients to 1e-5, in bf16 to 1e-3 and 1e-2 "
+        "(two of its rounding units)",
     )
+    parser.add_argument("--kernels", choices=("auto", "plain"), default="auto", help="of this tree")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--write", action="store_true", help="store references.json")
@@ -228,7 +231,7 @@ def main() -> None:
             if args.only not in name:
                 continue
             for dtype in ("fp32", "bf16") if args.close else ("fp32",):
-                changes = {"train.dtype": dtype} | (
+                changes = {"train.dtype": dtype, "kernels": args.kernels} | (
                     {"train.clip": 0, "train.eval_every": 0, "train.ema": 0} if args.close else {}
                 )
                 runs = both(
@@ -237,7 +240,7 @@ def main() -> None:
                     1 if args.close else args.steps,
                     Path(folder) / f"{name} {dtype}",
                 )
-                differences = near(*runs, 1e-5 if dtype == "fp32" else 1e-3) if args.close else same(*runs)
+                differences = near(*runs, 1e-5 if dtype == "fp32" else 1e-2) if args.close else same(*runs)
                 print(
                     f"{name}, {dtype}: {differences or ('near' if args.close else 'equal to the bit')}",
                     flush=True,
