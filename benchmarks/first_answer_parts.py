@@ -26,8 +26,7 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     from configs.model import GenerationConfig
     from data.render import Renderer
     from models.dual_tower.dual_tower import DualTowerVLM
-    from models.kernels import in_use
-    from models.kernels.packed_block import PackedBlock
+    from models.kernels.packed_block import pack_blocks
     from models.vision_language_model import VisionLanguageModel
     from models.weights.folder import find_files
     from models.weights.model_folder import load_model
@@ -37,9 +36,7 @@ def main(folder: str, image: str, question: str, tokens: str) -> None:
     mark("building the model and loading its weights")
     tokenizer = _tokenizer(find_files(folder))
     mark("tokenizer")
-    if in_use(PackedBlock, model.right.unembedding):
-        for block in model.right.layers:
-            block.forward = PackedBlock(block)
+    pack_blocks(model.right)
     mark("laying the weights out for oneDNN")
     renderer = Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context)
     predictor = Predictor(model, renderer)

@@ -33,7 +33,7 @@ from configs.train import TrainConfig
 from models.dual_tower.dual_language_model import DualLanguageModel
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kernels import KERNELS, in_use, use_kernels
-from models.kernels.packed_block import PackedBlock
+from models.kernels.packed_block import PackedBlock, pack_blocks
 from models.kv_cache import DecodingCache
 from models.masks import cache_mask
 from training.optim import make_optimizers
@@ -80,9 +80,7 @@ def decoding(tokens: int, dtype: torch.dtype) -> Callable[[], Any]:
     for packed in (False, True):
         torch.manual_seed(0)
         models[packed] = DualLanguageModel(size.decoder, size.text).eval().to(dtype)
-    if PackedBlock.applies(models[True].unembedding):
-        for block in models[True].layers:
-            block.forward = PackedBlock(block)
+    pack_blocks(models[True])
     c = size.decoder
     cache = DecodingCache(c.layers, 1, c.kv_heads, TEXT + tokens, c.head_size, dtype, CPU)
     ids, positions = torch.zeros(1, tokens, dtype=torch.int64), TEXT + torch.arange(tokens)[None]

@@ -21,7 +21,7 @@ CONFIG = replace(
     ),
     # Rows of 1,024 tokens, for a small GPU.
     data=replace(FULL.data, left_length=600, right_length=424),
-    # Two rows per forward take some 11 GB, by the estimate of --fit-memory 12. On a larger GPU --fit-memory
-    # chooses more.
+    # On a GPU, two rows per forward take some 11 GB, by the estimate of --fit-memory 12. --fit-memory chooses
+    # more on a larger one.
     train=replace(FULL.train, local_batch_size=2, global_batch_size=128),
 )

@@ -16,8 +16,7 @@ from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
 from models.image_store import ImageBlock, ImageStore, encode_blocks, encode_rows, image_blocks_of
-from models.kernels import in_use
-from models.kernels.packed_block import PackedBlock
+from models.kernels.packed_block import pack_blocks
 from models.kv_cache import ImageKV
 from models.vision_language_model import VisionLanguageModel
 from models.weights.folder import ModelFiles, find_files
@@ -85,9 +84,7 @@ class Predictor:
         tokenizer = _tokenizer(files)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
-        if in_use(PackedBlock, model.right.unembedding):
-            for block in model.right.layers:
-                block.forward = PackedBlock(block)
+        pack_blocks(model.right)
         image_store = None
         if store is not None and isinstance(model, DualTowerVLM):
             fingerprint = model.fingerprint()

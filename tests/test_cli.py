@@ -440,6 +440,12 @@ ERRORS = [
     ("train_dual_tower.py", ["--train.rows", "7"], 2, "did you mean '--train.local_batch_size'?"),
     ("train_dual_tower.py", ["--data.filters.duplicates"], 2, "(removed: leave out near-duplicate images"),
     (
+        "generate.py",
+        ["--checkpoint", "x", "--prompt", "x", "--draft_width", "4"],
+        2,
+        "(removed: drafts are a chain; --draft_tokens sets its length)",
+    ),
+    (
         "train_dual_tower.py",
         ["--fit-memory", "8", "--train.local_batch_size", "4"],
         2,

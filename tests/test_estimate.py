@@ -21,6 +21,7 @@ from training.checkpoint import tensors_of
 from training.estimate import (
     all_activations,
     count_flops,
+    dry_run,
     estimate_activations,
     full_batch,
     saved_bytes,
@@ -182,3 +183,12 @@ def test_a_save_takes_a_copy_of_what_it_writes_and_its_file_twice(tokenizer, opt
         step_memory(config, DualTowerVLM, tokenizer.vocabulary, save=save)(3) for save in (False, True)
     )
     assert sum(with_save.values()) - sum(without.values()) == pytest.approx(3 * written, rel=0.01)
+
+
+@pytest.mark.parametrize(("device", "counted"), [("cpu", True), ("cuda", False)])
+def test_a_dry_run_counts_a_save_on_a_cpu_only(tokenizer, capsys, device, counted):
+    """A GPU's need can be estimated on a machine without one."""
+    config = make_config("image")
+    config = replace(config, train=replace(config.train, device=device))
+    dry_run(config, DualTowerVLM, tokenizer.vocabulary)
+    assert ("a save: copies" in capsys.readouterr().out) == counted

@@ -350,8 +350,8 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         console.print(f"Left layers that the right layers read: {config.model.left_layer_of}")
 
     flops, batch = count_flops(model), full_batch(config, vocabulary, config.train.local_batch_size)
-    tokens = batch["left_ids"].numel() + batch["right_ids"].numel()
     step = flops.training(batch, trained_shares(model))
+    tokens = batch["left_ids"].numel() + batch["right_ids"].numel()
     table = Table("forward FLOPs of", "GFLOP")
     for name, value in (
         ("a tile (encoder, projector)", flops.tile),
@@ -371,10 +371,10 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
         f"the same, backward included ({step / tokens / 1e9:.3g} GFLOP a token)", f"{step / 1e9:,.0f}"
     )
     console.print(table)
-
     table = Table("memory of a step", "GiB")
-    on_cpu = pick_device(config.train.device).type == "cpu"
-    parts = step_memory(config, model_class, vocabulary, save=on_cpu)(config.train.local_batch_size)
+    name = config.train.device  # a GPU's need can be estimated without one
+    save = (pick_device("auto").type if name == "auto" else name) == "cpu"
+    parts = step_memory(config, model_class, vocabulary, save=save)(config.train.local_batch_size)
     parts["PyTorch itself"] = OVERHEAD
     for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")

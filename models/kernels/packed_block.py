@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import in_use
 from models.kv_cache import DecodingCache
 from models.layers import AttentionLayout, KVSource, RMSNorm, Rotary, attention
 
@@ -96,3 +97,10 @@ class PackedBlock:
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         gate_up = self.gate_up(self.norms[1](x))  # (B, T, 2·M)
         return x + self.down(F.silu(gate_up.narrow(-1, 0, M)) * gate_up.narrow(-1, M, M))
+
+
+def pack_blocks(decoder: Any) -> None:
+    """Pack a decoder's blocks, where this kernel is in use. The copies take as much memory again."""
+    if in_use(PackedBlock, decoder.unembedding):
+        for block in decoder.layers:
+            block.forward = PackedBlock(block)
