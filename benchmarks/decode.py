@@ -134,7 +134,7 @@ def _step_parts(predictor: Predictor, rows: int, max_drafts: int) -> tuple[Calla
     positions = torch.arange(200 + max_drafts + 1, device=device).expand(rows, -1)
     cache, states = prefill(model, ids, positions[:, :200], [[]] * rows, max_drafts + 1)
     lengths = cache.lengths
-    unembed = heads.unembedder(right.unembedding) if heads is not None else None
+    draftable = heads.draftable(right.unembedding) if heads is not None else None
 
     def verify(count: int) -> None:
         cache.truncate(lengths)
@@ -143,7 +143,7 @@ def _step_parts(predictor: Predictor, rows: int, max_drafts: int) -> tuple[Calla
 
     def draft(count: int) -> None:
         embedding, last = right.embed_tokens, ids[:, 0]
-        heads.draft(embedding, unembed, states[:, -1], last, count, GenerationConfig()).tokens.tolist()
+        heads.draft(embedding, draftable, states[:, -1], last, count, GenerationConfig()).tokens.tolist()
 
     return verify, draft
 

@@ -97,7 +97,7 @@ class Chat:
             return generate(
                 predictor.model,
                 images=image_kvs,
-                stop=predictor.renderer.tokenizer.turn_end,
+                turn_end=predictor.renderer.tokenizer.turn_end,
                 settings=self.settings,
                 on_tokens=stream,
                 tiles=predictor.tiles_of([images]),

@@ -137,7 +137,7 @@ class Predictor:
         generation = generate(
             self.model,
             images=image_kvs,
-            stop=self.renderer.tokenizer.turn_end,
+            turn_end=self.renderer.tokenizer.turn_end,
             settings=settings,
             on_tokens=stream,
             tiles=self.tiles_of(images),

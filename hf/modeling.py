@@ -154,7 +154,7 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ids=ids.to(self.device),
             positions=positions.to(self.device),
             images=encode_rows(self.vlm, self._blocks(documents, images), ImageStore())[0],
-            stop=stop,
+            turn_end=stop,
             settings=settings,
             on_tokens=on_tokens if streamer is not None or strings else None,
             tiles=tiles,

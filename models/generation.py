@@ -26,8 +26,8 @@ from models.sampling import accept_greedy, accept_sampled, probabilities, seen_a
 from models.vision_language_model import VisionLanguageModel
 from utils.errors import UsageError, UserError
 
-# Cost of drafting and verifying a token, in decode steps without drafts (docs/benchmarks.md). Sampled drafts
-# need two distributions over the vocabulary each.
+# Cost of drafting and verifying one token, as a share of a decode step of one row without drafts
+# (docs/benchmarks.md). Sampled drafts need two distributions over the vocabulary each.
 DRAFT_COST, SAMPLED_DRAFT_COST = 0.1, 0.2
 VLM = DualTowerVLM | VisionLanguageModel
 # (row in the caller's batch, all its tokens so far) → True ends the row.
@@ -39,10 +39,10 @@ class Generation:
     """The answers to a batch of prompts."""
 
     tokens: list[list[int]]  # of each row, without the end-of-turn token
-    logprobs: list[list[float]]  # of each token, before temperature and all after it; empty unless asked for
+    logprobs: list[list[float]]  # of each token, by the unmodified logits; empty unless asked for
     first_token_s: float  # seconds from the call to the first token of every row
     seconds: float  # of the whole call
-    decode_steps: list[int]  # forwards of the right tower over a row, prefill included
+    decode_steps: list[int]  # forwards of the right tower over a row; prefill counts as one
 
 
 @dataclass
@@ -62,14 +62,14 @@ def generate(
     ids: Tensor,
     positions: Tensor,
     images: list[list[tuple[ImageKV, int]]],
-    stop: int,
+    turn_end: int,
     settings: GenerationConfig,
     on_tokens: OnTokens | None = None,
     tiles: Tensor | None = None,
     cache: DecodingCache | None = None,
     seen: Sequence[int] = (),
 ) -> Generation:
-    """Answer a ragged batch of prompts; arguments as in `prefill`, `stop` is the end-of-turn token.
+    """Answer a ragged batch of prompts; arguments as in `prefill`. `turn_end`: the end-of-turn token's id.
 
     `on_tokens` is called after each new token; True ends the row. A given `cache`, of one row, may hold
     earlier turns; afterwards it also holds prompt and answer, but for the answer's last token. `seen`: tokens
@@ -78,21 +78,22 @@ def generate(
     started = time.perf_counter()
     _check_length(model, positions, settings)
     check_heads(model, settings)
-    if (continued := cache is not None) and len(ids) != 1:
+    continued = cache is not None
+    if continued and len(ids) != 1:
         raise ValueError(f"{len(ids)} prompts: a given cache goes on with one")
-    guard = DraftGuard.of(model.heads, settings)
+    guard = DraftGuard.of(model.heads, settings, len(ids), ids.device)
     slots = settings.max_new_tokens + guard.draft_length
     cache, states = prefill(model, ids, positions, images, slots, tiles, cache)
     prompt_lengths = cache.lengths
     rows = [Row(b) for b in range(len(ids))]
-    batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, stop, on_tokens)
+    batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_end, on_tokens)
     if settings.repetition_penalty != 1.0:
         batch.seen = _seen_tokens(model, ids, positions, seen)
     prompt_ends = (positions >= 0).sum(1) - 1
     states = states[torch.arange(len(ids)), prompt_ends, None]  # (B, 1, D)
     logits = model.right.logits(states)
     _check_finite(logits)
-    batch.commit(batch.accept(batch.draft(0), logits), states, logits)
+    batch.commit(batch.accept(batch.draft(0), logits), states, logits)  # no drafts: the first token
     first_token_s = time.perf_counter() - started
     while not batch.done:
         drafts = batch.draft(guard.next_length())
@@ -120,7 +121,7 @@ class DecodingBatch:
     rows: list[Row]
     positions: Tensor  # (B,), of the last tokens
     settings: GenerationConfig
-    stop: int
+    turn_end: int
     on_tokens: OnTokens | None
     seen: Tensor | None = None  # (B, V), tokens that the repetition penalty counts
     tokens: Tensor = field(init=False)  # (B,), the last ones
@@ -129,23 +130,23 @@ class DecodingBatch:
     def __post_init__(self) -> None:
         settings, device, heads = self.settings, self.positions.device, self.model.heads
         self.generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
-        self.unembed_drafts = heads.unembedder(self.model.right.unembedding) if heads is not None else None
+        self.draftable = heads.draftable(self.model.right.unembedding) if heads is not None else None
 
     @property
     def done(self) -> bool:
         return all(row.done for row in self.rows)
 
     def draft(self, count: int) -> Drafts:
-        """Let the heads propose `count` tokens after each row's last one, fewer near the answers' ends."""
+        """Let the heads propose `count` tokens after each row's last one, fewer if no row needs so many."""
         heads, right = self.model.heads, self.model.right
         count = min(count, max(self.settings.max_new_tokens - len(row.tokens) for row in self.rows) - 1)
-        if heads is None or self.unembed_drafts is None or not count:
+        if heads is None or self.draftable is None or not count:
             B, V = len(self.rows), right.unembedding.shape[0]
             proposed = self.positions.new_empty(B, 0, V, dtype=torch.float32)
             return Drafts(self.positions.new_empty(B, 0), proposed if self.settings.sampling else None)
         return heads.draft(
             right.embed_tokens,
-            self.unembed_drafts,
+            self.draftable,
             self.hidden,
             self.tokens,
             count,
@@ -154,7 +155,7 @@ class DecodingBatch:
         )
 
     def verify(self, drafts: Drafts) -> tuple[Tensor, Tensor]:
-        """One decode step over last tokens and drafts → states (B, K + 1, D) and logits (B, K + 1, V)."""
+        """The decode step for `accept`: → states (B, K + 1, D) and logits (B, K + 1, V)."""
         tokens = torch.cat((self.tokens[:, None], drafts.tokens), 1)  # (B, K + 1)
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         states = decode_step(self.model, self.cache, tokens, self.positions[:, None] + offsets)
@@ -177,7 +178,7 @@ class DecodingBatch:
         ]
 
     def commit(self, tokens: list[list[int]], states: Tensor, logits: Tensor) -> list[int]:
-        """Add accepted `tokens` to cache and answers; return how many of each row's its answer takes.
+        """Add each row's accepted `tokens` to cache and answers → how many of them each answer took.
 
         `states` (B, T, D) and `logits` (B, T, V) are of the forward that accepted them. Rows that are done
         leave the batch, and then cost nothing.
@@ -188,12 +189,12 @@ class DecodingBatch:
         self.tokens = torch.tensor([new[-1] for new in tokens], device=states.device)
         self.positions = self.positions + index
         self.hidden = states[torch.arange(len(counts)), index - 1]
-        taken = [self._extend(*part) for part in zip(self.rows, tokens, logits, strict=True)]
+        taken = [self._extend(*args) for args in zip(self.rows, tokens, logits, strict=True)]
+        if self.seen is not None:
+            for i, new in enumerate(tokens):
+                self.seen[i, new] = True
         if any(row.done for row in self.rows) and not self.done:
             self._select(compact_rows([row.done for row in self.rows]))
-        if self.seen is not None:
-            for i, row in enumerate(self.rows):
-                self.seen[i, row.tokens] = True
         return taken
 
     def _extend(self, row: Row, tokens: list[int], logits: Tensor) -> int:
@@ -203,7 +204,7 @@ class DecodingBatch:
         """
         row.decode_steps += 1
         for count, token in enumerate(tokens, start=1):
-            if token == self.stop:
+            if token == self.turn_end:
                 row.done = True
                 return count
             row.tokens.append(token)
@@ -236,25 +237,32 @@ def best_draft_length(acceptance_rates: Sequence[float], cost: float) -> int:
 class DraftGuard:
     """Turns drafts off while too few are accepted, and tries again later.
 
-    It counts tokens and has no clock, so that a sampled answer depends on its seed alone. `balance` is what
-    drafts have won, in decode steps: accepted drafts minus `cost` for every draft.
+    It counts tokens and has no clock, so that a sampled answer depends on its batch and seed alone. `balance`
+    is what drafts have won, in decode steps: accepted drafts minus `cost` for every draft, at most `LIMIT`.
     """
 
     LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
-    PAUSE = 64  # tokens of a row, without drafts, before a trial
+    PAUSE = 64  # decode steps without drafts before a trial
 
-    def __init__(self, draft_length: int, cost: float = DRAFT_COST, always: bool = False) -> None:
-        self.draft_length, self.cost, self.always = draft_length, cost, always
+    def __init__(self, draft_length: int, cost: float, always: bool = False, growth: float = 0.0) -> None:
+        """`growth`: how much of `cost` each further row of the batch adds."""
+        self.draft_length, self.cost, self.always, self.growth = draft_length, cost, always, growth
         self.balance, self.pause = 0.0, 0
 
     @classmethod
-    def of(cls, heads: MultiTokenHeads | None, settings: GenerationConfig) -> "DraftGuard":
-        """A guard for one call. Without heads, and with `speculative = off`, it never drafts."""
+    def of(
+        cls, heads: MultiTokenHeads | None, settings: GenerationConfig, rows: int, device: torch.device
+    ) -> "DraftGuard":
+        """A guard for one call of `rows`. Without heads or with `speculative = off` it never drafts."""
         if heads is None or settings.speculative == "off":
-            return cls(0)
+            return cls(0, 0.0)
         cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
-        length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost)
-        return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on")
+        # A CPU's time grows with the tokens of a step; a GPU waits for the weights, and a few more are free.
+        growth = 0.5 if device.type == "cpu" else 0.0
+        cost_of_batch = cost * (1 + growth * (rows - 1))
+        length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost_of_batch)
+        # At least one: this text may be easier than what `acceptance_rates` were measured on.
+        return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on", growth)
 
     def next_length(self) -> int:
         """Drafts of the next decode step."""
@@ -265,7 +273,8 @@ class DraftGuard:
         if not drafts or self.always:
             self.pause = max(0, self.pause - 1)
             return
-        gain = sum(tokens) / len(tokens) - 1 - self.cost * drafts
+        cost = self.cost * (1 + self.growth * (len(tokens) - 1))
+        gain = sum(tokens) / len(tokens) - 1 - cost * drafts
         self.balance = min(self.balance + gain, self.LIMIT)
         if self.balance <= -self.LIMIT:
             self.pause, self.balance = self.PAUSE, -self.LIMIT / 2
@@ -282,9 +291,9 @@ def prefill(
 ) -> tuple[DecodingCache, Tensor]:
     """Fill a cache with image KVs and prompts; return it and the prompts' hidden states (B, R, D).
 
-    `ids`, `positions` (B, R): position −1 at padding. `images`: each row's image KVs and their start
-    positions. `slots`: free slots to leave for answers. `tiles`: of a vanilla model, whose image tokens are
-    among `ids`. With `cache`, the prompts continue what it holds.
+    `ids`, `positions` (B, R): padded on the right, with position −1. `images`: each row's image KVs and their
+    start positions. `slots`: free slots to leave for answers. `tiles`: of a vanilla model, whose image tokens
+    are among `ids`. With `cache`, the prompts continue what it holds.
     """
     config, B = model.right.config, len(ids)
     tokens = max(sum(kv.tokens for kv, _ in row) for row in images) + ids.shape[1]
@@ -332,7 +341,7 @@ def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]],
     rotary = Rotary.at(positions.clamp(max=right.max_positions), right)
     cache.reserve(positions)
     for layer, read in enumerate(config.left_layer_of):
-        cache.extend(layer, data[read, 0], data[read, 1], rotary if right.has_rope(layer) else None)
+        cache.update(layer, data[read, 0], data[read, 1], rotary if right.has_rope(layer) else None)
 
 
 def decode_step(model: VLM, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:

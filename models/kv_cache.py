@@ -31,7 +31,7 @@ class KeyValueRecorder:
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []  # (B, G, L, E) each
 
-    def extend(
+    def update(
         self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         assert layer <= len(self.layers), f"layer {layer} recorded after {len(self.layers)} layers"
@@ -47,7 +47,7 @@ class ImageContext:
     layers: list[tuple[Tensor, Tensor]]  # what each right layer reads: unrotated, (B, G, L, E) each
     rotary: Rotary  # of the left stream's positions
 
-    def extend(
+    def update(
         self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         image_keys, image_values = self.layers[layer]
@@ -78,12 +78,12 @@ class DecodingCache:
         self.positions = torch.full((rows, slots), NEVER, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
         self.used = 0  # slots that attention reads
-        self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where `extend` writes
+        self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where `update` writes
 
     def reserve(self, positions: Tensor) -> None:
         """Reserve each row's next slots for tokens at `positions` (B, T), NEVER at padding.
 
-        Every layer's `extend` then fills them.
+        Every layer's `update` then fills them.
         """
         T = positions.shape[1]
         self.used = max(self.lengths) + T
@@ -100,7 +100,7 @@ class DecodingCache:
             self.positions[rows, slots] = positions
         self.lengths = [length + T for length in self.lengths]
 
-    def extend(
+    def update(
         self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         for cached, new in ((self.keys[layer], rotate(rotary, keys)), (self.values[layer], values)):

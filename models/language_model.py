@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.model import DecoderConfig
 from models.kernels import find_kernel
+from models.kv_cache import KeyValueRecorder
 from models.layers import (
     MLP,
     Attention,
@@ -18,8 +19,9 @@ from models.layers import (
     KVSource,
     RMSNorm,
     Rotary,
-    building,
+    init_device,
     init_weights,
+    working_dtype,
 )
 from models.losses import cross_entropy
 from models.masks import Mask
@@ -29,7 +31,7 @@ class Output(NamedTuple):
     """The result of a model's forward. Losses are None without labels."""
 
     loss_sum: Tensor | None  # cross-entropy, summed over the supervised tokens
-    hidden: Tensor  # (B, R, D)
+    hidden: Tensor  # (B, T, D)
     head_loss_sums: Tensor | None = None  # (K,), of the multi-token heads; None without heads
     losses: Tensor | None = None  # of each supervised token, (supervised tokens,), without gradient
 
@@ -37,7 +39,7 @@ class Output(NamedTuple):
 class DecoderBlock(nn.Module):
     """Attention and MLP, each on a normed input and added to the residual stream."""
 
-    recompute = False  # activations are recomputed in the backward pass instead of stored
+    recompute = False  # gradient checkpointing: activations are recomputed in the backward pass, not stored
     compiled: Callable[..., Tensor] | None = None  # `run` by torch.compile, for training only
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -48,23 +50,25 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, kv_source: KVSource | None
     ) -> Tensor:
         """`x` (B, T, D) → (B, T, D); arguments as in `Attention`."""
-        run = self.run if self.compiled is None or not torch.is_grad_enabled() else self.compiled
+        run = self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.run
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, x, rotary, mask, past, use_reentrant=False)
-        return run(x, rotary, mask, past)
+            return checkpoint(run, x, rotary, mask, kv_source, use_reentrant=False)
+        return run(x, rotary, mask, kv_source)
 
-    def run(self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
+    def run(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, kv_source: KVSource | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, kv_source)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def attention_layout(mask: Mask, x: Tensor, config: DecoderConfig) -> Tensor | AttentionLayout:
-    """`mask` in the form that attention over `x` reads: once for all layers."""
+def prepare_mask(mask: Mask, x: Tensor, config: DecoderConfig) -> Tensor | AttentionLayout:
+    """Convert `mask` once for all layers: dense, or to what the attention kernel for `x` reads."""
     kernel = find_kernel("attention", x)
-    return mask.dense() if kernel is None else kernel(mask, config.kv_heads)
+    return kernel(mask, config.kv_heads) if kernel is not None else mask.dense()
 
 
 class LanguageModel(nn.Module):
@@ -73,7 +77,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        with building(config):
+        with init_device(config):
             self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -81,15 +85,15 @@ class LanguageModel(nn.Module):
                 self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         init_weights(self, config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Mask, past: KVSource | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, kv_source: KVSource | None = None) -> Tensor:
         """Embeddings `x` (B, T, D) → normed hidden states (B, T, D).
 
-        `positions` (B, T); `mask` (B, 1, T, S), where S counts the keys of `past` and the T tokens.
+        `positions` (B, T); `mask` (B, 1, T, S), where S counts the keys of `kv_source` and the T tokens.
         """
-        rotary = Rotary.at(positions, self.config).to(self.norm.weight.dtype)  # once, not in every layer
-        layout = attention_layout(mask, x, self.config)
+        rotary = Rotary.at(positions, self.config).to(working_dtype(x))  # once, not in every layer
+        prepared = prepare_mask(mask, x, self.config)
         for block in self.layers:
-            x = block(x, rotary, layout, past)
+            x = block(x, rotary, prepared, kv_source)
         return self.norm(x)
 
     @property
@@ -104,14 +108,14 @@ class LanguageModel(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each supervised token, (supervised tokens,).
 
-        `hidden` (B, T, D); `labels` (B, T), −100 where not supervised. Logits exist at supervised positions
-        only.
+        `hidden` (B, T, D); `labels` (B, T): the token that follows, −100 where not supervised; packing has
+        shifted them. Logits exist at supervised positions only.
         """
         supervised = labels != -100
         return cross_entropy(hidden[supervised], self.unembedding, labels[supervised])
 
     def output(self, hidden: Tensor, labels: Tensor | None, head_loss_sums: Tensor | None = None) -> Output:
-        """Hidden states (B, R, D), with their losses where `labels` (B, R) are given."""
+        """Hidden states (B, T, D), with their losses where `labels` (B, T) are given."""
         if labels is None:
             return Output(None, hidden)
         losses = self.loss(hidden, labels)
@@ -138,18 +142,21 @@ class KeyValueDecoder(nn.Module):
         super().__init__()
         self.config = config
         last = config.layers - 1
-        with building(config):
+        with init_device(config):
             self.layers = nn.ModuleList(
                 [*(DecoderBlock(config, i) for i in range(last)), KeyValueLayer(config)]
             )
         init_weights(self, config)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Mask, past: KVSource) -> None:
-        """Run `x` (B, L, D) through the layers; `past` receives each layer's keys and values."""
-        rotary = Rotary.at(positions, self.config)
-        layout = attention_layout(mask, x, self.config)
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask) -> list[tuple[Tensor, Tensor]]:
+        """Embeddings `x` (B, L, D) → unrotated keys and values (B, G, L, E) of each layer.
+
+        `positions` (B, L); `mask` (B, 1, L, L).
+        """
+        rotary = Rotary.at(positions, self.config).to(working_dtype(x))
+        prepared = prepare_mask(mask, x, self.config)
+        recorder = KeyValueRecorder()
         *blocks, last = self.layers
         for block in blocks:
-            x = block(x, rotary, layout, past)
-        keys, values = last(x)
-        past.extend(len(blocks), keys, values, rotary if self.config.has_rope(len(blocks)) else None)
+            x = block(x, rotary, prepared, recorder)
+        return [*recorder.layers, last(x)]

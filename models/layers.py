@@ -80,7 +80,7 @@ def rotate(rotary: Rotary | None, x: Tensor) -> Tensor:
 class KVSource(Protocol):
     """Keys and values that attention reads besides its own tokens'; implemented in `models/kv_cache.py`."""
 
-    def extend(
+    def update(
         self, layer: int, keys: Tensor, values: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         """Take a layer's new unrotated keys and values (B, G, T, E).
@@ -141,12 +141,12 @@ class Attention(KeyValue):
         self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, kv_source: KVSource | None
     ) -> Tensor:
         """`x` (B, T, D) → (B, T, D); `mask` (B, 1, T, S)."""
         rope = rotary if self.has_rope else None
         queries = rotate(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
-        out = self._attend(queries, *self.key_values(x), rope, mask, past)  # (B, H, T, E)
+        out = self._attend(queries, *self.key_values(x), rope, mask, kv_source)  # (B, H, T, E)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H · E) → (B, T, D)
 
     # Differs between layers and rows: a compiled block would be compiled again for each.
@@ -158,12 +158,12 @@ class Attention(KeyValue):
         values: Tensor,
         rope: Rotary | None,
         mask: Tensor | AttentionLayout,
-        past: KVSource | None,
+        kv_source: KVSource | None,
     ) -> Tensor:
-        if past is None:
+        if kv_source is None:
             keys = rotate(rope, keys)
         else:
-            keys, values = past.extend(self.layer, keys, values, rope)  # (B, G, S, E)
+            keys, values = kv_source.update(self.layer, keys, values, rope)  # (B, G, S, E)
         return attention(queries, keys, values, mask)
 
 
@@ -188,8 +188,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def building(config: DecoderConfig) -> torch.device:
-    """The device to build a decoder on: "meta" where a file has the weights; random ones take seconds."""
+def init_device(config: DecoderConfig) -> torch.device:
+    """Device of a new decoder: "meta" where a file has the weights, because random ones take seconds."""
     return torch.device("meta") if config.weights != "random" else torch.get_default_device()
 
 

@@ -9,7 +9,6 @@ like DeepSeek-V3's (arXiv 2412.19437 §2.2), but has no attention and so no cach
 the alternatives.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,12 +76,12 @@ class MultiTokenHeads(nn.Module):
         # Token id → index in `draft_ids`; −100 for tokens that cannot be drafted.
         draft_index = torch.full((len(unembedding),), -100, device=labels.device)  # (V,)
         draft_index[self.draft_ids] = torch.arange(len(self.draft_ids), device=labels.device)
-        rows = self.rows(unembedding)
+        draftable = self.draftable(unembedding)
         sums = []
         for k in range(1, self.count + 1):
             state, targets = state[targets[:, k] >= 0], targets[targets[:, k] >= 0]
             state = self.step(state, embedding(targets[:, k - 1]))
-            sums.append(cross_entropy(self.norm(state), rows, draft_index[targets[:, k]]).sum())
+            sums.append(cross_entropy(self.norm(state), draftable, draft_index[targets[:, k]]).sum())
         return torch.stack(sums)
 
     def predictions(
@@ -95,27 +94,22 @@ class MultiTokenHeads(nn.Module):
         all_targets = targets = chains(labels, documents, self.count)  # (S, K + 1)
         predicted = torch.full_like(all_targets[:, 1:], -1)
         at = torch.arange(len(all_targets), device=labels.device)
-        state, unembed = hidden[labels != -100], self.unembedder(unembedding)
+        state, draftable = hidden[labels != -100], self.draftable(unembedding)
         for k in range(1, self.count + 1):
             has_target = targets[:, k] >= 0
             state, targets, at = state[has_target], targets[has_target], at[has_target]
             state = self.step(state, embedding(targets[:, k - 1]))
-            predicted[at, k - 1] = self.draft_ids[unembed(self.norm(state)).argmax(-1)]
+            predicted[at, k - 1] = self.draft_ids[F.linear(self.norm(state), draftable).argmax(-1)]
         return predicted, all_targets[:, 1:]
 
-    def rows(self, unembedding: Tensor) -> Tensor:
+    def draftable(self, unembedding: Tensor) -> Tensor:
         """The rows of the unembedding (V, D) for `draft_ids`, (V′, D): a copy, unless they are all."""
         return unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
-
-    def unembedder(self, unembedding: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from normed states (…, D) to logits over `draft_ids` (…, V′)."""
-        rows = self.rows(unembedding)
-        return lambda normed: F.linear(normed, rows)
 
     def draft(
         self,
         embedding: nn.Embedding,
-        unembed: Callable[[Tensor], Tensor],
+        draftable: Tensor,
         hidden: Tensor,
         tokens: Tensor,
         count: int,
@@ -124,14 +118,14 @@ class MultiTokenHeads(nn.Module):
     ) -> Drafts:
         """Draft `count` tokens after `tokens` (B,), which were chosen from `hidden` (B, D).
 
-        `unembed`: from `unembedder`.
+        `draftable` as returned by the method of that name, which copies: once for all drafts.
         """
         drafts, proposed = tokens.new_empty(len(tokens), count), None
         if settings.sampling:
             proposed = hidden.new_zeros(*drafts.shape, embedding.num_embeddings, dtype=torch.float32)
         for k in range(count):
             hidden = self.step(hidden, embedding(tokens))
-            index, distribution = draw_draft(unembed(self.norm(hidden)), settings, generator)
+            index, distribution = draw_draft(F.linear(self.norm(hidden), draftable), settings, generator)
             tokens = drafts[:, k] = self.draft_ids[index]
             if proposed is not None and distribution is not None:
                 proposed[:, k, self.draft_ids] = distribution

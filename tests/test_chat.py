@@ -79,7 +79,7 @@ def test_an_answer_that_ends_by_itself_is_continued(tokenizer, renderer, monkeyp
     stop = next(token for i, token in enumerate(answer) if i >= 2 and token not in answer[:i])
     original = eval.chat.generate
     monkeypatch.setattr(
-        eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"stop": stop})
+        eval.chat, "generate", lambda *arguments, **more: original(*arguments, **more | {"turn_end": stop})
     )
     chat = Chat(Predictor(model, renderer), settings)
     assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
@@ -162,7 +162,7 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
         history += [{"user": text, "assistant": chat.ask(text, []).text}]
     first = renderer.prompt([], [{"user": "what is it?"}])
     generated = generate(
-        model, images=[[]], stop=tokenizer.turn_end, settings=settings, **collate_prompts([first])
+        model, images=[[]], turn_end=tokenizer.turn_end, settings=settings, **collate_prompts([first])
     ).tokens[0]
     assert counted == [set(), {*first.right_ids, *generated}]
     follow = renderer.follow_up(
@@ -174,7 +174,7 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
         torch.tensor([ids]),
         torch.arange(len(ids))[None],
         images=[[]],
-        stop=tokenizer.turn_end,
+        turn_end=tokenizer.turn_end,
         settings=settings,
     )
     assert tokenizer.decode(again.tokens[0]) == history[1]["assistant"]
@@ -277,7 +277,9 @@ def test_tokens_after_a_stop_string_are_not_in_the_context(tokenizer, renderer):
         GenerationConfig(max_new_tokens=12, repetition_penalty=1.3),
         renderer.prompt([], [{"user": "what is it?"}]),
     )
-    generated = generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([first])).tokens[0]
+    generated = generate(
+        model, images=[[]], turn_end=-1, settings=settings, **collate_prompts([first])
+    ).tokens[0]
     for retained in (0, 1, 5):
         text = tokenizer.decode(generated[:retained])
         stop = tokenizer.decode(generated)[len(text) :][:4]
@@ -294,7 +296,7 @@ def test_tokens_after_a_stop_string_are_not_in_the_context(tokenizer, renderer):
             torch.tensor([ids]),
             torch.arange(len(ids))[None],
             images=[[]],
-            stop=tokenizer.turn_end,
+            turn_end=tokenizer.turn_end,
             settings=settings,
         ).tokens[0]
         assert (

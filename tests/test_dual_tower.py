@@ -151,7 +151,9 @@ def test_packing_leaks_nothing(model, tokenizer, samples):
         with torch.no_grad():
             columns = (batch[name] for name in ("right_positions", "right_documents", "right_groups"))
             return model.logits(
-                model.right.read(image_kv, batch["left_positions"], batch["left_groups"], ids, *columns)
+                model.right.forward_packed(
+                    image_kv, batch["left_positions"], batch["left_groups"], ids, *columns
+                )
             )[0]
 
     base = logits()

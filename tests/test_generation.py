@@ -58,7 +58,7 @@ def test_ragged_greedy_batch_equals_the_naive_model(tokenizer, renderer, seed):
     stop = int(naive.logits(prompts[0][1], tiles[0])[-1].argsort()[-3])  # a token that may well come up
     settings = GenerationConfig(max_new_tokens=6)
     result = generate(
-        model, images=images, stop=stop, settings=settings, **collate_prompts([p for p, _ in prompts])
+        model, images=images, turn_end=stop, settings=settings, **collate_prompts([p for p, _ in prompts])
     )
     expected = [naive_greedy(naive, ids, t, stop, 6) for (_, ids), t in zip(prompts, tiles, strict=True)]
     assert result.tokens == expected
@@ -73,7 +73,7 @@ def test_an_answer_may_be_empty(model, renderer):
     free = generate(
         model,
         images=[[], []],
-        stop=-1,
+        turn_end=-1,
         settings=GenerationConfig(max_new_tokens=4),
         **collate_prompts(prompts),
     ).tokens
@@ -81,7 +81,7 @@ def test_an_answer_may_be_empty(model, renderer):
         result = generate(
             model,
             images=[[], []],
-            stop=first,
+            turn_end=first,
             settings=GenerationConfig(max_new_tokens=4),
             **collate_prompts(prompts),
         )
@@ -111,7 +111,7 @@ def test_every_decoded_logit_equals_the_naive_model(tokenizer, renderer, monkeyp
     result = generate(
         model,
         images=[images],
-        stop=-1,
+        turn_end=-1,
         settings=GenerationConfig(max_new_tokens=5),
         **collate_prompts([prompt]),
     )
@@ -253,12 +253,14 @@ def test_a_ragged_batch_is_penalised_as_each_row_alone(tokenizer, renderer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.generation, "probabilities", noted)
-        result = generate(model, images=[[]] * 3, stop=-1, settings=settings, **collate_prompts(prompts))
+        result = generate(model, images=[[]] * 3, turn_end=-1, settings=settings, **collate_prompts(prompts))
     for row, prompt in enumerate(prompts):
         assert seen[0][row].nonzero()[:, 0].tolist() == sorted(set(prompt.right_ids))
         assert (
             result.tokens[row]
-            == generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+            == generate(
+                model, images=[[]], turn_end=-1, settings=settings, **collate_prompts([prompt])
+            ).tokens[0]
         )
 
 
@@ -269,7 +271,7 @@ def test_a_cache_of_earlier_turns_is_of_one_row(model, renderer):
         generate(
             model,
             images=[[], []],
-            stop=-1,
+            turn_end=-1,
             settings=GenerationConfig(),
             cache=cache,
             **collate_prompts(prompts),
@@ -379,7 +381,7 @@ def test_what_is_not_finite_ends_the_answer_wherever_it_begins(
         generate(
             model,
             images=[[]],
-            stop=-1,
+            turn_end=-1,
             settings=GenerationConfig(max_new_tokens=8, sampling=sampling),
             **batch,
         )

@@ -697,13 +697,13 @@ class TestPredictor:
             GenerationConfig(max_new_tokens=1),
             [config.layers, 2, config.kv_heads, 5, config.head_size],
         )
-        generate(model, images=[[(ImageKV(torch.zeros(shape)), 0)]], stop=-1, settings=settings, **batch)
+        generate(model, images=[[(ImageKV(torch.zeros(shape)), 0)]], turn_end=-1, settings=settings, **batch)
         for axis, other in ((0, 1), (2, 2 * config.kv_heads), (4, 2 * config.head_size)):
             with pytest.raises(UserError, match="of another model"):
                 generate(
                     model,
                     images=[[(ImageKV(torch.zeros([*shape[:axis], other, *shape[axis + 1 :]])), 0)]],
-                    stop=-1,
+                    turn_end=-1,
                     settings=settings,
                     **batch,
                 )

@@ -8,7 +8,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.kv_cache import KeyValueRecorder
 from models.language_model import KeyValueDecoder, LanguageModel
 from models.masks import cache_mask, right_mask
 from models.weights.language_models import (
@@ -144,16 +143,11 @@ def test_the_left_decoder_takes_a_language_models_keys_and_values(tmp_path):
         f"{last}self_attn.q_proj.weight",
         f"{last}mlp.up_proj.weight",
     } <= set(unused)
-    ids, recorder, positions = torch.randint(0, 90, (1, 20)), KeyValueRecorder(), torch.arange(20)[None]
+    ids, positions = torch.randint(0, 90, (1, 20)), torch.arange(20)[None]
     with torch.no_grad():
-        left(
-            theirs.get_input_embeddings()(ids),
-            positions,
-            cache_mask(positions, positions),
-            recorder,
-        )
+        layers = left(theirs.get_input_embeddings()(ids), positions, cache_mask(positions, positions))
         cache = theirs(ids, use_cache=True).past_key_values
-    for layer, (_, values) in enumerate(recorder.layers):
+    for layer, (_, values) in enumerate(layers):
         torch.testing.assert_close(values, cache.layers[layer].values, atol=1e-4, rtol=0)
 
 

@@ -38,6 +38,7 @@ from training.optim import head_weights
 from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))
 
 
@@ -145,10 +146,10 @@ class Oracle:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers
         self.acceptance_rates = torch.full((3,), 0.9)
 
-    def unembedder(self, unembedding):
+    def draftable(self, unembedding):
         return unembedding
 
-    def draft(self, embedding, unembed, hidden, tokens, count, settings, generator):
+    def draft(self, embedding, draftable, hidden, tokens, count, settings, generator):
         drafts = []
         for token, row in zip(tokens.tolist(), hidden, strict=True):
             answer, position = next(
@@ -197,7 +198,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     plain = generate(
         model,
         images=images,
-        stop=stop,
+        turn_end=stop,
         settings=GenerationConfig(max_new_tokens=14, speculative="off", logprobs=True),
         **batch,
     )
@@ -211,7 +212,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
         result = generate(
             model,
             images=[row],
-            stop=-1,
+            turn_end=-1,
             settings=GenerationConfig(max_new_tokens=20, speculative="off"),
             **one,
         )
@@ -221,7 +222,7 @@ def test_speculation_changes_no_token(tokenizer, renderer, monkeypatch, mode, wr
     result = generate(
         model,
         images=images,
-        stop=stop,
+        turn_end=stop,
         settings=GenerationConfig(max_new_tokens=14, speculative=mode, logprobs=True),
         **batch,
     )
@@ -258,7 +259,7 @@ def test_the_cache_forgets_rejected_drafts():
     cache.reserve(torch.tensor([[10, 11, 12, 13]]).expand(3, 4))
     keys, values = torch.randn(2, 2, 3, 1, 4, 4)
     for layer in range(2):
-        cache.extend(layer, keys[layer], values[layer], None)
+        cache.update(layer, keys[layer], values[layer], None)
     counts = [4, 1, 2]
     cache.truncate([n + count for n, count in zip(start, counts, strict=True)])
     assert cache.lengths == [6, 5, 5]
@@ -313,7 +314,7 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     )
     rows = 10_000
     batch = {k: v.expand(rows, -1) for k, v in collate_prompts([prompt]).items()}
-    result = generate(model, images=[[]] * rows, stop=-1, settings=settings, **batch)
+    result = generate(model, images=[[]] * rows, turn_end=-1, settings=settings, **batch)
     drawn = torch.tensor(result.tokens)  # (rows, 3)
     ids = torch.tensor(prompt.right_ids)
     naive = Naive(model)
@@ -344,7 +345,7 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
         generate(
             model,
             images=[[]],
-            stop=-1,
+            turn_end=-1,
             settings=GenerationConfig(
                 max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode
             ),
@@ -364,7 +365,11 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
             logits[seen] = logits[seen] / 1.7 if logits[seen] > 0 else logits[seen] * 1.7
         assert int(logits.argmax()) == token
     free = generate(
-        model, images=[[]], stop=-1, settings=GenerationConfig(max_new_tokens=12), **collate_prompts([prompt])
+        model,
+        images=[[]],
+        turn_end=-1,
+        settings=GenerationConfig(max_new_tokens=12),
+        **collate_prompts([prompt]),
     )
     assert free.tokens != results[0].tokens
 
@@ -377,7 +382,7 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
     indices = torch.tensor([0, 3, 19, 7, 7])
     settings = GenerationConfig(sampling=True)
     drafts, proposed = heads.draft(
-        embedding, heads.unembedder(embedding.weight), hidden, indices, 2, settings, torch.Generator()
+        embedding, heads.draftable(embedding.weight), hidden, indices, 2, settings, torch.Generator()
     )
     assert drafts.shape == (5, 2) and ((drafts >= 200) & (drafts < 220)).all()
     assert (
@@ -392,11 +397,11 @@ def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer, monkeypat
     model = lively_model(tokenizer, WITH_HEADS)
     batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
     settings = GenerationConfig(sampling=True, temperature=2.0, max_new_tokens=40, speculative="auto", seed=7)
-    first = generate(model, images=[[]], stop=-1, settings=settings, **batch)
-    generate(model, images=[[]], stop=-1, settings=replace(settings, sampling=False), **batch)
+    first = generate(model, images=[[]], turn_end=-1, settings=settings, **batch)
+    generate(model, images=[[]], turn_end=-1, settings=replace(settings, sampling=False), **batch)
     original = models.generation.decode_step
     monkeypatch.setattr(models.generation, "decode_step", lambda *a: (time.sleep(0.02), original(*a))[1])
-    assert generate(model, images=[[]], stop=-1, settings=settings, **batch).tokens == first.tokens
+    assert generate(model, images=[[]], turn_end=-1, settings=settings, **batch).tokens == first.tokens
 
 
 def simulate(acceptance_rates: list[float], cost: float, tokens: int, after: int = 0) -> float:
@@ -446,15 +451,27 @@ class TestDraftGuard:
             guard.record(3, [1, 1, 1, 2])  # 0.25 accepted
         assert guard.next_length() == 0
 
+    def test_a_cpu_pays_for_each_row(self, tokenizer):
+        """Drafts that pay for one row do not pay for eight on a CPU; on a GPU they do."""
+        heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig(draft_tokens=2)
+        for rows, device, drafts in ((1, CPU, 2), (8, CPU, 0), (8, torch.device("cuda"), 2)):
+            guard = DraftGuard.of(heads, settings, rows, device)
+            for _ in range(10):
+                guard.record(2, [1, 2] * (rows // 2) or [2])  # half of the first drafts are accepted
+            assert guard.next_length() == drafts
+        heads.acceptance_rates.fill_(0.6)
+        lengths = [DraftGuard.of(heads, GenerationConfig(), n, CPU).draft_length for n in (1, 4, 8, 32)]
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1] == 1
+
     def test_on_and_off(self, tokenizer):
         heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig()
-        guard = DraftGuard.of(heads, replace(settings, speculative="on"))
+        guard = DraftGuard.of(heads, replace(settings, speculative="on"), 1, CPU)
         for _ in range(50):
             guard.record(3, [1])
             assert guard.next_length() > 0
         for off in (
-            DraftGuard.of(None, settings),
-            DraftGuard.of(heads, replace(settings, speculative="off")),
+            DraftGuard.of(None, settings, 1, CPU),
+            DraftGuard.of(heads, replace(settings, speculative="off"), 1, CPU),
         ):
             assert off.next_length() == 0
 
@@ -470,11 +487,11 @@ class TestDraftGuard:
             assert best_draft_length(rates, 0.1) == max(range(4), key=by_length.__getitem__), rates
         heads = tiny_model(tokenizer, WITH_HEADS).heads
         heads.acceptance_rates.copy_(torch.tensor([0.9, 0.9, 0.9]))
-        assert DraftGuard.of(heads, GenerationConfig()).next_length() == 3
+        assert DraftGuard.of(heads, GenerationConfig(), 1, CPU).next_length() == 3
         heads.acceptance_rates.copy_(torch.tensor([0.9, 0.0, 0.0]))
-        assert DraftGuard.of(heads, GenerationConfig()).next_length() == 1
-        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=2)).next_length() == 2
-        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=9)).next_length() == 3
+        assert DraftGuard.of(heads, GenerationConfig(), 1, CPU).next_length() == 1
+        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=2), 1, CPU).next_length() == 2
+        assert DraftGuard.of(heads, GenerationConfig(draft_tokens=9), 1, CPU).next_length() == 3
 
 
 def test_drafts_after_an_answers_end_do_not_count(tokenizer, renderer, monkeypatch):
@@ -503,7 +520,7 @@ def test_drafts_after_an_answers_end_do_not_count(tokenizer, renderer, monkeypat
         output = generate(
             model,
             images=[[]] * rows,
-            stop=stop,
+            turn_end=stop,
             settings=GenerationConfig(max_new_tokens=limit, speculative="on", draft_tokens=3),
             on_tokens=on_tokens,
             **collate_prompts([prompt] * rows),
@@ -570,14 +587,14 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
     ]
     settings, ends = GenerationConfig(max_new_tokens=16, speculative=mode), [3, 16, 5, 9, 16, 4]
     alone = [
-        generate(model, images=[[]], stop=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
+        generate(model, images=[[]], turn_end=-1, settings=settings, **collate_prompts([prompt])).tokens[0]
         for prompt in prompts
     ]
     assert len({tuple(tokens) for tokens in alone}) == len(prompts)
     result = generate(
         model,
         images=[[]] * 6,
-        stop=-1,
+        turn_end=-1,
         settings=settings,
         on_tokens=lambda row, tokens: len(tokens) >= ends[row],
         **collate_prompts(prompts),
@@ -590,7 +607,7 @@ def test_speculation_needs_heads(model, renderer):
         generate(
             model,
             images=[[]],
-            stop=-1,
+            turn_end=-1,
             settings=GenerationConfig(speculative="on"),
             **collate_prompts([renderer.prompt([], [{"user": "x"}])]),
         )
@@ -631,7 +648,7 @@ def test_layers_without_rotary_embedding_decode_as_they_train(tokenizer, rendere
     generated = generate(
         model,
         images=[images],
-        stop=-1,
+        turn_end=-1,
         settings=GenerationConfig(max_new_tokens=6),
         **collate_prompts([prompt]),
     ).tokens[0]

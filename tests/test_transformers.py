@@ -163,7 +163,7 @@ def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) ->
     return generate(
         predictor.model,
         images=kvs,
-        stop=predictor.renderer.tokenizer.turn_end,
+        turn_end=predictor.renderer.tokenizer.turn_end,
         settings=settings,
         tiles=tiles,
         **collate_prompts(prompts),

@@ -153,7 +153,7 @@ def generated_prompts(predictor: Predictor, rows: int, generator: torch.Generato
     prompt = Document([], [], [], start, list(range(len(start))), [-100] * len(start))
     batch = {name: t.to(predictor.model.device) for name, t in collate_prompts([prompt] * rows).items()}
     output = generate(
-        predictor.model, images=[[]] * rows, stop=renderer.tokenizer.turn_end, settings=settings, **batch
+        predictor.model, images=[[]] * rows, turn_end=renderer.tokenizer.turn_end, settings=settings, **batch
     )
     texts = []
     for tokens in output.tokens:
@@ -182,7 +182,7 @@ def answers(
     batch = {name: t.to(model.device) for name, t in collate_prompts(prompts).items()}
     settings = GenerationConfig(max_new_tokens=config.answer_tokens, speculative="off")
     output = generate(
-        model, images=rows, stop=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch
+        model, images=rows, turn_end=renderer.tokenizer.turn_end, settings=settings, tiles=extra, **batch
     )
     whole, starts = [], []
     for prompt, tokens in zip(prompts, output.tokens, strict=True):
@@ -273,13 +273,13 @@ def acceptance(model: Any, heads: MultiTokenHeads, samples: list[AnswerStates]) 
     A head's rate counts the drafts whose predecessors were all accepted.
     """
     right, reached, decode_steps = [0] * heads.count, [0] * heads.count, 0
-    unembed = heads.unembedder(model.right.unembedding)
+    draftable = heads.draftable(model.right.unembedding)
     for t in samples:
         hidden, labels, documents = as_row([t], model.device)
         targets = chains(labels, documents, heads.count)
         drafts = heads.draft(
             model.right.embed_tokens,
-            unembed,
+            draftable,
             hidden[0],
             targets[:, 0],
             heads.count,
@@ -351,7 +351,9 @@ def main(argv: list[str]) -> None:
         soft_wrap=True,
     )
     heads.acceptance_rates.copy_(torch.tensor(rates))  # they set the number of drafts
-    console.print(f"drafts per decode step: {DraftGuard.of(heads, GenerationConfig()).draft_length}")
+    console.print(
+        f"drafts per decode step: {DraftGuard.of(heads, GenerationConfig(), 1, model.device).draft_length}"
+    )
     model.heads = heads
     model.config = replace(model.config, multi_token=settings)
     with replacing_folder(output) as temp_path:

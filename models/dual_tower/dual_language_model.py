@@ -11,7 +11,7 @@ from models.masks import right_mask
 class DualLanguageModel(LanguageModel):
     """A `LanguageModel` that also reads image KV. It has no weights of its own."""
 
-    def read(
+    def forward_packed(
         self,
         image_kv: list[tuple[Tensor, Tensor]],
         left_positions: Tensor,
@@ -27,5 +27,5 @@ class DualLanguageModel(LanguageModel):
         arguments as in the batch.
         """
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
-        past = ImageContext(image_kv, Rotary.at(left_positions, self.config))
-        return self(self.embed_tokens(right_ids), right_positions, mask, past)
+        kv_source = ImageContext(image_kv, Rotary.at(left_positions, self.config))
+        return self(self.embed_tokens(right_ids), right_positions, mask, kv_source)

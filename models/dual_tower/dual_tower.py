@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig, Vocabulary
 from models.dual_tower.dual_language_model import DualLanguageModel
-from models.kv_cache import ImageKV, KeyValueRecorder
+from models.kv_cache import ImageKV
 from models.language_model import KeyValueDecoder, Output
 from models.masks import left_mask
 from models.modality_projector import ModalityProjector, blank, put_image_tokens
@@ -14,8 +14,8 @@ from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
 from models.weights.tensors import module_fingerprint
 
-# Of the code from image to image KV, data/images.py included. Raise it when the result changes, so that
-# stored image KVs are not reused.
+# Version of the code that turns an image into its image KV, data/images.py included. Raise it when the result
+# changes, so that stored image KVs are not reused.
 IMAGE_KV_VERSION = 1
 
 
@@ -31,7 +31,7 @@ class LeftTower(nn.Module):
         self.modality_projector = ModalityProjector(
             config.projector, self.vision_encoder.features, config.left.hidden_size
         )
-        # The first token of the embedding table: it holds markers only, unless text goes left, too.
+        # Token id of the embedding table's first row. It holds markers only, unless text goes left, too.
         self.first_id = vocabulary.first_marker_id if config.left_context == "image" else 0
         self.embed_tokens = nn.Embedding(vocabulary.size - self.first_id, config.left.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -47,22 +47,21 @@ class LeftTower(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """The left stream → unrotated keys and values (B, G, L, E) of each of its layers.
 
-        `tiles` (N, 3, h, w) uint8, other arguments (B, L).
+        `tiles` (N, 3, h, w) uint8, other arguments (B, L). `left_positions` are those in the document: the
+        mask needs them, and rotary embedding has `block_positions`. A group is the images that some documents
+        see.
         """
         x = self.embed_tokens((left_ids - self.first_id).clamp(min=0))  # (B, L, D)
         placeholders = left_ids == self.vocabulary.image_token_id
-        if len(tiles) or placeholders.any():
+        if len(tiles) or placeholders.any():  # tiles and placeholders that do not match raise
             x = put_image_tokens(x, placeholders, self.modality_projector(self.vision_encoder(tiles)))
         mask = left_mask(
             left_positions, left_groups, left_images, self.config.image_isolation, self.config.left_attention
         )
         if self.blank_tile and not len(tiles):
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
-        recorder = KeyValueRecorder()
-        self.decoder(
-            x, block_positions(left_groups, left_images, self.config.image_isolation), mask, recorder
-        )
-        return recorder.layers
+        positions = block_positions(left_groups, left_images, self.config.image_isolation)
+        return self.decoder(x, positions, mask)
 
 
 def block_positions(groups: Tensor, images: Tensor, isolation: bool) -> Tensor:
@@ -139,9 +138,9 @@ class DualTowerVLM(HubModel):
         The table of batch keys is in docs/architecture.md.
         """
         left_kv = self.left(tiles, left_ids, left_positions, left_groups, left_images)
-        image_kv = [left_kv[layer] for layer in self.config.left_layer_of]
-        hidden = self.right.read(
-            image_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
+        read_kv = [left_kv[layer] for layer in self.config.left_layer_of]  # by each right layer
+        hidden = self.right.forward_packed(
+            read_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
         )
         heads, right = self.heads, self.right
         head_loss_sums = (
@@ -152,7 +151,7 @@ class DualTowerVLM(HubModel):
         return right.output(hidden, labels, head_loss_sums)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) → embeddings of the right tower (B, T, D). It never sees tiles."""
+        """Token ids (B, T) → embeddings of the right tower (B, T, D). `tiles` are for vanilla models only."""
         return self.right.embed_tokens(ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -161,20 +160,20 @@ class DualTowerVLM(HubModel):
 
     @torch.inference_mode()
     def encode_images(
-        self, tiles: Tensor, blocks: list[Tensor], images: list[Tensor] | None = None
+        self, tiles: Tensor, blocks: list[Tensor], image_numbers: list[Tensor] | None = None
     ) -> list[ImageKV]:
-        """Image KVs of several blocks.
+        """Image KVs of several image blocks.
 
         `tiles` (N, 3, h, w) uint8: of all blocks, in order. `blocks`: each block's token ids (T,). Without
-        image isolation a block may hold several images and the tokens between them; then `images` (T,) are
-        each token's image (−1: none).
+        image isolation a block may hold several images and the tokens between them; then `image_numbers` (T,)
+        are each token's image in its block (−1: none).
         """
         lengths = torch.tensor([len(block) for block in blocks], device=self.device)
-        images = images or [torch.zeros_like(block) for block in blocks]
+        image_numbers = image_numbers or [torch.zeros_like(block) for block in blocks]
         padding_id = self.vocabulary.first_marker_id
         pad = nn.utils.rnn.pad_sequence
         ids = pad(blocks, batch_first=True, padding_value=padding_id).to(self.device)  # (B, L)
-        numbers = pad(images, batch_first=True, padding_value=-1).to(self.device)
+        numbers = pad(image_numbers, batch_first=True, padding_value=-1).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         groups = torch.arange(len(blocks), device=self.device)[:, None].expand_as(ids)  # one per block
         groups = groups.masked_fill(positions >= lengths[:, None], -1)

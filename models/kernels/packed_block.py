@@ -74,14 +74,14 @@ class PackedBlock:
         return hasattr(ops, "_linear_pointwise") and (weight.dtype == torch.float32 or bf16)
 
     def __call__(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, past: KVSource | None
+        self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, kv_source: KVSource | None
     ) -> Tensor:
         """`x` (B, T, D) → (B, T, D); arguments as in `DecoderBlock`."""
         block = self.block
         if block.training:
             raise ValueError("the weights are packed for decoding: load the model again to train it")
-        if not isinstance(past, DecodingCache) or x.shape[:-1].numel() > MAX_ROWS:
-            plain: Tensor = block.run(x, rotary, mask, past)
+        if not isinstance(kv_source, DecodingCache) or x.shape[:-1].numel() > MAX_ROWS:
+            plain: Tensor = block.run(x, rotary, mask, kv_source)
             return plain
         H, G, E, M = self.config.heads, self.config.kv_heads, self.config.head_size, self.config.mlp_size
         qkv = self.qkv(self.norms[0](x)).view(*x.shape[:2], H + 2 * G, E).transpose(1, 2)
@@ -92,7 +92,7 @@ class PackedBlock:
         if self.has_rope:
             queries_keys = rotary.rotate(queries_keys)
         new_keys, new_values = queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G)
-        keys, values = past.extend(self.layer, new_keys, new_values, None)  # keys are rotated already
+        keys, values = kv_source.update(self.layer, new_keys, new_values, None)  # keys are rotated already
         seen = attention(queries_keys.narrow(1, 0, H), keys, values, mask)  # (B, H, T, E)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         gate_up = self.gate_up(self.norms[1](x))  # (B, T, 2·M)

@@ -252,7 +252,7 @@ def answers() -> dict[str, Any]:
             generated = generate(
                 model,
                 images=placed,
-                stop=tokenizer.turn_end,
+                turn_end=tokenizer.turn_end,
                 settings=settings,
                 tiles=predictor.tiles_of(images),
                 **collate_prompts(prompts),
