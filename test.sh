@@ -2,5 +2,5 @@
 # Sets up, then runs the tests:  bash test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-bash scripts/setup.sh
+bash scripts/setup.sh dev
 exec .venv/bin/python -m pytest "$@"

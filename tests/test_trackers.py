@@ -1,6 +1,6 @@
 """Trackers, read back from their own files and servers.
 
-W&B's offline file and a server on loopback, TensorBoard's events, trackio's database. W&B and trackio read
+W&B's offline file and a server on loopback, TensorBoard's events. W&B reads
 the environment when they are imported, so each of their runs has its own process.
 """
 
@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -94,7 +93,7 @@ def drive(names: str, folder: str, resumed_from: int | None = None, now: str = "
     session.close(True)
 
 
-# Torch takes seconds to import; W&B and trackio need it for nothing.
+# Torch takes seconds to import; W&B needs it for nothing.
 LIGHT = (
     "import sys, types, PIL.Image as p; sys.modules['data.images'] = "
     "types.SimpleNamespace(open_image=lambda path: p.open(path).convert('RGB')); "
@@ -106,7 +105,7 @@ def run(folder: Path, names: str, *arguments: object, seconds: float = 60, **env
 
     On a terminal W&B could ask for a key. The process must exit with 0 within `seconds`.
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "HF_", "PYTEST"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HF_", "PYTEST"))}
     env |= {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "HOME": str(folder.parent / "home"),
@@ -161,22 +160,22 @@ def test_names():
 
 
 def test_packages_are_checked_before_anything_is_written(tmp_path, monkeypatch):
-    (tmp_path / "trackio").mkdir()  # a folder of that name is no package
+    (tmp_path / "wandb").mkdir()  # a folder of that name is no package
     monkeypatch.syspath_prepend(tmp_path)
 
     def installed(name: str) -> str:
-        if name == "trackio":
+        if name not in versions:
             raise trackers.PackageNotFoundError(name)
-        return {"wandb": "0.25.0", "tensorboard": "2.100.dev3"}[name]
+        return versions[name]
 
+    versions = {"wandb": "0.25.0", "tensorboard": "2.100.dev3"}
     monkeypatch.setattr(trackers, "version", installed)
     assert Trackers.check("tensorboard, tensorboard,") == ["tensorboard"]
     with pytest.raises(UserError, match=r"wandb 0.25.0 is too old.*pip install -e '.\[wandb\]'"):
         Trackers.check("tensorboard,wandb")
-    with pytest.raises(
-        UserError, match=r"the package trackio is not installed.*pip install -e '.\[trackio\]'"
-    ):
-        Trackers("trackio", tmp_path / "run", CONFIG, print, None)
+    del versions["wandb"]
+    with pytest.raises(UserError, match=r"the package wandb is not installed.*pip install -e '.\[wandb\]'"):
+        Trackers("wandb", tmp_path / "run", CONFIG, print, None)
     assert not (tmp_path / "run").exists()
 
 
@@ -326,53 +325,6 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     assert losses() == [(i, 1.0) for i in range(1, 9)] + [(9, 2.0), (10, 2.0)]
     steps(1, 2, 3.0, None)  # killed before its first checkpoint, and begun anew
     assert losses() == [(1, 3.0), (2, 3.0)]
-
-
-@needs("trackio")
-def test_trackio(tmp_path):
-    """trackio writes its database on this machine alone.
-
-    It contacts neither the Space in the environment nor the Hub.
-    """
-    with server() as hub:
-        text = run(
-            tmp_path / "first",
-            "trackio",
-            HF_TOKEN="hf_" + "x" * 34,
-            HF_ENDPOINT=hub.address,
-            TRACKIO_SPACE_ID="someone/space",
-        )
-        text += run(tmp_path / "first", "trackio", 2, HF_TOKEN="hf_" + "x" * 34, HF_ENDPOINT=hub.address)
-    assert hub.seen == []
-    assert (
-        text
-        == f"trackio: TRACKIO_DIR={tmp_path / 'first' / 'trackio'} trackio show --project dualtowervlm\n" * 2
-    )
-    with sqlite3.connect(tmp_path / "first" / "trackio" / "dualtowervlm.db") as database:
-        rows = [
-            (step, name, run_id, json.loads(metrics))
-            for step, name, run_id, metrics in database.execute(
-                "SELECT step, run_name, run_id, metrics FROM metrics ORDER BY id"
-            )
-        ]
-        config = json.loads(database.execute("SELECT config FROM configs").fetchone()[0])
-    assert {(name, run_id) for _, name, run_id, _ in rows} == {("first", rows[0][2])}  # one run, resumed
-    assert len(rows) == 2 * (len(LINES) + 4) and config.items() >= CONFIG.items()
-    assert [(step, metrics) for step, *_, metrics in rows[: len(LINES)]] == [
-        (line["step"], flatten(line)) for line in LINES
-    ]
-    assert rows[len(LINES) + 1][3]["gates"] == {
-        "_type": "trackio.histogram",
-        "values": COUNTS.tolist(),
-        "bins": EDGES.tolist(),
-    }
-    first, second = rows[len(LINES) + 2][3]["predictions"]["_value"]
-    assert (first["prediction"], second["image"]) == ("blue", None)
-    assert rows[len(LINES) + 3][3]["tokens"]["_type"] == "trackio.image"
-    assert Image.open(tmp_path / "first" / "trackio" / "media" / first["image"]["file_path"]).size == (
-        512,
-        341,
-    )
 
 
 def records(path: Path) -> Iterator:

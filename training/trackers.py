@@ -1,16 +1,15 @@
-"""Experiment trackers: W&B, TensorBoard, trackio. If one fails, the run and the other trackers continue.
+"""Experiment trackers: W&B, TensorBoard. If one fails, the run and the other trackers continue.
 
 Trackers are selected by name, `"wandb,tensorboard"`; only their packages are imported. They write into the
 run folder.
 """
 
-import io
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -333,61 +332,5 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
-    """Hugging Face's trackio: a SQLite file in `trackio/`; no network, no Space.
-
-    TRACKIO_DIR selects another folder, to show several runs in one dashboard.
-    """
-
-    def __init__(self, folder: Path, say: Say) -> None:
-        self.folder, self.say = folder, say
-
-    def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        # Read at import.
-        os.environ.setdefault("TRACKIO_DIR", str((self.folder / "trackio").absolute()))
-        import huggingface_hub.constants as hub
-        import trackio
-
-        self.trackio: Any = trackio  # its types do not fit its use
-        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
-            os.environ.pop(name, None)
-        online, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # else it asks the Hub for the user's name
-        try:
-            with redirect_stdout(io.StringIO()):
-                self.run = trackio.init(
-                    PROJECT,
-                    self.folder.name,
-                    config=config,
-                    resume="never" if resumed_from is None else "allow",
-                    embed=False,
-                )
-        finally:
-            hub.HF_HUB_OFFLINE = online
-        self.say(f"trackio: TRACKIO_DIR={trackio.utils.TRACKIO_DIR} trackio show --project {PROJECT}")
-
-    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None:
-        self.run.log(dict(numbers), step)
-
-    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        self.run.log(
-            {name: self.trackio.Histogram(np_histogram=pair) for name, pair in histograms.items()}, step
-        )
-
-    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
-        images = [thumbnail(row["image"]) for row in rows]
-        data = [
-            row | {"image": image and self.trackio.Image(image)}
-            for row, image in zip(rows, images, strict=True)
-        ]
-        self.run.log({"predictions": self.trackio.Table(data=data)}, step)
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        self.run.log({name: self.trackio.Image(open_image(path))}, step)
-
-    def close(self, exit_ok: bool) -> None:
-        with redirect_stdout(io.StringIO()):
-            self.trackio.finish()
-
-
-TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
-OLDEST = {"wandb": "0.31", "tensorboard": "2.18", "trackio": "0.43"}  # as in pyproject.toml
+TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
+OLDEST = {"wandb": "0.31", "tensorboard": "2.18"}  # as in pyproject.toml
