@@ -29,17 +29,16 @@ from rich.table import Table
 from benchmarks.about import about
 from benchmarks.trial import SIZES, Trial
 from configs.cli import preset
-from configs.train import TrainConfig
 from models.dual_tower.dual_language_model import DualLanguageModel
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.kernels import KERNELS, in_use, use_kernels
+from models.kernels import KERNELS, use_kernels
 from models.kernels.packed_block import PackedBlock, pack_blocks
 from models.kv_cache import DecodingCache
 from models.masks import cache_mask
 from training.optim import make_optimizers
-from training.precision import compute_dtype
 from training.setup import prepare, resolve_config
 from training.step import train_step
+from utils.device import compute_dtype
 from utils.errors import run_script
 from utils.ranks import SINGLE_PROCESS
 
@@ -76,18 +75,14 @@ def default_step(folder: Path) -> Callable[[], Any]:
 def decoding(tokens: int, dtype: torch.dtype) -> Callable[[], Any]:
     """A decode step over `tokens` new tokens, its blocks packed where the kernels in use say so."""
     size = SIZES["222m"]
-    models = {}
-    for packed in (False, True):
-        torch.manual_seed(0)
-        models[packed] = DualLanguageModel(size.decoder, size.text).eval().to(dtype)
-    pack_blocks(models[True])
+    model = DualLanguageModel(size.decoder, size.text).eval().to(dtype)
+    pack_blocks(model)
     c = size.decoder
     cache = DecodingCache(c.layers, 1, c.kv_heads, TEXT + tokens, c.head_size, dtype, CPU)
     ids, positions = torch.zeros(1, tokens, dtype=torch.int64), TEXT + torch.arange(tokens)[None]
 
     @torch.inference_mode()
     def step() -> None:
-        model = models[in_use(PackedBlock, models[True].unembedding)]
         cache.lengths = [TEXT]
         cache.positions[:, :TEXT] = torch.arange(TEXT)
         cache.reserve(positions)
@@ -121,7 +116,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", choices=("default", "222m", "decoding"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    dtype = compute_dtype(TrainConfig(), CPU)
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    dtype = compute_dtype("auto", CPU)
     short = str(dtype).removeprefix("torch.")
     trained = [kernel for kernels in KERNELS.values() for kernel in kernels]
     workloads: dict[str, tuple[list[Any], Callable[[Path], Callable[[], Any]], int]] = {
@@ -142,7 +139,7 @@ def main(argv: list[str]) -> None:
         use_kernels("auto")
         probe = torch.empty(0, dtype=dtype)
         choices: dict[str, Any] = {"plain": "plain"} | {
-            kernel.__name__: [kernel.__name__] for kernel in kernels if kernel.applies(probe)
+            kernel.__name__: [kernel] for kernel in kernels if kernel.applies(probe)
         }
         if len(choices) == 1:
             table.add_row(name, "none applies", "", "")

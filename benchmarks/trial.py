@@ -32,9 +32,9 @@ from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
 from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
-from training.precision import autocast
 from training.process_memory import FreedMemory
 from training.step import Batch, train_step
+from utils.device import autocast
 from utils.errors import UserError
 
 MODELS: dict[str, Any] = {"vanilla": VisionLanguageModel, "dual_tower": DualTowerVLM}
@@ -204,7 +204,7 @@ class Trial:
 
     def forward(self) -> Tensor:
         """The forward of `train_step` → the sum of the losses."""
-        with autocast(self.config.train, self.device):
+        with autocast(self.config.train.dtype, self.device):
             output = self.model(**{name: column.to(self.device) for name, column in self.row.items()})
         loss: Tensor = (
             output.loss_sum

@@ -261,6 +261,8 @@ class DraftGuard:
         growth = 0.5 if device.type == "cpu" else 0.0
         cost_of_batch = cost * (1 + growth * (rows - 1))
         length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost_of_batch)
+        if cost_of_batch >= 1 and settings.speculative == "auto":  # even accepted drafts would not pay
+            return cls(0, 0.0)
         # At least one: this text may be easier than what `acceptance_rates` were measured on.
         return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on", growth)
 

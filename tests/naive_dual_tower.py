@@ -1,4 +1,4 @@
-"""The oracle: a dual tower written in the slow, obvious way from the definition in DESIGN.md.
+"""The oracle: a dual tower written in the slow, obvious way from the definition in docs/architecture.md.
 
 It runs one document at a time. Both towers run over the document's *full* sequence of image and text tokens;
 in every layer of the right tower, the keys and values at image positions are replaced by the left tower's.

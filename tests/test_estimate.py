@@ -30,8 +30,8 @@ from training.estimate import (
 )
 from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
-from training.precision import autocast
 from training.step import train_step
+from utils.device import autocast
 
 FROZEN = {
     "none": {},
@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_counter(tokenizer, context, left_layers, frozen,
     make_optimizers(model, config.train)  # freezes
     batch = full_batch(config, tokenizer.vocabulary, 3)
     flops, trained = count_flops(model), trained_shares(model)
-    with autocast(config.train, torch.device("cpu")):
+    with autocast(config.train.dtype, torch.device("cpu")):
         with torch.no_grad():
             forward, dense = counted(lambda: model(**batch))
         both, attention = counted(lambda: model(**batch).loss_sum.backward())

@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from models.kernels import use_kernels
 from tests.golden import references
 
 STORED = json.loads(references.FILE.read_text())
 
 
-@pytest.mark.parametrize("part", ["rendered", "packed", "answers"])
-def test_equals_the_stored_references(part):
+@pytest.mark.parametrize(
+    ("part", "kernels"), [("rendered", "auto"), ("packed", "auto"), ("answers", "auto"), ("answers", "plain")]
+)
+def test_equals_the_stored_references(part, kernels, restored_kernels):
+    use_kernels(kernels)
     actual = json.loads(json.dumps(getattr(references, part)()))
     assert list(actual) == list(STORED[part])
     for name, value in actual.items():

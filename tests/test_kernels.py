@@ -1,7 +1,9 @@
 """Every kernel against its plain form, and the seam that chooses them."""
 
+import copy
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from configs.model import DecoderConfig
 from models.kernels import KERNELS, find_kernel, flex_attention, in_use, segment_attention, use_kernels
 from models.kernels.flex_attention import FlexLayout
-from models.kernels.packed_block import PackedBlock, PackedLinear
+from models.kernels.packed_block import PackedBlock, PackedLinear, pack_blocks
 from models.kernels.rms_norm import TrainedRMSNorm
 from models.kernels.segment_attention import BlockSparseLayout
 from models.kernels.swiglu import RecomputedSwiGLU
@@ -230,18 +232,9 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
             )
 
 
-@pytest.fixture
-def restored_kernels():
-    yield
-    use_kernels("auto")
-
-
 def test_the_seam_chooses(monkeypatch, restored_kernels):
     """Segments in training on a CPU, FlexAttention on CUDA with its compiler, else the plain form."""
-    x, on_gpu = torch.empty(0), torch.empty(0, device="meta")
-    monkeypatch.setattr(
-        on_gpu.__class__, "device", property(lambda self: torch.device("cuda")), raising=False
-    )
+    x, on_gpu = torch.empty(0), SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(flex_attention, "find_spec", lambda name: name == "triton")
     assert find_kernel("attention", on_gpu) is FlexLayout
     monkeypatch.setattr(flex_attention, "find_spec", lambda name: None)
@@ -253,9 +246,9 @@ def test_the_seam_chooses(monkeypatch, restored_kernels):
     use_kernels("plain")
     assert all(find_kernel(operation, x) is None for operation in KERNELS)
     assert not in_use(PackedBlock, x)
-    use_kernels(["FlexLayout"])
+    use_kernels([FlexLayout])
     assert find_kernel("attention", x) is None
-    use_kernels(["BlockSparseLayout"])
+    use_kernels([BlockSparseLayout])
     assert find_kernel("attention", x) is BlockSparseLayout
 
 
@@ -275,7 +268,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
-def test_packed_blocks_compute_what_blocks_compute(decoder):
+def test_packed_blocks_compute_what_blocks_compute(decoder, monkeypatch):
     """Over a cache with rows of different lengths, four tokens each; and without a cache, as in training.
 
     In fp32, whose rounding hides nothing. Norms and biases are not trivial.
@@ -285,6 +278,9 @@ def test_packed_blocks_compute_what_blocks_compute(decoder):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.1))
+    products: list[int] = []
+    product = PackedLinear.__call__
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, x: products.append(1) or product(self, x))
     lengths = torch.tensor([7, 3])
     before = torch.where(torch.arange(7) < lengths[:, None], torch.arange(7), torch.iinfo(torch.int64).max)
     positions, x = lengths[:, None] + torch.arange(4), torch.randn(2, 4, 48)
@@ -301,9 +297,49 @@ def test_packed_blocks_compute_what_blocks_compute(decoder):
                 mask = cache_mask(at.clamp(max=99), cache.positions[:, : cache.used])
                 hidden = model(part, at.clamp(max=99), mask, cache)
             outputs.append((hidden, model(x, positions, cache_mask(positions, positions))))
+        assert bool(products) == packed
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="packed"):
         model.train()(x, positions, cache_mask(positions, positions))
+
+
+def test_packed_blocks_follow_their_weights_and_the_mode(restored_kernels, monkeypatch):
+    """Changed weights are packed again, a copied model has its own, and `plain` needs no other model."""
+    torch.manual_seed(0)
+    model = LanguageModel(TINY, 40).eval()
+    pack_blocks(model)
+    assert all(isinstance(block.forward, PackedBlock) for block in model.layers)
+    x, positions = torch.randn(1, 3, TINY.hidden_size), torch.arange(3)[None]
+
+    def run(model: LanguageModel) -> torch.Tensor:
+        cache = DecodingCache(
+            TINY.layers, 1, TINY.kv_heads, 3, TINY.head_size, torch.float32, torch.device("cpu")
+        )
+        cache.reserve(positions)
+        with torch.inference_mode():
+            return model(x, positions, cache_mask(positions, cache.positions), cache)
+
+    def plain(model: LanguageModel) -> torch.Tensor:
+        use_kernels("plain")
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(PackedLinear, "__call__", None)  # must not be called
+                return run(model)
+        finally:
+            use_kernels("auto")
+
+    before = run(model)
+    torch.testing.assert_close(before, plain(model), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    assert not torch.allclose(run(model), before, atol=1e-3)
+    torch.testing.assert_close(run(model), plain(model), atol=1e-5, rtol=1e-5)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.layers[0].mlp.down_proj.weight.zero_()
+    assert not torch.allclose(run(copied), run(model), atol=1e-3)
+    torch.testing.assert_close(run(copied), plain(copied), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -364,6 +400,27 @@ def test_a_norm_in_training(autocast, frozen, restored_kernels):
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of the whole tensors, in units of `b`'s length."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_the_core_asks_for_its_kernels(restored_kernels, monkeypatch):
+    """Norms, SwiGLU and attention in training are computed by their kernels; in plain mode, by none."""
+    called: list[str] = []
+    for kernel in (TrainedRMSNorm, RecomputedSwiGLU):
+        original = kernel.apply
+        name = kernel.__name__
+        monkeypatch.setattr(kernel, "apply", lambda *a, o=original, n=name: called.append(n) or o(*a))
+    attend = BlockSparseLayout.attend
+    monkeypatch.setattr(
+        BlockSparseLayout, "attend", lambda self, *a: called.append("attention") or attend(self, *a)
+    )
+    model, positions = LanguageModel(TINY, 40), torch.arange(6)[None]
+    mask = right_mask(positions, positions * 0, positions * 0, positions[:, :0], positions[:, :0])
+    model(torch.randn(1, 6, TINY.hidden_size), positions, mask).sum().backward()
+    assert set(called) == {"TrainedRMSNorm", "RecomputedSwiGLU", "attention"}
+    called.clear()
+    use_kernels("plain")
+    model(torch.randn(1, 6, TINY.hidden_size), positions, mask).sum().backward()
+    assert not called
 
 
 def test_swiglu_is_the_plain_one(restored_kernels):

@@ -338,7 +338,7 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
 
 
 def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, renderer):
-    model = lively_model(tokenizer, WITH_HEADS)
+    model = lively_model(tokenizer, WITH_HEADS, seed=1)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompt, ids = prompt_ids(renderer, 0, "what is it?")
     results = [
@@ -347,7 +347,7 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
             images=[[]],
             turn_end=-1,
             settings=GenerationConfig(
-                max_new_tokens=12, repetition_penalty=1.7, logprobs=True, speculative=mode
+                max_new_tokens=12, repetition_penalty=4.0, logprobs=True, speculative=mode
             ),
             **collate_prompts([prompt]),
         )
@@ -362,7 +362,7 @@ def test_repetition_penalty_and_logprobs_are_those_of_plain_decoding(tokenizer, 
             and abs(results[1].logprobs[0][i] - logprob) < 1e-4
         )
         for seen in {*ids, *tokens[:i]}:
-            logits[seen] = logits[seen] / 1.7 if logits[seen] > 0 else logits[seen] * 1.7
+            logits[seen] = logits[seen] / 4.0 if logits[seen] > 0 else logits[seen] * 4.0
         assert int(logits.argmax()) == token
     free = generate(
         model,
@@ -461,7 +461,7 @@ class TestDraftGuard:
             assert guard.next_length() == drafts
         heads.acceptance_rates.fill_(0.6)
         lengths = [DraftGuard.of(heads, GenerationConfig(), n, CPU).draft_length for n in (1, 4, 8, 32)]
-        assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1] == 1
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[2] == 1 and lengths[3] == 0
 
     def test_on_and_off(self, tokenizer):
         heads, settings = tiny_model(tokenizer, WITH_HEADS).heads, GenerationConfig()

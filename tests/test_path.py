@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from configs.cli import preset
@@ -17,7 +18,10 @@ from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kernels import use_kernels
 from tests.conftest import TINY_MODEL, tiny_model
+from training.optim import make_optimizers
+from training.precision import grad_scaler
 from training.setup import build_data
+from training.step import train_step
 
 ROOT = str(Path(__file__).parent.parent) + "/"
 ASIDE = ("configs/", "utils/", "tests/", ".venv/")
@@ -80,13 +84,20 @@ def test_from_source_to_loss(tmp_path):
     data_config = replace(config.data, limit=20, validation_images=2)
     config = replace(config, data=data_config, model=replace(TINY_MODEL, left_context="image"))
 
+    train_config = replace(config.train, local_batch_size=2, global_batch_size=2)
+    config = replace(config, train=train_config)
     data = build_data(config, tmp_path)
     model = DualTowerVLM(config.model, data.tokenizer.vocabulary)
-    files, calls = traced(lambda: model(**next(data.batches)))
-    assert "data/images.py" in files and "models/vision_encoder.py" in files
-    assert files[-1] == "models/losses.py"
-    assert len(files) <= 19, files  # and the source itself, which is read before: one more
-    assert backward(files, calls) == set()
+    optimizers = make_optimizers(model, config.train)
+    cpu = torch.device("cpu")
+    scaler = grad_scaler(config.train, cpu)  # the trainer makes it once
+    files, _ = traced(lambda: train_step(config, model, optimizers, data.batches, 1, cpu, scaler=scaler))
+    to_loss = files[: files.index("models/losses.py") + 1]
+    assert to_loss[0] == "training/step.py"
+    assert "data/images.py" in to_loss and "models/vision_encoder.py" in to_loss
+    assert len(to_loss) <= 19, to_loss  # and the source itself, which is read before: one more
+    _, calls = traced(lambda: model(**next(data.batches)))  # the loop calls both data and model
+    assert backward(to_loss, calls) == set()
 
 
 def test_from_prompt_to_answer(tokenizer, tmp_path, capsys):

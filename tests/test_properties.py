@@ -117,7 +117,7 @@ def test_a_stream_of_rows_loses_and_repeats_nothing(lengths, unit, tiles, window
 
 @st.composite
 def rows_of_documents(draw):
-    """A packed row as in DESIGN.md, one token a line, padded with −1.
+    """A packed row as in docs/architecture.md, one token a line, padded with −1.
 
     Left: (position, group, image). Right: (position, document, group).
     """

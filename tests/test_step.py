@@ -25,8 +25,9 @@ from training.estimate import dry_run
 from training.export import export_checkpoint
 from training.muon import Muon, orthogonal
 from training.optim import make_optimizers
-from training.precision import autocast, grad_scaler
+from training.precision import grad_scaler
 from training.step import _norm, train_step
+from utils.device import autocast
 
 CPU = torch.device("cpu")
 
@@ -304,7 +305,7 @@ def test_one_source_has_no_losses_of_its_own(tokenizer, rows):
 
 def test_autocast_is_of_the_type_that_is_asked_for():
     for dtype, expected in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with autocast(TrainConfig(dtype=dtype), CPU):
+        with autocast(dtype, CPU):
             assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
 
 

@@ -1,11 +1,9 @@
-"""Names are the field's, not the first edition's private words; files, functions and lines have limits."""
+"""Names are the field's, not the first edition's private words; lines have at most 110 characters."""
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("utils", "configs", "data", "models", "hf", "eval", "training", "tools", "benchmarks")
@@ -56,23 +54,8 @@ def long_lines(path: Path) -> list[str]:
     return [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if len(line) > 110]
 
 
-def long_functions(path: Path, limit: int = 60) -> list[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = [
-        (f"{path.relative_to(ROOT)}:{f.lineno} {f.name}", f.end_lineno - f.lineno + 1) for f in functions
-    ]
-    return [f"{name}: {size} lines" for name, size in sizes if size > limit]
-
-
-def long_file(path: Path, limit: int = 400) -> list[str]:
-    size = len(path.read_text().splitlines())
-    return [f"{path.relative_to(ROOT)}: {size} lines"] if size > limit else []
-
-
-@pytest.mark.parametrize("check", [names_of, long_functions, long_file])
-def test_sources(check):
-    assert [problem for path in SOURCES for problem in check(path)] == []
+def test_names():
+    assert [problem for path in SOURCES for problem in names_of(path)] == []
 
 
 def test_lines():

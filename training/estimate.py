@@ -21,8 +21,7 @@ from models.masks import left_mask, right_mask
 from models.weights.lora import add_adapters
 from training.checkpoint import FILE_BYTES
 from training.optim import freeze
-from training.precision import autocast, compute_dtype
-from utils.device import pick_device
+from utils.device import autocast, compute_dtype, pick_device
 
 SUPERVISED = 0.5  # assumed share of supervised tokens in the right stream's text
 OVERHEAD = 700_000_000  # bytes that PyTorch itself takes: its code, or a GPU's context
@@ -222,7 +221,7 @@ def saved_bytes(
         if isinstance(block, DecoderBlock):
             block.recompute = config.train.recompute
     batch = full_batch(config, vocabulary, rows)
-    with autocast(config.train, torch.device("cpu")), SkipMatmuls():
+    with autocast(config.train.dtype, torch.device("cpu")), SkipMatmuls():
         return saved_tensor_bytes(model, lambda: model(**batch).loss_sum)
 
 
@@ -269,13 +268,22 @@ def all_activations(config: Config, rows: int, measure: Callable[..., int]) -> i
 
 
 def step_memory(
-    config: Config, model_class: Any, vocabulary: Vocabulary, ranks: int = 1, save: bool = False
+    config: Config,
+    model_class: Any,
+    vocabulary: Vocabulary,
+    ranks: int = 1,
+    save: bool = False,
+    device: torch.device | None = None,
 ) -> Callable[[int], dict[str, int]]:
     """Return a function from the rows of a micro-batch to the bytes of a step, by purpose.
 
     Weights, gradients and optimizer state are sharded over `ranks`. With `save`, a checkpoint is written
-    meanwhile; on a GPU this takes none of its memory.
+    meanwhile; on a GPU this takes none of its memory. `device`: the one to train on, by default the CPU; it
+    need not be there.
     """
+    dtype = compute_dtype(config.train.dtype, device or torch.device("cpu"))
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    config = replace(config, train=replace(config.train, dtype=names[dtype]))  # type: ignore[arg-type]
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)
@@ -298,8 +306,6 @@ def step_memory(
     ) -> int:
         return saved_bytes(one if recompute else whole, model_class, vocabulary, rows, layers, left_layers)
 
-    dtype = str(compute_dtype(config.train, torch.device("cpu"))).removeprefix("torch.")
-
     def bytes_of_step(rows: int) -> dict[str, int]:
         activations = all_activations(config, rows, measure)
         parts = {
@@ -307,7 +313,7 @@ def step_memory(
             "gradients": 4 * trained // ranks,
             f"optimizer ({config.train.optimizer})": optimizer // ranks,
             **({"averaged weights (ema)": average // ranks} if average else {}),
-            f"activations, weights in {dtype}": activations,
+            f"activations, weights in {str(dtype).removeprefix('torch.')}": activations,
             "logits of a chunk": 4 * 4 * min(LOGITS_CHUNK, rows * supervised * vocabulary.size),
         }
         if config.train.recompute:
@@ -372,9 +378,10 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     )
     console.print(table)
     table = Table("memory of a step", "GiB")
-    name = config.train.device  # a GPU's need can be estimated without one
-    save = (pick_device("auto").type if name == "auto" else name) == "cpu"
-    parts = step_memory(config, model_class, vocabulary, save=save)(config.train.local_batch_size)
+    # A GPU's need can be estimated without one.
+    device = torch.device(name) if (name := config.train.device) != "auto" else pick_device(name)
+    estimate = step_memory(config, model_class, vocabulary, save=device.type == "cpu", device=device)
+    parts = estimate(config.train.local_batch_size)
     parts["PyTorch itself"] = OVERHEAD
     for name, size in (*parts.items(), ("all", sum(parts.values()))):
         table.add_row(name, f"{size / 2**30:.2f}")

@@ -51,7 +51,7 @@ def fit_batch_size(
         method = "measured with one row and two"
     else:
         ranks = world.size if config.parallel == "fsdp" else 1
-        of = step_memory(config, model_class, vocabulary, ranks, save=device.type == "cpu")
+        of = step_memory(config, model_class, vocabulary, ranks, save=device.type == "cpu", device=device)
         one, two = (sum(of(rows).values()) for rows in (1, 2))
         method = "estimated, as by --dry_run"
     margin = GROWTH if device.type == "cpu" else MARGIN

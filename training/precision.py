@@ -1,25 +1,10 @@
-"""The dtype of training: autocast and, for fp16, loss scaling."""
+"""Loss scaling for fp16."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from configs.train import TrainConfig
-from utils.device import computes_bf16
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of `train.dtype`; "auto" is bf16 if the machine has bf16 instructions, else fp32."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if computes_bf16(device) else torch.float32
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype]
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    dtype = compute_dtype(config, device)
-    enabled = dtype != torch.float32
-    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def grad_scaler(config: TrainConfig, device: torch.device, ranks: int = 1) -> torch.amp.GradScaler:

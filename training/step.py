@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from training.diagnostics import FlopsMeter, sources_of
 from training.distributed import full_tensor, gradient_sync
 from training.ema import update_ema
 from training.optim import head_weights, set_learning_rates
-from training.precision import autocast, grad_scaler
+from training.precision import grad_scaler
+from utils.device import autocast
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
 Batch = dict[str, Tensor]
@@ -65,7 +67,7 @@ def train_step(
     """
     c, started = config.train, time.perf_counter()
     heads, scaler = config.model.multi_token.heads, scaler or grad_scaler(c, device, world.size)
-    data = _load(batches, c.micro_batches // world.size, heads, world)
+    data = _load(batches, c.micro_batches // world.size, heads, device, world)
     losses = _backward(config, model, data, step, device, world, scaler)
     world.sum(losses)
     rates = set_learning_rates(optimizers, step - 1, config.max_steps, c)
@@ -104,12 +106,15 @@ def train_step(
     )
 
 
-def _load(batches: Any, count: int, heads: int, world: DistributedContext) -> StepData:
-    """Take the next `count` micro-batches."""
+def _load(batches: Any, count: int, heads: int, device: torch.device, world: DistributedContext) -> StepData:
+    """Take the next `count` micro-batches. For a GPU in pinned memory, which it reads while it computes."""
     started = time.perf_counter()
     micro_batches, samples = [], []
     for _ in range(count):
-        micro_batches.append(next(batches))
+        batch = next(batches)
+        if device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        micro_batches.append(batch)
         samples.append(batches.samples())
     waited = time.perf_counter() - started
     names = batches.sources()
@@ -132,12 +137,13 @@ def _backward(
     summed loss of each source, the tokens of each source.
     """
     c, heads, names = config.train, config.model.multi_token.heads, data.sources
-    weights = torch.tensor(head_weights(step - 1, heads, c), device=device)
+    weights = torch.tensor(head_weights(step - 1, heads, c) if heads else [], device=device)
     losses = torch.zeros(1 + heads + 2 * len(names), device=device)
     by_source = losses[1 + heads :].view(2, len(names))
     for number, (batch, samples) in enumerate(zip(data.micro_batches, data.samples, strict=True), 1):
-        with gradient_sync(model, number == len(data.micro_batches)):
-            with autocast(c, device):
+        is_last = number == len(data.micro_batches)
+        with gradient_sync(model, is_last) if world.size > 1 else nullcontext():
+            with autocast(c.dtype, device):
                 output = model(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
             loss = output.loss_sum / max(1, data.supervised)
             losses[0] += loss.detach()

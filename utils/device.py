@@ -1,6 +1,7 @@
 """The device that computes, and what it computes fast."""
 
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -9,8 +10,8 @@ from utils.errors import UsageError, UserError
 
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 products natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # where there is none, as for an estimate: as GPUs since 2020 do
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return (
         device.type == "cpu"
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -18,12 +19,29 @@ def computes_bf16(device: torch.device) -> bool:
     )
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype `name`: bf16, fp16, fp32, or "auto", bf16 where the device computes in it, else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def autocast(name: str, device: torch.device) -> AbstractContextManager[None]:
+    """torch's autocast to the dtype called `name`; off for fp32."""
+    dtype = compute_dtype(name, device)
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
 def pick_device(name: str, flag: str = "train.device") -> torch.device:
-    """The device called `name`; "auto" is cuda if available, under torchrun this rank's own.
+    """The device called `name`; "auto" is cuda, mps or cpu, under torchrun this rank's own cuda device.
 
     `flag`: what error messages call it.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    device = name
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):

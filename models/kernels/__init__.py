@@ -21,17 +21,17 @@ KERNELS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (TrainedRMSNorm,),
     "swiglu": (RecomputedSwiGLU,),
 }
-_chosen: list[str] = ["auto"]  # or names of kernels
+_chosen: list[Any] = ["auto"]  # or kernels
 
 
-def use_kernels(mode: str | Sequence[str]) -> None:
-    """Choose the kernels of this process: "auto" (all), "plain" (none), or the names of some."""
+def use_kernels(mode: str | Sequence[Any]) -> None:
+    """Choose the kernels of this process: "auto" (all), "plain" (none), or some of them."""
     _chosen[:] = ([] if mode == "plain" else [mode]) if isinstance(mode, str) else mode
 
 
 def in_use(kernel: Any, x: Tensor) -> bool:
     """Whether `kernel` was chosen, and applies to tensors like `x`."""
-    return (_chosen == ["auto"] or kernel.__name__ in _chosen) and bool(kernel.applies(x))
+    return (_chosen == ["auto"] or kernel in _chosen) and bool(kernel.applies(x))
 
 
 def find_kernel(operation: str, x: Tensor) -> Any | None:

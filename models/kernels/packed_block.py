@@ -5,6 +5,7 @@ takes as long as the products. Beside it the block's many small calls are halved
 the figures.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -53,13 +54,24 @@ class PackedNorm:
 class PackedBlock:
     """The forward of a `DecoderBlock` over few tokens and a `DecodingCache`; other inputs take the plain one.
 
-    The packed weights are a copy, for inference only.
+    The packed weights are a copy, for inference only. They are packed at the first call, and again after the
+    block's weights have changed.
     """
 
     def __init__(self, block: Any) -> None:
-        self.block, attention, mlp = block, block.self_attn, block.mlp
-        self.layer, self.has_rope, self.config = attention.layer, attention.has_rope, attention.config
-        self.norms = PackedNorm(block.input_layernorm), PackedNorm(block.post_attention_layernorm)
+        self.block = block
+        self.packed: list[tuple[int, int]] = []  # address and version of each packed weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedBlock":
+        return PackedBlock(copy.deepcopy(self.block, memo))
+
+    def _pack(self) -> None:
+        """Pack the block's weights as they are now."""
+        weights = [(p.data_ptr(), p._version) for p in self.block.parameters()]
+        if weights == self.packed:
+            return
+        self.packed, attention, mlp = weights, self.block.self_attn, self.block.mlp
+        self.norms = PackedNorm(self.block.input_layernorm), PackedNorm(self.block.post_attention_layernorm)
         self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = PackedLinear(attention.o_proj)
         self.gate_up, self.down = PackedLinear(mlp.gate_proj, mlp.up_proj), PackedLinear(mlp.down_proj)
@@ -77,22 +89,25 @@ class PackedBlock:
         self, x: Tensor, rotary: Rotary, mask: Tensor | AttentionLayout, kv_source: KVSource | None
     ) -> Tensor:
         """`x` (B, T, D) → (B, T, D); arguments as in `DecoderBlock`."""
-        block = self.block
+        block, attend = self.block, self.block.self_attn
         if block.training:
             raise ValueError("the weights are packed for decoding: load the model again to train it")
-        if not isinstance(kv_source, DecodingCache) or x.shape[:-1].numel() > MAX_ROWS:
+        few = isinstance(kv_source, DecodingCache) and x.shape[:-1].numel() <= MAX_ROWS
+        if kv_source is None or not few or not in_use(PackedBlock, attend.o_proj.weight):
             plain: Tensor = block.run(x, rotary, mask, kv_source)
             return plain
-        H, G, E, M = self.config.heads, self.config.kv_heads, self.config.head_size, self.config.mlp_size
+        self._pack()
+        c = attend.config
+        H, G, E, M = c.heads, c.kv_heads, c.head_size, c.mlp_size
         qkv = self.qkv(self.norms[0](x)).view(*x.shape[:2], H + 2 * G, E).transpose(1, 2)
         queries_keys = qkv.narrow(1, 0, H + G)  # (B, H + G, T, E)
-        if self.config.qk_norm:
-            q_norm, k_norm = block.self_attn.q_norm, block.self_attn.k_norm
-            queries_keys = torch.cat((q_norm(qkv.narrow(1, 0, H)), k_norm(qkv.narrow(1, H, G))), 1)
-        if self.has_rope:
+        if c.qk_norm:
+            queries, keys = attend.q_norm(qkv.narrow(1, 0, H)), attend.k_norm(qkv.narrow(1, H, G))
+            queries_keys = torch.cat((queries, keys), 1)
+        if attend.has_rope:
             queries_keys = rotary.rotate(queries_keys)
         new_keys, new_values = queries_keys.narrow(1, H, G), qkv.narrow(1, H + G, G)
-        keys, values = kv_source.update(self.layer, new_keys, new_values, None)  # keys are rotated already
+        keys, values = kv_source.update(attend.layer, new_keys, new_values, None)  # keys are rotated already
         seen = attention(queries_keys.narrow(1, 0, H), keys, values, mask)  # (B, H, T, E)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         gate_up = self.gate_up(self.norms[1](x))  # (B, T, 2·M)
