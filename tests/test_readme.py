@@ -1,6 +1,6 @@
-"""The commands of the README and of `docs/` run as written, shortened by flags.
+"""The commands of the README and of `docs/` are parsed by their programs, and five of the README's are run.
 
-So do the README's Python blocks and the set-up script.
+So are the README's Python blocks, and the set-up script.
 
 Elsewhere: the Python of docs/transformers.md in test_transformers.py, docs/extending.md in test_extending.py,
 docs/hub.md in test_hub_model.py.
@@ -10,17 +10,17 @@ import importlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from configs.cli import resolve
+from configs.cli import FlagParser
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
-from tests.programs import run_program, without_local_batch_size
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,11 +51,7 @@ PAGES = {
     path.name: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-NOT_HERE = (
-    "bash test.sh",
-    "bash .ci/run",
-    "bash train.sh dual_tower_smollm2",
-)  # these very tests; tests/test_smollm2.py
+NOT_HERE = ("bash test.sh", "bash .ci/run")  # these very tests
 
 
 def commands(page: str) -> list[str]:
@@ -74,7 +70,7 @@ ALL = [
     (name, command)
     for name, page in PAGES.items()
     for command in commands(page)
-    if not command.startswith(NOT_HERE[:2]) and command != NOT_HERE[2]
+    if not command.startswith(NOT_HERE)
 ]
 
 
@@ -87,8 +83,6 @@ def folder(tmp_path_factory) -> Path:
 
     for name in ("FILE", "photo.png"):
         Image.new("RGB", (64, 64), "red").save(folder / name, format="PNG")
-    for name in "ab":
-        shutil.copytree(folder / "runs/dual_tower_easyvqa", folder / "runs" / name)
     return folder
 
 
@@ -114,78 +108,70 @@ def test_there_are_commands():
     )
 
 
-@pytest.mark.parametrize(
-    ("page", "command"), [(page, c) for page, c in ALL if "site-packages" not in c and page != "extending.md"]
-)
-def test_a_command_of_a_page(page, command, folder):
-    """`bash x.sh` stands for the script it runs: the set-up itself is not repeated."""
+def arguments_of(command: str) -> tuple[str, list[str]]:
+    """A page's command → the program's module and its arguments; `bash x.sh` stands for what it runs."""
     words = shlex.split(command)
-    values = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
-    words = [w for w in words if not re.match(r"[A-Z_]+=", w)]
-    if (
-        "dual_tower_cauldron" in command
-    ):  # weights and data from the Hub, several GPUs: the flags are read, no more
-        torchrun = ["--nproc-per-node", "8", "--"] if words[0].endswith("torchrun") else []
-        assert words[1 : len(torchrun) + 2] == [*torchrun, "train_dual_tower.py"]
-        resolve(words[len(torchrun) + 2 :], "")
-        return None
+    values = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    words = words[len(values) :]
+    if words[0].endswith("torchrun"):
+        words = words[words.index("--") :]
     if words[1] == "train.sh":
-        script = "train_vanilla.py" if "vanilla" in command else "train_dual_tower.py"
         config = ["--config", words[2]] if len(words) > 2 and not words[2].startswith("-") else []
-        flags = words[2 + len(config) // 2 :]
-        short = without_local_batch_size(SHORT) if "--fit-memory" in flags else SHORT
-        words = [script, *config, *flags] if "--resume" in flags else [script, *config, *flags, *short]
-        if any(flag.startswith("--hub.") for flag in flags):
-            return in_a_hub([str(ROOT / words[0]), *words[1:], "--output_dir", "runs/pushed"], folder)
-    elif words[1] == "evaluate.sh":
+        script = "train_vanilla" if "vanilla" in command else "train_dual_tower"
+        return script, [*config, *words[2 + len(config) // 2 :]]
+    if words[1] == "evaluate.sh":
         model = values.get("CHECKPOINT", "runs/dual_tower_easyvqa/model")
-        words = [
-            "evaluation.py",
-            "--model",
-            model,
-            "--tasks",
-            values.get("TASKS", "mmstar"),
-            "--batch_size",
-            values.get("BATCH_SIZE", "32"),
-            *words[2:],
-            "--limit",
-            "40",
-            "--output",
-            str(Path(model).parent / "evaluation"),
-        ]
-    elif words[2:3] == ["tools.train_heads"]:
-        words = [
-            "tools/train_heads.py",
-            *words[3:],
-            "--sources",
-            "easy_vqa:20",
-            "--tokens",
-            "100",
-            "--epochs",
-            "1",
-            "--rows",
-            "8",
-            "--answer_tokens",
-            "8",
-        ]
-    elif words[2:3] == ["tools.hub"]:
-        return in_a_hub(words[1:], folder)
-    elif words[2:3] == ["tools.evaluation_report"]:
-        words = ["tools/evaluation_report.py", *words[3:]]
-    elif words[2:3] == ["tools.training_report"]:
-        words = ["tools/training_report.py", *words[3:]]
-    elif words[1] == "-m":
-        words = [words[2].replace(".", "/") + ".py", *words[3:], "--data.limit", "20", "--samples", "8"]
-    elif words[1] == "evaluation.py":
-        words = [*words[1:], "--limit", "8"]
-    else:
-        words = words[1:] + SHORT * (words[1].startswith("train_") and "--help" not in words)
-    done = run_program(
-        ["-m", "tools.train_heads", *words[1:]]
-        if words[0] == "tools/train_heads.py"
-        else [ROOT / words[0], *words[1:]],
-        folder,
-    )
+        tasks, batch_size = values.get("TASKS", "mmstar"), values.get("BATCH_SIZE", "32")
+        return "evaluation", ["--model", model, "--tasks", tasks, "--batch_size", batch_size, *words[2:]]
+    if words[1] == "-m":
+        return words[2], words[3:]
+    return words[1].removesuffix(".py"), words[2:]
+
+
+class Parsed(Exception):
+    """Raised when a command line has been parsed."""
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, c) for page, c in ALL if page != "extending.md" and "--help" not in c]
+)
+def test_a_command_of_a_page_is_parsed(page, command, monkeypatch):
+    """By the program's own parser, types, choices and configs included."""
+    module, arguments = arguments_of(command)
+    parse = FlagParser.parse
+
+    def parsed(self: FlagParser, argv: list[str]) -> NoReturn:
+        parse(self, argv)
+        raise Parsed
+
+    monkeypatch.setattr(FlagParser, "parse", parsed)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main(arguments)
+
+
+# Beginnings of commands that are run, in the order of the page, and what shortens them.
+RUN = {
+    "bash train.sh --resume auto": [],
+    ".venv/bin/python generate.py --checkpoint runs/dual_tower_easyvqa/model --image FILE --prompt": [],
+    "CHECKPOINT=runs/dual_tower_easyvqa/model TASKS=easy_vqa": [
+        "--limit",
+        "20",
+        "--output",
+        "runs/dual_tower_easyvqa/evaluation",
+    ],
+    ".venv/bin/python -m tools.evaluation_report": [],
+    ".venv/bin/python -m tools.hub push": [],
+}
+
+
+@pytest.mark.parametrize(("beginning", "short"), RUN.items(), ids=lambda value: str(value)[:60])
+def test_a_command_of_the_readme_runs(beginning, short, folder):
+    command = next(command for command in commands(README) if command.startswith(beginning))
+    module, arguments = arguments_of(command)
+    if module == "tools.hub":
+        return in_a_hub(["-m", module, *arguments], folder)
+    words = ["-m", module, *arguments] if "." in module else [ROOT / f"{module}.py", *arguments]
+    done = run_program([*words, *short], folder)
     assert done.returncode == 0, done.stderr
     return None
 
@@ -258,19 +244,23 @@ def test_the_python_blocks(folder, tmp_path):
 
 
 def test_setup_installs_once_again_for_a_new_lock_and_after_a_failure(tmp_path):
-    """With a stand-in for uv that writes down what it is asked for."""
+    """With stand-ins for Python, which makes an empty environment, and for uv, which logs its arguments."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "bin").mkdir()
     (tmp_path / "scripts" / "setup.sh").write_text((ROOT / "scripts" / "setup.sh").read_text())
-    (tmp_path / "requirements.lock").write_text("numpy==2.0 \\\n    --hash=sha256:00\n")
+    for name in ("requirements", "requirements-dev"):
+        (tmp_path / f"{name}.lock").write_text("numpy==2.0 \\\n    --hash=sha256:00\n" + f"# {name}\n")
     uv = tmp_path / "bin" / "uv"
     uv.write_text('#!/bin/sh\necho "$@" >> uv.log\ntest ! -e refuse\n')
     uv.chmod(0o755)
+    python = tmp_path / "bin" / "python3"
+    python.write_text('#!/bin/sh\n[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; }\n')
+    python.chmod(0o755)
 
-    def setup() -> subprocess.CompletedProcess:
+    def setup(*what: str) -> subprocess.CompletedProcess:
         env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         return subprocess.run(
-            ["bash", "scripts/setup.sh"], cwd=tmp_path, capture_output=True, text=True, env=env
+            ["bash", "scripts/setup.sh", *what], cwd=tmp_path, capture_output=True, text=True, env=env
         )
 
     def asked() -> int:
@@ -290,4 +280,9 @@ def test_setup_installs_once_again_for_a_new_lock_and_after_a_failure(tmp_path):
     assert setup().returncode != 0  # nothing counts as installed now
     (tmp_path / "refuse").unlink()
     after = setup()
-    assert after.returncode == 0 and "has changed" in after.stdout and asked() == 3
+    assert after.returncode == 0 and "updating .venv" in after.stdout and asked() == 3
+    tests = setup("dev")
+    assert tests.returncode == 0 and "requirements-dev.lock" in tests.stdout and asked() == 4
+    for what in (["dev"], []):  # with the packages of tests, training has its own too
+        again = setup(*what)
+        assert (again.returncode, again.stdout, asked()) == (0, "", 4)
