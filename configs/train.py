@@ -55,6 +55,7 @@ class DataConfig:
         "easy_vqa",
         "comma-separated data sources, NAME[*WEIGHT][:CAP][=PATH]; NAME: easy_vqa, openmoji, "
         "the_cauldron/SUBSET, … (docs/data.md)",
+        path=True,
     )
     temperature: float = opt(
         1.0, "T: a source is drawn in proportion to size^(1/T); above 1 favours small sources"
@@ -164,7 +165,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = opt(
         "auto", "autocast type; auto: bf16 if the hardware supports it, else fp32; fp16: with loss scaling"
     )
-    device: str = opt("auto", "cpu, cuda, mps, or auto: cuda if there is one, else cpu")
+    device: str = opt("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
     feature_cache_gb: float = opt(
         2.0, "GB of memory, and of disk, for cached features of a frozen vision encoder (0: no cache)"
     )
@@ -189,6 +190,8 @@ class TrainConfig:
     keep_checkpoints: int = opt(2, "number of newest checkpoints to keep; with eval.best, the best one too")
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UsageError(f"train.device = {self.device!r} is none of auto, cpu, cuda, mps")
         for name in ("local_batch_size", "global_batch_size", "log_every", "keep_checkpoints", "skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)} must be at least 1")
@@ -275,14 +278,15 @@ class EvalConfig:
     )
     caption_tokens: int = opt(32, "maximum length of these captions, in tokens")
     tasks: str = opt(
-        "",
-        "comma-separated tasks to score, such as mmstar (see evaluation.py --tasks)",
+        "", "comma-separated tasks to score, such as mmstar (see evaluation.py --tasks)", path=True
     )
     tasks_every: int = opt(
         0, "steps between runs of these tasks, each with a validation (0: only at the end)"
     )
     limit: int = opt(0, "use only the first N questions of each task (0: all)")
-    data_root: str = opt("", "folder with copies of the tasks' data sets, used instead of the network")
+    data_root: str = opt(
+        "", "folder with copies of the tasks' data sets, used instead of the network", path=True
+    )
     best: str = opt(
         "",
         "metric of metrics.jsonl that selects the best model, kept in best/, and its checkpoint: "
@@ -315,12 +319,17 @@ class HubConfig:
 class Config:
     config: str = opt(DEFAULT_PRESET, "preset: NAME of configs/config_NAME.py")
     max_steps: int = opt(1500, "optimizer steps")
-    output_dir: str = opt("", "run folder (default: runs/<config>, or the next free runs/<config>-N)")
-    resume: str = opt("", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder")
+    output_dir: str = opt(
+        "", "run folder (default: runs/<config>, or the next free runs/<config>-N)", path=True
+    )
+    resume: str = opt(
+        "", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder", path=True
+    )
     dry_run: bool = opt(False, "print parameters, FLOPs and memory, then stop")
     init_left_from: str = opt(
         "",
         "initialise the left tower from a nanoVLM checkpoint or vanilla model: a folder or Hub id",
+        path=True,
     )
     parallel: Literal["ddp", "fsdp"] = opt(
         "ddp",
@@ -334,13 +343,13 @@ class Config:
     )
     log: str = opt(
         "",
-        "comma-separated experiment trackers: wandb, tensorboard, trackio (metrics.jsonl is always written)",
+        "comma-separated experiment trackers: wandb, tensorboard (metrics.jsonl is always written)",
     )
     seed: int = opt(0, "random seed of initial weights and data order")
     kernels: Literal["auto", "plain"] = opt(
         "auto", "auto: faster forms of the model's operations where they apply; plain: PyTorch's alone"
     )
-    cache_dir: str = opt(CACHE, "folder of cached vision features")
+    cache_dir: str = opt(CACHE, "folder of cached vision features", path=True)
     model: ModelConfig = ModelConfig()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -73,6 +73,12 @@ def decode(sample: Sample, config: VisionConfig) -> Sample:
     return replace(sample, tiles=tiles[0] if len(tiles) == 1 else torch.cat([empty, *tiles]), images=[])
 
 
+def sample_bytes(sample: Sample) -> int:
+    """Approximate memory of a sample."""
+    tiles = sample.tiles.nbytes if sample.tiles is not None else 0
+    return SAMPLE_BYTES + tiles + sum(len(image) for image in sample.images if isinstance(image, bytes))
+
+
 class SampleDataset:
     """Maps a record to its samples.
 
@@ -124,14 +130,13 @@ class SampleDataset:
 
     def keep(self, record: tuple[int, int], samples: list[Sample]) -> None:
         """Cache the samples of `record` = (source, index) while the capacity lasts."""
-        self.capacity -= sum(
-            SAMPLE_BYTES
-            + (s.tiles.nbytes if s.tiles is not None else 0)
-            + sum(len(image) for image in s.images if isinstance(image, bytes))
-            for s in samples
+        free = (
+            self.capacity
+            + sum(map(sample_bytes, self.cache.get(record, [])))
+            - sum(map(sample_bytes, samples))
         )
-        if self.capacity > 0:
-            self.cache[record] = samples
+        if free >= 0:
+            self.cache[record], self.capacity = samples, free
 
     def decoded(self, sample: Sample) -> Sample:
         """Return the sample with its tiles, and update the cache. Errors: `ImageError`."""

@@ -17,13 +17,8 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Record]:
         raise UserError("the package easy-vqa is not installed (pip install easy-vqa)") from None
     records: dict[int, Record] = {}
     for question, answer, image in json.loads((root / "questions.json").read_text()):
-        record = records.setdefault(
-            image,
-            {
-                "images": [str(root / "images" / f"{image}.png")],
-                "texts": [],
-                "id": f"easy_vqa/{split}/{image}",
-            },
-        )
-        record["texts"].append({"user": question, "assistant": answer})
+        if image not in records:
+            path = str(root / "images" / f"{image}.png")
+            records[image] = {"images": [path], "texts": [], "id": f"easy_vqa/{split}/{image}"}
+        records[image]["texts"].append({"user": question, "assistant": answer})
     return [records[image] for image in sorted(records)]

@@ -304,7 +304,7 @@ JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image": ("a path", lambda v: v is None or isinstance(v, str)),
     "texts": ('a list of {"user": text, "assistant": text}, one at least', _turns),
     "id": ("a text", lambda v: isinstance(v, str)),
-    "references": ("a list of texts", _texts),
+    "references": ("a list of texts", lambda v: isinstance(v, list) and _texts([text or "" for text in v])),
     "turns": ('"branch"', lambda v: v == "branch"),
     "clip_score": (
         "a number",

@@ -9,23 +9,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
 from configs.model import VisionConfig
 from data.svg import draw
 from utils.errors import ImageError, UserError
 
-try:  # deprecated since torchvision 0.29; without it, Pillow decodes the same pixels, slightly slower
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
-
 Grid = tuple[int, int]  # rows and columns of tiles; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
 EXIF_ORIENTATION = 0x0112
-JPEG = b"\xff\xd8\xff"
-SIGNATURES = (JPEG, b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")  # JPEG, PNG, GIF, WebP, TIFF
+SIGNATURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"GIF8",
+    b"RIFF",
+    b"II*\x00",
+    b"MM\x00*",
+)  # JPEG, PNG, GIF, WebP, TIFF
 
 
 class Tiles(NamedTuple):
@@ -187,19 +188,7 @@ def tile_count(grid: Grid) -> int:
 
 
 def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
-    """Decode an image to (3, H, W) uint8. Errors: `ImageError`.
-
-    Upright JPEGs are decoded by torchvision, bit for bit as `open_image` decodes them, without a copy through
-    Pillow.
-    """
-    if decode_jpeg is not None and isinstance(source, str | Path | bytes) and _head(source).startswith(JPEG):
-        try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            header = _header(data)
-            if header is not None and header[2] == 1:
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        except (RuntimeError, OSError):
-            pass  # open_image will raise the reason
+    """Decode an image to (3, H, W) uint8. Errors: `ImageError`."""
     return pixels_of(open_image(source))
 
 
@@ -226,4 +215,4 @@ def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
     Within two levels of Pillow's result, and six times as fast with AVX2 (docs/log/experiments.md).
     """
-    return interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).contiguous()
+    return resize_image(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True).contiguous()

@@ -88,47 +88,50 @@ class Spec:
         return f"{self.name}/{self.subset}" if self.subset else self.name
 
 
-def parse_sources(sources: str) -> list[Spec]:
-    """Parse `data.sources`, entries with commas between.
+def parse_sources(sources: str, setting: str = "data.sources") -> list[Spec]:
+    """Parse `data.sources`, entries with commas between. `setting`: what error messages call it.
 
     Errors: `UsageError` for an unknown name or sub-set, a bad weight, a missing path, or a repeated entry.
     """
     specs: list[Spec] = []
     hint = ""
     for text in (part.strip() for part in sources.split(",")):
-        specs.append(_parse_spec(text, hint))
+        specs.append(_parse_spec(text, hint, setting))
         has_path = "=" in text
         hint = "; commas separate sources: a path cannot hold one" if has_path else ""
     for number, spec in enumerate(specs):
         if any((other.full_name, other.path) == (spec.full_name, spec.path) for other in specs[:number]):
-            raise UsageError(f"data.sources: {spec.full_name} is listed twice")
+            raise UsageError(f"{setting}: {spec.full_name} is listed twice")
     return specs
 
 
-def _parse_spec(text: str, hint: str) -> Spec:
+def _parse_spec(text: str, hint: str, setting: str) -> Spec:
     """Parse one entry; `hint` ends the errors that a comma in the path before may have caused."""
     match = SPEC.fullmatch(text)
     if match is None:
-        raise UsageError(f"data.sources: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{hint}")
+        raise UsageError(f"{setting}: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{hint}")
     name, _, subset = match["name"].partition("/")
     if name not in {**SOURCES, **FILES, **TABLES} or (subset and name not in TABLES):
-        raise UsageError(
-            f"data.sources: no source '{match['name']}'{nearest(name, [*SOURCES, *FILES, *TABLES])}{hint}"
-        )
+        if match["path"]:
+            readers = [*FILES, *TABLES]
+            known = f"{nearest(name, readers)}: in NAME=PATH, NAME says how PATH is read"
+        else:
+            known = nearest(name, [*SOURCES, *FILES, *TABLES])
+        raise UsageError(f"{setting}: no source '{match['name']}'{known}{hint}")
     try:
         weight = float(match["weight"] or 1)
     except ValueError:
-        raise UsageError(f"data.sources: '{text}': the weight {match['weight']} is not a number") from None
+        raise UsageError(f"{setting}: '{text}': the weight {match['weight']} is not a number") from None
     if not 0 < weight < float("inf"):
-        raise UsageError(f"data.sources: '{text}': the weight must be above 0")
+        raise UsageError(f"{setting}: '{text}': the weight must be above 0")
     path = match["path"] or TABLES.get(name, "")
     if path and name in SOURCES:
-        raise UsageError(f"data.sources: {name} takes no path")
+        raise UsageError(f"{setting}: {name} takes no path")
     if not path and name not in SOURCES:
-        raise UsageError(f"data.sources: '{text}' needs a path: {name}=PATH")
+        raise UsageError(f"{setting}: '{text}' needs a path: {name}=PATH")
     if name == "the_cauldron" and subset not in ("", "all", *CAULDRON_SUBSETS):
         raise UsageError(
-            f"data.sources: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}"
+            f"{setting}: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}"
         )
     return Spec(name, subset, weight, int(match["cap"] or 0), path)
 

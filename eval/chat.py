@@ -115,9 +115,9 @@ class Chat:
         dropped = max(0, len(generated) - 1) - max(0, len(tokens) - 1)
         self.cache.truncate([length - dropped for length in self.cache.lengths])
         self.position = prompt.right_positions[-1] + 1 + max(0, len(tokens) - 1)
-        # An image token in the answer cannot be read.
-        text_size = self.predictor.model.vocabulary.text_size
-        self.last = [token for token in tokens[-1:] if token < text_size]
+        # An image token that a vanilla model says cannot be read again: it stands for an image's features.
+        image_token = self.predictor.model.vocabulary.image_token_id
+        self.last = [token for token in tokens[-1:] if token != image_token]
         self.image_count += images
         self.seen.update(prompt.right_ids, tokens)
 

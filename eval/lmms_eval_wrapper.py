@@ -9,6 +9,7 @@ questions. An error in a request is raised: it is never scored as an empty answe
 
 import gc
 import hashlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from utils.files import replacing
 MANIFEST = ModelManifest("dualtower", simple_class_path="eval.lmms_eval_wrapper.DualTower")
 # Settings of tasks that are read below, or that concern another model's preprocessing.
 OTHER_ARGUMENTS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}
+EMPTY = Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
 SORT_BATCHES = 4  # batches sorted by length together; their image KVs stay in memory
 THUMBNAIL = 256  # pixels
 Question = tuple[list[Tiles], str]
@@ -41,8 +43,9 @@ Question = tuple[list[Tiles], str]
 class DualTower(lmms):
     """A model for lmms-eval: `pretrained`, a model folder or Hub id, or a `predictor` in memory.
 
-    `max_new_tokens` overrides the tasks' values (0: theirs, or 64). `thumbnails`: folder for thumbnails of
-    the images, or None. `progress` is called with the number of answers done and of all.
+    `batch_size` "auto" is 32; any is halved when memory runs out. `max_new_tokens` overrides the tasks'
+    values (0: theirs, or 64). `thumbnails`: folder for thumbnails of the images, or None. `progress` is
+    called with the number of answers done and of all.
     """
 
     is_simple = True
@@ -52,10 +55,10 @@ class DualTower(lmms):
         pretrained: str = "",
         batch_size: int | str = 32,
         device: str = "auto",
-        dtype: str = "fp32",
+        dtype: str = "auto",
         max_new_tokens: int | str = 0,
         speculative: str = "auto",
-        kernels: str = "auto",
+        kernels: str = "",
         predictor: Predictor | None = None,
         thumbnails: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -71,16 +74,18 @@ class DualTower(lmms):
             )
         if predictor is None and not pretrained:
             raise UsageError("--model_args: pretrained=DIR is needed, a model folder or Hub id")
-        if kernels not in MODES:
+        if kernels and kernels not in MODES:
             raise UsageError(f"--model_args: kernels={kernels} must be one of {', '.join(MODES)}")
-        if predictor is None:
+        if kernels:  # else as the process has it
             use_kernels(kernels)
         self.predictor = (
             predictor if predictor is not None else Predictor.from_pretrained(pretrained, dtype, device)
         )
         self.device = self.predictor.model.device
-        self.batch_size = int(batch_size)
-        self.max_new_tokens = int(max_new_tokens)
+        self.batch_size = 32 if batch_size == "auto" else whole("batch_size", batch_size, 1)
+        self.max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+        if speculative not in ("auto", "on", "off"):
+            raise UsageError(f"--model_args: speculative={speculative} must be one of auto, on, off")
         self.base = GenerationConfig(max_new_tokens=64, speculative=speculative)  # type: ignore[arg-type]
         self.thumbnails, self.progress, self.say = thumbnails, progress, say
         # by task: number and prompt of the first document
@@ -90,6 +95,7 @@ class DualTower(lmms):
         # by task and document: checksum of the images of the first request
         self.seen: dict[tuple[str, int], str] = {}
         self.truncated: dict[str, int] = defaultdict(int)  # by task: answers that reached max_new_tokens
+        self.shortened: set[str] = set()  # tasks with answers for which the model has too few positions
         self.drawn: dict[tuple[str, int], int] = defaultdict(int)  # by task and document: sampled answers
         self.tokens, self.seconds = 0, 0.0  # of all answers
         self.halved = False  # whether the batch size was halved for want of memory
@@ -105,8 +111,7 @@ class DualTower(lmms):
                 [partial(self.question, r) for r in real],
             )
         )
-        empty = Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
-        in_order = [empty if padding(r) else next(answers) for r in requests]
+        in_order = [EMPTY if padding(r) else next(answers) for r in requests]
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in in_order]
 
     def answers(
@@ -129,20 +134,48 @@ class DualTower(lmms):
             queue = self._sorted_by_length(numbers, texts)
             while queue:
                 part, queue = queue[: self.batch_size], queue[self.batch_size :]  # it may be halved meanwhile
-                questions = [asked[n]() for n in part]
-                if settings.sampling:
-                    batch = [
-                        self.answer([q], replace(settings, seed=self.seed(settings.seed, keys[n])), ends)[0]
-                        for n, q in zip(part, questions, strict=True)
-                    ]
-                else:
-                    batch = self.answer(questions, settings, ends)
-                for n, answer in zip(part, batch, strict=True):
-                    answers[n] = answer
-                    self.truncated[keys[n][0]] += answer.truncated
+                questions = {n: asked[n]() for n in part}
+                capped = {n: self.capped(settings, questions[n], keys[n]) for n in part}
+                together = [n for n in part if capped[n] == settings and not settings.sampling]
+                answered = zip(
+                    together, self.answer([questions[n] for n in together], settings, ends), strict=True
+                )
+                answers |= dict(answered)
+                for n in part:
+                    own = capped[n]
+                    if n not in answers and own is None:
+                        answers[n] = EMPTY._replace(truncated=True)
+                    elif n not in answers:
+                        own = replace(own, seed=self.seed(own.seed, keys[n])) if own.sampling else own
+                        answers[n] = self.answer([questions[n]], own, ends)[0]
+                    self.truncated[keys[n][0]] += answers[n].truncated
                 if self.progress is not None:
                     self.progress(len(answers), len(texts))
         return [answers[n] for n in range(len(texts))]
+
+    def capped(
+        self, settings: GenerationConfig, question: Question, key: tuple[str, int]
+    ) -> GenerationConfig | None:
+        """Settings whose answer fits the model's positions behind `question`; None where none fits.
+
+        What does not fit counts as truncated, and its row is named.
+        """
+        images, text = question
+        prompt = self.predictor.renderer.prompt([tiles.grid for tiles in images], [{"user": text}])
+        limit = self.predictor.model.right.config.max_positions
+        free, tokens = limit - prompt.length, settings.max_new_tokens
+        if free >= tokens:
+            return settings
+        row = f"task {key[0]}: row {key[1]}: the question has {prompt.length} tokens (images included)"
+        if free < 1:
+            self.say(
+                f"warning: {row}, and the model {limit} positions: its answer is empty, and counts as cut"
+            )
+            return None
+        if key[0] not in self.shortened:
+            self.shortened.add(key[0])
+            self.say(f"{row}: answers there and in like rows have {free} tokens at most, not {tokens}")
+        return replace(settings, max_new_tokens=free)
 
     def _sorted_by_length(self, numbers: list[int], texts: list[str]) -> list[int]:
         """Sort every `SORT_BATCHES` batches of texts by their tokens, the longest first."""
@@ -365,6 +398,13 @@ class DualTower(lmms):
 
     def clean(self) -> None:
         """Keep the model, which lmms-eval would delete: training goes on with it."""
+
+
+def whole(name: str, value: int | str, minimum: int) -> int:
+    """A whole number of --model_args."""
+    if not re.fullmatch(r"-?\d+", str(value)) or int(value) < minimum:
+        raise UsageError(f"--model_args: {name}={value} must be a whole number from {minimum}")
+    return int(value)
 
 
 def padding(request: Instance) -> bool:

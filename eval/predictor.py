@@ -66,17 +66,20 @@ class Predictor:
     def from_pretrained(
         cls,
         checkpoint: str | Path,
-        dtype: str = "fp32",
-        device: str = "cpu",
+        dtype: str = "auto",
+        device: str = "auto",
         store: Path | None = None,
         config: Path | None = None,
     ) -> "Predictor":
         """Load model and tokenizer; raises the errors of both.
 
         `checkpoint`: a model folder, a Hub id, or a weights file with its `config` (by default the
-        `config.json` in its folder). `dtype`: "fp32", "bf16", or "auto", bf16 where the machine computes in
-        it. `store`: folder of image KVs.
+        `config.json` in its folder). `dtype`: "fp32" or "bf16", also by torch's names, or "auto", bf16 where
+        the device computes in it. `store`: folder of image KVs.
         """
+        dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(dtype, dtype)
+        if dtype not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"dtype = {dtype!r} is none of auto, fp32, bf16")
         torch_device = pick_device(device, "--device")
         files = find_files(checkpoint, config)
         model = load_model({c.model_type: c for c in (VisionLanguageModel, DualTowerVLM)}, files)

@@ -17,7 +17,7 @@ import datasets
 import lmms_eval.api.task
 import lmms_eval.evaluator
 import yaml
-from datasets import disable_progress_bars
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HOME
 from lmms_eval.evaluator import simple_evaluate
@@ -161,7 +161,7 @@ class Tasks(TaskManager):
         if kind in ("captions", "questions") and name not in self.sources:
             if not colon:
                 raise UsageError(f"--tasks {name} needs a source: {name}:NAME=PATH, as in --data.sources")
-            parse_sources(source)
+            parse_sources(source, f"--tasks {kind}")
             self.sources[name] = source
             self._task_index[name] = {"type": "python_task", "yaml_path": str(OURS / f"{kind}.yaml")}
             self._all_tasks.append(name)
@@ -244,8 +244,10 @@ def plain_errors(name: str) -> Iterator[None]:
     What fails after lmms-eval's five tries raises `UserError`: data that is unavailable, or an answer that a
     task cannot score.
     """
-    logger.remove()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    log, had_bars = logging.getLogger("datasets"), not are_progress_bars_disabled()
+    level = log.level
+    logger.disable("lmms_eval")
+    log.setLevel(logging.ERROR)
     disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries that tasks import
@@ -274,6 +276,10 @@ def plain_errors(name: str) -> Iterator[None]:
         finally:
             for module, bar in bars:
                 module.tqdm = bar
+            logger.enable("lmms_eval")
+            log.setLevel(level)
+            if had_bars:
+                enable_progress_bars()
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it, for the whole process
 
 

@@ -1,6 +1,7 @@
 """The vision encoder: a timm backbone, from 8-bit tiles to a feature map."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
     or settings that timm refuses.
     """
     if not timm.is_model(config.name):
+        if name := timm_name(config.name):
+            raise UsageError(f"model.vision.name: timm's name of {config.name} is {name}: give that one")
         near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
         raise UsageError(
             f"model.vision.name: timm has no model '{config.name}'"
@@ -45,6 +48,16 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
             f"model.vision: timm cannot make {config.name} of {config.image_size} pixels "
             f"with options {config.options or '{}'}: {type(error).__name__}: {error}"
         ) from None
+
+
+def timm_name(name: str) -> str:
+    """timm's name of `hf-hub:timm/NAME` or of one of Google's SigLIPs on the Hub; "" if unknown."""
+    own = name.removeprefix("hf-hub:").removeprefix("timm/")
+    if siglip := re.fullmatch(r"google/siglip(2?)-([a-z0-9-]+)-patch(\d+)(?:-(\d+))?", name):
+        version, size, patch, side = siglip.groups()
+        size = {"giant-opt": "giantopt"}.get(size, size)
+        own = f"vit_{size}_patch{patch}_siglip_{side or 224}.{'v2_' if version else ''}webli"
+    return own if own != name and timm.is_model(own) and own in timm.list_pretrained() else ""
 
 
 def _takes_one_size(name: str) -> bool:
@@ -82,8 +95,8 @@ def resolve_vision(config: VisionConfig) -> VisionConfig:
 class VisionEncoder(nn.Module):
     """Tiles (N, 3, h, w) uint8 → features (N, C, grid, grid) of one of timm's feature levels.
 
-    Normalisation layers stay in evaluation mode even when the encoder trains: with batch statistics, one
-    packed document would change another's features.
+    Batch norms stay in evaluation mode even when the encoder trains: with batch statistics, one packed
+    document would change another's features. So does all of a frozen encoder.
     """
 
     backbone: Any  # timm's module, with attributes of its own
@@ -131,8 +144,12 @@ class VisionEncoder(nn.Module):
             buffer.copy_(torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
-        """Stay in evaluation mode."""
-        return super().train(False)
+        """Training mode turns on dropout and drop-path of `vision.options`, where the encoder is trained."""
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionEncoder":
         """Convert the weights, as `.to` does, but keep `mean` and `std` in fp32: bf16 loses 8-bit pixels."""

@@ -3,6 +3,7 @@
 A wrong command line imports nothing heavy.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.cli import preset, resolve
 from configs.serialization import from_dict, to_dict
 from configs.train import Config
+from models.kernels import find_kernel
 from tests.programs import run_program
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,9 +76,7 @@ def test_a_run_folder_is_complete(trained):
         "right",
     }
     assert {"validation_loss", "validation_accuracy"} <= set(validation)
-    assert (trained / "samples" / "step_000002.png").is_file() and (
-        trained.parent / "logs" / "run.log"
-    ).is_file()
+    assert (trained / "samples" / "step_000002.png").is_file() and (trained / "train.log").is_file()
     saved = from_dict(Config, json.loads((trained / "config.json").read_text()), "config.json")
     assert saved.max_steps == 2 and saved.data.limit == 20
 
@@ -564,7 +565,6 @@ HEAVY = {
     "pyarrow",
     "wandb",
     "tensorboard",
-    "trackio",
     "lmms_eval",
     "pycocoevalcap",
     "peft",
@@ -692,3 +692,61 @@ def test_a_start_that_fails_leaves_nothing_and_is_one_line(flags, message, tmp_p
     done = run("train_dual_tower.py", "--max_steps", "2", *flags, cwd=tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    """Where the shell does not: behind `=`, and in lists. A prompt stays as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = [
+        "--data.sources",
+        "jsonl=~/a.jsonl,easy_vqa",
+        "--output_dir=~/run",
+        "--model.vision.weights",
+        "~/w.pt",
+    ]
+    config, _ = resolve([*flags, "--cache_dir", "~"], "")
+    assert config.data.sources == "jsonl=/home/me/a.jsonl,easy_vqa" and config.output_dir == "/home/me/run"
+    assert config.model.vision.weights == "/home/me/w.pt" and config.cache_dir == "/home/me"
+    from evaluation import make_parser as evaluation_parser
+    from generate import make_parser as generate_parser
+
+    asked = ["--checkpoint", "~/model", "--image=~/a.png", "--prompt", "~/ is what?", "--store", "~/kv"]
+    args = generate_parser().parse(asked)
+    assert (args.checkpoint, args.image, args.store) == ("/home/me/model", ["/home/me/a.png"], "/home/me/kv")
+    assert args.prompt == ["~/ is what?"]
+    args = evaluation_parser().parse(
+        ["--model", "~/m", "--tasks", "captions:coco=~/c.json", "--output", "~/out"]
+    )
+    assert (args.checkpoint, args.tasks, args.output) == (
+        "/home/me/m",
+        "captions:coco=/home/me/c.json",
+        "/home/me/out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("generate", ["--checkpoint", "missing", "--prompt", "what?"]),
+        ("evaluation", ["--model", "missing", "--tasks", "easy_vqa"]),
+        ("tools.train_heads", ["--checkpoint", "missing", "--output", "out"]),
+        ("train_dual_tower", ["--dry_run", "--model.vision.name", "missing"]),
+        ("train_vanilla", ["--dry_run", "--model.vision.name", "missing"]),
+    ],
+)
+def test_kernels_are_chosen_by_every_program(module, flags, restored_kernels, tmp_path, monkeypatch):
+    """Before anything is loaded: here the model is missing."""
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(module).main
+    for mode, applies in (("plain", False), ("auto", True)):
+        with pytest.raises(UserError, match="missing"):
+            main([*flags, "--kernels", mode])
+        assert (find_kernel("rms_norm", torch.empty(1, requires_grad=True)) is not None) == applies
+    with pytest.raises(UsageError, match="kernels"):
+        main([*flags, "--kernels", "fast"])
+
+
+@pytest.mark.parametrize("name", ["banana", "cuda:x", "gpu", ""])
+def test_a_device_that_cannot_be_is_one_line(name):
+    with pytest.raises(UsageError, match="is none of auto, cpu, cuda, mps"):
+        resolve(["--train.device", name], "")

@@ -25,7 +25,7 @@ import data.loader
 from configs.cli import resolve
 from configs.train import FilterConfig
 from data.collators import collate
-from data.datasets import SampleStream
+from data.datasets import SampleStream, sample_bytes
 from data.images import ImageError
 from data.loader import Loader
 from data.mixture import InMemoryRecords, Mixture, Source
@@ -759,3 +759,25 @@ class TestFilters:
         scored = [of[0] | {"clip_score": 0.2}, of[0] | {"clip_score": 0.3}, of[0]]
         assert self.count(scored, renderer, min_clip_score=0.25) == (6, {"clip_score": 1})
         assert self.count([of[0] | {"clip_score": -0.2}], renderer) == (3, {})
+
+
+def test_the_cache_charges_a_sample_once(records, renderer):
+    """However often it is decoded: what the cache holds and what is left of it are its capacity."""
+    dataset = dataset_of(records, renderer)
+    whole = dataset.capacity
+    for _ in range(3):
+        for sample in [s for i in range(len(records)) for s in dataset.samples(0, i, True)]:
+            dataset.decoded(
+                replace(sample, tiles=None, images=sample.images or list(records[sample.key[1]]["images"]))
+            )
+    held = sum(sample_bytes(sample) for samples in dataset.cache.values() for sample in samples)
+    assert dataset.cache and dataset.capacity + held == whole
+
+
+def test_the_cache_ends_at_its_capacity(records, renderer):
+    dataset = dataset_of(records, renderer)
+    dataset.capacity = 3 * sample_bytes(dataset.samples(0, 0, True)[0])
+    dataset.cache.clear()
+    for i in range(len(records)):
+        dataset.samples(0, i, True)
+    assert dataset.capacity >= 0 and 0 < len(dataset.cache) < len(records)

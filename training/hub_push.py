@@ -32,7 +32,8 @@ class Pusher:
         self.export, self.say = export, say
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.newest: Path | None = None
+        self.newest: Path | None = None  # waits for its push
+        self.pushing: Path | None = None
         self.repo = ""
         self.warnings: set[str] = set()
         disable_progress_bars()  # the run has its own
@@ -62,17 +63,23 @@ class Pusher:
                 self.thread = threading.Thread(target=self._run, name="hub", daemon=True)
                 self.thread.start()
 
+    def in_use(self) -> list[Path]:
+        """The checkpoints that are read, or will be: they must stay."""
+        with self.lock:
+            return [path for path in (self.pushing, self.newest) if path is not None]
+
     def _run(self) -> None:
         while True:
             with self.lock:
-                checkpoint, self.newest = self.newest, None
+                checkpoint = self.pushing = self.newest
+                self.newest = None
                 if checkpoint is None:
                     self.thread = None
                     return
             try:
                 self.export(checkpoint, self.folder)
                 self._push(self.folder, checkpoint.name.replace("_", " "))
-            except Exception as error:  # the Hub, a full disk, a deleted checkpoint: training goes on
+            except Exception as error:  # the Hub, a full disk: training goes on
                 self._warn(str(error) or type(error).__name__)
             finally:
                 shutil.rmtree(self.folder, ignore_errors=True)

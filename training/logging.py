@@ -1,4 +1,4 @@
-"""The log of a run: lines on the terminal and in logs/, a live progress bar, and metrics.jsonl."""
+"""The log of a run: lines on the terminal and in train.log, a live progress bar, and metrics.jsonl."""
 
 import json
 import time
@@ -19,22 +19,20 @@ PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 class RunLog:
     """The log of a run, written by the first rank.
 
-    `say` prints a line and appends it to `logs/<run>.log`; `metrics` appends a JSON object to
+    In the run's folder, `say` prints a line and appends it to `train.log`; `metrics` appends a JSON object to
     `metrics.jsonl`.
     """
 
-    def __init__(self, folder: Path, logs: Path = Path("logs"), silent: bool = False) -> None:
+    def __init__(self, folder: Path, silent: bool = False) -> None:
         self.silent = silent  # on all ranks but the first
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{error.filename} cannot be created: {error.strerror} "
-                f"(a run keeps its log in {logs}/ of the working folder)"
-            ) from error
+            raise UserError(f"{error.filename} cannot be created: {error.strerror}") from error
         self.console = Console(highlight=False, soft_wrap=True)
-        self.log_path = logs / f"{folder.name}.log"
+        self.log_path = folder / "train.log"
+        self.early = ""  # lines of before `start`: a start that fails leaves no file
+        self.writes = False
         self.metrics_path = folder / "metrics.jsonl"
         self.progress: Progress | None = None
         self.last_plain = 0.0
@@ -64,11 +62,11 @@ class RunLog:
         if self.silent:
             return
         self.console.print(text, markup=False)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)  # a user may have deleted it meanwhile
-        append_text(
-            self.log_path,
-            "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n")),
-        )
+        lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n"))
+        if self.writes:
+            append_text(self.log_path, lines)
+        else:
+            self.early += lines
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. `seconds` counts from the start of training in this process."""
@@ -115,6 +113,9 @@ class RunLog:
             write_text(path, text)
 
     def start(self, step: int, max_steps: int) -> None:
+        self.writes = True
+        if self.early:
+            append_text(self.log_path, self.early)
         if self.console.is_terminal and not self.silent:
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),

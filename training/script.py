@@ -32,13 +32,12 @@ from training.estimate import dry_run
 from training.export import export, export_checkpoint, export_final, unsharded
 from training.fit_memory import fit_batch_size
 from training.hub_push import Pusher
-from training.precision import autocast
 from training.run_dir import locked, open_run, write_config
 from training.setup import Prepared, check_compiler, data_identity, prepare, resolve_config, vocabulary_of
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
 from training.trainer import TrainingCallbacks, train
-from utils.device import pick_device
+from utils.device import autocast, pick_device
 from utils.errors import UsageError
 from utils.ranks import DistributedContext, torchrun_context
 
@@ -211,7 +210,7 @@ class ModelEvaluation:
     def __call__(self, step: int) -> dict[str, Any]:
         """Return the metrics after `step`."""
         model, e = self.model(), self.config.eval
-        with autocast(self.config.train, pick_device(self.config.train.device)):
+        with autocast(self.config.train.dtype, pick_device(self.config.train.device)):
             scores = self.validation.score(model, self.world)
         self._predict(model, step)
         self._score_captions(model, scores)
@@ -299,6 +298,7 @@ def train_and_export(
         before_checkpoint=prepared.cache.save,
         data_identity=data_identity(data),
         saved=push,
+        in_use=pusher.in_use if pusher is not None else list,
         best=lambda: best.step if world.is_rank0 else -1,
         begin=partial(begin_run, config, folder, best),
     )

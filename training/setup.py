@@ -259,7 +259,7 @@ def prepare(
         Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)),
         int(config.train.feature_cache_gb * 2**30 / world.size),
     )
-    encoder.cache = cache
+    encoder.cache = cache if cache.limit_bytes else None
     validation = Validation(data.validation, data.budget, config.train.local_batch_size, data.padding_id)
     sizes = ", ".join(
         f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items()

@@ -24,12 +24,12 @@ from training.distributed import wrap_model
 from training.ema import ema_weights, swap_ema
 from training.logging import RunLog
 from training.optim import freeze, make_optimizers
-from training.precision import compute_dtype, grad_scaler, load_scale, scale_state
+from training.precision import grad_scaler, load_scale, scale_state
 from training.process_memory import FreedMemory
 from training.signals import Stopped, StopSignals
 from training.step import Batch, train_step
 from training.watchdog import Watchdog
-from utils.device import pick_device
+from utils.device import compute_dtype, pick_device
 from utils.errors import UserError
 from utils.files import append_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
@@ -61,6 +61,8 @@ class TrainingCallbacks:
     data_identity: dict[str, Any] = field(default_factory=dict)
     # Rank 0: called after each checkpoint is written, in the saver's thread.
     saved: Callable[[Path], None] = lambda checkpoint: None
+    # Rank 0: the checkpoints that are being read, and must not be deleted.
+    in_use: Callable[[], list[Path]] = list
     # Rank 0: the step of the best model so far, whose checkpoint is retained; −1: none.
     best: Callable[[], int] = lambda: -1
     # Rank 0: called when nothing can fail any more. The run continues after this step; had it gone further?
@@ -153,15 +155,19 @@ class Trainer:
         c = config.train
         self.config, self.callbacks, self.folder, self.log = config, callbacks, folder, log
         self.device, self.world = device, world
-        self.model = model.to(device).train()
         freeze(model, c)
+        self.model = model.to(device).train()  # a frozen encoder stays in evaluation mode
         set_blocks(model, c)
         self.flops_meter = FlopsMeter(model, device, world.size)
-        self.parallel_model = wrap_model(model, config.parallel, device, compute_dtype(c, device), world)
+        self.parallel_model = wrap_model(
+            model, config.parallel, device, compute_dtype(c.dtype, device), world
+        )
         self.optimizers = make_optimizers(model, c)
         self.scaler = grad_scaler(c, device, world.size)
         self.diagnostics = Diagnostics(model, self.optimizers)
-        self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, callbacks.saved)
+        self.saver = Saver(
+            folder / "checkpoints", c.keep_checkpoints, world, callbacks.saved, callbacks.in_use
+        )
         self.saved_at = time.monotonic()
         self.step = 0  # steps that are done
         self.failed = 0  # consecutive steps without an update, up to this one

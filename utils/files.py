@@ -1,10 +1,11 @@
 """Atomic writes of files and folders: write to a temporary path, sync, rename. Errors: `UserError`."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,23 @@ def replacing(path: Path) -> Iterator[Path]:
         temp_path.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned descriptor is closed; None where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return process != os.getpid()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(paths: Iterable[Path]) -> None:
+    """Remove temporary folders that no process writes to: their owners were killed."""
+    for path in paths:
+        if (descriptor := _lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
 
 
 @contextmanager
@@ -53,13 +63,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     `path` is renamed first and deleted last: a kill in between leaves it whole, under a name that begins with
     a dot.
     """
-    temp_path, old = (path.with_name(f".{path.name}.{suffix}.{os.getpid()}") for suffix in ("new", "old"))
+    # Random, not the process id: machines and containers share folders.
+    number, descriptor = int.from_bytes(os.urandom(6)), None
+    temp_path, old = (path.with_name(f".{path.name}.{suffix}.{number}") for suffix in ("new", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.new.*"):  # left by a killed run
-            if not _alive(int(stale.name.rpartition(".")[2])):
-                shutil.rmtree(stale)
+        _remove_stale(path.parent.glob(f".{path.name}.new.*"))
         temp_path.mkdir()
+        descriptor = _lock(temp_path)
         yield temp_path
         for file in (*temp_path.iterdir(), temp_path):
             sync(file)
@@ -74,6 +85,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(temp_path, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def file_name(text: str) -> str:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from utils.errors import UserError
 
@@ -51,27 +51,40 @@ class DistributedContext:
         return values[0]
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
-        """Call `function` on rank 0 and broadcast its result. Its `UserError` ends all ranks."""
-        result: Any = None
-        if self.is_rank0:
-            try:
+        """Call `function` on rank 0 and broadcast its result. Its exception ends all ranks."""
+        result = None
+        with self._rank0_block():
+            if self.is_rank0:
                 result = function()
-            except UserError as error:
-                self.broadcast(error)
-                raise
-        result = self.broadcast(result)
-        if isinstance(result, UserError):
-            raise SystemExit(result.exit_code)
-        return cast("T", result)
+        return cast("T", self.broadcast(result))
 
     @contextmanager
     def rank0_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the others, which can read the files that rank 0 wrote."""
-        if not self.is_rank0:
-            self.broadcast(None)
-        yield
+        """Run the block on rank 0, then on the others, which can read the files that rank 0 wrote.
+
+        An exception of rank 0 ends all ranks.
+        """
         if self.is_rank0:
-            self.broadcast(None)
+            with self._rank0_block():
+                yield
+        else:
+            with self._rank0_block():
+                pass
+            yield
+
+    @contextmanager
+    def _rank0_block(self) -> Iterator[None]:
+        """The others wait here for rank 0's block, and exit with its status if it raises."""
+        failed_with = 0
+        try:
+            yield
+        except BaseException as error:
+            failed_with = error.exit_code if isinstance(error, UserError) else 1
+            raise
+        finally:
+            failed_with = self.broadcast(failed_with)
+        if failed_with:
+            raise SystemExit(failed_with)
 
 
 SINGLE_PROCESS = DistributedContext()

