@@ -19,14 +19,8 @@ Grid = tuple[int, int]  # rows and columns of tiles; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
 EXIF_ORIENTATION = 0x0112
-SIGNATURES = (
-    b"\xff\xd8\xff",
-    b"\x89PNG",
-    b"GIF8",
-    b"RIFF",
-    b"II*\x00",
-    b"MM\x00*",
-)  # JPEG, PNG, GIF, WebP, TIFF
+# Of JPEG, PNG, GIF, WebP and TIFF.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
 class Tiles(NamedTuple):

@@ -259,12 +259,17 @@ class DraftGuard:
         cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
         # A CPU's time grows with the tokens of a step; a GPU waits for the weights, and a few more are free.
         growth = 0.5 if device.type == "cpu" else 0.0
-        cost_of_batch = cost * (1 + growth * (rows - 1))
-        length = settings.draft_tokens or best_draft_length(heads.acceptance_rates.tolist(), cost_of_batch)
-        if cost_of_batch >= 1 and settings.speculative == "auto":  # even accepted drafts would not pay
-            return cls(0, 0.0)
-        # At least one: this text may be easier than what `acceptance_rates` were measured on.
-        return cls(min(max(length, 1), heads.count), cost, settings.speculative == "on", growth)
+        guard = cls(0, cost, settings.speculative == "on", growth)
+        if guard.cost_in(rows) < 1 or guard.always:  # else even accepted drafts would not pay
+            rates = heads.acceptance_rates.tolist()
+            length = settings.draft_tokens or best_draft_length(rates, guard.cost_in(rows))
+            # At least one: this text may be easier than what `acceptance_rates` were measured on.
+            guard.draft_length = min(max(length, 1), heads.count)
+        return guard
+
+    def cost_in(self, rows: int) -> float:
+        """Cost of one draft for each of `rows`, in decode steps of all of them."""
+        return self.cost * (1 + self.growth * (rows - 1))
 
     def next_length(self) -> int:
         """Drafts of the next decode step."""
@@ -275,8 +280,7 @@ class DraftGuard:
         if not drafts or self.always:
             self.pause = max(0, self.pause - 1)
             return
-        cost = self.cost * (1 + self.growth * (len(tokens) - 1))
-        gain = sum(tokens) / len(tokens) - 1 - cost * drafts
+        gain = sum(tokens) / len(tokens) - 1 - self.cost_in(len(tokens)) * drafts
         self.balance = min(self.balance + gain, self.LIMIT)
         if self.balance <= -self.LIMIT:
             self.pause, self.balance = self.PAUSE, -self.LIMIT / 2

@@ -19,11 +19,12 @@ import training.trainer
 from configs.train import Config, TrainConfig
 from data.collators import collate
 from models.masks import left_mask, right_mask
-from tests.conftest import TINY_MODEL, tiny_model
+from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from tests.programs import run_program
 from tests.test_dual_tower import make_sample
 from training.diagnostics import Diagnostics, FlopsMeter
 from training.estimate import count_flops, trained_shares
+from training.feature_cache import FeatureCache
 from training.optim import make_optimizers
 from training.setup import check_compiler
 from training.step import train_step
@@ -281,3 +282,20 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch):
     check_compiler(Config())
     monkeypatch.setenv("CXX", "sh")
     check_compiler(config)
+
+
+def test_flops_of_a_cached_encoder_are_of_the_tiles_it_computed(tokenizer, tmp_path):
+    """In training: neither cached tiles nor those of a validation between two steps."""
+    model = tiny_model(tokenizer).train()
+    encoder = model.parts()["vision"].requires_grad_(False)
+    encoder.cache = FeatureCache(tmp_path, 1 << 24)
+    meter = FlopsMeter(model, torch.device("cpu"), 1)
+    names = ("tiles", "left", "right", "left_pairs", "right_pairs", "supervised")
+    tiles, rates = random_tiles(5), []
+    for batch in (tiles[:3], tiles[:3], tiles[:4]):
+        encoder(batch)
+        with torch.no_grad():
+            encoder(tiles[4:] ^ len(rates) + 1)  # validation, other tiles every time
+        counts = dict.fromkeys(names, 0) | {"tiles": len(batch)}
+        rates.append(meter.of(counts, 1.0)["tflops_per_s"] * 1e12)
+    assert rates == pytest.approx([3 * meter.flops.tile, 0, meter.flops.tile]) and meter.flops.tile > 0

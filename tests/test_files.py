@@ -1,5 +1,6 @@
 """Folders that are replaced as a whole, beside other processes that do the same."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -39,3 +40,23 @@ def test_a_failed_replacement_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "model"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The folder is written all the same, and nothing is removed, because nobody knows whose it is."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    other = temporary(tmp_path, ".model.new.7")
+    with replacing_folder(tmp_path / "model") as new:
+        (new / "config.json").write_text("{}")
+    assert (tmp_path / "model" / "config.json").read_text() == "{}" and other.exists()
+
+
+def test_a_folder_that_was_just_made_is_not_removed(tmp_path):
+    (tmp_path / ".model.new.7").mkdir()
+    with replacing_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / ".model.new.7").exists()

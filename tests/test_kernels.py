@@ -335,6 +335,10 @@ def test_packed_blocks_follow_their_weights_and_the_mode(restored_kernels, monke
             p.add_(0.05 * torch.randn(p.shape))
     assert not torch.allclose(run(model), before, atol=1e-3)
     torch.testing.assert_close(run(model), plain(model), atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        frozen = LanguageModel(TINY, 40).eval()
+    pack_blocks(frozen)
+    torch.testing.assert_close(run(frozen), plain(frozen), atol=1e-5, rtol=1e-5)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         copied.layers[0].mlp.down_proj.weight.zero_()

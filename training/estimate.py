@@ -282,8 +282,9 @@ def step_memory(
     need not be there.
     """
     dtype = compute_dtype(config.train.dtype, device or torch.device("cpu"))
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    config = replace(config, train=replace(config.train, dtype=names[dtype]))  # type: ignore[arg-type]
+    if config.train.dtype == "auto":  # of `device`, though the CPU measures
+        train = replace(config.train, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+        config = replace(config, train=train)
     with torch.device("meta"):
         model = model_class(config.model, vocabulary)
         add_adapters(model, config.lora)

@@ -29,7 +29,7 @@ class FeatureCache:
         self.memory: dict[str, Tensor] = {}
         self.unsaved: list[str] = []
         self.bytes = 0
-        self.computed = 0  # tiles, not read from the cache
+        self.computed = 0  # tiles that training needed and the cache did not hold
         self.disk_failed = False
         for shard in sorted(folder.glob("*.safetensors")):
             self._load(shard)
@@ -67,7 +67,7 @@ class FeatureCache:
             hashlib.blake2b(salt + tile.tobytes(), digest_size=16).hexdigest() for tile in tiles.cpu().numpy()
         ]
         missing = list({key: i for i, key in enumerate(keys) if key not in self.memory}.items())
-        self.computed += len(missing)
+        self.computed += len(missing) * torch.is_grad_enabled()  # not validation
         computed: dict[str, Tensor] = {}
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]

@@ -31,8 +31,7 @@ class RunLog:
             raise UserError(f"{error.filename} cannot be created: {error.strerror}") from error
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_path = folder / "train.log"
-        self.early = ""  # lines of before `start`: a start that fails leaves no file
-        self.writes = False
+        self.early: str | None = ""  # lines of before `start`, when a start that fails must leave no file
         self.metrics_path = folder / "metrics.jsonl"
         self.progress: Progress | None = None
         self.last_plain = 0.0
@@ -63,7 +62,7 @@ class RunLog:
             return
         self.console.print(text, markup=False)
         lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.split("\n"))
-        if self.writes:
+        if self.early is None:
             append_text(self.log_path, lines)
         else:
             self.early += lines
@@ -113,9 +112,9 @@ class RunLog:
             write_text(path, text)
 
     def start(self, step: int, max_steps: int) -> None:
-        self.writes = True
         if self.early:
             append_text(self.log_path, self.early)
+        self.early = None
         if self.console.is_terminal and not self.silent:
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),

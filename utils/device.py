@@ -10,7 +10,7 @@ from utils.errors import UsageError, UserError
 
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 products natively."""
-    if device.type == "cuda":  # where there is none, as for an estimate: as GPUs since 2020 do
+    if device.type == "cuda":  # an estimate may be made without a GPU: then a recent one is assumed
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return (
         device.type == "cpu"

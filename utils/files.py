@@ -37,20 +37,26 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed; None where another process has it."""
+    """Lock a folder until the returned descriptor is closed.
+
+    None where another process has it, and on file systems without locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         os.close(descriptor)
         return None
     return descriptor
 
 
 def _remove_stale(paths: Iterable[Path]) -> None:
-    """Remove temporary folders that no process writes to: their owners were killed."""
+    """Remove temporary folders that no process writes to: their owners were killed.
+
+    An empty one may be so new that it is not locked yet.
+    """
     for path in paths:
-        if (descriptor := _lock(path)) is not None:
+        if any(path.iterdir()) and (descriptor := _lock(path)) is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
 

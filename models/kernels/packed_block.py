@@ -60,14 +60,19 @@ class PackedBlock:
 
     def __init__(self, block: Any) -> None:
         self.block = block
-        self.packed: list[tuple[int, int]] = []  # address and version of each packed weight
+        self.weights = list(block.parameters())  # listing them at every call would take a millisecond a step
+        self.packed: list[tuple[int, int]] = []  # address and version of each weight when it was packed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedBlock":
-        return PackedBlock(copy.deepcopy(self.block, memo))
+        twin = copy.copy(self)
+        twin.block, twin.weights = copy.deepcopy((self.block, self.weights), memo)
+        twin.packed = []
+        return twin
 
     def _pack(self) -> None:
         """Pack the block's weights as they are now."""
-        weights = [(p.data_ptr(), p._version) for p in self.block.parameters()]
+        # Weights made in inference mode count no versions.
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.weights]
         if weights == self.packed:
             return
         self.packed, attention, mlp = weights, self.block.self_attn, self.block.mlp

@@ -62,7 +62,7 @@ def _hub_tensors(encoder: Any) -> dict[str, Tensor]:
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a training script's file: in one of `WRAPPERS`, names with `PREFIXES` of all of them."""
+    """The tensors of a training script's file, under `WRAPPERS` or at its top, without common `PREFIXES`."""
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -82,7 +82,7 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _without_other_head(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop a classifier for other classes, and give the encoder's own, which is never read, random values."""
+    """Replace a classifier for other classes, or none, by zeros of the encoder's own, which is never read."""
     own = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith(_head(whole))}
     other = [name for name in tensors if name.startswith(_head(whole))]
     if {name: tensors[name].shape for name in other} == {name: tensor.shape for name, tensor in own.items()}:
