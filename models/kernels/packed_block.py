@@ -66,7 +66,6 @@ class PackedBlock:
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedBlock":
         twin = copy.copy(self)
         twin.block, twin.weights = copy.deepcopy((self.block, self.weights), memo)
-        twin.packed = []
         return twin
 
     def _pack(self) -> None:
