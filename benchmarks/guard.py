@@ -139,7 +139,7 @@ def measure_one(trial: Trial) -> dict[str, int]:
 
         return hook
 
-    for optimizer in trial.optimizers:
+    for optimizer in trial.trainer.optimizers:
         optimizer.register_step_pre_hook(count(-1))
         optimizer.register_step_post_hook(count(1))
     gc.collect()

@@ -35,9 +35,8 @@ from models.kernels import KERNELS, use_kernels
 from models.kernels.packed_block import PackedBlock, pack_blocks
 from models.kv_cache import DecodingCache
 from models.masks import cache_mask
-from training.optim import make_optimizers
 from training.setup import prepare, resolve_config
-from training.step import train_step
+from training.trainer import Trainer
 from utils.device import compute_dtype
 from utils.errors import run_script
 from utils.ranks import SINGLE_PROCESS
@@ -66,10 +65,8 @@ class FixedBatches:
 def default_step(folder: Path) -> Callable[[], Any]:
     config = resolve_config(replace(preset("dual_tower_easyvqa"), cache_dir=str(folder / "cache")), {})
     prepared = prepare(config, folder, folder / "tokenizer", None, DualTowerVLM, SINGLE_PROCESS)
-    model = prepared.model.train()
-    optimizers = make_optimizers(model, config.train)
     batches = FixedBatches([next(prepared.data.batches) for _ in range(8)])
-    return lambda: train_step(config, model, optimizers, batches, 1, CPU)
+    return Trainer(config, prepared.model, batches).train_step
 
 
 def decoding(tokens: int, dtype: torch.dtype) -> Callable[[], Any]:

@@ -6,12 +6,12 @@ tiny       for tests and the guard
 
 The text vocabulary of 222m and 450m has 49,152 tokens. A document is an image, a question of 59 tokens and an
 answer of 60 supervised tokens; no padding, no markers. The images go to vanilla's decoder, or to the dual
-tower's left one. AdamW trains every part, through `training.step.train_step`.
+tower's left one. AdamW trains every part, through `training.trainer.Trainer`.
 """
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
 from training.estimate import count_flops, trained_shares
 from training.fit_memory import RepeatedBatch
-from training.optim import make_optimizers
-from training.process_memory import FreedMemory
-from training.step import Batch, train_step
+from training.trainer import Batch, Trainer
 from utils.device import autocast
 from utils.errors import UserError
 
@@ -144,14 +142,14 @@ class Trial:
     def __init__(
         self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1
     ) -> None:
-        self.config, self.device = make_config(kind, SIZES[size], dtype, heads, rows), device
-        self.freed_memory = FreedMemory(device)
+        config = make_config(kind, SIZES[size], dtype, heads, rows)
+        self.config = replace(config, train=replace(config.train, device=str(device)))
+        self.device = device
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
         torch.manual_seed(0)
-        self.model = MODELS[kind](self.config.model, vocabulary).to(device).train()
-        self.optimizers = make_optimizers(self.model, self.config.train)
+        self.model = MODELS[kind](self.config.model, vocabulary)
         self.row = standard_row(self.config.model, vocabulary)
-        self.batches, self.steps = RepeatedBatch(self.row), 0
+        self.trainer = Trainer(self.config, self.model, RepeatedBatch(self.row))
         self.tokens = rows * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
         self.marks: dict[str, list[Any]] = {}
         self.model.register_forward_pre_hook(lambda *_: self.mark("called"))
@@ -186,11 +184,10 @@ class Trial:
 
     def step(self) -> dict[str, float]:
         """One optimizer step → seconds of the step and of its phases."""
-        self.steps += 1
         self.marks.clear()
         self.mark("start")
-        values = train_step(self.config, self.model, self.optimizers, self.batches, self.steps, self.device)
-        self.freed_memory.after_step()  # as `train` does
+        values = self.trainer.train_step()
+        self.trainer.freed_memory.after_step()  # as `train` does
         self.mark("end")
         synchronize(self.device)
         if "skipped" in values:

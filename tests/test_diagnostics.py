@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-import training.trainer
 from configs.train import Config, TrainConfig
 from data.collators import collate
 from models.masks import left_mask, right_mask
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from tests.programs import run_program
 from tests.test_dual_tower import make_sample
+from training.callbacks import Callback
 from training.diagnostics import Diagnostics, FlopsMeter
 from training.estimate import count_flops, trained_shares
 from training.feature_cache import FeatureCache
-from training.optim import make_optimizers
 from training.setup import check_compiler
-from training.step import train_step
+from training.trainer import Trainer
 from utils.errors import UsageError
 
 
@@ -59,19 +57,26 @@ class Given:
 def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
     model = tiny_model(tokenizer)
     config = Config(
-        model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0)
+        model=TINY_MODEL,
+        train=TrainConfig(
+            dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0, diagnostics_every=1
+        ),
     )
-    optimizers = make_optimizers(model, config.train)
-    diagnostics = Diagnostics(model, optimizers)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    diagnostics, log = Diagnostics(), SimpleNamespace(histograms=lambda step, spread: spreads.append(spread))
+    spreads, before = [], {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {}
 
-    def look():
-        diagnostics.capture()
-        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    class Gradients(Callback):
+        def before_update(self, trainer):
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    gradients[name] = p.grad.clone()
 
-    train_step(config, model, optimizers, Given(rows), 1, torch.device("cpu"), before_update=look)
-    ratios, spread = diagnostics.report()
+    trainer = Trainer(config, model, Given(rows), log=log, callbacks=[diagnostics, Gradients()])
+    diagnostics.begin(trainer)
+    values = trainer.train_step()
+    diagnostics.after_step(trainer, values)
+    ratios, (spread,) = values["update_ratios"], spreads
     assert set(ratios) == {"vision", "projector", "left", "right"}
     names = {id(p): name for name, p in model.named_parameters()}
     for part in ("projector", "left", "right"):  # no tensor of theirs is longer than what is looked at
@@ -99,13 +104,11 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     """Pairs of a query and a key are counted from positions; the masks say which they are."""
     model = tiny_model(tokenizer)
     config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32", warmup_steps=0, lr_vision=1e-3))
-    optimizers = make_optimizers(model, config.train)
-    flops_meter, seen = FlopsMeter(model, torch.device("cpu"), 1), {}
+    trainer = Trainer(config, model, Given(rows))
+    flops_meter, seen = trainer.flops_meter, {}
     real = flops_meter.of
     flops_meter.of = lambda counts, seconds: seen.update(counts) or real(counts, seconds)
-    values = train_step(
-        config, model, optimizers, Given(rows), 1, torch.device("cpu"), flops_meter=flops_meter
-    )
+    values = trainer.train_step()
     left = left_mask(
         rows["left_positions"], rows["left_groups"], rows["left_images"], isolation=False, attention="causal"
     ).dense()[:, 0][rows["left_groups"] >= 0]
@@ -133,39 +136,38 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     assert flops_meter.of(seen, 2.0)["mfu"] == pytest.approx(flops_meter.of(seen, 2.0)["tflops_per_s"])
 
 
-def test_a_spike_is_logged():
-    messages, norms = [], deque(maxlen=100)
-    log = SimpleNamespace(say=messages.append)
-    for step, norm in enumerate([1.0] * 25 + [4.9, 5.1, 1.0], 1):
-        values = {"grad_norm": norm}
-        training.trainer._log_spike(values, norms, 1.0, step, log)
-        assert ("spike" in values) == (norm == 5.1)
-    assert (
-        messages == ["warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"]
-        and len(norms) == 28
-    )
-    few = deque(maxlen=100)
-    for norm in (1.0, 100.0):
-        training.trainer._log_spike({"grad_norm": norm}, few, 1.0, 1, log)
-    assert len(messages) == 1
-    for minimum, lines in (
-        (1.0, 1),
-        (0.4, 2),
-    ):  # clipping does nothing to the first: it is logged in the metrics alone
-        values = {"grad_norm": 0.5}
-        training.trainer._log_spike(values, deque([0.01] * 25), minimum, 1, log)
-        assert values["spike"] == pytest.approx(50) and len(messages) == lines
+def test_a_spike_is_logged(tokenizer):
+    messages: list[str] = []
+
+    def spikes(norms: list[float], clip: float = 1.0) -> list[float | None]:
+        config = Config(model=TINY_MODEL, train=TrainConfig(clip=clip))
+        trainer = Trainer(config, tiny_model(tokenizer), None, log=SimpleNamespace(say=messages.append))
+        result = []
+        for trainer.step, norm in enumerate(norms, 1):
+            values = {"grad_norm": norm}
+            trainer.check(values)
+            result.append(values.get("spike"))
+        return result
+
+    assert spikes([1.0] * 25 + [4.9, 5.1, 1.0]) == [None] * 26 + [pytest.approx(5.1), None]
+    assert messages == [
+        "warning: step 27: the gradient norm 5.1 is 5 times the median of the last 26 steps (1)"
+    ]
+    assert spikes([1.0, 100.0]) == [None, None] and len(messages) == 1  # too few to know what is usual
+    # Clipping does nothing to the first: it is logged in the metrics alone.
+    for clip, lines in ((1.0, 1), (0.4, 2)):
+        assert spikes([0.01] * 25 + [0.5], clip)[-1] == pytest.approx(50) and len(messages) == lines
 
 
 def slow_third_step():
-    real = training.trainer.train_step
+    real = Trainer.train_step
 
-    def step(*args):
-        if args[4] == 3:
-            training.trainer.time.sleep(2)
-        return real(*args)
+    def step(trainer):
+        if trainer.step == 2:
+            time.sleep(2)
+        return real(trainer)
 
-    training.trainer.train_step = step
+    Trainer.train_step = step
 
 
 ROOT = Path(__file__).parent.parent
@@ -217,31 +219,33 @@ def test_a_step_that_stalls_has_its_stacks_printed_and_goes_on(tmp_path):
 
 def busy_under_a_watchdog() -> None:
     """Hundreds of dumps of threads at work, which may end a process if written from another thread."""
-    from training.watchdog import Watchdog
+    from training.callbacks import Watchdog
 
     over = time.monotonic() + 3
-    with Watchdog(1e-9):
-        workers = [
-            threading.Thread(
-                target=lambda: [
-                    json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)
-                ]
-            )
-            for _ in range(2)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+    watchdog = Watchdog(1e-9)
+    watchdog.begin()
+    workers = [
+        threading.Thread(
+            target=lambda: [json.dumps(list(range(50))) for _ in iter(lambda: time.monotonic() < over, False)]
+        )
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    watchdog.end(True)
     sys.exit(7)
 
 
 def hold_the_interpreter() -> None:
     """A C function that hangs with the interpreter's lock: no thread of Python's can say so."""
-    from training.watchdog import Watchdog
+    from training.callbacks import Watchdog
 
-    with Watchdog(0.01):
-        ctypes.PyDLL(None).sleep(4)
+    watchdog = Watchdog(0.01)
+    watchdog.begin()
+    ctypes.PyDLL(None).sleep(4)
+    watchdog.end(True)
     sys.exit(7)
 
 

@@ -30,7 +30,7 @@ from training.estimate import (
 )
 from training.fit_memory import RepeatedBatch
 from training.optim import make_optimizers
-from training.step import train_step
+from training.trainer import Trainer
 from utils.device import autocast
 
 FROZEN = {
@@ -175,10 +175,9 @@ def test_a_save_takes_a_copy_of_what_it_writes_and_its_file_twice(tokenizer, opt
     config = make_config("image")
     config = replace(config, train=replace(config.train, optimizer=optimizer, ema=0.9))
     model = tiny_model(tokenizer, config.model)
-    optimizers = make_optimizers(model, config.train)
-    batches = RepeatedBatch(full_batch(config, tokenizer.vocabulary, 3))
-    train_step(config, model, optimizers, batches, 1, torch.device("cpu"))
-    written = sum(tensor.nbytes for tensor in tensors_of(model, optimizers).values())
+    trainer = Trainer(config, model, RepeatedBatch(full_batch(config, tokenizer.vocabulary, 3)))
+    trainer.train_step()
+    written = sum(tensor.nbytes for tensor in tensors_of(model, trainer.optimizers).values())
     without, with_save = (
         step_memory(config, DualTowerVLM, tokenizer.vocabulary, save=save)(3) for save in (False, True)
     )

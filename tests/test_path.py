@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from configs.cli import preset
@@ -18,10 +17,8 @@ from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kernels import use_kernels
 from tests.conftest import TINY_MODEL, tiny_model
-from training.optim import make_optimizers
-from training.precision import grad_scaler
 from training.setup import build_data
-from training.step import train_step
+from training.trainer import Trainer
 
 ROOT = str(Path(__file__).parent.parent) + "/"
 ASIDE = ("configs/", "utils/", "tests/", ".venv/")
@@ -88,12 +85,10 @@ def test_from_source_to_loss(tmp_path):
     config = replace(config, train=train_config)
     data = build_data(config, tmp_path)
     model = DualTowerVLM(config.model, data.tokenizer.vocabulary)
-    optimizers = make_optimizers(model, config.train)
-    cpu = torch.device("cpu")
-    scaler = grad_scaler(config.train, cpu)  # the trainer makes it once
-    files, _ = traced(lambda: train_step(config, model, optimizers, data.batches, 1, cpu, scaler=scaler))
+    trainer = Trainer(config, model, data.batches)
+    files, _ = traced(trainer.train_step)
     to_loss = files[: files.index("models/losses.py") + 1]
-    assert to_loss[0] == "training/step.py"
+    assert to_loss[0] == "training/trainer.py"
     assert "data/images.py" in to_loss and "models/vision_encoder.py" in to_loss
     assert len(to_loss) <= 19, to_loss  # and the source itself, which is read before: one more
     _, calls = traced(lambda: model(**next(data.batches)))  # the loop calls both data and model

@@ -54,7 +54,8 @@ from configs.model import Vocabulary
 from models.dual_tower.dual_tower import DualTowerVLM
 from training.logging import RunLog
 from training.process_memory import resident_bytes
-from training.trainer import TrainingCallbacks, train
+from training.callbacks import Callback
+from training.trainer import Trainer
 
 torch.set_num_threads(1)
 config, vocabulary = make_config("dual_tower", SIZES["tiny"], "fp32"), Vocabulary(SIZES["tiny"].text, MARKERS)
@@ -77,13 +78,13 @@ class Batches:
     def samples(self): return []
     def close(self): pass
 
-def evaluate(step):
-    model(**row)
-    held.append(resident_bytes())
-    return {}
+class Evaluation(Callback):
+    def evaluate(self, trainer):
+        model(**row)
+        held.append(resident_bytes())
+        return {}
 
-log = RunLog(folder, silent=True)
-train(config, model, TrainingCallbacks(Batches(), evaluate, lambda: None), folder, log, None)
+Trainer(config, model, Batches(), folder, RunLog(folder, silent=True), [Evaluation()]).train()
 print(json.dumps(held))
 """
 

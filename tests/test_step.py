@@ -24,9 +24,8 @@ from training.ema import KEY, ema_weights
 from training.estimate import dry_run
 from training.export import export_checkpoint
 from training.muon import Muon, orthogonal
-from training.optim import make_optimizers
-from training.precision import grad_scaler
-from training.step import _norm, train_step
+from training.optim import _norm, grad_scaler
+from training.trainer import Trainer
 from utils.device import autocast
 
 CPU = torch.device("cpu")
@@ -46,13 +45,13 @@ def test_averaged_weights_are_those_after_each_step(tokenizer, rows, monkeypatch
     """By their definition, in fp64; a skipped step is none. The block swaps and swaps back, to the bit."""
     train = TrainConfig(dtype="fp32", warmup_steps=0, ema=0.5, optimizer=optimizer, lr_vision=0.0)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-    optimizers, expected = make_optimizers(model, train), {}
+    trainer, expected = Trainer(config, model, Given(rows)), {}
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(1, 6):
         with monkeypatch.context() as patch:
             if step == 3:
                 patch.setattr(model.right, "loss", lambda hidden, labels: hidden.sum()[None] * float("nan"))
-            assert ("skipped" in train_step(config, model, optimizers, Given(rows), step, CPU)) == (step == 3)
+            assert ("skipped" in trainer.train_step()) == (step == 3)
         decay = min(0.5, (1 + step) / (10 + step))
         for name, p in model.named_parameters():
             if step == 1:
@@ -62,7 +61,7 @@ def test_averaged_weights_are_those_after_each_step(tokenizer, rows, monkeypatch
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moved = [name for name in weights if not torch.equal(weights[name], start[name])]
     assert any(name.startswith("right.layers") for name in moved)
-    with ema_weights(optimizers):
+    with ema_weights(trainer.optimizers):
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-7)
             assert name not in moved or not torch.equal(p, weights[name]), name
@@ -161,16 +160,9 @@ def test_fp16_learns_what_fp32_does(tokenizer, rows):
     for dtype in ("fp32", "fp16"):
         train = TrainConfig(dtype=dtype, warmup_steps=0, clip=0.1, lr_vision=1e-4)
         config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-        optimizers, scaler = (
-            make_optimizers(model, train),
-            torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16"),
-        )
-        logged.append(
-            [
-                train_step(config, model, optimizers, Given(rows), step, CPU, scaler=scaler)
-                for step in (1, 2, 3)
-            ]
-        )
+        trainer = Trainer(config, model, Given(rows))
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "fp16")
+        logged.append([trainer.train_step() for _ in range(3)])
     assert [line["loss_scale"] for line in logged[1]] == [1024.0] * 3 and "loss_scale" not in logged[0][0]
     for a, b in zip(*logged, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2) and b["grad_norm"] == pytest.approx(
@@ -182,12 +174,10 @@ def test_fp16_learns_what_fp32_does(tokenizer, rows):
 def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
     train = TrainConfig(dtype="fp16", warmup_steps=0, ema=0.9)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-    optimizers, before = (
-        make_optimizers(model, train),
-        {name: p.detach().clone() for name, p in model.named_parameters()},
-    )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    values = train_step(config, model, optimizers, Given(rows), 1, CPU, scaler=scaler)
+    trainer = Trainer(config, model, Given(rows))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    values = trainer.train_step()
     assert (
         grad_scaler(train, CPU).state_dict()["scale"] == 65536.0
         and not grad_scaler(replace(train, dtype="bf16"), CPU).is_enabled()
@@ -198,23 +188,24 @@ def test_an_overflow_changes_nothing_and_halves_the_scale(tokenizer, rows):
         and values["grad_norm"] is None
         and "skipped" not in values
     )
-    assert scaler.get_scale() == 2.0**59 and not any(optimizer.state for optimizer in optimizers)
+    assert scaler.get_scale() == 2.0**59 and not any(optimizer.state for optimizer in trainer.optimizers)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     scaler.update(1024.0)
-    again = torch.amp.GradScaler("cpu")
-    again.load_state_dict(json.loads(json.dumps(scaler.state_dict())))
-    assert train_step(config, model, optimizers, Given(rows), 2, CPU, scaler=again)["loss_scale"] == 1024.0
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    trainer.scaler.load_state_dict(json.loads(json.dumps(scaler.state_dict())))
+    assert trainer.train_step()["loss_scale"] == 1024.0
 
 
 def test_fp16_steps_without_a_token_to_learn_are_skipped_too(tokenizer, rows):
     train = TrainConfig(dtype="fp16", warmup_steps=0)
     config, model = Config(model=TINY_MODEL, train=train), tiny_model(tokenizer)
-    optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler("cpu", init_scale=1024.0)
     nothing = rows | {"labels": torch.full_like(rows["labels"], -100)}
-    logged = [
-        train_step(config, model, optimizers, Given(batch), step, CPU, scaler=scaler)
-        for step, batch in enumerate((nothing, nothing, rows), 1)
-    ]
+    given = Given(nothing)
+    trainer = Trainer(config, model, given)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    logged = [trainer.train_step(), trainer.train_step()]
+    given.batch = rows
+    logged.append(trainer.train_step())
     assert [line.get("skipped") for line in logged] == ["no token to learn"] * 2 + [None] and logged[2][
         "loss_scale"
     ] == 1024.0
@@ -283,9 +274,7 @@ def test_losses_by_source_are_means_over_that_source_s_tokens(tokenizer, rows, h
         name: sum(int((rows["labels"][row][here] != -100).sum()) for here, row, n in of if n == name)
         for name in sums
     }
-    values = train_step(
-        Config(model=c, train=train), model, make_optimizers(model, train), TwoSources(rows), 1, CPU
-    )
+    values = Trainer(Config(model=c, train=train), model, TwoSources(rows)).train_step()
     assert values["source_losses"] == pytest.approx(
         {name: sums[name] / counts[name] for name in sums}, rel=1e-4
     )
@@ -298,9 +287,8 @@ def test_losses_by_source_are_means_over_that_source_s_tokens(tokenizer, rows, h
 def test_one_source_has_no_losses_of_its_own(tokenizer, rows):
     train = TrainConfig(dtype="fp32")
     model = tiny_model(tokenizer)
-    assert "source_losses" not in train_step(
-        Config(model=TINY_MODEL, train=train), model, make_optimizers(model, train), Given(rows), 1, CPU
-    )
+    trainer = Trainer(Config(model=TINY_MODEL, train=train), model, Given(rows))
+    assert "source_losses" not in trainer.train_step()
 
 
 def test_autocast_is_of_the_type_that_is_asked_for():

@@ -46,7 +46,7 @@ from training.feature_cache import FeatureCache
 from training.logging import RunLog
 from training.optim import make_optimizers, schedule
 from training.signals import StopSignals
-from training.step import train_step
+from training.trainer import Trainer
 from utils.errors import UsageError, UserError
 from utils.files import replacing_folder
 from utils.ranks import SINGLE_PROCESS
@@ -849,8 +849,7 @@ def test_accumulated_gradients_equal_one_large_batch(tokenizer, batches):
             model=TINY_MODEL,
             train=TrainConfig(global_batch_size=8 * forwards, dtype="fp32", warmup_steps=0, clip=0.0),
         )
-        optimizers = make_optimizers(model, config.train)
-        values = train_step(config, model, optimizers, source, 1, torch.device("cpu"))
+        values = Trainer(config, model, source).train_step()
         gradients = {n: p.detach().clone() for n, p in model.named_parameters()}
         weights.append((values["loss"], values["grad_norm"], values["supervised_tokens"], gradients))
     assert weights[0][2] == weights[1][2] == int((whole["labels"] != -100).sum())
@@ -865,17 +864,19 @@ def test_a_step_that_is_not_finite_changes_nothing(tokenizer, batches, monkeypat
     for poisoned in (True, False):
         model = tiny_model(tokenizer)
         config = Config(model=TINY_MODEL, train=TrainConfig(dtype="fp32"))
-        optimizers, given, logged = make_optimizers(model, config.train), Given(batches[0][:4]), []
+        given, logged = Given(batches[0][:4]), []
+        trainer = Trainer(config, model, given)
         for step in range(1, 5):
             if step == 3 and not poisoned:
                 next(given)
+                trainer.step = step
                 continue
             with monkeypatch.context() as patch:
                 if step == 3:
                     loss = model.right.loss
                     patch.setattr(model.right, "loss", lambda *arguments, loss=loss: spoil(loss(*arguments)))
-                logged.append(train_step(config, model, optimizers, given, step, torch.device("cpu")))
-        held.append((model.state_dict(), optimizers[0].state_dict()["state"]))
+                logged.append(trainer.train_step())
+        held.append((model.state_dict(), trainer.optimizers[0].state_dict()["state"]))
         assert [("skipped" in values, values.get("samples")) for values in logged] == [
             (False, None),
             (False, None),
@@ -974,8 +975,7 @@ def test_a_learning_rate_of_zero_freezes_a_part(tokenizer, batches):
         model=TINY_MODEL, train=TrainConfig(lr_vision=0.0, lr_right=0.0, warmup_steps=0, dtype="fp32")
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizers = make_optimizers(model, config.train)
-    train_step(config, model, optimizers, Given(batches[0]), 1, torch.device("cpu"))
+    Trainer(config, model, Given(batches[0])).train_step()
     changed = {
         n.split(".")[0] + "." + n.split(".")[1]
         for n, p in model.named_parameters()
@@ -1026,17 +1026,17 @@ def test_parts_warm_up_for_their_own_number_of_steps(tokenizer, batches):
     )
     config = Config(model=TINY_MODEL, max_steps=100, train=train)
     model = tiny_model(tokenizer)
-    optimizers, given = make_optimizers(model, train), Given(batches[0])
-    rates = [
-        train_step(config, model, optimizers, given, step, torch.device("cpu"))["lr"] for step in (1, 2, 6)
-    ]
+    trainer = Trainer(config, model, Given(batches[0]))
+    rates = [trainer.train_step()["lr"], trainer.train_step()["lr"]]
+    trainer.step = 5
+    rates.append(trainer.train_step()["lr"])
     assert rates[0] == pytest.approx(
         {"vision": 0.25e-3, "projector": 0.25e-3, "left": 1e-3, "right": 0.125e-3}
     )
     assert rates[1]["projector"] == pytest.approx(0.5e-3) and rates[2] == pytest.approx(
         {"vision": 1e-3, "projector": 1e-3, "left": 1e-3, "right": 0.75e-3}
     )
-    assert {group["part"]: group["lr"] for group in optimizers[0].param_groups} == rates[2]
+    assert {group["part"]: group["lr"] for group in trainer.optimizers[0].param_groups} == rates[2]
 
 
 @pytest.mark.parametrize(
@@ -1178,9 +1178,9 @@ def test_features_that_come_while_others_are_saved_are_saved_the_next_time(tmp_p
         real(*args, **kwargs)
 
     monkeypatch.setattr(training.feature_cache, "save_file", slow)
-    cache.save()
+    cache.before_checkpoint()
     monkeypatch.undo()
-    cache.save()
+    cache.before_checkpoint()
     assert len(FeatureCache(tmp_path, 1 << 20).memory) == 3
 
 
@@ -1534,7 +1534,7 @@ class TestFeatureCache:
         for _ in range(2):
             assert torch.equal(cache(twice, self.encode), twice.float().mean((2, 3), keepdim=True))
         assert self.seen == 40
-        cache.save()
+        cache.before_checkpoint()
         again = FeatureCache(tmp_path, 1 << 20)
         assert (
             torch.equal(again(tiles, self.encode), tiles.float().mean((2, 3), keepdim=True))
@@ -1566,7 +1566,7 @@ class TestFeatureCache:
         computed = {}
         for again in (cache, None):
             if again is None:
-                cache.save()
+                cache.before_checkpoint()
                 again = FeatureCache(tmp_path, 1 << 20)
             for bf16 in (True, False):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -1587,7 +1587,7 @@ class TestFeatureCache:
         self.seen = 0
         cache, tiles = FeatureCache(tmp_path, 1 << 20), random_tiles(4)
         cache(tiles, self.encode)
-        cache.save()
+        cache.before_checkpoint()
         (shard,) = tmp_path.iterdir()
         shard.write_bytes(shard.read_bytes()[:50])
         again = FeatureCache(tmp_path, 1 << 20)

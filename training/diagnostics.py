@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from training.callbacks import Callback
 from training.estimate import Flops, count_flops, trained_shares
 from training.trackers import Histogram
 
@@ -27,22 +28,28 @@ PEAKS = {
 }
 
 
-class Diagnostics:
-    """Update ratios and histograms of one step: call `capture` before the update, `report` after it."""
+class Diagnostics(Callback):
+    """Every `train.diagnostics_every` steps: update ratios for the log, histograms for the trackers."""
 
-    def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.before: dict[int, Tensor] = {}
-        self.gradients: dict[str, list[Tensor]] = {}
+    def begin(self, trainer: Any) -> None:
+        self.every = trainer.config.train.diagnostics_every
+        self.names = {id(p): name for name, p in trainer.model.named_parameters()}
+        self.groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
-    def capture(self) -> None:
+    def before_update(self, trainer: Any) -> None:
         """Copy weights and gradients, which the update overwrites."""
-        self.before, gradients = {}, defaultdict(list)
+        self.before: dict[int, Tensor] = {}
+        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
+        if not self.every or trainer.step % self.every:
+            return
         for p in (p for group in self.groups for p in group["params"] if p.grad is not None):
             self.before[id(p)] = _sample(p).clone()
-            gradients[self._layer(p)].append(_sample(p.grad).clone())
-        self.gradients = dict(gradients)
+            self.gradients[self._layer(p)].append(_sample(p.grad).clone())
+
+    def after_step(self, trainer: Any, values: dict[str, Any]) -> None:
+        if self.before and values["grad_norm"] is not None:
+            values["update_ratios"], histograms = self.report()
+            trainer.log.histograms(trainer.step, histograms)
 
     def report(self) -> tuple[dict[str, float], dict[str, Histogram]]:
         """Part → norm of its update ÷ norm of its weights; layer → histograms of weights and gradients.
@@ -54,20 +61,18 @@ class Diagnostics:
         for group in self.groups:
             for p in (p for p in group["params"] if id(p) in self.before):
                 now, before = _sample(p), self.before[id(p)]
-                sums[group["part"]] += torch.stack(
-                    ((now - before).square().sum(), before.square().sum())
-                ).cpu()
+                squares = torch.stack(((now - before).square().sum(), before.square().sum()))
+                sums[group["part"]] += squares.cpu()
                 weights[self._layer(p)].append(now)
         ratios = {
             part: (update / max(weight, 1e-30)) ** 0.5
             for part, (update, weight) in ((part, s.tolist()) for part, s in sums.items())
         }
         histograms = {
-            f"{kind}/{layer}": _histogram(tensors)
+            f"{kind}/{layer}": np.histogram(torch.cat(tensors).cpu().numpy(), bins=64)
             for kind, layers in (("weights", weights), ("gradients", self.gradients))
             for layer, tensors in layers.items()
         }
-        self.before, self.gradients = {}, {}
         return ratios, histograms
 
     def _layer(self, p: Tensor) -> str:
@@ -80,10 +85,6 @@ class Diagnostics:
 def _sample(x: Tensor) -> Tensor:
     x = x.to_local() if isinstance(x, DTensor) else x
     return x.detach().flatten()[:SAMPLE].float()
-
-
-def _histogram(tensors: list[Tensor]) -> Histogram:
-    return np.histogram(torch.cat(tensors).cpu().numpy(), bins=64)
 
 
 def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -> Tensor:
@@ -117,7 +118,7 @@ class FlopsMeter:
     def of(self, counts: dict[str, int], seconds: float) -> dict[str, float]:
         """TFLOP/s, and `mfu` (arXiv 2204.02311) if the device's peak is known, of `counts` in `seconds`.
 
-        `counts`: tiles, left and right tokens, left and right pairs of a query and a key, supervised tokens.
+        `counts`: those of `Trainer._count`.
         """
         f, trained = self.flops, self.shares
         before_right = bool(trained["vision"] or trained["projector"] or trained["left"])

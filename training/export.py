@@ -68,7 +68,7 @@ def export_checkpoint(
     export(model, folder, tokenizer, config, run)
 
 
-def unsharded(model: Any, config: Config, model_class: Any) -> Any:
+def unsharded(model: Any, config: Config) -> Any:
     """Return a model that one process can run alone. Every rank must call this.
 
     Under FSDP that is a whole copy on each rank, otherwise the model itself.
@@ -76,6 +76,7 @@ def unsharded(model: Any, config: Config, model_class: Any) -> Any:
     is_sharded = isinstance(model, FSDPModule)
     if not is_sharded:
         return model
+    model_class = type(model).__bases__[1]  # `fully_shard` made a class of FSDPModule and this one
     with torch.device("meta"):
         whole = model_class(config.model, model.vocabulary)
         add_adapters(whole, config.lora)

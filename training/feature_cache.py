@@ -10,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.callbacks import Callback
 from utils.errors import UserError
 from utils.files import replacing
 
 CHUNK = 16  # tiles per encoder call; on two AVX-512 cores faster than 1 and than 64
 
 
-class FeatureCache:
+class FeatureCache(Callback):
     """Tile → features (C, h, w), keyed by the tile's preprocessed bytes. Each encoder needs its own `folder`.
 
     Every encoder call has exactly `CHUNK` tiles; black tiles fill the last one. Kernels are chosen by batch
@@ -81,7 +82,7 @@ class FeatureCache:
         features = [computed[key] if key in computed else self.memory[key] for key in keys]
         return torch.stack(features).to(tiles.device)
 
-    def save(self) -> None:
+    def before_checkpoint(self) -> None:
         """Write new features to one more shard per dtype; those added meanwhile are for the next call.
 
         If the disk fails, prints a warning and writes nothing from then on: training does not need it.

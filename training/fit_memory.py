@@ -18,10 +18,8 @@ import torch
 from configs.model import Vocabulary
 from configs.train import Config
 from training.estimate import OVERHEAD, full_batch, step_memory, trial_model
-from training.optim import make_optimizers
 from training.process_memory import GROWTH
-from training.step import Batch, train_step
-from training.trainer import set_blocks
+from training.trainer import Batch, Trainer
 from utils.device import pick_device
 from utils.errors import UsageError, UserError
 from utils.ranks import SINGLE_PROCESS, DistributedContext
@@ -124,7 +122,7 @@ def free_memory(device: torch.device) -> float | None:
 
 
 class RepeatedBatch:
-    """Batches for `train_step`: the same one, again and again."""
+    """Batches for `Trainer.train_step`: the same one, again and again."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -174,16 +172,14 @@ def _measure_trial(
     device: torch.device,
     measure: Callable[[Callable[[], Any]], float] | None,
 ) -> float:
-    model = trial_model(config, model_class, vocabulary).to(device)
-    set_blocks(model, config.train)
-    optimizers = make_optimizers(model, config.train)
     batches = RepeatedBatch(full_batch(config, vocabulary, rows))
+    trainer = Trainer(config, trial_model(config, model_class, vocabulary), batches)
     # A scale of 1, so that nothing overflows.
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.dtype == "fp16")
+    trainer.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.dtype == "fp16")
 
     def steps() -> None:
-        for step in (1, 2):
-            values = train_step(config, model, optimizers, batches, step, device, scaler=scaler)
+        for _ in range(2):
+            values = trainer.train_step()
             assert values["grad_norm"] is not None, values  # else the optimizer's state would be missing
 
     return _measure_on_cuda(steps, device) if measure is None else measure(steps)

@@ -8,11 +8,12 @@ from pathlib import Path
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from configs.train import HubConfig
+from training.callbacks import Callback
 from utils.errors import UserError
 from utils.hub import HubUnavailable, open_repo, push
 
 
-class Pusher:
+class Pusher(Callback):
     """Pushes checkpoints' models in a thread; on rank 0.
 
     While a push is under way only the newest checkpoint waits. `export(checkpoint, folder)` writes a model

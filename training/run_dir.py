@@ -14,10 +14,11 @@ from typing import Any
 from configs.cli import override
 from configs.serialization import load_json, to_dict
 from configs.train import Config, EvalConfig, HubConfig
-from training.checkpoint import checkpoints, read_state, step_of
+from training.checkpoint import checkpoints, move_to_abandoned, read_state, step_of
 from utils.errors import UsageError, UserError
 from utils.files import write_text
 
+NEW_TOKENIZER = ".tokenizer"  # the tokenizer's folder until a new run begins
 BEGUN_BY = ".torchrun"  # file that names the torchrun which began or last resumed the run
 
 
@@ -58,7 +59,7 @@ def open_run(
     """→ the configuration in force, the run folder, and the checkpoint to resume from.
 
     `resolve_config` completes a new run's configuration, before its folder is made. `lock` reserves the
-    folder for this process. Nothing else is written: `write_config` follows when nothing can fail any more.
+    folder for this process. Nothing else is written: `begin_run` follows when nothing can fail any more.
     A resumed run has its own configuration; only flags that do not change what is computed may differ.
     """
     folder, checkpoint = _find(config) if config.resume else (_run_of_this_torchrun(config), None)
@@ -85,11 +86,20 @@ def open_run(
     return replace(resumed, output_dir=str(folder)), folder, checkpoint
 
 
-def write_config(config: Config, folder: Path) -> None:
-    """Write `config.json`, which makes the folder a run, and the name of this torchrun, if any."""
+def begin_run(config: Config, folder: Path, rewound: bool) -> None:
+    """Make the folder a run, or let its run go on; called when nothing can fail any more.
+
+    `config.json` makes it a run; the name of this torchrun, if any, stands beside. `rewound`: the run had
+    gone further before, and its exported models are moved to `checkpoints/abandoned`.
+    """
     if _torchrun():
         write_text(folder / BEGUN_BY, _torchrun() + "\n")
     write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    if (folder / NEW_TOKENIZER).is_dir():
+        (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
+    for exported in (folder / "model", folder / "adapters") if rewound else ():
+        if exported.exists():
+            move_to_abandoned(exported, folder / "checkpoints")
 
 
 def _torchrun() -> str:

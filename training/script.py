@@ -16,32 +16,27 @@ import torch
 
 from configs.train import Config
 from data.datasets import by_source
-from eval.validation import (
-    BestCheckpoint,
-    TrainingTasks,
-    forget_samples,
-    save_picture,
-    save_samples,
-)
+from eval.validation import TrainingTasks, save_samples
 from models.kernels import use_kernels
 from models.modality_projector import check_kind
 from models.weights.lora import check_lora
-from training.checkpoint import move_to_abandoned
+from training.callbacks import Watchdog
+from training.diagnostics import Diagnostics
 from training.distributed import check_world, process_group
 from training.estimate import dry_run
-from training.export import export, export_checkpoint, export_final, unsharded
+from training.evaluation import Evaluation
+from training.export import export_checkpoint, export_final, unsharded
 from training.fit_memory import fit_batch_size
 from training.hub_push import Pusher
-from training.run_dir import locked, open_run, write_config
+from training.run_dir import NEW_TOKENIZER, locked, open_run
 from training.setup import Prepared, check_compiler, data_identity, prepare, resolve_config, vocabulary_of
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
-from training.trainer import TrainingCallbacks, train
-from utils.device import autocast, pick_device
+from training.trainer import Trainer
+from utils.device import pick_device
 from utils.errors import UsageError
 from utils.ranks import DistributedContext, torchrun_context
 
-NEW_TOKENIZER = ".tokenizer"  # the tokenizer's folder until a new run begins
 # torchrun passes signals on to the ranks, which have minutes to end a step and save it.
 TORCHRUN = (
     ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "600")
@@ -181,98 +176,6 @@ def make_pusher(config: Config, folder: Path, prepared: Prepared, model_class: A
     return Pusher(config.hub, model_class.model_type, folder, export_to, prepared.log.say)
 
 
-class ModelEvaluation:
-    """Evaluates the model between two steps, logs the results, and exports the best model so far.
-
-    `predictions`: the last ones, each with image, question, answer and prediction.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        prepared: Prepared,
-        tasks: TrainingTasks,
-        world: DistributedContext,
-    ) -> None:
-        self.config, self.folder, self.tasks, self.world = config, folder, tasks, world
-        self.trained, self.model_class = prepared.model, type(prepared.model)  # FSDP changes the class
-        self.data, self.validation, self.log = prepared.data, prepared.validation, prepared.log
-        metrics = self.validation.metrics(config.eval.captions) | tasks.metrics
-        self.best = BestCheckpoint(folder, config.eval.best, metrics)
-        self.predictions: list[dict[str, Any]] = []
-        self.warnings: list[str] = []
-
-    def model(self) -> Any:
-        """The model for one process; every rank must call this."""
-        return unsharded(self.trained, self.config, self.model_class)
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        """Return the metrics after `step`."""
-        model, e = self.model(), self.config.eval
-        with autocast(self.config.train.dtype, pick_device(self.config.train.device)):
-            scores = self.validation.score(model, self.world)
-        self._predict(model, step)
-        self._score_captions(model, scores)
-        self._log_scores(step, scores)
-        metrics = {f"validation_{name}": value for name, value in scores.items()}
-        dropped = sorted(self.data.validation.dropped.items())
-        if dropped:
-            metrics["validation_dropped"] = {f"{source}: {reason}": n for (source, reason), n in dropped}
-        if step == self.config.max_steps or (e.tasks_every and step % e.tasks_every == 0):
-            metrics |= self._score_tasks(model)
-        if self.world.is_rank0 and self.best.is_beaten(step, metrics):
-            export(model, self.folder / "best", self.data.tokenizer, self.config, self.folder, metrics)
-            self.best.note(step, metrics)
-        return metrics
-
-    def _predict(self, model: Any, step: int) -> None:
-        """Answer a few validation questions; save and log the answers, and the pictures of them."""
-        self.predictions = self.validation.predictions(model, 8, self.world)
-        if not self.world.is_rank0:
-            return
-        samples = self.folder / "samples"
-        save_samples(samples, step, self.predictions)
-        self.log.predictions(step, self.predictions, samples / f"step_{step:06d}.png")
-        picture = self.validation.agreement.picture()
-        self.log.picture(step, "tokens", save_picture(picture, samples / f"step_{step:06d}_tokens.png"))
-
-    def _score_captions(self, model: Any, scores: dict[str, Any]) -> None:
-        """Add CIDEr to `scores` if the validation records are captions; warn once of what lowers it."""
-        e = self.config.eval
-        captions = self.validation.cider(model, e.captions, e.caption_tokens, self.world)
-        if captions is None:
-            return
-        scores["cider"] = captions.score
-        if captions.warning and captions.warning not in self.warnings:
-            self.warnings.append(captions.warning)
-            self.log.say(f"warning: {captions.warning}")
-
-    def _log_scores(self, step: int, scores: dict[str, Any]) -> None:
-        """Print the scores, and the first predictions."""
-        more = "".join(
-            f", {name.removeprefix('accuracy_')} {value:.2%}"
-            for name, value in scores.items()
-            if name.startswith("accuracy_")
-        )
-        if "cider" in scores:
-            more += f", CIDEr {scores['cider']:.3f}"
-        self.log.say(
-            f"step {step}: validation loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}{more}"
-        )
-        for p in self.predictions[:4]:
-            answer = " ".join(p["prediction"].split())  # on one line
-            truth = "" if p["prediction"] == p["answer"] else f"   (truth: {p['answer']})"
-            self.log.say(f"    {p['question']}  →  {answer}{truth}")
-
-    def _score_tasks(self, model: Any) -> dict[str, float]:
-        """Run and log the tasks of `eval.tasks`."""
-        task_scores = self.tasks.score(model, self.data.validation.renderer, self.world)
-        for name, value in task_scores.items():
-            self.log.say(f"    {name} {value:.4f}")
-        return task_scores
-
-
 def train_and_export(
     config: Config,
     folder: Path,
@@ -284,33 +187,26 @@ def train_and_export(
 ) -> None:
     """Train until the last step, then export the model. After a stop signal only a checkpoint is saved."""
     data, log = prepared.data, prepared.log
-    evaluation = ModelEvaluation(config, folder, prepared, tasks, world)
-    best = evaluation.best
-
-    def push(checkpoint: Path) -> None:
-        # Not the last checkpoint's model: it is pushed when it is exported.
-        if pusher is not None and checkpoint.name != f"step_{config.max_steps:06d}":
-            pusher.saved(checkpoint)
-
-    callbacks = TrainingCallbacks(
-        data.batches,
-        evaluate=evaluation,
-        before_checkpoint=prepared.cache.save,
-        data_identity=data_identity(data),
-        saved=push,
-        in_use=pusher.in_use if pusher is not None else list,
-        best=lambda: best.step if world.is_rank0 else -1,
-        begin=partial(begin_run, config, folder, best),
+    evaluation = Evaluation(config, folder, prepared.validation, tasks)
+    callbacks = [
+        Watchdog(config.train.stall_minutes),
+        Diagnostics(),
+        evaluation,
+        prepared.cache,
+        *([pusher] if pusher is not None else []),
+    ]
+    trainer = Trainer(
+        config, prepared.model, data.batches, folder, log, callbacks, world, data_identity(data)
     )
     try:
-        train(config, prepared.model, callbacks, folder, log, checkpoint, world)
-        if best.warning:
-            log.say(f"warning: {best.warning}")
+        trainer.train(checkpoint)
     except Stopped as stopped:
         log.say(f"{stopped}\n{resume_command(folder, world)}")
         return
+    if evaluation.best.warning:
+        log.say(f"warning: {evaluation.best.warning}")
     dropped = sum(world.gather(data.batches.dropped()), Counter())
-    model = evaluation.model()
+    model = unsharded(prepared.model, config)
     if not world.is_rank0:
         return
     predictions = evaluation.predictions
@@ -320,23 +216,6 @@ def train_and_export(
     if dropped:
         log.say(f"training records dropped: {by_source(dropped)}")
     export_final(model, config, folder, data.tokenizer, predictions[0], log, pusher)
-
-
-def begin_run(config: Config, folder: Path, best: BestCheckpoint, step: int, rewound: bool) -> None:
-    """Make the folder a run, or let its run continue after `step`; `rewound`: it had gone further before.
-
-    Called when nothing can fail any more. Later steps' samples are deleted; their models go to
-    `checkpoints/abandoned`.
-    """
-    write_config(config, folder)
-    if (folder / NEW_TOKENIZER).is_dir():
-        (folder / NEW_TOKENIZER).rename(folder / "tokenizer")
-    abandon = partial(move_to_abandoned, folder=folder / "checkpoints")
-    best.go_back(step, abandon)
-    for exported in (folder / "model", folder / "adapters") if rewound else ():
-        if exported.exists():
-            abandon(exported)
-    forget_samples(folder / "samples", step)
 
 
 def resume_command(folder: Path, world: DistributedContext) -> str:

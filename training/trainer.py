@@ -1,272 +1,345 @@
-"""The training loop, the same for every model."""
+"""The training loop, the same for every model: read `Trainer.train`, then `Trainer.train_step`."""
 
 import json
 import math
 import random
+import resource
 import statistics
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs.serialization import to_dict
-from configs.train import Config, TrainConfig
+from configs.train import Config
 from data.loader import merged
 from models.language_model import DecoderBlock
+from models.multi_token import chains
+from training.callbacks import Callback
 from training.checkpoint import Saver, abandon_later, checkpoints, load_checkpoint
-from training.diagnostics import Diagnostics, FlopsMeter
-from training.distributed import wrap_model
-from training.ema import ema_weights, swap_ema
+from training.diagnostics import FlopsMeter, sources_of
+from training.distributed import gradient_sync, wrap_model
+from training.ema import ema_weights, swap_ema, update_ema
 from training.logging import RunLog
-from training.optim import freeze, make_optimizers
-from training.precision import grad_scaler, load_scale, scale_state
+from training.optim import (
+    clip_gradients,
+    freeze,
+    grad_scaler,
+    head_weights,
+    load_scale,
+    make_optimizers,
+    scale_state,
+    set_learning_rates,
+)
 from training.process_memory import FreedMemory
+from training.run_dir import begin_run
 from training.signals import Stopped, StopSignals
-from training.step import Batch, train_step
-from training.watchdog import Watchdog
-from utils.device import compute_dtype, pick_device
+from utils.device import autocast, compute_dtype, pick_device
 from utils.errors import UserError
 from utils.files import append_text
 from utils.ranks import SINGLE_PROCESS, DistributedContext
 
+Batch = dict[str, Tensor]
 SPIKE, NORMS = 5.0, 100  # a spike is a gradient norm above SPIKE × the median of the last NORMS
 
 
 class Batches(Protocol):
-    """An endless iterator of batches whose position can be saved."""
+    """An endless iterator of batches: all that `train_step` needs."""
 
     def __next__(self) -> Batch: ...
+    def sources(self) -> list[str]: ...
+    def samples(self) -> list[str]: ...
+
+
+class ResumableBatches(Batches, Protocol):
+    """Batches whose position can be saved, for `train`."""
+
     def state(self) -> dict[int, Any]: ...
     def load_state(self, states: list[Any]) -> None: ...
-    def sources(self) -> list[str]: ...
     def dropped(self) -> Counter[tuple[str, str]]: ...
-    def samples(self) -> list[str]: ...
     def close(self) -> None: ...
 
 
 @dataclass
-class TrainingCallbacks:
-    """What the loop gets from outside: the data, the evaluation, and hooks."""
+class StepData:
+    """The micro-batches of one step on this rank, and what all ranks' micro-batches hold together."""
 
-    batches: Batches
-    # Step → metrics. May print, write samples and export the best model.
-    evaluate: Callable[[int], dict[str, Any]]
-    before_checkpoint: Callable[[], None]
-    # Stored with each checkpoint; plain JSON.
-    data_identity: dict[str, Any] = field(default_factory=dict)
-    # Rank 0: called after each checkpoint is written, in the saver's thread.
-    saved: Callable[[Path], None] = lambda checkpoint: None
-    # Rank 0: the checkpoints that are being read, and must not be deleted.
-    in_use: Callable[[], list[Path]] = list
-    # Rank 0: the step of the best model so far, whose checkpoint is retained; −1: none.
-    best: Callable[[], int] = lambda: -1
-    # Rank 0: called when nothing can fail any more. The run continues after this step; had it gone further?
-    begin: Callable[[int, bool], None] = lambda step, rewound: None
-
-
-def train(
-    config: Config,
-    model: Any,
-    callbacks: TrainingCallbacks,
-    folder: Path,
-    log: RunLog,
-    checkpoint: Path | None,
-    world: DistributedContext = SINGLE_PROCESS,
-) -> None:
-    """Train `model` until step `config.max_steps`, from `checkpoint` if there is one.
-
-    A signal raises `Stopped` once its step is saved. At the end the model holds the average of `train.ema`.
-    """
-    device = pick_device(config.train.device)
-    freed_memory = FreedMemory(device)
-    run = Trainer(config, model, callbacks, folder, log, device, world)
-    _continue_from(run, checkpoint)
-    if config.train.ema:
-        log.say(f"validated and exported: a moving average of the weights (train.ema = {config.train.ema:g})")
-    succeeded = False
-    try:
-        with (
-            Watchdog(config.train.stall_minutes) as watchdog,
-            # Under torchrun a Ctrl-C comes twice: from the terminal, and passed on by torchrun.
-            StopSignals(patience=1 if world.size == 1 else 2) as stop,
-        ):
-            if run.pending_evaluation:
-                run.evaluate()
-                run.save()  # without a pending evaluation
-            while run.step < config.max_steps:
-                watchdog.progress()
-                values = run.train_one_step()
-                run.saver.prepare(model, run.optimizers)
-                run.log_values(values)
-                if run.is_evaluation_due:
-                    run.evaluate()
-                saved, stopped = run.save_if_due(stop.name)
-                freed_memory.after_step()
-                if stopped and run.step < config.max_steps:
-                    run.saver.wait()
-                    succeeded = True
-                    raise Stopped(
-                        f"{stop.name or 'another rank received a signal'}: stopped after step {run.step}, "
-                        f"whose checkpoint is {saved}"
-                    )
-            run.saver.wait()
-            swap_ema(run.optimizers)
-            succeeded = True
-    finally:
-        log.stop(succeeded)
-        callbacks.batches.close()
-
-
-def _continue_from(run: "Trainer", checkpoint: Path | None) -> None:
-    """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
-    log, config = run.log, run.config
-    logged = run.resume_from(checkpoint) if checkpoint is not None else 0
-    # Nothing is retained if the run was killed before its first checkpoint.
-    retained = log.read_until(run.step, logged)
-    if run.world.is_rank0:
-        # First of all: from now on `--resume auto` continues from this step.
-        abandoned = abandon_later(run.folder / "checkpoints", run.step)
-        for path in abandoned:
-            log.say(f"{path.name} is of a later step, or damaged: it is now {path}; delete it when you like")
-        run.callbacks.begin(run.step, bool(abandoned))
-        log.truncate(retained)
-    log.start(run.step, config.max_steps)
-    log.track(config.log, to_dict(config), run.step if checkpoint is not None else None)
+    micro_batches: list[Batch]
+    samples: list[list[str]]  # of each micro-batch: source and record number of its groups, row by row
+    sources: list[str]  # names of all sources; empty if there is only one
+    counts: dict[str, int]  # see `Trainer._count`
+    head_targets: Tensor  # (K,) supervised positions of each multi-token head
+    seconds_waited: float
 
 
 class Trainer:
-    """A model in training: its optimizers, the work after each step, and its state in checkpoints."""
+    """A model in training: its optimizers, its steps, and its state in checkpoints.
+
+    Moves `model` to the device of `train.device` and freezes its parts whose learning rate is 0. `folder` and
+    `log` are for `train`; a trial that only takes steps needs neither. `data_identity`: plain JSON that every
+    checkpoint holds.
+    """
 
     def __init__(
         self,
         config: Config,
         model: Any,
-        callbacks: TrainingCallbacks,
-        folder: Path,
-        log: RunLog,
-        device: torch.device,
-        world: DistributedContext,
+        batches: Batches,
+        folder: Path = Path(),
+        log: RunLog | None = None,
+        callbacks: Sequence[Callback] = (),
+        world: DistributedContext = SINGLE_PROCESS,
+        data_identity: dict[str, Any] | None = None,
     ) -> None:
         c = config.train
-        self.config, self.callbacks, self.folder, self.log = config, callbacks, folder, log
-        self.device, self.world = device, world
+        self.config, self.folder, self.world = config, folder, world
+        self.batches: Any = batches  # `train` needs `ResumableBatches`
+        self.callbacks, self.data_identity = callbacks, data_identity or {}
+        self.log = log or RunLog(folder, silent=True)
+        self.device = pick_device(c.device)
+        self.freed_memory = FreedMemory(self.device)
         freeze(model, c)
-        self.model = model.to(device).train()  # a frozen encoder stays in evaluation mode
-        set_blocks(model, c)
-        self.flops_meter = FlopsMeter(model, device, world.size)
-        self.parallel_model = wrap_model(
-            model, config.parallel, device, compute_dtype(c.dtype, device), world
-        )
+        self.model = model.to(self.device).train()  # a frozen encoder stays in evaluation mode
+        for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
+            block.recompute = c.recompute
+            block.compiled = torch.compile(block.run) if c.compile else None
+        self.flops_meter = FlopsMeter(model, self.device, world.size)
+        dtype = compute_dtype(c.dtype, self.device)
+        self.parallel_model = wrap_model(model, config.parallel, self.device, dtype, world)
         self.optimizers = make_optimizers(model, c)
-        self.scaler = grad_scaler(c, device, world.size)
-        self.diagnostics = Diagnostics(model, self.optimizers)
-        self.saver = Saver(
-            folder / "checkpoints", c.keep_checkpoints, world, callbacks.saved, callbacks.in_use
-        )
+        self.scaler = grad_scaler(c, self.device, world.size)
+        self.saver = Saver(folder / "checkpoints", c.keep_checkpoints, world, self._saved, self._in_use)
         self.saved_at = time.monotonic()
-        self.step = 0  # steps that are done
+        self.step = 0  # steps that are done, or the one under way
         self.failed = 0  # consecutive steps without an update, up to this one
         self.norms: deque[float] = deque(maxlen=NORMS)
         self.dropped: dict[str, int] = {}  # as last logged
         self.pending_evaluation = False  # the evaluation after this step failed
 
-    @property
-    def is_evaluation_due(self) -> bool:
-        """Whether a validation or a task follows this step."""
-        c, e = self.config.train, self.config.eval
-        return self.step == self.config.max_steps or any(
-            every and self.step % every == 0 for every in (c.eval_every, e.tasks_every if e.tasks else 0)
-        )
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train until step `max_steps`, from `checkpoint` if there is one.
 
-    def resume_from(self, checkpoint: Path) -> int:
-        """Load a checkpoint; return the last step that metrics.jsonl had lines of at that time."""
-        state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
-        self.step, self.failed = state["step"], state["skipped"]
-        self.norms.extend(state.get("norms", []))
-        self.dropped = state.get("dropped", {})
-        self.pending_evaluation = state.get("pending_evaluation", False)
-        load_scale(self.scaler, state.get("scaler", {}), self.world.size)
+        A signal raises `Stopped` once its step is saved. In the end the model holds its average weights, if
+        there are any (`train.ema`).
+        """
+        self._begin(checkpoint)
+        succeeded = False
         try:
-            self.callbacks.batches.load_state(state["data"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})"
-            ) from error
-        self.log.say(f"resumed from {checkpoint} after step {self.step}")
-        return int(state.get("logged", 0))
+            # Under torchrun a Ctrl-C comes twice: from the terminal, and passed on by torchrun.
+            with StopSignals(patience=1 if self.world.size == 1 else 2) as stop:
+                if self.pending_evaluation:
+                    self.evaluate()
+                    self.save()  # without a pending evaluation
+                while self.step < self.config.max_steps:
+                    values = self.train_step()
+                    self.saver.prepare(self.model, self.optimizers)
+                    self.check(values)
+                    for callback in self.callbacks:
+                        callback.after_step(self, values)
+                    self.log_values(values)
+                    if self.is_evaluation_due:
+                        self.evaluate()
+                    saved, stopped = self.save_if_due(stop.name)
+                    self.freed_memory.after_step()
+                    if stopped and self.step < self.config.max_steps:
+                        self.saver.wait()
+                        succeeded = True
+                        raise Stopped(
+                            f"{stop.name or 'another rank received a signal'}: "
+                            f"stopped after step {self.step}, whose checkpoint is {saved}"
+                        )
+                self.saver.wait()
+                swap_ema(self.optimizers)
+                succeeded = True
+        finally:
+            self.log.stop(succeeded)
+            for callback in self.callbacks:
+                callback.end(succeeded)
+            self.batches.close()
 
-    def save(self) -> Path:
-        """Start to write a checkpoint of this step; return its folder."""
+    def _begin(self, checkpoint: Path | None) -> None:
+        """Load `checkpoint`, drop what the run wrote after it, and open log and trackers."""
+        log, config = self.log, self.config
+        logged = self.load_checkpoint(checkpoint) if checkpoint is not None else 0
+        # Nothing is retained if the run was killed before its first checkpoint.
+        retained = log.read_until(self.step, logged)
+        if self.world.is_rank0:
+            # First of all: from now on `--resume auto` continues from this step.
+            abandoned = abandon_later(self.folder / "checkpoints", self.step)
+            for path in abandoned:
+                log.say(
+                    f"{path.name} is of a later step, or damaged: it is now {path}; delete it when you like"
+                )
+            begin_run(config, self.folder, rewound=bool(abandoned))
+        for callback in self.callbacks:
+            callback.begin(self)
+        log.truncate(retained)
+        log.start(self.step, config.max_steps)
+        log.track(config.log, to_dict(config), self.step if checkpoint is not None else None)
+        if config.train.ema:
+            log.say(
+                f"validated and exported: a moving average of the weights (train.ema = {config.train.ema:g})"
+            )
 
-        def state() -> dict[str, Any]:
-            data = merged(self.world.gather(self.callbacks.batches.state()))
-            return {
-                "skipped": self.failed,
-                "norms": list(self.norms),
-                "logged": self.log.logged,
-                "dropped": self.dropped,
-                "pending_evaluation": self.pending_evaluation,
-                "data": data,
-                "scaler": scale_state(self.scaler, self.world.size),
-            } | self.callbacks.data_identity
+    # One optimizer step.
 
-        def before() -> None:
-            self.log.sync()  # after a crash, too, metrics.jsonl holds a checkpoint's steps
-            self.callbacks.before_checkpoint()
+    def train_step(self) -> dict[str, Any]:
+        """Take the next step; return its values for the log.
 
-        self.saved_at = time.monotonic()
-        return self.saver.save(self.step, self.model, self.optimizers, state, before)
-
-    def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
-        """Save if due, or if any rank received a signal. → the checkpoint, and whether one did."""
-        c = self.config.train
-        self.saver.protected_step = self.callbacks.best()
-        late = self.world.is_rank0 and (
-            0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
-            or self.saver.protected_step == self.step
+        The loss is cross-entropy summed over all micro-batches of all ranks ÷ their supervised tokens. If
+        loss or gradient are not finite, or no token is supervised, nothing is updated. The values then hold
+        "skipped", the reason, and "samples", those of this rank. If fp16's scaler scaled too far, they hold
+        "overflow", its scale, instead.
+        """
+        c, started = self.config.train, time.perf_counter()
+        self.step += 1
+        data = self._load_step()
+        supervised = data.counts["supervised"]
+        losses = self._backward(data)
+        self.world.sum(losses)
+        rates = set_learning_rates(self.optimizers, self.step - 1, self.config.max_steps, c)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norms = clip_gradients(self.optimizers, c.clip)
+        norm, (loss, *more) = math.hypot(*norms.values()), losses.tolist()
+        is_finite = all(map(math.isfinite, (loss, *more)))
+        updates = bool(supervised) and is_finite and math.isfinite(norm)
+        self.saver.copied()
+        for callback in self.callbacks:
+            callback.before_update(self)
+        self._update(updates)
+        scale = self.scaler.get_scale() * self.world.size
+        self.scaler.update()
+        speed = self._speed(data, time.perf_counter() - started)
+        if supervised and is_finite and not updates and self.scaler.is_enabled():
+            return {"loss": loss, "grad_norm": None, "overflow": scale} | speed
+        if not updates:
+            reason = f"loss {loss}, gradient norm {norm}" if supervised else "no token to learn"
+            samples = [sample for batch_samples in data.samples for sample in batch_samples]
+            return {"loss": None, "grad_norm": None, "skipped": reason, "samples": samples} | speed
+        values = {"loss": loss, "grad_norm": norm, "grad_norms": norms, "lr": rates}
+        if heads := len(data.head_targets):
+            values["head_losses"] = more[:heads]
+        if names := data.sources:
+            sums, tokens = more[heads : heads + len(names)], more[heads + len(names) :]
+            values["source_losses"] = {
+                name: total / n for name, total, n in zip(names, sums, tokens, strict=True) if n
+            }
+        if self.scaler.is_enabled():
+            values["loss_scale"] = scale
+        length = self.config.data.right_length
+        length += self.config.data.left_length if self.config.model.left_context != "none" else 0
+        return (
+            values
+            | {
+                "supervised_tokens": supervised,
+                "fill": (data.counts["left"] + data.counts["right"]) / (c.global_batch_size * length),
+                "memory_gb": memory(self.device),
+            }
+            | speed
         )
-        due = torch.tensor([bool(signal), late], dtype=torch.int64)
-        self.world.sum(due)
-        stopped = bool(due[0])
-        if (
-            due.any()
-            or self.step == self.config.max_steps
-            or (c.checkpoint_every and self.step % c.checkpoint_every == 0)
-        ):
-            return self.save(), stopped
-        return None, stopped
 
-    def train_one_step(self) -> dict[str, Any]:
-        """Take one step; return its values for the log. Too many failed steps in a row raise `UserError`."""
-        c, self.step = self.config.train, self.step + 1
-        diagnosed = bool(c.diagnostics_every) and self.step % c.diagnostics_every == 0
+    def _load_step(self) -> StepData:
+        """Take this rank's micro-batches of a step, for a GPU in pinned memory; count those of all ranks."""
+        started = time.perf_counter()
+        micro_batches, samples = [], []
+        for _ in range(self.config.train.micro_batches // self.world.size):
+            batch = next(self.batches)
+            if self.device.type == "cuda":  # which reads them while it computes
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            micro_batches.append(batch)
+            samples.append(self.batches.samples())
+        waited = time.perf_counter() - started
+        names = self.batches.sources()
+        counts, head_targets = self._count(micro_batches)
+        return StepData(micro_batches, samples, names if len(names) > 1 else [], counts, head_targets, waited)
 
-        def before_update() -> None:
-            self.saver.copied()
-            if diagnosed:
-                self.diagnostics.capture()
+    def _count(self, micro_batches: list[Batch]) -> tuple[dict[str, int], Tensor]:
+        """Count tokens (supervised, left, right), tiles, and pairs of a query and a key, over all ranks.
 
-        values = train_step(
-            self.config,
-            self.parallel_model,
-            self.optimizers,
-            self.callbacks.batches,
-            self.step,
-            self.device,
-            self.world,
-            before_update,
-            self.flops_meter,
-            self.scaler,
-        )
+        → the counts by name, and each multi-token head's targets (K,). A pair: the query sees the key.
+        """
+        heads = self.config.model.multi_token.heads
+        streams = ("left", "left_groups"), ("right", "right_documents")
+        tokens = [sum(int((b[name] >= 0).sum()) for b in micro_batches) for _, name in streams]
+        pairs = [
+            sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro_batches)
+            for side, name in streams
+        ]
+        supervised = sum(int((b["labels"] != -100).sum()) for b in micro_batches)
+        tiles = sum(len(b["tiles"]) for b in micro_batches)
+        counts = torch.tensor([supervised, *tokens, tiles, *pairs, *[0] * heads])
+        if heads:
+            counts[6:] = sum(
+                (chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro_batches
+            )
+        self.world.sum(counts)
+        names = ("supervised", "left", "right", "tiles", "left_pairs", "right_pairs")
+        return dict(zip(names, counts.tolist(), strict=False)), counts[6:]
+
+    def _backward(self, data: StepData) -> Tensor:
+        """Accumulate the gradients of all micro-batches.
+
+        → this rank's share of the losses, (1 + K + 2 × sources,): the loss, the mean loss of each head, the
+        summed loss of each source, the tokens of each source.
+        """
+        c, heads, names = self.config.train, len(data.head_targets), data.sources
+        weights = torch.tensor(head_weights(self.step - 1, heads, c) if heads else [], device=self.device)
+        losses = torch.zeros(1 + heads + 2 * len(names), device=self.device)
+        by_source = losses[1 + heads :].view(2, len(names))
+        for number, (batch, samples) in enumerate(zip(data.micro_batches, data.samples, strict=True), 1):
+            is_last = number == len(data.micro_batches)
+            with gradient_sync(self.parallel_model, is_last) if self.world.size > 1 else nullcontext():
+                with autocast(c.dtype, self.device):
+                    output = self.parallel_model(
+                        **{name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+                    )
+                loss = output.loss_sum / max(1, data.counts["supervised"])
+                losses[0] += loss.detach()
+                if heads:
+                    means = output.head_loss_sums / data.head_targets.clamp(min=1).to(self.device)
+                    losses[1 : 1 + heads] += means.detach()
+                    loss = loss + (weights * means).sum()
+                if names:
+                    # On the CPU, while a GPU computes.
+                    source = sources_of(batch, samples, names).to(self.device)
+                    ones = torch.ones_like(output.losses)
+                    by_source.index_add_(1, source, torch.stack((output.losses, ones)))
+                # The ranks' gradients are averaged, not summed.
+                self.scaler.scale(loss * self.world.size).backward()
+        return losses
+
+    def _update(self, updates: bool) -> None:
+        """Update the weights and their moving average if `updates`; drop the gradients."""
+        for optimizer in self.optimizers:
+            if updates:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if updates and self.config.train.ema:
+            update_ema(self.optimizers, self.step, self.config.train.ema)
+
+    def _speed(self, data: StepData, seconds: float) -> dict[str, float]:
+        """Tokens, tiles, FLOPs per second of all ranks; share of the step that this rank waited for data."""
+        return {
+            "tokens_per_s": (data.counts["left"] + data.counts["right"]) / seconds,
+            "supervised_tokens_per_s": data.counts["supervised"] / seconds,
+            "tiles_per_s": data.counts["tiles"] / seconds,
+            "data_wait": data.seconds_waited / seconds,
+        } | self.flops_meter.of(data.counts, seconds)
+
+    # After a step.
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Log a step that failed or spiked. Too many failed steps in a row raise `UserError`."""
         failed = "skipped" in values or "overflow" in values
-        if diagnosed and not failed:
-            values["update_ratios"], histograms = self.diagnostics.report()
-            self.log.histograms(self.step, histograms)
         self.failed = self.failed + 1 if failed else 0
         if "overflow" in values:
             self.log.say(
@@ -274,12 +347,37 @@ class Trainer:
                 f"{values['overflow']:g}, which is halved"
             )
         elif failed:
-            _log_skipped(values, self.step, self.folder, self.log, self.world)
+            self._log_skipped(values)
         else:
-            _log_spike(values, self.norms, c.clip, self.step, self.log)
-        if self.failed == c.skips:
+            self._log_spike(values)
+        if self.failed == self.config.train.skips:
             self._give_up("overflow" in values)
-        return values
+
+    def _log_skipped(self, values: dict[str, Any]) -> None:
+        """Write the samples of a skipped step, of all ranks, to `skipped.jsonl`."""
+        reason = values.pop("skipped")
+        samples = [sample for rank in self.world.gather(values.pop("samples")) for sample in rank]
+        path = self.folder / "skipped.jsonl"
+        if self.world.is_rank0:
+            append_text(path, json.dumps({"skipped": reason, "samples": samples, "step": self.step}) + "\n")
+        self.log.say(f"warning: step {self.step} skipped ({reason}): the batch's samples are in {path}")
+
+    def _log_spike(self, values: dict[str, Any]) -> None:
+        """Add "spike" to the values if the gradient norm is far above the last ones.
+
+        A warning is printed only if clipping changed the step. Near a loss of 0 there are hundreds of spikes
+        that it does not change.
+        """
+        norm = values["grad_norm"]
+        median = statistics.median(self.norms) if len(self.norms) >= NORMS // 5 else 0.0
+        if norm > SPIKE * median > 0:
+            values["spike"] = norm / median
+            if norm > self.config.train.clip:
+                self.log.say(
+                    f"warning: step {self.step}: the gradient norm {norm:.3g} is {norm / median:.0f} times "
+                    f"the median of the last {len(self.norms)} steps ({median:.3g})"
+                )
+        self.norms.append(norm)
 
     def _give_up(self, overflow: bool) -> NoReturn:
         """Raise `UserError` after too many failed steps."""
@@ -305,79 +403,120 @@ class Trainer:
             return
         before = self.dropped
         if self.world.size == 1 or self.is_evaluation_due:
-            dropped = sum(self.world.gather(self.callbacks.batches.dropped()), Counter())
+            dropped: Counter[tuple[str, str]] = sum(self.world.gather(self.batches.dropped()), Counter())
             self.dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(dropped.items())}
         changed = {"dropped": self.dropped} if self.dropped != before and self.dropped else {}
         self.log.metrics({"step": self.step} | values | changed)
 
-    def evaluate(self) -> None:
-        """Evaluate after this step.
+    # Evaluation.
 
-        If that fails in a single process, a checkpoint is saved, and a resumed run repeats the evaluation.
-        Several ranks do not fail together: they resume from the last checkpoint.
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether a validation or a task follows this step."""
+        c, e = self.config.train, self.config.eval
+        return self.step == self.config.max_steps or any(
+            every and self.step % every == 0 for every in (c.eval_every, e.tasks_every if e.tasks else 0)
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate after this step, in evaluation mode, without gradients; log the metrics.
+
+        Random states are restored: training continues as if there had been no evaluation. If it fails in a
+        single process, a checkpoint is saved, and a resumed run repeats the evaluation. Several ranks do not
+        fail together: they resume from the last checkpoint.
         """
         self.saver.copied()  # because the moving average changes places with the weights
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002 (other libraries use it)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        self.model.eval()
+        values: dict[str, Any] = {"step": self.step}
         try:
-            evaluate(self.model, self.optimizers, self.callbacks, self.step, self.log)
-            self.pending_evaluation = False
+            with torch.no_grad(), torch.random.fork_rng(devices), ema_weights(self.optimizers):
+                for callback in self.callbacks:
+                    values |= callback.evaluate(self)
         except Exception:
             if self.world.size == 1:
                 self.pending_evaluation = True
                 self.save()
                 self.saver.wait()
             raise
+        self.pending_evaluation = False
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        self.model.train()
+        self.log.metrics(values)
+
+    # Checkpoints.
+
+    def save_if_due(self, signal: str) -> tuple[Path | None, bool]:
+        """Save if due, or if any rank received a signal. → the checkpoint, and whether one did."""
+        c = self.config.train
+        late = self.world.is_rank0 and (
+            0 < c.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
+            or self.saver.protected_step == self.step
+        )
+        due = torch.tensor([bool(signal), late], dtype=torch.int64)
+        self.world.sum(due)
+        if (
+            due.any()
+            or self.step == self.config.max_steps
+            or (c.checkpoint_every and self.step % c.checkpoint_every == 0)
+        ):
+            return self.save(), bool(due[0])
+        return None, False
+
+    def save(self) -> Path:
+        """Start to write a checkpoint of this step; return its folder."""
+        self.saved_at = time.monotonic()
+        return self.saver.save(self.step, self.model, self.optimizers, self._state, self._before_checkpoint)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors and random states."""
+        return {
+            "skipped": self.failed,
+            "norms": list(self.norms),
+            "logged": self.log.logged,
+            "dropped": self.dropped,
+            "pending_evaluation": self.pending_evaluation,
+            "data": merged(self.world.gather(self.batches.state())),
+            "scaler": scale_state(self.scaler, self.world.size),
+        } | self.data_identity
+
+    def load_checkpoint(self, checkpoint: Path) -> int:
+        """Load a checkpoint; return the last step that metrics.jsonl had lines of at that time."""
+        state = load_checkpoint(checkpoint, self.model, self.optimizers, self.world)
+        self.step, self.failed = state["step"], state["skipped"]
+        self.norms.extend(state.get("norms", []))
+        self.dropped = state.get("dropped", {})
+        self.pending_evaluation = state.get("pending_evaluation", False)
+        load_scale(self.scaler, state.get("scaler", {}), self.world.size)
+        try:
+            self.batches.load_state(state["data"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {checkpoint}: its data position does not fit this data set ({error!r})"
+            ) from error
+        self.log.say(f"resumed from {checkpoint} after step {self.step}")
+        return int(state.get("logged", 0))
+
+    # Called in the saver's thread.
+
+    def _before_checkpoint(self) -> None:
+        self.log.sync()  # after a crash, too, metrics.jsonl holds a checkpoint's steps
+        for callback in self.callbacks:
+            callback.before_checkpoint()
+
+    def _saved(self, checkpoint: Path) -> None:
+        for callback in self.callbacks:
+            callback.saved(checkpoint)
+
+    def _in_use(self) -> list[Path]:
+        return [path for callback in self.callbacks for path in callback.in_use()]
 
 
-def set_blocks(model: Any, config: TrainConfig) -> None:
-    """Apply `train.recompute` and `train.compile` to every decoder block."""
-    for block in model.modules():
-        if isinstance(block, DecoderBlock):
-            block.recompute = config.recompute
-            block.compiled = torch.compile(block.run) if config.compile else None
-
-
-def _log_spike(values: dict[str, Any], norms: deque[float], clip: float, step: int, log: RunLog) -> None:
-    """Add "spike" to the metrics if the gradient norm is far above the last ones.
-
-    A warning is printed only if the norm is above `clip` too. Near a loss of 0 there are hundreds of spikes
-    that clipping does not change.
-    """
-    norm = values["grad_norm"]
-    if len(norms) >= NORMS // 5 and norm > SPIKE * (usual := statistics.median(norms)) > 0:
-        values["spike"] = norm / usual
-        if norm > clip:
-            log.say(
-                f"warning: step {step}: the gradient norm {norm:.3g} is {norm / usual:.0f} times the median "
-                f"of the last {len(norms)} steps ({usual:.3g})"
-            )
-    norms.append(norm)
-
-
-def _log_skipped(
-    values: dict[str, Any], step: int, folder: Path, log: RunLog, world: DistributedContext
-) -> None:
-    """Write the samples of a skipped step, of all ranks, to `skipped.jsonl`."""
-    reason = values.pop("skipped")
-    samples = [sample for rank in world.gather(values.pop("samples")) for sample in rank]
-    path = folder / "skipped.jsonl"
-    if world.is_rank0:
-        append_text(path, json.dumps({"skipped": reason, "samples": samples, "step": step}) + "\n")
-    log.say(f"warning: step {step} skipped ({reason}): the batch's samples are in {path}")
-
-
-def evaluate(
-    model: Any, optimizers: list[torch.optim.Optimizer], callbacks: TrainingCallbacks, step: int, log: RunLog
-) -> None:
-    """Evaluate the model (its moving average, if any) in evaluation mode without gradients; log the metrics.
-
-    Random states are restored: training continues as if there had been no evaluation.
-    """
-    model.eval()
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (other libraries use it)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices), ema_weights(optimizers):
-        values = callbacks.evaluate(step)
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    model.train()
-    log.metrics({"step": step} | values)
+def memory(device: torch.device) -> float:
+    """Peak memory so far in GB: of the GPU, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
