@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.precision import grad_scaler, load_scale, scale_state
 
 from configs.train import Config, DataConfig, TrainConfig
 from data.loader import merged
@@ -24,6 +23,7 @@ from tests.programs import Program, run_program, run_ranks, start_ranks
 from tests.test_training import command
 from training.checkpoint import checkpoints
 from training.distributed import check_world
+from training.optim import grad_scaler, load_scale, scale_state
 from training.script import TORCHRUN
 from utils.errors import UsageError
 from utils.ranks import DistributedContext

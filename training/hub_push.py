@@ -4,11 +4,13 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from configs.train import HubConfig
 from training.callbacks import Callback
+from training.checkpoint import step_of
 from utils.errors import UserError
 from utils.hub import HubUnavailable, open_repo, push
 
@@ -36,6 +38,7 @@ class Pusher(Callback):
         self.newest: Path | None = None  # waits for its push
         self.pushing: Path | None = None
         self.repo = ""
+        self.last_step = -1
         self.warnings: set[str] = set()
         disable_progress_bars()  # the run has its own
         try:
@@ -56,8 +59,16 @@ class Pusher(Callback):
         self.repo = self._open_repo()
         return push(folder, self.repo, message)
 
+    def begin(self, trainer: Any) -> None:
+        self.last_step = trainer.config.max_steps
+
     def saved(self, checkpoint: Path) -> None:
-        """Push a checkpoint's model, now or after the push that is under way."""
+        """Push a checkpoint's model, now or after the push that is under way.
+
+        Not the last step's: it is pushed when it is exported.
+        """
+        if step_of(checkpoint) == self.last_step:
+            return
         with self.lock:
             self.newest = checkpoint
             if self.thread is None:

@@ -365,14 +365,14 @@ class Trainer:
     def _log_spike(self, values: dict[str, Any]) -> None:
         """Add "spike" to the values if the gradient norm is far above the last ones.
 
-        A warning is printed only if clipping changed the step. Near a loss of 0 there are hundreds of spikes
-        that it does not change.
+        A warning is printed only without clipping, which keeps a spike from doing harm: a healthy run has
+        dozens of them.
         """
         norm = values["grad_norm"]
         median = statistics.median(self.norms) if len(self.norms) >= NORMS // 5 else 0.0
         if norm > SPIKE * median > 0:
             values["spike"] = norm / median
-            if norm > self.config.train.clip:
+            if not self.config.train.clip:
                 self.log.say(
                     f"warning: step {self.step}: the gradient norm {norm:.3g} is {norm / median:.0f} times "
                     f"the median of the last {len(self.norms)} steps ({median:.3g})"
