@@ -80,7 +80,7 @@ def test_more_work_is_caught(now, monkeypatch):
     )
     monkeypatch.setattr(MLP, "forward", breaking)
     trial = Trial("vanilla", "tiny", "fp32", CPU)
-    for group in [g for o in trial.optimizers for g in o.param_groups]:
+    for group in [g for o in trial.trainer.optimizers for g in o.param_groups]:
         group["fused"] = False
     grew, shrank = guard.compare({"vanilla": now["vanilla"]}, {"vanilla": guard.measure_one(trial)})
     assert [line.split(":")[0] for line in grew] == sorted(
