@@ -50,6 +50,7 @@ class Diagnostics(Callback):
         if self.before and values["grad_norm"] is not None:
             values["update_ratios"], histograms = self.report()
             trainer.log.histograms(trainer.step, histograms)
+        self.before, self.gradients = {}, defaultdict(list)  # copies are freed before a validation or a save
 
     def report(self) -> tuple[dict[str, float], dict[str, Histogram]]:
         """Part → norm of its update ÷ norm of its weights; layer → histograms of weights and gradients.
