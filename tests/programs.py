@@ -15,16 +15,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
 import timm  # noqa: F401
 import tokenizers  # noqa: F401
 import torch  # noqa: F401
-import transformers  # noqa: F401
+import transformers.dynamic_module_utils
 
 import training.script  # noqa: F401
+from hf.export import code_files
 
+with suppress(ImportError):  # lmms-eval is optional
+    import eval.tasks  # noqa: F401
+
+code_files()  # each exported model holds it
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.programs"])
@@ -64,7 +70,7 @@ class Program:
 def at_hub(address: str, cache: str, token: str = "") -> None:
     """Make `address` the program's Hub; pass it as `before`.
 
-    It has the effect of HF_ENDPOINT being set when huggingface_hub was imported.
+    It has the effect of HF_ENDPOINT being set when huggingface_hub and datasets were imported.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
@@ -76,6 +82,15 @@ def at_hub(address: str, cache: str, token: str = "") -> None:
     constants.HF_HUB_DISABLE_XET = True
     for name, value in hub_constants(address, cache).items():
         setattr(constants, name, value)
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.config.HF_ENDPOINT, datasets.config.HF_HUB_OFFLINE = address, False
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+
+
+def with_modules_in(folder: Path) -> None:
+    """Let transformers keep the code that it loads in `folder`; what the parent loaded is not seen."""
+    sys.path[:] = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(folder)
 
 
 def run_program(

@@ -7,9 +7,8 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +52,6 @@ SHARED = [
 ]
 
 
-def ranks(number: int, *flags: str) -> list[str]:
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(number),
-        *TORCHRUN,
-        "--",
-        *command(*SHARED, *flags)[1:],
-    ]
-
-
 def logged_losses(folder: Path) -> dict[tuple[int, str], float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {
@@ -105,45 +92,62 @@ def test_two_ranks_reach_the_losses_of_one_process(alone, tmp_path, parallel):
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
 
 
-def stopped_at(step: int, program: list[str], folder: Path, number: signal.Signals) -> None:
-    """Start a run and send a signal when it has logged `step`; torchrun passes it on to its ranks."""
-    process, metrics = Program(program, folder), folder / "run" / "metrics.jsonl"
+def wait_until_logged(step: int, process: Program, folder: Path) -> None:
+    """Wait until the run in `folder` has logged `step`, or `process` has ended."""
+    metrics = folder / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    stopped = process.wait()
-    # torchrun that got the signal itself ends so, whatever its ranks did.
-    assert (
-        stopped.returncode == ("torch.distributed.run" in program)
-        and f"{number.name}: stopped after step" in stopped.stdout
-    ), stopped.stderr
+        time.sleep(0.002)
 
 
 def test_one_process_goes_on_where_two_stopped_and_the_reverse(alone, tmp_path):
     """Two with FSDP2, one with `--parallel ddp`, because FSDP2 needs two, and two with FSDP2 again."""
     end = ["--output_dir", "run", "--max_steps", STEPS]
-    stopped_at(5, ranks(2, *end, "--parallel", "fsdp"), tmp_path, signal.SIGUSR1)
+    two = start_ranks(2, command(*SHARED, *end, "--parallel", "fsdp"), tmp_path)
+    wait_until_logged(5, two[0], tmp_path)
+    os.kill(two[1].pid, signal.SIGUSR1)  # one rank gets the signal: both stop
+    stopped = [process.wait() for process in two]
+    assert [done.returncode for done in stopped] == [0, 0], stopped[0].stderr
+    assert any("stopped after step" in done.stdout for done in stopped)
     assert 5 <= int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_")) < 12
     end += ["--resume", "auto", "--parallel"]
-    stopped_at(13, command(*SHARED, *end, "ddp"), tmp_path, signal.SIGTERM)
+    one = Program(command(*SHARED, *end, "ddp"), tmp_path)
+    wait_until_logged(13, one, tmp_path)
+    os.kill(one.pid, signal.SIGTERM)
+    done = one.wait()
+    assert done.returncode == 0 and "SIGTERM: stopped after step" in done.stdout, done.stderr
     done = run_ranks(2, command(*SHARED, *end, "fsdp"), tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert_near(logged_losses(tmp_path / "run"), logged_losses(alone))
 
 
-def test_the_command_that_a_stopped_run_prints_goes_on(tmp_path):
-    """Of two ranks; it says nothing of the settings, which the run keeps."""
-    process, metrics = Program(ranks(2, "--output_dir", "run"), tmp_path), tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
-        time.sleep(0.002)
-    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-    os.kill(int(worker), signal.SIGUSR1)  # one rank gets the signal: both stop
+def test_torchrun_stopped_and_killed_ends_bit_for_bit_as_a_whole_run(tmp_path):
+    """torchrun passes a signal on; the command that the run prints goes on; a rank of it is killed.
+
+    That command says nothing of the settings, which the run keeps. With FSDP2; `benchmarks.kill` has DDP, and
+    kills at any time.
+    """
+    end = ["--output_dir", "run", "--max_steps", STEPS, "--parallel", "fsdp"]
+    (tmp_path / "whole").mkdir()
+    done = run_ranks(2, command(*SHARED, *end), tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *TORCHRUN, "--"]
+    process = Program([*torchrun, *command(*SHARED, *end)[1:]], tmp_path)
+    wait_until_logged(5, process, tmp_path)
+    os.kill(process.pid, signal.SIGUSR1)
     stopped = process.wait()
-    assert stopped.returncode == 0 and "stopped after step" in stopped.stdout, stopped.stderr
-    again = run_program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
-    assert (
-        again.returncode == 0 and "resumed from" in again.stdout and (tmp_path / "run" / "model").is_dir()
-    ), again.stderr
+    # torchrun that got the signal itself ends so, whatever its ranks did.
+    assert stopped.returncode == 1 and "SIGUSR1: stopped after step" in stopped.stdout, stopped.stderr
+    process = Program(shlex.split(stopped.stdout.strip().splitlines()[-1]), tmp_path)
+    wait_until_logged(14, process, tmp_path)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)  # one rank: torchrun ends the other
+    lost = process.wait()
+    assert lost.returncode != 0 and "resumed from" in lost.stdout, lost.stderr
+    assert not (tmp_path / "run" / "model").exists()
+    done = run_ranks(2, command(*SHARED, *end, "--resume", "auto"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model").is_dir()
+    assert logged_losses(tmp_path / "run") == logged_losses(tmp_path / "whole" / "run")
 
 
 @pytest.mark.parametrize(
@@ -182,12 +186,8 @@ def test_shares_of_weights_learn_what_whole_ones_do(tmp_path, number, flags):
 
 def test_the_command_for_several_nodes_is_theirs(tmp_path):
     """No rank knows the flags of their torchruns."""
-    processes, metrics = (
-        start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1),
-        tmp_path / "run" / "metrics.jsonl",
-    )
-    while processes[0].poll() is None and not (metrics.is_file() and '"step": 5,' in metrics.read_text()):
-        time.sleep(0.002)
+    processes = start_ranks(2, command(*SHARED, "--output_dir", "run"), tmp_path, local=1)
+    wait_until_logged(5, processes[0], tmp_path)
     os.kill(processes[0].pid, signal.SIGUSR1)
     done = [process.wait() for process in processes]
     out = "".join(d.stdout for d in done)
@@ -198,55 +198,24 @@ def test_the_command_for_several_nodes_is_theirs(tmp_path):
     )
 
 
-def test_ranks_without_torchrun_are_one_line(tmp_path):
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")
-    } | {"WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, *command("--train.global_batch_size", "4")[1:]],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    single = {name: value for name, value in environment.items() if name != "WORLD_SIZE"} | {"RANK": "1"}
-    lone = subprocess.run(
-        [sys.executable, *command()[1:]],
-        cwd=tmp_path,
-        env=single,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (
-        lone.returncode == 1
-        and "RANK = 1 and WORLD_SIZE = 1 do not fit" in lone.stderr
-        and lone.stderr.count("\n") == 1
-    ), lone.stderr
-    assert (
-        done.returncode == 2
-        and "the environment has WORLD_SIZE = 2, but no MASTER_ADDR" in done.stderr
-        and done.stderr.count("\n") == 1
-    ), done.stderr
+def with_variables(variables: dict[str, str]) -> None:
+    """Set these of torchrun's variables, and no other."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ |= variables
 
 
-def test_two_ranks_killed_and_resumed_are_bit_for_bit_what_they_had_been(tmp_path):
-    """With FSDP2; `benchmarks.kill` has DDP, and kills at any time."""
-    end = ["--output_dir", "run", "--parallel", "fsdp"]
-    (tmp_path / "whole").mkdir()
-    done = run_ranks(2, command(*SHARED, *end), tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
-    process, metrics = Program(ranks(2, *end), tmp_path), tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and '"step": 7,' in metrics.read_text()):
-        time.sleep(0.002)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)  # one rank: torchrun ends the other
-    lost = process.wait()
-    assert lost.returncode != 0 and not (tmp_path / "run" / "model").exists(), lost.stderr
-    done = run_program(ranks(2, *end, "--resume", "auto"), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert logged_losses(tmp_path / "run") == logged_losses(tmp_path / "whole" / "run")
+@pytest.mark.parametrize(
+    ("variables", "code", "message"),
+    [
+        ({"RANK": "1"}, 1, "RANK = 1 and WORLD_SIZE = 1 do not fit"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 2, "the environment has WORLD_SIZE = 2, but no MASTER_ADDR"),
+    ],
+)
+def test_ranks_without_torchrun_are_one_line(tmp_path, variables, code, message):
+    flags = ["--train.global_batch_size", "4"]
+    done = run_program(command(*flags), tmp_path, before=partial(with_variables, variables))
+    assert done.returncode == code and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_rows_that_differ_between_ranks_and_hold_no_image_dead_lock_nobody(tmp_path):
