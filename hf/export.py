@@ -7,6 +7,7 @@ those that `ROOTS` import: models/layers.py becomes models_layers.py, and only i
 import ast
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def flat(module: str) -> str:
     return module.replace(".", "_")
 
 
+@cache
 def code_files() -> dict[str, str]:
     """Return file name → text, of `ROOTS` and all modules of the project that they import."""
     texts: dict[str, str] = {}
