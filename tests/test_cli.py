@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -240,20 +241,21 @@ def test_what_came_before_an_interruption_is_not_lost(trained):
     assert set(output) == set(json.loads(run("generate.py", *flags, "--json").stdout))
 
 
+def encode_output(coding: str) -> None:
+    """As PYTHONIOENCODING does."""
+    sys.stdout.reconfigure(encoding=coding)
+    sys.stderr.reconfigure(encoding=coding)
+
+
 def test_a_terminal_without_arrows_loses_no_answer(trained):
     flags = ["--checkpoint", str(trained / "model"), "--prompt", "what is it?", "--prompt", "is it large?"]
     utf8, ascii = (
-        subprocess.run(
-            [sys.executable, ROOT / "generate.py", *flags],
-            capture_output=True,
-            env=os.environ | {"PYTHONIOENCODING": coding},
-        )
+        run_program([ROOT / "generate.py", *flags], ROOT, before=partial(encode_output, coding))
         for coding in ("utf-8", "ascii")
     )
-    assert (utf8.returncode, ascii.returncode, ascii.stderr) == (0, 0, b"")
+    assert (utf8.returncode, ascii.returncode, ascii.stderr) == (0, 0, "")
     assert (
-        ascii.stdout == utf8.stdout.decode().encode("ascii", "backslashreplace")
-        and b"\\u2192" in ascii.stdout
+        ascii.stdout == utf8.stdout.encode("ascii", "backslashreplace").decode() and "\\u2192" in ascii.stdout
     )
 
 

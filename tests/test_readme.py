@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ import pytest
 from configs.cli import FlagParser
 from tests.hub_server import hub
 from tests.hub_uploads import Uploads
-from tests.programs import run_program
+from tests.programs import run_program, with_modules_in
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -231,13 +232,8 @@ def test_every_flag_and_program_in_a_sentence_exists(capsys):
 
 def test_the_python_blocks(folder, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)},
-    )
+    (tmp_path / "blocks.py").write_text(code, encoding="utf-8")
+    done = run_program([tmp_path / "blocks.py"], folder, before=partial(with_modules_in, tmp_path))
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert "image_kv='computed'" in first and "image_kv='reused'" in second and "'role': 'assistant'" in third
