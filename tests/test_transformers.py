@@ -11,6 +11,8 @@ import subprocess
 import sys
 from base64 import b64encode
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +41,14 @@ from hf.export import code_files, flattened
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model, to_format_3
 from tests.naive_dual_tower import Naive
+from tests.programs import run_program, with_modules_in
 from tools.export import main
 from training.export import export
 from utils.errors import UserError
 from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = {"configs", "data", "eval", "hf", "models", "tools", "training", "utils"}
 WITH_HEADS = replace(
     TINY_MODEL,
     vision=replace(TINY_MODEL.vision, max_side=128),
@@ -71,13 +75,14 @@ else:
     sys.exit("the project is importable here")
 from transformers import pipeline
 
-folder, chats = sys.argv[1], json.loads(sys.argv[2])
-pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-told = pipe(text=chats, batch_size=3, max_new_tokens=9, return_full_text=False)
-inputs = pipe.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, \
+chats, *folders = map(json.loads, sys.argv[1:])
+for folder in folders:
+    pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    told = pipe(text=chats, batch_size=3, max_new_tokens=9, return_full_text=False)
+    inputs = pipe.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, \
 return_dict=True, return_tensors="pt")
-made = pipe.model.generate(**inputs, max_new_tokens=9)[:, inputs["input_ids"].shape[1] :]
-print(json.dumps([[row[0]["generated_text"] for row in told], made.tolist()]))
+    made = pipe.model.generate(**inputs, max_new_tokens=9)[:, inputs["input_ids"].shape[1] :]
+    print(json.dumps([[row[0]["generated_text"] for row in told], made.tolist()]))
 """
 
 
@@ -194,33 +199,28 @@ def test_greedy_tokens_are_those_of_generate(exported, settings):
     ) == [exported.own.renderer.tokenizer.decode(row) for row in expected]
 
 
-@pytest.mark.parametrize("kind", ["dual_tower", "vanilla"])
-def test_outside_of_the_project(kind, tokenizer, images, tmp_path):
+def test_outside_of_the_project(tokenizer, images, tmp_path):
     """A process of its own, isolated, in another folder: `import models` fails there."""
-    model = lively_model(tokenizer, KINDS[kind])
-    export(model, tmp_path / "model", tokenizer, Config(model=model.config), tmp_path)
-    predictor = Predictor.from_pretrained(tmp_path / "model")
+    folders = [tmp_path / kind for kind in ("dual_tower", "vanilla")]
+    for folder in folders:
+        model = lively_model(tokenizer, KINDS[folder.name])
+        export(model, folder, tokenizer, Config(model=model.config), tmp_path)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        OUTSIDE,
-        str(tmp_path / "model"),
-        json.dumps(asked(images, QUESTIONS)),
-    ]
+    arguments = map(json.dumps, (asked(images, QUESTIONS), *map(str, folders)))
+    command = [sys.executable, "-I", "-c", OUTSIDE, *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    texts, tokens = json.loads(done.stdout.splitlines()[-1])
-    expected = own_tokens(
-        Exported(tmp_path, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9)
-    )
-    assert tokens == ended(expected, 9, tokenizer.turn_end) and texts == [
-        tokenizer.decode(row) for row in expected
-    ]
+    for folder, line in zip(folders, done.stdout.splitlines()[-2:], strict=True):
+        texts, tokens = json.loads(line)
+        predictor = Predictor.from_pretrained(folder)
+        expected = own_tokens(
+            Exported(folder, predictor, None, None, images), predictor, GenerationConfig(max_new_tokens=9)
+        )
+        assert tokens == ended(expected, 9, tokenizer.turn_end)
+        assert texts == [tokenizer.decode(row) for row in expected]
 
 
 def test_weights_are_those_of_the_file(exported, tmp_path):
@@ -710,16 +710,7 @@ def test_code_differs_in_its_imports_alone():
         assert all(re.match(r"\s*from \.\w+ import ", line) for line in changed)
         nodes = [node for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.ImportFrom)]
         assert {f"{node.module}.py" for node in nodes if node.level} <= files.keys()
-        assert not {node.module.split(".")[0] for node in nodes if not node.level} & {
-            "configs",
-            "data",
-            "eval",
-            "hf",
-            "models",
-            "tools",
-            "training",
-            "utils",
-        }
+        assert not {node.module.split(".")[0] for node in nodes if not node.level} & PACKAGES
     assert flattened("def f():\n    from models.layers import (\n        MLP,\n    )\n") == (
         "def f():\n    from .models_layers import (\n        MLP,\n    )\n",
         ["models.layers"],
@@ -728,13 +719,21 @@ def test_code_differs_in_its_imports_alone():
         flattened("import models.layers\n")
 
 
+def forget(*packages: str) -> None:
+    """As if this process had imported none of these packages."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+def without_transformers() -> None:
+    forget("transformers", *PACKAGES)
+    sys.modules["transformers"] = None
+
+
 def test_export_needs_no_transformers(tokenizer, model, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    code = "import sys; sys.modules['transformers'] = None; from tools.export import main; main(sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_program(["-m", "tools.export", tmp_path], tmp_path, before=without_transformers)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf_modeling.py").is_file()
 
@@ -829,18 +828,21 @@ def test_the_cards_example(exported, images, capsys):
     )  # where there is no code next to it
 
 
+def outside(modules: Path) -> None:
+    """Without the project."""
+    with_modules_in(modules)
+    forget(*PACKAGES)
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    assert all(find_spec(package) is None for package in PACKAGES)
+
+
 def test_the_document(tokenizer, images, tmp_path):
     """The Python blocks of docs/transformers.md, as one program."""
-    code = "\n".join(
-        re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), re.S
     )
+    (tmp_path / "document.py").write_text("\n".join(blocks), encoding="utf-8")
     export(lively_model(tokenizer), tmp_path / "runs/dual_tower_easyvqa/model", tokenizer, Config(), tmp_path)
     Image.open(images["a"]).save(tmp_path / "photo.png")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    done = run_program(["document.py"], tmp_path, before=partial(outside, tmp_path / "modules"))
     assert done.returncode == 0 and done.stdout, done.stderr
