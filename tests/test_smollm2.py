@@ -47,8 +47,8 @@ ENGLISH = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return find_language_model(SOURCE, tmp_path_factory.mktemp("cache"))
+def folder(language_models) -> Path:
+    return find_language_model(SOURCE, language_models)
 
 
 @pytest.fixture(scope="module")
