@@ -15,13 +15,16 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from configs.model import GenerationConfig
@@ -118,6 +121,26 @@ def datasets_cache(tmp_path_factory):
     patch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def index_read_once():
+    """Each class reads lmms-eval's 1,900 YAML files once, not once a test."""
+    read, known = TaskManager.initialize_tasks, {}
+
+    def initialize_tasks(self: TaskManager, include_path: str | None = None, include_defaults: bool = True):
+        key = type(self), include_path, include_defaults
+        if key not in known:
+            known[key] = read(self, *key[1:])
+        return deepcopy(known[key])
+
+    with patch.object(TaskManager, "initialize_tasks", initialize_tasks):
+        yield
+
+
+def stock_tasks() -> TaskManager:
+    """lmms-eval's own, and ours among them."""
+    return TaskManager("ERROR", include_path=str(ROOT / "eval" / "tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -697,7 +720,7 @@ def test_stock_caption_tasks_score_as_their_own_code_does(name, chosen, tmp_path
     monkeypatch.chdir(tmp_path)
     ours, theirs = (
         {m["metric"]: m["aggregation"] for m in config["metric_list"]}[chosen]
-        for config in (Tasks()._get_config(name), TaskManager("ERROR")._get_config(name))
+        for config in (Tasks()._get_config(name), stock_tasks()._get_config(name))
     )
     assert ours(
         CAPTIONS if "refcoco" in name else [row | {"answer": None} for row in CAPTIONS]
@@ -758,9 +781,7 @@ def test_a_metric_is_announced_by_its_final_name(predictor, tmp_path, capfd):
 
 
 def test_tasks_are_those_that_lmms_eval_lists():
-    import yaml
-
-    ours, theirs = Tasks(), TaskManager(include_path=str(ROOT / "eval" / "tasks"))
+    ours, theirs = Tasks(), stock_tasks()
     assert (
         ours.task_index == theirs.task_index
         and ours.all_tasks == theirs.all_tasks
@@ -866,6 +887,24 @@ def test_twice_the_same_and_two_ranks_too(predictor, data_root, tmp_path):
     )
 
 
+def with_site(folder: Path) -> None:
+    """Import lmms-eval anew, with packages in `folder`; and let it read its YAML files in a second."""
+
+    class Loader(yaml.CFullLoader):
+        def __init__(self, file: TextIO) -> None:
+            super().__init__(file)
+            self.name = file.name
+
+    def full_load(file: TextIO) -> object:
+        Loader.yaml_constructors = yaml.FullLoader.yaml_constructors
+        return yaml.load(file, Loader)
+
+    yaml.full_load = full_load
+    sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lmms_eval", "eval")]:
+        del sys.modules[name]
+
+
 def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
     """Through the entry point that pyproject.toml declares."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -877,12 +916,12 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
         for group, entries in project["entry-points"].items()
     )
     (installed / "entry_points.txt").write_text(points)
-    yaml = tmp_path / "tasks" / "mmstar_here.yaml"
-    yaml.parent.mkdir()
+    task = tmp_path / "tasks" / "mmstar_here.yaml"
+    task.parent.mkdir()
     import lmms_eval
 
     stock = Path(lmms_eval.__file__).parent / "tasks" / "mmstar" / "mmstar.yaml"
-    yaml.write_text(
+    task.write_text(
         f"include: {stock}\ntask: mmstar_here\n"
         f"dataset_path: {data_root / 'Lin-Chen' / 'MMStar'}\ndataset_kwargs: {{}}\n"
     )
@@ -898,11 +937,8 @@ def test_lmms_eval_s_own_command_line(predictor, data_root, tmp_path):
         "--device",
         "cpu",
     ]
-    flags += ["--include_path", str(yaml.parent), "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
-    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *flags], cwd=tmp_path, capture_output=True, text=True, env=env
-    )
+    flags += ["--include_path", str(task.parent), "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
+    done = run_program(["-m", "lmms_eval", *flags], tmp_path, before=partial(with_site, tmp_path / "site"))
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "out").rglob("*results.json")
     expected = run_tasks(
