@@ -418,7 +418,7 @@ def test_standard_errors_are_the_spread_over_samples_of_images():
     each = cider(candidates, references).each
     assert list(errors) == names[:-1] and errors["CIDEr"] == pytest.approx(statistics.stdev(each) / 80**0.5)
     drawn = {name: [] for name in names[1:-1]}
-    for _ in range(300):
+    for _ in range(150):
         images = rng.choices(range(80), k=80)
         for name, score in caption_scores(
             [candidates[i] for i in images], [references[i] for i in images], list(drawn)
