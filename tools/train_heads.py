@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -23,7 +23,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from configs.cli import FlagParser, add_flags, add_model_flags, override
-from configs.model import GenerationConfig, MultiTokenConfig, opt
+from configs.model import GenerationConfig, MultiTokenConfig
+from configs.settings import (
+    Bounds,
+    Count,
+    PositiveFraction,
+    PositiveInt,
+    check_bounds,
+    setting,
+)
 from configs.train import DataConfig
 from data.collators import collate_prompts
 from data.images import ImageError
@@ -47,35 +55,31 @@ HELD_OUT = 20  # one answer in so many is held out
 class HeadsConfig:
     """Flags of the program."""
 
-    heads: int = opt(4, "K, multi-token heads")
-    mlp_size: int = opt(1536, "inner size of the heads' gated MLP")
-    vocabulary: int = opt(8192, "tokens that can be drafted, the most frequent of the answers (0: all)")
-    sources: str = opt(
+    heads: PositiveInt = setting(4, "K, multi-token heads")
+    mlp_size: PositiveInt = setting(1536, "inner size of the heads' gated MLP")
+    vocabulary: Count = setting(8192, "tokens that can be drafted, the most frequent of the answers (0: all)")
+    sources: str = setting(
         "",
         "sources of images and questions, as --data.sources; none: --prompts, or the model itself",
     )
-    validation_images: int = opt(200, "images of each source that are held out, as in training")
-    prompts: str = opt("", "file with one prompt per line")
-    tokens: int = opt(250_000, "answer tokens to train on")
-    answer_tokens: int = opt(128, "maximum tokens of an answer")
-    rows: int = opt(64, "prompts answered together")
-    dtype: Literal["auto", "bf16", "fp32"] = opt(
+    validation_images: int = setting(200, "images of each source that are held out, as in training")
+    prompts: str = setting("", "file with one prompt per line")
+    tokens: PositiveInt = setting(250_000, "answer tokens to train on")
+    answer_tokens: PositiveInt = setting(128, "maximum tokens of an answer")
+    rows: PositiveInt = setting(64, "prompts answered together")
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
         "fp32",
         "dtype of the weights while the model answers; auto: bf16 where the machine multiplies in it. "
         "Heads are trained, and the model is written, in fp32",
     )
-    epochs: int = opt(4, "epochs over the answers")
-    batch_tokens: int = opt(2048, "tokens per step")
-    lr: float = opt(1e-3, "peak learning rate")
-    head_decay: float = opt(0.8, "each further head's weight ÷ that of the one before")
-    seed: int = opt(0, "seed of prompts, order and weights")
+    epochs: PositiveInt = setting(4, "epochs over the answers")
+    batch_tokens: PositiveInt = setting(2048, "tokens per step")
+    lr: Annotated[float, Bounds(gt=0, lt=10)] = setting(1e-3, "peak learning rate")
+    head_decay: PositiveFraction = setting(0.8, "each further head's weight ÷ that of the one before")
+    seed: int = setting(0, "seed of prompts, order and weights")
 
     def __post_init__(self) -> None:
-        for name in ("heads", "mlp_size", "tokens", "answer_tokens", "rows", "epochs", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} must be at least 1")
-        if not 0 < self.lr < 10 or not 0 < self.head_decay <= 1 or self.vocabulary < 0:
-            raise UsageError("--lr must be above 0, --head_decay in (0, 1], --vocabulary 0 or more")
+        check_bounds(self, "--")
         if self.sources and self.prompts:
             raise UsageError("--sources and --prompts: give one of them")
 
