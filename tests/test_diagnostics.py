@@ -62,7 +62,8 @@ def test_update_ratios_and_histograms_are_of_what_changed(tokenizer, rows):
             dtype="fp32", warmup_steps=0, lr_vision=1e-3, weight_decay=0.0, diagnostics_every=1
         ),
     )
-    diagnostics, log = Diagnostics(), SimpleNamespace(histograms=lambda step, spread: spreads.append(spread))
+    trackers = SimpleNamespace(histograms=lambda step, spread: spreads.append(spread))
+    diagnostics, log = Diagnostics(), SimpleNamespace(trackers=trackers)
     spreads, before = [], {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {}
 

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from training import trackers
-from training.trackers import Trackers, copy_code, flatten, netrc_key
+from training.trackers import Trackers, flatten, is_code
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -247,9 +247,8 @@ def test_one_that_fails_is_left_out(tmp_path, monkeypatch, fails):
     assert good.calls == ["start", *["metrics", "histograms", "predictions", "picture"] * 2, "close"]
 
 
-def test_code_is_the_repository_s_alone(tmp_path):
-    copy_code(tmp_path)
-    files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+def test_code_is_the_repository_s_alone():
+    files = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*") if f.is_file() and is_code(str(f), str(ROOT))}
     assert {
         "train_dual_tower.py",
         "train.sh",
@@ -260,18 +259,20 @@ def test_code_is_the_repository_s_alone(tmp_path):
     assert {f.split("/")[0] for f in files if "/" in f} <= {*trackers.PACKAGES, *trackers.REPOSITORY_FOLDERS}
 
 
-def test_key_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert netrc_key("https://api.wandb.ai") is None
-    (tmp_path / "netrc").write_text(
-        "machine api.wandb.ai login user password abc\nmachine own:8080 login user password def\n"
-    )
-    assert [
-        netrc_key(f"https://{host}")
-        for host in ("api.wandb.ai", "api.forge.coreweave.com", "own:8080", "evil.org", "wandb.ai.evil.org")
-    ] == ["abc", "abc", "def", None, None]
-    (tmp_path / "netrc").write_text("machine\n")
-    assert netrc_key("https://api.wandb.ai") is None
+def test_code_of_an_installed_project_is_its_packages_alone(tmp_path):
+    files = ("training/trackers.py", "six.py", "tests/test_six.py", "torch/nn.py", "training/README.md")
+    assert [f for f in files if is_code(str(tmp_path / f), str(tmp_path))] == ["training/trackers.py"]
+
+
+@needs("wandb")
+def test_wandb_reads_the_key_of_netrc(tmp_path):
+    with server() as wandb:
+        (tmp_path / "home").mkdir()
+        netrc = tmp_path / "home" / ".netrc"
+        netrc.write_text(f"machine {wandb.address.removeprefix('http://')} login user password {KEY}\n")
+        environment = {name: value for name, value in SHORT.items() if name != "WANDB_API_KEY"}
+        text = run(tmp_path / "run", "wandb", WANDB_BASE_URL=wandb.address, **environment)
+    assert text.startswith(f"wandb: {wandb.address}/e/p/runs/") and "warning:" not in text
 
 
 @needs("tensorboard")

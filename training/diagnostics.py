@@ -49,7 +49,7 @@ class Diagnostics(Callback):
     def after_step(self, trainer: Any, values: dict[str, Any]) -> None:
         if self.before and values["grad_norm"] is not None:
             values["update_ratios"], histograms = self.report()
-            trainer.log.histograms(trainer.step, histograms)
+            trainer.log.trackers.histograms(trainer.step, histograms)
         self.before, self.gradients = {}, defaultdict(list)  # copies are freed before a validation or a save
 
     def report(self) -> tuple[dict[str, float], dict[str, Histogram]]:

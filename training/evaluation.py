@@ -67,9 +67,11 @@ class Evaluation(Callback):
         if trainer.world.is_rank0:
             samples = self.folder / "samples"
             save_samples(samples, step, self.predictions)
-            trainer.log.predictions(step, self.predictions, samples / f"step_{step:06d}.png")
-            path = samples / f"step_{step:06d}_tokens.png"
-            trainer.log.picture(step, "tokens", save_picture(self.validation.agreement.picture(), path))
+            trainer.log.trackers.predictions(step, self.predictions, samples / f"step_{step:06d}.png")
+            tokens = save_picture(
+                self.validation.agreement.picture(), samples / f"step_{step:06d}_tokens.png"
+            )
+            trainer.log.trackers.picture(step, "tokens", tokens)
 
     def _score_captions(self, trainer: Any, model: Any, scores: dict[str, Any]) -> None:
         """Add CIDEr to `scores` if the validation records are captions; warn once of what lowers it."""

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.trackers import Histogram, Trackers
+from training.trackers import Trackers
 from utils.errors import UserError
 from utils.files import append_text, sync, write_text
 
@@ -37,25 +37,12 @@ class RunLog:
         self.last_plain = 0.0
         self.logged = 0  # the last step with metrics
         self.folder = folder
-        self.trackers: Trackers | None = None
+        self.trackers = Trackers("", folder, {}, self.say, None)
 
     def track(self, names: str, config: dict[str, Any], resumed_from: int | None) -> None:
         """Send everything to the experiment trackers `names` (`--log`) too, until `stop`."""
-        if names and not self.silent:
+        if not self.silent:
             self.trackers = Trackers(names, self.folder, config, self.say, resumed_from)
-
-    def predictions(self, step: int, rows: list[dict[str, Any]], sheet: Path) -> None:
-        if self.trackers is not None:
-            self.trackers.predictions(step, rows, sheet)
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        if self.trackers is not None:
-            self.trackers.picture(step, name, path)
-
-    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        """Send histograms of the first rank's shard to the trackers."""
-        if self.trackers is not None:
-            self.trackers.histograms(step, histograms)
 
     def say(self, text: str = "") -> None:
         if self.silent:
@@ -74,8 +61,7 @@ class RunLog:
         values = values | {"seconds": round(time.perf_counter() - self.started, 2)}
         append_text(self.metrics_path, json.dumps(values) + "\n")
         self.logged = values["step"]
-        if self.trackers is not None:
-            self.trackers.metrics(values)
+        self.trackers.metrics(values)
 
     def sync(self) -> None:
         """Wait until the metrics so far are on the disk."""
@@ -147,9 +133,7 @@ class RunLog:
 
     def stop(self, well: bool = True) -> None:
         """Close trackers and progress bar; `well`: the run ended or was stopped without an error."""
-        if self.trackers is not None:
-            self.trackers.close(well)
-            self.trackers = None
+        self.trackers.close(well)
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

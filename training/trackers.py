@@ -7,50 +7,45 @@ run folder.
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from secrets import token_hex
 from shlex import quote
-from shutil import copyfile
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data.images import open_image
 from utils.errors import UsageError, UserError, nearest
 from utils.files import write_text
 
 PROJECT = "dualtowervlm"
+ROOT = Path(__file__).parent.parent
 # Folders whose code is stored with a W&B run; the second ones exist only in a repository.
 PACKAGES = ("configs", "data", "eval", "hf", "models", "tools", "training", "utils")
 REPOSITORY_FOLDERS = ("benchmarks", "scripts", "tests")
-WAIT = 10.0  # seconds: W&B's limit for an answer at the start, and for the upload of the rest at the end
-SIDE = 512  # pixels: maximum side of an image that is sent
+WANDB_DEFAULTS = {  # of environment variables that W&B reads
+    "WANDB_CONSOLE": "off",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",  # it calls the server in offline runs too, and waits for it at the end
+    "WANDB_HTTP_TIMEOUT": "5",  # seconds, of the requests in this thread before a table is sent
+    "WANDB_INIT_TIMEOUT": "10",  # seconds for an answer at the start
+    "WANDB_FINISH_TIMEOUT": "10",  # seconds for the upload of the rest at the end
+}
+SIDE = 512  # pixels: maximum side of an image in a table
+TEXTS = ("question", "answer", "prediction")
 
 Histogram = tuple[np.ndarray, np.ndarray]  # counts (N,), edges (N + 1,)
 Say = Callable[[str], None]
 
 
-class Tracker(Protocol):
-    """A tracker must accept steps in any order and repeated: after a resume or a slow evaluation."""
-
-    def __init__(self, folder: Path, say: Say) -> None: ...
-    def start(self, config: dict[str, Any], resumed_from: int | None) -> None: ...
-    def metrics(self, step: int, numbers: dict[str, float], evaluation: bool) -> None: ...
-    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None: ...
-    def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None: ...
-    def picture(self, step: int, name: str, path: Path) -> None: ...
-    def close(self, exit_ok: bool) -> None: ...
-
-
 class Trackers:
-    """The trackers in `names` (comma-separated; "" for none). One that fails is dropped with a warning."""
+    """The trackers in `names` (comma-separated; "" for none). One that fails is dropped with a warning.
+
+    Steps may come in any order, and repeatedly: after a resume or a slow evaluation.
+    """
 
     def __init__(
         self, names: str, folder: Path, config: dict[str, Any], say: Say, resumed_from: int | None
@@ -119,32 +114,19 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
 
     `{"lr": {"left": 0.1}, "head_losses": [3.0]}` → `{"lr/left": 0.1, "head_losses/1": 3.0}`.
     """
-    flat: dict[str, float] = {}
+    flat = {}
     for key, value in values.items():
-        parts: dict[Any, Any] = {"": value}
-        if isinstance(value, dict):
-            parts = value
-        elif isinstance(value, list):
-            parts = dict(enumerate(value, 1))
-        flat |= {
-            f"{key}/{part}".removesuffix("/"): number
-            for part, number in parts.items()
-            if isinstance(number, int | float) and not isinstance(number, bool)
-        }
+        if isinstance(value, list):
+            value = dict(enumerate(value, 1))
+        for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                flat[f"{key}/{part}".removesuffix("/")] = number
     flat.pop("step", None)
     return flat
 
 
-def thumbnail(path: str) -> Image.Image | None:
-    if not path:
-        return None
-    image = open_image(path)
-    image.thumbnail((SIDE, SIDE))
-    return image
-
-
 class Wandb:
-    """Weights & Biases; online if WANDB_MODE allows it, an API key exists and the server answers in `WAIT` s.
+    """Weights & Biases; online if WANDB_MODE allows it, an API key exists and the server answers in 10 s.
 
     W&B's own steps must not decrease, so they are not used. Instead the metrics `step` and, for evaluations,
     `validation_step` are the axes of all others. A resumed run keeps its id, in `wandb_id`; its repeated
@@ -156,31 +138,25 @@ class Wandb:
         self.known: set[str] = set()  # evaluation metrics whose axis is defined
 
     def start(self, config: dict[str, Any], resumed_from: int | None) -> None:
-        # W&B's telemetry calls its server in offline runs too, and waits for it at the end.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # Images of tables, until they are sent.
-        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").absolute())
-        # Seconds, of the requests in this thread before a table is sent.
-        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")
+        os.environ.update(WANDB_DEFAULTS | os.environ)
+        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").absolute())  # images of tables
         import wandb
 
         self.wandb = wandb
-        # Merged with the environment and W&B's settings files.
-        settings = wandb.setup(wandb.Settings(show_info=False)).settings
-        key = settings.api_key or netrc_key(settings.base_url)
+        settings = wandb.setup().settings  # the environment's and W&B's own files'
         path = self.folder / "wandb_id"
         run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else token_hex(4)
         mode, why = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode), ""
-        if mode in ("online", "shared") and not key and not settings.identity_token_file:
-            mode, why = "offline", "no API key (WANDB_API_KEY, or `wandb login`): "
         if mode in ("online", "shared"):
             try:
-                self.run = self._init(config, run_id, mode, key)
+                if not wandb.login(prompt=False):
+                    raise UserError("no API key (WANDB_API_KEY, or `wandb login`)")
+                self._init(config, run_id, mode)
             except Exception as error:
                 wandb.teardown()  # else the id is still in use
                 mode, why = "offline", f"{one_line(error)}: "
         if mode in ("offline", "disabled"):
-            self.run = self._init(config, run_id, mode, None)
+            self._init(config, run_id, mode)
         if mode == "disabled":
             return self.say("wandb: disabled")
         write_text(path, run_id + "\n")
@@ -188,33 +164,23 @@ class Wandb:
         self.run.define_metric("validation_step", hidden=True)
         self.run.define_metric("*", step_metric="step")
         if not settings.disable_code:
-            with tempfile.TemporaryDirectory() as folder:
-                self.run.log_code(copy_code(Path(folder)), f"source-{run_id}", include_fn=lambda path: True)
+            self.run.log_code(str(ROOT), f"source-{run_id}", include_fn=is_code)
         if mode == "offline":  # the pattern includes the parts before a resume
             sync_command = f"wandb sync {quote(str(self.folder))}/wandb/offline-run-*"
             return self.say(f"wandb: {why}kept offline; send it with: {sync_command}")
         return self.say(f"wandb: {self.run.url}")
 
-    def _init(self, config: dict[str, Any], run_id: str, mode: str, key: str | None) -> Any:
-        seen, wandb = self.wandb.setup().settings, self.wandb
-        settings = wandb.Settings(
-            api_key=key,  # passed explicitly, so that W&B neither asks for it nor stores it
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WAIT)),
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WAIT)),
-            finish_timeout_raises=True,
-            console="off",
-            silent=True,
-            save_code=False,
-        )
-        return wandb.init(
-            project=seen.project or PROJECT,
-            name=seen.run_name or self.folder.name,
+    def _init(self, config: dict[str, Any], run_id: str, mode: Any) -> None:
+        settings = self.wandb.setup().settings
+        self.run = self.wandb.init(
+            project=settings.project or PROJECT,
+            name=settings.run_name or self.folder.name,
             id=run_id,
             resume="allow",
             dir=self.folder,
             config=config,
             mode=mode,
-            settings=settings,
+            settings=self.wandb.Settings(finish_timeout_raises=True, save_code=False),
         )
 
     def metrics(self, step: int, numbers: dict[str, Any], evaluation: bool) -> None:
@@ -225,18 +191,18 @@ class Wandb:
         self.run.log({"step": step} | ({"validation_step": step} if evaluation else {}) | numbers)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        self.run.log(
-            {"step": step}
-            | {name: self.wandb.Histogram(np_histogram=pair) for name, pair in histograms.items()}
-        )
+        drawn = {name: self.wandb.Histogram(np_histogram=pair) for name, pair in histograms.items()}
+        self.run.log({"step": step} | drawn)
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
-        table = self.wandb.Table(columns=["step", "image", "question", "answer", "prediction"])
+        table = self.wandb.Table(columns=["step", "image", *TEXTS])
         for row in rows:
-            image = thumbnail(row["image"])
-            table.add_data(
-                step, image and self.wandb.Image(image), row["question"], row["answer"], row["prediction"]
-            )
+            image = None
+            if row["image"]:
+                thumbnail = open_image(row["image"])
+                thumbnail.thumbnail((SIDE, SIDE))
+                image = self.wandb.Image(thumbnail)
+            table.add_data(step, image, *(row[name] for name in TEXTS))
         self.metrics(step, {"predictions": table}, True)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -252,32 +218,13 @@ class Wandb:
             self.wandb.teardown()
 
 
-def netrc_key(url: str) -> str | None:
-    """The API key that `wandb login` stored for the server at `url`; W&B's own server has several names."""
-    host = urlsplit(url).netloc
-    hosts = [host, *(["api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [])]
-    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        try:
-            entries = netrc(Path(path).expanduser())
-        except (OSError, NetrcParseError):
-            continue
-        for entry in filter(None, map(entries.authenticators, hosts)):
-            return entry[2]
-    return None
-
-
-def copy_code(folder: Path) -> str:
-    """Copy the repository's *.py and *.sh to `folder`: no virtual environment, run or other package."""
-    root = Path(__file__).parent.parent
-    repository = (root / "pyproject.toml").is_file()  # else installed into site-packages
-    folders = PACKAGES + REPOSITORY_FOLDERS if repository else PACKAGES
-    files = [file for name in folders for file in (root / name).rglob("*")]
-    for file in files + (list(root.glob("*")) if repository else []):
-        if file.suffix in (".py", ".sh") and file.is_file():
-            target = folder / file.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copyfile(file, target)
-    return str(folder)
+def is_code(path: str, root: str) -> bool:
+    """Whether a file below `root` is the project's *.py or *.sh: of no environment, run or package."""
+    folder, *inner = Path(path).relative_to(root).parts
+    if not path.endswith((".py", ".sh")) or (inner and folder not in PACKAGES + REPOSITORY_FOLDERS):
+        return False
+    # Installed, `root` is site-packages, with other projects' files besides.
+    return (bool(inner) and folder in PACKAGES) or (Path(root) / "pyproject.toml").is_file()
 
 
 class TensorBoard:
@@ -300,29 +247,16 @@ class TensorBoard:
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         for name, (counts, edges) in histograms.items():
-            counts, edges = np.asarray(counts, float), np.asarray(edges, float)
             middles = (edges[1:] + edges[:-1]) / 2
-            total, squares = (counts * middles).sum(), (counts * middles**2).sum()
-            self.writer.add_histogram_raw(
-                name,
-                edges[0],
-                edges[-1],
-                counts.sum(),
-                total,
-                squares,
-                edges[1:].tolist(),
-                counts.tolist(),
-                step,
-            )
+            count, total, squares = (float((counts * middles**power).sum()) for power in range(3))
+            buckets = edges[1:].tolist(), counts.tolist()
+            self.writer.add_histogram_raw(name, edges[0], edges[-1], count, total, squares, *buckets, step)
 
     def predictions(self, step: int, rows: list[dict[str, str]], sheet: Path | None) -> None:
         if sheet is not None:
-            self.writer.add_image("predictions", np.asarray(open_image(sheet)), step, dataformats="HWC")
-        cells = [
-            [" ".join(row[key].split()).replace("|", "\\|") for key in ("question", "answer", "prediction")]
-            for row in rows
-        ]
-        lines = ["question | answer | prediction", "--- | --- | ---", *(" | ".join(line) for line in cells)]
+            self.picture(step, "predictions", sheet)
+        cells = [[" ".join(row[name].split()).replace("|", "\\|") for name in TEXTS] for row in rows]
+        lines = [" | ".join(line) for line in (TEXTS, ["---"] * len(TEXTS), *cells)]
         self.writer.add_text("predictions", "\n".join(lines), step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -332,5 +266,5 @@ class TensorBoard:
         self.writer.close()
 
 
-TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
+TRACKERS: dict[str, Any] = {"wandb": Wandb, "tensorboard": TensorBoard}
 OLDEST = {"wandb": "0.31", "tensorboard": "2.18"}  # as in pyproject.toml
