@@ -20,6 +20,7 @@ from PIL import Image
 
 import utils.files
 from tools import evaluation_report as report
+from tools import pages
 from utils.errors import UsageError, UserError
 from utils.files import file_name
 
@@ -356,7 +357,7 @@ def test_unprintable_letters_are_visible_and_lines_remain(tmp_path):
             for tag, attrs in page.tags
             if attrs.get("class", "").strip() == "text answer"
         )
-        and "white-space: pre-wrap" in report.STYLE.read_text()
+        and "white-space: pre-wrap" in (pages.TEMPLATES / "evaluation_report.css").read_text()
     )
 
 

@@ -1,6 +1,5 @@
 """The page of `tools.preview` and the figures of `tools.stats`, against a parser and a recount by hand."""
 
-import html
 import json
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 from rich.console import Console
 
@@ -192,7 +192,7 @@ def test_hostile_text_is_no_markup(tmp_path):
         TURN_END,
     ]  # those in the text are text
     assert (
-        "\u202e" not in text and text.count(html.escape(HOSTILE.replace("\u202e", "\\u202e"))) == 3
+        "\u202e" not in text and text.count(str(escape(HOSTILE.replace("\u202e", "\\u202e")))) == 3
     )  # in title, headline and id
     assert "http" not in text.replace("http-equiv", "")
 

@@ -7,8 +7,6 @@
 Takes every flag of training. Trains nothing and loads no weights. Its own flags:
 """
 
-import base64
-import html
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from markupsafe import Markup, escape
 from PIL import Image
 
 from configs.model import MAX_GRID
@@ -27,6 +26,7 @@ from data.packing import Budget, Row
 from data.parquet import UnreadableBlock
 from data.render import IGNORE, Document
 from data.tokenizer import GLOBAL_IMAGE, TILE_MARKERS
+from tools import pages
 from tools.inspection import Decoder, arguments, track_progress
 from tools.spelling import Spelling
 from training.setup import Data, build_data, language_model, resolve_config
@@ -38,7 +38,6 @@ OWN = {
     "samples": (12, "samples shown in full"),
     "rows": (3, "packed rows shown as bars"),
 }
-STYLE = Path(__file__).with_suffix(".css")
 OPEN_TOKENS, OPEN_DOCUMENTS = 240, 4  # further ones are folded
 THUMBNAIL = 160  # largest side of a tile, in pixels
 
@@ -86,7 +85,7 @@ def right_tokens(document: Document, spelling: Spelling) -> list[Token]:
 
 def _escape(value: Any) -> str:
     """Escape markup, unprintable letters, and those that change the writing direction."""
-    return html.escape("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value)), quote=True)
+    return str(escape(pages.printable(str(value))))
 
 
 def boxes(tokens: list[Token], image: int) -> str:
@@ -146,7 +145,7 @@ def thumbnail(pixels: Any) -> str:
         picture.save(file, kind, **options)
         files[kind] = file.getvalue()
     kind = min(files, key=lambda k: len(files[k]))
-    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
+    return pages.data_uri(files[kind], kind)
 
 
 def figures(tiles: Any, grids: list[Grid]) -> str:
@@ -257,15 +256,6 @@ def fill_text(row: Row, budget: Budget) -> str:
     )
 
 
-LEGEND = """<p class="legend"><span><b class="left special">&lt;|global_image|&gt;</b> left stream</span>\
-<span><b class="left image"></b> one image token</span>
-<span><b class="right">word</b> right stream, read only</span>\
-<span><b class="supervised">word</b> right stream, supervised</span>
-<span><b class="supervised special end">&lt;|im_end|&gt;</b> supervised, never read</span>\
-<span><b class="right special">&lt;|im_start|&gt;</b> special token</span>
-<span><b class="right"><i>␣</i>↵⇥</b> space, newline, tab</span></p>
-<p class="quiet">Point at a token for its position, at a segment of a bar for its sample. \
-A letter cut in several tokens shows as their bytes.</p>"""
 LEFT_CONTEXTS = {
     "image": "image blocks",
     "prefix": "all up to the last image token",
@@ -277,8 +267,8 @@ TURNS = {
 }
 
 
-def head(config: Config, data: Data, drawn: int) -> str:
-    """Draw the page's head: the configuration's main facts, and the counts of dropped records."""
+def head(config: Config, data: Data, drawn: int) -> dict[str, str]:
+    """Return the configuration's main facts, and the counts of dropped records."""
     m, b = config.model, data.budget
     dropped = "; ".join(
         f"{name}: " + ", ".join(f"{reason} {n:,}" for reason, n in reasons.items())
@@ -287,7 +277,7 @@ def head(config: Config, data: Data, drawn: int) -> str:
     budgets = (
         f"right {b.right:,}" if not b.left else f"left {b.left:,} (in steps of {b.unit}), right {b.right:,}"
     )
-    facts = {
+    return {
         "sources": config.data.sources,
         "records": ", ".join(f"{source.name} {len(source):,}" for source in data.training.sources),
         "drawn for this page": _count(drawn, "sample"),
@@ -299,9 +289,6 @@ def head(config: Config, data: Data, drawn: int) -> str:
         "turns of a record": TURNS[config.data.turns],
         "budgets of a row": budgets + (f", at most {b.tiles} tiles" if b.tiles else ""),
     }
-    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
-    subtitle = "<p class='quiet'>Training samples as the model sees them, in the order of training.</p>"
-    return f"<h1>{_escape(config.config)}</h1>{subtitle}<dl>{rows}</dl>{LEGEND}"
 
 
 def name_of(data: Data, sample: Sample) -> str:
@@ -314,25 +301,18 @@ def name_of(data: Data, sample: Sample) -> str:
 
 
 def page(config: Config, data: Data, samples: list[Sample], rows: list[Row], drawn: int) -> str:
-    """Draw decoded samples and packed rows as a whole HTML page.
-
-    All text of the data is escaped. The content security policy also forbids scripts and fetches.
-    """
+    """Draw decoded samples and packed rows as a whole HTML page."""
     spelling = Spelling(data.tokenizer)
     cards = [card(i, s, name_of(data, s), spelling) for i, s in enumerate(samples, 1)]
     bars = [row_bars(i, row, data.budget) for i, row in enumerate(rows, 1)]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">\
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" \
-content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{_escape(config.config)}: data</title><style>{STYLE.read_text(encoding="utf-8")}</style></head><body>
-<header>{head(config, data, drawn)}</header>
-<h2>Samples</h2>{"".join(cards)}
-<h2>Packed rows</h2><p class="quiet">One colour is one sample: its images in the left stream, \
-its documents in the right one. Both bars have the same scale.</p>{"".join(bars)}
-</body></html>
-"""
+    return pages.render(
+        "preview.html",
+        title=f"{config.config}: data",
+        name=config.config,
+        facts=head(config, data, drawn),
+        cards=Markup("".join(cards)),
+        bars=Markup("".join(bars)),
+    )
 
 
 def draw(data: Data, samples: int, rows: int) -> tuple[list[Sample], list[Row], int]:

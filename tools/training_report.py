@@ -8,10 +8,7 @@ going on. Needs the group report.
 """
 
 import argparse
-import base64
-import html
 import io
-import json
 import re
 import warnings
 from datetime import datetime
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from configs.cli import FlagParser
+from tools import pages
 from tools.run_curves import Curve, Key, RunCurves, read_run
 from utils.errors import UsageError, UserError, run_script
 from utils.files import write_text
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE = Path(__file__).with_suffix(".css")
 MAX_DOTS = 40  # a curve of at most as many values has a dot at each
 MIN_SMOOTHED = 200  # a noisy curve of at least as many values is smoothed
 LINE_STYLES = [(f"C{i}", dashes) for dashes in ("-", "--", ":", "-.") for i in range(10)]
@@ -142,60 +139,35 @@ def by_powers(title: str, values: np.ndarray) -> bool:
     )
 
 
-def escape(value: Any) -> str:
-    """Return the value as text with markup escaped."""
-    return html.escape(printable(value))
-
-
 def printable(value: Any) -> str:
-    """Return the first 400 letters; escape unprintable ones and those that change the writing direction."""
-    if value is None:
-        text = "–"
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:400])
+    """Return the first 400 letters of a value, the unprintable ones escaped."""
+    return pages.printable(value, 400)
 
 
-def image(kind: str, data: bytes, alt: str) -> str:
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}"/>'
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = (
-        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(["th", *["td"] * len(rows)], [head, *rows], strict=True)
-    )
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def value_table(groups: dict[str, list[Line]]) -> str:
-    """Tabulate the last, least and greatest value of every line, with their steps."""
+def value_rows(groups: dict[str, list[Line]]) -> list[list[str]]:
+    """Return the last, least and greatest value of every line, with their steps."""
     rows = []
     for title, lines in groups.items():
         for name, _, (steps, values) in lines:
             indices = np.flatnonzero(np.isfinite(values))[-1], np.nanargmin(values), np.nanargmax(values)
             cells = [text for i in indices for text in (f"{values[i]:,.6g}", f"{steps[i]:,.0f}")]
             rows.append([title, name * (name != title), *cells])
-    return table(["metric", "", "last", "at step", "least", "at step", "greatest", "at step"], rows)
+    return rows
 
 
-def differences(runs: list[RunCurves]) -> str:
-    """Tabulate the settings that differ between runs, those that only some runs have last.
+def differences(known: list[RunCurves]) -> list[list[Any]]:
+    """Return the settings that differ between runs, those that only some runs have last.
 
     The folders of the runs are not compared.
     """
-    known = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in known for key in run.config if key not in ("output_dir", "resume"))
     differ = [key for key in keys if any(run.config.get(key) != known[0].config.get(key) for run in known)]
     differ.sort(key=lambda key: not all(key in run.config for run in known))
-    rows = [[key, *(run.config.get(key) for run in known)] for key in differ]
-    if not rows:
-        return ""
-    return f"<h2>Settings that differ</h2>{table(['setting', *(run.name for run in known)], rows)}"
+    return [[key, *(run.config.get(key) for run in known)] for key in differ]
 
 
-def heading(run: RunCurves) -> str:
-    """Draw a run's heading: its progress, skipped steps and notes."""
+def heading(run: RunCurves) -> dict[str, Any]:
+    """Return a run's name, progress, and notes, skipped steps included."""
     written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime).astimezone()
     notes = list(run.notes)
     if run.skipped:
@@ -205,17 +177,16 @@ def heading(run: RunCurves) -> str:
         notes.append(f"{len(run.skipped):,} skipped: {'; '.join(reasons)}{'; …' * (len(run.skipped) > 4)}")
     progress = f"step {run.last:,.0f} of {printable(run.config.get('max_steps'))}"
     status = f"{progress}, written {written:%Y-%m-%d %H:%M %Z}, {run.folder}"
-    warning_lines = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
-    return f"<h2>{escape(run.name)}</h2><p>{escape(status)}</p>{warning_lines}"
+    return {"name": run.name, "status": status, "notes": notes}
 
 
 # Suffix of a file in samples/ → caption.
 SHEETS = {"": "predictions", "_tokens": "predicted tokens, and the true ones"}
 
 
-def sheets(run: RunCurves) -> str:
-    """Draw the latest image of each kind in samples/."""
-    out = ""
+def sheets(run: RunCurves) -> dict[str, bytes]:
+    """Return the latest image of each kind in samples/, title → PNG."""
+    images = {}
     for suffix, caption in SHEETS.items():
         named = (
             (path.stem[5:].removesuffix(suffix), path)
@@ -225,42 +196,34 @@ def sheets(run: RunCurves) -> str:
             ((int(number), path) for number, path in named if number.isdecimal()), default=(0, None)
         )
         if path is not None:
-            title = f"{run.name}: {caption} at step {step:,}"
-            out += f"<h2>{escape(title)}</h2>{image('png', path.read_bytes(), title)}"
-    return out
+            images[f"{run.name}: {caption} at step {step:,}"] = path.read_bytes()
+    return images
 
 
 def page(runs: list[RunCurves]) -> tuple[str, int]:
-    """Draw the whole HTML page; returns it with the number of charts.
-
-    All text of the runs is escaped. The content security policy also forbids scripts and fetches.
-    """
+    """Draw the whole HTML page; returns it with the number of charts."""
     import matplotlib
 
-    groups, drawn = charts(runs), ""
+    groups, drawn = charts(runs), {}
     last = max(run.last for run in runs)
     with matplotlib.rc_context(DRAWING), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # missing in matplotlib's font; the browser draws the text
         for title, lines in groups.items():
             file = io.BytesIO()
             draw(title, lines, last).savefig(file, format="svg", metadata={"Date": None})
-            drawn += image("svg+xml", file.getvalue(), title)
-    no_charts = '<p class="warn">No finite number in any line: nothing to draw.</p>'
-    out = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/>\
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<meta http-equiv="Content-Security-Policy" \
-content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"/>
-<title>{escape(", ".join(run.name for run in runs))}: training</title>\
-<style>{STYLE.read_text(encoding="utf-8")}</style></head><body>
-{"".join(map(heading, runs))}
-{differences(runs)}
-{f'<div class="charts">{drawn}</div>' if drawn else no_charts}
-{"".join(map(sheets, runs))}
-<h2>Values</h2>{value_table(groups)}
-</body></html>
-"""
-    return out, len(groups)
+            drawn[title] = file.getvalue()
+    known = [run for run in runs if run.config]
+    text = pages.render(
+        "training_report.html",
+        title=f"{printable(', '.join(run.name for run in runs))}: training",
+        headings=[heading(run) for run in runs],
+        names=[run.name for run in known],
+        differences=differences(known),
+        charts=drawn,
+        sheets={title: png for run in runs for title, png in sheets(run).items()},
+        values=value_rows(groups),
+    )
+    return text, len(groups)
 
 
 def main(argv: list[str]) -> None:
