@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trial import Trial
 from models.kv_cache import ImageContext
 from models.layers import Rotary
-from training.estimate import saved_tensor_bytes
+from training.memory import saved_tensor_bytes
 from utils.errors import UserError, run_script
 
 REFERENCE = Path(__file__).parent / "results" / "guard.json"

@@ -33,8 +33,7 @@ from configs.train import Config
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import resolve_vision
 from models.vision_language_model import VisionLanguageModel
-from training.estimate import OVERHEAD, SkipMatmuls, step_memory
-from training.fit_memory import peak
+from training.memory import OVERHEAD, SkipMatmuls, peak, step_memory
 from training.process_memory import resident_bytes
 from training.setup import resolve_config, vocabulary_of
 from utils.errors import UserError, run_script
@@ -49,7 +48,7 @@ SIZES = {
 TEXT, MARKERS = 49152, 65  # tokens of SmolLM2's vocabulary; the global image's marker and 8 × 8 tiles'
 
 
-def counted(steps: Callable[[], Any]) -> float:
+def counted(steps: Callable[[], Any], device: torch.device) -> float:
     ledger = Ledger(TEXT)
     with SkipMatmuls(), ledger:
         steps()
@@ -75,15 +74,12 @@ def compared(
     config: Config, model_class: Any, vocabulary: Vocabulary, rows: list[int]
 ) -> list[tuple[int, float, float]]:
     """→ (rows, estimated bytes, counted bytes) for each number of rows."""
-    of = step_memory(config, model_class, vocabulary)
-    return [
-        (
-            n,
-            sum(of(n).values()),
-            of(n)["weights"] + peak(config, model_class, vocabulary, n, torch.device("cpu"), counted),
-        )
-        for n in rows
-    ]
+    out = []
+    for n in rows:
+        parts = step_memory(config, model_class, vocabulary, n)
+        live = peak(config, model_class, vocabulary, n, torch.device("cpu"), counted)
+        out.append((n, sum(parts.values()), parts["weights"] + live))
+    return out
 
 
 def model_class_of(config: Config) -> Any:
@@ -120,8 +116,9 @@ def train(name: str, steps: int, flags: list[str]) -> None:
     """Print what a real run holds after chosen steps, beside the estimate of `--dry_run`."""
     given = ["--config", name, "--max_steps", str(steps), "--train.device", "cpu", *flags]
     config = resolve_config(*resolve(given, str(__doc__)))
-    of = step_memory(config, model_class_of(config), vocabulary_of(config), save=True)
-    estimate = OVERHEAD + sum(of(config.train.local_batch_size).values())
+    rows = config.train.local_batch_size
+    parts = step_memory(config, model_class_of(config), vocabulary_of(config), rows, save=True)
+    estimate = OVERHEAD + sum(parts.values())
     script = "train_vanilla.py" if config.model.left_context == "none" else "train_dual_tower.py"
     with tempfile.TemporaryDirectory() as folder:
         held = trained([sys.executable, script, *given, "--output_dir", folder], Path(folder))

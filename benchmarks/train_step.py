@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.about import about
 from benchmarks.trial import MARKERS, MODELS, SIZES, Trial, make_config, synchronize
 from configs.model import Vocabulary
-from training.fit_memory import free_memory
+from training.memory import free_memory
 from utils.device import computes_bf16, pick_device
 from utils.errors import UserError, run_script
 

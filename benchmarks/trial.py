@@ -29,9 +29,9 @@ from configs.model import (
 from configs.train import Config, DataConfig, TrainConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_language_model import VisionLanguageModel
-from training.estimate import count_flops, trained_shares
-from training.fit_memory import RepeatedBatch
-from training.trainer import Batch, Trainer
+from training.flops import count_flops, trained_shares
+from training.memory import RepeatedBatch
+from training.trainer import Batch, Trainer, batch_counts
 from utils.device import autocast
 from utils.errors import UserError
 
@@ -213,7 +213,9 @@ class Trial:
     def flops(self) -> dict[str, float]:
         """FLOPs of a step's forwards and backwards, estimated and counted."""
         times = self.config.train.micro_batches
-        estimate = times * count_flops(self.model).training(self.row, trained_shares(self.model))
+        estimate = times * count_flops(self.model).training(
+            batch_counts(self.row), trained_shares(self.model)
+        )
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             self.forward().backward()
         self.model.zero_grad(set_to_none=True)

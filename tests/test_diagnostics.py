@@ -22,10 +22,10 @@ from tests.programs import run_program
 from tests.test_dual_tower import make_sample
 from training.callbacks import Callback
 from training.diagnostics import Diagnostics, FlopsMeter
-from training.estimate import count_flops, trained_shares
 from training.feature_cache import FeatureCache
+from training.flops import count_flops, trained_shares
 from training.setup import check_compiler
-from training.trainer import Trainer
+from training.trainer import Trainer, batch_counts
 from utils.errors import UsageError
 
 
@@ -126,7 +126,7 @@ def test_achieved_flops_are_those_of_real_tokens(tokenizer, rows):
     )  # the second image stands behind text that the left stream does not hold
     assert 0 <= text_between < 0.5 * seen["left_pairs"] and seen["left"] == len(left)
     flops = count_flops(model)
-    whole = flops.training(rows, trained_shares(model))
+    whole = flops.training(batch_counts(rows), trained_shares(model))
     assert (
         0.3 * whole
         < values["tflops_per_s"] * 1e12 * (seen["supervised"] / values["supervised_tokens_per_s"])

@@ -18,19 +18,11 @@ from models.vision_language_model import VisionLanguageModel
 from models.weights.lora import add_adapters
 from tests.conftest import TINY, TINY_MODEL, tiny_model
 from training.checkpoint import tensors_of
-from training.estimate import (
-    all_activations,
-    count_flops,
-    dry_run,
-    estimate_activations,
-    full_batch,
-    saved_bytes,
-    step_memory,
-    trained_shares,
-)
-from training.fit_memory import RepeatedBatch
+from training.dry_run import dry_run
+from training.flops import count_flops, trained_shares
+from training.memory import RepeatedBatch, activation_bytes, full_batch, saved_bytes, step_memory
 from training.optim import make_optimizers
-from training.trainer import Trainer
+from training.trainer import Trainer, batch_counts
 from utils.device import autocast
 
 FROZEN = {
@@ -113,12 +105,12 @@ def test_flops_are_those_of_the_counter(tokenizer, context, left_layers, frozen,
         both, attention = counted(lambda: model(**batch).loss_sum.backward())
     assert flops.forward(batch) == pytest.approx(forward, rel=0.02) and dense > 0.05 * forward
     without = replace(flops, left_pair=0, right_pair=0)
-    assert without.training(batch, trained) == pytest.approx(both - attention, rel=0.02)
+    assert without.training(batch_counts(batch), trained) == pytest.approx(both - attention, rel=0.02)
     if context == "none":
         documents, positions = batch["right_documents"], batch["right_positions"]
         same = documents[:, :, None] == documents[:, None, :]
         seen = (same & (positions[:, None, :] <= positions[:, :, None])).float().mean().item()
-        own = flops.training(batch, trained) - without.training(batch, trained)
+        own = flops.training(batch_counts(batch), trained) - without.training(batch_counts(batch), trained)
         assert own == pytest.approx(3 * dense * seen, rel=1e-6)
 
 
@@ -131,26 +123,19 @@ def test_flops_are_the_same_on_the_meta_device(tokenizer):
 @pytest.mark.parametrize("model_class", [DualTowerVLM, VisionLanguageModel])
 def test_activations_follow_from_one_and_two_layers_and_rows(tokenizer, model_class):
     config = make_config("none" if model_class is VisionLanguageModel else "image")
-
-    def measure(rows: int, layers: int) -> int:
-        return saved_bytes(config, model_class, tokenizer.vocabulary, rows, layers)
-
-    assert estimate_activations(
-        config.train.local_batch_size, config.model.right.layers, measure
-    ) == pytest.approx(measure(config.train.local_batch_size, config.model.right.layers), rel=0.02)
+    measured = saved_bytes(config, model_class, tokenizer.vocabulary, 3, 10, 10)
+    estimate = activation_bytes(config, model_class, tokenizer.vocabulary, 3)
+    assert estimate == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("layer_map", ["", "0,0,0,0,0,0,0,1,2,3"])
 def test_activations_of_a_shallower_left_tower(tokenizer, layer_map):
     config = make_config("image", left_layers=4)
     config = replace(config, model=replace(config.model, layer_map=layer_map))
-
-    def measure(rows: int, layers: int, left_layers: int = 0) -> int:
-        return saved_bytes(config, DualTowerVLM, tokenizer.vocabulary, rows, layers, left_layers)
-
-    measured = measure(3, 10, 4)
-    assert all_activations(config, 3, measure) == pytest.approx(measured, rel=0.02)
-    assert measured < 0.9 * measure(3, 10)
+    measured = saved_bytes(config, DualTowerVLM, tokenizer.vocabulary, 3, 4, 10)
+    estimate = activation_bytes(config, DualTowerVLM, tokenizer.vocabulary, 3)
+    assert estimate == pytest.approx(measured, rel=0.02)
+    assert measured < 0.9 * saved_bytes(config, DualTowerVLM, tokenizer.vocabulary, 3, 10, 10)
 
 
 def test_a_full_batch_is_full(tokenizer):
@@ -179,7 +164,7 @@ def test_a_save_takes_a_copy_of_what_it_writes_and_its_file_twice(tokenizer, opt
     trainer.train_step()
     written = sum(tensor.nbytes for tensor in tensors_of(model, trainer.optimizers).values())
     without, with_save = (
-        step_memory(config, DualTowerVLM, tokenizer.vocabulary, save=save)(3) for save in (False, True)
+        step_memory(config, DualTowerVLM, tokenizer.vocabulary, 3, save=save) for save in (False, True)
     )
     assert sum(with_save.values()) - sum(without.values()) == pytest.approx(3 * written, rel=0.01)
 

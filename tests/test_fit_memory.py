@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.fit_memory
+import training.memory
 from benchmarks.kill import results_of
 from benchmarks.memory import compared
 from configs.train import Config, DataConfig, TrainConfig
@@ -21,7 +21,7 @@ from tests.conftest import TINY
 from tests.programs import run_program, without_local_batch_size
 from tests.test_estimate import make_config
 from tests.test_training import command, losses
-from training.fit_memory import choose, fit_batch_size, peak
+from training.memory import choose, fit_batch_size, peak
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext
 
@@ -101,11 +101,11 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
     config = replace(
         config, train=replace(config.train, local_batch_size=4, global_batch_size=8, device="cpu")
     )
-    monkeypatch.setattr(training.fit_memory, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(training.memory, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(training.memory, "free_memory", lambda device: 1e9)
     peaks = {1: 0.1e9, 2: 0.2e9}
     monkeypatch.setattr(
-        training.fit_memory, "peak", lambda config, model_class, vocabulary, rows, device: peaks[rows]
+        training.memory, "peak", lambda config, model_class, vocabulary, rows, device: peaks[rows]
     )
     new, line = fit_batch_size(config, DualTowerVLM, tokenizer.vocabulary)
     assert (
@@ -123,12 +123,19 @@ def test_on_a_gpu_it_is_what_two_steps_had_in_use(tokenizer, monkeypatch):
 def test_a_trial_leaves_the_random_state_alone_and_tells_where_memory_ends(tokenizer):
     config, state = shallow("image"), torch.get_rng_state()
     assert (
-        peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), lambda steps: steps() or 7.0)
+        peak(
+            config,
+            DualTowerVLM,
+            tokenizer.vocabulary,
+            1,
+            torch.device("cpu"),
+            lambda steps, device: steps() or 7.0,
+        )
         == 7
     )
     assert torch.equal(torch.get_rng_state(), state)
 
-    def none_left(steps: object) -> float:
+    def none_left(steps: object, device: torch.device) -> float:
         raise torch.OutOfMemoryError
 
     assert peak(config, DualTowerVLM, tokenizer.vocabulary, 1, torch.device("cpu"), none_left) == math.inf
@@ -141,7 +148,7 @@ def test_what_is_no_number_of_gigabytes(given):
 
 
 def test_unknown_memory_must_be_given(tokenizer, monkeypatch):
-    monkeypatch.setattr(training.fit_memory, "free_memory", lambda device: None)
+    monkeypatch.setattr(training.memory, "free_memory", lambda device: None)
     with pytest.raises(UsageError, match="say how many GB"):
         fit_batch_size(replace(make_config("image"), fit_memory="auto"), DualTowerVLM, tokenizer.vocabulary)
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.trial import MARKERS, SIZES, make_config
 from configs.model import Vocabulary
 from models.dual_tower.dual_tower import DualTowerVLM
-from training.estimate import OVERHEAD, step_memory
+from training.memory import OVERHEAD, step_memory
 from training.process_memory import GROWTH, FreedMemory, resident_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,7 @@ def test_a_run_holds_what_the_estimate_says(tmp_path):
         make_config("dual_tower", SIZES["tiny"], "fp32"),
         Vocabulary(SIZES["tiny"].text, MARKERS),
     )
-    parts = step_memory(config, DualTowerVLM, vocabulary, save=True)(1)
+    parts = step_memory(config, DualTowerVLM, vocabulary, 1, save=True)
     assert max(held) < 1.2 * (OVERHEAD + sum(parts.values()))
 
 

@@ -20,8 +20,8 @@ from tests.programs import run_program
 from tests.test_diagnostics import Given
 from tests.test_dual_tower import make_sample
 from tests.test_training import command
+from training.dry_run import dry_run
 from training.ema import KEY, ema_weights
-from training.estimate import dry_run
 from training.export import export_checkpoint
 from training.muon import Muon, orthogonal
 from training.optim import _norm, grad_scaler

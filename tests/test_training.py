@@ -41,9 +41,9 @@ from tests.conftest import TINY_MODEL, TURNS, dataset_of, random_tiles, tiny_mod
 from tests.programs import Program, run_program
 from tests.test_dual_tower import make_sample
 from training.checkpoint import FORMAT, Saver, checkpoints, load_checkpoint, read_state
-from training.estimate import saved_tensor_bytes
 from training.feature_cache import FeatureCache
 from training.logging import RunLog
+from training.memory import saved_tensor_bytes
 from training.optim import make_optimizers, schedule
 from training.signals import StopSignals
 from training.trainer import Trainer

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from training.callbacks import Callback
-from training.estimate import Flops, count_flops, trained_shares
+from training.flops import Flops, count_flops, trained_shares
 from training.trackers import Histogram
 
 SAMPLE = 1 << 16  # only the first so many elements of a tensor are inspected
@@ -111,7 +111,7 @@ class FlopsMeter:
     def __init__(self, model: Any, device: torch.device, ranks: int) -> None:
         encoder = model.parts()["vision"]
         self.flops: Flops = count_flops(model)
-        self.shares = {"left": 0.0} | trained_shares(model)
+        self.shares = trained_shares(model)
         self.ranks, self.cache, self.computed = ranks, (encoder.cache if encoder.frozen else None), 0
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = ranks * next((peak for known, peak in PEAKS.items() if known in name), 0.0)
@@ -119,20 +119,12 @@ class FlopsMeter:
     def of(self, counts: dict[str, int], seconds: float) -> dict[str, float]:
         """TFLOP/s, and `mfu` (arXiv 2204.02311) if the device's peak is known, of `counts` in `seconds`.
 
-        `counts`: those of `Trainer._count`.
+        `counts`: those of `trainer.batch_counts`.
         """
-        f, trained = self.flops, self.shares
-        before_right = bool(trained["vision"] or trained["projector"] or trained["left"])
-        left_tokens = counts["left"] * f.left_token * (1 + before_right + trained["left"])
-        left_pairs = counts["left_pairs"] * f.left_pair * (3 if before_right else 1)
-        right_tokens = counts["right"] * f.right_token * (2 + trained["right"])
-        right_pairs = counts["right_pairs"] * f.right_pair * 3
-        tiles = counts["tiles"]
         if self.cache is not None:
-            tiles, self.computed = (self.cache.computed - self.computed) * self.ranks, self.cache.computed
-        total = float(tiles * f.tile * (3 if trained["vision"] else 1))
-        total += left_tokens + left_pairs
-        total += right_tokens + right_pairs
-        total += counts["supervised"] * f.supervised_token * (2 + (trained["right"] == 1))
+            computed = self.cache.computed - self.computed
+            self.computed = self.cache.computed
+            counts = counts | {"tiles": computed * self.ranks}
+        total = self.flops.model_flops(counts, self.shares)
         rates = {"tflops_per_s": total / seconds / 1e12}
         return rates | ({"mfu": total / seconds / self.peak} if self.peak else {})

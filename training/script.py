@@ -23,11 +23,11 @@ from models.weights.lora import check_lora
 from training.callbacks import Watchdog
 from training.diagnostics import Diagnostics
 from training.distributed import check_world, process_group
-from training.estimate import dry_run
+from training.dry_run import dry_run
 from training.evaluation import Evaluation
 from training.export import export_checkpoint, export_final, unsharded
-from training.fit_memory import fit_batch_size
 from training.hub_push import Pusher
+from training.memory import fit_batch_size
 from training.run_dir import NEW_TOKENIZER, locked, open_run
 from training.setup import Prepared, check_compiler, data_identity, prepare, resolve_config, vocabulary_of
 from training.signals import Stopped, exit_on_signals

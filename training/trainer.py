@@ -263,27 +263,18 @@ class Trainer:
         return StepData(micro_batches, samples, names if len(names) > 1 else [], counts, head_targets, waited)
 
     def _count(self, micro_batches: list[Batch]) -> tuple[dict[str, int], Tensor]:
-        """Count tokens (supervised, left, right), tiles, and pairs of a query and a key, over all ranks.
-
-        → the counts by name, and each multi-token head's targets (K,). A pair: the query sees the key.
-        """
+        """Add up `batch_counts`, and each multi-token head's targets (K,), over all ranks."""
         heads = self.config.model.multi_token.heads
-        streams = ("left", "left_groups"), ("right", "right_documents")
-        tokens = [sum(int((b[name] >= 0).sum()) for b in micro_batches) for _, name in streams]
-        pairs = [
-            sum(int((b[f"{side}_positions"] + 1)[b[name] >= 0].sum()) for b in micro_batches)
-            for side, name in streams
-        ]
-        supervised = sum(int((b["labels"] != -100).sum()) for b in micro_batches)
-        tiles = sum(len(b["tiles"]) for b in micro_batches)
-        counts = torch.tensor([supervised, *tokens, tiles, *pairs, *[0] * heads])
+        totals: Counter[str] = Counter()
+        for batch in micro_batches:
+            totals.update(batch_counts(batch))
+        counts = torch.tensor([*totals.values(), *[0] * heads])
         if heads:
-            counts[6:] = sum(
+            counts[len(totals) :] = sum(
                 (chains(b["labels"], b["right_documents"], heads)[:, 1:] >= 0).sum(0) for b in micro_batches
             )
         self.world.sum(counts)
-        names = ("supervised", "left", "right", "tiles", "left_pairs", "right_pairs")
-        return dict(zip(names, counts.tolist(), strict=False)), counts[6:]
+        return dict(zip(totals, counts.tolist(), strict=False)), counts[len(totals) :]
 
     def _backward(self, data: StepData) -> Tensor:
         """Accumulate the gradients of all micro-batches.
@@ -512,6 +503,19 @@ class Trainer:
 
     def _in_use(self) -> list[Path]:
         return [path for callback in self.callbacks for path in callback.in_use()]
+
+
+def batch_counts(batch: Batch) -> dict[str, int]:
+    """Tokens (supervised, left, right), tiles, and pairs of a query and a key that it sees; no padding."""
+    left, right = batch["left_groups"] >= 0, batch["right_documents"] >= 0
+    return {
+        "supervised": int((batch["labels"] != -100).sum()),
+        "left": int(left.sum()),
+        "right": int(right.sum()),
+        "tiles": len(batch["tiles"]),
+        "left_pairs": int((batch["left_positions"] + 1)[left].sum()),
+        "right_pairs": int((batch["right_positions"] + 1)[right].sum()),
+    }
 
 
 def memory(device: torch.device) -> float:
