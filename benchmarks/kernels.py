@@ -35,6 +35,7 @@ from models.kernels import KERNELS, use_kernels
 from models.kernels.packed_block import PackedBlock, pack_blocks
 from models.kv_cache import DecodingCache
 from models.masks import cache_mask
+from training.logging import RunLog
 from training.setup import prepare, resolve_config
 from training.trainer import Trainer
 from utils.device import compute_dtype
@@ -64,9 +65,10 @@ class FixedBatches:
 
 def default_step(folder: Path) -> Callable[[], Any]:
     config = resolve_config(replace(preset("dual_tower_easyvqa"), cache_dir=str(folder / "cache")), {})
-    prepared = prepare(config, folder, folder / "tokenizer", None, DualTowerVLM, SINGLE_PROCESS)
-    batches = FixedBatches([next(prepared.data.batches) for _ in range(8)])
-    return Trainer(config, prepared.model, batches).train_step
+    log = RunLog(folder)
+    model, data, _ = prepare(config, log, folder / "tokenizer", None, DualTowerVLM, SINGLE_PROCESS)
+    batches = FixedBatches([next(data.batches) for _ in range(8)])
+    return Trainer(config, model, batches).train_step
 
 
 def decoding(tokens: int, dtype: torch.dtype) -> Callable[[], Any]:

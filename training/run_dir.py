@@ -4,8 +4,8 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
@@ -50,24 +50,52 @@ CHANGEABLE = (
 )
 
 
-def open_run(
-    config: Config,
-    flags: dict[str, Any],
-    resolve_config: Callable[[Config], Config],
-    lock: Callable[[Path], None],
-) -> tuple[Config, Path, Path | None]:
-    """→ the configuration in force, the run folder, and the checkpoint to resume from.
+def find_run(config: Config) -> tuple[Path | None, Path | None]:
+    """→ the run folder to resume, None for a new run; and the checkpoint, if `--resume` names one.
 
-    `resolve_config` completes a new run's configuration, before its folder is made. `lock` reserves the
-    folder for this process. Nothing else is written: `begin_run` follows when nothing can fail any more.
-    A resumed run has its own configuration; only flags that do not change what is computed may differ.
+    `--resume auto` is the run in `output_dir`, or the newest of this preset. A torchrun that restarts its
+    ranks resumes the run that it began, even without `--resume`.
     """
-    folder, checkpoint = _find(config) if config.resume else (_run_of_this_torchrun(config), None)
-    if folder is None:
-        _check_free(config)
-        config = resolve_config(config)
-        return config, _new_folder(config, lock), None
-    lock(folder)
+    output_dir = Path(config.output_dir) if config.output_dir else None
+    if not config.resume:
+        known = [output_dir] if output_dir else Path("runs").glob("*")
+        return next((p for p in known if (p / "config.json").is_file() and _started_again(p)), None), None
+    if config.resume != "auto":
+        return _named_run(Path(config.resume), output_dir)
+    if output_dir:
+        return (output_dir if (output_dir / "config.json").is_file() else None), None
+    for path in sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            if load_json(Config, path).config == config.config:
+                return path.parent, None
+        except UserError as error:
+            print(f"warning: {error}: passed over", file=sys.stderr)
+    return None, None
+
+
+def _named_run(path: Path, output_dir: Path | None) -> tuple[Path, Path | None]:
+    """`--resume PATH` → run folder, and the checkpoint if `path` is one."""
+    is_checkpoint = path.name.startswith("step_") and path.parent.name == "checkpoints"
+    run = path.parent.parent if is_checkpoint else path
+    if output_dir and output_dir.resolve() != run.resolve():
+        raise UsageError(f"--resume goes on with {run}, and --output_dir is {output_dir}: leave it out")
+    if not is_checkpoint:
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")
+        return path, None
+    if _started_again(run):
+        return run, None  # the first start went back already
+    if path not in checkpoints(path.parent):
+        raise UsageError(f"--resume: {path} is no checkpoint")
+    read_state(path)
+    return run, path
+
+
+def resume_run(flags: dict[str, Any], folder: Path, checkpoint: Path | None) -> tuple[Config, Path | None]:
+    """→ the configuration of the run in `folder`, with the flags of this start, and the checkpoint to load.
+
+    Only flags that do not change what is computed may differ from the run's own.
+    """
     saved = load_json(Config, folder / "config.json")
     resumed = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
     changed = [
@@ -83,7 +111,57 @@ def open_run(
     done = step_of(checkpoint) if checkpoint is not None else 0
     if done > resumed.max_steps:
         raise UserError(f"{checkpoint} is already past max_steps = {resumed.max_steps}: it has {done} steps")
-    return replace(resumed, output_dir=str(folder)), folder, checkpoint
+    return replace(resumed, output_dir=str(folder)), checkpoint
+
+
+def _run_file(folder: Path) -> str:
+    """Name of a file or folder of an earlier run in `folder`, even one without `config.json`; "" if none."""
+    return next(
+        (
+            name
+            for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer")
+            if (folder / name).exists()
+        ),
+        "",
+    )
+
+
+def check_free(config: Config) -> None:
+    """Raise `UsageError` if `output_dir` holds a run."""
+    if (name := _run_file(folder := Path(config.output_dir))) and config.output_dir:
+        if name == "config.json":
+            raise UsageError(
+                f"{folder} already holds a run: add --resume auto to go on with it, "
+                "or choose another --output_dir"
+            )
+        raise UsageError(
+            f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, "
+            "or choose another --output_dir"
+        )
+
+
+def lock_new_folder(config: Config, stack: ExitStack) -> Path:
+    """Lock a new run's folder until `stack` closes: `output_dir`, or the next free one of this preset.
+
+    With `--resume auto` a preset's folder that another process is starting a run in raises `InUse`.
+    """
+    if config.output_dir:
+        stack.enter_context(locked(Path(config.output_dir)))
+        check_free(config)  # again: another process may have been faster
+        return Path(config.output_dir)
+    for number in count(1):
+        folder = Path(f"runs/{config.config}" + (f"-{number}" if number > 1 else ""))
+        if _run_file(folder):
+            continue
+        try:
+            stack.enter_context(locked(folder))
+        except InUse:
+            if config.resume:
+                raise
+            continue
+        if not _run_file(folder):
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def begin_run(config: Config, folder: Path, rewound: bool) -> None:
@@ -115,99 +193,6 @@ def _started_again(folder: Path) -> bool:
         and mark.is_file()
         and mark.read_text().strip() == _torchrun()
     )
-
-
-def _run_of_this_torchrun(config: Config) -> Path | None:
-    """The run that this torchrun began before it restarted the ranks: they continue it without --resume."""
-    known = [Path(config.output_dir)] if config.output_dir else Path("runs").glob("*")
-    return next(
-        (folder for folder in known if (folder / "config.json").is_file() and _started_again(folder)), None
-    )
-
-
-def _run_file(folder: Path) -> str:
-    """Name of a file or folder of an earlier run in `folder`, even one without `config.json`; "" if none."""
-    return next(
-        (
-            name
-            for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer")
-            if (folder / name).exists()
-        ),
-        "",
-    )
-
-
-def _check_free(config: Config) -> None:
-    """Raise `UsageError` if `output_dir` holds a run."""
-    if (name := _run_file(folder := Path(config.output_dir))) and config.output_dir:
-        if name == "config.json":
-            raise UsageError(
-                f"{folder} already holds a run: add --resume auto to go on with it, "
-                "or choose another --output_dir"
-            )
-        raise UsageError(
-            f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, "
-            "or choose another --output_dir"
-        )
-
-
-def _new_folder(config: Config, lock: Callable[[Path], None]) -> Path:
-    """Lock a new folder: `output_dir`, or the next free one of this preset.
-
-    With `--resume auto` a preset's folder that another process is starting a run in raises `InUse`.
-    """
-    if config.output_dir:
-        lock(Path(config.output_dir))
-        _check_free(config)  # again: another process may have been faster
-        return Path(config.output_dir)
-    for number in count(1):
-        folder = Path(f"runs/{config.config}" + (f"-{number}" if number > 1 else ""))
-        if _run_file(folder):
-            continue
-        try:
-            lock(folder)
-        except InUse:
-            if config.resume:
-                raise
-            continue
-        if not _run_file(folder):
-            return folder
-    raise AssertionError("numbers do not end")
-
-
-def _find(config: Config) -> tuple[Path | None, Path | None]:
-    """`--resume` → run folder, and the checkpoint if one is named; "auto": the newest run, or None."""
-    if config.resume != "auto":
-        path = Path(config.resume)
-        run = (
-            path.parent.parent
-            if path.name.startswith("step_") and path.parent.name == "checkpoints"
-            else path
-        )
-        if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
-            raise UsageError(
-                f"--resume goes on with {run}, and --output_dir is {config.output_dir}: leave it out"
-            )
-        if path.name.startswith("step_") and path.parent.name == "checkpoints":
-            if _started_again(run):
-                return run, None  # the first start went back already
-            if path not in checkpoints(path.parent):
-                raise UsageError(f"--resume: {path} is no checkpoint")
-            read_state(path)
-            return run, path
-        if not (path / "config.json").is_file():
-            raise UsageError(f"--resume: {path} is neither a run folder nor a checkpoint in one")
-        return path, None
-    if config.output_dir:
-        path = Path(config.output_dir)
-        return (path, None) if (path / "config.json").is_file() else (None, None)
-    for path in sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        try:
-            if load_json(Config, path).config == config.config:
-                return path.parent, None
-        except UserError as error:
-            print(f"warning: {error}: passed over", file=sys.stderr)
-    return None, None
 
 
 def _newest_sound(folder: Path) -> Path | None:

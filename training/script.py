@@ -5,12 +5,11 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,9 +26,10 @@ from training.dry_run import dry_run
 from training.evaluation import Evaluation
 from training.export import export_checkpoint, export_final, unsharded
 from training.hub_push import Pusher
+from training.logging import RunLog
 from training.memory import fit_batch_size
-from training.run_dir import NEW_TOKENIZER, locked, open_run
-from training.setup import Prepared, check_compiler, data_identity, prepare, resolve_config, vocabulary_of
+from training.run_dir import NEW_TOKENIZER, check_free, find_run, lock_new_folder, locked, resume_run
+from training.setup import check_compiler, data_identity, prepare, resolve_config, vocabulary_of
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
 from training.trainer import Trainer
@@ -45,6 +45,20 @@ TORCHRUN = (
 )
 
 
+class OpenRun(NamedTuple):
+    """A run whose folder is locked."""
+
+    config: Config  # the one in force: a resumed run has its own
+    folder: Path
+    checkpoint: Path | None  # to resume from
+    is_new: bool
+    note: str = ""  # for the log, which is not open yet
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / (NEW_TOKENIZER if self.is_new else "tokenizer")
+
+
 def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Train `model_class` and export it. `flags`: the flags that the command line gave."""
     check_before_start(config, flags, model_class)
@@ -54,28 +68,14 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
         return
     if any(name.startswith("eval.") for name in flags):
         TrainingTasks(config.eval)  # raises before anything is written
-    with (
-        exit_on_signals(),
-        ExitStack() as until_the_end,
-        process_group(pick_device(config.train.device)) as world,
-    ):
-        notes: list[str] = []  # for the log, which is not open yet
-        open_folder = partial(open_and_lock, config, flags, model_class, world, until_the_end, notes)
-        config, folder, checkpoint, is_new = world.run_on_rank0(open_folder)
-        use_kernels(config.kernels)  # a resumed run's own
-        Trackers.check(config.log)
-        if is_new and world.is_rank0:
-            until_the_end.enter_context(removing_new_tokenizer(folder))
-        with world.rank0_first():
-            tasks = TrainingTasks(config.eval)
-            tokenizer = folder / (NEW_TOKENIZER if is_new else "tokenizer")
-            prepared = prepare(config, folder, tokenizer, checkpoint, model_class, world)
-            for note in notes:
-                prepared.log.say(note)
-            pusher = None
-            if config.hub.repo and world.is_rank0:
-                pusher = make_pusher(config, folder, prepared, model_class)
-        train_and_export(config, folder, checkpoint, prepared, tasks, world, pusher)
+    with exit_on_signals(), ExitStack() as stack, process_group(pick_device(config.train.device)) as world:
+        run = world.run_on_rank0(partial(open_run, config, flags, model_class, world, stack))
+        use_kernels(run.config.kernels)  # a resumed run's own
+        Trackers.check(run.config.log)
+        if run.is_new and world.is_rank0:
+            shutil.rmtree(run.tokenizer, ignore_errors=True)  # of a killed process
+            stack.callback(shutil.rmtree, run.tokenizer, ignore_errors=True)  # if the run does not begin
+        train_and_export(run, model_class, world)
 
 
 def check_before_start(config: Config, flags: dict[str, Any], model_class: Any) -> None:
@@ -117,87 +117,47 @@ def print_estimate(config: Config, flags: dict[str, Any], model_class: Any) -> N
     dry_run(config, model_class, vocabulary_of(config))
 
 
-def open_and_lock(
-    config: Config,
-    flags: dict[str, Any],
-    model_class: Any,
-    world: DistributedContext,
-    until_the_end: ExitStack,
-    notes: list[str],
-) -> tuple[Config, Path, Path | None, bool]:
-    """Open and lock the run folder. → configuration in force, folder, checkpoint to resume, is the run new?
+def open_run(
+    config: Config, flags: dict[str, Any], model_class: Any, world: DistributedContext, stack: ExitStack
+) -> OpenRun:
+    """Find the run to resume, or resolve a new one's configuration; lock its folder until `stack` closes.
 
-    For rank 0. `until_the_end` holds the lock; lines for the log are added to `notes`.
+    For rank 0. Nothing is written but the lock: `begin_run` follows when nothing can fail any more.
     """
-    config, folder, checkpoint = open_run(
-        config,
-        flags,
-        partial(resolve_new_run, flags=flags, model_class=model_class, world=world, notes=notes),
-        lambda folder: until_the_end.enter_context(locked(folder)),
-    )
-    is_new = not (folder / "config.json").exists()
-    check_script(config, model_class)
-    check_world(config, world, resumed=not is_new)
-    return config, folder, checkpoint, is_new
-
-
-def resolve_new_run(
-    config: Config, flags: dict[str, Any], model_class: Any, world: DistributedContext, notes: list[str]
-) -> Config:
-    """Resolve a new run's configuration: sizes, data streams (by default one a rank), local batch size."""
-    config = resolve_config(config, flags)
+    folder, checkpoint = find_run(config)
+    if folder is not None:
+        stack.enter_context(locked(folder))
+        config, checkpoint = resume_run(flags, folder, checkpoint)
+        check_script(config, model_class)
+        check_world(config, world, resumed=True)
+        return OpenRun(config, folder, checkpoint, is_new=False)
+    check_free(config)
+    config, note = resolve_config(config, flags), ""
     config = replace(config, data=replace(config.data, streams=config.data.streams or world.size))
     if config.fit_memory:
-        config, reason = fit_batch_size(config, model_class, vocabulary_of(config), world)
-        notes.append(reason)
+        config, note = fit_batch_size(config, model_class, vocabulary_of(config), world)
     check_world(config, world)
-    return config
+    return OpenRun(config, lock_new_folder(config, stack), None, is_new=True, note=note)
 
 
-@contextmanager
-def removing_new_tokenizer(folder: Path) -> Iterator[None]:
-    """Remove a tokenizer whose run never began: at the end, and at the start that of a killed process."""
-    shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder / NEW_TOKENIZER, ignore_errors=True)
-
-
-def make_pusher(config: Config, folder: Path, prepared: Prepared, model_class: Any) -> Pusher:
-    """Open the Hub repository of `--hub.repo`."""
-    export_to = partial(
-        export_checkpoint,
-        model_class=model_class,
-        tokenizer=prepared.data.tokenizer,
-        config=config,
-        run=folder,
-    )
-    return Pusher(config.hub, model_class.model_type, folder, export_to, prepared.log.say)
-
-
-def train_and_export(
-    config: Config,
-    folder: Path,
-    checkpoint: Path | None,
-    prepared: Prepared,
-    tasks: TrainingTasks,
-    world: DistributedContext,
-    pusher: Pusher | None,
-) -> None:
+def train_and_export(run: OpenRun, model_class: Any, world: DistributedContext) -> None:
     """Train until the last step, then export the model. After a stop signal only a checkpoint is saved."""
-    data, log = prepared.data, prepared.log
-    evaluation = Evaluation(config, folder, prepared.validation, tasks)
-    callbacks = [
-        Watchdog(config.train.stall_minutes),
-        Diagnostics(),
-        evaluation,
-        prepared.cache,
-        *([pusher] if pusher is not None else []),
-    ]
-    trainer = Trainer(
-        config, prepared.model, data.batches, folder, log, callbacks, world, data_identity(data)
-    )
+    config, folder, checkpoint = run.config, run.folder, run.checkpoint
+    with world.rank0_first():
+        tasks = TrainingTasks(config.eval)
+        log = RunLog(folder, silent=not world.is_rank0)
+        model, data, validation = prepare(config, log, run.tokenizer, checkpoint, model_class, world)
+        if run.note:
+            log.say(run.note)
+        pusher = None
+        if config.hub.repo and world.is_rank0:
+            settings = {"model_class": model_class, "tokenizer": data.tokenizer, "config": config}
+            export_to = partial(export_checkpoint, run=folder, **settings)
+            pusher = Pusher(config.hub, model_class.model_type, folder, export_to, log.say)
+    evaluation, cache = Evaluation(config, folder, validation, tasks), model.parts()["vision"].cache
+    optional = (callback for callback in (cache, pusher) if callback is not None)
+    callbacks = [Watchdog(config.train.stall_minutes), Diagnostics(), evaluation, *optional]
+    trainer = Trainer(config, model, data.batches, folder, log, callbacks, world, data_identity(data))
     try:
         trainer.train(checkpoint)
     except Stopped as stopped:
@@ -206,12 +166,12 @@ def train_and_export(
     if evaluation.best.warning:
         log.say(f"warning: {evaluation.best.warning}")
     dropped = sum(world.gather(data.batches.dropped()), Counter())
-    model = unsharded(prepared.model, config)
+    model = unsharded(model, config)
     if not world.is_rank0:
         return
     predictions = evaluation.predictions
     if not predictions:  # the run had already reached its last step
-        predictions = prepared.validation.predictions(model.eval(), 8)
+        predictions = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, predictions)
     if dropped:
         log.say(f"training records dropped: {by_source(dropped)}")
@@ -227,9 +187,6 @@ def resume_command(folder: Path, world: DistributedContext) -> str:
             f"go on with the same torchrun on each of the {nodes} nodes, and behind its own flags:\n"
             f"  {shlex.join(script)}"
         )
-    torchrun = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(world.size), *TORCHRUN, "--"]
-        if world.size > 1
-        else []
-    )
-    return f"go on with:\n  {shlex.join([sys.executable, *torchrun, *script])}"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world.size), *TORCHRUN, "--"]
+    command = [sys.executable, *(torchrun if world.size > 1 else ()), *script]
+    return f"go on with:\n  {shlex.join(command)}"

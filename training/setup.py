@@ -53,22 +53,6 @@ class Data:
     budget: Budget
     batches: Streams
 
-    @property
-    def padding_id(self) -> int:
-        """The left stream's padding: a marker, never the image token."""
-        return self.tokenizer.global_image
-
-
-@dataclass
-class Prepared:
-    """Everything a training loop needs, loaded and checked."""
-
-    model: Any
-    data: Data
-    validation: Validation
-    cache: FeatureCache
-    log: RunLog
-
 
 def build_data(
     config: Config,
@@ -84,7 +68,7 @@ def build_data(
     Batches are those of rank `rank` of `ranks`. With fewer ranks than streams a rank reads several streams;
     with more, ranks share a stream.
     """
-    d = config.data
+    d, model = config.data, config.model
     training, validation = open_sources(d)
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
@@ -96,32 +80,21 @@ def build_data(
         else:
             tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
         tokenizer.save(tokenizer_folder)
-    renderer = Renderer(tokenizer, config.model.tokens_per_tile, config.model.left_context)
-    towers = (
-        [config.model.right]
-        if config.model.left_context == "none"
-        else [config.model.left, config.model.right]
-    )
-    max_positions = min(tower.max_positions for tower in towers)
+    renderer = Renderer(tokenizer, model.tokens_per_tile, model.left_context)
+    max_positions = min(getattr(model, tower).max_positions for tower in model.towers)
     unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
-    validation_set = SampleDataset(validation, renderer, config.model.vision, unfiltered, max_positions)
-    left = 0 if config.model.left_context == "none" else d.left_length
+    validation_set = SampleDataset(validation, renderer, model.vision, unfiltered, max_positions)
+    left = d.left_length if "left" in model.towers else 0
     budget = Budget(left, d.right_length, renderer.left_unit, d.max_tiles)
     streams = d.streams or 1
     part, parts = (0, 1) if ranks <= streams else (rank // streams, ranks // streams)
+    keep, padding = d.workers == 0, tokenizer.global_image  # a marker, never the image token
     loaders = {}
     for number in range(rank % streams, streams, min(ranks, streams)):
-        train_set = SampleDataset(
-            training, renderer, config.model.vision, d, max_positions, keep=d.workers == 0
-        )
-        rows = RowStream(
-            SampleStream(train_set, Mixture(training, config.seed, d.temperature, number, streams)),
-            budget,
-            d.window,
-        )
-        loaders[number] = Loader(
-            rows, config.train.local_batch_size, tokenizer.global_image, d.workers, part, parts
-        )
+        train_set = SampleDataset(training, renderer, model.vision, d, max_positions, keep=keep)
+        mixture = Mixture(training, config.seed, d.temperature, number, streams)
+        rows = RowStream(SampleStream(train_set, mixture), budget, d.window)
+        loaders[number] = Loader(rows, config.train.local_batch_size, padding, d.workers, part, parts)
     batches = Streams(loaders)
     return Data(tokenizer, batches.rows.stream.dataset, validation_set, budget, batches)
 
@@ -135,12 +108,8 @@ def training_text(sources: list[Source]) -> Iterator[str]:
             except UnreadableBlock:
                 continue  # counted when training reads it
             for turn in texts:
-                yield from (
-                    "user\n",
-                    str(turn.get("user", "")),
-                    "assistant\n",
-                    str(turn.get("assistant", "")),
-                )
+                for role in ("user", "assistant"):
+                    yield from (f"{role}\n", str(turn.get(role, "")))
 
 
 def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
@@ -167,18 +136,16 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
         )
         model.source_layers(pretrained.left)
     for tower in model.towers:
-        size_flags = [
-            name
-            for name in flags
-            if name.startswith(f"model.{tower}.")
-            and name not in (f"model.{tower}.weights", "model.left.layers")  # the left tower may take fewer
-        ]
         is_pretrained = getattr(model, tower).weights != "random"
-        if size_flags and (is_pretrained or (tower == "left" and config.init_left_from)):
-            raise UsageError(
-                f"--{size_flags[0]} follows from the pretrained weights of the {tower} tower: leave it out, "
-                f"or say --model.{tower}.weights random"
-            )
+        if not is_pretrained and not (tower == "left" and config.init_left_from):
+            continue
+        allowed = (f"model.{tower}.weights", "model.left.layers")  # the left tower may take fewer layers
+        for name in flags:
+            if name.startswith(f"model.{tower}.") and name not in allowed:
+                raise UsageError(
+                    f"--{name} follows from the pretrained weights of the {tower} tower: leave it out, "
+                    f"or say --model.{tower}.weights random"
+                )
     model = resolve_decoders(model, Path(config.cache_dir), left_layers)
     config = replace(config, model=replace(model, vision=resolve_vision(model.vision)))
     if (source := language_model(config)) is not None:  # an unfit tokenizer raises here, not later
@@ -205,11 +172,8 @@ def vocabulary_of(config: Config) -> Vocabulary:
 def check_compiler(config: Config) -> None:
     """Raise `UsageError` if torch.compile lacks a C++ compiler, which it needs on a CPU."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if (
-        config.train.compile
-        and pick_device(config.train.device).type == "cpu"
-        and shutil.which(compiler) is None
-    ):
+    on_cpu = config.train.compile and pick_device(config.train.device).type == "cpu"
+    if on_cpu and shutil.which(compiler) is None:
         raise UsageError(
             f"--train.compile needs a C++ compiler on a CPU, and there is no {compiler}: install one, "
             "name another in CXX, or leave the flag out"
@@ -219,35 +183,31 @@ def check_compiler(config: Config) -> None:
 def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
     """Load the pretrained weights that the configuration names into a new model; other parts stay random."""
     load_language_weights(model, Path(config.cache_dir))
-    if config.init_left_from:
-        dropped = load_left_tower(
-            model.left, *left_tower_of(config.init_left_from), context=config.init_left_from
-        )
-        log.say(
-            f"left tower from {config.init_left_from}; {len(dropped)} tensors that it has no use for: "
-            f"{', '.join(dropped[:8])}{' …' * (len(dropped) > 8)}"
-        )
-    else:
+    if not (source := config.init_left_from):
         load_vision_weights(model.parts()["vision"])
+        return
+    dropped = load_left_tower(model.left, *left_tower_of(source), context=source)
+    log.say(
+        f"left tower from {source}; {len(dropped)} tensors that it has no use for: "
+        f"{', '.join(dropped[:8])}{' …' * (len(dropped) > 8)}"
+    )
 
 
 def prepare(
     config: Config,
-    folder: Path,
+    log: RunLog,
     tokenizer: Path,
     checkpoint: Path | None,
     model_class: Any,
     world: DistributedContext,
-) -> Prepared:
-    """Load and check everything that training in run folder `folder` needs; `tokenizer`: its folder."""
-    log = RunLog(folder, silent=not world.is_rank0)
+) -> tuple[Any, Data, Validation]:
+    """Load and check a run's model, data and validation; `tokenizer`: its folder."""
     torch.manual_seed(config.seed)
     source = language_model(config) if checkpoint is None else None
     data = build_data(config, tokenizer, source, world.rank, world.size)
     if checkpoint is not None:
         check_data(checkpoint, data, tokenizer)
     model = model_class(config.model, data.tokenizer.vocabulary)
-    encoder = model.parts()["vision"]
     if checkpoint is None:
         load_pretrained(model, config, log)
     else:
@@ -255,19 +215,17 @@ def prepare(
     add_adapters(model, config.lora)
     if checkpoint is not None:
         load_weights_of(checkpoint, model)  # before the cache, which depends on the weights
-    cache = FeatureCache(
-        Path(config.cache_dir) / "features" / module_fingerprint(encoder, repr(config.model.vision)),
-        int(config.train.feature_cache_gb * 2**30 / world.size),
-    )
-    encoder.cache = cache if cache.limit_bytes else None
-    validation = Validation(data.validation, data.budget, config.train.local_batch_size, data.padding_id)
-    sizes = ", ".join(
-        f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.parts().items()
-    )
+    if cache_bytes := int(config.train.feature_cache_gb * 2**30 / world.size):
+        encoder = model.parts()["vision"]
+        encoder_id = module_fingerprint(encoder, repr(config.model.vision))
+        encoder.cache = FeatureCache(Path(config.cache_dir) / "features" / encoder_id, cache_bytes)
+    rows, padding = config.train.local_batch_size, data.tokenizer.global_image
+    validation = Validation(data.validation, data.budget, rows, padding)
+    sizes = (f"{name} {sum(p.numel() for p in m.parameters()):,}" for name, m in model.parts().items())
     log.say(
-        f"run {folder}: {sum(map(len, data.training.sources))} training and "
+        f"run {log.folder}: {sum(map(len, data.training.sources))} training and "
         f"{sum(map(len, data.validation.sources))} validation records of {config.data.sources}; "
-        f"parameters: {sizes}"
+        f"parameters: {', '.join(sizes)}"
     )
     if config.model.has_shallower_left:
         log.say(f"left layers that the right layers read: {config.model.left_layer_of}")
@@ -275,7 +233,7 @@ def prepare(
         log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
     if world.rank:  # ranks have equal weights, but each its own dropout
         torch.manual_seed((config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63)
-    return Prepared(model, data, validation, cache, log)
+    return model, data, validation
 
 
 def data_identity(data: Data) -> dict[str, Any]:
@@ -299,11 +257,10 @@ def check_data(checkpoint: Path, data: Data, tokenizer: Path) -> None:
             "put that one back, or start a new run"
         )
     for use, sources in current["records"].items():
-        saved_sources = saved.get("records", current["records"])[use]
-        for (name, count), (saved_name, saved_count) in zip(sources, saved_sources, strict=False):
-            if (name, count) != (saved_name, saved_count):
+        for now, before in zip(sources, saved.get("records", current["records"])[use], strict=False):
+            if now != before:
                 raise UserError(
-                    f"checkpoint {checkpoint} was made with {saved_count:,} {use} records of {saved_name}, "
-                    f"and there are {count:,} of {name} now: samples would come twice or never; "
+                    f"checkpoint {checkpoint} was made with {before[1]:,} {use} records of {before[0]}, "
+                    f"and there are {now[1]:,} of {now[0]} now: samples would come twice or never; "
                     "put the data back, or start a new run"
                 )
