@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from training.distributed import local_tensor
 from utils.errors import UserError
 from utils.files import sync
 from utils.ranks import SINGLE_PROCESS, DistributedContext
@@ -80,7 +81,7 @@ class Saver:
             try:
                 _low_priority()
                 for name, tensor in tensors.items():
-                    self._memory(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(0)
+                    self._memory(name, local_tensor(tensor)).fill_(0)
             except Exception as error:  # out of memory: raised by `wait`
                 self.failure = error
 
@@ -206,11 +207,8 @@ class Saver:
             state_dict_saver.save(copies, storage_writer=writer, process_group=self.group)
             if self.world.is_rank0:
                 self._finish(state, temp_path)
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # OSError, safetensors' and torch's: raised by `wait`
-            self.failure = error
+        except (Exception, CheckpointException) as error:  # OSError, safetensors' and torch's
+            self.failure = error  # raised by `wait`
             shutil.rmtree(temp_path, ignore_errors=True)
 
     def _finish(self, state: dict[str, Any], temp_path: Path) -> None:
@@ -352,45 +350,47 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def _load(folder: Path, model: Any, optimizers: list[Optimizer], no_dist: bool = False) -> None:
-    reader = HuggingFaceStorageReader(str(folder))
-    saved = {
-        name: tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    targets = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    _check_shapes(folder, saved, targets)
-    new_states: dict[tuple[int, str], dict[str, Tensor]] = {}
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for number, optimizer in enumerate(optimizers):
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in parameters.items():
-            if id(parameter) not in own:
-                continue
-            prefix = f"optimizer.{name}."
-            for full_name in [n for n in saved if n.startswith(prefix)]:
-                key = full_name.removeprefix(prefix)
-                if saved[full_name] == tuple(parameter.shape) and key != "step":
-                    value = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                else:
-                    value = torch.zeros(saved[full_name])
-                targets[full_name] = value.detach()
-                new_states.setdefault((number, name), {})[key] = targets[full_name]
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a checkpoint's tensors; names as in `tensors_of`."""
+    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {n: tuple(entry.size) for n, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def load_tensors(folder: Path, targets: dict[str, Tensor], no_dist: bool = False) -> None:
+    """Read tensors of a checkpoint into `targets`; with `no_dist` in this process alone."""
     try:
+        reader = HuggingFaceStorageReader(str(folder))
         state_dict_loader.load(targets, storage_reader=reader, no_dist=no_dist)
     except (Exception, CheckpointException) as error:  # torch's is no Exception; it wraps safetensors' errors
         raise UserError(
             f"checkpoint {folder} cannot be read ({_first_line(error)}); "
             "--resume an earlier one by its folder"
         ) from error
-    for (number, name), values in new_states.items():
-        parameter, group = parameters[name], optimizers[number].param_groups[0]
-        if "step" in values:
-            step = values["step"].reshape(())
-            on_device = group.get("fused") or group.get("capturable")
-            values["step"] = step.to(parameter.device) if on_device else step
-        optimizers[number].state[parameter] = values
+
+
+def _load(folder: Path, model: Any, optimizers: list[Optimizer], no_dist: bool = False) -> None:
+    saved, targets = saved_shapes(folder), tensors_of(model, [])
+    _check_shapes(folder, saved, targets)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    states = []
+    for optimizer, group, parameter in ((o, g, p) for o, g in groups for p in g["params"]):
+        prefix, state = f"optimizer.{names[id(parameter)]}.", {}
+        for name in (name for name in saved if name.startswith(prefix)):
+            key = name.removeprefix(prefix)
+            if saved[name] == tuple(parameter.shape) and key != "step":
+                value = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            else:
+                value = torch.zeros(saved[name])
+            targets[name] = state[key] = value
+        states.append((optimizer, group, parameter, state))
+    load_tensors(folder, targets, no_dist)
+    for optimizer, group, parameter, state in states:
+        if "step" in state:
+            step, on_device = state["step"].reshape(()), group.get("fused") or group.get("capturable")
+            state["step"] = step.to(parameter.device) if on_device else step
+        if state:
+            optimizer.state[parameter] = state
 
 
 def _check_shapes(folder: Path, saved: dict[str, tuple[int, ...]], targets: dict[str, Tensor]) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from training.callbacks import Callback
+from training.distributed import local_tensor
 from training.flops import Flops, count_flops, trained_shares
 from training.trackers import Histogram
 
@@ -84,8 +84,7 @@ class Diagnostics(Callback):
 
 
 def _sample(x: Tensor) -> Tensor:
-    x = x.to_local() if isinstance(x, DTensor) else x
-    return x.detach().flatten()[:SAMPLE].float()
+    return local_tensor(x).detach().flatten()[:SAMPLE].float()
 
 
 def sources_of(batch: dict[str, Tensor], samples: list[str], names: list[str]) -> Tensor:

@@ -144,3 +144,8 @@ def gradient_sync(model: Any, last: bool) -> AbstractContextManager[None]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor that may be sharded over the ranks; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

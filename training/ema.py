@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.tensor import DTensor
+
+from training.checkpoint import load_tensors, saved_shapes
+from training.distributed import local_tensor
 
 KEY = "average"  # in a parameter's state
 
@@ -25,7 +25,7 @@ def update_ema(optimizers: list[torch.optim.Optimizer], step: int, decay: float)
     pairs: list[tuple[Tensor, Tensor]] = []
     for parameter, state in ((p, state) for optimizer in optimizers for p, state in optimizer.state.items()):
         if KEY in state:
-            pairs.append((_local(state[KEY]), _local(parameter.detach())))
+            pairs.append((local_tensor(state[KEY]), local_tensor(parameter.detach())))
         else:  # its first update, after the optimizer has created its own state
             state[KEY] = parameter.detach().clone()
     if pairs:
@@ -38,7 +38,7 @@ def swap_ema(optimizers: list[torch.optim.Optimizer]) -> None:
     """Exchange the model's weights and their averages, where there are any."""
     for parameter, state in ((p, state) for optimizer in optimizers for p, state in optimizer.state.items()):
         if KEY in state:
-            weights, average = _local(parameter.detach()), _local(state[KEY])
+            weights, average = local_tensor(parameter.detach()), local_tensor(state[KEY])
             copy = weights.clone()
             weights.copy_(average)
             average.copy_(copy)
@@ -59,16 +59,7 @@ def load_ema(checkpoint: Path, model: Any) -> None:
 
     Weights without an average stay as they are.
     """
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    saved = reader.read_metadata().state_dict_metadata
+    saved = saved_shapes(checkpoint)
     targets = {f"optimizer.{name}.{KEY}": parameter.detach() for name, parameter in model.named_parameters()}
-    state_dict_loader.load(
-        {name: tensor for name, tensor in targets.items() if name in saved},
-        storage_reader=reader,
-        no_dist=True,
-    )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    averages = {name: tensor for name, tensor in targets.items() if name in saved}
+    load_tensors(checkpoint, averages, no_dist=True)

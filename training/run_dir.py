@@ -19,6 +19,7 @@ from utils.errors import UsageError, UserError
 from utils.files import write_text
 
 NEW_TOKENIZER = ".tokenizer"  # the tokenizer's folder until a new run begins
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "tokenizer")
 BEGUN_BY = ".torchrun"  # file that names the torchrun which began or last resumed the run
 
 
@@ -116,24 +117,18 @@ def resume_run(flags: dict[str, Any], folder: Path, checkpoint: Path | None) -> 
 
 def _run_file(folder: Path) -> str:
     """Name of a file or folder of an earlier run in `folder`, even one without `config.json`; "" if none."""
-    return next(
-        (
-            name
-            for name in ("config.json", "metrics.jsonl", "checkpoints", "tokenizer")
-            if (folder / name).exists()
-        ),
-        "",
-    )
+    return next((name for name in RUN_FILES if (folder / name).exists()), "")
 
 
 def check_free(config: Config) -> None:
     """Raise `UsageError` if `output_dir` holds a run."""
-    if (name := _run_file(folder := Path(config.output_dir))) and config.output_dir:
-        if name == "config.json":
-            raise UsageError(
-                f"{folder} already holds a run: add --resume auto to go on with it, "
-                "or choose another --output_dir"
-            )
+    folder = Path(config.output_dir)
+    name = _run_file(folder) if config.output_dir else ""
+    if name == "config.json":
+        raise UsageError(
+            f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir"
+        )
+    if name:
         raise UsageError(
             f"{folder} holds '{name}', of a run without its config.json perhaps: put that back and --resume, "
             "or choose another --output_dir"
@@ -215,15 +210,13 @@ def _newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Nested dictionaries → dotted key, value in `a`, value in `b`, where they differ."""
-    out = []
     for key in a:
         if isinstance(a[key], dict):
-            out += _differences(a[key], b[key], f"{prefix}{key}.")
+            yield from _differences(a[key], b[key], f"{prefix}{key}.")
         elif a[key] != b[key]:
-            out.append((prefix + key, a[key], b[key]))
-    return out
+            yield prefix + key, a[key], b[key]
 
 
 @contextmanager
