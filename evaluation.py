@@ -57,6 +57,13 @@ def make_parser() -> FlagParser:
         help="when an answer to questions:SOURCE is right [normalised]",
     )
     parser.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="answered questions about other images before each question of our own tasks [0]",
+    )
+    parser.add_argument(
         "--random_baseline",
         action="store_true",
         help="also score the same model with random weights: a trained one must exceed it",
@@ -85,7 +92,7 @@ def main(argv: list[str]) -> None:
     for kind, colon, source in (name.partition(":") for name in args.tasks):
         if kind in ("captions", "questions") and colon:  # before the imports of lmms-eval
             parse_sources(source, f"--tasks {kind}")
-    for name, minimum in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0)):
+    for name, minimum in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0), ("shots", 0)):
         if getattr(args, name) < minimum:
             raise UsageError(f"--{name} = {getattr(args, name)} must be at least {minimum}")
     if args.data_root and not Path(args.data_root).is_dir():

@@ -17,6 +17,7 @@ from typing import Any
 from configs.cli import FlagParser, add_flags, add_model_flags, override
 from configs.model import GenerationConfig
 from configs.serialization import load_json
+from data.conversations import ask
 from utils.errors import UsageError, run_script
 
 
@@ -32,6 +33,7 @@ def make_parser() -> FlagParser:
         help="the image that the prompts are about; may be given several times; none: text only",
     )
     parser.add_argument("--prompt", action="append", help="a question; may be given several times")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--stop",
         action="append",
@@ -42,9 +44,7 @@ def make_parser() -> FlagParser:
     parser.add_argument("--chat", action="store_true", help="ask in turns, on the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument(
-        "--stats",
-        action="store_true",
-        help="show time to first token, tokens/s, and tokens per decode step",
+        "--stats", action="store_true", help="show time to first token, tokens/s, tokens per decode step"
     )
     parser.add_argument(
         "--store",
@@ -107,13 +107,12 @@ def main(argv: list[str]) -> None:
     predictor = Predictor.from_pretrained(flags["checkpoint"], flags["dtype"], flags["device"], store, config)
     images = [predictor.tiles(image) for image in flags["image"] or ()]
     if flags["chat"]:
-        if (
-            talk(predictor, Chat(predictor, settings, flags["stop"]), images, flags["stats"])
-            and not sys.stdin.isatty()
-        ):
+        chat = Chat(predictor, settings, flags["stop"], flags["system"])
+        if talk(predictor, chat, images, flags["stats"]) and not sys.stdin.isatty():
             sys.exit(1)  # errors; a terminal has shown them
         return
-    answer_all(predictor, flags["prompt"], images, settings, flags["stop"], flags["json"], flags["stats"])
+    questions = [ask(prompt, len(images), flags["system"]) for prompt in flags["prompt"]]
+    answer_all(predictor, questions, images, settings, flags["stop"], flags["json"], flags["stats"])
 
 
 if __name__ == "__main__":

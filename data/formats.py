@@ -1,4 +1,4 @@
-"""Local data-set files → records: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`.
+"""Local data-set files → records in the format of `data/conversations.py`, with a path for each image.
 
 Each reader maps a file to (training, validation); validation is None if the set has no split of its own. A
 file of another form raises `UserError`. A well-formed but unusable record is returned with an empty text,
@@ -6,7 +6,7 @@ no texts, or a reason under "problem", so that the pipeline drops and counts it.
 
 Optional keys of a record:
     "references"       further correct answers
-    "turns": "branch"  the texts are independent questions, never chained into one conversation
+    "turns": "branch"  "texts" are independent questions, never chained into one conversation
     "clip_score"       image–text similarity, for `data.filters.min_clip_score`
     "problem"          the reason to drop it
 """
@@ -19,7 +19,17 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, NamedTuple
 
-from utils.errors import UserError, nearest
+from data.conversations import (
+    HALF_CHARACTER,
+    TEXTS,
+    ConversationError,
+    as_text,
+    carried_images,
+    checked,
+    checked_parts,
+    conversations_of,
+)
+from utils.errors import UsageError, UserError, nearest
 from utils.files import read_json
 
 Record = dict[str, Any]
@@ -27,7 +37,6 @@ Splits = tuple[list[Record], list[Record] | None]
 
 CAPTION_PROMPT = "Describe the image."
 IMAGES_TRIED = 100
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"); no tokenizer accepts it
 KINDS: dict[type | UnionType, str] = {
     list: "a list ",
     str: "a text ",
@@ -41,14 +50,6 @@ def field(entry: Any, key: str, kind: type | UnionType, context: str | Path) -> 
     if not isinstance(entry, dict) or key not in entry or not isinstance(entry[key], kind):
         raise UserError(f"{context}: expected an object with {KINDS[kind]}'{key}'")
     return entry[key]
-
-
-def text(value: Any) -> str:
-    """Return a valid text, or "" for anything else.
-
-    Empty texts are dropped and counted later, so one bad entry of 100,000 does not stop a run.
-    """
-    return value if isinstance(value, str) and not HALF_CHARACTER.search(value) else ""
 
 
 def find_images(path: Path, roots: Sequence[Path], names: Sequence[Sequence[str]]) -> list[str]:
@@ -109,7 +110,7 @@ def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Cap
         )
         if number not in entries:
             raise UserError(f"{context}: 'images' has no image with the id {number}")
-        entries[number].captions.append(text(caption).strip())
+        entries[number].captions.append(as_text(caption).strip())
     return list(entries.values())
 
 
@@ -125,7 +126,7 @@ def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
         if number in entries:
             raise UserError(f"{context}: an image before it has the cocoid {number} too")
         captions = [
-            text(field(sentence, "raw", object, f"{context}.sentences")).strip() for sentence in sentences
+            as_text(field(sentence, "raw", object, f"{context}.sentences")).strip() for sentence in sentences
         ]
         entries[number] = Captioned(
             KARPATHY_SPLITS[split],
@@ -195,7 +196,7 @@ def ocr_vqa(path: Path) -> Splits:
         records[split].append(
             {
                 "images": [name],
-                "texts": [{"user": text(q), "assistant": text(a)} for q, a in pairs],
+                "texts": [{"user": as_text(q), "assistant": as_text(a)} for q, a in pairs],
                 "id": f"ocr_vqa/{number}",
             }
         )
@@ -219,31 +220,21 @@ LLAVA_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-PLACEHOLDER = "<image>"
 
 
-def without_placeholders(value: str) -> str:
-    """Remove each `<image>` and one newline next to it.
+def _messages(turns: list[Any], context: str) -> tuple[list[dict[str, str]], str]:
+    """Convert LLaVA's turns to messages; also return the reason to drop them, or "".
 
-    >>> without_placeholders("<image>\\nWhat?"), without_placeholders("A\\n<image>\\nB")
-    ('What?', 'A\\nB')
+    A system turn may come first; then human and gpt alternate, and gpt has the last word.
     """
-    if PLACEHOLDER not in value:
-        return value
-    return re.sub(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}", "", value).strip()
-
-
-def _conversation(turns: list[Any], images: int, context: str) -> tuple[list[dict[str, str]], str]:
-    """Convert LLaVA's turns to texts; also return the reason to drop them, or ""."""
     roles = [LLAVA_ROLES.get(field(turn, "from", str, context), "") for turn in turns]
-    values = [text(field(turn, "value", object, context)) for turn in turns]
-    if "system" in roles:  # the chat template has none, and without it the answers may be wrong
-        return [], "system_turn"
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        return [], "turn_order"
-    clean = list(map(without_placeholders, values))
-    texts = [{"user": q, "assistant": a} for q, a in zip(clean[::2], clean[1::2], strict=True)]
-    return texts, "" if sum(value.count(PLACEHOLDER) for value in values) == images else "image_count"
+    messages = [
+        {"role": role, "content": as_text(field(turn, "value", object, context))}
+        for role, turn in zip(roles, turns, strict=True)
+    ]
+    spoken = roles[roles[:1] == ["system"] :]
+    alternating = bool(spoken) and spoken == ["user", "assistant"] * (len(spoken) // 2)
+    return messages, "" if alternating else "turn_order"
 
 
 def llava(path: Path) -> Splits:
@@ -260,7 +251,7 @@ def llava(path: Path) -> Splits:
     records: dict[str, Record] = {}
     for index, entry in enumerate(content):
         context = f"{path}: [{index}]"
-        turns, image = field(entry, "conversations", list, context), entry.get("image")
+        turns, image = field(entry, "conversations", list, context), entry.get("image") or None
         images = image if isinstance(image, list) else [] if image is None else [image]
         if not _texts(images):
             raise UserError(
@@ -269,8 +260,8 @@ def llava(path: Path) -> Splits:
         number = entry.get("id")
         name = f"llava/{index if number is None else number}"
         name = f"{name}@{index}" if name in records else name
-        texts, problem = _conversation(turns, len(images), f"{context}.conversations")
-        records[name] = {"images": images, "texts": texts, "id": name} | (
+        messages, problem = _messages(turns, f"{context}.conversations")
+        records[name] = {"images": images, "messages": messages, "id": name} | (
             {"problem": problem} if problem else {}
         )
     training = list(records.values())
@@ -291,18 +282,22 @@ def _turns(value: Any) -> bool:
         and all(
             isinstance(t, dict)
             and {"user", "assistant"} <= t.keys() <= TURN_KEYS
-            and _texts([t["user"] or "", t["assistant"] or ""])
+            and all(isinstance(t[half] or "", str | int | float) for half in ("user", "assistant"))
+            and _texts(t.get("references", []))
             for t in value
         )
     )
 
 
-TURN_KEYS = {"user", "assistant", "source", "ratings"}  # the last two: The Cauldron's and FineVision's
+TURN_KEYS = {"user", "assistant", "references", "source", "ratings"}  # the last: The Cauldron's, FineVision's
 # key → its form in words, and a check of it
 JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "images": ("a list of paths", lambda v: isinstance(v, list) and _texts([path or "" for path in v])),
     "image": ("a path", lambda v: v is None or isinstance(v, str)),
     "texts": ('a list of {"user": text, "assistant": text}, one at least', _turns),
+    "messages": ('a list of {"role", "content"}', lambda v: isinstance(v, list)),
+    "conversations": ("a list of lists of messages", lambda v: isinstance(v, list)),
+    "interleaved": ("a list of parts", lambda v: isinstance(v, list)),
     "id": ("a text", lambda v: isinstance(v, str)),
     "references": ("a list of texts", lambda v: isinstance(v, list) and _texts([text or "" for text in v])),
     "turns": ('"branch"', lambda v: v == "branch"),
@@ -323,7 +318,9 @@ def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> R
         raise UserError(f"{context}: not valid JSON: {problem}") from None
     if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(entry, ensure_ascii=False))):
         raise UserError(f"{context}: not valid Unicode: half a character, \\u{ord(half[0]):x}")
-    field(entry, "texts", object, context)
+    text_keys = [key for key in TEXTS if isinstance(entry, dict) and key in entry]
+    if len(text_keys) != 1:
+        raise UserError(f"{context}: expected an object with one of {', '.join(map(repr, TEXTS))}")
     for key, value in entry.items():
         if key not in JSONL_KEYS:
             raise UserError(f"{context}: no key '{key}'{nearest(key, list(JSONL_KEYS))}")
@@ -333,19 +330,33 @@ def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> R
     if "image" in entry and "images" in entry:
         raise UserError(f"{context}: 'image' and 'images' are both there; keep one")
     images = [entry["image"]] if "image" in entry else entry.get("images", [])
-    further = {key: entry[key] for key in ("references", "turns", "clip_score") if key in entry}
+    images = [] if images == [""] else images
+    try:
+        if text_keys == ["interleaved"]:
+            entry["interleaved"] = checked_parts(entry["interleaved"], "the page")
+        elif text_keys != ["texts"]:
+            conversations_of(entry, "branch")
+            if carried := carried_images(checked(entry["messages"])) if "messages" in entry else []:
+                if images or not _texts(carried):
+                    raise ConversationError("images stand in 'images', or as paths in the messages' parts")
+                images = carried
+    except UsageError as error:
+        raise UserError(f"{context}: {error}") from None
+    further = {key: entry[key] for key in (*text_keys, "references", "turns", "clip_score") if key in entry}
     return {
-        "images": [image and str(folder / image) for image in images],
-        "texts": entry["texts"],
+        "images": [
+            image and (image if image.startswith("data:") else str(folder / image)) for image in images
+        ],
         "id": entry.get("id", default_id),
     } | further
 
 
 def jsonl(path: Path) -> Splits:
-    """Read JSON Lines, one record a line: `{"image": "cat.png", "texts": [{"user": "…", "assistant": "…"}]}`.
+    """Read JSON Lines, one record a line: `{"image": "cat.png", "messages": [{"role", "content"}, …]}`.
 
-    Images are relative to the file's folder; `"image": path` is short for `"images": [path]`. The first
-    malformed line raises `UserError` with its number, because users can repair their own file.
+    `data/conversations.py` has the forms of a record. Images are relative to the file's folder;
+    `"image": path` is short for `"images": [path]`. The first malformed line raises `UserError` with its
+    number, because users can repair their own file.
     """
     records: list[Record] = []
     lines: dict[str, int] = {}
@@ -364,5 +375,5 @@ def jsonl(path: Path) -> Splits:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not records:
-        raise UserError(f'{path}: expected lines of {{"images", "texts"}}, found none')
+        raise UserError(f'{path}: expected lines of {{"images", "messages"}}, found none')
     return records, None

@@ -1,5 +1,6 @@
 """Image file → 8-bit RGB tiles. Any file gives either pixels or one `ImageError` with the reason."""
 
+import base64
 import io
 import warnings
 from pathlib import Path
@@ -37,6 +38,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     8 bits. Errors: `ImageError`.
     """
     context = _name(source)
+    source = data_url(source)
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise ImageError(
             "missing", f"{context} is of type {type(source).__name__}, not a path, bytes or a Pillow image"
@@ -133,8 +135,19 @@ def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def data_url(source: Any) -> Any:
+    """Decode a `data:` URL to bytes; anything else is returned as it is. Errors: `ImageError`."""
+    if not isinstance(source, str) or not source.startswith("data:"):
+        return source
+    try:
+        return base64.b64decode("".join(source.partition(",")[2].split()), validate=True)
+    except ValueError as error:
+        raise ImageError("damaged", f"an image is not base64: {error}") from None
+
+
 def image_size(source: str | Path | bytes | Image.Image | None) -> tuple[int, int]:
     """Return width and height of the upright image, from its header if possible. Errors: `ImageError`."""
+    source = data_url(source)
     width, height, orientation = _header(source) or (*open_image(source).size, 1)
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 

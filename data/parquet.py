@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data.conversations import TEXTS
 from utils.errors import UserError, nearest
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
 
@@ -281,21 +282,20 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _check_form(file: str, schema: Any) -> None:
-    """Raise `UserError` unless the columns `images` and `texts` hold lists."""
+    """Raise `UserError` unless there is a column of `TEXTS`, and it and `images` hold lists."""
     import pyarrow
 
-    if missing := [name for name in ("images", "texts") if name not in schema.names]:
+    if not (present := [name for name in TEXTS if name in schema.names]):
         raise UserError(
-            f"{file} has no column {' or '.join(missing)} (it has {', '.join(schema.names)}): "
-            "not of The Cauldron's form"
+            f"{file} has no column {', '.join(TEXTS[:-1])} or {TEXTS[-1]} (it has {', '.join(schema.names)})"
         )
-    for column in (schema.field("images"), schema.field("texts")):
+    if "images" not in schema.names and ("image" in schema.names or "texts" in present):
+        raise UserError(f"{file} has no column images (it has {', '.join(schema.names)})")
+    for column in map(schema.field, [*present, *({"images"} & set(schema.names))]):
         if not pyarrow.types.is_null(column.type) and (
             not pyarrow.types.is_nested(column.type) or pyarrow.types.is_struct(column.type)
         ):
-            raise UserError(
-                f"{file}: the column {column.name} holds {column.type}, no lists: not of The Cauldron's form"
-            )
+            raise UserError(f"{file}: the column {column.name} holds {column.type}, no lists")
 
 
 ENDINGS = (".parquet", ".arrow")

@@ -1,6 +1,8 @@
 """The one renderer, for training and prompting: a conversation → token ids, image blocks and the loss mask.
 
-    <|im_start|>user\\n[image blocks]question<|im_end|>\\n
+The model's chat template writes the text. With ChatML:
+
+    <|im_start|>user\\n[image block]question<|im_end|>\\n
     <|im_start|>assistant\\nanswer<|im_end|>\\n
                 supervised: ^^^^^^^^^^^^^^^^^
     <|im_start|>user\\n…
@@ -9,14 +11,18 @@ An image block is the tokens of one image: a global-image marker and P image tok
 the image is split into tiles, each tile follows with its `row r, column c` marker and P image tokens.
 """
 
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
-from typing import Any
 
 from configs.model import MAX_GRID, Vocabulary
+from data.conversations import Conversation, Part
 from data.images import Grid
-from data.tokenizer import Tokenizer
+from data.tokenizer import IMAGE, TEXT_MARK, Tokenizer
+from utils.errors import UsageError
 
 IGNORE = -100
 
@@ -38,8 +44,8 @@ class Document:
 
     @property
     def length(self) -> int:
-        """Number of positions of both streams, up to the last right token."""
-        return self.right_positions[-1] + 1
+        """Number of positions of both streams."""
+        return 1 + max(self.right_positions[-1:] + self.left_positions[-1:], default=-1)
 
     def blocks(self, isolated: bool) -> list[slice]:
         """Return the parts of the left stream that are encoded separately.
@@ -63,10 +69,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int, left_context: str = "image") -> None:
         self.tokenizer, self.tokens_per_tile, self.left_context = tokenizer, tokens_per_tile, left_context
-        self.newline = tokenizer.encode("\n")
-        self.user, self.assistant = (
-            [tokenizer.turn_start, *tokenizer.encode(f"{role}\n")] for role in ("user", "assistant")
-        )
+        self.special_ids = frozenset(tokenizer.special.values())
+        self._encode_head = lru_cache(1024)(tokenizer.encode_rendered)
 
     @property
     def left_unit(self) -> int:
@@ -86,38 +90,73 @@ class Renderer:
             token for marker in markers for token in (marker, *[self.tokenizer.image] * self.tokens_per_tile)
         ]
 
-    def conversation(self, grids: Sequence[Grid], turns: list[dict[str, str]]) -> Document:
-        """Render a whole conversation of `turns` {"user", "assistant"}, for training.
+    def conversation(self, messages: Conversation, grids: Sequence[Grid] = ()) -> Document:
+        """Render a whole conversation, for training: what the assistant says is supervised.
 
-        A block for each image of `grids` precedes the text of the first turn.
+        It ends with the assistant's last turn. `grids`: those of its image parts, in order; `ValueError`
+        where the numbers differ. Errors: `UsageError` where the chat template refuses the conversation.
         """
-        return self._render(grids, turns, open_turn=False)
+        text = self._text(messages)
+        ids = self._encode(text)
+        turns = self._assistant_turns(messages, text, ids)
+        if not turns:
+            raise UsageError("the conversation has no answer of the assistant")
+        # The last token is a label, never an input.
+        return self._document(ids[: turns[-1][1]], turns, grids, drop_last=True)
 
-    def prompt(self, grids: Sequence[Grid], turns: list[dict[str, str]]) -> Document:
-        """Render a conversation up to the start of the last answer; the last turn has no "assistant"."""
-        return self._render(grids, turns, open_turn=True)
+    def prompt(
+        self, messages: Conversation, grids: Sequence[Grid] = (), add_generation_prompt: bool = True
+    ) -> Document:
+        """Render a conversation up to the start of the assistant's next message.
 
-    def follow_up(self, grids: Sequence[Grid], text: str, last: list[int], position: int) -> Document:
-        """Render what follows an answer: its end of turn, the next user turn, the start of the next answer.
-
-        `last`: the answer's tokens that are not in the cache yet; `position`: that of the first of them.
+        A last message that is the assistant's is to be continued. Without `add_generation_prompt` the
+        document is the conversation as it is.
         """
-        document = self._render(grids, [{"user": text}], open_turn=True)
-        before = [*last, self.tokenizer.turn_end, *self.newline]
+        text = self._text(messages, add_generation_prompt and messages[-1]["role"] != "assistant")
+        ids = self._encode(text)
+        if add_generation_prompt and messages[-1]["role"] == "assistant":
+            ids = ids[: self._assistant_turns(messages, text, ids)[-1][1] - 1]
+        return self._document(ids, [], grids)
+
+    def trusted(self, text: str, grids: Sequence[Grid]) -> Document:
+        """Render text that a chat template wrote: special tokens in it are special."""
+        return self._document(self._encode(text), [], grids)
+
+    def follow_up(
+        self, messages: Conversation, grids: Sequence[Grid], last: list[int], position: int
+    ) -> Document:
+        """Render what follows the assistant's message, the last but one of `messages`; `prompt` otherwise.
+
+        `grids`: of the images in the last message. `last`: tokens of the answer that are not in the cache
+        yet; `position`: that of the first of them.
+        """
         if self.left_context == "prefix":
             raise ValueError(
                 "with left_context = prefix the text before an image goes left: "
                 "a conversation cannot go on from its cache"
             )
-        shift = position + len(before)
-        return Document(
-            document.left_ids,
-            [shift + p for p in document.left_positions],
-            document.left_images,
-            [*before, *document.right_ids],
-            [*range(position, shift), *(shift + p for p in document.right_positions)],
-            [IGNORE] * (len(before) + len(document.right_ids)),
-        )
+        before, text = self._text(messages[:-2], True), self._text(messages, True)
+        answer = self.tokenizer.special_pattern.search(text, self._checked_length(before, text))
+        assert answer is not None  # the template ends every turn with a special token
+        ids = [*last, *self._encode(text[answer.start() :])]
+        return self._document(ids, [], grids, first_position=position)
+
+    def page(self, parts: Sequence[Part], grids: Sequence[Grid] = ()) -> Document:
+        """Render an interleaved page, supervised everywhere; no chat template is involved.
+
+        A token behind an image is supervised in a vanilla model only: elsewhere no right token precedes it.
+        """
+        ids = self._encode(self._flat(parts) + self.tokenizer.template.turn_end)
+        return self._document(ids, [(1, len(ids))], grids, drop_last=True)
+
+    def user_start(self) -> list[int]:
+        """The tokens with which a conversation begins, up to the user's first text."""
+        before, _, _ = self._text([{"role": "user", "content": "alpha"}]).partition("alpha")
+        return self._encode(before)
+
+    def text(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
+        """The chat template's text, with a placeholder per image; special tokens in it are special."""
+        return self._text(messages, add_generation_prompt).replace(TEXT_MARK, "")
 
     def preview(self, document: Document) -> str:
         """Return a document's text for people: with special tokens, and runs of image tokens as a count."""
@@ -139,36 +178,107 @@ class Renderer:
             )
         return "".join(parts)
 
-    def _render(self, grids: Sequence[Grid], turns: list[dict[str, str]], open_turn: bool) -> Document:
-        tok = self.tokenizer
-        ids: list[int] = []
-        labels: list[int] = []  # the next token if it is supervised, else IGNORE
+    def _flat(self, content: str | Sequence[Part]) -> str:
+        """A content as text: placeholders for its images; names of special tokens are marked as text."""
+        if isinstance(content, str):
+            return self.tokenizer.as_text(content)
+        runs = groupby(content, key=lambda part: part["type"] == "image")  # a name may span parts
+        return "".join(
+            IMAGE * len(list(run))
+            if is_image
+            else self.tokenizer.as_text("".join(part["text"] for part in run))
+            for is_image, run in runs
+        )
+
+    def _text(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
+        """The chat template's text of messages, whose contents become `_flat`."""
+        flat = [{"role": m["role"], "content": self._flat(m["content"])} for m in messages]
+        return self.tokenizer.template.render(flat, add_generation_prompt)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode_rendered(text)
+
+    @staticmethod
+    def _checked_length(before: str, text: str) -> int:
+        if not text.startswith(before):
+            raise UsageError(
+                "the model's chat template changes what has been said when this message is added: "
+                f"{before[-40:]!r} is no longer there"
+            )
+        return len(before)
+
+    def _assistant_turns(self, messages: Conversation, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        """Start and end, in `ids`, of each of the assistant's turns: content and the token that ends it.
+
+        A turn begins behind the header that asks for it. Special tokens tell where in `ids`: contents hold
+        none, so the n-th of `text` is the n-th of `ids`. Errors: `UsageError` for an answer to no message.
+        """
+        special = [i for i, token in enumerate(ids) if token in self.special_ids]
+        starts = [match.start() for match in self.tokenizer.special_pattern.finditer(text)]
+        template, turns = self.tokenizer.template, []
+        if self.tokenizer.special_pattern.search(template.header):  # no content holds it
+            ends = [match.end() for match in re.finditer(re.escape(template.header), text)]
+        else:
+            answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            ends = [self._checked_length(self._text(messages[:n], True), text) for n in answers]
+        for end in ends:
+            count = bisect_left(starts, end)
+            head = self._encode_head(text[starts[count - 1] if count else 0 : end])
+            start = special[count - 1] if count else 0
+            shared = zip(head, ids[start:], strict=False)
+            start += next((n for n, (a, b) in enumerate(shared) if a != b), len(head))
+            turns.append((start, special[count] + 1))
+        if len(turns) != sum(message["role"] == "assistant" for message in messages):
+            raise UsageError("an answer of the assistant does not follow a message of the user")
+        return turns
+
+    def _document(
+        self,
+        ids: list[int],
+        supervised: list[tuple[int, int]],
+        grids: Sequence[Grid],
+        drop_last: bool = False,
+        first_position: int = 0,
+    ) -> Document:
+        """Replace each placeholder in `ids` by its image's block, and route the tokens.
+
+        `supervised`: start and end in `ids`. `drop_last`: the last token is a label only.
+        """
+        if ids.count(self.tokenizer.image) != len(grids):
+            raise ValueError(f"{ids.count(self.tokenizer.image)} image parts, {len(grids)} images")
+        following = [IGNORE] * len(ids)  # the next token, if it is supervised
+        for start, end in supervised:
+            following[start - 1 : end - 1] = ids[start:end]
+        whole: list[int] = []
+        labels: list[int] = []
         segments: list[tuple[int, int, int]] = []  # start, end, image or −1
-
-        def add(tokens: list[int], supervised: bool = False, image: int = -1) -> None:
-            start = len(ids)
-            ids.extend(tokens)
-            labels.extend([IGNORE] * len(tokens))
-            if supervised:
-                labels[start - 1 : -1] = tokens
-            segments.append((start, len(ids), image))
-
-        for number, turn in enumerate(turns):
-            if number:
-                add(self.newline)
-            add(self.user)
-            for image, grid in enumerate(grids if number == 0 else ()):
-                add(self.image_block(grid), image=image)
-            add([*tok.encode(turn["user"]), tok.turn_end, *self.newline, *self.assistant])
-            if number + 1 < len(turns) or not open_turn:
-                add([*tok.encode(turn["assistant"]), tok.turn_end], supervised=not open_turn)
-        if not open_turn:  # the last token of a training document is a label, never an input
-            segments[-1] = (segments[-1][0], segments[-1][1] - 1, -1)
-        return route(ids, labels, segments, self.left_context)
+        start = 0
+        image_indices = [i for i, token in enumerate(ids) if token == self.tokenizer.image]
+        for image, (index, grid) in enumerate(zip(image_indices, grids, strict=True)):
+            block = self.image_block(grid)
+            for part, part_labels, number in (
+                (ids[start:index], following[start:index], -1),
+                (block, [IGNORE] * (len(block) - 1) + [following[index]], image),
+            ):
+                segments.append((len(whole), len(whole) + len(part), number))
+                whole += part
+                labels += part_labels
+            start = index + 1
+        end = len(ids) - drop_last
+        segments.append((len(whole), len(whole) + end - start, -1))
+        # Before an image there is no next token to learn: its block begins with a marker.
+        labels = [
+            IGNORE if label == self.tokenizer.image else label for label in labels + following[start:end]
+        ]
+        return route(whole + ids[start:end], labels, segments, self.left_context, first_position)
 
 
 def route(
-    ids: list[int], labels: list[int], segments: list[tuple[int, int, int]], left_context: str
+    ids: list[int],
+    labels: list[int],
+    segments: list[tuple[int, int, int]],
+    left_context: str,
+    first_position: int = 0,
 ) -> Document:
     """Route a conversation's tokens and labels to the streams of a document.
 
@@ -179,11 +289,11 @@ def route(
     for number, (start, end, image) in enumerate(segments):
         if (left_context == "image" and image >= 0) or (left_context == "prefix" and number <= last_image):
             document.left_ids.extend(ids[start:end])
-            document.left_positions.extend(range(start, end))
+            document.left_positions.extend(range(first_position + start, first_position + end))
             document.left_images.extend([image] * (end - start))
         else:
             document.right_ids.extend(ids[start:end])
-            document.right_positions.extend(range(start, end))
+            document.right_positions.extend(range(first_position + start, first_position + end))
             document.labels.extend(labels[start:end])
     return document
 
@@ -202,8 +312,3 @@ def segments_of(ids: list[int], vocabulary: Vocabulary) -> list[tuple[int, int, 
     for image, run in groupby(images):
         segments.append((start, start := start + len(list(run)), image))
     return segments
-
-
-def turns_of(texts: list[dict[str, Any]], mode: str) -> list[list[dict[str, Any]]]:
-    """Group a record's texts into conversations: one of all ("chain") or one of each ("branch")."""
-    return [texts] if mode == "chain" else [[turn] for turn in texts]

@@ -1,15 +1,17 @@
-"""Sources of records: `{"images": [path], "texts": [{"user", "assistant"}, …], "id"}`, as in The Cauldron."""
+"""Sources of records, in the format of `data/conversations.py`."""
 
 import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.train import RATINGS, DataConfig
 from data import formats
+from data.conversations import TEXTS, ConversationError, carried_images, checked
 from data.easy_vqa import easy_vqa
 from data.formats import Record, Splits
 from data.mixture import InMemoryRecords, Source
@@ -44,17 +46,37 @@ def _table_image(image: Any) -> Any:
 
 
 def table_record(row: dict[str, Any]) -> Record:
-    """Convert a table row in the form of The Cauldron, or of FineVision, which rates every turn."""
-    images = row["images"]
+    """Convert a table row: of messages, in the form of The Cauldron, or of FineVision, which rates turns."""
+    images = row.get("images", [])  # a null is an image that is missing
     if images is not None:
         images = list(map(_table_image, images))
-    texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row["texts"] or ()]
+    for key in TEXTS:
+        if key != "texts" and row.get(key) is not None:
+            value = _present(row[key])
+            carried = []
+            if key == "messages":
+                with suppress(ConversationError):  # it is refused and counted later
+                    carried = list(map(_table_image, carried_images(checked(value))))
+            problem = {"problem": "malformed"} if carried and images else {}  # which of them is meant?
+            return {"images": images or carried, key: value} | _further(row) | problem
+    texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row.get("texts") or ()]
     for name in RATINGS:
         for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):
             turn.setdefault("ratings", {})[name] = rating
-    return {"images": images, "texts": texts} | {
-        key: row[key] for key in ("clip_score", "references") if row.get(key) is not None
-    }
+    return {"images": images, "texts": texts} | _further(row)
+
+
+def _further(row: dict[str, Any]) -> Record:
+    return {key: row[key] for key in ("clip_score", "references") if row.get(key) is not None}
+
+
+def _present(value: Any) -> Any:
+    """Leave out keys that are null: a table gives every part of a content the keys of all."""
+    if isinstance(value, list):
+        return [_present(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _present(entry) for key, entry in value.items() if entry is not None}
+    return value
 
 
 # Sets from a package or a program: training and validation records (None: some of the former are held out).

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
+from data.conversations import Conversation, ask, images_of, text_of
 from data.images import Tiles
 from data.render import Document
 from eval.predictor import Answer, Predictor
@@ -24,7 +25,13 @@ class Chat:
     once.
     """
 
-    def __init__(self, predictor: Predictor, settings: GenerationConfig, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        settings: GenerationConfig,
+        stops: Sequence[str] = (),
+        system: str = "",
+    ) -> None:
         if predictor.model.config.left_context == "prefix":
             raise UsageError(
                 "this model reads the text before an image in its left tower (left_context = prefix): "
@@ -46,7 +53,7 @@ class Chat:
         self.position = 0  # of the next token that is not in the cache
         self.last: list[int] = []  # tokens of the last answer that are not in the cache
         self.seen: set[int] = set()  # tokens of all turns
-        self.image_count = 0
+        self.messages: Conversation = [{"role": "system", "content": system}] if system else []
 
     def ask(
         self, text: str, images: list[Tiles], on_text: Callable[[str, str], None] | None = None
@@ -56,30 +63,32 @@ class Chat:
             raise UsageError("the prompt is empty: give a question")
         predictor, started = self.predictor, time.perf_counter()
         self._check_images(images)
-        prompt = self._prompt(text, images)
+        messages = [*self.messages, *ask(text, len(images))]
+        prompt = self._prompt(messages, images)
         image_kvs, computed = predictor.images_of([prompt], [images])
         encode_s = time.perf_counter() - started
         generation = self._generate(prompt, images, image_kvs, on_text)
         answer = predictor.make_answer(
             generation, 0, computed[0], encode_s, self.stops, self.settings.max_new_tokens
         )
-        self._commit(prompt, generation.tokens[0], answer, len(images))
+        self._commit(prompt, generation.tokens[0], answer)
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
 
     def _check_images(self, images: list[Tiles]) -> None:
         config = self.predictor.model.config
         read_together = not config.image_isolation and config.left_context == "image"
-        if images and self.image_count and read_together:
+        if images and images_of(self.messages) and read_together:
             raise UsageError(
                 "this model reads the images of a conversation together (image_isolation = false): "
                 "begin a new one for another image"
             )
 
-    def _prompt(self, text: str, images: list[Tiles]) -> Document:
+    def _prompt(self, messages: Conversation, images: list[Tiles]) -> Document:
         renderer, grids = self.predictor.renderer, [image.grid for image in images]
         if self.position:
-            return renderer.follow_up(grids, text, self.last, self.position)
-        return renderer.prompt(grids, [{"user": text}])
+            return renderer.follow_up(messages, grids, self.last, self.position)
+        return renderer.prompt(messages, grids)
 
     def _generate(
         self,
@@ -109,7 +118,7 @@ class Chat:
             self.cache.truncate(before)
             raise
 
-    def _commit(self, prompt: Document, generated: list[int], answer: Answer, images: int) -> None:
+    def _commit(self, prompt: Document, generated: list[int], answer: Answer) -> None:
         """Add a turn to the conversation. Tokens behind a stop string are removed from the cache."""
         tokens = generated[: self.predictor.tokens_within(generated, answer.text)]
         dropped = max(0, len(generated) - 1) - max(0, len(tokens) - 1)
@@ -118,7 +127,6 @@ class Chat:
         # An image token that a vanilla model says cannot be read again: it stands for an image's features.
         image_token = self.predictor.model.vocabulary.image_token_id
         self.last = [token for token in tokens[-1:] if token != image_token]
-        self.image_count += images
         self.seen.update(prompt.right_ids, tokens)
 
 
@@ -152,27 +160,28 @@ def format_stats(answer: Answer) -> str:
 
 def answer_all(
     predictor: Predictor,
-    prompts: Sequence[str],
+    questions: Sequence[str | Conversation],
     images: list[Tiles],
     settings: GenerationConfig,
     stops: Sequence[str],
     as_json: bool,
     stats: bool,
 ) -> None:
-    """Print an answer to each prompt, all about the same images.
+    """Print an answer to each question, or conversation that ends with one, all about the same images.
 
     On a terminal it is printed as it grows; with `as_json` as one object per line.
     """
     live = sys.stdout is not None and sys.stdout.isatty() and not as_json
-    for prompt in prompts:
+    for question in questions:
+        prompt = question if isinstance(question, str) else text_of(question[-1])
         prefix = f"{prompt}  →  "
         if live:
             print(prefix, end="", flush=True)
-        if len(prompts) == 1:
+        if len(questions) == 1:
             prefix = ""
         streamed = StreamedText(live)
         try:
-            answer = predictor.answer([(images, prompt)], settings, streamed, stops)[0]
+            answer = predictor.answer([(images, question)], settings, streamed, stops)[0]
         except KeyboardInterrupt:  # print the text so far
             text = streamed.text + streamed.pending
             if as_json:

@@ -9,6 +9,7 @@ questions. An error in a request is raised: it is never scored as an empty answe
 
 import gc
 import hashlib
+import json
 import re
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image, ImageFile
 
 from configs.model import GenerationConfig
+from data.conversations import IMAGE_PART, Conversation, Message, ask, text_part
 from data.images import Tiles
 from eval.predictor import Answer, Predictor
 from models.kernels import MODES, use_kernels
@@ -37,7 +39,9 @@ OTHER_ARGUMENTS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}
 EMPTY = Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
 SORT_BATCHES = 4  # batches sorted by length together; their image KVs stay in memory
 THUMBNAIL = 256  # pixels
-Question = tuple[list[Tiles], str]
+Question = tuple[list[Tiles], Conversation]  # it ends with the question
+# Where a task's text shows an image, or the n-th one; it takes one newline next to it along.
+PLACEHOLDER = re.compile(r"<image(?:[ _](\d+))?>\n|\n?<image(?:[ _](\d+))?>")
 
 
 class DualTower(lmms):
@@ -160,8 +164,7 @@ class DualTower(lmms):
 
         What does not fit counts as truncated, and its row is named.
         """
-        images, text = question
-        prompt = self.predictor.renderer.prompt([tiles.grid for tiles in images], [{"user": text}])
+        prompt = self.predictor.prompt(*question)
         limit = self.predictor.model.right.config.max_positions
         free, tokens = limit - prompt.length, settings.max_new_tokens
         if free >= tokens:
@@ -202,6 +205,8 @@ class DualTower(lmms):
         texts = [r.args[0] for r in requests]
         visuals: list[Any] = [None] * len(requests)
         infos: list[Any] = [None] * len(requests)
+        tiles_so_far: list[list[Tiles]] = [[] for _ in requests]  # images so far
+        messages: list[Conversation] = [[] for _ in requests]  # messages so far
 
         def question(n: int) -> Question:
             _, _, visuals_of, _, doc_id, task, split = requests[n].args
@@ -209,8 +214,11 @@ class DualTower(lmms):
                 tiles = self.tiles(visuals[n], task, doc_id)
             else:
                 tiles = self.images_of(visuals_of, doc_id, task, split)
-            self.note(tiles, texts[n], doc_id, task)
-            return tiles, texts[n]
+            tiles, message = user_message(texts[n], tiles)
+            tiles_so_far[n] += tiles
+            messages[n].append(message)
+            self.note((tiles_so_far[n], messages[n]), doc_id, task)
+            return tiles_so_far[n], list(messages[n])
 
         pending = [n for n, r in enumerate(requests) if not padding(r)]
         while pending:
@@ -224,6 +232,7 @@ class DualTower(lmms):
             for n, answer in zip(this_round, batch, strict=True):
                 _, _, _, next_round, doc_id, task, split = requests[n].args
                 answers[n].append(answer.text)
+                messages[n].append({"role": "assistant", "content": answer.text})
                 visuals[n], texts[n], done, final, infos[n] = next_round(
                     self.task_dict[task][split][doc_id],
                     previous_output=list(answers[n]),
@@ -270,8 +279,13 @@ class DualTower(lmms):
         """
         text, _, visuals_of, doc_id, task, split = request.args
         tiles = self.images_of(visuals_of, doc_id, task, split)
-        self.note(tiles, text, doc_id, task)
-        return tiles, text
+        if (conversation := self.task_dict[task][split][doc_id].get("dualtower_conversation")) is not None:
+            messages = json.loads(conversation)  # a task of ours
+        else:
+            tiles, message = user_message(text, tiles)
+            messages = [message]
+        self.note((tiles, messages), doc_id, task)
+        return tiles, messages
 
     def images_of(
         self, visuals_of: Callable[[Any], Any] | None, doc_id: int, task: str, split: str
@@ -288,11 +302,13 @@ class DualTower(lmms):
             ) from error
         return self.tiles(images, task, doc_id)
 
-    def note(self, tiles: list[Tiles], text: str, doc_id: int, task: str) -> None:
+    def note(self, question: Question, doc_id: int, task: str) -> None:
         """Keep a task's first prompt: the first one about the first document."""
         if doc_id < self.first_prompts.get(task, (doc_id + 1, ""))[0]:
-            prompt = self.predictor.renderer.prompt([t.grid for t in tiles], [{"user": text}])
-            self.first_prompts[task] = doc_id, self.predictor.renderer.preview(prompt)
+            self.first_prompts[task] = (
+                doc_id,
+                self.predictor.renderer.preview(self.predictor.prompt(*question)),
+            )
 
     def tiles(self, images: Sequence[Any] | None, task: str, doc_id: int) -> list[Tiles]:
         """Cut a document's images into tiles; note their checksum, and write thumbnails."""
@@ -398,6 +414,23 @@ class DualTower(lmms):
 
     def clean(self) -> None:
         """Keep the model, which lmms-eval would delete: training goes on with it."""
+
+
+def user_message(text: str, images: list[Tiles]) -> tuple[list[Tiles], Message]:
+    """A task's text with its images where it puts them: at `<image>`, or `<image 2>`; else before the text.
+
+    Returns the images in the order of their places. Text that does not name each image once is text.
+    """
+    matches = list(PLACEHOLDER.finditer(text))
+    order = [int(match[1] or match[2] or n) - 1 for n, match in enumerate(matches, 1)]
+    if not images or sorted(order) != list(range(len(images))):
+        return images, ask(text, len(images))[0]
+    ends = [0, *(match.end() for match in matches)]
+    starts = [*(match.start() for match in matches), len(text)]
+    texts = [text_part(text[end:start]) for end, start in zip(ends, starts, strict=True)]
+    content = [part for text in texts for part in (IMAGE_PART, text)][1:]
+    content = [part for part in content if part["type"] == "image" or part["text"]]
+    return [images[n] for n in order], {"role": "user", "content": content}
 
 
 def whole(name: str, value: int | str, minimum: int) -> int:

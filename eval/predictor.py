@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
+from data.conversations import Conversation, ask, text_of
 from data.images import Tiles, open_pixels, to_tiles
 from data.render import IGNORE, Document, Renderer
 from data.tokenizer import Tokenizer
@@ -109,25 +110,19 @@ class Predictor:
 
     def answer(
         self,
-        questions: list[tuple[list[Tiles], str]],
+        questions: Sequence[tuple[list[Tiles], str | Conversation]],
         settings: GenerationConfig,
         on_text: Callable[[str, str], None] | None = None,
         stops: Sequence[str] = (),
     ) -> list[Answer]:
-        """Answer a batch of (tiles of each image, question).
+        """Answer a batch of (tiles of each image, question or conversation that ends with one).
 
         `on_text` receives the text so far of a single question's answer, and the pending text after it, with
         which a stop string may begin. Each of `stops` ends an answer before itself.
         """
         if not questions:
             return []
-        for _, question in questions:
-            if not question.strip():
-                raise UsageError("the prompt is empty: give a question")
-        prompts = [
-            self.renderer.prompt([image.grid for image in images], [{"user": question}])
-            for images, question in questions
-        ]
+        prompts = [self.prompt(images, question) for images, question in questions]
         started = time.perf_counter()
         images = [images for images, _ in questions]
         image_kvs, computed = self.images_of(prompts, images)
@@ -151,9 +146,18 @@ class Predictor:
             for row in range(len(questions))
         ]
 
+    def prompt(self, images: list[Tiles], question: str | Conversation) -> Document:
+        """Render a question, or a conversation that ends with one, about `images`."""
+        messages = ask(question, len(images)) if isinstance(question, str) else question
+        if not text_of(messages[-1]).strip():
+            raise UsageError("the prompt is empty: give a question")
+        return self.renderer.prompt(messages, [image.grid for image in images])
+
     @torch.inference_mode()
-    def loglikelihoods(self, questions: list[tuple[list[Tiles], str, str]]) -> list[tuple[float, bool]]:
-        """Score a batch of (tiles of each image, question, answer).
+    def loglikelihoods(
+        self, questions: Sequence[tuple[list[Tiles], str | Conversation, str]]
+    ) -> list[tuple[float, bool]]:
+        """Score a batch of (tiles of each image, question or conversation that ends with one, answer).
 
         Returns log P(answer | question) without the end of turn, and whether greedy decoding starts with the
         answer.
@@ -162,7 +166,13 @@ class Predictor:
         if any(not answer for _, _, answer in questions):
             raise UserError("an empty answer has no likelihood")
         documents = [
-            self.renderer.conversation([i.grid for i in tiles], [{"user": question, "assistant": answer}])
+            self.renderer.conversation(
+                [
+                    *(ask(question, len(tiles)) if isinstance(question, str) else question),
+                    {"role": "assistant", "content": answer},
+                ],
+                [image.grid for image in tiles],
+            )
             for tiles, question, answer in questions
         ]
         longest, limit = max(document.length for document in documents), model.right.config.max_positions
@@ -177,7 +187,10 @@ class Predictor:
         scores = []
         for b, document in enumerate(documents):
             labels = torch.tensor(document.labels, device=model.device)
-            indices = (labels != IGNORE).nonzero()[:-1, 0]  # the last is the end of turn
+            supervised = (labels != IGNORE).nonzero()[:, 0]
+            # The answer alone, without the end of turn: earlier turns are supervised too.
+            gaps = (supervised.diff() > 1).nonzero()
+            indices = supervised[int(gaps[-1]) + 1 if len(gaps) else 0 : -1]
             logprobs = model.right.logits(hidden[b, indices]).float().log_softmax(-1)  # (T, V)
             targets = labels[indices]
             greedy = bool((logprobs.max(-1).indices == targets).all())
@@ -310,4 +323,4 @@ def _tokenizer(files: ModelFiles) -> Tokenizer:
             f"is missing: copy its tokenizer.json to {folder}"
         )
     language_model = find_language_model(source, Path(CACHE), weights=False)
-    return Tokenizer.of_language_model(language_model, rows, impose_chatml=True)
+    return Tokenizer.of_language_model(language_model, rows, template="chatml")

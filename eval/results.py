@@ -44,6 +44,7 @@ SETTINGS = (  # flags that results.json lists
     "tokenizer",
     "caption_metrics",
     "matcher",
+    "shots",
     "random_baseline",
     "data_root",
 )
@@ -67,7 +68,8 @@ def evaluate(args: Namespace, output: Path | None) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     console = Console(quiet=not first)
     metrics = [name.strip() for name in args.caption_metrics.split(",") if name.strip()]
-    tasks = Tasks(Path(args.data_root) if args.data_root else None, metrics, args.tokenizer, args.matcher)
+    data_root = Path(args.data_root) if args.data_root else None
+    tasks = Tasks(data_root, metrics, args.tokenizer, args.matcher, args.shots)
     for name in args.tasks:  # errors before anything is computed, the quick ones first
         tasks.add(name)
     config = Path(args.config) if args.config else None

@@ -72,13 +72,14 @@ class Tasks(TaskManager):
         caption_metrics: Sequence[str] = CAPTION_METRICS,
         tokenizer: str = "python",
         matcher: str = "normalised",
+        shots: int = 0,
     ) -> None:
         check_metrics(caption_metrics)
         os.environ.setdefault("HF_HOME", HF_HOME)  # some tasks read it
         with read_by_libyaml():
             super().__init__(verbosity="ERROR", include_path=str(OURS), model_name="dualtower")
         self.data_root, self.caption_metrics = data_root, caption_metrics
-        self.tokenizer, self.matcher = tokenizer, matcher
+        self.tokenizer, self.matcher, self.shots = tokenizer, matcher, shots
         self.left_out: list[str] = []
         self.sources: dict[str, str] = {}  # of the tasks `captions:SOURCE` and `questions:SOURCE`
         self.captions: dict[str, str] = {}  # a task's name of a caption metric computed here → our name
@@ -91,6 +92,10 @@ class Tasks(TaskManager):
                 "task": name,
                 "metadata": config["metadata"] | matcher | {"source": self.sources[name]},
             }
+        if self.shots and "source" not in (config.get("metadata") or {}):
+            raise UsageError(f"--shots is for tasks of our own; {name} is lmms-eval's")
+        if self.shots:
+            config["metadata"] = config["metadata"] | {"shots": self.shots}
         if (copy := self._local_copy(config, name)) is not None:
             config["dataset_path"] = str(copy)
             config["dataset_kwargs"] = {"cache_dir": cache_folder(copy)}

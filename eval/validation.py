@@ -7,6 +7,7 @@ import json
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 from configs.model import GenerationConfig
 from configs.train import EvalConfig
 from data.collators import collate
-from data.datasets import Sample, SampleDataset, by_source, turn_problem
+from data.conversations import Conversation, exchanges_of, images_of, text_of
+from data.datasets import Sample, SampleDataset, by_source
 from data.images import open_image
 from data.packing import Budget, pack
 from data.parquet import UnreadableBlock
@@ -45,10 +47,10 @@ class Validation:
             for number, source in enumerate(dataset.sources)
             for index in range(source.start, source.stop)
         ]
-        # (images, turn) of each record; successive records give different turns
-        self.questions: list[tuple[list[Any], dict[str, str]]] = []
-        # (images, prompt, references) of records that are captions
-        self.captions: list[tuple[list[Any], str, list[str]]] = []
+        # (images, conversation that ends with a question, answer) of each record
+        self.questions: list[tuple[list[Any], Conversation, str]] = []
+        # (images, conversation that ends with a question, references) of records with references
+        self.captions: list[tuple[list[Any], Conversation, list[str]]] = []
         samples = [sample for source, index in records for sample in self._usable(source, index)]
         if not samples:
             raise UserError(
@@ -59,7 +61,10 @@ class Validation:
         self.sources = list(dict.fromkeys(sample.source for sample in samples))
 
     def _usable(self, source: int, index: int) -> list[Sample]:
-        """Return a record's samples, decoded once as a check; note one of its turns as a question."""
+        """Return a record's samples, decoded once as a check; note one of its questions.
+
+        Successive records give different questions: the n-th conversation's first one.
+        """
         dataset = self.dataset
         samples = dataset.samples(source, index, first=True)
         if not samples:
@@ -74,11 +79,18 @@ class Validation:
         except UnreadableBlock:
             dataset.dropped[dataset.sources[source].name, "unreadable"] += 1
             return []
-        turns = [turn for turn in record["texts"] if turn_problem(turn, dataset.config.filters) is None]
-        if references := record.get("references"):
-            self.captions.append((record["images"], turns[0]["user"], references))
-        turn = turns[index % len(turns) if dataset.config.turns == "branch" else 0]
-        self.questions.append((record["images"], turn))
+        asked = [
+            (messages[:end], messages[end])
+            for messages in dataset.conversations(record, Counter())
+            for end in (exchanges_of(messages)[0][1] - 1,)
+        ]
+        for messages, answer in asked:
+            if references := answer.get("references"):
+                self.captions.append((images_of_record(record, messages), messages, references))
+                break
+        if asked:  # else an interleaved page
+            messages, answer = asked[index % len(asked)]
+            self.questions.append((images_of_record(record, messages), messages, text_of(answer)))
         return samples
 
     def score(self, model: Any, world: DistributedContext = SINGLE_PROCESS) -> dict[str, Any]:
@@ -148,7 +160,8 @@ class Validation:
         for start in range(0, len(asked), rows):
             part = list(enumerate(asked[start : start + rows], start))[world.rank :: world.size]
             answers = predictor.answer(
-                [([predictor.tiles(i) for i in images], prompt) for _, (images, prompt, _) in part], settings
+                [([predictor.tiles(i) for i in images], messages) for _, (images, messages, _) in part],
+                settings,
             )
             captions += [(number, answer.text) for (number, _), answer in zip(part, answers, strict=True)]
         texts = [text for _, text in sorted(pair for rank in world.gather(captions) for pair in rank)]
@@ -161,20 +174,25 @@ class Validation:
         predictor = Predictor(model, self.dataset.renderer)
         asked = self.questions[:count]
         mine = [
-            ([predictor.tiles(i) for i in images], turn["user"])
-            for images, turn in asked[world.rank :: world.size]
+            ([predictor.tiles(i) for i in images], messages)
+            for images, messages, _ in asked[world.rank :: world.size]
         ]
         answers = predictor.answer(mine, GenerationConfig(max_new_tokens=16)) if mine else []
         texts = world.gather([answer.text for answer in answers])
         return [
             {
                 "image": images[0] if images else None,
-                "question": turn["user"],
-                "answer": turn["assistant"],
+                "question": text_of(messages[-1]),
+                "answer": answer,
                 "prediction": texts[n % world.size][n // world.size],
             }
-            for n, (images, turn) in enumerate(asked)
+            for n, (images, messages, answer) in enumerate(asked)
         ]
+
+
+def images_of_record(record: dict[str, Any], messages: Conversation) -> list[Any]:
+    """The images of a record that a conversation shows, in its order."""
+    return [record["images"][part["index"]] for part in images_of(messages)]
 
 
 def _exact_documents(batch: dict[str, Tensor], predicted: Tensor) -> Tensor:

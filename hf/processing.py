@@ -1,11 +1,9 @@
-"""The processor for `transformers.AutoProcessor`: chats with images → inputs of `generate`."""
+"""The processor for `transformers.AutoProcessor`: conversations with images → inputs of `generate`."""
 
-import base64
 import http.client
-import re
 import urllib.request
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as HFTokenizer
@@ -13,23 +11,23 @@ from transformers import BatchFeature, ProcessorMixin
 
 from configs.model import VisionConfig
 from configs.serialization import from_dict
+from data.conversations import (
+    IMAGE_PART,
+    Conversation,
+    ask,
+    checked,
+    image_of,
+    images_of,
+    kind_of,
+    text_part,
+)
 from data.images import Tiles, open_pixels, to_tiles
-from data.render import Renderer
-from data.tokenizer import IMAGE, TURN_END, TURN_START, Tokenizer
+from data.render import Document, Renderer
+from data.tokenizer import IMAGE, Tokenizer
 from utils.errors import ImageError, UsageError
 
-MESSAGE = re.compile(rf"{re.escape(TURN_START)}(\w+)\n(.*?)(?:({re.escape(TURN_END)})\n?|\Z)", re.DOTALL)
-SOURCES = ("image", "url", "path", "base64")
 TIMEOUT_S = 30
-
-
-class Message(NamedTuple):
-    role: str
-    text: str
-    images: list[Any]  # they go before the text, wherever they were
-
-
-Chat = tuple[list[Message], bool]  # messages, and whether the last one, the assistant's, is to be continued
+Row = tuple[Document, list[Tiles]]
 
 
 class DualTowerProcessor(ProcessorMixin):
@@ -47,15 +45,9 @@ class DualTowerProcessor(ProcessorMixin):
 
     @cached_property
     def renderer(self) -> Renderer:
-        """The renderer, with all tokens in one sequence: the model routes them.
-
-        Its tokenizer is a copy, because it encodes the names of special tokens in a text as plain text.
-        """
-        return Renderer(
-            Tokenizer(HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())),
-            self.tokens_per_tile,
-            "none",
-        )
+        """The renderer, with all tokens in one sequence: the model routes them."""
+        backend = HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        return Renderer(Tokenizer(backend, self.chat_template), self.tokens_per_tile, "none")
 
     @property
     def image_processor(self) -> "DualTowerProcessor":
@@ -73,9 +65,10 @@ class DualTowerProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Text with its images → `input_ids`, `attention_mask` (B, T) and `pixel_values` (N, 3, h, w) uint8.
 
-        `text` is the result of `apply_chat_template(tokenize=False)`, with a placeholder per image; or a
-        question about its images. `images` (paths, URLs, Pillow images, bytes): those of a single text, one
-        for each text, or a list for each. Counts that differ raise `UsageError`.
+        `text` is what `apply_chat_template(tokenize=False)` wrote, with a placeholder per image; special
+        tokens in it are special, so it must be trusted. Or it is a question, without special tokens. `images`
+        (paths, URLs, Pillow images, bytes): those of a single text, one for each text, or a list for each.
+        Counts that differ raise `UsageError`.
         """
         _refuse(unknown)
         if text is None:
@@ -88,9 +81,9 @@ class DualTowerProcessor(ProcessorMixin):
             or not texts
             or not all(isinstance(text, str) for text in texts)
         ):
-            raise UsageError(f"the processor needs text, or a list of texts, found {_kinds(texts)}")
-        chats = [_parsed(text, own) for text, own in zip(texts, _by_text(images, len(texts)), strict=True)]
-        return self._batch(chats, padding, padding_side, return_tensors)
+            raise UsageError(f"the processor needs text, or a list of texts, found {kind_of(texts)}")
+        rows = [self._row_of_text(t, own) for t, own in zip(texts, _by_text(images, len(texts)), strict=True)]
+        return self._batch(rows, padding, padding_side, return_tensors)
 
     def apply_chat_template(
         self,
@@ -105,18 +98,21 @@ class DualTowerProcessor(ProcessorMixin):
     ) -> Any:
         """One conversation, or a list of them → text.
 
-        With `tokenize` → `input_ids`; with `return_dict` too → all inputs of `generate`. Messages have a
-        role, "user" and "assistant" alternating, and content: a string, or parts
-        `{"type": "text", "text": …}` and `{"type": "image", "image" or "url" or "path" or "base64": …}`.
-        Images go before their message's text. Any other form raises `UsageError`.
+        With `tokenize` → `input_ids`; with `return_dict` too → all inputs of `generate`. Messages are those
+        of `data/conversations.py`; special tokens in their contents are text. With `tokenize` each image part
+        carries its image: `{"type": "image", "image" or "url" or "path" or "base64": …}`. Any other form
+        raises `UsageError`.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
-            raise UsageError(f"a conversation is a list of messages, found {_kinds(conversation)}")
+            raise UsageError(f"a conversation is a list of messages, found {kind_of(conversation)}")
         conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-        chats = [
-            _chat(messages, add_generation_prompt, continue_final_message, tokenize)
-            for messages in conversations
-        ]
+        chats = [checked(messages) for messages in conversations]
+        if continue_final_message and (
+            add_generation_prompt or any(c[-1]["role"] != "assistant" for c in chats)
+        ):
+            raise UsageError(
+                "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
+            )
         options = (
             {"padding": True, "padding_side": None, "return_tensors": return_tensors}
             | (processor_kwargs or {})
@@ -130,32 +126,62 @@ class DualTowerProcessor(ProcessorMixin):
             }
         )
         if not tokenize:
-            return self.tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-        batch = self._batch(chats, **options)
+            if continue_final_message:
+                return self.tokenizer.apply_chat_template(
+                    conversation, tokenize=False, continue_final_message=True
+                )
+            texts = [self.renderer.text(messages, add_generation_prompt) for messages in chats]
+            return texts if isinstance(conversation[0], list | tuple) else texts[0]
+        go_on = add_generation_prompt or continue_final_message
+        batch = self._batch([self._row_of_chat(messages, go_on) for messages in chats], **options)
         return batch if return_dict else batch["input_ids"]
 
+    def _row_of_chat(self, messages: Conversation, add_generation_prompt: bool) -> Row:
+        tiles = []
+        for part in images_of(messages):
+            if (image := image_of(part)) is None:
+                raise UsageError("an image of the chat has no source: give it image, url, path or base64")
+            tiles.append(self._tiles(image))
+        grids = [image.grid for image in tiles]
+        return self.renderer.prompt(messages, grids, add_generation_prompt), tiles
+
+    def _row_of_text(self, text: str, images: list[Any]) -> Row:
+        count = text.count(IMAGE)
+        tokenizer = self.renderer.tokenizer
+        is_question = not any(token != IMAGE and token in text for token in tokenizer.special)
+        if count != len(images) and (count or not is_question):
+            raise UsageError(
+                f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given"
+            )
+        tiles = [self._tiles(image) for image in images]
+        grids = [image.grid for image in tiles]
+        if not is_question:
+            return self.renderer.trusted(text, grids), tiles
+        messages = ask(text, len(images))
+        if count:
+            parts = [part for piece in text.split(IMAGE) for part in (IMAGE_PART, text_part(piece))][1:]
+            messages = [{"role": "user", "content": parts}]
+        return self.renderer.prompt(messages, grids), tiles
+
+    def _tiles(self, image: Any) -> Tiles:
+        config = from_dict(VisionConfig, self.vision, "processor_config.json: vision")
+        return to_tiles(open_pixels(_source(image)), config)
+
     def _batch(
-        self, chats: list[Chat], padding: bool | str, padding_side: str | None, return_tensors: str | None
+        self, rows: list[Row], padding: bool | str, padding_side: str | None, return_tensors: str | None
     ) -> BatchFeature:
         if padding not in (True, False, "longest"):
             raise UsageError(
                 f"processor: padding = {padding!r} is not supported, only True ('longest') and False"
             )
         side = self.vision["image_size"]
-        rows, tiles = [], [torch.empty(0, 3, side, side, dtype=torch.uint8)]
-        for chat in chats:
-            ids, images = self._rendered(*chat)
-            rows.append(ids)
-            tiles += [image.pixels for image in images]
-        longest = max(map(len, rows)) if padding else 0
+        tiles = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
+        tiles += [image.pixels for _, images in rows for image in images]
+        longest = max(len(document.right_ids) for document, _ in rows) if padding else 0
         left = (padding_side or self.tokenizer.padding_side) == "left"
         batch: dict[str, Any] = {"input_ids": [], "attention_mask": []}
-        for ids in rows:
+        for document, _ in rows:
+            ids = document.right_ids
             empty = max(0, longest - len(ids))
             for name, own, filler in (
                 ("input_ids", ids, self.tokenizer.pad_token_id),
@@ -164,30 +190,6 @@ class DualTowerProcessor(ProcessorMixin):
                 batch[name].append([filler] * empty + own if left else own + [filler] * empty)
         return BatchFeature(batch | {"pixel_values": torch.cat(tiles)}, tensor_type=return_tensors)
 
-    def _rendered(self, messages: list[Message], open_end: bool) -> tuple[list[int], list[Tiles]]:
-        """Render a chat → its token ids, image blocks included, and its images."""
-        tokenizer = self.renderer.tokenizer
-        config = from_dict(VisionConfig, self.vision, "processor_config.json: vision")
-        ids: list[int] = []
-        images: list[Tiles] = []
-        last: list[int] = []  # tokens of the previous answer
-        for message in messages:
-            if message.role == "assistant":
-                last = tokenizer.encode(message.text)
-                continue
-            tiles = [to_tiles(open_pixels(_source(image)), config) for image in message.images]
-            grids = [image.grid for image in tiles]
-            document = (
-                self.renderer.follow_up(grids, message.text, last, len(ids))
-                if ids
-                else self.renderer.prompt(grids, [{"user": message.text}])
-            )
-            ids += document.right_ids
-            images += tiles
-        if messages[-1].role == "user":  # no answer is requested
-            return ids[: -len(self.renderer.assistant)], images
-        return ids + last + ([] if open_end else [tokenizer.turn_end, *self.renderer.newline]), images
-
 
 def _refuse(unknown: dict[str, Any]) -> None:
     if unknown:
@@ -195,112 +197,6 @@ def _refuse(unknown: dict[str, Any]) -> None:
             f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a "
             "pipeline as generate_kwargs={…}"
         )
-
-
-def _kinds(value: Any) -> str:
-    """Name the type of a value, and those of a list's entries; the content may be long."""
-    if not isinstance(value, list | tuple):
-        return type(value).__name__
-    parts = sorted({type(part).__name__ for part in value})
-    return f"{type(value).__name__} of {', '.join(parts) or 'nothing'}"
-
-
-def _chat(
-    messages: list[Any], add_generation_prompt: bool, continue_final_message: bool, sources: bool
-) -> Chat:
-    """Check and convert messages in transformers' format. With `sources` an image must have one."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UsageError(f"a conversation is a list of messages, found {_kinds(messages)}")
-    chat = [_message(message, sources) for message in messages]
-    if continue_final_message and (add_generation_prompt or chat[-1].role != "assistant"):
-        raise UsageError(
-            "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
-        )
-    if add_generation_prompt:
-        chat.append(Message("assistant", "", []))
-    return _alternating(chat), add_generation_prompt or continue_final_message
-
-
-def _alternating(chat: list[Message]) -> list[Message]:
-    """Return `chat` if user and assistant alternate in it, and only the user shows images."""
-    for number, message in enumerate(chat):
-        expected = ("user", "assistant")[number % 2]
-        if message.role != expected:
-            raise UsageError(
-                f"message {number + 1} of the chat is of role '{message.role}', expected '{expected}': "
-                "user and assistant speak in turn, and the user begins"
-            )
-        if message.images and expected == "assistant":
-            raise UsageError(
-                f"message {number + 1} of the chat is the assistant's and holds an image: "
-                "only the user shows images"
-            )
-    return chat
-
-
-def _message(message: Any, sources: bool) -> Message:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        form = list(message) if isinstance(message, dict) else type(message).__name__
-        raise UsageError(f"a chat message must be a dictionary with role and content, found {form}")
-    content = message["content"]
-    if isinstance(content, str):
-        return Message(message["role"], content, [])
-    if not isinstance(content, list | tuple) or not all(isinstance(part, dict) for part in content):
-        raise UsageError(
-            "the content of a chat message is a string, or a list of parts {'type': 'text', 'text': …} "
-            f"and {{'type': 'image', …}}, found {_kinds(content)}"
-        )
-    texts, images = [], []
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise UsageError(
-                    f"a part of a chat message is of type 'text', and its text is {_kinds(part.get('text'))}"
-                )
-            texts.append(part["text"])
-        elif kind == "image_url":  # OpenAI's form, and a common mistake for it
-            url = part.get("image_url")
-            images.append(url.get("url") if isinstance(url, dict) else url)
-        elif kind == "image":
-            key = next((key for key in SOURCES if part.get(key) is not None), None)
-            if key is None and sources:
-                raise UsageError(f"an image of the chat has no source: give it one of {', '.join(SOURCES)}")
-            images.append(_decoded(part[key]) if key == "base64" else part.get(key or ""))
-        else:
-            raise UsageError(f"a part of a chat message is of type {kind!r}; supported are text and image")
-    return Message(message["role"], "".join(texts), images)
-
-
-def _parsed(text: str, images: list[Any]) -> Chat:
-    """Parse the chat template's text, or a question, and assign its images."""
-    if TURN_START not in text:
-        question = re.sub(rf"^(?:{re.escape(IMAGE)}\s*)+", "", text)
-        if IMAGE in question or text.count(IMAGE) not in (0, len(images)):
-            raise UsageError(
-                f"the question has {text.count(IMAGE)} image placeholders ({IMAGE}) for {len(images)} "
-                "images: leave them out, or put all of them in front"
-            )
-        return [Message("user", question, images), Message("assistant", "", [])], True
-    count = text.count(IMAGE)
-    if count != len(images):
-        raise UsageError(
-            f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given"
-        )
-    rest, messages, at, ended = iter(images), [], 0, True
-    while at < len(text):
-        match = MESSAGE.match(text, at)
-        if match is None:
-            raise UsageError(
-                f"the text is not a chat as apply_chat_template writes it, from {text[at : at + 40]!r} on"
-            )
-        role, content, end = match.groups()
-        own = [next(rest) for _ in range(content.count(IMAGE))]
-        messages.append(Message(role, content.replace(IMAGE, ""), own))
-        at, ended = match.end(), end is not None
-    if not ended and messages[-1].role != "assistant":
-        raise UsageError(f"the text's last message, the user's, does not end with {TURN_END}")
-    return _alternating(messages), not ended
 
 
 def _by_text(images: Any, texts: int) -> list[list[Any]]:
@@ -320,9 +216,7 @@ def _by_text(images: Any, texts: int) -> list[list[Any]]:
 
 
 def _source(image: Any) -> Any:
-    """Convert an image for `open_pixels`: fetch a URL, decode a data URL, keep anything else."""
-    if isinstance(image, str) and image.startswith("data:"):
-        return _decoded(image.partition(",")[2])
+    """Convert an image for `open_pixels`: fetch a URL, keep anything else."""
     if not isinstance(image, str) or not image.startswith(("http://", "https://")):
         return image
     try:
@@ -330,10 +224,3 @@ def _source(image: Any) -> Any:
             return answer.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ImageError("missing", f"{image} cannot be fetched: {error}") from None
-
-
-def _decoded(text: Any) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
-    except (TypeError, ValueError) as error:
-        raise ImageError("damaged", f"an image is not base64: {error}") from None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from configs.train import DataConfig
+from data.conversations import Conversation, with_images
 from data.datasets import SampleDataset
 from data.mixture import InMemoryRecords, Source
 from data.render import Renderer
@@ -47,6 +48,17 @@ TURNS = [
     {"user": "what is it?", "assistant": "a rectangle"},
     {"user": "is it large or is it small?", "assistant": "it is small"},
 ]
+
+
+def chat(turns: list[dict[str, str]], images: int = 0) -> Conversation:
+    """Pairs of "user" and "assistant" as messages; the images stand at the head of the first."""
+    messages = [
+        {"role": role, "content": turn[role]}
+        for turn in turns
+        for role in ("user", "assistant")
+        if role in turn
+    ]
+    return with_images(messages, images)
 
 
 @pytest.fixture(scope="session")

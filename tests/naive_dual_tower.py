@@ -29,6 +29,13 @@ def _rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
+def scattered(part: Tensor, rows: Tensor) -> Tensor:
+    """`part` (n, …) as the `rows` (T,) of a tensor (T, …) that holds noise elsewhere."""
+    whole = torch.randn(len(rows), *part.shape[1:])
+    whole[rows] = part
+    return whole
+
+
 class Naive:
     def __init__(self, model) -> None:
         self.config = model.config
@@ -100,7 +107,7 @@ class Naive:
                     used += i == v.image_token_id
             return x
 
-        if context == "none":
+        if context == "none" or not goes_left.any():
             x = embedded(self.w["right.embed_tokens.weight"], 0, ~goes_left)
             replaced = None
         else:
@@ -118,7 +125,11 @@ class Naive:
             left_x = embedded(
                 self.w["left.embed_tokens.weight"], v.first_marker_id if context == "image" else 0, goes_left
             )
-            left_kvs = self.tower("left.decoder.", self.config.left, left_x, mask)[1]
+            # The left tower counts its own tokens: text between images changes no image KV.
+            own = self.tower(
+                "left.decoder.", self.config.left, left_x[goes_left], mask[goes_left][:, goes_left]
+            )[1]
+            left_kvs = [[scattered(part, goes_left) for part in kv] for kv in own]
             layer_map = self.config.layer_map.split(",") if self.config.layer_map else range(len(left_kvs))
             replaced = goes_left, [left_kvs[int(layer)] for layer in layer_map]
             table = self.w["right.embed_tokens.weight"]

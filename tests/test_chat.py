@@ -11,6 +11,7 @@ import torch
 import eval.chat
 from configs.model import GenerationConfig, MultiTokenConfig
 from data.collators import collate_prompts
+from data.conversations import ask
 from data.images import Tiles
 from data.render import Renderer
 from eval.chat import Chat, answer_all, talk
@@ -43,14 +44,14 @@ def test_every_turn_is_what_the_naive_model_says_of_the_whole_conversation(token
         tiles += [image.pixels for image in images]
         ids += [tokenizer.turn_end, *tokenizer.encode("\n")] * (turn > 0)
         ids += [
-            tokenizer.turn_start,
+            tokenizer.special["<|im_start|>"],
             *tokenizer.encode("user\n"),
             *renderer.image_block() * new,
             *tokenizer.encode(text),
             tokenizer.turn_end,
             *tokenizer.encode("\n"),
         ]
-        ids += [tokenizer.turn_start, *tokenizer.encode("assistant\n")]
+        ids += [tokenizer.special["<|im_start|>"], *tokenizer.encode("assistant\n")]
         answer = chat.ask(text, images)
         expected = naive_greedy(naive, ids, torch.cat(tiles), tokenizer.turn_end, 6)
         assert answer.text == tokenizer.decode(expected) and answer.tokens == len(expected)
@@ -66,7 +67,7 @@ def test_an_answer_that_ends_by_itself_is_continued(tokenizer, renderer, monkeyp
     """Its last token is in the cache already, and must not be there twice."""
     model = lively_model(tokenizer)
     naive, settings, tiles = Naive(model), GenerationConfig(max_new_tokens=6), random_tiles(1)
-    prompt = renderer.prompt([SQUARE], [{"user": "what is it?"}])
+    prompt = renderer.prompt(ask("what is it?", 1), [SQUARE])
     ids = dict(
         zip(
             [*prompt.left_positions, *prompt.right_positions],
@@ -83,7 +84,7 @@ def test_an_answer_that_ends_by_itself_is_continued(tokenizer, renderer, monkeyp
     )
     chat = Chat(Predictor(model, renderer), settings)
     assert chat.ask("what is it?", [Tiles(SQUARE, tiles)]).tokens == answer.index(stop)
-    follow = renderer.follow_up([], "is it large?", chat.last, chat.position)
+    follow = renderer.follow_up([*chat.messages, *ask("is it large?")], [], chat.last, chat.position)
     prefix = [*ids, *answer[: answer.index(stop)]]
     assert follow.right_positions[0] == len(prefix) - 1 and follow.right_ids[0] == prefix[-1]
     expected = naive_greedy(naive, [*prefix, *follow.right_ids[1:]], tiles, stop, 6)
@@ -160,13 +161,16 @@ def test_the_repetition_penalty_counts_earlier_turns(tokenizer, renderer, monkey
     history = []
     for text in ("what is it?", "is it large?"):
         history += [{"user": text, "assistant": chat.ask(text, []).text}]
-    first = renderer.prompt([], [{"user": "what is it?"}])
+    first = renderer.prompt(ask("what is it?"))
     generated = generate(
         model, images=[[]], turn_end=tokenizer.turn_end, settings=settings, **collate_prompts([first])
     ).tokens[0]
     assert counted == [set(), {*first.right_ids, *generated}]
     follow = renderer.follow_up(
-        [], "is it large?", generated[-1:], first.right_positions[-1] + len(generated)
+        [*chat.messages[:2], *ask("is it large?")],
+        [],
+        generated[-1:],
+        first.right_positions[-1] + len(generated),
     )
     ids = [*first.right_ids, *generated[:-1], *follow.right_ids]
     again = generate(
@@ -275,7 +279,7 @@ def test_tokens_after_a_stop_string_are_not_in_the_context(tokenizer, renderer):
     model = lively_model(tokenizer)
     settings, first = (
         GenerationConfig(max_new_tokens=12, repetition_penalty=1.3),
-        renderer.prompt([], [{"user": "what is it?"}]),
+        renderer.prompt(ask("what is it?")),
     )
     generated = generate(
         model, images=[[]], turn_end=-1, settings=settings, **collate_prompts([first])
@@ -288,7 +292,10 @@ def test_tokens_after_a_stop_string_are_not_in_the_context(tokenizer, renderer):
             tokenizer.decode(generated).index(stop) == len(text) and chat.ask("what is it?", []).text == text
         )
         follow = renderer.follow_up(
-            [], "is it large?", generated[:retained][-1:], first.right_positions[-1] + max(1, retained)
+            [*chat.messages, *ask("is it large?")],
+            [],
+            generated[:retained][-1:],
+            first.right_positions[-1] + max(1, retained),
         )
         ids = [*first.right_ids, *generated[: max(0, retained - 1)], *follow.right_ids]
         expected = generate(

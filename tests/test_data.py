@@ -32,7 +32,7 @@ from data.mixture import InMemoryRecords, Mixture, Source
 from data.packing import Budget, RowStream, pack
 from data.parquet import UnreadableBlock
 from eval.validation import Validation
-from tests.conftest import TINY_MODEL, TURNS, dataset_of
+from tests.conftest import TINY_MODEL, TURNS, chat, dataset_of
 from training.setup import build_data
 from utils.errors import UserError
 
@@ -472,7 +472,7 @@ class TestSamples:
             for token in (*renderer.tokenizer.encode(turn["assistant"]), renderer.tokenizer.turn_end)
         ]
         assert supervised == answers
-        shorter = [len(renderer.conversation([(1, 1)], turns[:n]).right_ids) for n in (1, 2, 3, 4)]
+        shorter = [len(renderer.conversation(chat(turns[:n], 1), [(1, 1)]).right_ids) for n in (1, 2, 3, 4)]
         assert max(n for n in range(4) if shorter[n] <= 100) + 1 == sum(
             t == renderer.tokenizer.turn_end for t in samples[0].documents[0].labels
         )

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from data.collators import collate, collate_prompts
+from data.conversations import IMAGE_PART, text_part
 from data.datasets import Sample
 from data.images import tile_count
 from data.render import Renderer
 from models import losses
 from models.generation import prefill
 from models.kernels import use_kernels
-from tests.conftest import TINY_MODEL, TURNS, random_tiles, tiny_model
+from tests.conftest import TINY_MODEL, TURNS, chat, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 
 
@@ -20,7 +21,24 @@ def make_sample(renderer, images: int | list, conversations: list[list[dict]], s
     """`images`: how many, each one square; or the grid of each."""
     grids = [(1, 1)] * images if isinstance(images, int) else images
     tiles = random_tiles(sum(map(tile_count, grids)), seed)
-    return Sample((0, 0, 0), tiles, [renderer.conversation(grids, turns) for turns in conversations])
+    return Sample(
+        (0, 0, 0), tiles, [renderer.conversation(chat(turns, len(grids)), grids) for turns in conversations]
+    )
+
+
+def in_context(renderer, seed: int = 5) -> Sample:
+    """A system message, and images at their places: between texts, and in a later turn."""
+    content = [IMAGE_PART, text_part(" or "), IMAGE_PART, text_part("?")]
+    messages = [
+        {"role": "system", "content": "is it large or is it small?"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [text_part("what is it? "), IMAGE_PART]},
+        {"role": "assistant", "content": "a rectangle"},
+    ]
+    grids = [(1, 1), (2, 1), (1, 1)]
+    tiles = random_tiles(sum(map(tile_count, grids)), seed)
+    return Sample((0, 0, 0), tiles, [renderer.conversation(messages, grids)])
 
 
 def block_starts(document) -> list[int]:
@@ -53,6 +71,7 @@ def samples(renderer) -> list[Sample]:
             renderer, [(2, 1), (1, 1)], [[TURNS[3]], TURNS[:2]], seed=3
         ),  # the first image is cut into two tiles
         make_sample(renderer, 0, [[TURNS[2]]], seed=4),  # text alone
+        in_context(renderer),
     ]
 
 
@@ -61,8 +80,8 @@ def samples(renderer) -> list[Sample]:
 def test_equals_the_naive_dual_tower(tokenizer, renderer, samples, isolation, attention):
     model = tiny_model(tokenizer, replace(TINY_MODEL, image_isolation=isolation, left_attention=attention))
     naive = Naive(model)
-    packed = collate([[samples[3], samples[0], samples[1]], [samples[2]]], tokenizer.global_image)
-    locations = {0: (0, 1), 1: (0, 4), 2: (1, 0), 3: (0, 0)}  # sample → row, first document
+    packed = collate([[samples[3], samples[0], samples[1]], samples[2:5:2]], tokenizer.global_image)
+    locations = {0: (0, 1), 1: (0, 4), 2: (1, 0), 3: (0, 0), 4: (1, 2)}  # sample → row, first document
     for number, sample in enumerate(samples):
         alone = collate([[sample]], tokenizer.global_image)
         for d in range(len(sample.documents)):
@@ -96,6 +115,7 @@ def test_other_routings_equal_their_naive_models(tokenizer, attention, context):
         *first,
         make_sample(renderer, 2, [TURNS[:2]], seed=2),
         make_sample(renderer, 0, [[TURNS[2]]], seed=3),
+        in_context(renderer),
     ]
     packed = collate([samples], tokenizer.global_image)
     numbers = [(s, d) for s in samples for d in range(len(s.documents))]

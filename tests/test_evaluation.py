@@ -29,11 +29,12 @@ from PIL import Image
 
 from configs.model import GenerationConfig
 from data.collators import collate
+from data.conversations import ask, text_of
 from data.datasets import Sample
 from data.render import Renderer
 from eval.predictor import Predictor
 from models.image_store import ImageStore
-from tests.conftest import TINY_MODEL, lively_model, random_tiles
+from tests.conftest import TINY_MODEL, chat, lively_model, random_tiles
 from tests.hub_server import hub
 from tests.programs import at_hub, run_program, run_ranks
 from utils.errors import UsageError, UserError, run_script
@@ -216,7 +217,7 @@ def test_log_likelihood_is_that_of_a_packed_row_in_training(tokenizer, predictor
     for n, (document, answer) in enumerate(zip(documents, answers, strict=True)):
         tiles = [predictor.tiles(image) for image in document["images"]]
         conversation = renderer.conversation(
-            [t.grid for t in tiles], [{"user": questions[n], "assistant": answer.strip()}]
+            chat([{"user": questions[n], "assistant": answer.strip()}], len(tiles)), [t.grid for t in tiles]
         )
         batch = collate(
             [
@@ -283,10 +284,13 @@ def test_multi_round(predictor, monkeypatch):
     assert batches == [3, 2, 1]  # a round of all at once
     for document, answers in zip(documents, outputs, strict=True):
         tiles = predictor.tiles(document["images"][0])
-        assert answers == [
-            original([([tiles], q)], GenerationConfig(max_new_tokens=4))[0].text
-            for q in QUESTIONS[: document["rounds"]]
-        ]
+        messages, expected = [], []
+        for number, text in enumerate(QUESTIONS[: document["rounds"]], 1):
+            messages += ask(text, 1)
+            shown = [tiles] * number  # the task shows its image in every round
+            expected.append(original([(shown, messages)], GenerationConfig(max_new_tokens=4))[0].text)
+            messages += [{"role": "assistant", "content": expected[-1]}]
+        assert answers == expected
     rounds = [(len(previous), number, info) for previous, number, info in asked]
     assert rounds == [(1, 1, None)] * 3 + [(2, 2, "after 1")] * 2 + [(3, 3, "after 2")]
 
@@ -449,8 +453,8 @@ def scripted(predictor: Predictor, answers: dict[str, str], monkeypatch) -> Dual
 
     def answer(questions, settings, ends):
         return [
-            a._replace(text=answers[text])
-            for a, (_, text) in zip(
+            a._replace(text=answers[text_of(messages[-1])])
+            for a, (_, messages) in zip(
                 real(questions, replace(settings, max_new_tokens=1), ends), questions, strict=True
             )
         ]
@@ -622,8 +626,8 @@ def test_a_stock_multiple_choice_task_takes_the_likeliest(predictor, tmp_path, m
 
     def likelihoods(questions):  # the first three rows' truths, and three wrong choices
         return [
-            (-1.0 if choice[6] == "abc"[int(question.split()[3]) % 3] else -2.0, False)
-            for _, question, choice in questions
+            (-1.0 if choice[6] == "abc"[int(text_of(messages[-1]).split()[3]) % 3] else -2.0, False)
+            for _, messages, choice in questions
         ]
 
     monkeypatch.setattr(predictor, "loglikelihoods", likelihoods)
@@ -1054,7 +1058,7 @@ def test_a_question_beyond_the_models_positions_costs_only_itself(predictor):
     for n in (0, 2):
         settings = GenerationConfig(max_new_tokens=limit - 30)
         assert answers[n].text == predictor.answer([([], texts[n])], settings)[0].text
-    prompt = predictor.renderer.prompt([], [{"user": texts[3]}])
+    prompt = predictor.prompt([], texts[3])
     assert 30 < prompt.length < limit
     short = predictor.answer([([], texts[3])], GenerationConfig(max_new_tokens=limit - prompt.length))[0]
     assert answers[3].text == short.text and answers[1].text == ""
@@ -1080,3 +1084,32 @@ def test_a_task_leaves_others_logs_and_bars_alone(predictor, tmp_path):
     logger.remove(sink)
     assert "still here" in "".join(lines) and not datasets.are_progress_bars_disabled()
     assert len(results["samples"][name]) == 2  # a null answer costs its own turn alone
+
+
+def test_shots_go_before_the_question(predictor, tmp_path):
+    """Answered questions about other images, each with its image; the row's system message stays first."""
+    lines = []
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+        messages = [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": f"what is {number}"}, {"type": "image"}]},
+            {"role": "assistant", "content": f"it is {number}"},
+        ]
+        lines.append(json.dumps({"image": f"{number}.png", "messages": messages}))
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    name, tasks = f"questions:jsonl={tmp_path / 'mine.jsonl'}", Tasks(shots=2)
+    tasks.add(name)
+    evaluated = DualTower(predictor=predictor, max_new_tokens=2)
+    run_tasks(evaluated, tasks, [name])
+    _, prompt = evaluated.first_prompts[name]
+    assert prompt.startswith("<|im_start|>system\nbe brief<|im_end|>") and prompt.count("be brief") == 1
+    asked = re.findall(r"what is (\d)<\|global_image\|>\[4 image tokens\]<\|im_end\|>", prompt)
+    answered = re.findall(r"it is (\d)<\|im_end\|>", prompt)
+    assert asked[:2] == answered and asked[2] == "0" and len(set(asked)) == 3
+    too_many = Tasks(shots=4)
+    too_many.add(name)
+    with pytest.raises(UserError, match="--shots 4: .* has only 3 records on other images"):
+        too_many.load(name)
+    with pytest.raises(UsageError, match="--shots is for tasks of our own; mmstar is lmms-eval's"):
+        Tasks(shots=1).load("mmstar")

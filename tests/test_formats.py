@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.formats import coco, jsonl, llava, ocr_vqa, without_placeholders
+from data.conversations import ConversationError, conversations_of, parts_of, with_images
+from data.formats import coco, jsonl, llava, ocr_vqa
 from utils.errors import UserError
 
 ASK = "Describe the image."
@@ -244,25 +245,28 @@ def test_llava(tmp_path):
         {"id": "a", "conversations": say(("human", " Hello. "), ("gpt", "Hi."))},
         {"image": None, "conversations": say(("human", "Half \ud83d"), ("gpt", None))},
     ]
-    assert llava(write(tmp_path / "mix.json", entries)) == (
-        [
-            {
-                "images": [str(tmp_path / "coco/1.jpg")],
-                "texts": [
-                    {"user": "What is it?", "assistant": "A cat."},
-                    {"user": "Where?", "assistant": "On a\nmat."},
-                ],
-                "id": "llava/a",
-            },
-            {
-                "images": [str(tmp_path / "coco/1.jpg"), str(tmp_path / "gqa/gone.jpg")],
-                "texts": [{"user": "Same?", "assistant": "No."}],
-                "id": "llava/7",
-            },
-            {"images": [], "texts": [{"user": " Hello. ", "assistant": "Hi."}], "id": "llava/a@2"},
-            {"images": [], "texts": [{"user": "", "assistant": ""}], "id": "llava/3"},
-        ],
-        None,
+    training, validation = llava(write(tmp_path / "mix.json", entries))
+    assert validation is None and [(r["id"], r["images"]) for r in training] == [
+        ("llava/a", [str(tmp_path / "coco/1.jpg")]),
+        ("llava/7", [str(tmp_path / "coco/1.jpg"), str(tmp_path / "gqa/gone.jpg")]),
+        ("llava/a@2", []),
+        ("llava/3", []),
+    ]
+    assert list(map(shown, training)) == [
+        "user: [image 0]What is it? | assistant: A cat. | user: Where? | assistant: On a\nmat.",
+        "user: [image 0][image 1]Same? | assistant: No.",
+        "user:  Hello.  | assistant: Hi.",
+        "user:  | assistant: ",
+    ]
+
+
+def shown(record: dict) -> str:
+    """A record's one conversation as a line."""
+    [messages] = conversations_of(record, "branch")
+    return " | ".join(
+        f"{m['role']}: "
+        + "".join(p["text"] if p["type"] == "text" else f"[image {p['index']}]" for p in parts_of(m))
+        for m in with_images(messages, len(record["images"]))
     )
 
 
@@ -275,56 +279,47 @@ def test_llava_images_next_to_the_file(tmp_path):
         [str(tmp_path / "images/004/1.jpg")],
         [str(tmp_path / "images/004/2.jpg")],
     ]
-    assert training[0]["texts"] == [{"user": "", "assistant": "A cat."}]
+    assert shown(training[0]) == "user: [image 0] | assistant: A cat."
 
 
 ASKED, ANSWERED = ("human", "<image>\nWhat?"), ("gpt", "That.")
-CLEAN = [{"user": "What?", "assistant": "That."}]
+CLEAN = "user: [image 0]What? | assistant: That."
 
 
 @pytest.mark.parametrize(
-    "turns, problem, texts",
+    "turns, expected",
     [
-        ([ASKED, ANSWERED], None, CLEAN),
-        ([("human", "What?"), ANSWERED], "image_count", CLEAN),
-        ([("human", "<image><image>\nWhat?"), ANSWERED], "image_count", CLEAN),
-        ([ASKED, ("gpt", "That.\n<image>")], "image_count", CLEAN),
-        ([ANSWERED, ASKED], "turn_order", []),
-        ([ASKED], "turn_order", []),
-        ([ASKED, ANSWERED, ANSWERED], "turn_order", []),
-        ([ASKED, ("tool", "7")], "turn_order", []),
-        ([], "turn_order", []),
-        ([("system", "Be kind."), ASKED, ANSWERED], "system_turn", []),
+        ([ASKED, ANSWERED], CLEAN),
+        ([("human", "What?"), ANSWERED], CLEAN),  # no place is named: the head of the first message
+        ([("system", "Be kind."), ASKED, ANSWERED], f"system: Be kind. | {CLEAN}"),
+        ([ASKED, ("gpt", "That.\n<image>")], f"{CLEAN}\n<image>"),  # in answers it is text
+        ([ASKED, ("gpt", 3)], CLEAN.replace("That.", "3")),
+        ([("human", "Hi."), ANSWERED, ASKED, ANSWERED], f"user: Hi. | assistant: That. | {CLEAN}"),
+        ([("human", "A: <image> B?"), ANSWERED], "user: A: [image 0] B? | assistant: That."),
+        ([("human", "<image><image>\nWhat?"), ANSWERED], "image_count"),
+        ([ANSWERED, ASKED], "turn_order"),
+        ([ASKED], "turn_order"),
+        ([ASKED, ANSWERED, ANSWERED], "turn_order"),
+        ([ASKED, ("tool", "7")], "turn_order"),
+        ([("system", "Be kind.")], "turn_order"),
+        ([], "turn_order"),
     ],
 )
-def test_llava_problems(tmp_path, turns, problem, texts):
+def test_llava_turns(tmp_path, turns, expected):
     lay(tmp_path, "1.jpg")
-    [record] = llava(
-        write(tmp_path / "chat.json", [{"id": "a", "image": "1.jpg", "conversations": say(*turns)}])
-    )[0]
-    assert (record.get("problem"), record["texts"], record["images"]) == (
-        problem,
-        texts,
-        [str(tmp_path / "1.jpg")],
-    )
+    entry = {"id": "a", "image": "1.jpg", "conversations": say(*turns)}
+    [record] = llava(write(tmp_path / "chat.json", [entry]))[0]
+    assert record["images"] == [str(tmp_path / "1.jpg")]
+    try:
+        assert (record.get("problem") or shown(record)) == expected
+    except ConversationError as error:
+        assert error.reason == expected
 
 
-@pytest.mark.parametrize(
-    "value, clean",
-    [
-        ("What?", "What?"),
-        (" no placeholder\n", " no placeholder\n"),
-        ("<image>\nWhat?", "What?"),
-        ("What?\n<image>", "What?"),
-        ("<image>\n<image>\nWhat?", "What?"),
-        ("<image> <image>\nWhat?", "What?"),
-        ("One.\n<image>\nTwo.", "One.\nTwo."),
-        ("One.\n<image>\n<image>\nTwo.", "One.\nTwo."),
-        ("<image>", ""),
-    ],
-)
-def test_placeholders(value, clean):
-    assert without_placeholders(value) == clean
+def test_an_empty_image_is_none(tmp_path):
+    entry = {"id": "a", "image": "", "conversations": say(("human", "Hi."), ANSWERED)}
+    [record] = llava(write(tmp_path / "chat.json", [entry]))[0]
+    assert shown(record) == "user: Hi. | assistant: That."
 
 
 def test_jsonl(tmp_path):
@@ -375,11 +370,18 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
         ),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
         (GOOD + '"id": "a\\ud83d"}', "not valid Unicode: half a character, \\ud83d"),
-        ("[1]", "expected an object with 'texts'"),
-        ('{"image": "a.png"}', "expected an object with 'texts'"),
+        ("[1]", "expected an object with one of 'messages', 'conversations', 'texts', 'interleaved'"),
+        (
+            '{"image": "a.png"}',
+            "expected an object with one of 'messages', 'conversations', 'texts', 'interleaved'",
+        ),
         (GOOD + '"imagess": []}', "no key 'imagess' (did you mean 'images'?)"),
         (GOOD + '"relevance": 5}', "no key 'relevance' (did you mean 'references'?)"),
-        (GOOD + '"zzz": 5}', "no key 'zzz' (known: clip_score, id, image, images, references, texts, turns)"),
+        (
+            GOOD + '"zzz": 5}',
+            "no key 'zzz' (known: clip_score, conversations, id, image, images, interleaved, messages, "
+            "references, texts, turns)",
+        ),
         (GOOD + '"images": "a.png"}', "'images' must be a list of paths, not \"a.png\""),
         (GOOD + '"images": [3]}', "'images' must be a list of paths, not [3]"),
         (GOOD + '"image": ["a.png"]}', "'image' must be a path, not [\"a.png\"]"),
@@ -392,7 +394,10 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
         ('{"texts": []}', TURNS_FORM + "[]"),
         ('{"texts": {"user": "Q", "assistant": "A"}}', TURNS_FORM + '{"user": "Q", "assistant": "A"}'),
         ('{"texts": [{"user": "Q"}]}', TURNS_FORM + '[{"user": "Q"}]'),
-        ('{"texts": [{"user": "Q", "assistant": 1}]}', TURNS_FORM + '[{"user": "Q", "assistant": 1}]'),
+        (
+            '{"texts": [{"user": "Q", "assistant": ["A"]}]}',
+            TURNS_FORM + '[{"user": "Q", "assistant": ["A"]}]',
+        ),
         (
             '{"texts": [{"user": "Q", "assistant": "A", "sauce": "S"}]}',
             TURNS_FORM + '[{"user": "Q", "assistant": "A", "sauce": "S"}]',
@@ -548,7 +553,7 @@ def test_files_that_cannot_be_read(tmp_path, read):
     (tmp_path / "empty.json").write_bytes(b"\n\n")
     with pytest.raises(
         UserError,
-        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "texts"}}, found none'
+        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "messages"}}, found none'
         r"| is not valid JSON: Expecting value.*)$",
     ):
         read(tmp_path / "empty.json")

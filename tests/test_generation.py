@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import models.generation
 from configs.model import GenerationConfig
 from data.collators import collate_prompts
+from data.conversations import ask
 from data.images import Tiles
 from eval.predictor import Predictor
 from models.generation import generate
@@ -36,7 +37,7 @@ def naive_greedy(naive, ids: list[int], tiles, stop: int, new_tokens: int) -> li
 
 
 def prompt_ids(renderer, images: int, question: str) -> tuple[object, list[int]]:
-    prompt = renderer.prompt([(1, 1)] * images, [{"user": question}])
+    prompt = renderer.prompt(ask(question, images), [(1, 1)] * images)
     ids = dict(zip(prompt.right_positions, prompt.right_ids, strict=True))
     ids |= dict(zip(prompt.left_positions, prompt.left_ids, strict=True))
     return prompt, [ids[p] for p in sorted(ids)]
@@ -376,7 +377,7 @@ def test_what_is_not_finite_ends_the_answer_wherever_it_begins(
         return decode_steps[-1] if len(decode_steps) < 3 else decode_steps[-1] * bad
 
     monkeypatch.setattr(models.generation, "decode_step", verify)
-    batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
+    batch = collate_prompts([renderer.prompt(ask("what is it?"))])
     with pytest.raises(UserError, match="not finite"):
         generate(
             model,

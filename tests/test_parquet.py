@@ -439,9 +439,9 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, form, damage, waits
     [
         (
             {"image": [b"x"], "texts": [[{"user": "a"}]]},
-            "has no column images (it has image, texts): not of The Cauldron's form",
+            "has no column images (it has image, texts)",
         ),
-        ({"a": [1], "b": [2]}, "has no column images or texts (it has a, b): not of The Cauldron's form"),
+        ({"a": [1], "b": [2]}, "has no column messages, conversations, texts or interleaved (it has a, b)"),
         ({"images": [b"x"], "texts": [[{"user": "a"}]]}, "the column images holds binary, no lists"),
         (
             {"images": [[b"x"]], "texts": [{"user": "a"}]},

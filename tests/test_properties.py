@@ -18,6 +18,7 @@ from models.kernels import segment_attention
 from models.kernels.segment_attention import BlockSparseLayout
 from models.layers import attention
 from models.masks import NEVER, cache_mask, left_mask, right_mask
+from tests.conftest import chat
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -37,7 +38,7 @@ def test_answers_and_their_end_of_turn_are_supervised_and_nothing_else(tokenizer
 
     A turn goes from its start token to its end token, which no text can contain, and begins with its role.
     """
-    document = Renderer(tokenizer, 2, left_context).conversation(grids, turns)
+    document = Renderer(tokenizer, 2, left_context).conversation(chat(turns, len(grids)), grids)
     tokens = dict(
         zip(
             [*document.left_positions, *document.right_positions],
@@ -52,7 +53,7 @@ def test_answers_and_their_end_of_turn_are_supervised_and_nothing_else(tokenizer
     ]  # the last one is supervised, never read
     header = tokenizer.encode("assistant\n")
     supervised, answers = set(), []
-    for start in (i for i, token in enumerate(ids) if token == tokenizer.turn_start):
+    for start in (i for i, token in enumerate(ids) if token == tokenizer.special["<|im_start|>"]):
         end = ids.index(tokenizer.turn_end, start)
         if ids[start + 1 : start + 1 + len(header)] == header:
             supervised |= set(range(start + 1 + len(header), end + 1))

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data.conversations import ask
 from data.render import IGNORE, Renderer
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
-from tests.conftest import TURNS
+from tests.conftest import TURNS, chat
 
 SPECIAL = (*CHAT_TOKENS, *IMAGE_TOKENS)
 words = (
@@ -26,15 +27,6 @@ def hf_tokenizer(tokenizer, tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def messages(conversation: list[dict]) -> list[dict]:
-    return [
-        {"role": role, "content": turn[role]}
-        for turn in conversation
-        for role in ("user", "assistant")
-        if role in turn
-    ]
-
-
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
     """Rendered text equals transformers' apply_chat_template with the saved template.
@@ -42,22 +34,20 @@ def test_equals_the_chat_template(renderer, tokenizer, hf_tokenizer, length):
     For training and for prompting.
     """
     conversation = TURNS[:length]
-    document = renderer.conversation([], conversation)
-    whole = hf_tokenizer.apply_chat_template(messages(conversation), return_dict=False)
+    document = renderer.conversation(chat(conversation))
+    whole = hf_tokenizer.apply_chat_template(chat(conversation), return_dict=False)
     assert [*document.right_ids, tokenizer.turn_end] == whole[
         :-1
     ]  # the template ends with a newline that nobody learns
     prompt = [*conversation[:-1], {"user": conversation[-1]["user"]}]
-    expected = hf_tokenizer.apply_chat_template(
-        messages(prompt), add_generation_prompt=True, return_dict=False
-    )
-    assert renderer.prompt([], prompt).right_ids == expected
+    expected = hf_tokenizer.apply_chat_template(chat(prompt), add_generation_prompt=True, return_dict=False)
+    assert renderer.prompt(chat(prompt)).right_ids == expected
 
 
 @settings(max_examples=150, deadline=None)
 @given(conversation=turns, images=st.integers(0, 3))
 def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversation, images):
-    document = renderer.conversation([(1, 1)] * images, conversation)
+    document = renderer.conversation(chat(conversation, images), [(1, 1)] * images)
     supervised = [label for label in document.labels if label != IGNORE]
     expected = [
         token for turn in conversation for token in (*tokenizer.encode(turn["assistant"]), tokenizer.turn_end)
@@ -70,14 +60,14 @@ def test_loss_mask_is_the_answers_and_their_end(renderer, tokenizer, conversatio
 @settings(max_examples=150, deadline=None)
 @given(conversation=turns, images=st.integers(0, 3))
 def test_positions_count_both_streams_once(renderer, conversation, images):
-    document = renderer.conversation([(1, 1)] * images, conversation)
+    document = renderer.conversation(chat(conversation, images), [(1, 1)] * images)
     block = len(renderer.image_block())
     assert sorted(document.left_positions + document.right_positions) == list(range(document.length))
     assert document.left_ids == renderer.image_block() * images
     assert [b.stop - b.start for b in document.blocks(isolated=True)] == [block] * images and len(
         document.blocks(isolated=False)
     ) == min(images, 1)
-    without = renderer.conversation([], conversation)
+    without = renderer.conversation(chat(conversation))
     assert without.right_ids == document.right_ids and without.labels == document.labels
 
 
@@ -85,13 +75,13 @@ def test_positions_count_both_streams_once(renderer, conversation, images):
 @given(text=texts)
 def test_text_never_becomes_a_special_token_and_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert not {tokenizer.turn_start, tokenizer.turn_end, tokenizer.image, tokenizer.global_image} & set(ids)
+    assert not set(tokenizer.special.values()) & set(ids)
     assert tokenizer.decode(ids) == text
 
 
 def test_a_prompt_is_the_beginning_of_the_training_document(renderer):
-    prompt = renderer.prompt([(1, 1)] * 2, [{"user": TURNS[0]["user"]}])
-    document = renderer.conversation([(1, 1)] * 2, TURNS[:1])
+    prompt = renderer.prompt(ask(TURNS[0]["user"], 2), [(1, 1)] * 2)
+    document = renderer.conversation(chat(TURNS[:1], 2), [(1, 1)] * 2)
     n = len(prompt.right_ids)
     assert (
         document.right_ids[:n] == prompt.right_ids and document.right_positions[:n] == prompt.right_positions
@@ -129,11 +119,11 @@ def test_images_stand_at_the_head_of_the_first_turn(renderer):
         f"<|im_start|>user\n{image * 2}one?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nb"
     )
-    assert renderer.preview(renderer.conversation([(1, 1)] * 2, turns)) == whole
+    assert renderer.preview(renderer.conversation(chat(turns, 2), [(1, 1)] * 2)) == whole
 
 
 def test_with_prefix_routing_all_goes_left_up_to_the_last_image_token(tokenizer):
-    document = Renderer(tokenizer, 4, "prefix").prompt([(1, 1)] * 2, [{"user": "what?"}])
+    document = Renderer(tokenizer, 4, "prefix").prompt(ask("what?", 2), [(1, 1)] * 2)
     assert (
         document.left_ids[-5:] == [tokenizer.global_image, *[tokenizer.image] * 4]
         and document.left_ids.count(tokenizer.global_image) == 2

@@ -18,7 +18,7 @@ from configs.model import DecoderConfig, GenerationConfig, ProjectorConfig, Voca
 from configs.train import TrainConfig
 from data.collators import collate
 from data.render import Renderer
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from data.tokenizer import CHATML, Tokenizer
 from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.masks import right_mask
@@ -53,7 +53,7 @@ def folder(language_models) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.of_language_model(folder, table_rows(folder), impose_chatml=False)
+    return Tokenizer.of_language_model(folder, table_rows(folder))
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def test_tokens_equal_those_of_the_gguf_by_transformers(tokenizer):
 
 
 def test_the_special_tokens(tokenizer, folder):
-    assert (tokenizer.turn_start, tokenizer.turn_end, tokenizer.image) == (1, 2, 49152)
+    assert (tokenizer.special["<|im_start|>"], tokenizer.turn_end, tokenizer.image) == (1, 2, 49152)
     assert tokenizer.vocabulary.text_size == 49152 and tokenizer.vocabulary.markers == 65
-    assert tokenizer.turn_start not in tokenizer.encode("<|im_start|>user<|endoftext|><row_1_col_1>")
+    assert 1 not in tokenizer.encode("<|im_start|>user<|endoftext|><row_1_col_1>")
 
 
 def test_frozen_right_tower_is_the_language_model_after_training(dual, folder, tokenizer):
@@ -181,17 +181,17 @@ class TestTokenizerOfALanguageModel:
 
     def test_without_a_chat_template(self, small):
         with pytest.raises(UserError, match="no chat template.*--data.chat_template chatml"):
-            Tokenizer.of_language_model(small, 49152, impose_chatml=False)
-        assert Tokenizer.of_language_model(small, 49152, impose_chatml=True).turn_end == 2
+            Tokenizer.of_language_model(small, 49152)
+        assert Tokenizer.of_language_model(small, 49152, template="chatml").turn_end == 2
 
     def test_another_chat_template(self, small):
         (small / "chat_template.jinja").write_text(
             "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
         )
-        with pytest.raises(UserError, match="not ChatML"):
-            Tokenizer.of_language_model(small, 49152, impose_chatml=False)
-        (small / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-        Tokenizer.of_language_model(small, 49152, impose_chatml=False)
+        with pytest.raises(UserError, match="no roles.*--data.chat_template chatml"):
+            Tokenizer.of_language_model(small, 49152)
+        (small / "chat_template.jinja").write_text(CHATML)
+        Tokenizer.of_language_model(small, 49152)
 
     def test_chat_tokens_are_appended_and_table_rows_without_a_token_are_padding(self, small):
         text = (
@@ -201,12 +201,16 @@ class TestTokenizerOfALanguageModel:
             .replace("<|im_end|>", "<|was_end|>")
         )
         (small / "tokenizer.json").write_text(text, encoding="utf-8")
-        grown = Tokenizer.of_language_model(small, 49152, impose_chatml=True)
-        assert (grown.turn_start, grown.turn_end, grown.vocabulary.text_size) == (49152, 49153, 49154)
-        padded = Tokenizer.of_language_model(small, 49160, impose_chatml=True)
+        grown = Tokenizer.of_language_model(small, 49152, template="chatml")
+        assert (grown.special["<|im_start|>"], grown.turn_end, grown.vocabulary.text_size) == (
+            49152,
+            49153,
+            49154,
+        )
+        padded = Tokenizer.of_language_model(small, 49160, template="chatml")
         assert (padded.turn_end, padded.image, padded.vocabulary.text_size) == (49153, 49160, 49160)
         with pytest.raises(UserError, match="ids up to 49151, its embedding table 49000 rows"):
-            Tokenizer.of_language_model(small, 49000, impose_chatml=True)
+            Tokenizer.of_language_model(small, 49000, template="chatml")
 
 
 def test_a_damaged_config_names_the_key(folder, tmp_path):
@@ -271,5 +275,5 @@ def test_a_length_left_in_a_tokenizers_file_cuts_nothing(folder, tmp_path):
     backend.enable_truncation(4)
     backend.enable_padding(length=900)
     backend.save(str(tmp_path / "tokenizer.json"))
-    whole = Tokenizer.of_language_model(tmp_path, 49152, impose_chatml=True)
+    whole = Tokenizer.of_language_model(tmp_path, 49152, template="chatml")
     assert 60 < len(whole.encode(ENGLISH)) < 200 and whole.decode(whole.encode(ENGLISH)) == ENGLISH

@@ -160,10 +160,7 @@ def inputs_of(e: Exported, chats: list) -> Any:
 def own_tokens(e: Exported, predictor: Predictor, settings: GenerationConfig) -> list[list[int]]:
     """This project's answers to QUESTIONS."""
     tiled = [[predictor.tiles(e.images[name]) for name in names] for names, _ in QUESTIONS]
-    prompts = [
-        predictor.renderer.prompt([i.grid for i in images], [{"user": text}])
-        for images, (_, text) in zip(tiled, QUESTIONS, strict=True)
-    ]
+    prompts = [predictor.prompt(images, text) for images, (_, text) in zip(tiled, QUESTIONS, strict=True)]
     kvs, tiles = predictor.images_of(prompts, tiled)[0], predictor.tiles_of(tiled)
     return generate(
         predictor.model,
@@ -321,7 +318,7 @@ def test_text_that_the_template_wrote_is_the_same_prompt(exported):
     )
     for name, tensor in inputs_of(exported, chats).items():
         assert torch.equal(again[name], tensor) and torch.equal(plain[name], tensor)
-    prompts = [f"{'<|image|> ' * len(names)}{text}" for names, text in QUESTIONS]
+    prompts = [f"{'<|image|>' * len(names)}{text}" for names, text in QUESTIONS]
     assert (
         exported.processor(text=prompts, images=opened)["input_ids"]
         == exported.processor(text=[text for _, text in QUESTIONS], images=opened)["input_ids"]
@@ -541,11 +538,6 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
             lambda e: e.processor(text="<|im_start|>user\n<|image|>what?<|im_end|>\n"),
             "1 image placeholders .*, but 0 images",
         ),
-        (lambda e: e.processor(text="so <|im_start|>user\nwhat?<|im_end|>\n"), "not a chat .* from 'so <"),
-        (
-            lambda e: e.processor(text="<|im_start|>user\nwhat?"),
-            "does not end with <|im_end|>".replace("|", r"\|"),
-        ),
         (
             lambda e: e.processor(text=["a", "b"], images=[e.images["a"]]),
             "1 images or lists of images for 2 texts",
@@ -564,12 +556,8 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
             "image is of type ndarray, not a path, bytes or a Pillow image",
         ),
         (
-            lambda e: e.processor(text="what <|image|>?", images=e.images["a"]),
-            "the question has 1 image placeholders .* for 1 images: .* in front",
-        ),
-        (
             lambda e: e.processor(text="<|image|>what?", images=[e.images["a"], e.images["b"]]),
-            "the question has 1 image placeholders .* for 2 images",
+            "the text has 1 image placeholders .* but 2 images are given",
         ),
         (lambda e: e.processor(text=["a", None]), "a list of texts, found list of NoneType, str"),
         (lambda e: e.processor(text=[]), "a list of texts, found list of nothing"),
@@ -586,23 +574,23 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         ),
         (
             lambda e: e.processor.apply_chat_template([[]]),
-            "a conversation is a list of messages, found list of nothing",
+            "expected a list of messages, found list of nothing",
         ),
         (
             lambda e: e.processor.apply_chat_template([{"role": "user", "content": None}]),
-            "content of a chat message is a string, or a list of parts .*, found NoneType",
+            "message 1: the content must be a text or a list of parts .*, found NoneType",
         ),
         (
             lambda e: e.processor.apply_chat_template(_say("what?")),
-            "content of a chat message is a string, or a list of parts .*, found list of str",
+            "message 1: the content must be a text or a list of parts .*, found list of str",
         ),
         (
             lambda e: e.processor.apply_chat_template(_say({"type": "text"})),
-            "of type 'text', and its text is NoneType",
+            "a part of type 'text' has NoneType as its text",
         ),
         (
             lambda e: e.processor.apply_chat_template(_say({"type": "image_url"}), tokenize=True),
-            "image is of type NoneType",
+            "an image of the chat has no source",
         ),
         (
             lambda e: e.processor.apply_chat_template(
@@ -653,16 +641,22 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
             lambda e: e.model.generate(torch.tensor([[1, 10**6]])),
             "input_ids hold 1000000, this model's vocabulary has",
         ),
-        (lambda e: e.processor.apply_chat_template(["hello"]), "must be a dictionary with role and content"),
+        (
+            lambda e: e.processor.apply_chat_template(["hello"]),
+            "message 1 must have 'role' and 'content', found str",
+        ),
         (
             lambda e: e.processor.apply_chat_template([{"role": "system", "content": "be brief"}]),
-            "message 1 of the chat is of role 'system'",
+            "no message is the user's",
         ),
         (
-            lambda e: e.processor.apply_chat_template(_say({"type": "text", "text": "a"}) * 2),
-            "message 2 of the chat is of role 'user', expected 'assistant'",
+            lambda e: e.processor.apply_chat_template([*_say(), {"role": "tool", "content": "7"}]),
+            "message 2: tool calls are not supported",
         ),
-        (lambda e: e.processor.apply_chat_template(_say({"type": "video", "path": "a"})), "of type 'video'"),
+        (
+            lambda e: e.processor.apply_chat_template(_say({"type": "video", "path": "a"})),
+            "videos: not supported",
+        ),
         (lambda e: e.processor.apply_chat_template(_say({"type": "image"}), tokenize=True), "has no source"),
         (
             lambda e: e.processor.apply_chat_template(
@@ -723,19 +717,6 @@ def forget(*packages: str) -> None:
     """As if this process had imported none of these packages."""
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
-
-
-def without_transformers() -> None:
-    forget("transformers", *PACKAGES)
-    sys.modules["transformers"] = None
-
-
-def test_export_needs_no_transformers(tokenizer, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    done = run_program(["-m", "tools.export", tmp_path], tmp_path, before=without_transformers)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "hf_modeling.py").is_file()
 
 
 def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):

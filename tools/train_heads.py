@@ -34,11 +34,14 @@ from configs.settings import (
 )
 from configs.train import DataConfig
 from data.collators import collate_prompts
+from data.conversations import Conversation
+from data.datasets import questions_of as record_questions
 from data.images import ImageError
 from data.parquet import UnreadableBlock
 from data.render import Document
 from data.sources import open_sources
 from eval.predictor import Predictor
+from eval.validation import images_of_record
 from hf.export import add_hf_code
 from models.generation import DraftGuard, generate, prefill
 from models.kernels import use_kernels
@@ -47,7 +50,7 @@ from utils.device import computes_bf16
 from utils.errors import UsageError, UserError, run_script
 from utils.files import replacing_folder
 
-Question = tuple[list[Any], str]  # images, text
+Question = tuple[list[Any], str | Conversation]  # images, and a question or a conversation that ends with one
 HELD_OUT = 20  # one answer in so many is held out
 
 
@@ -134,19 +137,15 @@ def questions_of(records: Any, index: int) -> list[Question]:
         record = records[index]
     except UnreadableBlock:
         return []
-    if record.get("problem") or record["images"] is None:
+    if record["images"] is None:
         return []
-    return [
-        (record["images"], turn["user"])
-        for turn in record["texts"] or ()
-        if isinstance(turn.get("user"), str) and turn["user"].strip()
-    ]
+    return [(images_of_record(record, messages), messages) for messages, _ in record_questions(record)]
 
 
 def generated_prompts(predictor: Predictor, rows: int, generator: torch.Generator) -> list[str]:
     """Sample prompts from the model itself: its text in the user's turn, up to the first sentence's end."""
     renderer = predictor.renderer
-    start = renderer.user
+    start = renderer.user_start()
     settings = GenerationConfig(
         sampling=True,
         min_p=0.01,
@@ -174,12 +173,12 @@ def answers(
     """Return the model's greedy answers with their hidden states, without questions on damaged images."""
     model, renderer = predictor.model, predictor.renderer
     tiles, prompts = [], []
-    for images, text in questions:
+    for images, question in questions:
         try:
             tiles.append([predictor.tiles(image) for image in images])
         except ImageError:
             continue  # collect() counts the answers that are missing
-        prompts.append(renderer.prompt([t.grid for t in tiles[-1]], [{"user": text}]))
+        prompts.append(predictor.prompt(tiles[-1], question))
     if not prompts:
         return []
     rows, extra = predictor.images_of(prompts, tiles)[0], predictor.tiles_of(tiles)

@@ -18,7 +18,7 @@ KEY = "average"  # in a parameter's state
 
 
 def update_ema(optimizers: list[torch.optim.Optimizer], step: int, decay: float) -> None:
-    """Update the averages after the optimizers' 1-based `step`.
+    """Update the averaged after the optimizers' 1-based `step`.
 
     The decay is at most (1 + step) ÷ (10 + step), so that the initial weights are soon forgotten.
     """
@@ -35,7 +35,7 @@ def update_ema(optimizers: list[torch.optim.Optimizer], step: int, decay: float)
 
 @torch.no_grad()
 def swap_ema(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Exchange the model's weights and their averages, where there are any."""
+    """Exchange the model's weights and their averaged, where there are any."""
     for parameter, state in ((p, state) for optimizer in optimizers for p, state in optimizer.state.items()):
         if KEY in state:
             weights, average = local_tensor(parameter.detach()), local_tensor(state[KEY])
@@ -46,7 +46,7 @@ def swap_ema(optimizers: list[torch.optim.Optimizer]) -> None:
 
 @contextmanager
 def ema_weights(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Give the model its averages inside the block. No checkpoint may be copying its weights meanwhile."""
+    """Give the model its averaged inside the block. No checkpoint may be copying its weights meanwhile."""
     swap_ema(optimizers)
     try:
         yield
@@ -61,5 +61,5 @@ def load_ema(checkpoint: Path, model: Any) -> None:
     """
     saved = saved_shapes(checkpoint)
     targets = {f"optimizer.{name}.{KEY}": parameter.detach() for name, parameter in model.named_parameters()}
-    averages = {name: tensor for name, tensor in targets.items() if name in saved}
-    load_tensors(checkpoint, averages, no_dist=True)
+    averaged = {name: tensor for name, tensor in targets.items() if name in saved}
+    load_tensors(checkpoint, averaged, no_dist=True)

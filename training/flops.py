@@ -36,8 +36,8 @@ class Flops:
     def model_flops(self, counts: dict[str, int], trained: dict[str, float]) -> float:
         """FLOPs of forward and backward without recomputation; attention over what each query sees.
 
-        `counts`: those of `trainer.batch_counts`. `trained`: part → trained share of its matrices. The backward of a
-        trained part costs two forwards, that of a frozen part one if gradients flow through it.
+        `counts`: those of `trainer.batch_counts`. `trained`: part → trained share of its matrices. The
+        backward of a trained part costs two forwards, that of a frozen part one if gradients flow through it.
         """
         left = trained.get("left", 0.0)
         before_right = bool(trained["vision"] or trained["projector"] or left)

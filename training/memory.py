@@ -120,7 +120,7 @@ def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 def saved_bytes(
     config: Config, model_class: Any, vocabulary: Vocabulary, rows: int, left_layers: int, right_layers: int
 ) -> int:
-    """Bytes that a forward with so many layers saves for its backward, without weights; measured on the CPU."""
+    """Bytes that a forward with so many layers saves for its backward, without weights; measured."""
     with torch.random.fork_rng(devices=[]):
         shallow = with_random_weights(config, left=left_layers, right=right_layers)
         model = trial_model(shallow, model_class, vocabulary)

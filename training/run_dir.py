@@ -126,7 +126,8 @@ def check_free(config: Config) -> None:
     name = _run_file(folder) if config.output_dir else ""
     if name == "config.json":
         raise UsageError(
-            f"{folder} already holds a run: add --resume auto to go on with it, or choose another --output_dir"
+            f"{folder} already holds a run: add --resume auto to go on with it, "
+            "or choose another --output_dir"
         )
     if name:
         raise UsageError(

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from configs.model import Vocabulary, as_left_decoder
 from configs.train import Config, FilterConfig
+from data.conversations import ConversationError, checked_parts, conversations_of, text_of
 from data.datasets import SampleDataset, SampleStream, by_source
 from data.loader import Loader, Streams
 from data.mixture import Mixture, Source
@@ -74,11 +75,9 @@ def build_data(
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
         if language_model is not None:
-            tokenizer = Tokenizer.of_language_model(
-                *language_model, impose_chatml=d.chat_template == "chatml"
-            )
+            tokenizer = Tokenizer.of_language_model(*language_model, d.chat_template, d.system)
         else:
-            tokenizer = Tokenizer.train(training_text(training), d.vocab_size)
+            tokenizer = Tokenizer.train(training_text(training), d.vocab_size, d.chat_template, d.system)
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, model.tokens_per_tile, model.left_context)
     max_positions = min(getattr(model, tower).max_positions for tower in model.towers)
@@ -100,16 +99,18 @@ def build_data(
 
 
 def training_text(sources: list[Source]) -> Iterator[str]:
-    """Yield the text that trains the tokenizer: turns, each after its role name as in chat templates."""
+    """Yield the text that trains the tokenizer: messages, each after its role as in chat templates."""
     for source in sources:
         for index in islice(range(source.start, source.stop), TOKENIZER_RECORDS // len(sources)):
             try:
-                texts = source.records[index]["texts"]
-            except UnreadableBlock:
+                record = source.records[index]
+                parts = checked_parts(record.get("interleaved", []), "the page")
+                conversations = [] if "interleaved" in record else conversations_of(record, "branch")
+            except (UnreadableBlock, ConversationError):
                 continue  # counted when training reads it
-            for turn in texts:
-                for role in ("user", "assistant"):
-                    yield from (f"{role}\n", str(turn.get(role, "")))
+            yield from (part["text"] for part in parts if part["type"] == "text")
+            for message in chain.from_iterable(conversations):
+                yield from (f"{message['role']}\n", text_of(message))
 
 
 def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
@@ -149,7 +150,7 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
     model = resolve_decoders(model, Path(config.cache_dir), left_layers)
     config = replace(config, model=replace(model, vision=resolve_vision(model.vision)))
     if (source := language_model(config)) is not None:  # an unfit tokenizer raises here, not later
-        Tokenizer.of_language_model(*source, impose_chatml=config.data.chat_template == "chatml")
+        Tokenizer.of_language_model(*source, config.data.chat_template, config.data.system)
     return config
 
 
@@ -166,7 +167,7 @@ def vocabulary_of(config: Config) -> Vocabulary:
     source = language_model(config)
     if source is None:
         return Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1)
-    return Tokenizer.of_language_model(*source, impose_chatml=True).vocabulary
+    return Tokenizer.of_language_model(*source, config.data.chat_template).vocabulary
 
 
 def check_compiler(config: Config) -> None:

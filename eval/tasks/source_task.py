@@ -3,6 +3,8 @@
 The YAML files in this folder name the class.
 """
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
-from configs.train import FilterConfig
-from data.datasets import turn_problem
+from data.conversations import Conversation, images_of, parts_of, text_of
+from data.datasets import questions_of
 from data.easy_vqa import easy_vqa
 from data.images import open_image
 from data.openmoji import openmoji
 from data.sources import FILES, SOURCES, parse_sources
 from utils.errors import UserError
 
+COLUMN = "dualtower_conversation"  # of a row: messages up to its question, as JSON, which the adapter reads
 TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -55,6 +58,12 @@ def easy_vqa_kind(answer: str) -> str:
     return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
 
 
+def training_records_of(source: str) -> list[dict[str, Any]]:
+    """Return the training records of a source, or all of a set without splits."""
+    (spec,) = parse_sources(source)
+    return (SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path)))[0]
+
+
 def records_of(source: str) -> list[dict[str, Any]]:
     """Return the test records of a source, else its validation records, else all of a set without splits.
 
@@ -70,14 +79,19 @@ def records_of(source: str) -> list[dict[str, Any]]:
 
 
 class SourceTask(ConfigurableTask):
-    """A task where every turn of every record is a question.
+    """A task where every answer in every record is a question, after all that was said before it.
 
-    `metadata` names the source, and the matcher unless the task is about captions.
+    `metadata` names the source, the matcher unless the task is about captions, and the number of `shots`:
+    so many answered questions of other records go before each question, one of each record.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.task_metadata = config["metadata"]
-        self.records = records_of(self.task_metadata["source"])
+        source = self.task_metadata["source"]
+        self.records = records_of(source)
+        self.shots = int(self.task_metadata.get("shots", 0))
+        self.examples = training_records_of(source) if self.shots else []
+        self.usable = [i for i, record in enumerate(self.examples) if questions_of(record)]
         ours = {
             "test_split": "test",
             "doc_to_text": "question",
@@ -89,14 +103,16 @@ class SourceTask(ConfigurableTask):
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
         """Build the rows in memory; images are read when they are needed. Nothing is downloaded."""
-        rows = []
-        for number, record in enumerate(self.records):
-            for turn in record["texts"] or ():
-                if record.get("problem") or turn_problem(turn, FilterConfig()):
-                    continue  # as in training
-                references = record.get("references") or turn.get("references") or [turn["assistant"]]
-                references = [reference for reference in references if reference]
-                rows.append({"record": number, "question": turn["user"], "references": references})
+        rows = [
+            {
+                "record": number,
+                "question": text_of(messages[-1]),
+                "references": [reference for reference in references if reference],
+                COLUMN: json.dumps(messages),
+            }
+            for number, record in enumerate(self.records)
+            for messages, references in questions_of(record)
+        ]
         if "matcher" not in self.task_metadata:  # captions: a record's texts are references for one answer
             first = {row["record"]: row for row in reversed(rows)}
             for row in rows:
@@ -105,12 +121,48 @@ class SourceTask(ConfigurableTask):
             rows = [first[number] for number in sorted(first)]
         if not rows:
             raise UserError(f"{self.task_metadata['source']} holds no question with an answer")
+        for number, row in enumerate(rows):
+            examples = self._examples(number, row["record"])
+            shots = [message for index in examples for message in self._shot(index)]
+            messages = json.loads(row[COLUMN])
+            first = sum(message["role"] == "system" for message in messages[:1])
+            row[COLUMN] = json.dumps(messages[:first] + shots + messages[first:])
         self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 
+    def _examples(self, number: int, record: int) -> list[int]:
+        """Draw the examples of a row, other records than its own."""
+        if not self.shots:
+            return []
+        own = self.records[record]["images"]
+        usable = [index for index in self.usable if self.examples[index]["images"] != own]
+        if len(usable) < self.shots:
+            raise UserError(
+                f"--shots {self.shots}: {self.task_metadata['source']} has only {len(usable)} records on "
+                "other images to draw from"
+            )
+        return random.Random(number).sample(usable, self.shots)
+
+    def _shot(self, index: int) -> Conversation:
+        """An example: one question, of those about its images, with its answer."""
+        asked = questions_of(self.examples[index])
+        messages, references = asked[index % len(asked)]
+        tagged = [
+            {**m, "content": [{**part, "example": index} for part in parts_of(m)]}
+            for m in messages
+            if m["role"] != "system"  # the row's own comes first, if it has one
+        ]
+        return [*tagged, {"role": "assistant", "content": references[0]}]
+
     def images(self, row: dict[str, Any]) -> list[Any]:
-        """Open the images of a row."""
-        return [open_image(image) for image in self.records[row["record"]]["images"] or ()]
+        """Open the images of a row's conversation, in their order."""
+        own = self.records[row["record"]]
+        return [
+            open_image(
+                (self.examples[part["example"]] if "example" in part else own)["images"][part["index"]]
+            )
+            for part in images_of(json.loads(row[COLUMN]))
+        ]
 
     def score(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
         """Score an answer; captions are passed on to be scored together."""

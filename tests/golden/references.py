@@ -30,6 +30,7 @@ from eval.predictor import Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
 from models.vision_language_model import VisionLanguageModel
+from tests.conftest import chat
 from training.setup import build_data
 
 FILE = Path(__file__).parent / "references.json"
@@ -126,9 +127,9 @@ def rendered() -> dict[str, Any]:
     for context in CONTEXTS:
         renderer = Renderer(tokenizer, 4, context)
         for name, grids in GRIDS.items():
-            out[f"{context}, {name}"] = columns(renderer.conversation(grids, TURNS))
+            out[f"{context}, {name}"] = columns(renderer.conversation(chat(TURNS, len(grids)), grids))
             out[f"{context}, {name}, prompt"] = columns(
-                renderer.prompt(grids, [*TURNS[:2], {"user": "and now?"}])
+                renderer.prompt(chat([*TURNS[:2], {"user": "and now?"}], len(grids)), grids)
             )
     return out
 
@@ -163,7 +164,7 @@ def run(flags: list[str]) -> dict[str, Any]:
         again = [batch_digest(next(resumed.batches)) for _ in range(4)]
     assert after == again, "a resumed run has other batches"
     return {
-        "tokenizer": data.tokenizer.fingerprint(),
+        "tokenizer": hashlib.blake2b(data.tokenizer.backend.to_str().encode(), digest_size=16).hexdigest(),
         "first rows": rows[:3],
         "rows": digest(rows),
         "state": digest(state),
@@ -241,10 +242,7 @@ def answers() -> dict[str, Any]:
             np.random.default_rng(7).integers(0, 256, (3, 1, 3, 64, 64), dtype=np.uint8)
         )
         images = [[Tiles((1, 1), pixels[0])], [Tiles((1, 1), pixels[1]), Tiles((1, 1), pixels[2])], []]
-        prompts = [
-            predictor.renderer.prompt([i.grid for i in row], [{"user": turn["user"]}])
-            for row, turn in zip(images, TURNS, strict=False)
-        ]
+        prompts = [predictor.prompt(row, turn["user"]) for row, turn in zip(images, TURNS, strict=False)]
         for what, settings in SETTINGS.items():
             if "drafts" in what and name != "heads":
                 continue
