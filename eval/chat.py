@@ -37,6 +37,8 @@ class Chat:
                 "this model reads the text before an image in its left tower (left_context = prefix): "
                 "it cannot go on with a conversation; ask single questions"
             )
+        if system and not predictor.renderer.tokenizer.template.has_system:
+            raise UsageError("--system: this model's chat template has no system role: leave it out")
         config, model = predictor.model.right.config, predictor.model
         check_heads(model, settings)
         self.predictor, self.settings = predictor, settings
