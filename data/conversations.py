@@ -1,15 +1,16 @@
-"""The conversation format: what records say, checked, as lists of messages with images at their places.
+"""The conversation format: records → checked lists of messages, with images at their places.
 
     {"images": […], "messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "…"}]},
         {"role": "assistant", "content": "…"}]}
 
-Roles: system (first, if at all), user, assistant. A content is a text, or a list of parts: texts and, in a
+Roles: system (optional, only first), user, assistant. A content is a text or a list of parts: texts and, in a
 user's message, images. Image parts take the record's images in order, and so does each `<image>` in a user's
-text; without either, all images stand at the head of the first user message. "references" of a message are
-further correct answers. Instead of "messages" a record may have "conversations", a list of them on the same
-images; "interleaved", the parts of a web page; or "texts", pairs of "user" and "assistant", as in The
-Cauldron.
+text; with neither, all images stand at the head of the first user message. A part may carry its image itself:
+"image", "path", "url", "base64". "references" of a message are further correct answers.
+
+Instead of "messages" a record may have "conversations", a list of them on the same images; "interleaved", the
+parts of a web page; or "texts", pairs of "user" and "assistant", as in The Cauldron.
 """
 
 import re

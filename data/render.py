@@ -1,11 +1,11 @@
-"""The one renderer, for training and prompting: a conversation → token ids, image blocks and the loss mask.
+r"""The one renderer, for training and prompting: a conversation → token ids, image blocks and the loss mask.
 
 The model's chat template writes the text. With ChatML:
 
-    <|im_start|>user\\n[image block]question<|im_end|>\\n
-    <|im_start|>assistant\\nanswer<|im_end|>\\n
-                supervised: ^^^^^^^^^^^^^^^^^
-    <|im_start|>user\\n…
+    <|im_start|>user\n[image block]question<|im_end|>\n
+    <|im_start|>assistant\nanswer<|im_end|>\n
+              supervised: ^^^^^^^^^^^^^^^^
+    <|im_start|>user\n…
 
 An image block is the tokens of one image: a global-image marker and P image tokens for the whole image. If
 the image is split into tiles, each tile follows with its `row r, column c` marker and P image tokens.

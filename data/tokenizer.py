@@ -1,9 +1,9 @@
 """The tokenizer, its special tokens and its chat template.
 
-Ids: text and chat tokens, then the image token, then the markers. A chat template writes messages as text, as
-transformers' `apply_chat_template` does. A saved one is self-contained: what transformers would fill in
-(special tokens, today's date, a default system message) stands in it, so that every program renders the same
-text, today and after a resume.
+Order of ids: text and chat tokens, the image token, the markers. A chat template writes messages as text, as
+transformers' `apply_chat_template` does. A saved template is self-contained: it holds what transformers would
+fill in (special tokens, today's date, a default system message). So every program renders the same text, and
+a resumed run too.
 """
 
 import datetime
