@@ -9,6 +9,7 @@ import multiprocessing.forkserver
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def _main(command: list[str], cwd: str, folder: str, before: Callable[[], None] 
     multiprocessing.set_start_method(
         None, force=True
     )  # as in a program from a shell: its data workers are its own children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
