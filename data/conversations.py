@@ -6,8 +6,9 @@
 
 Roles: system (optional, only first), user, assistant. A content is a text or a list of parts: texts and, in a
 user's message, images. Image parts take the record's images in order, and so does each `<image>` in a user's
-text; with neither, all images stand at the head of the first user message. A part may carry its image itself:
-"image", "path", "url", "base64". "references" of a message are further correct answers.
+text; with neither, all images stand at the head of the first user message. In "messages" a part may
+carry its image itself: "image", "path", "url", "base64". "references" of a message are further correct
+answers.
 
 Instead of "messages" a record may have "conversations", a list of them on the same images; "interleaved", the
 parts of a web page; or "texts", pairs of "user" and "assistant", as in The Cauldron.
@@ -25,6 +26,7 @@ Part = dict[str, Any]
 
 IMAGE_PART: Part = {"type": "image"}
 PLACEHOLDER = "<image>"
+PLACEHOLDERS = re.compile(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}")  # it takes one newline next to it along
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"); no tokenizer accepts it
 TEXTS = ("messages", "conversations", "texts", "interleaved")  # a record has one of these
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may carry its image
@@ -69,10 +71,6 @@ def parts_of(message: Message) -> list[Part]:
 def text_of(message: Message) -> str:
     """A message's text, without its images."""
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
-
-
-def image_count(messages: Conversation) -> int:
-    return len(images_of(messages))
 
 
 def checked(messages: Any, context: str = "the conversation") -> Conversation:
@@ -172,7 +170,7 @@ def with_images(messages: Conversation, count: int, context: str = "the conversa
 
     Errors: `ConversationError` if there are places for more or fewer images.
     """
-    image_parts = image_count(messages)
+    image_parts = len(images_of(messages))
     if not image_parts and any(PLACEHOLDER in text_of(m) for m in messages if m["role"] == "user"):
         messages = [
             {**m, "content": [part for p in parts_of(m) for part in split_at_images(p["text"])]}
@@ -180,7 +178,7 @@ def with_images(messages: Conversation, count: int, context: str = "the conversa
             else m
             for m in messages
         ]
-        image_parts = image_count(messages)
+        image_parts = len(images_of(messages))
     if not image_parts:
         return show_first(messages, [{**IMAGE_PART, "index": i} for i in range(count)])
     if image_parts != count:
@@ -202,14 +200,18 @@ def with_images(messages: Conversation, count: int, context: str = "the conversa
     ]
 
 
-def split_at_images(text: str) -> list[Part]:
-    """Split a text at each `<image>`, which takes one newline next to it along.
+def split_at_images(text: str, placeholder: re.Pattern[str] = PLACEHOLDERS) -> list[Part]:
+    """Split a text at its placeholders into text and image parts.
 
     >>> split_at_images("<image>\\nWhat?")
     [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
     """
-    texts = re.split(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}", text)
-    parts = [part for text in texts for part in (IMAGE_PART, text_part(text))][1:]
+    parts: list[Part] = []
+    start = 0
+    for match in placeholder.finditer(text):
+        parts += [text_part(text[start : match.start()]), IMAGE_PART]
+        start = match.end()
+    parts.append(text_part(text[start:]))
     return [part for part in parts if part["type"] == "image" or part["text"]]
 
 

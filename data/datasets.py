@@ -215,7 +215,7 @@ class SampleDataset:
                     counts[reason] += 1
                     messages = without(messages, start, end)
             if exchanges := exchanges_of(messages):
-                result.append(messages[: exchanges[-1][1]])  # what follows the last answer is not learnt
+                result.append(messages[: exchanges[-1][1]])  # nothing behind the last answer is trained on
         return result
 
     def _usable_grids(self, record: dict[str, Any], counts: Counter[str]) -> list[Grid] | None:

@@ -97,7 +97,7 @@ class Renderer:
         where the numbers differ. Errors: `UsageError` where the chat template refuses the conversation.
         """
         text = self._text(messages)
-        ids = self._encode(text)
+        ids = self.tokenizer.encode_rendered(text)
         turns = self._assistant_turns(messages, text, ids)
         if not turns:
             raise UsageError("the conversation has no answer of the assistant")
@@ -113,14 +113,14 @@ class Renderer:
         document is the conversation as it is.
         """
         text = self._text(messages, add_generation_prompt and messages[-1]["role"] != "assistant")
-        ids = self._encode(text)
+        ids = self.tokenizer.encode_rendered(text)
         if add_generation_prompt and messages[-1]["role"] == "assistant":
             ids = ids[: self._assistant_turns(messages, text, ids)[-1][1] - 1]
         return self._document(ids, [], grids)
 
     def trusted(self, text: str, grids: Sequence[Grid]) -> Document:
         """Render text that a chat template wrote: special tokens in it are special."""
-        return self._document(self._encode(text), [], grids)
+        return self._document(self.tokenizer.encode_rendered(text), [], grids)
 
     def follow_up(
         self, messages: Conversation, grids: Sequence[Grid], last: list[int], position: int
@@ -138,7 +138,7 @@ class Renderer:
         before, text = self._text(messages[:-2], True), self._text(messages, True)
         answer = self.tokenizer.special_pattern.search(text, self._checked_length(before, text))
         assert answer is not None  # the template ends every turn with a special token
-        ids = [*last, *self._encode(text[answer.start() :])]
+        ids = [*last, *self.tokenizer.encode_rendered(text[answer.start() :])]
         return self._document(ids, [], grids, first_position=position)
 
     def page(self, parts: Sequence[Part], grids: Sequence[Grid] = ()) -> Document:
@@ -146,13 +146,13 @@ class Renderer:
 
         A token behind an image is supervised in a vanilla model only: elsewhere no right token precedes it.
         """
-        ids = self._encode(self._flat(parts) + self.tokenizer.template.turn_end)
+        ids = self.tokenizer.encode_rendered(self._flat(parts) + self.tokenizer.template.turn_end)
         return self._document(ids, [(1, len(ids))], grids, drop_last=True)
 
     def user_start(self) -> list[int]:
         """The tokens with which a conversation begins, up to the user's first text."""
         before, _, _ = self._text([{"role": "user", "content": "alpha"}]).partition("alpha")
-        return self._encode(before)
+        return self.tokenizer.encode_rendered(before)
 
     def text(self, messages: Conversation, add_generation_prompt: bool = False) -> str:
         """The chat template's text, with a placeholder per image; special tokens in it are special."""
@@ -194,9 +194,6 @@ class Renderer:
         """The chat template's text of messages, whose contents become `_flat`."""
         flat = [{"role": m["role"], "content": self._flat(m["content"])} for m in messages]
         return self.tokenizer.template.render(flat, add_generation_prompt)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode_rendered(text)
 
     @staticmethod
     def _checked_length(before: str, text: str) -> int:

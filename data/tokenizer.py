@@ -312,7 +312,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: re.Pattern[str]) -> None:
         self.source, self.special = source, special
-        self.for_texts = source.removeprefix(LISTS)  # faster, for contents that are texts
+        self.for_texts = source.replace(LISTS, "")  # faster, for contents that are texts
         problems = []
         for variables, as_history in product(({"enable_thinking": False}, {}), (False, True)):
             self.variables: dict[str, Any] = dict(variables)

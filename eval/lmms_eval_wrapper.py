@@ -26,7 +26,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image, ImageFile
 
 from configs.model import GenerationConfig
-from data.conversations import IMAGE_PART, Conversation, Message, ask, text_part
+from data.conversations import Conversation, Message, ask, split_at_images
 from data.images import Tiles
 from eval.predictor import Answer, Predictor
 from models.kernels import MODES, use_kernels
@@ -39,6 +39,8 @@ OTHER_ARGUMENTS = {"image_aspect_ratio", "until", "num_beams", "do_sample"}
 EMPTY = Answer("", 0, 0.0, 0.0, "none", 0, 0.0, [], False)
 SORT_BATCHES = 4  # batches sorted by length together; their image KVs stay in memory
 THUMBNAIL = 256  # pixels
+# Column of a row in tasks of ours: the messages up to its question, as JSON.
+CONVERSATION = "dualtower_conversation"
 Question = tuple[list[Tiles], Conversation]  # it ends with the question
 # Where a task's text shows an image, or the n-th one; it takes one newline next to it along.
 PLACEHOLDER = re.compile(r"<image(?:[ _](\d+))?>\n|\n?<image(?:[ _](\d+))?>")
@@ -279,7 +281,7 @@ class DualTower(lmms):
         """
         text, _, visuals_of, doc_id, task, split = request.args
         tiles = self.images_of(visuals_of, doc_id, task, split)
-        if (conversation := self.task_dict[task][split][doc_id].get("dualtower_conversation")) is not None:
+        if (conversation := self.task_dict[task][split][doc_id].get(CONVERSATION)) is not None:
             messages = json.loads(conversation)  # a task of ours
         else:
             tiles, message = user_message(text, tiles)
@@ -421,16 +423,11 @@ def user_message(text: str, images: list[Tiles]) -> tuple[list[Tiles], Message]:
 
     Returns the images in the order of their places. Text that does not name each image once is text.
     """
-    matches = list(PLACEHOLDER.finditer(text))
+    matches = PLACEHOLDER.finditer(text)
     order = [int(match[1] or match[2] or n) - 1 for n, match in enumerate(matches, 1)]
     if not images or sorted(order) != list(range(len(images))):
         return images, ask(text, len(images))[0]
-    ends = [0, *(match.end() for match in matches)]
-    starts = [*(match.start() for match in matches), len(text)]
-    texts = [text_part(text[end:start]) for end, start in zip(ends, starts, strict=True)]
-    content = [part for text in texts for part in (IMAGE_PART, text)][1:]
-    content = [part for part in content if part["type"] == "image" or part["text"]]
-    return [images[n] for n in order], {"role": "user", "content": content}
+    return [images[n] for n in order], {"role": "user", "content": split_at_images(text, PLACEHOLDER)}
 
 
 def whole(name: str, value: int | str, minimum: int) -> int:

@@ -1,6 +1,7 @@
 """The processor for `transformers.AutoProcessor`: conversations with images → inputs of `generate`."""
 
 import http.client
+import re
 import urllib.request
 from functools import cached_property
 from typing import Any
@@ -12,14 +13,13 @@ from transformers import BatchFeature, ProcessorMixin
 from configs.model import VisionConfig
 from configs.serialization import from_dict
 from data.conversations import (
-    IMAGE_PART,
     Conversation,
     ask,
     checked,
     image_of,
     images_of,
     kind_of,
-    text_part,
+    split_at_images,
 )
 from data.images import Tiles, open_pixels, to_tiles
 from data.render import Document, Renderer
@@ -159,8 +159,7 @@ class DualTowerProcessor(ProcessorMixin):
             return self.renderer.trusted(text, grids), tiles
         messages = ask(text, len(images))
         if count:
-            parts = [part for piece in text.split(IMAGE) for part in (IMAGE_PART, text_part(piece))][1:]
-            messages = [{"role": "user", "content": parts}]
+            messages = [{"role": "user", "content": split_at_images(text, re.compile(re.escape(IMAGE)))}]
         return self.renderer.prompt(messages, grids), tiles
 
     def _tiles(self, image: Any) -> Tiles:

@@ -1,5 +1,6 @@
 """Messages: what is checked, where images stand, and that every program renders a conversation alike."""
 
+import base64
 import json
 from collections import Counter
 
@@ -26,7 +27,7 @@ from data.conversations import (
 )
 from data.datasets import Sample, SampleDataset
 from data.formats import jsonl
-from data.images import Tiles
+from data.images import Tiles, open_image
 from data.mixture import InMemoryRecords, Source
 from data.render import IGNORE, Renderer
 from eval.lmms_eval_wrapper import user_message
@@ -302,6 +303,7 @@ def test_prompts_of_tasks_hold_images_at_their_places():
 
 
 def test_jsonl_reads_messages(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     path = tmp_path / "mine.jsonl"
     lines = [
         {
@@ -317,6 +319,13 @@ def test_jsonl_reads_messages(tmp_path):
     records, _ = jsonl(path)
     assert [len(r["images"]) for r in records] == [1, 2, 1, 1, 0]
     assert records[1]["images"] == [str(tmp_path / "red.png"), str(tmp_path / "blue.png")]
+    encoded = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    for part in ({"image_url": {"url": f"data:image/png;base64,{encoded}"}}, {"base64": encoded}):
+        kind = {"type": "image_url" if "image_url" in part else "image"}
+        lines = [{"role": "user", "content": [kind | part]}, *says("assistant")]
+        path.write_text(json.dumps({"messages": lines}))
+        [record], _ = jsonl(path)
+        assert [open_image(image).getpixel((0, 0)) for image in record["images"]] == [(255, 0, 0)]
     path.write_text(json.dumps({"messages": says("user", "tool")}))
     with pytest.raises(Exception, match="mine.jsonl:1: .*message 2: tool calls are not supported"):
         jsonl(path)

@@ -18,9 +18,9 @@ from data.easy_vqa import easy_vqa
 from data.images import open_image
 from data.openmoji import openmoji
 from data.sources import FILES, SOURCES, parse_sources
+from eval.lmms_eval_wrapper import CONVERSATION
 from utils.errors import UserError
 
-COLUMN = "dualtower_conversation"  # of a row: messages up to its question, as JSON, which the adapter reads
 TEST = {"easy_vqa": lambda: easy_vqa("test"), "openmoji": lambda: openmoji("test")}
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -108,7 +108,7 @@ class SourceTask(ConfigurableTask):
                 "record": number,
                 "question": text_of(messages[-1]),
                 "references": [reference for reference in references if reference],
-                COLUMN: json.dumps(messages),
+                CONVERSATION: json.dumps(messages),
             }
             for number, record in enumerate(self.records)
             for messages, references in questions_of(record)
@@ -124,9 +124,9 @@ class SourceTask(ConfigurableTask):
         for number, row in enumerate(rows):
             examples = self._examples(number, row["record"])
             shots = [message for index in examples for message in self._shot(index)]
-            messages = json.loads(row[COLUMN])
+            messages = json.loads(row[CONVERSATION])
             first = sum(message["role"] == "system" for message in messages[:1])
-            row[COLUMN] = json.dumps(messages[:first] + shots + messages[first:])
+            row[CONVERSATION] = json.dumps(messages[:first] + shots + messages[first:])
         self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 
@@ -161,7 +161,7 @@ class SourceTask(ConfigurableTask):
             open_image(
                 (self.examples[part["example"]] if "example" in part else own)["images"][part["index"]]
             )
-            for part in images_of(json.loads(row[COLUMN]))
+            for part in images_of(json.loads(row[CONVERSATION]))
         ]
 
     def score(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
