@@ -6,9 +6,8 @@
 
 Roles: system (optional, only first), user, assistant. A content is a text or a list of parts: texts and, in a
 user's message, images. Image parts take the record's images in order, and so does each `<image>` in a user's
-text; with neither, all images stand at the head of the first user message. In "messages" a part may
-carry its image itself: "image", "path", "url", "base64". "references" of a message are further correct
-answers.
+text; with neither, all images stand at the head of the first user message. Parts may carry their images
+themselves: "image", "path", "url", "base64". "references" of a message are further correct answers.
 
 Instead of "messages" a record may have "conversations", a list of them on the same images; "interleaved", the
 parts of a web page; or "texts", pairs of "user" and "assistant", as in The Cauldron.
@@ -16,6 +15,7 @@ parts of a web page; or "texts", pairs of "user" and "assistant", as in The Caul
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from utils.errors import UsageError
@@ -145,16 +145,65 @@ def _checked_part(part: Part, context: str) -> Part:
 
 
 def image_of(part: Part) -> Any:
-    """The image that a part carries, None if it carries none; base64 and a URL as a `data:` or other URL."""
+    """The image that a part carries, None if it carries none; base64 as a `data:` URL."""
     key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
     if key == "base64":
         return "data:;base64," + str(part[key])
-    return part[key] if key else None
+    return plain_image(part[key]) if key else None
 
 
-def carried_images(messages: Any) -> list[Any]:
-    """The images that the parts of a conversation carry, in order; [] if they carry none."""
-    return [image for part in images_of(messages) if (image := image_of(part)) is not None]
+def plain_image(image: Any) -> Any:
+    """Bytes or path of an image as `datasets` stores it, {"bytes", "path"}; other forms as they are."""
+    if not isinstance(image, dict):
+        return image
+    return image["bytes"] if image.get("bytes") is not None else image.get("path")
+
+
+def collect_images(record: dict[str, Any]) -> dict[str, Any]:
+    """Move the images that parts carry into "images"; each part gets the "index" of its image.
+
+    An image that several parts carry is listed once. Errors: `ConversationError` if only some parts carry
+    one, or "images" are there too.
+    """
+    images: list[Any] = []
+    bare = False
+
+    def walk(value: Any) -> Any:
+        nonlocal bare
+        if isinstance(value, list | tuple):
+            return [walk(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("type") in ("image", "image_url"):
+            image = image_of(_checked_part(value, "the record"))
+            if image is None:
+                bare = True
+                return IMAGE_PART
+            if image not in images:
+                images.append(image)
+            return {**IMAGE_PART, "index": images.index(image)}
+        return {**value, "content": walk(value["content"])} if "content" in value else value
+
+    result = {**record, **{key: walk(record[key]) for key in TEXTS if key in record}}
+    if images and (bare or record.get("images")):
+        raise ConversationError("images stand either in 'images' or in all the parts of type 'image'")
+    return {**result, "images": images} if images else result
+
+
+def placed_conversations(record: dict[str, Any], turns: str) -> list[Conversation]:
+    """`conversations_of` with every image at its place; its part has the "index" of the image."""
+    conversations = conversations_of(record, turns)
+    if any("index" in part for messages in conversations for part in images_of(messages)):
+        return conversations  # from `collect_images`
+    return [with_images(messages, len(record["images"] or ())) for messages in conversations]
+
+
+def placed_page(record: dict[str, Any]) -> list[Part]:
+    """The parts of an interleaved page; each image has the "index" of its image."""
+    parts = checked_parts(record["interleaved"], "the page")
+    if any("index" in part for part in parts):
+        return parts  # from `collect_images`
+    return _numbered(parts, len(record["images"]), "the page")
 
 
 def kind_of(value: Any) -> str:
@@ -181,23 +230,19 @@ def with_images(messages: Conversation, count: int, context: str = "the conversa
         image_parts = len(images_of(messages))
     if not image_parts:
         return show_first(messages, [{**IMAGE_PART, "index": i} for i in range(count)])
+    numbered = iter(_numbered([part for m in messages for part in parts_of(m)], count, context))
+    return [{**m, "content": list(islice(numbered, len(parts_of(m))))} for m in messages]
+
+
+def _numbered(parts: list[Part], count: int, context: str) -> list[Part]:
+    """Give each image part the "index" of its image. Errors: `ConversationError` unless there are `count`."""
+    image_parts = sum(part["type"] == "image" for part in parts)
     if image_parts != count:
         raise ConversationError(
             f"{context} has places for {image_parts} images, and {count} are given", "image_count"
         )
     numbers = iter(range(count))
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [
-                {**part, "index": next(numbers)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
+    return [{**part, "index": next(numbers)} if part["type"] == "image" else part for part in parts]
 
 
 def split_at_images(text: str, placeholder: re.Pattern[str] = PLACEHOLDERS) -> list[Part]:

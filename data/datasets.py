@@ -5,7 +5,7 @@ Its images are decoded when its row is due.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from data.conversations import (
     Conversation,
     ConversationError,
     Part,
-    checked_parts,
-    conversations_of,
     exchanges_of,
     images_of,
+    parts_of,
+    placed_conversations,
+    placed_page,
     text_of,
-    with_images,
     without,
 )
 from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
@@ -173,7 +173,7 @@ class SampleDataset:
         if grids is None:
             return []
         rendered = (
-            self._page(record["interleaved"], grids, counts)
+            self._page(record, grids, counts)
             if "interleaved" in record
             else [r for messages in conversations for r in self._documents(messages, grids, counts)]
         )
@@ -198,10 +198,7 @@ class SampleDataset:
         The images of a dropped exchange move to the next message of the user. Reasons are added to `counts`.
         """
         try:
-            images = len(record["images"] or ())
-            conversations = [
-                with_images(messages, images) for messages in conversations_of(record, self.config.turns)
-            ]
+            conversations = placed_conversations(record, self.config.turns)
         except ConversationError as error:
             counts[error.reason] += 1
             return []
@@ -273,74 +270,85 @@ class SampleDataset:
         Every part begins with the system message and the images so far.
         """
         try:
-            indices, whole = self._render(messages, grids)
-            if not self._left_fits(whole, [grids[i] for i in indices]):
-                counts["too_many_images"] += 1
-                return []
-            if self._fits(whole):
-                return [(indices, whole)]
             rendered = []
             system = sum(message["role"] == "system" for message in messages[:1])
             while exchanges := exchanges_of(messages):
-                longest, end_of_part = None, exchanges[0][1]
-                for _, end in exchanges:
-                    part = self._render(messages[:end], grids)
-                    if not self._fits(part[1]):
-                        break
-                    longest, end_of_part = part, end
-                if longest is None:
-                    counts["too_long"] += 1
-                else:
-                    rendered.append(longest)
-                messages = without(messages, system, end_of_part)
+                ends = [end for _, end in exchanges]
+                end, part, problem = self._longest(ends, messages, self._chat, grids)
+                rendered += [part] if part else []
+                counts[problem] += part is None
+                if problem == "too_many_images":  # the next part would begin with them
+                    break
+                messages = without(messages, system, end)
             return rendered
         except UsageError:  # of the chat template: roles that do not alternate, a system message, …
             counts["chat_template"] += 1
             return []
 
-    def _render(self, messages: Conversation, grids: list[Grid]) -> Rendered:
+    def _chat(self, messages: Conversation, grids: list[Grid]) -> Rendered:
         indices = [part["index"] for part in images_of(messages)]
         return indices, self.renderer.conversation(messages, [grids[i] for i in indices])
 
-    def _page(self, parts: list[Part], grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
+    def _page(self, record: dict[str, Any], grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
         """Render an interleaved page; one that is too long is split between its parts."""
         try:
-            parts = checked_parts(parts, "the page")
+            parts = placed_page(record)
         except ConversationError as error:
             counts[error.reason] += 1
             return []
-        if sum(part["type"] == "image" for part in parts) != len(grids):
-            counts["image_count"] += 1
-            return []
-        numbers = iter(range(len(grids)))
-        parts = [{**p, "index": next(numbers)} if p["type"] == "image" else p for p in parts]
-        rendered: list[Rendered] = []
-        begin = 0
-        while begin < len(parts):
-            longest, end_of_part = None, begin + 1
-            for end in range(len(parts), begin, -1):
-                indices = [part["index"] for part in parts[begin:end] if part["type"] == "image"]
-                document = self.renderer.page(parts[begin:end], [grids[i] for i in indices])
-                if self._fits(document) and self._left_fits(document, [grids[i] for i in indices]):
-                    longest, end_of_part = (indices, document), end
-                    break
-            if longest is None:
-                counts["too_long"] += 1
-            elif any(label != IGNORE for label in longest[1].labels):
-                rendered.append(longest)
-            begin = end_of_part
-        if not rendered and not counts:
+
+        rendered = []
+        while parts:
+            ends = range(1, len(parts) + 1)
+            end, part, problem = self._longest(ends, parts, self._page_part, grids)
+            counts[problem] += part is None
+            if part and any(label != IGNORE for label in part[1].labels):
+                rendered.append(part)
+            parts = parts[end:]
+        if not rendered and not +counts:
             counts["empty_text"] += 1
         return rendered
 
-    def _left_fits(self, document: Document, grids: list[Grid]) -> bool:
-        unit = self.renderer.left_unit
-        return -(-len(document.left_ids) // unit) <= self.config.left_length // unit and not (
-            self.config.max_tiles and sum(map(tile_count, grids)) > self.config.max_tiles
-        )
+    def _page_part(self, parts: list[Part], grids: list[Grid]) -> Rendered:
+        indices = [part["index"] for part in parts if part["type"] == "image"]
+        return indices, self.renderer.page(parts, [grids[i] for i in indices])
 
-    def _fits(self, document: Document) -> bool:
-        return len(document.right_ids) <= self.config.right_length and document.length <= self.max_positions
+    def _longest(
+        self,
+        ends: Sequence[int],
+        content: list[Any],
+        render: Callable[[list[Any], list[Grid]], Rendered],
+        grids: list[Grid],
+    ) -> tuple[int, Rendered | None, str]:
+        """Render `content` up to the last of `ends` with which it fits a row; return that end, too.
+
+        Where not even the first does: that end, None and the reason.
+        """
+        rendered = render(content[: ends[-1]], grids)
+        reason = self._problem(rendered, grids)
+        if not reason:
+            return ends[-1], rendered, ""
+        low, high, longest = 0, len(ends) - 1, None  # ends[high] is too far
+        while low < high:
+            middle = (low + high) // 2
+            rendered = render(content[: ends[middle]], grids)
+            if problem := self._problem(rendered, grids):
+                high, reason = middle, problem
+            else:
+                low, longest = middle + 1, rendered
+        return ends[max(0, low - 1)], longest, "" if longest else reason
+
+    def _problem(self, rendered: Rendered, grids: list[Grid]) -> str:
+        """Return why a document does not fit a row, or ""."""
+        indices, document = rendered
+        unit, max_tiles = self.renderer.left_unit, self.config.max_tiles
+        if -(-len(document.left_ids) // unit) > self.config.left_length // unit or (
+            max_tiles and sum(tile_count(grids[i]) for i in indices) > max_tiles
+        ):
+            return "too_many_images"
+        if len(document.right_ids) > self.config.right_length or document.length > self.max_positions:
+            return "too_long"
+        return ""
 
 
 class SampleStream:
@@ -427,10 +435,7 @@ def questions_of(record: dict[str, Any]) -> list[tuple[Conversation, list[str]]]
     if record.get("problem") or "interleaved" in record:
         return []
     try:
-        conversations = [
-            with_images(messages, len(record["images"] or ()))
-            for messages in conversations_of(record, "branch")
-        ]
+        conversations = placed_conversations(record, "branch")
     except ConversationError:
         return []
     return [
@@ -448,7 +453,9 @@ def exchange_problem(messages: Conversation, filters: FilterConfig) -> str | Non
     """
     answer = messages[-1]
     user, assistant = "".join(map(text_of, messages[:-1])), text_of(answer)
-    if not (user.strip() and assistant.strip()):
+    asked = [part for message in messages[:-1] for part in parts_of(message)]
+    by_images = bool(asked) and all(part["type"] == "image" for part in asked)  # images without a word
+    if not ((user.strip() or by_images) and assistant.strip()):
         return "empty_text"
     for name in RATINGS:
         ratings = answer.get("ratings")

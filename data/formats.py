@@ -24,9 +24,8 @@ from data.conversations import (
     TEXTS,
     ConversationError,
     as_text,
-    carried_images,
-    checked,
     checked_parts,
+    collect_images,
     conversations_of,
 )
 from utils.errors import UsageError, UserError, nearest
@@ -333,19 +332,19 @@ def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> R
     images = [] if images == [""] else images
     try:
         if text_keys == ["interleaved"]:
-            entry["interleaved"] = checked_parts(entry["interleaved"], "the page")
+            checked_parts(entry["interleaved"], "the page")
         elif text_keys != ["texts"]:
             conversations_of(entry, "branch")
-            if carried := carried_images(checked(entry["messages"])) if "messages" in entry else []:
-                if images or not _texts(carried):
-                    raise ConversationError("images stand in 'images', or as paths in the messages' parts")
-                images = carried
+        entry = collect_images({**entry, "images": images})
+        if not _texts([image or "" for image in entry["images"]]):
+            raise ConversationError("an image in a part is neither a path nor a URL")
     except UsageError as error:
         raise UserError(f"{context}: {error}") from None
     further = {key: entry[key] for key in (*text_keys, "references", "turns", "clip_score") if key in entry}
     return {
         "images": [
-            image and (image if image.startswith("data:") else str(folder / image)) for image in images
+            image and (image if image.startswith("data:") else str(folder / image))
+            for image in entry["images"]
         ],
         "id": entry.get("id", default_id),
     } | further

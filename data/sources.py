@@ -4,14 +4,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.train import RATINGS, DataConfig
 from data import formats
-from data.conversations import TEXTS, ConversationError, carried_images, checked
+from data.conversations import TEXTS, ConversationError, collect_images, plain_image
 from data.easy_vqa import easy_vqa
 from data.formats import Record, Splits
 from data.mixture import InMemoryRecords, Source
@@ -38,27 +37,18 @@ FINEVISION = "HuggingFaceM4/FineVision"
 TABLES = {"the_cauldron": THE_CAULDRON, "finevision": FINEVISION, "tables": ""}
 
 
-def _table_image(image: Any) -> Any:
-    """Return bytes or path of a `datasets` image, {"bytes", "path"}; other forms as they are."""
-    if not isinstance(image, dict):
-        return image
-    return image["bytes"] if image.get("bytes") is not None else image.get("path")
-
-
 def table_record(row: dict[str, Any]) -> Record:
     """Convert a table row: of messages, in the form of The Cauldron, or of FineVision, which rates turns."""
     images = row.get("images", [])  # a null is an image that is missing
     if images is not None:
-        images = list(map(_table_image, images))
+        images = list(map(plain_image, images))
     for key in TEXTS:
         if key != "texts" and row.get(key) is not None:
-            value = _present(row[key])
-            carried = []
-            if key == "messages":
-                with suppress(ConversationError):  # it is refused and counted later
-                    carried = list(map(_table_image, carried_images(checked(value))))
-            problem = {"problem": "malformed"} if carried and images else {}  # which of them is meant?
-            return {"images": images or carried, key: value} | _further(row) | problem
+            record = {"images": images, key: _present(row[key])} | _further(row)
+            try:
+                return collect_images(record)
+            except ConversationError as error:
+                return record | {"problem": error.reason}
     texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row.get("texts") or ()]
     for name in RATINGS:
         for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):

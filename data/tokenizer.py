@@ -59,6 +59,16 @@ LISTS = f"""\
 {{%- set messages = joined.messages -%}}
 """
 
+# The reverse, for templates that take nothing but lists.
+AS_LISTS = """\
+{%- set listed = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set part = {"type": "text", "text": message.content} -%}
+{%- set listed.messages = listed.messages + [dict(message, content=[part])] -%}
+{%- endfor -%}
+{%- set messages = listed.messages -%}
+"""
+
 NO_THINKING = "{%- set enable_thinking = false -%}\n"
 SYSTEM = """\
 {%- if not messages or messages[0].role != "system" -%}
@@ -311,19 +321,22 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: re.Pattern[str]) -> None:
-        self.source, self.special = source, special
-        self.for_texts = source.replace(LISTS, "")  # faster, for contents that are texts
+        self.special = special
+        for_texts = source.replace(LISTS, "")  # faster, for contents that are texts
         problems = []
-        for variables, as_history in product(({"enable_thinking": False}, {}), (False, True)):
+        for lists, variables, self.as_history in product(
+            ("", AS_LISTS), ({"enable_thinking": False}, {}), (False, True)
+        ):
+            self.for_texts = lists + for_texts
             self.variables: dict[str, Any] = dict(variables)
-            self.as_history = as_history
             if not (problem := self._check()):
                 break
             problems.append(problem)
         else:
             raise UsageError(f"the chat template cannot be used: {problems[0]}")
+        self.source = source if not lists else LISTS + self.for_texts
         if self.variables and "enable_thinking" in source and NO_THINKING not in source:
-            self.source = NO_THINKING + source
+            self.source = NO_THINKING + self.source
         self.has_system = not self._check(system="omega")
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:

@@ -262,6 +262,20 @@ def test_a_conversation_that_a_template_refuses_is_one_line():
         renderer.conversation([*ask("a"), *ask("b"), {"role": "assistant", "content": "c"}])
 
 
+def test_a_template_for_lists_alone_is_given_lists(tmp_path):
+    """As those of vision-language models: it does not look at texts."""
+    lists = CHATML.replace("message.content", "(message.content | map(attribute='text') | join('') | trim)")
+    renderer = Renderer(made("qwen2", lists), 4)
+    messages = [*ask(" red?\n", 1, system="Be kind."), {"role": "assistant", "content": "yes"}]
+    assert renderer.text(messages) == Renderer(made("qwen2", CHATML), 4).text(
+        [*ask(" red?", 1, system="Be kind."), {"role": "assistant", "content": "yes"}]
+    )
+    renderer.tokenizer.save(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(messages, tokenize=False) == renderer.text(messages)
+    assert Tokenizer.load(tmp_path).fingerprint() == renderer.tokenizer.fingerprint()
+
+
 def test_a_jinja_file_is_a_template(tmp_path):
     (tmp_path / "mine.jinja").write_text(CHATML.replace("'<|im_start|>", "'<|im_start|>The "))
     tokenizer = Tokenizer.train(["red"], 300, str(tmp_path / "mine.jinja"))

@@ -17,9 +17,11 @@ from data.conversations import (
     IMAGE_PART,
     ConversationError,
     ask,
-    carried_images,
     checked,
+    collect_images,
     conversations_of,
+    placed_conversations,
+    placed_page,
     split_at_images,
     text_part,
     with_images,
@@ -81,10 +83,43 @@ def test_what_is_no_conversation_is_named(messages, problem):
 def test_openai_parts_and_an_empty_answer():
     content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}, {"type": "image_url"}]
     messages = checked([{"role": "user", "content": content[:1]}, {"role": "assistant", "content": None}])
-    assert messages[1]["content"] == "" and carried_images(messages) == ["data:image/png;base64,AA"]
-    assert carried_images([{"role": "user", "content": [{"type": "image", "base64": "AA"}]}]) == [
-        "data:;base64,AA"
+    assert messages[1]["content"] == "" and messages[0]["content"] == [
+        {"type": "image", "url": "data:image/png;base64,AA"}
     ]
+
+
+def test_images_of_parts_become_the_records():
+    parts = [
+        {"type": "image", "image": {"bytes": b"red", "path": "red.png"}},
+        {"type": "image_url", "image_url": {"url": "data:,blue"}},
+        {"type": "image", "base64": "AA", "index": 7},
+        {"type": "image", "path": "red.png"},
+        {"type": "image", "image": {"bytes": b"red", "path": None}},
+    ]
+    images = [b"red", "data:,blue", "data:;base64,AA", "red.png"]
+    one, two = [{"role": "user", "content": parts}], [{"role": "user", "content": [text_part("b"), parts[1]]}]
+    answer = {"role": "assistant", "content": "yes"}
+    record = collect_images(
+        {"images": [], "conversations": [[*one, answer], [*two, answer], [*says("user")]]}
+    )
+    assert record["images"] == images
+    assert [shown(messages) for messages in placed_conversations(record, "branch")] == [
+        "[0][1][2][3][0] | yes",
+        "b[1] | yes",
+        "x",  # it shows no image
+    ]
+    record = collect_images({"interleaved": [text_part("a"), *parts]})
+    assert record["images"] == images
+    assert [part.get("index") for part in placed_page(record)] == [None, 0, 1, 2, 3, 0]
+    for mixed in (
+        {"messages": [{"role": "user", "content": [*parts, IMAGE_PART]}]},
+        {"messages": one, "images": ["cat.png"]},
+    ):
+        with pytest.raises(ConversationError, match="either in 'images' or in all the parts"):
+            collect_images(mixed)
+    given = {"messages": [{"role": "user", "content": [{"type": "image", "index": 9}]}], "images": ["red"]}
+    [messages] = placed_conversations(collect_images(given), "branch")
+    assert shown(messages) == "[0]"  # no one else numbers images
 
 
 @pytest.mark.parametrize(
@@ -212,6 +247,40 @@ def test_an_interleaved_page_is_supervised_everywhere(renderer, tokenizer, image
     vanilla = Renderer(tokenizer, 4, "none").page(parts, [(1, 1)] * 2)
     learnt = [label for label in vanilla.labels if label != IGNORE]
     assert learnt == [*[token for ids in texts for token in ids][1:], tokenizer.turn_end]
+
+
+def test_of_a_chat_with_too_many_images_the_beginning_trains(renderer, images):
+    asked = [{"role": "user", "content": [IMAGE_PART, text_part(f"{n}?")]} for n in range(20)]
+    messages = [m for question in asked for m in (question, {"role": "assistant", "content": "no"})]
+    data = dataset([{"images": [images["red"]] * 20, "messages": messages}], renderer)
+    [sample] = data.samples(0, 0, True)
+    row = data.config.left_length
+    assert len(sample.images) == row // (1 + 4) < 20  # a block has 4 tokens and a marker
+    assert dict(data.dropped) == {("test", "too_many_images"): 1}
+
+
+def test_a_long_page_is_split_with_few_renderings(renderer, monkeypatch):
+    rendered = []
+    page = renderer.page
+    monkeypatch.setattr(renderer, "page", lambda *given: rendered.append(given) or page(*given))
+    parts = [text_part(f"part {n}. ") for n in range(400)]
+    data = dataset([{"images": [], "interleaved": parts}], renderer)
+    documents = [document for s in data.samples(0, 0, True) for document in s.documents]
+    texts = [renderer.preview(document) for document in documents]
+    assert "".join(texts).replace("<|im_end|>", "") == "".join(part["text"] for part in parts)
+    for first in documents[:-1]:  # none could have been longer by one part
+        assert len(first.right_ids) <= data.config.right_length
+        assert len(first.right_ids) + 8 * len("part 400. ") > data.config.right_length
+    assert len(rendered) <= len(documents) * 10  # 2⁹ > 400
+
+
+def test_an_image_alone_is_a_question(renderer, images):
+    answer = {"role": "assistant", "content": "a rectangle"}
+    alone = {"images": [images["red"]], "messages": [{"role": "user", "content": [IMAGE_PART]}, answer]}
+    llava = {"images": [images["red"]], "messages": [{"role": "user", "content": "<image>\n"}, answer]}
+    data = dataset([alone, llava], renderer)
+    one, two = (data.samples(0, number, True) for number in (0, 1))
+    assert one[0].documents == two[0].documents and not data.dropped
 
 
 def test_unusable_records_are_counted_by_their_reason(renderer, images):
