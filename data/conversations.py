@@ -16,7 +16,10 @@ parts of a web page; or "texts", pairs of "user" and "assistant", as in The Caul
 import re
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from utils.errors import UsageError
 
@@ -27,10 +30,14 @@ Part = dict[str, Any]
 IMAGE_PART: Part = {"type": "image"}
 PLACEHOLDER = "<image>"
 PLACEHOLDERS = re.compile(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}")  # it takes one newline next to it along
+CAPTION_PROMPT = "Describe the image."  # of images with captions alone
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"); no tokenizer accepts it
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # data:, https:, …
 TEXTS = ("messages", "conversations", "texts", "interleaved")  # a record has one of these
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may carry its image
 ROLES = ("system", "user", "assistant")
+LLAVA_ROLES = {"human": "user", "gpt": "assistant"}  # in messages with "from" and "value"
+QUESTIONS, ANSWERS = ("user", "question"), ("assistant", "answer")  # the halves of a pair
 REFUSED = {  # what this model does not do, by name
     "tool": "tool messages",
     "function": "tool messages",
@@ -92,6 +99,9 @@ def checked(messages: Any, context: str = "the conversation") -> Conversation:
 
 
 def _checked_message(message: Any, context: str) -> Message:
+    if isinstance(message, dict) and {"from", "value"} <= message.keys():
+        role = message["from"]
+        message = {"role": LLAVA_ROLES.get(role, role), "content": message["value"]}
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         keys = list(message) if isinstance(message, dict) else kind_of(message)
         raise ConversationError(f"{context} must have 'role' and 'content', found {keys}")
@@ -157,6 +167,19 @@ def plain_image(image: Any) -> Any:
     if not isinstance(image, dict):
         return image
     return image["bytes"] if image.get("bytes") is not None else image.get("path")
+
+
+def locate(image: Any, folder: Path | None) -> Any:
+    """Return the path of an image that a file in `folder` names.
+
+    Bytes, and `data:` and web addresses stay as they are. Without a folder, relative paths stay, too.
+    """
+    image = plain_image(image)
+    if not isinstance(image, str) or not image:
+        return image
+    if image.startswith("file:"):
+        return url2pathname(urlsplit(image).path)
+    return image if folder is None or ADDRESS.match(image) else str(folder / image)
 
 
 def collect_images(record: dict[str, Any]) -> dict[str, Any]:
@@ -292,6 +315,8 @@ def conversations_of(record: dict[str, Any], turns: str) -> list[Conversation]:
         many = record["conversations"]
         if not isinstance(many, list | tuple):
             raise ConversationError(f"'conversations': expected a list, found {kind_of(many)}")
+        if many and isinstance(many[0], dict):  # LLaVA's: the messages of one
+            many = [many]
         conversations = [checked(messages, f"conversation {n}") for n, messages in enumerate(many, 1)]
     else:
         conversations = [checked(record.get("messages"))]
@@ -321,10 +346,13 @@ def _pair(turn: Any) -> Conversation:
     turn = turn if isinstance(turn, dict) else {}
     if turn.get("references"):
         turn = {**turn, "references": checked_references(turn["references"])}
-    further = {key: value for key, value in turn.items() if key not in ("user", "assistant")}
+    further = {key: value for key, value in turn.items() if key not in (*QUESTIONS, *ANSWERS)}
+    question, answer = (
+        next((turn[key] for key in keys if key in turn), None) for keys in (QUESTIONS, ANSWERS)
+    )
     return [
-        {"role": "user", "content": as_text(turn.get("user"))},
-        {"role": "assistant", "content": as_text(turn.get("assistant")), **further},
+        {"role": "user", "content": as_text(question)},
+        {"role": "assistant", "content": as_text(answer), **further},
     ]
 
 

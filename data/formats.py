@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from data.conversations import (
+    CAPTION_PROMPT,
     HALF_CHARACTER,
     TEXTS,
     ConversationError,
@@ -27,6 +28,7 @@ from data.conversations import (
     checked_parts,
     collect_images,
     conversations_of,
+    locate,
 )
 from utils.errors import UsageError, UserError, nearest
 from utils.files import read_json
@@ -34,7 +36,6 @@ from utils.files import read_json
 Record = dict[str, Any]
 Splits = tuple[list[Record], list[Record] | None]
 
-CAPTION_PROMPT = "Describe the image."
 IMAGES_TRIED = 100
 KINDS: dict[type | UnionType, str] = {
     list: "a list ",
@@ -342,10 +343,7 @@ def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> R
         raise UserError(f"{context}: {error}") from None
     further = {key: entry[key] for key in (*text_keys, "references", "turns", "clip_score") if key in entry}
     return {
-        "images": [
-            image and (image if image.startswith("data:") else str(folder / image))
-            for image in entry["images"]
-        ],
+        "images": [locate(image, folder) for image in entry["images"]],
         "id": entry.get("id", default_id),
     } | further
 

@@ -45,6 +45,7 @@ class Source:
     stop: int
     weight: float = 1.0
     cap: int = 0  # maximum of records drawn in an epoch (0: no cap)
+    note: str = ""  # for users: which splits are read, and which not
 
     def __len__(self) -> int:
         return self.stop - self.start

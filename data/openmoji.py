@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from data.formats import CAPTION_PROMPT, Record
+from data.conversations import CAPTION_PROMPT
+from data.formats import Record
 from utils.errors import UserError
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)

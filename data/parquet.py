@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from data.conversations import TEXTS
+from data.columns import Columns, columns_of, record_of
+from data.splits import by_split
 from utils.errors import UserError, nearest
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
 
@@ -45,15 +46,17 @@ class TableRecords(Sequence[Record]):
         name: str,
         files: list[str],
         system: Any,
-        to_record: Callable[[dict[str, Any]], Record],
+        columns: dict[str, str],
         memory_bytes: int,
     ) -> None:
         """List the blocks of `files`.
 
-        `system` is the files' fsspec file system, or None if they are local. `memory_bytes` limits the
-        blocks in memory: half for those in use, half for those read ahead.
+        `system` is the files' fsspec file system, or None if they are local. `columns`: as `given` in
+        `columns_of`. `memory_bytes` limits the blocks in memory: half for those in use, half for those read
+        ahead.
         """
-        self.name, self.system, self.to_record = name, system, to_record
+        self.name, self.system, self.given = name, system, columns
+        self.columns: dict[str, Columns] = {}  # of each file
         # One memory map per Arrow file: with a map for each block, every block would count as a whole file.
         self.mapped: dict[str, Any] = {}
         with ThreadPoolExecutor(16) as pool:
@@ -91,12 +94,14 @@ class TableRecords(Sequence[Record]):
                 ) from None
             raise
         self.unreadable.clear()
+        file = self.blocks[number].file
+        folder = Path(file).parent if self.system is None else None
         block = block.slice(index - self.ends[number] + self.blocks[number].rows, 1)
         try:
             row = block.to_pylist()[0]
         except UnicodeDecodeError as error:  # Parquet does not guarantee UTF-8 strings
             raise UnreadableBlock(f"row {index} of {self.name}: {error}") from None
-        return {"id": f"{self.name}/{index}"} | self.to_record(row)
+        return {"id": f"{self.name}/{index}"} | record_of(row, self.columns[file], folder)
 
     def prefetch(self, index: int) -> None:
         """Announce that row `index` is needed soon, after all rows announced before."""
@@ -178,7 +183,7 @@ class TableRecords(Sequence[Record]):
         def read() -> list[RowBlock]:
             if file.endswith(".arrow"):
                 reader = self._arrow_reader(file)
-                _check_form(file, reader.schema)
+                self._recognise(file, reader.schema.names)
                 batches = (
                     map(reader.get_batch, range(reader.num_record_batches))
                     if hasattr(reader, "get_batch")
@@ -190,7 +195,7 @@ class TableRecords(Sequence[Record]):
                 ]
             with self._open(file) as source:
                 parquet = pyarrow.parquet.ParquetFile(source)
-                _check_form(file, parquet.schema_arrow)
+                self._recognise(file, parquet.schema_arrow.names)
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
                 return [
                     RowBlock(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)
@@ -200,6 +205,9 @@ class TableRecords(Sequence[Record]):
             return self._retry(file, read)
         except UnreadableBlock as error:
             raise UserError(str(error)) from None
+
+    def _recognise(self, file: str, names: list[str]) -> None:
+        self.columns[file] = columns_of(names, self.given, file)
 
     def _read(self, block: RowBlock) -> Any:
         import pyarrow.parquet
@@ -281,32 +289,11 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, permanent) and not (type(error) is OSError and error.errno is None)
 
 
-def _check_form(file: str, schema: Any) -> None:
-    """Raise `UserError` unless there is a column of `TEXTS`, and it and `images` hold lists."""
-    import pyarrow
-
-    if not (present := [name for name in TEXTS if name in schema.names]):
-        raise UserError(
-            f"{file} has no column {', '.join(TEXTS[:-1])} or {TEXTS[-1]} (it has {', '.join(schema.names)})"
-        )
-    if "images" not in schema.names and ("image" in schema.names or "texts" in present):
-        raise UserError(f"{file} has no column images (it has {', '.join(schema.names)})")
-    for column in map(schema.field, [*present, *({"images"} & set(schema.names))]):
-        if not pyarrow.types.is_null(column.type) and (
-            not pyarrow.types.is_nested(column.type) or pyarrow.types.is_struct(column.type)
-        ):
-            raise UserError(f"{file}: the column {column.name} holds {column.type}, no lists")
-
-
 ENDINGS = (".parquet", ".arrow")
 
 
-def local_table_files(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.rglob("*") if path.suffix in ENDINGS)
-
-
-def table_files(root: str, folder: str, download: bool) -> tuple[Any, list[str]]:
-    """Return the file system (None: local) and the files below `folder` of `root`.
+def table_files(root: str, folder: str, download: bool) -> tuple[Any, dict[str, list[str]]]:
+    """Return the file system (None: local) and, by split, the files below `folder` of `root`.
 
     `root` is a local folder or a data set on the Hub. With `download`, the Hub's files are first fetched
     whole. A missing folder raises `UserError`, which names similar ones.
@@ -316,17 +303,20 @@ def table_files(root: str, folder: str, download: bool) -> tuple[Any, list[str]]
         if not base.is_dir():
             raise UserError(f"{root} is neither a local folder nor a Hub id (org/name)")
         top = [path.name for path in base.iterdir() if path.is_dir()]
-        system, files = None, local_table_files(base / folder)
+        system, below = None, [str(path) for path in (base / folder).rglob("*") if path.is_file()]
+        start: PurePath = base / folder
     else:
-        system, files, top = dataset_files(root, folder, ENDINGS[:1])
-        if files and download:
+        system, below, top = dataset_files(root, folder)
+        start = PurePosixPath(*PurePosixPath(below[0]).parts[:3], folder) if below else PurePosixPath()
+        if below and download:
             local = fetch(
                 root, [f"{folder}/*.parquet" if folder else "*.parquet"], "its files", kind="dataset"
             )
             return table_files(str(local), folder, False)
-    if not files:
+    splits = by_split([file for file in below if file.endswith(ENDINGS)], start)
+    if not splits:
         raise UserError(
             f"{root} holds no Parquet files"
             + (f" in a folder {folder}{nearest(folder, top, 3)}" if folder else "")
         )
-    return system, files
+    return system, splits

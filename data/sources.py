@@ -5,17 +5,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from configs.train import RATINGS, DataConfig
+from configs.train import DataConfig
 from data import formats
-from data.conversations import TEXTS, ConversationError, collect_images, plain_image
+from data.columns import COLUMNS, columns_of
 from data.easy_vqa import easy_vqa
-from data.formats import Record, Splits
+from data.formats import Splits
+from data.huggingface import ArrowRecords, HuggingFaceSet, configurations
 from data.mixture import InMemoryRecords, Source
 from data.openmoji import openmoji
-from data.parquet import TableRecords, local_table_files, table_files
+from data.parquet import TableRecords, table_files
+from data.splits import SPLITS, choose_splits, is_hidden
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
 
@@ -33,40 +36,9 @@ CAULDRON_SUBSETS = [
 # fmt: on
 
 FINEVISION = "HuggingFaceM4/FineVision"
-# Sets of Parquet files with a folder for each sub-set, and their default path.
+# Sets of Parquet files with a folder for each sub-set, and their default path: read row group by row group.
 TABLES = {"the_cauldron": THE_CAULDRON, "finevision": FINEVISION, "tables": ""}
-
-
-def table_record(row: dict[str, Any]) -> Record:
-    """Convert a table row: of messages, in the form of The Cauldron, or of FineVision, which rates turns."""
-    images = row.get("images", [])  # a null is an image that is missing
-    if images is not None:
-        images = list(map(plain_image, images))
-    for key in TEXTS:
-        if key != "texts" and row.get(key) is not None:
-            record = {"images": images, key: _present(row[key])} | _further(row)
-            try:
-                return collect_images(record)
-            except ConversationError as error:
-                return record | {"problem": error.reason}
-    texts = [dict(turn) if isinstance(turn, dict) else {} for turn in row.get("texts") or ()]
-    for name in RATINGS:
-        for turn, rating in zip(texts, row.get(f"{name}_ratings") or (), strict=False):
-            turn.setdefault("ratings", {})[name] = rating
-    return {"images": images, "texts": texts} | _further(row)
-
-
-def _further(row: dict[str, Any]) -> Record:
-    return {key: row[key] for key in ("clip_score", "references") if row.get(key) is not None}
-
-
-def _present(value: Any) -> Any:
-    """Leave out keys that are null: a table gives every part of a content the keys of all."""
-    if isinstance(value, list):
-        return [_present(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: _present(entry) for key, entry in value.items() if entry is not None}
-    return value
+SETS = {**TABLES, "hf": ""}  # they have sub-sets, splits and columns
 
 
 # Sets from a package or a program: training and validation records (None: some of the former are held out).
@@ -83,17 +55,24 @@ FILES: dict[str, Callable[[Path], Splits]] = {
     "jsonl": formats.jsonl,
 }
 SPEC = re.compile(r"(?P<name>[^*:=]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
+OPTIONS = (
+    "split",
+    "validation",
+    *COLUMNS,
+)  # of a set, behind its path: which split trains, what columns mean
+OPTION = re.compile(rf":({'|'.join(OPTIONS)})=")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One entry of `data.sources`: `NAME[*WEIGHT][:CAP][=PATH]`."""
+    """One entry of `data.sources`: `NAME[*WEIGHT][:CAP][=PATH[:OPTION=VALUE]…]`."""
 
     name: str
     subset: str
     weight: float
     cap: int
     path: str
+    options: dict[str, str]
 
     @property
     def full_name(self) -> str:
@@ -112,7 +91,10 @@ def parse_sources(sources: str, setting: str = "data.sources") -> list[Spec]:
         has_path = "=" in text
         hint = "; commas separate sources: a path cannot hold one" if has_path else ""
     for number, spec in enumerate(specs):
-        if any((other.full_name, other.path) == (spec.full_name, spec.path) for other in specs[:number]):
+        if any(
+            (other.full_name, other.path, other.options) == (spec.full_name, spec.path, spec.options)
+            for other in specs[:number]
+        ):
             raise UsageError(f"{setting}: {spec.full_name} is listed twice")
     return specs
 
@@ -123,12 +105,12 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
     if match is None:
         raise UsageError(f"{setting}: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{hint}")
     name, _, subset = match["name"].partition("/")
-    if name not in {**SOURCES, **FILES, **TABLES} or (subset and name not in TABLES):
+    if name not in {**SOURCES, **FILES, **SETS} or (subset and name not in SETS):
         if match["path"]:
-            readers = [*FILES, *TABLES]
+            readers = [*FILES, *SETS]
             known = f"{nearest(name, readers)}: in NAME=PATH, NAME says how PATH is read"
         else:
-            known = nearest(name, [*SOURCES, *FILES, *TABLES])
+            known = nearest(name, [*SOURCES, *FILES, *SETS])
         raise UsageError(f"{setting}: no source '{match['name']}'{known}{hint}")
     try:
         weight = float(match["weight"] or 1)
@@ -136,7 +118,10 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
         raise UsageError(f"{setting}: '{text}': the weight {match['weight']} is not a number") from None
     if not 0 < weight < float("inf"):
         raise UsageError(f"{setting}: '{text}': the weight must be above 0")
-    path = match["path"] or TABLES.get(name, "")
+    path, options = match["path"] or SETS.get(name, ""), {}
+    if name in SETS:
+        path, *pairs = OPTION.split(path)
+        options = dict(zip(pairs[::2], pairs[1::2], strict=True))
     if path and name in SOURCES:
         raise UsageError(f"{setting}: {name} takes no path")
     if not path and name not in SOURCES:
@@ -145,62 +130,101 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
         raise UsageError(
             f"{setting}: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}"
         )
-    return Spec(name, subset, weight, int(match["cap"] or 0), path)
+    return Spec(name, subset, weight, int(match["cap"] or 0), path, options)
 
 
 def _subsets(spec: Spec) -> list[str]:
-    """List the folders of a table set's spec: the given sub-set, or all."""
+    """List the sub-sets of a spec: the given one, or all. They are folders, or configurations of `datasets`."""
     if spec.subset not in ("", "all"):
         return [spec.subset]
     if spec.name == "the_cauldron" and is_hub_id(spec.path):
         return CAULDRON_SUBSETS
+    if spec.name == "hf":
+        return configurations(spec.path)
     if is_hub_id(spec.path):
-        return sorted(dataset_files(spec.path, "", ())[2]) or [""]
-    root = Path(spec.path)
-    return sorted(path.name for path in root.glob("*") if path.is_dir() and local_table_files(path)) or [""]
+        folders = dataset_files(spec.path, "")[2]
+    else:
+        files = table_files(spec.path, "", False)[1].values()
+        relative = [Path(file).relative_to(spec.path).parts for file in chain.from_iterable(files)]
+        folders = list({parts[0] for parts in relative if len(parts) > 1})
+    subsets = [n for n in folders if not is_hidden(n) and n != "data" and n not in chain(*SPLITS.values())]
+    return sorted(subsets) or [""]
 
 
 def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """Open training and validation sources, with disjoint records.
 
-    Validation depends neither on `limit` nor on the run's seed. Each source holds out `validation_images`;
-    the sub-sets of one set share this number.
+    A set with a validation split is validated on it; else the first `validation_images` of its records are
+    held out, and the sub-sets of one set share this number. Neither depends on `limit` or on the run's seed.
     """
     training: list[Source] = []
     validation: list[Source] = []
     specs = [
         (spec, subset)
         for spec in parse_sources(config.sources)
-        for subset in (_subsets(spec) if spec.name in TABLES else [""])
+        for subset in (_subsets(spec) if spec.name in SETS else [""])
     ]
     memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
-    short = Counter(subset or spec.name for spec, subset in specs)
+    short = Counter(_name(spec, subset) for spec, subset in specs)
     for number, (spec, subset) in enumerate(specs):
-        if any((s.path, part) == (spec.path, subset) and s.name == spec.name for s, part in specs[:number]):
+        if any(
+            (other.name, other.path, other.options, part) == (spec.name, spec.path, spec.options, subset)
+            for other, part in specs[:number]
+        ):
             raise UsageError(f"data.sources: {spec.name}/{subset} is listed twice")
-        name = subset or spec.name
+        name = _name(spec, subset)
         if short[name] > 1:  # two sets have sub-sets of that name, or one reader has two files
             name = f"{spec.name}/{subset}={spec.path}" if subset else f"{spec.name}={spec.path}"
-        if spec.name in TABLES:
-            system, files = table_files(spec.path, subset, config.download)
-            records: Any = TableRecords(name, files, system, table_record, memory)
-            subset_count = sum(other == spec for other, _ in specs)
-            start = -(-config.validation_images // subset_count)  # the first rows are held out
-            held_out: Any = records
-        else:
-            listed, own_split = (
-                SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
-            )
-            shuffled = listed if own_split is None else own_split
-            random.Random(spec.name).shuffle(shuffled)
-            start = config.validation_images if own_split is None else 0
-            records, held_out = InMemoryRecords(listed), InMemoryRecords(shuffled)
+            name += "".join(f":{key}={value}" for key, value in spec.options.items())
+        records, held_out, note = _open(spec, subset, name, memory, config.download)
+        subset_count = sum(other == spec for other, _ in specs)
+        start = -(-config.validation_images // subset_count) if held_out is None else 0
         if len(records) <= start:
             raise UserError(
                 f"data.validation_images = {config.validation_images} leaves none of the "
                 f"{len(records)} records of {name} for training: give fewer, --data.validation_images N"
             )
         stop = min(len(records), start + config.limit) if config.limit else len(records)
-        training.append(Source(name, records, start, stop, spec.weight, spec.cap))
-        validation.append(Source(name, held_out, 0, start or min(config.validation_images, len(held_out))))
+        training.append(Source(name, records, start, stop, spec.weight, spec.cap, note))
+        if held_out is None:
+            validation.append(Source(name, records, 0, start))
+        else:
+            validation.append(Source(name, held_out, 0, min(config.validation_images, len(held_out))))
     return training, validation
+
+
+def _name(spec: Spec, subset: str) -> str:
+    if spec.name == "hf" and not subset:
+        return Path(spec.path.partition("@")[0]).name
+    return subset or spec.name
+
+
+def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tuple[Any, Any, str]:
+    """Open a source: its records for training and validation (None: some of the former), and a note."""
+    if spec.name not in SETS:
+        listed, own_split = (
+            SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
+        )
+        random.Random(spec.name).shuffle(listed if own_split is None else own_split)
+        return InMemoryRecords(listed), own_split and InMemoryRecords(own_split), ""
+    columns = {word: column for word, column in spec.options.items() if word in COLUMNS}
+    chosen = spec.options.get("split", ""), spec.options.get("validation", "")
+    context = f"{spec.path}/{subset}" if subset else spec.path
+
+    if spec.name == "hf":
+        whole = HuggingFaceSet(spec.path, subset)
+        names = list(whole.splits)
+    else:
+        system, files = table_files(spec.path, subset, download)
+        names = list(files)
+    split, held_out, left_out = choose_splits(names, *chosen, context)
+
+    def records(split: str) -> Any:
+        if spec.name in TABLES:
+            return TableRecords(name, files[split], system, columns, memory)
+        rows, folder = whole.rows(split)
+        return ArrowRecords(name, rows, columns_of(rows.column_names, columns, context), folder)
+
+    note = f"{name}: trains on {split}, validates on {held_out or f'rows held out of {split}'}"
+    note += f"; not read: {', '.join(left_out)}" if left_out else ""
+    return records(split), records(held_out) if held_out else None, note if len(names) > 1 else ""

@@ -140,12 +140,13 @@ def test_the_data_set_is_what_load_dataset_makes_of_it(repos, tmp_path):
     code = f"""
 import json
 from datasets import Image, load_dataset
-from data.sources import table_record
+from data.columns import columns_of, record_of
 from data.parquet import TableRecords, table_files
 theirs = load_dataset({THE_CAULDRON!r}, "ocrvqa", split="train")
 system, files = table_files({THE_CAULDRON!r}, "ocrvqa", False)
-ours = TableRecords("ocrvqa", files, system, table_record, 1 << 20)
-equal = [table_record(row) | {{"id": record["id"]}} == record \
+ours = TableRecords("ocrvqa", files["train"], system, {{}}, 1 << 20)
+columns = columns_of(theirs.column_names, {{}}, "it")
+equal = [record_of(row, columns) | {{"id": record["id"]}} == record \
 for row, record in zip(theirs, ours, strict=True)]
 print(json.dumps([len(theirs), all(equal), len({{record["id"] for record in ours}})]))
 """

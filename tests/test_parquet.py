@@ -21,7 +21,6 @@ from configs.train import DataConfig
 from data.datasets import SampleDataset, SampleStream
 from data.mixture import Mixture, Source
 from data.parquet import TableRecords, UnreadableBlock, table_files
-from data.sources import table_record
 from tests.conftest import TINY_MODEL
 from tests.hub_server import Hub, hub
 from utils.errors import UserError
@@ -76,11 +75,16 @@ def process_group(
     root: str | Path, memory: int = 1 << 30, folder: str = "some", download: bool = False
 ) -> TableRecords:
     system, files = table_files(str(root), folder, download)
-    return TableRecords("some", files, system, dict, memory)
+    return TableRecords("some", files["train"], system, {}, memory)
 
 
 def without_ids(records: TableRecords, numbers) -> list[dict]:
-    return [{key: value for key, value in records[int(i)].items() if key != "id"} for i in numbers]
+    """Records as rows again."""
+    plain = [records[int(i)] for i in numbers]
+    return [
+        {"images": [{"bytes": image, "path": None} for image in r["images"]], "texts": r["texts"]}
+        for r in plain
+    ]
 
 
 @pytest.fixture
@@ -437,16 +441,8 @@ def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, form, damage, waits
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            {"image": [b"x"], "texts": [[{"user": "a"}]]},
-            "has no column images (it has image, texts)",
-        ),
-        ({"a": [1], "b": [2]}, "has no column messages, conversations, texts or interleaved (it has a, b)"),
-        ({"images": [b"x"], "texts": [[{"user": "a"}]]}, "the column images holds binary, no lists"),
-        (
-            {"images": [[b"x"]], "texts": [{"user": "a"}]},
-            "the column texts holds struct<user: string>, no lists",
-        ),
+        ({"a": [1], "b": [2]}, "has the columns a, b: map them with images, "),
+        ({"pixels": [b"x"], "texts": [[{"user": "a"}]]}, "for example :images=COLUMN"),
     ],
 )
 def test_another_form_is_recognised_by_its_columns(tmp_path, form, columns, message):
@@ -485,7 +481,7 @@ def test_a_damaged_block_is_dropped_and_counted(tmp_path, go_to, renderer, waits
     with hub({"datasets/org/set": tmp_path / "set"}) as address:
         go_to(address)
         system, files = table_files("org/set" if served_from == "hub" else str(tmp_path / "set"), "", False)
-        records = TableRecords("some", files, system, table_record, 1 << 30)
+        records = TableRecords("some", files["train"], system, {}, 1 << 30)
         sources = [Source("some", records, 0, 40)]
         dataset = SampleDataset(
             sources,
@@ -541,7 +537,7 @@ def test_the_programs_end_waits_for_no_reading(tmp_path):
 import atexit, sys
 from data.parquet import TableRecords, table_files
 system, files = table_files(sys.argv[1], "some", False)
-records, tries = TableRecords("some", files, system, dict, 1 << 30), []
+records, tries = TableRecords("some", files["train"], system, {}, 1 << 30), []
 def failing(file):
     tries.append(file)
     raise OSError(5, "Input/output error")

@@ -228,6 +228,8 @@ def prepare(
         f"{sum(map(len, data.validation.sources))} validation records of {config.data.sources}; "
         f"parameters: {', '.join(sizes)}"
     )
+    for note in filter(None, (source.note for source in data.training.sources)):
+        log.say(note)
     if config.model.has_shallower_left:
         log.say(f"left layers that the right layers read: {config.model.left_layer_of}")
     if data.validation.dropped:

@@ -206,8 +206,8 @@ def _with_limit(request: Any) -> None:
     }
 
 
-def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[Any, list[str], list[str]]:
-    """List the files below `folder` of data set `source` whose names end with one of `endings`.
+def dataset_files(source: str, folder: str) -> tuple[Any, list[str], list[str]]:
+    """List the files below `folder` of data set `source`.
 
     → the Hub's file system, the files, and the names of the data set's top-level folders.
     """
@@ -226,7 +226,7 @@ def dataset_files(source: str, folder: str, endings: tuple[str, ...]) -> tuple[A
         ]
         exists = not folder or folder.split("/")[0] in top
         below = system.find(f"{root}/{folder}".rstrip("/")) if exists else []
-        return system, sorted(file for file in below if file.endswith(endings)), top
+        return system, sorted(below), top
 
     try:
         return trying(source, listed, _may_pass)
