@@ -39,6 +39,21 @@ CACHE_BYTES = 1 << 29
 SAMPLE_BYTES = 4096  # estimated size of a cached sample, without its images
 
 
+Drop = tuple[str, str]  # source, reason
+
+
+class Drops(Counter[str]):
+    """Reasons for which parts of a record are dropped; a message for some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: dict[str, str] = {}
+
+    def add(self, reason: str, message: object = "") -> None:
+        self[reason] += 1
+        self.messages.setdefault(reason, str(message))
+
+
 @dataclass(frozen=True)
 class Sample:
     """Images and the documents that share them."""
@@ -96,8 +111,8 @@ class SampleDataset:
     """Maps a record to its samples.
 
     A record gives one sample, several if its conversations fill more than one row, or none if it is unusable.
-    `dropped` counts unusable records and turns by (source, reason). With `keep`, samples are cached up to
-    `CACHE_BYTES`, so that a small set is tokenised and decoded only once.
+    `dropped` counts unusable records and turns by (source, reason); `examples` describes the first of each.
+    With `keep`, samples are cached up to `CACHE_BYTES`: a small set is tokenised and decoded only once.
     """
 
     def __init__(
@@ -111,7 +126,8 @@ class SampleDataset:
     ) -> None:
         self.sources, self.renderer, self.vision = sources, renderer, vision
         self.config, self.max_positions = config, max_positions
-        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.dropped: Counter[Drop] = Counter()
+        self.examples: dict[Drop, str] = {}
         self.cache: dict[tuple[int, int], list[Sample]] = {}
         self.capacity = CACHE_BYTES if keep else 0  # bytes left in the cache
 
@@ -122,24 +138,27 @@ class SampleDataset:
         """Plan a record's samples; an unreadable one gives none. With `first`, drops are counted."""
         try:
             return self.plan(source, index, first)
-        except UnreadableBlock:  # counted every time and not cached: a later read may succeed
-            self.dropped[self.sources[source].name, "unreadable"] += 1
+        except UnreadableBlock as error:  # counted every time and not cached: a later read may succeed
+            self.drop(source, index, "unreadable", error)
             return []
 
     def plan(self, source: int, index: int, first: bool) -> list[Sample]:
         """Plan a record's samples. With `first`, drops are counted. Errors: `UnreadableBlock`."""
         if (cached := self.cache.get((source, index))) is not None:
             return [s if s.first == first else replace(s, first=first) for s in cached]
-        counts: Counter[str] = Counter()
-        samples = self._plan(source, index, first, counts)
+        drops = Drops()
+        samples = self._plan(source, index, first, drops)
         if first:
-            self.count(self.sources[source].name, counts)
+            for reason, n in (+drops).items():
+                self.drop(source, index, reason, drops.messages.get(reason, ""), n)
         self.keep((source, index), samples)
         return samples
 
-    def count(self, source: str, reasons: Counter[str]) -> None:
-        for reason, n in (+reasons).items():
-            self.dropped[source, reason] += n
+    def drop(self, source: int, index: int, reason: str, message: object = "", count: int = 1) -> None:
+        """Count drops of a record; `message`: what is wrong, if the reason does not say it."""
+        name = self.sources[source].name
+        self.dropped[name, reason] += count
+        self.examples.setdefault((name, reason), f"record {index}" + (f": {message}" if str(message) else ""))
 
     def keep(self, record: tuple[int, int], samples: list[Sample]) -> None:
         """Cache the samples of `record` = (source, index) while the capacity lasts."""
@@ -160,24 +179,24 @@ class SampleDataset:
             self.keep(record, [decoded if s.key == sample.key else s for s in samples])
         return decoded
 
-    def _plan(self, source: int, index: int, first: bool, counts: Counter[str]) -> list[Sample]:
-        """Plan a record without the cache; the reasons of its drops are added to `counts`."""
+    def _plan(self, source: int, index: int, first: bool, drops: Drops) -> list[Sample]:
+        """Plan a record without the cache; the reasons of its drops are added to `drops`."""
         record = self.record(source, index)
         if problem := record.get("problem"):  # the reader of the source refused it
-            counts[problem] += 1
+            drops.add(problem)
             return []
-        conversations = [] if "interleaved" in record else self.conversations(record, counts)
+        conversations = [] if "interleaved" in record else self.conversations(record, drops)
         if not conversations and "interleaved" not in record:
             return []
-        grids = self._usable_grids(record, counts)
+        grids = self._usable_grids(record, drops)
         if grids is None:
             return []
         rendered = (
-            self._page(record, grids, counts)
+            self._page(record, grids, drops)
             if "interleaved" in record
-            else [r for messages in conversations for r in self._documents(messages, grids, counts)]
+            else [r for messages in conversations for r in self._documents(messages, grids, drops)]
         )
-        counts["too_many_images"] = min(counts["too_many_images"], 1)  # a record counts once
+        drops["too_many_images"] = min(drops["too_many_images"], 1)  # a record counts once
         name, images = self.sources[source].name, record["images"]
         return [
             Sample(
@@ -192,30 +211,30 @@ class SampleDataset:
             for part, (indices, documents) in enumerate(self._parts(rendered))
         ]
 
-    def conversations(self, record: dict[str, Any], counts: Counter[str]) -> list[Conversation]:
+    def conversations(self, record: dict[str, Any], drops: Drops) -> list[Conversation]:
         """Return a record's conversations, each image at its place, without exchanges that are dropped.
 
-        The images of a dropped exchange move to the next message of the user. Reasons are added to `counts`.
+        The images of a dropped exchange move to the next message of the user. Reasons are added to `drops`.
         """
         try:
             conversations = placed_conversations(record, self.config.turns)
         except ConversationError as error:
-            counts[error.reason] += 1
+            drops.add(error.reason, error)
             return []
         result = []
         for messages in conversations or [[]]:
             exchanges = exchanges_of(messages)
             if not exchanges:
-                counts["empty_text"] += 1
+                drops.add("empty_text")
             for start, end in reversed(exchanges):
                 if reason := exchange_problem(messages[start:end], self.config.filters):
-                    counts[reason] += 1
+                    drops.add(reason)
                     messages = without(messages, start, end)
             if exchanges := exchanges_of(messages):
                 result.append(messages[: exchanges[-1][1]])  # nothing behind the last answer is trained on
         return result
 
-    def _usable_grids(self, record: dict[str, Any], counts: Counter[str]) -> list[Grid] | None:
+    def _usable_grids(self, record: dict[str, Any], drops: Drops) -> list[Grid] | None:
         """Return the tile grid of every image; None, with the reason counted, if the record is dropped."""
         images, minimum = record["images"], self.config.filters.min_clip_score
         try:
@@ -223,11 +242,11 @@ class SampleDataset:
                 raise ImageError("missing", f"{record.get('id', 'a record')} has no list of images")
             score = record.get("clip_score")
             if minimum and isinstance(score, int | float) and score < minimum:
-                counts["clip_score"] += 1
+                drops.add("clip_score")
                 return None
             return [self._grid(image) for image in images]
         except ImageError as error:
-            counts[f"image_{error.reason}"] += 1
+            drops.add(f"image_{error.reason}", error)
             return None
 
     def _parts(self, rendered: list[Rendered]) -> list[tuple[list[int], list[Document]]]:
@@ -264,7 +283,7 @@ class SampleDataset:
             raise ImageError("small", f"an image of {width}×{height} pixels")
         return grid_of(width, height, self.vision)
 
-    def _documents(self, messages: Conversation, grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
+    def _documents(self, messages: Conversation, grids: list[Grid], drops: Drops) -> list[Rendered]:
         """Render a conversation; one that is too long is split between exchanges.
 
         Every part begins with the system message and the images so far.
@@ -275,38 +294,41 @@ class SampleDataset:
             while exchanges := exchanges_of(messages):
                 ends = [end for _, end in exchanges]
                 end, part, problem = self._longest(ends, messages, self._chat, grids)
-                rendered += [part] if part else []
-                counts[problem] += part is None
+                if part:
+                    rendered.append(part)
+                else:
+                    drops.add(problem)
                 if problem == "too_many_images":  # the next part would begin with them
                     break
                 messages = without(messages, system, end)
             return rendered
-        except UsageError:  # of the chat template: roles that do not alternate, a system message, …
-            counts["chat_template"] += 1
+        except UsageError as error:  # of the template: roles that do not alternate, a system message, …
+            drops.add("chat_template", error)
             return []
 
     def _chat(self, messages: Conversation, grids: list[Grid]) -> Rendered:
         indices = [part["index"] for part in images_of(messages)]
         return indices, self.renderer.conversation(messages, [grids[i] for i in indices])
 
-    def _page(self, record: dict[str, Any], grids: list[Grid], counts: Counter[str]) -> list[Rendered]:
+    def _page(self, record: dict[str, Any], grids: list[Grid], drops: Drops) -> list[Rendered]:
         """Render an interleaved page; one that is too long is split between its parts."""
         try:
             parts = placed_page(record)
         except ConversationError as error:
-            counts[error.reason] += 1
+            drops.add(error.reason, error)
             return []
 
         rendered = []
         while parts:
             ends = range(1, len(parts) + 1)
             end, part, problem = self._longest(ends, parts, self._page_part, grids)
-            counts[problem] += part is None
-            if part and any(label != IGNORE for label in part[1].labels):
+            if not part:
+                drops.add(problem)
+            elif any(label != IGNORE for label in part[1].labels):
                 rendered.append(part)
             parts = parts[end:]
-        if not rendered and not +counts:
-            counts["empty_text"] += 1
+        if not rendered and not +drops:
+            drops.add("empty_text")
         return rendered
 
     def _page_part(self, parts: list[Part], grids: list[Grid]) -> Rendered:
@@ -391,7 +413,7 @@ class SampleStream:
             if consecutive_empty >= sum(map(len, self.dataset.sources)):
                 raise UserError(
                     f"none of the {consecutive_empty} training records can be used: "
-                    f"{by_source(self.dataset.dropped)}"
+                    f"{drop_report(self.dataset.dropped, self.dataset.examples)}"
                 )
             self.epoch, self.cursor = self.epoch + 1, 0
 
@@ -406,7 +428,7 @@ class SampleStream:
             samples = []
         if key[2] < len(samples):
             return replace(samples[key[2]], first=first)
-        self.dataset.dropped[self.dataset.sources[key[0]].name, "gone"] += 1
+        self.dataset.drop(key[0], key[1], "gone")
         return None
 
     def state(self) -> dict[str, Any]:
@@ -419,12 +441,13 @@ class SampleStream:
         self.dataset.dropped = Counter({(source, reason): n for source, reason, n in state["dropped"]})
 
 
-def by_source(dropped: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Nest the counts of drops: source → reason → count."""
-    out: dict[str, dict[str, int]] = {}
-    for (source, reason), n in sorted(dropped.items()):
-        out.setdefault(source, {})[reason] = n
-    return out
+def drop_report(dropped: Counter[Drop], examples: dict[Drop, str]) -> str:
+    """Describe drops for people: `llava: image_missing 2 (record 3: /data/cat.png does not exist)`."""
+    lines: dict[str, list[str]] = {}
+    for (source, reason), n in sorted((+dropped).items()):
+        example = f" ({examples[source, reason]})" if (source, reason) in examples else ""
+        lines.setdefault(source, []).append(f"{reason} {n:,}{example}")
+    return "; ".join(f"{source}: {', '.join(reasons)}" for source, reasons in lines.items())
 
 
 def questions_of(record: dict[str, Any]) -> list[tuple[Conversation, list[str]]]:

@@ -13,15 +13,19 @@ Optional keys of a record:
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, NamedTuple
 
 from data.conversations import (
+    ADDRESS,
+    ANSWERS,
     CAPTION_PROMPT,
     HALF_CHARACTER,
+    LLAVA_ROLES,
+    QUESTIONS,
     TEXTS,
     ConversationError,
     as_text,
@@ -31,7 +35,7 @@ from data.conversations import (
     locate,
 )
 from utils.errors import UsageError, UserError, nearest
-from utils.files import read_json
+from utils.files import lines_of, read_json
 
 Record = dict[str, Any]
 Splits = tuple[list[Record], list[Record] | None]
@@ -82,7 +86,7 @@ class Captioned(NamedTuple):
     """An image of COCO with its captions. `folder` comes from its entry, or is ""."""
 
     split: str
-    id: int | str
+    id: str
     folder: str
     file: str
     captions: list[str]
@@ -97,7 +101,7 @@ def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Cap
     entries = {}
     for i, image in enumerate(images):
         context = f"{path}: images[{i}]"
-        number, file = field(image, "id", int | str, context), field(image, "file_name", str, context)
+        number, file = str(field(image, "id", int | str, context)), field(image, "file_name", str, context)
         if number in entries:
             raise UserError(f"{context}: an image before it has the id {number} too")
         folder = re.match(r"COCO_([a-z]+\d+)_", file)  # COCO_train2014_000000000009.jpg is in train2014/
@@ -105,7 +109,7 @@ def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Cap
     for i, annotation in enumerate(annotations):
         context = f"{path}: annotations[{i}]"
         number, caption = (
-            field(annotation, "image_id", int | str, context),
+            str(field(annotation, "image_id", int | str, context)),  # text in one half, a number in the other
             field(annotation, "caption", object, context),
         )
         if number not in entries:
@@ -120,7 +124,7 @@ def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
     for i, image in enumerate(images):
         context = f"{path}: images[{i}]"
         sentences = field(image, "sentences", list, context)
-        number, split = field(image, "cocoid", int | str, context), field(image, "split", str, context)
+        number, split = str(field(image, "cocoid", int | str, context)), field(image, "split", str, context)
         if split not in KARPATHY_SPLITS:
             raise UserError(f"{context}: no split '{split}'{nearest(split, list(KARPATHY_SPLITS))}")
         if number in entries:
@@ -207,19 +211,11 @@ def ocr_vqa(path: Path) -> Splits:
 
 
 def _resolve_images(path: Path, records: list[Record], roots: list[Path]) -> None:
-    """Replace the image names of records with paths, in place."""
-    paths = iter(find_images(path, roots, [(name,) for record in records for name in record["images"]]))
+    """Replace the image names of records with paths, in place; addresses (`data:`, `https:`) stay."""
+    names = [(name,) for record in records for name in record["images"] if not ADDRESS.match(name)]
+    paths = iter(find_images(path, roots, names))
     for record in records:
-        record["images"] = [next(paths) for _ in record["images"]]
-
-
-LLAVA_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+        record["images"] = [locate(n, None) if ADDRESS.match(n) else next(paths) for n in record["images"]]
 
 
 def _messages(turns: list[Any], context: str) -> tuple[list[dict[str, str]], str]:
@@ -227,11 +223,15 @@ def _messages(turns: list[Any], context: str) -> tuple[list[dict[str, str]], str
 
     A system turn may come first; then human and gpt alternate, and gpt has the last word.
     """
-    roles = [LLAVA_ROLES.get(field(turn, "from", str, context), "") for turn in turns]
-    messages = [
-        {"role": role, "content": as_text(field(turn, "value", object, context))}
-        for role, turn in zip(roles, turns, strict=True)
-    ]
+    messages = []
+    for turn in turns:
+        role, content = (
+            ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
+        )
+        name = field(turn, role, str, context)
+        text = as_text(field(turn, content, object, context))
+        messages.append({"role": LLAVA_ROLES.get(name, name), "content": text})
+    roles = [message["role"] for message in messages]
     spoken = roles[roles[:1] == ["system"] :]
     alternating = bool(spoken) and spoken == ["user", "assistant"] * (len(spoken) // 2)
     return messages, "" if alternating else "turn_order"
@@ -240,17 +240,12 @@ def _messages(turns: list[Any], context: str) -> tuple[list[dict[str, str]], str
 def llava(path: Path) -> Splits:
     """Read LLaVA's conversations (arXiv 2304.08485).
 
-    The file is a list of `{"id", "image", "conversations": [{"from", "value"}]}`; without "image" the
-    record is text only. Images are relative to the file's folder or to `images/` in it. A repeated id gets
-    its list index appended (llava_v1_5_mix665k.json has some), because drops are counted by id.
+    The file is a list of `{"id", "image", "conversations": [{"from", "value"}]}`, or one of them a line;
+    without "image" the record is text only. Images are relative to the file's folder or to `images/` in it.
+    A repeated id gets its list index appended (llava_v1_5_mix665k.json has some).
     """
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        kind = "empty" if content == [] else type(content).__name__
-        raise UserError(f'{path}: expected a list of {{"id", "image", "conversations"}}, {kind} found')
     records: dict[str, Record] = {}
-    for index, entry in enumerate(content):
-        context = f"{path}: [{index}]"
+    for index, (context, entry) in enumerate(_entries(path)):
         turns, image = field(entry, "conversations", list, context), entry.get("image") or None
         images = image if isinstance(image, list) else [] if image is None else [image]
         if not _texts(images):
@@ -265,6 +260,8 @@ def llava(path: Path) -> Splits:
             {"problem": problem} if problem else {}
         )
     training = list(records.values())
+    if not training:
+        raise UserError(f'{path}: expected a list of {{"id", "image", "conversations"}}, empty found')
     folder = path.absolute().parent
     _resolve_images(path, training, [folder, folder / "images"])
     return training, None
@@ -281,15 +278,22 @@ def _turns(value: Any) -> bool:
         and value != []
         and all(
             isinstance(t, dict)
-            and {"user", "assistant"} <= t.keys() <= TURN_KEYS
-            and all(isinstance(t[half] or "", str | int | float) for half in ("user", "assistant"))
+            and t.keys() <= TURN_KEYS
+            and all(len(t.keys() & set(half)) == 1 for half in (QUESTIONS, ANSWERS))
+            and all(isinstance(t.get(half) or "", str | int | float) for half in (*QUESTIONS, *ANSWERS))
             and _texts(t.get("references", []))
             for t in value
         )
     )
 
 
-TURN_KEYS = {"user", "assistant", "references", "source", "ratings"}  # the last: The Cauldron's, FineVision's
+TURN_KEYS = {
+    *QUESTIONS,
+    *ANSWERS,
+    "references",
+    "source",
+    "ratings",
+}  # the last: The Cauldron's, FineVision's
 # key → its form in words, and a check of it
 JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "images": ("a list of paths", lambda v: isinstance(v, list) and _texts([path or "" for path in v])),
@@ -308,22 +312,48 @@ JSONL_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> Record:
-    """Parse and check one line; relative image paths start at `folder`."""
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a file of JSON lines, or of one JSON list, and what to call each in errors.
+
+    The first that is damaged raises `UserError`, because users can repair their own file.
+    """
+    lines = (line for line in enumerate(lines_of(path), 1) if line[1].strip())
     try:
-        entry = json.loads(line.decode("utf-8"))
+        first = next(lines, (1, b""))
+        if first[1].lstrip().startswith(b"["):
+            text = b"".join(line for _, line in chain([first], lines))
+            yield from ((f"{path}: [{i}]", entry) for i, entry in enumerate(_parsed(text, str(path))))
+        else:
+            for number, line in chain([first] * bool(first[1]), lines):
+                yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parsed(text: bytes, context: str) -> Any:
+    """Parse JSON. Errors: `UserError`."""
+    try:
+        return json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as problem:  # its own message would say "line 1"
         raise UserError(f"{context}: not valid JSON: {problem.msg} at character {problem.pos + 1}") from None
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{context}: not valid JSON: {problem}") from None
-    if b"\\u" in line and (half := HALF_CHARACTER.search(json.dumps(entry, ensure_ascii=False))):
+
+
+def _jsonl_record(entry: Any, folder: Path, context: str, default_id: str) -> Record:
+    """Check one entry; relative image paths start at `folder`."""
+    if half := HALF_CHARACTER.search(json.dumps(entry, ensure_ascii=False)):
         raise UserError(f"{context}: not valid Unicode: half a character, \\u{ord(half[0]):x}")
     text_keys = [key for key in TEXTS if isinstance(entry, dict) and key in entry]
     if len(text_keys) != 1:
         raise UserError(f"{context}: expected an object with one of {', '.join(map(repr, TEXTS))}")
     for key, value in entry.items():
         if key not in JSONL_KEYS:
-            raise UserError(f"{context}: no key '{key}'{nearest(key, list(JSONL_KEYS))}")
+            raise UserError(
+                f"{context}: no key '{key}'{nearest(key, list(JSONL_KEYS))}; hf=PATH reads other columns"
+            )
         form, fits = JSONL_KEYS[key]
         if not fits(value):
             raise UserError(f"{context}: '{key}' must be {form}, not {json.dumps(value)[:80]}")
@@ -351,26 +381,18 @@ def _jsonl_record(line: bytes, folder: Path, context: str, default_id: str) -> R
 def jsonl(path: Path) -> Splits:
     """Read JSON Lines, one record a line: `{"image": "cat.png", "messages": [{"role", "content"}, …]}`.
 
-    `data/conversations.py` has the forms of a record. Images are relative to the file's folder;
-    `"image": path` is short for `"images": [path]`. The first malformed line raises `UserError` with its
-    number, because users can repair their own file.
+    Or a JSON list of records. `data/conversations.py` has their forms. Images are relative to the file's
+    folder; `"image": path` is short for `"images": [path]`.
     """
     records: list[Record] = []
-    lines: dict[str, int] = {}
+    numbers: dict[str, str] = {}
     folder = path.absolute().parent
-    try:
-        with open(path, "rb") as file:  # as bytes, so that an error can name a line that is not UTF-8
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                record = _jsonl_record(line, folder, f"{path}:{number}", f"jsonl/{path.stem}/{number}")
-                if lines.setdefault(record["id"], number) != number:
-                    raise UserError(
-                        f"{path}:{number}: line {lines[record['id']]} has the id '{record['id']}' too"
-                    )
-                records.append(record)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for context, entry in _entries(path):
+        number = context.removeprefix(f"{path}:").strip(" []")
+        record = _jsonl_record(entry, folder, context, f"jsonl/{path.stem}/{number}")
+        if (other := numbers.setdefault(record["id"], number)) != number:
+            raise UserError(f"{context}: the id '{record['id']}' is that of line {other} too")
+        records.append(record)
     if not records:
         raise UserError(f'{path}: expected lines of {{"images", "messages"}}, found none')
     return records, None

@@ -1,25 +1,49 @@
 """Image file → 8-bit RGB tiles. Any file gives either pixels or one `ImageError` with the reason."""
 
 import base64
+import importlib
 import io
 import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
 from configs.model import VisionConfig
 from data.svg import draw
 from utils.errors import ImageError, UserError
+from utils.files import POINTER
 
 Grid = tuple[int, int]  # rows and columns of tiles; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # orientation → what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks; the others are metadata
+# Formats that Pillow reads with a package: part of the first bytes → name, package, module that registers it.
+PLUGINS = {
+    b"ftyphei": ("HEIC", "pillow-heif", "pillow_heif"),
+    b"ftyphev": ("HEIC", "pillow-heif", "pillow_heif"),
+    b"ftypmif1": ("HEIC", "pillow-heif", "pillow_heif"),
+    b"ftypavi": ("AVIF", "pillow-heif", "pillow_heif"),
+    b"JXL \r\n": ("JPEG XL", "pillow-jxl-plugin", "pillow_jxl"),
+    b"\xff\x0a": ("JPEG XL", "pillow-jxl-plugin", "pillow_jxl"),
+}
 # Of JPEG, PNG, GIF, WebP and TIFF.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
 
@@ -34,11 +58,13 @@ class Tiles(NamedTuple):
 def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
     """Open a path, encoded bytes or a Pillow image as an upright RGB image.
 
-    Of an animation, the first frame. Transparency is composited on white; 16-bit and float grey are scaled to
-    8 bits. Errors: `ImageError`.
+    Of an animation, the first frame. Transparency is composited on white. Grey of more than 8 bits is scaled
+    to 8. Metadata that is damaged is ignored. Errors: `ImageError`.
     """
     context = _name(source)
     source = data_url(source)
+    if isinstance(source, str) and source.startswith(("https:", "http:", "ftp:", "s3:", "gs:")):
+        raise ImageError("remote", f"{context} is on the web: fetch it first, with img2dataset for example")
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise ImageError(
             "missing", f"{context} is of type {type(source).__name__}, not a path, bytes or a Pillow image"
@@ -56,15 +82,24 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
             raise ImageError("empty", f"{context} is empty (0 bytes)")
         if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
             data = draw(data, context)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below; decoding errors raise
-            image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        _check_size(width, height, context)
-        orientation = _orientation(image)
-        image.load()
-        return _to_rgb(image, orientation)
+        try:
+            return _decode(data, context)
+        except (UserError, MemoryError, Image.DecompressionBombError):
+            raise
+        except Exception:
+            if not data.startswith(PNG):
+                raise
+            return _decode(_without_metadata(data), context)  # a damaged or huge chunk of text, say
     except UnidentifiedImageError:
+        if data.startswith(POINTER):
+            raise ImageError(
+                "not_an_image", f"{context} is a git-lfs pointer, not the file itself: run 'git lfs pull'"
+            ) from None
+        if plugin := _plugin(data):
+            name, package, _ = plugin
+            raise ImageError(
+                "not_an_image", f"{context} is a {name} image: it is read if {package} is installed"
+            ) from None
         if data.startswith(SIGNATURES):
             raise ImageError(
                 "damaged", f"{context} begins like an image but cannot be decoded: truncated or damaged"
@@ -78,6 +113,43 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         raise ImageError(
             "damaged", f"{context} cannot be decoded: {getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def _decode(data: bytes, context: str) -> Image.Image:
+    if plugin := _plugin(data):
+        with suppress(ImportError):
+            _register(plugin[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the size is checked below; decoding errors raise
+        image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    _check_size(width, height, context)
+    orientation = _orientation(image)
+    image.load()
+    return _to_rgb(image, orientation)
+
+
+def _plugin(data: bytes) -> tuple[str, str, str] | None:
+    return next((plugin for mark, plugin in PLUGINS.items() if mark in data[:16]), None)
+
+
+@cache
+def _register(module: str) -> None:
+    """Teach Pillow a format. Errors: `ImportError`."""
+    plugin = importlib.import_module(module)  # pillow_jxl registers itself
+    if module == "pillow_heif":
+        plugin.register_heif_opener()
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Return a PNG without chunks that are not needed for its pixels."""
+    chunks, start = [data[: len(PNG)]], len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if data[start + 4 : start + 8] in PNG_PIXELS:
+            chunks.append(data[start:end])
+        start = end
+    return b"".join(chunks)
 
 
 def _name(source: Any) -> str:
@@ -108,7 +180,7 @@ def _check_size(width: int, height: int, context: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of an image that is not decoded yet.
+    """Return the EXIF orientation, 1 to 8, of an image that is not decoded yet; 1 if its EXIF is damaged.
 
     An orientation that a PNG stores after its pixels is ignored: reading it would decode the whole image,
     even when only the size is needed.
@@ -116,23 +188,39 @@ def _orientation(image: Image.Image) -> int:
     metadata = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
     if image.format == "PNG" and not metadata & set(image.info):
         return 1
-    return image.getexif().get(EXIF_ORIENTATION, 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is damaged
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises many types
+        return 1
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation != 1:  # exif_transpose would copy an upright image too
-        image = ImageOps.exif_transpose(image)
+    if orientation != 1:
+        image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith(("I", "F")):
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
-        if image.mode == "F":
-            span = float(np.ptp(grey)) or 1.0
-            grey = (grey - grey.min()) * (65535.0 / span)
-        image = Image.fromarray((grey / 257.0).clip(0, 255).round().astype(np.uint8))
+        image = Image.fromarray(_grey(np.asarray(image, dtype=np.float32), image.mode == "F"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(background, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(values: np.ndarray, is_float: bool) -> np.ndarray:
+    """Scale grey to 8 bits. Of floats, the range; of integers, the bits that the largest needs: 8, 12 or 16.
+
+    Cameras and scanners store 12 bits in 16, and some programs 8 in 32: scaled as 16 they would be black.
+    """
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if is_float:
+        values, top = values - low, high - low or 1.0
+    else:
+        top = next((top for top in (255.0, 4095.0, 65535.0) if high <= top), high)
+    return (values * (255.0 / top)).clip(0, 255).round().astype(np.uint8)
 
 
 def data_url(source: Any) -> Any:

@@ -4,7 +4,7 @@ import math
 import signal
 import warnings
 import weakref
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from configs.model import VisionConfig
 from data.collators import Batch, collate
-from data.datasets import Sample, by_source, decode
+from data.datasets import Drop, Sample, decode, drop_report
 from data.packing import Row, RowStream
 from utils.errors import ImageError, UserError
 
-# Tiles, or None if nothing could be decoded; number and reason of each sample that could not.
-Decoded = tuple[Tensor | None, list[tuple[int, str]]]
+Damaged = list[tuple[int, tuple[str, str]]]  # number of a sample; reason and message
+Decoded = tuple[Tensor | None, Damaged]  # tiles, or None if nothing could be decoded
 TIMEOUT_SECONDS = 600  # without any batch, after which the run ends
 POLL_SECONDS = 2  # between two checks that the workers are alive
 EXIT_SECONDS = 1  # to wait for the end of a worker whose connection broke
@@ -89,6 +89,10 @@ class Loader:
         counts = state["dropped"] if self.part == 0 else []
         return self.damaged + Counter({(source, reason): n for source, reason, n in counts})
 
+    def examples(self) -> dict[Drop, str]:
+        """Describe the first drop of each source and reason since the start of this process."""
+        return self.dataset.examples
+
     def state(self) -> dict[str, Any]:
         """Return the position as plain JSON."""
         state = self.rows.state() if self.consumed is None else self.consumed
@@ -109,7 +113,7 @@ class Loader:
             self.plan.append((plans[self.part], self.rows.state()))
             yield plans[self.part]
 
-    def _finish(self, tiles: Tensor | None, dropped: list[tuple[int, str]]) -> Batch:
+    def _finish(self, tiles: Tensor | None, dropped: Damaged) -> Batch:
         """Collate the oldest planned batch, without the samples whose images are damaged."""
         plan, self.consumed = self.plan.popleft()
         reasons = dict(dropped)
@@ -122,7 +126,10 @@ class Loader:
                 if number not in reasons:
                     usable.append(sample)
                 elif sample.first and sample.key[2] == 0:  # once a record: all its parts have the same images
-                    self.damaged[sample.source, f"image_{reasons[number]}"] += 1
+                    reason, message = reasons[number]
+                    drop = sample.source, f"image_{reason}"
+                    self.damaged[drop] += 1
+                    self.dataset.examples.setdefault(drop, f"record {sample.key[1]}: {message}")
             rows.append(usable)
         self.last = [f"{sample.source} {sample.key[1]}" for row in rows for sample in row]
         if tiles is not None:
@@ -132,7 +139,9 @@ class Loader:
         # A whole epoch and as many records as there are: with small weights, an epoch draws only a few.
         all_empty = self.consecutive_empty >= sum(map(len, self.dataset.sources))
         if all_empty and self.consumed["epoch"] > self.last_epoch + 1:
-            raise UserError(f"none of the training images can be used: {by_source(self.dropped())}")
+            raise UserError(
+                f"none of the training images can be used: {drop_report(self.dropped(), self.examples())}"
+            )
         side = self.dataset.vision.image_size
         return collate(rows, self.padding_id, torch.empty(0, 3, side, side, dtype=torch.uint8))
 
@@ -217,6 +226,9 @@ class Streams:
 
     def dropped(self) -> Counter[tuple[str, str]]:
         return sum((loader.dropped() for loader in self.loaders.values()), Counter())
+
+    def examples(self) -> dict[Drop, str]:
+        return dict(ChainMap(*(loader.examples() for loader in self.loaders.values())))
 
     def state(self) -> dict[int, Any]:
         """Return the state of each stream by its number. Call between two steps."""
@@ -316,14 +328,14 @@ def decode_all(samples: list[Sample], decode_one: Callable[[Sample], Sample], ti
 
     Errors: `UserError` if this machine cannot decode any image, for lack of memory or of a package.
     """
-    dropped: list[tuple[int, str]] = []
+    dropped: Damaged = []
     count = 0
     for number, sample in enumerate(samples):
         try:
             tiles[count : count + sample.tile_total] = decode_one(sample).require_tiles()
             count += sample.tile_total
         except ImageError as error:
-            dropped.append((number, error.reason))
+            dropped.append((number, (error.reason, str(error))))
         except MemoryError:
             raise UserError(
                 f"not enough memory to decode an image of {sample.source}: --data.workers takes fewer"

@@ -19,6 +19,7 @@ import numpy as np
 from data.columns import Columns, columns_of, record_of
 from data.splits import by_split
 from utils.errors import UserError, nearest
+from utils.files import refuse_pointer
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
 
 Record = dict[str, Any]
@@ -201,6 +202,8 @@ class TableRecords(Sequence[Record]):
                     RowBlock(file, i, group.num_rows, group.total_byte_size) for i, group in enumerate(groups)
                 ]
 
+        if self.system is None:
+            refuse_pointer(Path(file))
         try:
             return self._retry(file, read)
         except UnreadableBlock as error:

@@ -134,7 +134,7 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
 
 
 def _subsets(spec: Spec) -> list[str]:
-    """List the sub-sets of a spec: the given one, or all. They are folders, or configurations of `datasets`."""
+    """List the sub-sets of a spec, folders or configurations of `datasets`: the given one, or all."""
     if spec.subset not in ("", "all"):
         return [spec.subset]
     if spec.name == "the_cauldron" and is_hub_id(spec.path):

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.model import MAX_GRID, Vocabulary
 from utils.errors import UsageError, UserError
-from utils.files import in_cache, write_text
+from utils.files import in_cache, refuse_pointer, write_text
 
 IMAGE = "<|image|>"  # the placeholder of an image in text
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # ChatML's; embedded by the right tower
@@ -246,6 +246,7 @@ def _read(folder: Path) -> HFTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
+    refuse_pointer(path)
     try:
         backend = HFTokenizer.from_file(str(path))
         backend.no_truncation()  # the file may hold settings of another use

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from configs.model import GenerationConfig
 from configs.train import EvalConfig
 from data.collators import collate
 from data.conversations import Conversation, exchanges_of, images_of, text_of
-from data.datasets import Sample, SampleDataset, by_source
+from data.datasets import Drops, Sample, SampleDataset, drop_report
 from data.images import open_image
 from data.packing import Budget, pack
 from data.parquet import UnreadableBlock
@@ -54,7 +53,8 @@ class Validation:
         samples = [sample for source, index in records for sample in self._usable(source, index)]
         if not samples:
             raise UserError(
-                f"none of the {len(records)} validation records can be used: {by_source(dataset.dropped)}"
+                f"none of the {len(records)} validation records can be used: "
+                f"{drop_report(dataset.dropped, dataset.examples)}"
             )
         packed = pack(samples, budget)
         self.chunks = [packed[i : i + rows] for i in range(0, len(packed), rows)]
@@ -74,14 +74,14 @@ class Validation:
                 dataset.decoded(sample)
             record = dataset.record(source, index)  # still cached here; later it might be unreadable
         except ImageError as error:
-            dataset.dropped[dataset.sources[source].name, f"image_{error.reason}"] += 1
+            dataset.drop(source, index, f"image_{error.reason}", error)
             return []
-        except UnreadableBlock:
-            dataset.dropped[dataset.sources[source].name, "unreadable"] += 1
+        except UnreadableBlock as error:
+            dataset.drop(source, index, "unreadable", error)
             return []
         asked = [
             (messages[:end], messages[end])
-            for messages in dataset.conversations(record, Counter())
+            for messages in dataset.conversations(record, Drops())
             for end in (exchanges_of(messages)[0][1] - 1,)
         ]
         for messages, answer in asked:

@@ -1,14 +1,22 @@
 """Data sets as files → records: every layout, where images lie, and the error of a broken set."""
 
+import base64
+import gzip
 import json
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from configs.train import DataConfig
 from data.conversations import ConversationError, conversations_of, parts_of, with_images
 from data.formats import coco, jsonl, llava, ocr_vqa
-from utils.errors import UserError
+from data.images import open_image
+from data.sources import open_sources
+from data.tokenizer import Tokenizer
+from models.weights.tensors import read_safetensors
+from utils.errors import ImageError, UserError
 
 ASK = "Describe the image."
 
@@ -402,7 +410,7 @@ TURNS_FORM = """'texts' must be a list of {"user": text, "assistant": text}, one
             '{"texts": [{"user": "Q", "assistant": "A", "sauce": "S"}]}',
             TURNS_FORM + '[{"user": "Q", "assistant": "A", "sauce": "S"}]',
         ),
-        (GOOD + '"id": "jsonl/bad/1"}', "line 1 has the id 'jsonl/bad/1' too"),
+        (GOOD + '"id": "jsonl/bad/1"}', "the id 'jsonl/bad/1' is that of line 1 too"),
     ],
 )
 def test_jsonl_names_the_line(tmp_path, line, message):
@@ -481,13 +489,13 @@ BOOK, PAIR = book(1, ["Q"], ["A"]), say(ASKED, ANSWERED)
         (ocr_vqa, {"b": BOOK | {"split": [1]}}, "'b': 'split' must be 1, 2 or 3, not [1]"),
         (ocr_vqa, {"b": {"split": 1}}, "'b': expected an object with a text 'imageURL'"),
         (ocr_vqa, {"b": BOOK | {"answers": "A"}}, "'b': expected an object with a list 'answers'"),
-        (llava, {}, 'expected a list of {"id", "image", "conversations"}, dict found'),
+        (llava, {"a": 1}, "expected an object with a list 'conversations'"),
         (llava, [], 'expected a list of {"id", "image", "conversations"}, empty found'),
         (llava, ["a"], "[0]: expected an object with a list 'conversations'"),
         (
             llava,
             [{"conversations": [{"role": "user"}]}],
-            "[0].conversations: expected an object with a text 'from'",
+            "[0].conversations: expected an object with 'content'",
         ),
         (
             llava,
@@ -503,7 +511,7 @@ BOOK, PAIR = book(1, ["Q"], ["A"]), say(ASKED, ANSWERED)
 )
 def test_sets_not_of_the_form(tmp_path, read, content, message):
     path = write(tmp_path / "bad.json", content)
-    with pytest.raises(UserError, match="^" + re.escape(f"{path}: {message}") + "$"):
+    with pytest.raises(UserError, match=f"^{path}(:1)?: {re.escape(message)}$"):
         read(path)
 
 
@@ -546,14 +554,14 @@ def test_files_that_cannot_be_read(tmp_path, read):
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}/latin.json(:1:)? .*"
+        match=f"^{tmp_path}/latin.json:? .*"
         "'utf-8' codec can't decode byte 0xe9 in position 2: invalid continuation byte$",
     ):
         read(tmp_path / "latin.json")
     (tmp_path / "empty.json").write_bytes(b"\n\n")
     with pytest.raises(
         UserError,
-        match=rf'^{tmp_path}/empty.json(: expected lines of {{"images", "messages"}}, found none'
+        match=rf"^{tmp_path}/empty.json(: expected (lines|a list) of {{.*}}, (found none|empty found)"
         r"| is not valid JSON: Expecting value.*)$",
     ):
         read(tmp_path / "empty.json")
@@ -576,3 +584,93 @@ def test_jsonl_leaves_nulls_for_the_pipeline_to_count(tmp_path):
     first, second = jsonl(tmp_path / "x.jsonl")[0]
     assert first["images"] == [None] and first["texts"][0]["assistant"] is None
     assert second["images"] == [None, str(tmp_path / "a.png")] and second["texts"][0]["user"] is None
+
+
+ASKED = [{"role": "user", "content": "Ä <image>?"}, {"role": "assistant", "content": "B"}]
+UTF16 = {"utf-16": "utf-16", "utf-16-le without a mark": "utf-16-le", "utf-8 with a mark": "utf-8-sig"}
+
+
+@pytest.mark.parametrize("encoding", UTF16)
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_files_as_other_programs_write_them(tmp_path, encoding, compressed, form):
+    """UTF-16, byte-order marks and gzip; a list where lines are expected, and the reverse."""
+    records = [{"image": "a.png", "messages": ASKED}, {"images": [], "messages": CHAT_OF_TEXT}]
+    turns = [{"id": "1", "image": "a.png", "conversations": ASKED}]
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for read, entries in ((jsonl, records), (llava, turns)):
+        text = json.dumps(entries) if form == "list" else "\n".join(map(json.dumps, entries)) + "\n"
+        raw = text.encode(UTF16[encoding])
+        path = tmp_path / f"{read.__name__}.json"
+        path.write_bytes(gzip.compress(raw) if compressed else raw)
+        training, _ = read(path)
+        assert [r["messages"] for r in training] == [e.get("messages", ASKED) for e in entries]
+        assert training[0]["images"] == [str(tmp_path / "a.png")]
+    content = {
+        "images": [{"id": 7, "file_name": "a.png"}],
+        "annotations": [{"image_id": "7", "caption": "A"}],
+    }
+    raw = json.dumps(content).encode(UTF16[encoding])
+    (tmp_path / "coco.json").write_bytes(gzip.compress(raw) if compressed else raw)
+    [record] = coco(tmp_path / "coco.json")[0]  # ids are text in one half, numbers in the other
+    assert record["references"] == ["A"]
+
+
+CHAT_OF_TEXT = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+
+
+def test_inner_keys_of_others(tmp_path):
+    """Pairs of question and answer; messages of from and value; conversations of role and content."""
+    turns = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B"}]
+    lines = [
+        {"texts": [{"question": "A?", "answer": 3}]},
+        {"messages": turns},
+        {"conversations": turns},
+        {"conversations": [turns]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for record in jsonl(tmp_path / "a.jsonl")[0]:
+        [messages] = conversations_of(record, "branch")
+        assert [m["role"] for m in messages] == ["user", "assistant"] and messages[0]["content"] == "A?"
+
+
+def test_addresses_are_no_paths(tmp_path):
+    """`data:` and `file:` are read; the web is not, and the reason says so."""
+    Image.new("RGB", (4, 6)).save(tmp_path / "a b.png")
+    data = "data:image/png;base64," + base64.b64encode((tmp_path / "a b.png").read_bytes()).decode()
+    addresses = [data, (tmp_path / "a b.png").as_uri(), "a b.png", "https://example.org/a.png"]
+    lines = [{"image": address, "messages": ASKED} for address in addresses]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    turns = [{"image": address, "conversations": ASKED} for address in addresses]
+    (tmp_path / "llava.json").write_text(json.dumps(turns))
+    for records in (jsonl(tmp_path / "a.jsonl")[0], llava(tmp_path / "llava.json")[0]):
+        images = [record["images"][0] for record in records]
+        assert [open_image(image).size for image in images[:3]] == [(4, 6)] * 3
+        with pytest.raises(
+            ImageError, match="https://example.org/a.png is on the web: .*img2dataset"
+        ) as error:
+            open_image(images[3])
+        assert error.value.reason == "remote"
+
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22ea\nsize 9\n"
+)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    """Instead of data, an image, weights or a tokenizer: a clone without git-lfs has such files."""
+    for name in ("a.jsonl", "a.json", "train.parquet", "a.png", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes(POINTER)
+    for read in (
+        lambda: jsonl(tmp_path / "a.jsonl"),
+        lambda: llava(tmp_path / "a.json"),
+        lambda: coco(tmp_path / "a.json"),
+        lambda: open_sources(DataConfig(sources=f"tables={tmp_path}")),
+        lambda: open_image(tmp_path / "a.png"),
+        lambda: Tokenizer.load(tmp_path),
+        lambda: read_safetensors(tmp_path / "model.safetensors"),
+    ):
+        with pytest.raises(UserError, match=f"^{tmp_path}/.* is a git-lfs pointer.*git lfs pull") as error:
+            read()
+        assert "\n" not in str(error.value)

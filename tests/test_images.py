@@ -431,3 +431,67 @@ def test_the_grid_before_decoding_is_the_decoded_one(tmp_path, extension, orient
         grid_of(*image_size(tmp_path / f"x.{extension}"), config)
         == to_tiles(open_pixels(tmp_path / f"x.{extension}"), config).grid
     )
+
+
+LONG = zlib.compress(b"long " * 500_000)  # above Pillow's limit of a megabyte
+METADATA = {
+    "damaged exif": chunk(b"eXIf", b"II*\0\xff\xff\xff\xffdamaged"),
+    "a wrong checksum": chunk(b"tEXt", b"Title\0a")[:-1] + b"?",
+    "long text": chunk(b"zTXt", b"Comment\0\0" + LONG),
+    "long colour profile": chunk(b"iCCP", b"profile\0\0" + LONG),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_costs_no_png(tmp_path, kind):
+    data = io.BytesIO()
+    Image.fromarray(GRADIENT).save(data, "PNG")
+    whole = data.getvalue()
+    end_of_header = 8 + 12 + 13
+    (tmp_path / "a.png").write_bytes(whole[:end_of_header] + METADATA[kind] + whole[end_of_header:])
+    image = open_image(tmp_path / "a.png")
+    assert (np.asarray(image)[..., 0] == GRADIENT).all()
+    assert image_size(tmp_path / "a.png") == image.size
+
+
+@pytest.mark.parametrize("form", ["webp", "jpeg"])
+def test_damaged_exif_costs_no_picture(tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    Image.new("RGB", (30, 20), "red").save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xffdamaged")
+    assert open_image(path).size == image_size(path) == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 2048, 4095]], np.uint16), [0, 128, 255]),  # 12 bits in 16, as cameras write them
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),  # 8 bits in 32
+        (np.array([[0, 32768, 65535]], np.uint16), [0, 128, 255]),
+        (np.array([[0, 50000, 100000]], np.int32), [0, 128, 255]),
+        (np.array([[7, 7, 7]], np.uint16), [7, 7, 7]),
+    ],
+)
+def test_grey_of_many_bits_is_not_black(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    assert np.asarray(open_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image: it is read if pillow-heif is installed"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image: it is read if pillow-jxl-plugin is installed"),
+        (b"\xff\x0a\xfa\x7f", "a JPEG XL image: it is read if pillow-jxl-plugin is installed"),
+    ],
+)
+def test_formats_of_other_packages_are_named(tmp_path, head, message):
+    (tmp_path / "a.bin").write_bytes(head + b"\0" * 100)
+    with pytest.raises(ImageError, match=message) as error:
+        open_image(tmp_path / "a.bin")
+    assert error.value.reason == "not_an_image"
+
+
+def test_heic_is_read_where_its_package_is(tmp_path):
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed").register_heif_opener()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.heic")
+    assert open_image(tmp_path / "a.heic").size == (30, 20)

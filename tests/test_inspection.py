@@ -346,7 +346,8 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
         and sorted(tally.tiles) == [1, 3, 3]
         and sorted(tally.left) == [5, 15, 15]
     )
-    assert set(result.dropped["jsonl"]) <= {"image_damaged", "empty_text"}
+    assert {reason for _, reason in result.dropped} <= {"image_damaged", "empty_text"}
+    assert result.examples.keys() == result.dropped.keys()
     result = stats.gather(
         *process_group(tmp_path, records, vision=vision, left_length=75, right_length=100), 40
     )  # ten epochs

@@ -280,7 +280,7 @@ def test_own_images_in_tiles_from_file_to_answer(tmp_path):
     ]
     done = run_program(command(*flags), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "training records dropped: {'jsonl': {'image_damaged': 1}}" in done.stdout
+    assert "training records dropped: jsonl: image_damaged 1 (record " in done.stdout
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["dropped"] for m in metrics if "dropped" in m] == [{"jsonl: image_damaged": 1}]
     validations = [m for m in metrics if "validation_loss" in m]

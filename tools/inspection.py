@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,5 +88,5 @@ class Decoder:
             return self.dataset.decoded(sample)
         except ImageError as error:
             self.damaged.add(sample.key[:2])
-            self.dataset.count(sample.source, Counter([f"image_{error.reason}"]))
+            self.dataset.drop(*sample.key[:2], f"image_{error.reason}", error)
             return None

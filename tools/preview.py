@@ -20,7 +20,7 @@ from PIL import Image
 
 from configs.model import MAX_GRID
 from configs.train import Config
-from data.datasets import Key, Sample, by_source
+from data.datasets import Key, Sample, drop_report
 from data.images import Grid, tile_count
 from data.packing import Budget, Row
 from data.parquet import UnreadableBlock
@@ -270,10 +270,7 @@ TURNS = {
 def head(config: Config, data: Data, drawn: int) -> dict[str, str]:
     """Return the configuration's main facts, and the counts of dropped records."""
     m, b = config.model, data.budget
-    dropped = "; ".join(
-        f"{name}: " + ", ".join(f"{reason} {n:,}" for reason, n in reasons.items())
-        for name, reasons in by_source(+data.training.dropped).items()
-    )
+    dropped = drop_report(data.training.dropped, data.training.examples)
     budgets = (
         f"right {b.right:,}" if not b.left else f"left {b.left:,} (in steps of {b.unit}), right {b.right:,}"
     )
@@ -343,7 +340,9 @@ def draw(data: Data, samples: int, rows: int) -> tuple[list[Sample], list[Row], 
             selected.setdefault(decoded.key, decoded)
         index += 1
     if not selected:
-        raise UserError(f"none of the images can be decoded: {by_source(+data.training.dropped)}")
+        raise UserError(
+            f"none of the images can be decoded: {drop_report(data.training.dropped, data.training.examples)}"
+        )
     return list(selected.values()), packed, len(drawn)
 
 

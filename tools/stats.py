@@ -8,6 +8,7 @@ Takes every flag of training. Trains nothing and loads no weights. The picture n
 flags:
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, cycle
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.train import Config
-from data.datasets import Sample, SampleDataset, by_source
+from data.datasets import Drop, Sample, SampleDataset
 from data.images import image_size, tile_count
 from data.packing import Budget, Row, RowStream
 from tools.inspection import Decoder, arguments, track_progress
@@ -82,7 +83,8 @@ class Stats:
 
     sources: list[Tally]
     drawn: int
-    dropped: dict[str, dict[str, int]]  # source → reason → count
+    dropped: Counter[Drop]
+    examples: dict[Drop, str]
     fill: Fill
     suggested: Fill | None = None  # with the best other split of the budgets, see `splits`
 
@@ -105,10 +107,10 @@ def gather(config: Config, data: Data, samples: int) -> Stats:
             if (record := sample.key[:2]) not in sizes:
                 sizes[record] = [image_size(image) for image in sample.images]
             tally.sizes += sizes[record]
-    dropped = by_source(+data.training.dropped)
+    dropped, examples = +data.training.dropped, data.training.examples
     rows = data.batches.rows
     rows.pending = chain(drawn, rows.pending)
-    stats = Stats(tallies, len(drawn), dropped, fill_of(rows, samples))
+    stats = Stats(tallies, len(drawn), dropped, examples, fill_of(rows, samples))
     usable = [s for s in drawn if s.key[:2] not in decoder.damaged]
     for budget in splits(usable, data.budget) if usable and data.budget.left else ():
         resampled, lost = resample(usable, config, data, budget)
@@ -182,7 +184,7 @@ def show(stats: Stats, config: Config, console: Console) -> None:
     console.print(_length_table(tallies))
     console.print(_image_table(tallies))
     if stats.dropped:
-        console.print(_dropped_table(stats.dropped))
+        console.print(_dropped_table(stats.dropped, stats.examples))
 
     console.print(_fill_table(stats))
     console.print(
@@ -234,11 +236,10 @@ def _image_table(tallies: list[Tally]) -> Table:
     return table
 
 
-def _dropped_table(dropped: dict[str, dict[str, int]]) -> Table:
-    table = _table("source", "reason", "dropped", title="left out")
-    for name, reasons in dropped.items():
-        for reason, n in reasons.items():
-            table.add_row(name, reason, f"{n:,}")
+def _dropped_table(dropped: Counter[Drop], examples: dict[Drop, str]) -> Table:
+    table = _table("source", "reason", "dropped", "the first", title="left out")
+    for drop, n in sorted(dropped.items()):
+        table.add_row(*drop, f"{n:,}", examples.get(drop, ""))
     return table
 
 

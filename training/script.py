@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections import Counter
+from collections import ChainMap, Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from configs.train import Config
-from data.datasets import by_source
+from data.datasets import drop_report
 from eval.validation import TrainingTasks, save_samples
 from models.kernels import use_kernels
 from models.modality_projector import check_kind
@@ -166,6 +166,7 @@ def train_and_export(run: OpenRun, model_class: Any, world: DistributedContext) 
     if evaluation.best.warning:
         log.say(f"warning: {evaluation.best.warning}")
     dropped = sum(world.gather(data.batches.dropped()), Counter())
+    examples = dict(ChainMap(*world.gather(data.batches.examples())))
     model = unsharded(model, config)
     if not world.is_rank0:
         return
@@ -174,7 +175,7 @@ def train_and_export(run: OpenRun, model_class: Any, world: DistributedContext) 
         predictions = validation.predictions(model.eval(), 8)
         save_samples(folder / "samples", config.max_steps, predictions)
     if dropped:
-        log.say(f"training records dropped: {by_source(dropped)}")
+        log.say(f"training records dropped: {drop_report(dropped, examples)}")
     export_final(model, config, folder, data.tokenizer, predictions[0], log, pusher)
 
 

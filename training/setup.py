@@ -14,7 +14,7 @@ import torch
 from configs.model import Vocabulary, as_left_decoder
 from configs.train import Config, FilterConfig
 from data.conversations import ConversationError, checked_parts, conversations_of, text_of
-from data.datasets import SampleDataset, SampleStream, by_source
+from data.datasets import SampleDataset, SampleStream, drop_report
 from data.loader import Loader, Streams
 from data.mixture import Mixture, Source
 from data.packing import Budget, RowStream
@@ -233,7 +233,8 @@ def prepare(
     if config.model.has_shallower_left:
         log.say(f"left layers that the right layers read: {config.model.left_layer_of}")
     if data.validation.dropped:
-        log.say(f"validation records dropped: {by_source(data.validation.dropped)}")
+        report = drop_report(data.validation.dropped, data.validation.examples)
+        log.say(f"validation records dropped: {report}")
     if world.rank:  # ranks have equal weights, but each its own dropout
         torch.manual_seed((config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63)
     return model, data, validation

@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from configs.serialization import to_dict
 from configs.train import Config
+from data.datasets import Drop, drop_report
 from data.loader import merged
 from models.language_model import DecoderBlock
 from models.multi_token import chains
@@ -64,7 +65,8 @@ class ResumableBatches(Batches, Protocol):
 
     def state(self) -> dict[int, Any]: ...
     def load_state(self, states: list[Any]) -> None: ...
-    def dropped(self) -> Counter[tuple[str, str]]: ...
+    def dropped(self) -> Counter[Drop]: ...
+    def examples(self) -> dict[Drop, str]: ...
     def close(self) -> None: ...
 
 
@@ -394,8 +396,12 @@ class Trainer:
             return
         before = self.dropped
         if self.world.size == 1 or self.is_evaluation_due:
-            dropped: Counter[tuple[str, str]] = sum(self.world.gather(self.batches.dropped()), Counter())
+            dropped: Counter[Drop] = sum(self.world.gather(self.batches.dropped()), Counter())
+            examples = dict(ChainMap(*self.world.gather(self.batches.examples())))
             self.dropped = {f"{source}: {reason}": n for (source, reason), n in sorted(dropped.items())}
+            new = Counter({drop: n for drop, n in dropped.items() if ": ".join(drop) not in before})
+            if new:
+                self.log.say(f"training records dropped: {drop_report(new, examples)}")
         changed = {"dropped": self.dropped} if self.dropped != before and self.dropped else {}
         self.log.metrics({"step": self.step} | values | changed)
 

@@ -1,10 +1,14 @@
 """Atomic writes of files and folders: write to a temporary path, sync, rename. Errors: `UserError`."""
 
+import codecs
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,8 @@ from typing import Any
 from utils.errors import UserError
 
 CACHE = "cache"  # default folder of cached results
+POINTER = b"version https://git-lfs.github.com/spec/"  # begins a file that stands for a large one
+GZIP = b"\x1f\x8b"
 
 
 @contextmanager
@@ -112,10 +118,40 @@ def write_text(path: Path, text: str) -> None:
         temp_path.write_text(text, encoding="utf-8")
 
 
+def refuse_pointer(path: Path, head: bytes | None = None) -> None:
+    """Raise `UserError` if a file is git-lfs's pointer to it. `head`: its first bytes, if they are known."""
+    if head is None:
+        with open(path, "rb") as file:
+            head = file.read(len(POINTER))
+    if head.startswith(POINTER):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder")
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a text file in UTF-8: from any Unicode encoding of JSON, and from gzip.
+
+    Errors: `OSError`, `UserError` for a git-lfs pointer or a damaged gzip file.
+    """
+    with open(path, "rb") as file:
+        is_gzip = file.read(len(GZIP)) == GZIP
+    try:
+        with gzip.open(path) if is_gzip else open(path, "rb") as file:
+            head = file.read(len(POINTER))
+            refuse_pointer(path, head)
+            encoding = json.detect_encoding(head)
+            file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+            if encoding.startswith("utf-8"):
+                yield from file
+            else:
+                yield from (line.encode() for line in io.TextIOWrapper(file, encoding))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise UserError(f"{path} is a damaged gzip file: {problem}") from None
+
+
 def read_json(path: Path, error: type[UserError] = UserError) -> Any:
     """Parse a JSON file. A missing, unreadable or damaged file raises `error`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(b"".join(lines_of(path)).decode("utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except (ValueError, RecursionError) as problem:

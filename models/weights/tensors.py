@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.weights.folder import damaged
 from utils.errors import UserError
+from utils.files import refuse_pointer
 
 COUNTER = "num_batches_tracked"  # of batch normalisation: only some files have it, and nothing reads it
 
@@ -32,6 +33,7 @@ def module_fingerprint(module: nn.Module, salt: str = "") -> str:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; a damaged one raises `UserError`."""
     try:
+        refuse_pointer(path)
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise damaged(path, error) from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.vision_encoder import create_backbone
 from models.weights.tensors import COUNTER, check_tensors
 from utils.errors import UsageError, UserError
+from utils.files import refuse_pointer
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts store a model's tensors
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -100,6 +101,7 @@ def _head(whole: Any) -> tuple[str, ...]:
 def _read_weights(path: Path) -> Any:
     if not path.is_file():
         raise UsageError(f"model.vision.weights: no file at {path}")
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
