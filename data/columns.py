@@ -27,12 +27,12 @@ from utils.errors import UserError, nearest
 
 Record = dict[str, Any]
 COLUMNS = {  # word → the columns that have this meaning: the first that is there
-    "images": ("images", "image", "jpg", "jpeg", "png", "webp"),
+    "images": ("images", "image"),
     **{word: (word,) for word in TEXTS},
     "question": ("question", "questions"),
     "answer": ("multiple_choice_answer", "answer", "answers"),
     "references": ("references",),
-    "caption": ("caption", "captions", "sentences", "text", "txt"),
+    "caption": ("caption", "captions", "sentences", "text", "txt"),  # the last: of a WebDataset
 }
 
 

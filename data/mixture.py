@@ -35,6 +35,30 @@ class InMemoryRecords(Sequence[Record]):
         return (start + rng.permutation(stop - start))[part::parts]
 
 
+def block_order(
+    ends: Sequence[int], start: int, stop: int, rng: np.random.Generator, part: int, parts: int, pool: int
+) -> np.ndarray:
+    """Return share `part` of `parts` of a random order of the rows from `start` to `stop`, block by block.
+
+    `ends`: where each block of rows ends. Blocks are shuffled, and the rows of each `pool` blocks are mixed.
+    Shares are disjoint, and consist of whole blocks if there are at least eight per share.
+    """
+    by_block = len(ends) >= 8 * parts
+    shuffled = rng.permutation(len(ends))
+    pool *= parts if by_block else 1
+    begins = [0, *ends]
+    out = [np.empty(0, np.int64)]
+    for first in range(0, len(shuffled), pool):
+        rows = [np.arange(max(start, begins[b]), min(stop, ends[b])) for b in shuffled[first : first + pool]]
+        seeds = rng.integers(2**63, size=parts)
+        rows = rows[part::parts] if by_block else rows
+        if rows:
+            mixed = np.random.default_rng(seeds[part if by_block else 0])
+            out.append(mixed.permutation(np.concatenate(rows)))
+    order = np.concatenate(out)
+    return order if by_block else order[part::parts]
+
+
 @dataclass(frozen=True)
 class Source:
     """Records `start` to `stop` of a sequence."""

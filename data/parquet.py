@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.columns import Columns, columns_of, record_of
+from data.mixture import block_order
 from data.splits import by_split
 from utils.errors import UserError, nearest
 from utils.files import refuse_pointer
@@ -112,28 +113,7 @@ class TableRecords(Sequence[Record]):
             self._read_ahead()
 
     def order(self, start: int, stop: int, rng: np.random.Generator, part: int, parts: int) -> np.ndarray:
-        """Return share `part` of `parts` of a random order of the rows from `start` to `stop`.
-
-        Blocks are shuffled, and the rows of each `pool_blocks` blocks are mixed. Shares are disjoint, and
-        consist of whole blocks if there are at least eight per share.
-        """
-        by_block = len(self.blocks) >= 8 * parts
-        shuffled = rng.permutation(len(self.blocks))
-        pool = self.pool_blocks * (parts if by_block else 1)
-        out = [np.empty(0, np.int64)]
-        for first in range(0, len(shuffled), pool):
-            rows = [
-                np.arange(max(start, self.ends[b] - self.blocks[b].rows), min(stop, self.ends[b]))
-                for b in shuffled[first : first + pool]
-            ]
-            seeds = rng.integers(2**63, size=parts)
-            rows = rows[part::parts] if by_block else rows
-            if rows:
-                out.append(
-                    np.random.default_rng(seeds[part if by_block else 0]).permutation(np.concatenate(rows))
-                )
-        order = np.concatenate(out)
-        return order if by_block else order[part::parts]
+        return block_order(self.ends, start, stop, rng, part, parts, self.pool_blocks)
 
     def _block(self, number: int) -> Future[Any]:
         """Return a block that is due now. It replaces blocks in use, never one announced for later."""

@@ -19,6 +19,7 @@ from data.mixture import InMemoryRecords, Source
 from data.openmoji import openmoji
 from data.parquet import TableRecords, table_files
 from data.splits import SPLITS, choose_splits, is_hidden
+from data.webdataset import TarRecords, shards_of
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
 
@@ -140,7 +141,7 @@ def _subsets(spec: Spec) -> list[str]:
     if spec.name == "the_cauldron" and is_hub_id(spec.path):
         return CAULDRON_SUBSETS
     if spec.name == "hf":
-        return configurations(spec.path)
+        return [""] if shards_of(spec.path) else configurations(spec.path)
     if is_hub_id(spec.path):
         folders = dataset_files(spec.path, "")[2]
     else:
@@ -211,8 +212,10 @@ def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tu
     chosen = spec.options.get("split", ""), spec.options.get("validation", "")
     context = f"{spec.path}/{subset}" if subset else spec.path
 
-    if spec.name == "hf":
-        whole = HuggingFaceSet(spec.path, subset)
+    if spec.name == "hf" and (shards := shards_of(spec.path)):
+        names = list(shards)
+    elif spec.name == "hf":
+        shards, whole = {}, HuggingFaceSet(spec.path, subset)
         names = list(whole.splits)
     else:
         system, files = table_files(spec.path, subset, download)
@@ -222,6 +225,8 @@ def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tu
     def records(split: str) -> Any:
         if spec.name in TABLES:
             return TableRecords(name, files[split], system, columns, memory)
+        if shards:
+            return TarRecords(name, spec.path, shards[split], columns)
         rows, folder = whole.rows(split)
         return ArrowRecords(name, rows, columns_of(rows.column_names, columns, context), folder)
 

@@ -17,7 +17,9 @@ from data.sources import open_sources
 from data.splits import by_split, choose_splits
 from tests.hub_server import hub
 from tests.programs import at_hub, run_program
+from tests.test_webdataset import write_shard
 from utils.errors import UserError
+from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 ROWS = 12
@@ -182,12 +184,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_training_by_names_alone(repos, tmp_path):
-    """All four from a Hub on loopback in one run; resumed, it goes on as if it had not stopped."""
-    sources = ",".join(f"hf={name}{split}" for name, (_, _, split) in SETS.items())
+    """All four, and tars, from a Hub on loopback; resumed, a run goes on as if it had not stopped."""
+    sources = ",".join(f"hf={name}{split}" for name, (_, _, split) in SETS.items()) + ",hf=laion/tars"
+    write_shard(tmp_path / "tars" / "00000.tar", range(ROWS))
     train = [str(ROOT / "train_dual_tower.py"), "--cache_dir", "cache", "--data.sources", sources]
     train += ["--data.validation_images", "2", "--train.local_batch_size", "2", "--data.window", "8"]
     train += ["--train.global_batch_size", "2", "--train.log_every", "1"]
-    with hub(repos) as address:
+    with hub(repos | {"datasets/laion/tars": tmp_path / "tars"}) as address:
         there = partial(at_hub, str(address), str(tmp_path / "hf"))
         done = run_program([*train, "--output_dir", "run", "--max_steps", "2"], tmp_path, there)
         assert done.returncode == 0, done.stderr
@@ -197,6 +200,7 @@ def test_training_by_names_alone(repos, tmp_path):
     assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
     for line in ("llava-instruct-mix: trains on train", "VQAv2: trains on validation", "not read: test"):
         assert line in done.stdout
+    assert read_json(tmp_path / "whole" / "config.json")["data"]["sources"] == sources
     assert losses(tmp_path / "run")[-1] == losses(tmp_path / "whole")[-1]
     assert len(losses(tmp_path / "whole")) == 3
 

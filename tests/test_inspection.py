@@ -352,7 +352,7 @@ def test_stats_equal_a_recount(tmp_path, monkeypatch):
         *process_group(tmp_path, records, vision=vision, left_length=75, right_length=100), 40
     )  # ten epochs
     assert (
-        result.dropped == {"jsonl": {"image_damaged": 1, "empty_text": 1}}
+        result.dropped == {("jsonl", "image_damaged"): 1, ("jsonl", "empty_text"): 1}
         and len(result.sources[0].sizes) == 30
     )
     assert Counter(result.sources[0].right) == {n * one: 10 for n in (1, 2, 3)}

@@ -107,7 +107,7 @@ def gather(config: Config, data: Data, samples: int) -> Stats:
             if (record := sample.key[:2]) not in sizes:
                 sizes[record] = [image_size(image) for image in sample.images]
             tally.sizes += sizes[record]
-    dropped, examples = +data.training.dropped, data.training.examples
+    dropped, examples = +data.training.dropped, dict(data.training.examples)
     rows = data.batches.rows
     rows.pending = chain(drawn, rows.pending)
     stats = Stats(tallies, len(drawn), dropped, examples, fill_of(rows, samples))
