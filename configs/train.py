@@ -64,8 +64,8 @@ class FilterConfig:
 class DataConfig:
     sources: str = setting(
         "easy_vqa",
-        "comma-separated data sources, NAME[*WEIGHT][:CAP][=PATH]; NAME: easy_vqa, openmoji, "
-        "the_cauldron/SUBSET, … (docs/data.md)",
+        "comma-separated data sources, NAME[*WEIGHT][:CAP][=PATH]: hf=ORG/NAME, hf=FOLDER, jsonl=FILE, "
+        "easy_vqa, … (docs/data.md)",
         path=True,
     )
     temperature: Annotated[float, Bounds(ge=0.1)] = setting(

@@ -24,15 +24,18 @@ from data.conversations import (
     ANSWERS,
     CAPTION_PROMPT,
     HALF_CHARACTER,
+    IMAGE_PART,
     LLAVA_ROLES,
     QUESTIONS,
     TEXTS,
     ConversationError,
+    Part,
     as_text,
     checked_parts,
     collect_images,
     conversations_of,
     locate,
+    text_part,
 )
 from utils.errors import UsageError, UserError, nearest
 from utils.files import lines_of, read_json
@@ -44,6 +47,7 @@ IMAGES_TRIED = 100
 KINDS: dict[type | UnionType, str] = {
     list: "a list ",
     str: "a text ",
+    int: "a number ",
     int | str: "a number or text ",
     object: "",
 }
@@ -92,7 +96,7 @@ class Captioned(NamedTuple):
     captions: list[str]
 
 
-COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
+COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017", "Flicker8k_Dataset", "flickr30k-images")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": ""}
 
 
@@ -119,23 +123,24 @@ def _official(path: Path, images: list[Any], annotations: list[Any]) -> list[Cap
 
 
 def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
-    """Entries of Karpathy's file, without its test split."""
+    """Entries of Karpathy's files (dataset_coco.json, dataset_flickr8k.json, …), without the test split."""
     entries = {}
     for i, image in enumerate(images):
         context = f"{path}: images[{i}]"
-        sentences = field(image, "sentences", list, context)
-        number, split = str(field(image, "cocoid", int | str, context)), field(image, "split", str, context)
+        sentences, split = field(image, "sentences", list, context), field(image, "split", str, context)
+        key = "cocoid" if "cocoid" in image else "imgid"
+        number = str(field(image, key, int | str, context))
         if split not in KARPATHY_SPLITS:
             raise UserError(f"{context}: no split '{split}'{nearest(split, list(KARPATHY_SPLITS))}")
         if number in entries:
-            raise UserError(f"{context}: an image before it has the cocoid {number} too")
+            raise UserError(f"{context}: an image before it has the {key} {number} too")
         captions = [
             as_text(field(sentence, "raw", object, f"{context}.sentences")).strip() for sentence in sentences
         ]
         entries[number] = Captioned(
             KARPATHY_SPLITS[split],
             number,
-            field(image, "filepath", str, context),
+            field(image, "filepath", str, context) if "filepath" in image else "",
             field(image, "filename", str, context),
             captions,
         )
@@ -143,7 +148,7 @@ def _karpathy(path: Path, images: list[Any]) -> list[Captioned]:
 
 
 def coco(path: Path) -> Splits:
-    """Read COCO captions: an official file (captions_train2017.json) or Karpathy's (dataset_coco.json).
+    """Read COCO captions: an official file (captions_train2017.json), or one of Karpathy's (also Flickr's).
 
     An official file is all training. Karpathy's has splits; its test split is left out. A record is one
     image with a turn for each caption. Images are searched in the file's folder and its parent, in
@@ -159,7 +164,7 @@ def coco(path: Path) -> Splits:
         raise UserError(f"{path}: expected captioned images, found none to train on among {len(images)}")
     folder = path.absolute().parent
     roots = list(dict.fromkeys((folder, folder / "images", folder.parent, folder.parent / "images")))
-    # An entry's own folder replaces each of the four, so that the n-th name means the same for every image.
+    # An entry's own folder replaces each of these, so that the n-th name means the same for every image.
     names = [(e.file, *(f"{e.folder or default}/{e.file}" for default in COCO_FOLDERS)) for e in entries]
     records: dict[str, list[Record]] = {"train": [], "validation": []}
     for entry, image in zip(entries, find_images(path, roots, names), strict=True):
@@ -265,6 +270,40 @@ def llava(path: Path) -> Splits:
     folder = path.absolute().parent
     _resolve_images(path, training, [folder, folder / "images"])
     return training, None
+
+
+def mmc4(path: Path) -> Splits:
+    """Read mmc4 (arXiv 2304.06939): interleaved pages, each image before the sentence that it matches.
+
+    `path` is a file of JSON lines or a folder of them; images lie beside it, or in `images/`. Images that are
+    not there are left out of their page: of web pages, many cannot be fetched any more.
+    """
+    files = sorted(file for file in path.rglob("*.json*") if file.is_file()) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.absolute().parent
+    folder = folder / "images" if (folder / "images").is_dir() else folder
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    records, listed = [], 0
+    for file in files:
+        for number, (context, entry) in enumerate(_entries(file)):
+            sentences = field(entry, "text_list", list, context)
+            images: dict[int, list[str]] = {}
+            for image in field(entry, "image_info", list, context):
+                name = field(image, "image_name", str, context)
+                listed += 1
+                if name in there:
+                    index = field(image, "matched_text_index", int, context)
+                    images.setdefault(index, []).append(str(folder / name))
+            parts: list[Part] = []
+            for index, sentence in enumerate(sentences):
+                parts += [IMAGE_PART] * len(images.get(index, []))
+                parts.append(text_part(as_text(sentence) + " "))
+            paths = [name for index in range(len(sentences)) for name in images.get(index, [])]
+            records.append({"images": paths, "interleaved": parts, "id": f"mmc4/{file.stem}/{number}"})
+    if not records:
+        raise UserError(f'{path}: expected lines of {{"text_list", "image_info"}}, found none')
+    if listed and not any(record["images"] for record in records):
+        raise UserError(f"{path}: its images are not there: none of {listed:,} is in {folder}")
+    return records, None
 
 
 def _texts(value: Any) -> bool:

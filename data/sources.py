@@ -54,6 +54,7 @@ FILES: dict[str, Callable[[Path], Splits]] = {
     "ocr_vqa": formats.ocr_vqa,
     "llava": formats.llava,
     "jsonl": formats.jsonl,
+    "mmc4": formats.mmc4,
 }
 SPEC = re.compile(r"(?P<name>[^*:=]+?)(\*(?P<weight>[0-9.e-]+))?(:(?P<cap>\d+))?(=(?P<path>.+))?")
 OPTIONS = (

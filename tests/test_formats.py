@@ -11,11 +11,12 @@ from PIL import Image
 
 from configs.train import DataConfig
 from data.conversations import ConversationError, conversations_of, parts_of, with_images
-from data.formats import coco, jsonl, llava, ocr_vqa
+from data.formats import coco, jsonl, llava, mmc4, ocr_vqa
 from data.images import open_image
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
 from models.weights.tensors import read_safetensors
+from tests.conftest import dataset_of
 from utils.errors import ImageError, UserError
 
 ASK = "Describe the image."
@@ -522,7 +523,8 @@ def test_sets_not_of_the_form(tmp_path, read, content, message):
             coco,
             official("1.jpg"),
             "{0}, {0}/images, {1}, {1}/images and their sub-folders "
-            "train2014, val2014, train2017, val2017, 1.jpg is in none of them",
+            "train2014, val2014, train2017, val2017, Flicker8k_Dataset, flickr30k-images, "
+            "1.jpg is in none of them",
         ),
         (
             coco,
@@ -674,3 +676,86 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         with pytest.raises(UserError, match=f"^{tmp_path}/.* is a git-lfs pointer.*git lfs pull") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["", "images/", "Flicker8k_Dataset/"])
+def test_karpathys_flickr(tmp_path, folder):
+    """dataset_flickr8k.json and dataset_flickr30k.json: no cocoid, no folder."""
+    images = [
+        {
+            "sentids": [0, 1],
+            "imgid": n,
+            "sentences": [{"raw": f" A {n}. ", "tokens": ["a"]}, {"raw": "B"}],
+            "split": split,
+            "filename": f"{n}.jpg",
+        }
+        for n, split in enumerate(("train", "val", "test"))
+    ]
+    lay(tmp_path, *(f"{folder}{n}.jpg" for n in range(3)))
+    training, validation = coco(write(tmp_path / "dataset_flickr8k.json", {"images": images}))
+    assert [(r["images"], r["references"]) for r in (*training, *validation)] == [
+        ([f"{tmp_path}/{folder}{n}.jpg"], [f"A {n}.", "B"]) for n in range(2)
+    ]
+
+
+def test_cambrian(tmp_path):
+    """Cambrian-10M: JSON lines of LLaVA's form, with and without images, with keys of its own."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    alone = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]
+    lines = [
+        {"id": "1", "image": "coco/1.jpg", "conversations": turns, "source": "sa.json"},
+        {"conversations": alone, "source": "lima.json", "type": "text"},
+    ]
+    lay(tmp_path, "coco/1.jpg")
+    (tmp_path / "Cambrian10M.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    training, _ = llava(tmp_path / "Cambrian10M.jsonl")
+    assert [r["images"] for r in training] == [[f"{tmp_path}/coco/1.jpg"], []]
+    assert [r["messages"][0]["content"] for r in training] == ["<image>\nWhat?", "What?"]
+
+
+def mmc4_page(**matched: int) -> dict:
+    return {
+        "text_list": ["One.", "Two.", "Three."],
+        "url": "http://x",
+        "image_info": [
+            {
+                "image_name": f"{name}.jpg",
+                "raw_url": "http://x",
+                "matched_text_index": index,
+                "matched_sim": 0.3,
+            }
+            for name, index in matched.items()
+        ],
+        "similarity_matrix": [[0.1, 0.2, 0.3]],
+    }
+
+
+def test_mmc4(tmp_path, renderer):
+    """Images stand before the sentences that they match; those that are not there are left out."""
+    for name in "abc":
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "images" / f"{name}.jpg")
+    pages = [mmc4_page(a=2, b=0, c=2), mmc4_page(gone=1), mmc4_page(a=1, gone=0)]
+    (tmp_path / "docs_shard_0.jsonl").write_text("\n".join(map(json.dumps, pages)))
+    with gzip.open(tmp_path / "docs_shard_1.jsonl.gz", "wt") as file:
+        file.write(json.dumps(mmc4_page(b=2)))
+    training, validation = mmc4(tmp_path)
+    shown = [
+        "".join("[image]" if part["type"] == "image" else part["text"] for part in r["interleaved"])
+        for r in training
+    ]
+    assert validation is None and shown == [
+        "[image]One. Two. [image][image]Three. ",
+        "One. Two. Three. ",
+        "One. [image]Two. Three. ",
+        "One. Two. [image]Three. ",
+    ]
+    assert [[Path(i).stem for i in r["images"]] for r in training] == [["b", "a", "c"], [], ["a"], ["b"]]
+    dataset = dataset_of(training, renderer)
+    [sample] = dataset.samples(0, 0, True)
+    assert renderer.preview(sample.documents[0]).count("[4 image tokens]") == 3
+    assert mmc4(tmp_path / "docs_shard_0.jsonl")[0] == training[:3]
+    for name in "abc":
+        (tmp_path / "images" / f"{name}.jpg").unlink()
+    with pytest.raises(UserError, match=f"its images are not there: none of 7 is in {tmp_path}/images"):
+        mmc4(tmp_path)
