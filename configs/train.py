@@ -74,6 +74,12 @@ class DataConfig:
     limit: Count = setting(0, "use only the first N training images of each source (0: all)")
     validation_images: PositiveInt = setting(200, "images of each source held out for validation")
     filters: FilterConfig = FilterConfig()
+    curation: str = setting(
+        "",
+        "comma-separated marks of training records, from tools.score and tools.duplicates; marked duplicates "
+        "are left out",
+        path=True,
+    )
     turns: Literal["branch", "chain"] = setting(
         "branch", "turns of a record: independent questions on its images, or one conversation (chain)"
     )

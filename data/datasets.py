@@ -26,6 +26,7 @@ from data.conversations import (
     text_of,
     without,
 )
+from data.curation import Marks
 from data.images import Grid, grid_of, image_size, open_pixels, tile_count, to_tiles
 from data.mixture import Mixture, Source
 from data.parquet import UnreadableBlock
@@ -128,6 +129,7 @@ class SampleDataset:
         self.config, self.max_positions = config, max_positions
         self.dropped: Counter[Drop] = Counter()
         self.examples: dict[Drop, str] = {}
+        self.marks = Marks(config.curation, sources)
         self.cache: dict[tuple[int, int], list[Sample]] = {}
         self.capacity = CACHE_BYTES if keep else 0  # bytes left in the cache
 
@@ -181,7 +183,12 @@ class SampleDataset:
 
     def _plan(self, source: int, index: int, first: bool, drops: Drops) -> list[Sample]:
         """Plan a record without the cache; the reasons of its drops are added to `drops`."""
-        record = self.record(source, index)
+        record, name = self.record(source, index), self.sources[source].name
+        if self.marks.is_duplicate(name, index):
+            drops.add("duplicate")
+            return []
+        if (score := self.marks.score(name, index)) is not None:
+            record = {**record, "clip_score": score}
         if problem := record.get("problem"):  # the reader of the source refused it
             drops.add(problem)
             return []
@@ -197,7 +204,7 @@ class SampleDataset:
             else [r for messages in conversations for r in self._documents(messages, grids, drops)]
         )
         drops["too_many_images"] = min(drops["too_many_images"], 1)  # a record counts once
-        name, images = self.sources[source].name, record["images"]
+        images = record["images"]
         return [
             Sample(
                 (source, index, part),

@@ -1,5 +1,6 @@
 """Model folders: what is saved comes back; what is damaged or foreign says so."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -396,3 +397,54 @@ def test_a_trained_encoder_drops_paths_and_keeps_its_batch_statistics():
     assert torch.equal(encoder.eval()(tiles), expected)
     encoder.requires_grad_(False)
     assert torch.equal(encoder.train()(tiles), expected)
+
+
+def test_an_encoder_that_open_clip_trained(tmp_path, restored_clip_configs):
+    """A timm trunk in a CLIP model, trained for some steps, in a checkpoint as open_clip writes it."""
+    import open_clip
+
+    clip_config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "timm_model_name": "test_vit",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 160,
+        },
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny_clip.json").write_text(json.dumps(clip_config))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    clip = open_clip.create_model("tiny_clip").train()
+    before = clip.visual.trunk.norm.weight.clone()
+    optimizer, loss = torch.optim.AdamW(clip.parameters(), 1e-2), open_clip.ClipLoss()
+    tokens = open_clip.get_tokenizer("tiny_clip")(["red", "green", "blue", "grey"])
+    for step in range(3):
+        images, texts, scale = clip(random_tiles(4, step, 160) / 255, tokens)
+        loss(images, texts, scale).backward()
+        optimizer.step()
+    assert not torch.equal(clip.visual.trunk.norm.weight, before)
+    state = {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}
+    torch.save(
+        {"epoch": 3, "name": "a", "state_dict": state, "optimizer": optimizer.state_dict()}, tmp_path / "a.pt"
+    )
+    encoder = VisionEncoder(resolve_vision(VisionConfig("test_vit", str(tmp_path / "a.pt"))))
+    load_vision_weights(encoder)
+    tiles = random_tiles(2, 9, 160)
+    mean, std = (torch.tensor(clip.visual.trunk.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        features = clip.visual.trunk.eval().forward_features((tiles / 255 - mean) / std)[:, 1:]
+        grid = (encoder.config.grid, encoder.config.grid)
+        torch.testing.assert_close(encoder.eval()(tiles), features.transpose(1, 2).unflatten(2, grid))
+
+
+@pytest.fixture
+def restored_clip_configs():
+    """open_clip keeps the configurations that it was given."""
+    factory = importlib.import_module("open_clip.factory")
+    paths, configs = list(factory._MODEL_CONFIG_PATHS), dict(factory._MODEL_CONFIGS)
+    yield
+    factory._MODEL_CONFIG_PATHS[:] = paths
+    factory._MODEL_CONFIGS.clear()
+    factory._MODEL_CONFIGS.update(configs)

@@ -81,7 +81,7 @@ def build_data(
         tokenizer.save(tokenizer_folder)
     renderer = Renderer(tokenizer, model.tokens_per_tile, model.left_context)
     max_positions = min(getattr(model, tower).max_positions for tower in model.towers)
-    unfiltered = replace(d, filters=FilterConfig())  # so that validation compares across filters
+    unfiltered = replace(d, filters=FilterConfig(), curation="")  # so that validation compares across filters
     validation_set = SampleDataset(validation, renderer, model.vision, unfiltered, max_positions)
     left = d.left_length if "left" in model.towers else 0
     budget = Budget(left, d.right_length, renderer.left_unit, d.max_tiles)

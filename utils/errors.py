@@ -17,7 +17,7 @@ EARLIER_NAMES = {  # of flags and keys in the first edition → their names now
 }
 
 REMOVED = {  # flags and keys of the first edition without a successor → what to do instead
-    "duplicates": "leave out near-duplicate images before training",
+    "duplicates": "python -m tools.duplicates marks near duplicates, and --data.curation reads that",
     "draft_width": "drafts are a chain; --draft_tokens sets its length",
 }
 

@@ -16,6 +16,7 @@ from utils.files import refuse_pointer
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts store a model's tensors
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+TRUNK = "visual.trunk."  # begins the names of timm's model in a CLIP model of open_clip
 
 
 def load_vision_weights(encoder: Any) -> None:
@@ -63,7 +64,10 @@ def _hub_tensors(encoder: Any) -> dict[str, Tensor]:
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a training script's file, under `WRAPPERS` or at its top, without common `PREFIXES`."""
+    """The tensors of a training script's file, under `WRAPPERS` or at its top, without common `PREFIXES`.
+
+    Of a CLIP model of open_clip, those of its vision encoder.
+    """
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -79,7 +83,8 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
         )
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
         content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
+    trunk = {name.removeprefix(TRUNK): t for name, t in content.items() if name.startswith(TRUNK)}
+    return trunk or content
 
 
 def _without_other_head(whole: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
