@@ -4,8 +4,8 @@
   bash train.sh --data.sources openmoji --data.curation duplicates.parquet
 
 Images are near where their perceptual hashes (64 bits, `imagehash.phash`) differ by `--bits` at most. Of a
-group of duplicates the first record stays; one that validates comes before all that train. Give the sources as
-for training.
+group of duplicates the first record stays; one that validates comes before all that train. Give the sources
+as for training.
 
 Flags, besides those of a configuration:"""
 

@@ -4,8 +4,9 @@
   python -m tools.recaption --data.sources hf=FOLDER --endpoint http://localhost:8000/v1 --model NAME
   bash train.sh --data.sources jsonl=longer.jsonl
 
-The output is a data set of JSON lines: an image, the prompt, and its new caption. Images that are no files are written beside it. A run that was interrupted goes on where it stopped. The endpoint's key is in
-the environment variable OPENAI_API_KEY.
+The output is a data set of JSON lines: an image, the prompt, and its new caption. Images that are no files
+are written beside it. A run that was interrupted goes on where it stopped. The endpoint's key is in the
+environment variable OPENAI_API_KEY.
 
 Flags, besides those of a configuration:"""
 
