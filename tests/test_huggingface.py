@@ -343,17 +343,33 @@ def test_which_files_are_data_and_of_which_split():
     assert choose_splits(["a", "b"], "a", "b[:10%]", "it") == ("a", "b[:10%]", [])
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow"])
-def test_streamed_tables_keep_to_their_splits(tmp_path, form):
-    for number, split in enumerate(("train", "validation", "test")):
-        if form == "parquet":
-            (tmp_path / "set").mkdir(exist_ok=True)
-            flickr(number * ROWS).to_parquet(tmp_path / "set" / f"{split}-0.parquet")
+@pytest.mark.parametrize("form", ["parquet", "arrow", "hub"])
+def test_streamed_tables_keep_to_their_splits(tmp_path, go_to, form):
+    splits = {split: flickr(n * ROWS) for n, split in enumerate(("train", "validation", "test"))}
+    root = tmp_path / "set"
     if form == "arrow":
-        splits = {split: flickr(n * ROWS) for n, split in enumerate(("train", "validation", "test"))}
-        datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
-        (tmp_path / "set" / "train" / "cache-0.arrow").write_bytes(b"")
-    (training,), (validation,) = opened(f"tables={tmp_path}/set")
-    assert numbers(records_of(training)) == list(range(ROWS))
-    assert numbers(records_of(validation)) == list(range(ROWS, ROWS + 3))
-    assert "not read: test" in training.note
+        datasets.DatasetDict(splits).save_to_disk(root)
+        (root / "train" / "cache-0.arrow").write_bytes(b"")
+    else:
+        for split, rows in splits.items():
+            for name in (f"data/{split}-0", f".ipynb_checkpoints/{split}-0", f"data/._{split}-0"):
+                (root / name).parent.mkdir(exist_ok=True, parents=True)
+                rows.to_parquet(root / f"{name}.parquet")
+    with hub({"datasets/org/set": root}) as address:
+        go_to(str(address))
+        (training,), (validation,) = opened(f"tables={'org/set' if form == 'hub' else root}")
+        assert numbers(records_of(training)) == list(range(ROWS))
+        assert numbers(records_of(validation)) == list(range(ROWS, ROWS + 3))
+        assert "not read: test" in training.note and training.name == "tables"
+
+
+@pytest.mark.parametrize("spec", ["tables={0}", "hf={0}"])
+def test_paths_in_tables_start_at_their_file(tmp_path, spec):
+    """Wherever the program runs; also where `datasets` stored only a path."""
+    rows = {"images": [[f"pictures/{i}.png"] for i in range(ROWS)], "caption": ["a"] * ROWS}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    (tmp_path / "set" / "pictures").mkdir()
+    for i in range(ROWS):
+        picture(i).save(tmp_path / "set" / "pictures" / f"{i}.png")
+    (training,), _ = opened(spec.format(tmp_path / "set"))
+    assert numbers([training.records[i] for i in range(ROWS)]) == list(range(ROWS))
