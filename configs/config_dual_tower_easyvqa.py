@@ -9,16 +9,17 @@ from configs.train import Config, DataConfig, TrainConfig
 DECODER = DecoderConfig(
     layers=3,
     hidden_size=128,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
+    heads=8,
+    kv_heads=8,
+    head_size=16,
     mlp_size=384,
     rope_theta=10000.0,
     max_positions=1024,
+    qk_norm=True,  # with eight heads, colours are compared after 200 steps; with four and without it, after 1,000
 )
 
 CONFIG = Config(
-    max_steps=3000,
+    max_steps=1400,
     model=ModelConfig(
         vision=VisionConfig(
             name="tf_efficientnet_lite0",
@@ -41,6 +42,8 @@ CONFIG = Config(
         lr_projector=5e-3,
         lr_left=5e-3,
         lr_right=5e-3,
+        schedule="wsd",
+        decay_share=0.3,
         warmup_steps=50,
         eval_every=200,
         checkpoint_every=400,
