@@ -15,7 +15,7 @@ DECODER = DecoderConfig(
     mlp_size=384,
     rope_theta=10000.0,
     max_positions=1024,
-    qk_norm=True,  # with eight heads, colours are compared after 200 steps; with four and without it, after 1,000
+    qk_norm=True,  # with it and eight heads, 95 % come after 400 steps; without both, 93 % after 1,000
 )
 
 CONFIG = Config(

@@ -71,8 +71,8 @@ class DataConfig:
     temperature: Annotated[float, Bounds(ge=0.1)] = setting(
         1.0, "T: a source is drawn in proportion to size^(1/T); above 1 favours small sources"
     )
-    limit: Count = setting(0, "use only the first N training images of each source (0: all)")
-    validation_images: PositiveInt = setting(200, "images of each source held out for validation")
+    limit: Count = setting(0, "use only the first N training records of each source (0: all)")
+    validation_images: PositiveInt = setting(200, "records of each source held out for validation")
     filters: FilterConfig = FilterConfig()
     curation: str = setting(
         "",

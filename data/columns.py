@@ -2,9 +2,9 @@
 
 The text of a row is the first of these that is there, its images those of `images` or `image`:
     messages, conversations, texts, interleaved    as in `data/conversations.py`
-    question with answer(s)                        the majority of several answers trains, all are references
-    caption(s), sentences, text                    each trains, all are references
-Other names are mapped by the words of a spec: `hf=ORG/NAME:question=ask:answer=reply`, `:caption=en+de`.
+    question with answer(s)                        the most frequent answer is trained, all are references
+    caption(s), sentences, text                    each caption is trained, all are references
+Other names are mapped behind the path: `hf=ORG/NAME:question=ask:answer=reply`, `:caption=en+de`.
 """
 
 from collections import Counter

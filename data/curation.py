@@ -1,18 +1,21 @@
-"""Marks of training records, made by `tools.score` and `tools.duplicates`: one Parquet file each.
+"""CLIP scores and duplicate marks of training records, from `tools.score` and `tools.duplicates`.
 
-A row names a source and a record of it, by number. It has the record's "clip_score", or the record that it is
-a "duplicate_of".
-"""
+A file is Parquet with one row per marked record: its "source", its number there ("record"), and its
+"clip_score" or the record that it is a "duplicate_of"."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.conversations import TEXTS
 from data.mixture import Source
 from utils.errors import UserError
 from utils.files import replacing
+
+FIRST = 8  # records that tell whether a set is still the same
 
 
 class Marks:
@@ -20,20 +23,20 @@ class Marks:
 
     def __init__(self, files: str, sources: list[Source]) -> None:
         """`files`: paths with commas between. Errors: `UserError` for marks of other data."""
-        counts = {source.name: len(source.records) for source in sources}
-        self.scores = {name: np.full(n, np.nan, np.float32) for name, n in counts.items() if files}
-        self.duplicates = {name: np.zeros(n, bool) for name, n in counts.items() if files}
+        identities = {source.name: identity(source) for source in sources} if files else {}
+        self.scores = {s.name: np.full(len(s.records), np.nan, np.float32) for s in sources if files}
+        self.duplicates = {s.name: np.zeros(len(s.records), bool) for s in sources if files}
         for file in filter(None, map(str.strip, files.split(","))):
             table, marked = _read(file)
-            if not marked.keys() & counts.keys():
+            if not marked.keys() & identities.keys():
                 raise UserError(
-                    f"data.curation: {file} has marks of {', '.join(marked)}, not of {', '.join(counts)}"
+                    f"data.curation: {file} has marks of {', '.join(marked)}, not of {', '.join(identities)}"
                 )
-            for name in marked.keys() & counts.keys():
-                if marked[name] != counts[name]:
+            for name in marked.keys() & identities.keys():
+                if marked[name] != identities[name]:
                     raise UserError(
-                        f"data.curation: {file} was made for {marked[name]:,} records of {name}, and there "
-                        f"are {counts[name]:,}: make it again"
+                        f"data.curation: {file} was made for other records of {name} than there are now: "
+                        "make it again"
                     )
                 rows = table[table["source"] == name]
                 if "clip_score" in rows:
@@ -50,8 +53,15 @@ class Marks:
         return bool(self.duplicates) and bool(self.duplicates[source][record])
 
 
-def _read(file: str) -> tuple[Any, dict[str, int]]:
-    """Return a file's rows and the number of records of each source that it was made for."""
+def identity(source: Source) -> list[Any]:
+    """Return the number of a source's records and a hash of what its first ones say."""
+    records = [source.records[number] for number in range(min(FIRST, len(source.records)))]
+    texts = [[record.get(key) for key in TEXTS] for record in records]
+    return [len(source.records), hashlib.blake2b(repr(texts).encode(), digest_size=8).hexdigest()]
+
+
+def _read(file: str) -> tuple[Any, dict[str, list[Any]]]:
+    """Return a file's rows and the `identity` of each source that it was made for."""
     import pyarrow.parquet
 
     try:
@@ -67,9 +77,9 @@ def write_marks(path: Path, rows: list[dict[str, Any]], column: str, sources: li
     import pyarrow.parquet
 
     kind = pyarrow.float32() if column == "clip_score" else pyarrow.string()
-    counts = {source.name: len(source.records) for source in sources}
+    marked = json.dumps({source.name: identity(source) for source in sources})
     schema = pyarrow.schema(
-        {"source": pyarrow.string(), "record": pyarrow.int64(), column: kind}, {"records": json.dumps(counts)}
+        {"source": pyarrow.string(), "record": pyarrow.int64(), column: kind}, {"records": marked}
     )
     with replacing(path) as temp_path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temp_path)

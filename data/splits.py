@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and of which split: by their names, as `datasets` reads them."""
+"""Data files and their splits from file names, by rules like those of `datasets`."""
 
 import re
 from collections.abc import Iterable

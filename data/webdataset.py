@@ -1,8 +1,8 @@
 """WebDataset tars, as img2dataset writes them, local or on the Hub → records: shard by shard, in place.
 
-A sample is the files of one name: `000017.jpg`, `000017.txt`, `000017.json`. Its columns are `images`, the
-endings of its texts, and the keys of its JSON. Nothing is unpacked: an index says where a shard's files are.
-"""
+Files with the same name before the first dot form one sample: `000017.jpg`, `000017.txt`, `000017.json`.
+Its columns are `images`, the endings of its texts, and the keys of its JSON. Nothing is unpacked: an index
+says where a shard's files are."""
 
 import json
 import os

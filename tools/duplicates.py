@@ -3,9 +3,10 @@
   python -m tools.duplicates --data.sources openmoji --output duplicates.parquet
   bash train.sh --data.sources openmoji --data.curation duplicates.parquet
 
-Images are near where their perceptual hashes (64 bits, `imagehash.phash`) differ by `--bits` at most. Of a
-group of duplicates the first record stays; one that validates comes before all that train. Give the sources
-as for training.
+Two records are duplicates if their questions are equal and the perceptual hashes of their images (64 bits,
+`imagehash.phash`) differ by at most `--bits` bits. Answers and captions are not compared. The first record
+of a group is kept. Validation records are compared first, so a training record that resembles one is
+marked. Use the same --data.sources as for training.
 
 Flags, besides those of a configuration:"""
 

@@ -1,12 +1,12 @@
-"""Write longer captions for the images of a data set, with a model of this project or over the OpenAI API.
+"""Write new captions for the images of a data set, with a model of this project or over the OpenAI API.
 
   python -m tools.recaption --data.sources openmoji --checkpoint runs/NAME/model --output longer.jsonl
   python -m tools.recaption --data.sources hf=FOLDER --endpoint http://localhost:8000/v1 --model NAME
   bash train.sh --data.sources jsonl=longer.jsonl
 
-The output is a data set of JSON lines: an image, the prompt, and its new caption. Images that are no files
-are written beside it. A run that was interrupted goes on where it stopped. The endpoint's key is in the
-environment variable OPENAI_API_KEY.
+The output is a data set of JSON lines: an image, the prompt, and its new caption. Images that are not
+separate files are saved in a folder next to the output. Run the command again to continue after an
+interruption. The endpoint's key is read from the environment variable OPENAI_API_KEY.
 
 Flags, besides those of a configuration:"""
 

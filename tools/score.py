@@ -4,7 +4,7 @@
   bash train.sh --data.sources openmoji --data.curation scores.parquet --data.filters.min_clip_score 0.2
 
 A record's score is the mean cosine similarity of its images and its texts: of captions, or of questions with
-their answers. Records without a usable image have none. The sources must be given as for training.
+their answers. Records without a readable image get no score. Use the same --data.sources as for training.
 
 Flags, besides those of a configuration:"""
 
