@@ -23,9 +23,9 @@ class Marks:
 
     def __init__(self, files: str, sources: list[Source]) -> None:
         """`files`: paths with commas between. Errors: `UserError` for marks of other data."""
-        identities = {source.name: identity(source) for source in sources} if files else {}
-        self.scores = {s.name: np.full(len(s.records), np.nan, np.float32) for s in sources if files}
-        self.duplicates = {s.name: np.zeros(len(s.records), bool) for s in sources if files}
+        identities = {source.name: identity(source) for source in sources}
+        self.scores = {s.name: np.full(len(s.records), np.nan, np.float32) for s in sources}
+        self.duplicates = {s.name: np.zeros(len(s.records), bool) for s in sources}
         for file in filter(None, map(str.strip, files.split(","))):
             table, marked = _read(file)
             if not marked.keys() & identities.keys():
@@ -46,11 +46,11 @@ class Marks:
 
     def score(self, source: str, record: int) -> float | None:
         """Return a record's CLIP score, or None."""
-        value = self.scores[source][record] if self.scores else np.nan
+        value = self.scores[source][record]
         return None if np.isnan(value) else float(value)
 
     def is_duplicate(self, source: str, record: int) -> bool:
-        return bool(self.duplicates) and bool(self.duplicates[source][record])
+        return bool(self.duplicates[source][record])
 
 
 def identity(source: Source) -> list[Any]:

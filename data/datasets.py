@@ -129,7 +129,7 @@ class SampleDataset:
         self.config, self.max_positions = config, max_positions
         self.dropped: Counter[Drop] = Counter()
         self.examples: dict[Drop, str] = {}
-        self.marks = Marks(config.curation, sources)
+        self.marks = Marks(config.curation, sources) if config.curation else None
         self.cache: dict[tuple[int, int], list[Sample]] = {}
         self.capacity = CACHE_BYTES if keep else 0  # bytes left in the cache
 
@@ -184,11 +184,12 @@ class SampleDataset:
     def _plan(self, source: int, index: int, first: bool, drops: Drops) -> list[Sample]:
         """Plan a record without the cache; the reasons of its drops are added to `drops`."""
         record, name = self.record(source, index), self.sources[source].name
-        if self.marks.is_duplicate(name, index):
-            drops.add("duplicate")
-            return []
-        if (score := self.marks.score(name, index)) is not None:
-            record = {**record, "clip_score": score}
+        if self.marks is not None:
+            if self.marks.is_duplicate(name, index):
+                drops.add("duplicate")
+                return []
+            if (score := self.marks.score(name, index)) is not None:
+                record = {**record, "clip_score": score}
         if problem := record.get("problem"):  # the reader of the source refused it
             drops.add(problem)
             return []

@@ -165,7 +165,7 @@ def test_marks_of_other_data_are_refused(tmp_path):
     )
     marks = Marks(f"{tmp_path}/a.parquet", sources)
     assert (marks.score("a", 1), marks.score("a", 2), marks.is_duplicate("a", 1)) == (0.5, None, False)
-    assert Marks("", sources).score("a", 1) is None
+
     said = {"texts": [{"user": "a", "assistant": "b"}]}
     for other, message in (
         ([Source("b", InMemoryRecords([{}] * 3), 0, 3)], "has marks of a, not of b"),

@@ -7,14 +7,18 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.train import DataConfig
 from data.datasets import SampleDataset, SampleStream
 from data.images import open_image
+from data.loader import Loader
 from data.mixture import Mixture
+from data.packing import Budget, RowStream
 from data.parquet import UnreadableBlock
 from data.sources import open_sources
 from data.webdataset import TarRecords, index_of, shards_of
@@ -198,3 +202,19 @@ def test_a_damaged_sample_costs_itself_alone(laion, renderer):
     assert seen == Counter(set(range(5, SHARDS * ROWS)) - {17})
     assert dict(stream.dataset.dropped) == {("laion", "unreadable"): 1}
     assert "sample 2 of 00003.tar" in stream.dataset.examples["laion", "unreadable"]
+
+
+@pytest.mark.parametrize("form", ["tars", "arrow"])
+def test_workers_change_nothing(laion, tmp_path, renderer, monkeypatch, form):
+    if form == "arrow":
+        rows = {"image": [Image.open(io.BytesIO(png(n))) for n in range(40)], "caption": ["it is"] * 40}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "train.parquet")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "converted")
+    batches = []
+    for workers in (0, 1):
+        stream = stream_of(opened(laion if form == "tars" else tmp_path / "set")[0], renderer)
+        loader = Loader(RowStream(stream, Budget(10, 128, 5), 8), 2, renderer.tokenizer.global_image, workers)
+        batches.append([next(loader) for _ in range(6)])
+        loader.close()
+    for one, other in zip(*batches, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
