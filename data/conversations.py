@@ -32,7 +32,7 @@ PLACEHOLDER = "<image>"
 PLACEHOLDERS = re.compile(rf"{PLACEHOLDER}\n|\n?{PLACEHOLDER}")  # it takes one newline next to it along
 CAPTION_PROMPT = "Describe the image."  # of images with captions alone
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape one ("\\ud83d"); no tokenizer accepts it
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # data:, https:, …
+ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+://")  # of an image that is no path
 TEXTS = ("messages", "conversations", "texts", "interleaved")  # a record has one of these
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may carry its image
 ROLES = ("system", "user", "assistant")
@@ -166,7 +166,7 @@ def plain_image(image: Any) -> Any:
     """Bytes or path of an image as `datasets` stores it, {"bytes", "path"}; other forms as they are."""
     if not isinstance(image, dict):
         return image
-    return image["bytes"] if image.get("bytes") is not None else image.get("path")
+    return image.get("bytes") or image.get("path") or image.get("bytes")
 
 
 def locate(image: Any, folder: Path | None) -> Any:
@@ -177,8 +177,8 @@ def locate(image: Any, folder: Path | None) -> Any:
     image = plain_image(image)
     if not isinstance(image, str) or not image:
         return image
-    if image.startswith("file:"):
-        return url2pathname(urlsplit(image).path)
+    if image[:5].lower() == "file:":
+        image = url2pathname(urlsplit(image).path)
     return image if folder is None or ADDRESS.match(image) else str(folder / image)
 
 

@@ -37,6 +37,7 @@ from data.conversations import (
     locate,
     text_part,
 )
+from data.splits import files_below
 from utils.errors import UsageError, UserError, nearest
 from utils.files import lines_of, read_json
 
@@ -217,10 +218,16 @@ def ocr_vqa(path: Path) -> Splits:
 
 def _resolve_images(path: Path, records: list[Record], roots: list[Path]) -> None:
     """Replace the image names of records with paths, in place; addresses (`data:`, `https:`) stay."""
-    names = [(name,) for record in records for name in record["images"] if not ADDRESS.match(name)]
+    names = [(name,) for record in records for name in record["images"] if not _is_address(name)]
     paths = iter(find_images(path, roots, names))
     for record in records:
-        record["images"] = [locate(n, None) if ADDRESS.match(n) else next(paths) for n in record["images"]]
+        record["images"] = [
+            locate(name, roots[0]) if _is_address(name) else next(paths) for name in record["images"]
+        ]
+
+
+def _is_address(name: str) -> bool:
+    return bool(ADDRESS.match(name)) or name[:5].lower() == "file:"
 
 
 def _messages(turns: list[Any], context: str) -> tuple[list[dict[str, str]], str]:
@@ -251,7 +258,8 @@ def llava(path: Path) -> Splits:
     """
     records: dict[str, Record] = {}
     for index, (context, entry) in enumerate(_entries(path)):
-        turns, image = field(entry, "conversations", list, context), entry.get("image") or None
+        turns = field(entry, "conversations", list, context)
+        image = entry.get("image") or entry.get("images") or None
         images = image if isinstance(image, list) else [] if image is None else [image]
         if not _texts(images):
             raise UserError(
@@ -278,7 +286,9 @@ def mmc4(path: Path) -> Splits:
     `path` is a file of JSON lines or a folder of them; images lie beside it, or in `images/`. Images that are
     not there are left out of their page: of web pages, many cannot be fetched any more.
     """
-    files = sorted(file for file in path.rglob("*.json*") if file.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [Path(file) for file in files_below(str(path)) if file.endswith((".jsonl", ".jsonl.gz"))]
     folder = path if path.is_dir() else path.absolute().parent
     folder = folder / "images" if (folder / "images").is_dir() else folder
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -287,21 +297,25 @@ def mmc4(path: Path) -> Splits:
         for number, (context, entry) in enumerate(_entries(file)):
             sentences = field(entry, "text_list", list, context)
             images: dict[int, list[str]] = {}
+            problem = {}
             for image in field(entry, "image_info", list, context):
                 name = field(image, "image_name", str, context)
                 listed += 1
                 if name in there:
                     index = field(image, "matched_text_index", int, context)
+                    if not 0 <= index < len(sentences):
+                        problem = {"problem": "malformed"}
                     images.setdefault(index, []).append(str(folder / name))
             parts: list[Part] = []
             for index, sentence in enumerate(sentences):
                 parts += [IMAGE_PART] * len(images.get(index, []))
                 parts.append(text_part(as_text(sentence) + " "))
             paths = [name for index in range(len(sentences)) for name in images.get(index, [])]
-            records.append({"images": paths, "interleaved": parts, "id": f"mmc4/{file.stem}/{number}"})
+            page = {"images": paths, "interleaved": parts, "id": f"mmc4/{file.stem}/{number}"}
+            records.append(page | problem)
     if not records:
         raise UserError(f'{path}: expected lines of {{"text_list", "image_info"}}, found none')
-    if listed and not any(record["images"] for record in records):
+    if listed and not any(record["images"] or "problem" in record for record in records):
         raise UserError(f"{path}: its images are not there: none of {listed:,} is in {folder}")
     return records, None
 

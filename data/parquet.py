@@ -18,7 +18,7 @@ import numpy as np
 
 from data.columns import Columns, columns_of, record_of
 from data.mixture import block_order
-from data.splits import by_split
+from data.splits import by_split, files_below
 from utils.errors import UserError, nearest
 from utils.files import refuse_pointer
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of, status_may_pass, trying
@@ -162,7 +162,7 @@ class TableRecords(Sequence[Record]):
         import pyarrow.parquet
 
         def read() -> list[RowBlock]:
-            if file.endswith(".arrow"):
+            if file.lower().endswith(".arrow"):
                 reader = self._arrow_reader(file)
                 self._recognise(file, reader.schema.names)
                 batches = (
@@ -196,7 +196,7 @@ class TableRecords(Sequence[Record]):
         import pyarrow.parquet
 
         def read() -> Any:
-            if block.file.endswith(".arrow"):
+            if block.file.lower().endswith(".arrow"):
                 reader = self._arrow_reader(block.file)
                 batch = (
                     reader.get_batch(block.number)
@@ -286,7 +286,7 @@ def table_files(root: str, folder: str, download: bool) -> tuple[Any, dict[str, 
         if not base.is_dir():
             raise UserError(f"{root} is neither a local folder nor a Hub id (org/name)")
         top = [path.name for path in base.iterdir() if path.is_dir()]
-        system, below = None, [str(path) for path in (base / folder).rglob("*") if path.is_file()]
+        system, below = None, files_below(str(base / folder))
         start: PurePath = base / folder
     else:
         system, below, top = dataset_files(root, folder)
@@ -296,7 +296,7 @@ def table_files(root: str, folder: str, download: bool) -> tuple[Any, dict[str, 
                 root, [f"{folder}/*.parquet" if folder else "*.parquet"], "its files", kind="dataset"
             )
             return table_files(str(local), folder, False)
-    splits = by_split([file for file in below if file.endswith(ENDINGS)], start)
+    splits = by_split([file for file in below if file.lower().endswith(ENDINGS)], start)
     if not splits:
         raise UserError(
             f"{root} holds no Parquet files"

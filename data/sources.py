@@ -1,5 +1,6 @@
 """Sources of records, in the format of `data/conversations.py`."""
 
+import os
 import random
 import re
 from collections import Counter
@@ -11,14 +12,14 @@ from typing import Any
 
 from configs.train import DataConfig
 from data import formats
-from data.columns import COLUMNS, columns_of
+from data.columns import COLUMNS
 from data.easy_vqa import easy_vqa
 from data.formats import Splits
-from data.huggingface import ArrowRecords, HuggingFaceSet, configurations
+from data.huggingface import HuggingFaceSet, configurations
 from data.mixture import InMemoryRecords, Source
 from data.openmoji import openmoji
 from data.parquet import TableRecords, table_files
-from data.splits import SPLITS, choose_splits, is_hidden
+from data.splits import choose_splits, is_hidden, split_names, split_of
 from data.webdataset import TarRecords, shards_of
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
@@ -62,7 +63,7 @@ OPTIONS = (
     "validation",
     *COLUMNS,
 )  # of a set, behind its path: which split trains, what columns mean
-OPTION = re.compile(rf":({'|'.join(OPTIONS)})=")
+OPTION = re.compile(r":([a-z_]+)=")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
     if name in SETS:
         path, *pairs = OPTION.split(path)
         options = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        for word in pairs[::2]:
+            if word not in OPTIONS or pairs[::2].count(word) > 1:
+                problem = (
+                    "is given twice" if word in OPTIONS else f"is no option{nearest(word, list(OPTIONS))}"
+                )
+                raise UsageError(f"{setting}: '{text}': :{word}= {problem}")
     if path and name in SOURCES:
         raise UsageError(f"{setting}: {name} takes no path")
     if not path and name not in SOURCES:
@@ -142,15 +149,18 @@ def _subsets(spec: Spec) -> list[str]:
     if spec.name == "the_cauldron" and is_hub_id(spec.path):
         return CAULDRON_SUBSETS
     if spec.name == "hf":
-        return [""] if shards_of(spec.path) else configurations(spec.path)
+        return [""] if shards_of(spec.path, "") else configurations(spec.path)
     if is_hub_id(spec.path):
         folders = dataset_files(spec.path, "")[2]
     else:
         files = table_files(spec.path, "", False)[1].values()
         relative = [Path(file).relative_to(spec.path).parts for file in chain.from_iterable(files)]
-        folders = list({parts[0] for parts in relative if len(parts) > 1})
-    subsets = [n for n in folders if not is_hidden(n) and n != "data" and n not in chain(*SPLITS.values())]
-    return sorted(subsets) or [""]
+        if any(len(parts) == 1 for parts in relative):
+            return [""]
+        folders = list({parts[0] for parts in relative})
+    if any(name == "data" or split_of(name) for name in folders):
+        return [""]  # the folders are no sub-sets: splits, and files beside them
+    return sorted(name for name in folders if not is_hidden(name)) or [""]
 
 
 def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
@@ -170,7 +180,8 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     short = Counter(_name(spec, subset) for spec, subset in specs)
     for number, (spec, subset) in enumerate(specs):
         if any(
-            (other.name, other.path, other.options, part) == (spec.name, spec.path, spec.options, subset)
+            (other.name, _same(other.path), other.options, part)
+            == (spec.name, _same(spec.path), spec.options, subset)
             for other, part in specs[:number]
         ):
             raise UsageError(f"data.sources: {spec.name}/{subset} is listed twice")
@@ -195,9 +206,14 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     return training, validation
 
 
+def _same(path: str) -> str:
+    """One form of a path, however it is written."""
+    return os.path.normpath(path)
+
+
 def _name(spec: Spec, subset: str) -> str:
     if spec.name == "hf" and not subset:
-        return Path(spec.path.partition("@")[0]).name
+        return Path(spec.path.partition("@")[0]).absolute().name or "hf"
     return subset or spec.name
 
 
@@ -213,23 +229,29 @@ def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tu
     chosen = spec.options.get("split", ""), spec.options.get("validation", "")
     context = f"{spec.path}/{subset}" if subset else spec.path
 
-    if spec.name == "hf" and (shards := shards_of(spec.path)):
-        names = list(shards)
-    elif spec.name == "hf":
-        shards, whole = {}, HuggingFaceSet(spec.path, subset)
-        names = list(whole.splits)
-    else:
+    shards = shards_of(spec.path, subset) if spec.name == "hf" else {}
+    if spec.name in TABLES:
         system, files = table_files(spec.path, subset, download)
         names = list(files)
+    elif shards:
+        files, names = shards, list(shards)
+    else:
+        whole = HuggingFaceSet(spec.path, subset)
+        names = list(whole.splits)
     split, held_out, left_out = choose_splits(names, *chosen, context)
+    if "[" in split + held_out and (spec.name in TABLES or shards):
+        raise UserError(
+            f"{context}: a part of a split can be read of converted sets alone, not of {held_out or split}"
+        )
 
     def records(split: str) -> Any:
         if spec.name in TABLES:
-            return TableRecords(name, files[split], system, columns, memory)
+            return TableRecords(
+                name, [f for s in split_names(split) for f in files[s]], system, columns, memory
+            )
         if shards:
-            return TarRecords(name, spec.path, shards[split], columns)
-        rows, folder = whole.rows(split)
-        return ArrowRecords(name, rows, columns_of(rows.column_names, columns, context), folder)
+            return TarRecords(name, spec.path, [f for s in split_names(split) for f in files[s]], columns)
+        return whole.records(name, split, columns, context)
 
     note = f"{name}: trains on {split}, validates on {held_out or f'rows held out of {split}'}"
     note += f"; not read: {', '.join(left_out)}" if left_out else ""

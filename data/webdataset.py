@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,14 +21,15 @@ import numpy as np
 from data.columns import Record, columns_of, record_of
 from data.mixture import block_order
 from data.parquet import UnreadableBlock
-from data.splits import by_split
+from data.splits import by_split, files_below
 from utils.errors import UserError
 from utils.files import read_json, refuse_pointer
 from utils.hub import dataset_files, fetch, is_hub_id, reason_of
 
 POOL = 4  # shards whose rows are mixed
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl", "svg")
+FIRST = 32  # samples whose columns are looked at
 TEXT_FILES = ("txt", "text", "caption")
+OTHERS = (*TEXT_FILES, "json", "cls", "npy", "npz", "pth", "pkl", "csv", "html", "mp3", "wav", "mp4", "url")
 Entry = tuple[int, int]  # where a file begins in its tar, and its size
 
 
@@ -39,7 +41,9 @@ class TarRecords(Sequence[Record]):
         self.name, self.path, self.shards = name, path, shards
         self.indices: dict[int, Future[list[dict[str, Entry]]]] = {}  # of the shards that were used last
         self.lock = threading.Lock()
+        self.noted: dict[int, int] = {}
         noted = self._noted()
+        self.noted = {shard: count for shard, count in enumerate(noted) if count is not None}
         if is_hub_id(path) and None in noted and os.environ.get("RANK", "0") == "0":
             print(f"{path}: {noted.count(None):,} shards without *_stats.json are fetched to be counted")
         counts = [len(self._index(n)) if count is None else count for n, count in enumerate(noted)]
@@ -47,7 +51,7 @@ class TarRecords(Sequence[Record]):
         first = next((n for n, count in enumerate(counts) if count), None)
         if first is None:
             raise UserError(f"{path} holds no sample in {len(shards)} tar files")
-        self.columns = columns_of(self._row(first, 0), given, self.shards[first])
+        self.columns = columns_of(self._keys(first), given, self.shards[first])
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -70,6 +74,16 @@ class TarRecords(Sequence[Record]):
         """Return share `part` of `parts` of a random order of the rows from `start` to `stop`."""
         return block_order(self.ends, start, stop, rng, part, parts, POOL)
 
+    def _keys(self, shard: int) -> list[str]:
+        """The columns of the first samples that can be read. Errors: `UserError` if none can."""
+        keys: dict[str, None] = {}
+        for number in range(min(FIRST, len(self._index(shard)))):
+            with suppress(UnreadableBlock):
+                keys |= dict.fromkeys(self._row(shard, number))
+        if not keys:
+            raise UserError(f"{self.shards[shard]}: its first samples cannot be read")
+        return list(keys)
+
     def _row(self, shard: int, number: int) -> dict[str, Any]:
         """Read the files of a sample."""
         index = self._index(shard)
@@ -79,7 +93,7 @@ class TarRecords(Sequence[Record]):
             with open(self._file(shard), "rb") as file:
                 files = {ending: _content(file, *entry) for ending, entry in sorted(index[number].items())}
             row = json.loads(files.pop("json", b"{}"))
-            row["images"] = [data for name, data in files.items() if name.split(".")[-1] in IMAGES]
+            row["images"] = [data for name, data in files.items() if name.split(".")[-1] not in OTHERS]
             texts = {name: data.decode() for name, data in files.items() if name in TEXT_FILES}
             return {**row, **texts}
         except (OSError, ValueError, TypeError) as error:
@@ -99,7 +113,8 @@ class TarRecords(Sequence[Record]):
         """The samples of each shard, where img2dataset noted them: `00000_stats.json` for `00000.tar`."""
         folder = self._fetched("*_stats.json")
         notes = [folder / f"{shard.removesuffix('.tar')}_stats.json" for shard in self.shards]
-        return [int(read_json(file)["successes"]) if file.is_file() else None for file in notes]
+        read = [read_json(file) if file.is_file() else None for file in notes]
+        return [note.get("successes") if isinstance(note, dict) else None for note in read]
 
     def _index(self, shard: int) -> list[dict[str, Entry]]:
         return self._future(shard).result()
@@ -114,7 +129,13 @@ class TarRecords(Sequence[Record]):
                     del self.indices[next(iter(self.indices))]
         if is_new:
             try:
-                future.set_result(index_of(self._file(shard)))
+                index = index_of(self._file(shard))
+                if len(index) > self.noted.get(shard, len(index)):
+                    raise UserError(
+                        f"{self.shards[shard]} has {len(index)} samples, its _stats.json says "
+                        f"{self.noted[shard]}: delete that file"
+                    )
+                future.set_result(index)
             except BaseException as error:  # raised by the future's `result()`
                 future.set_exception(error)
         return future
@@ -133,11 +154,14 @@ def index_of(path: Path) -> list[dict[str, Entry]]:
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a tar file: {reason_of(error)}") from None
     samples: dict[str, dict[str, Entry]] = {}
+    whole = path.stat().st_size
     for name, start, size in members:
         folder, file = PurePosixPath(name).parent, PurePosixPath(name).name
         key, _, ending = file.partition(".")
         if key and ending:
             samples.setdefault(f"{folder}/{key}", {})[ending.lower()] = (start, size)
+            if start + size > whole:  # the tar is cut off
+                del samples[f"{folder}/{key}"]
     return list(samples.values())
 
 
@@ -153,17 +177,35 @@ def _members(path: Path) -> list[tuple[str, int, int]]:
                 with tarfile.open(path, "r:") as tar:
                     return [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
             size = int(header[124:136].rstrip(b"\0 "), 8)
-            members.append((header[:100].rstrip(b"\0").decode(), position + 512, size))
+            name = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
+            members.append((name, position + 512, size))
             position += 512 + (size + 511) // 512 * 512
     if not members:
         raise tarfile.ReadError("no file in it, or not a tar")
     return members
 
 
-def shards_of(path: str) -> dict[str, list[str]]:
-    """Return the tars of a folder or of a data set on the Hub by split, relative to it."""
-    if is_hub_id(path):
-        files = ["/".join(file.split("/")[3:]) for file in dataset_files(path, "")[1]]
+def shards_of(path: str, subset: str) -> dict[str, list[str]]:
+    """Return the tars of a folder, or of a data set on the Hub, by split, relative to it.
+
+    `subset`: a folder in it, or "". Errors: `UserError` for tars beside tables, and for compressed tars.
+    """
+    if Path(path).is_file():
+        files = []
+    elif is_hub_id(path):
+        files = ["/".join(file.split("/")[3:]) for file in dataset_files(path, subset)[1]]
     else:
-        files = [file.relative_to(path).as_posix() for file in Path(path).rglob("*.tar")]
-    return by_split([file for file in files if file.endswith(".tar")], PurePosixPath())
+        files = [Path(file).relative_to(path).as_posix() for file in files_below(path)]
+        files = [file for file in files if file.startswith(f"{subset}/" if subset else "")]
+    shards = [file for file in files if file.endswith(".tar")]
+    notes = {shard.removesuffix(".tar") for shard in shards}  # img2dataset writes a table for each
+    tables = [
+        f for f in files if f.endswith((".parquet", ".csv", ".jsonl")) and f.rpartition(".")[0] not in notes
+    ]
+    if shards and tables:
+        raise UserError(f"{path} holds tars ({shards[0]}) and tables ({tables[0]}): give one of them")
+    if not shards and (compressed := next((f for f in files if f.endswith((".tar.gz", ".tgz"))), None)):
+        raise UserError(
+            f"{path}: {compressed} is compressed, and cannot be read in place: unpack it with gunzip"
+        )
+    return by_split(shards, PurePosixPath())

@@ -190,6 +190,8 @@ def test_training_by_names_alone(repos, tmp_path):
     train = [str(ROOT / "train_dual_tower.py"), "--cache_dir", "cache", "--data.sources", sources]
     train += ["--data.validation_images", "2", "--train.local_batch_size", "2", "--data.window", "8"]
     train += ["--train.global_batch_size", "2", "--train.log_every", "1"]
+    # While it warms up, no rate depends on the number of steps.
+    train += ["--train.schedule", "cosine", "--train.decay_share", "0.2"]
     with hub(repos | {"datasets/laion/tars": tmp_path / "tars"}) as address:
         there = partial(at_hub, str(address), str(tmp_path / "hf"))
         done = run_program([*train, "--output_dir", "run", "--max_steps", "2"], tmp_path, there)
@@ -257,17 +259,27 @@ def test_messages_whose_contents_are_texts_and_lists(tmp_path):
     ("spec", "message"),
     [
         ("hf={0}/nlphuji/flickr30k:split=trian", "has no split 'trian' .did you mean 'train'"),
-        ("hf={0}/lmms-lab/VQAv2", "no split to train on .it has: validation, test.: choose one, :split=NAME"),
+        ("hf={0}/lmms-lab/VQAv2", "no split to train on .it has: test, validation.: choose one, :split=NAME"),
         ("hf={0}/nlphuji/flickr30k:caption=texts", "has no column 'texts' .known: caption, filename, image"),
         ("hf={0}/nowhere/here", "neither a local file or folder nor a Hub id"),
         ("hf/ai3={0}/HuggingFaceM4/the_cauldron", "cannot be opened by `datasets`: .*ai3"),
-        ("hf={0}/notes.txt:images=text", "notes.txt has the columns text: map them with images, messages, "),
+        ("hf={0}/notes.txt", "notes.txt is no table that is read: .parquet, .arrow, .csv"),
+        ("hf={0}/notes.csv:images=text", "notes.csv has the columns text: map them with images, messages, "),
+        ("hf={0}/nlphuji/flickr30k:captions=text", ":captions= is no option .did you mean 'caption'"),
+        ("hf={0}/nlphuji/flickr30k:caption=a:caption=b", ":caption= is given twice"),
+        ("hf={0}/nlphuji/flickr30k:validation=train", "train would both train and validate"),
+        ("hf={0}/nlphuji/flickr30k,hf={0}/nlphuji/flickr30k/", "hf/ is listed twice"),
+        (
+            "tables={0}/nlphuji/flickr30k:split=train[:5]",
+            "a part of a split can be read of converted sets alone",
+        ),
         ("hf", "'hf' needs a path: hf=PATH"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(repos, spec, message):
     root = next(iter(repos.values())).parent.parent
     (root / "notes.txt").write_text("nothing\n")
+    (root / "notes.csv").write_text("text\na\n")
     with pytest.raises(UserError, match=message) as error:
         opened(spec.format(root))
     assert "\n" not in str(error.value)
@@ -332,8 +344,8 @@ def test_which_files_are_data_and_of_which_split():
     root = Path("/data/.hidden/set")
     splits = by_split([str(root / file) for file in files], root)
     assert {split: [str(Path(f).relative_to(root)) for f in found] for split, found in splits.items()} == {
-        "train": ["contest.parquet", "test/train.parquet", "train-0.parquet"],
-        "test": ["sub/test-00000-of-00001.parquet"],
+        "train": ["contest.parquet", "train-0.parquet"],
+        "test": ["sub/test-00000-of-00001.parquet", "test/train.parquet"],
         "validation": ["val2017/a.parquet"],
     }
     assert choose_splits(["train", "dev", "test"], "", "", "it") == ("train", "dev", ["test"])

@@ -160,7 +160,7 @@ def test_shards_without_notes_are_counted(tmp_path, go_to, capsys):
 def test_splits_and_hidden_files(tmp_path):
     for name in ("train/0.tar", "val/0.tar", "test/0.tar", ".cache/0.tar"):
         write_shard(tmp_path / name, range(8))
-    assert shards_of(str(tmp_path)) == {
+    assert shards_of(str(tmp_path), "") == {
         "test": ["test/0.tar"],
         "train": ["train/0.tar"],
         "validation": ["val/0.tar"],

@@ -71,9 +71,11 @@ def hashes_of(record: dict[str, Any]) -> tuple[int, ...]:
 
 def questions_of(record: dict[str, Any]) -> str:
     """Return all that the user says."""
+    if "interleaved" in record:  # of a page, all texts
+        return repr([part.get("text") for part in record["interleaved"]])
     try:
         conversations = conversations_of(record, "branch")
-    except (ConversationError, KeyError):  # an interleaved page
+    except ConversationError:
         return ""
     asked = {text_of(m) for messages in conversations for m in messages if m["role"] == "user"}
     return "\n".join(sorted(asked))

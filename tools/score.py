@@ -116,6 +116,8 @@ def main(argv: list[str]) -> None:
         if sum(len(images) for _, _, images, _ in waiting) >= args.batch:
             score_waiting()
     score_waiting()
+    if not rows:
+        raise UserError(f"{config.data.sources}: no record has both a readable image and a text")
     write_marks(Path(args.output), rows, "clip_score", sources)
     scores = np.array([row["clip_score"] for row in rows])
     quantiles = ", ".join(

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.errors import UserError
 
@@ -127,10 +127,11 @@ def refuse_pointer(path: Path, head: bytes | None = None) -> None:
         raise UserError(f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in its folder")
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a text file in UTF-8: from any Unicode encoding of JSON, and from gzip.
+@contextmanager
+def opened_text(path: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """Yield a text file, compressed by gzip or not, and its Unicode encoding.
 
-    Errors: `OSError`, `UserError` for a git-lfs pointer or a damaged gzip file.
+    Errors: `OSError`, `UserError` for a git-lfs pointer, a damaged gzip file, or damaged text.
     """
     with open(path, "rb") as file:
         is_gzip = file.read(len(GZIP)) == GZIP
@@ -138,14 +139,29 @@ def lines_of(path: Path) -> Iterator[bytes]:
         with gzip.open(path) if is_gzip else open(path, "rb") as file:
             head = file.read(len(POINTER))
             refuse_pointer(path, head)
-            encoding = json.detect_encoding(head)
-            file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
-            if encoding.startswith("utf-8"):
-                yield from file
-            else:
-                yield from (line.encode() for line in io.TextIOWrapper(file, encoding))
+            file.seek(0)
+            yield file, json.detect_encoding(head)
     except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
         raise UserError(f"{path} is a damaged gzip file: {problem}") from None
+
+
+def encoding_of(path: Path) -> str:
+    """Return the Unicode encoding of a text file. Errors: as of `opened_text`."""
+    with opened_text(path) as (_, encoding):
+        return encoding
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a text file in UTF-8. Errors: as of `opened_text`, `UserError` for damaged text."""
+    with opened_text(path) as (file, encoding):
+        file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+        if encoding.startswith("utf-8"):
+            yield from file
+            return
+        try:
+            yield from (line.encode() for line in io.TextIOWrapper(file, encoding))
+        except UnicodeError as problem:
+            raise UserError(f"{path} is damaged: {problem}") from None
 
 
 def read_json(path: Path, error: type[UserError] = UserError) -> Any:
