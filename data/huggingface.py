@@ -37,7 +37,9 @@ KINDS = {  # ending of a table → the reader of `datasets`
     ".jsonl": "json",
     ".ndjson": "json",
 }
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
+# Of a folder of images, and of a saved set: no tables of their own.
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
+METADATA |= {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 class Rows(NamedTuple):
@@ -183,10 +185,11 @@ def tables_of(path: str) -> dict[str, list[str]]:
     """Return the table files of a folder, or a file, by split. Errors: `UserError` for several kinds."""
     if Path(path).is_file():
         if _ending(path) not in KINDS:
-            raise UserError(f"{path} is no table that is read: {', '.join(KINDS)}")
+            tar = "; of a tar, give the folder" if path.endswith(".tar") else ""
+            raise UserError(f"{path} is no table that is read: {', '.join(KINDS)}{tar}")
         return {"train": [path]}
     files = [f for f in files_below(path) if _ending(f) in KINDS and Path(f).name not in METADATA]
-    splits = by_split([file for file in files if Path(file).name != "dataset_infos.json"], Path(path))
+    splits = by_split(files, Path(path))
     kinds = sorted({KINDS[_ending(file)] for names in splits.values() for file in names})
     if len(kinds) > 1:
         raise UserError(f"{path} holds files of several kinds ({', '.join(kinds)}): give one file or folder")

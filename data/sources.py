@@ -171,6 +171,7 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """
     training: list[Source] = []
     validation: list[Source] = []
+    opened: list[tuple[str, str, str, str]] = []
     specs = [
         (spec, subset)
         for spec in parse_sources(config.sources)
@@ -189,7 +190,10 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
         if short[name] > 1:  # two sets have sub-sets of that name, or one reader has two files
             name = f"{spec.name}/{subset}={spec.path}" if subset else f"{spec.name}={spec.path}"
             name += "".join(f":{key}={value}" for key, value in spec.options.items())
-        records, held_out, note = _open(spec, subset, name, memory, config.download)
+        records, held_out, note, split = _open(spec, subset, name, memory, config.download)
+        opened.append((spec.name, _same(spec.path), subset, split))
+        if split and opened.count(opened[-1]) > 1:  # each would hold out other rows than the other
+            raise UsageError(f"data.sources: {split} of {spec.path} is listed twice")
         subset_count = sum(other == spec for other, _ in specs)
         start = -(-config.validation_images // subset_count) if held_out is None else 0
         if len(records) <= start:
@@ -217,14 +221,17 @@ def _name(spec: Spec, subset: str) -> str:
     return subset or spec.name
 
 
-def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tuple[Any, Any, str]:
-    """Open a source: its records for training and validation (None: some of the former), and a note."""
+def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tuple[Any, Any, str, str]:
+    """Open a source.
+
+    Returns its training and validation records (None: some of the former), a note, and the split to train on.
+    """
     if spec.name not in SETS:
         listed, own_split = (
             SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))
         )
         random.Random(spec.name).shuffle(listed if own_split is None else own_split)
-        return InMemoryRecords(listed), own_split and InMemoryRecords(own_split), ""
+        return InMemoryRecords(listed), own_split and InMemoryRecords(own_split), "", ""
     columns = {word: column for word, column in spec.options.items() if word in COLUMNS}
     chosen = spec.options.get("split", ""), spec.options.get("validation", "")
     context = f"{spec.path}/{subset}" if subset else spec.path
@@ -255,4 +262,5 @@ def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tu
 
     note = f"{name}: trains on {split}, validates on {held_out or f'rows held out of {split}'}"
     note += f"; not read: {', '.join(left_out)}" if left_out else ""
-    return records(split), records(held_out) if held_out else None, note if len(names) > 1 else ""
+    held = records(held_out) if held_out else None
+    return records(split), held, note if len(names) > 1 else "", split

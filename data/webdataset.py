@@ -129,7 +129,7 @@ class TarRecords(Sequence[Record]):
                     del self.indices[next(iter(self.indices))]
         if is_new:
             try:
-                index = index_of(self._file(shard))
+                index = index_of(self._file(shard), shard in self.noted)
                 if len(index) > self.noted.get(shard, len(index)):
                     raise UserError(
                         f"{self.shards[shard]} has {len(index)} samples, its _stats.json says "
@@ -146,8 +146,11 @@ def _content(file: Any, start: int, size: int) -> bytes:
     return bytes(file.read(size))
 
 
-def index_of(path: Path) -> list[dict[str, Entry]]:
-    """Find the samples of a tar file: ending → where it is. Errors: `UserError`."""
+def index_of(path: Path, may_be_truncated: bool = False) -> list[dict[str, Entry]]:
+    """Find the samples of a tar file: ending → where it is. Errors: `UserError`.
+
+    The last sample of a truncated file is left out, if it `may_be_truncated`.
+    """
     try:
         refuse_pointer(path)
         members = _members(path)
@@ -160,7 +163,9 @@ def index_of(path: Path) -> list[dict[str, Entry]]:
         key, _, ending = file.partition(".")
         if key and ending:
             samples.setdefault(f"{folder}/{key}", {})[ending.lower()] = (start, size)
-            if start + size > whole:  # the tar is cut off
+            if start + size > whole:
+                if not may_be_truncated:
+                    raise UserError(f"{path} is truncated in {name}: fetch it again")
                 del samples[f"{folder}/{key}"]
     return list(samples.values())
 

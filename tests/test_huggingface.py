@@ -15,6 +15,7 @@ from data.conversations import CAPTION_PROMPT
 from data.images import open_image
 from data.sources import open_sources
 from data.splits import by_split, choose_splits
+from tests.conftest import dataset_of
 from tests.hub_server import hub
 from tests.programs import at_hub, run_program
 from tests.test_webdataset import write_shard
@@ -385,3 +386,133 @@ def test_paths_in_tables_start_at_their_file(tmp_path, spec):
         picture(i).save(tmp_path / "set" / "pictures" / f"{i}.png")
     (training,), _ = opened(spec.format(tmp_path / "set"))
     assert numbers([training.records[i] for i in range(ROWS)]) == list(range(ROWS))
+
+
+def save(path: Path, first: int, rows: int = 3) -> None:
+    """Questions about pictures, in the form that the ending asks for; the pictures lie beside the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = range(first, first + rows)
+    if path.suffix == ".parquet":
+        vqa(first).select(range(rows)).to_parquet(path)
+        return
+    (path.parent / "images").mkdir(exist_ok=True)
+    lines = []
+    for n in numbers:
+        picture(n).save(path.parent / "images" / f"{n - first}.png")
+        lines.append({"image": f"images/{n - first}.png", "question": f"what {n}?", "answer": f"it is {n}"})
+    if path.suffix == ".csv":
+        rows_of = [",".join(lines[0]), *(",".join(line.values()) for line in lines)]
+        path.write_text("\n".join(rows_of))
+    else:
+        path.write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize("reader", ["hf", "tables"])
+@pytest.mark.parametrize(
+    ("files", "trained"),
+    [
+        ({"train2014/0": 0, "val2014/0": 3, "test2015/0": 6}, [0, 1, 2]),
+        ({"data/train-0": 0, "data/testA-0": 3, "data/testmini-0": 6}, [0, 1, 2]),
+        ({"train": 0, "extra/0": 3}, [0, 1, 2, 3, 4, 5]),  # no file is lost
+        ({"data/train-0": 0, "ai2d/train-0": 3}, [0, 1, 2, 3, 4, 5]),
+        ({"train-0": 0, "more": 3}, [0, 1, 2, 3, 4, 5]),
+        ({"test/train-0": 3, "train/train-0": 0, "heldout": 6}, [0, 1, 2]),
+    ],
+)
+def test_folders_as_users_have_them(tmp_path, reader, files, trained):
+    for name, first in files.items():
+        save(tmp_path / "set" / f"{name}.parquet", first)
+    (training,), (validation,) = opened(f"{reader}={tmp_path}/set", validation_images=1)
+    own = numbers([training.records[i] for i in range(len(training.records))])
+    assert own == trained and set(numbers(records_of(validation))) <= set(range(6))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_each_file_has_its_own_folder(tmp_path, ending):
+    """A table beside its pictures is a table; tables in two folders have each their own pictures."""
+    save(tmp_path / "set" / f"data.{ending}", 0)
+    (training,), _ = opened(f"hf={tmp_path}/set", validation_images=1)
+    for record in (training.records[i] for i in range(3)):
+        check("", record)
+    for n, name in enumerate("ab"):
+        save(tmp_path / "two" / name / f"train.{ending}", n * 3)
+    (training,), _ = opened(f"hf={tmp_path}/two", validation_images=1)
+    records = [training.records[i] for i in range(6)]
+    assert numbers(records) == list(range(6))
+    for record in records:
+        check("", record)
+    configs = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a/*." + ending
+    (tmp_path / "two" / "README.md").write_text(
+        f"---\n{configs}\n  - split: train_b\n    path: b/*.{ending}\n---\n"
+    )
+    (training,), _ = opened(f"hf={tmp_path}/two:split=train_b", validation_images=1)
+    assert numbers([training.records[i] for i in range(3)]) == [3, 4, 5]
+
+
+def test_values_of_csv_are_as_they_are_written(tmp_path):
+    answers = ["007", "1", "", "True", "None", "2.50", "2020-01-01"]
+    lines = ["image,question,answer", *(f"{n}.png,what?,{answer}" for n, answer in enumerate(answers))]
+    for encoding in ("utf-8", "utf-16", "utf-8-sig"):
+        (tmp_path / "x.csv").write_text("\n".join(lines), encoding=encoding)
+        (training,), _ = opened(f"hf={tmp_path}/x.csv", validation_images=1)
+        records = [training.records[i] for i in range(len(answers))]
+        assert {Path(r["images"][0]).stem: r["texts"][0]["assistant"] for r in records} == {
+            str(n): answer for n, answer in enumerate(answers)
+        }
+
+
+def test_names_of_classes_and_choices(tmp_path):
+    rows = {
+        "image": [picture(n) for n in range(4)],
+        "label": [0, 1, 1, 0],
+        "question": ["which?"] * 4,
+        "choices": [["red", "blue"]] * 4,
+        "answer": [1, 0, 1, 0],
+    }
+    table = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
+    table.save_to_disk(tmp_path / "set")
+    (training,), _ = opened(f"hf={tmp_path}/set:caption=label", validation_images=1)
+    texts = {number_of(r): r["texts"][0]["assistant"] for r in (training.records[i] for i in range(4))}
+    assert texts == {0: "cat", 1: "dog", 2: "dog", 3: "cat"}
+    (training,), _ = opened(f"hf={tmp_path}/set", validation_images=1)
+    pairs = {number_of(r): r["texts"][0] for r in (training.records[i] for i in range(4))}
+    assert pairs[0] == {"user": "which?\nChoices: red; blue", "assistant": "blue"}
+    assert pairs[1]["assistant"] == "red"
+    (half,), _ = opened(f"hf={tmp_path}/set:split=train[:50%]", validation_images=1)
+    assert len(half.records) == 2  # also of a saved set
+
+
+def number_of(record: dict) -> int:
+    return numbers([record])[0]
+
+
+def test_a_caption_without_a_picture_is_dropped(tmp_path, renderer):
+    rows = {"images": [[picture(0)], [], [picture(2)]], "caption": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    (training,), _ = opened(f"hf={tmp_path}/set", validation_images=1)
+    data = dataset_of([training.records[i] for i in range(3)], renderer)
+    assert sum(len(data.samples(0, n, True)) for n in range(3)) == 2
+    assert dict(data.dropped) == {("test", "image_missing"): 1}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow", "csv", "json", "jsonl"])
+def test_pointers_and_several_kinds_are_named(tmp_path, ending):
+    (tmp_path / f"train.{ending}").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+    )
+    with pytest.raises(UserError, match=f"train.{ending} is a git-lfs pointer"):
+        opened(f"hf={tmp_path}")
+    (tmp_path / ("more.csv" if "json" in ending else "more.json")).write_text("a")
+    with pytest.raises(UserError, match="holds files of several kinds .*: give one file or folder"):
+        opened(f"hf={tmp_path}")
+
+
+def test_no_row_is_held_out_and_trained(repos):
+    folder = repos["datasets/nlphuji/flickr30k"]
+    for sources in (f"hf={folder},hf={folder}:split=train", f"hf={folder},hf={folder}/"):
+        with pytest.raises(UserError, match="is listed twice"):
+            opened(sources)
+    (training,), (validation,) = opened(
+        f"hf={folder}:split=train[4:]:validation=train[:4]", validation_images=9
+    )
+    assert sorted(numbers(records_of(training)) + numbers(records_of(validation))) == list(range(ROWS))

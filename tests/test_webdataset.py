@@ -218,3 +218,47 @@ def test_workers_change_nothing(laion, tmp_path, renderer, monkeypatch, form):
         loader.close()
     for one, other in zip(*batches, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_does_not_fit_together_is_named(tmp_path):
+    for shard in range(2):
+        write_shard(
+            tmp_path / "set" / f"{'de' if shard else 'en'}" / "0.tar", range(shard * 4, shard * 4 + 4)
+        )
+    for shard, name in enumerate(("en", "de")):
+        (training,), _ = open_sources(DataConfig(sources=f"hf/{name}={tmp_path}/set", validation_images=1))
+        assert [number_of(training.records[i]) for i in range(4)] == list(range(shard * 4, shard * 4 + 4))
+    (tmp_path / "set" / "en" / "0_stats.json").write_text('{"successes": 3}')
+    records = opened(tmp_path / "set")[0].records
+    with pytest.raises(UserError, match="en/0.tar has 4 samples, its _stats.json says 3: delete that file"):
+        records[6]  # it is read when it is due
+    for notes in ("[]", "{}"):  # of another program
+        (tmp_path / "set" / "en" / "0_stats.json").write_text(notes)
+        assert len(opened(tmp_path / "set")[0].records) == 8
+    (tmp_path / "set" / "0.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="holds tars .en/0.tar. and tables .0.parquet.: give one of them"):
+        opened(tmp_path / "set")
+    write_shard(tmp_path / "cut" / "0.tar", range(8), notes=False)
+    whole = (tmp_path / "cut" / "0.tar").read_bytes()
+    end = whole.index(b"it is 7") + 4
+    (tmp_path / "cut" / "0.tar").write_bytes(whole[:end])
+    with pytest.raises(UserError, match="0.tar is truncated in 000000007.txt: fetch it again"):
+        opened(tmp_path / "cut")
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "0.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="0.tar.gz is compressed"):
+        opened(tmp_path / "gz")
+
+
+def test_columns_come_from_more_than_the_first_sample(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n, caption in enumerate(("{", '{"caption": "it is 1"}', '{"caption": null}', "{}")):
+            add(tar, f"{n}.jfif", png(n))
+            add(tar, f"{n}.txt", f"it is {n}".encode())
+            add(tar, f"{n}.json", caption.encode())
+    training, _ = opened(tmp_path, validation_images=1)
+    for n in (1, 2, 3):
+        record = training.records[n]
+        assert record["references"] == [f"it is {n}"] and number_of(record) == n
+    with pytest.raises(UnreadableBlock, match="sample 0 of 0.tar"):
+        training.records[0]
