@@ -236,7 +236,7 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         (tmp_path / "set" / "en" / "0_stats.json").write_text(notes)
         assert len(opened(tmp_path / "set")[0].records) == 8
     (tmp_path / "set" / "0.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="holds tars .en/0.tar. and tables .0.parquet.: give one of them"):
+    with pytest.raises(UserError, match="holds tars .de/0.tar. and tables .0.parquet.: give one of them"):
         opened(tmp_path / "set")
     write_shard(tmp_path / "cut" / "0.tar", range(8), notes=False)
     whole = (tmp_path / "cut" / "0.tar").read_bytes()
