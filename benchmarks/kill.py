@@ -2,8 +2,9 @@
 
   python -m benchmarks.kill --times 20
   python -m benchmarks.kill --times 20 --ranks 2 --parallel fsdp
+  python -m benchmarks.kill --times 20 --sources hf=FOLDER
 
-A tiny dual tower trains on easy-VQA and saves a checkpoint after every step. All its processes get SIGKILL at
+A tiny dual tower trains on easy-VQA, or other `--sources`, and saves a checkpoint after every step. All its processes get SIGKILL at
 random moments, while loading or in their first steps; then `--resume auto` continues. The exit code is 1 if
 anything differs.
 
@@ -59,7 +60,7 @@ TIMES = (
 )
 
 
-def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
+def command(folder: Path, steps: int, ranks: int, parallel: str, sources: str) -> list[str]:
     start = (
         [sys.executable]
         if ranks == 1
@@ -72,6 +73,8 @@ def command(folder: Path, steps: int, ranks: int, parallel: str) -> list[str]:
     )
     flags = [part for setting in settings for part in ("--" + setting.split("=")[0], setting.split("=")[1])]
     run = [
+        "--data.sources",
+        sources,
         "--max_steps",
         str(steps),
         "--output_dir",
@@ -117,11 +120,12 @@ def results_of(run: Path) -> tuple[list[dict[str, Any]], str]:
     return metrics, hashlib.sha256(weights).hexdigest()
 
 
-def whole(folder: Path, steps: int, ranks: int, parallel: str) -> float:
+def whole(folder: Path, args: argparse.Namespace) -> float:
     """The run without kills → seconds until its first step."""
     folder.mkdir()
     started = time.monotonic()
-    process = Process(command(folder, steps, ranks, parallel), folder / "log.txt")
+    run = command(folder, args.steps, args.ranks, args.parallel, args.sources)
+    process = Process(run, folder / "log.txt")
     metrics = folder / "run" / "metrics.jsonl"
     while process.popen.poll() is None and not metrics.exists():
         time.sleep(0.02)
@@ -145,14 +149,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sources", default="easy_vqa", help="--data.sources of the runs")
     args = parser.parse_args(argv)
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("whole", "killed")]
-        start = whole(folders[0], args.steps, args.ranks, args.parallel)
+        start = whole(folders[0], args)
         print(f"the whole run: {args.steps} steps, the first after {start:.1f} s", flush=True)
         folders[1].mkdir()
-        run = [*command(folders[1], args.steps, args.ranks, args.parallel), "--resume", "auto"]
+        run = command(folders[1], args.steps, args.ranks, args.parallel, args.sources)
+        run += ["--resume", "auto"]
         metrics, checkpoints = folders[1] / "run" / "metrics.jsonl", folders[1] / "run" / "checkpoints"
         in_save = 0
         for number in range(1, args.times + 1):
