@@ -361,3 +361,12 @@ def test_impossible_tasks_are_reported_before_training(tmp_path):
         TrainingTasks(EvalConfig(tasks="mmstr"))
     with pytest.raises(UserError, match="nowhere"):
         TrainingTasks(EvalConfig(tasks="questions:jsonl=nowhere.jsonl"))
+
+
+def test_a_wrong_image_folder_is_named(renderer):
+    """One count would not tell a user where the program looked."""
+    records = [{"images": ["/nowhere/cat.png"], "texts": [{"user": "a", "assistant": "b"}]}] * 2
+    dataset, padding = dataset_of(records, renderer), renderer.tokenizer.global_image
+    message = "none of the 2 validation records can be used: test: image_missing 2 "
+    with pytest.raises(UserError, match=message + r"\(record 0: /nowhere/cat.png does not exist\)"):
+        Validation(dataset, Budget(64, 128, 5), 2, padding)
