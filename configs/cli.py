@@ -153,4 +153,10 @@ def resolve(
     flags = vars(parser.parse(argv))
     flags |= {"config": base.config} if "config" in flags else {}  # the file's spelling
     flags.pop("debug", None)
-    return override(base, flags), flags
+    config = override(base, flags)
+    if "train.decay_share" in flags and config.train.schedule == "cosine":
+        raise UsageError(
+            "--train.decay_share is of the schedule wsd, and train.schedule is cosine: "
+            "give --train.schedule wsd, or leave it out"
+        )
+    return config, flags

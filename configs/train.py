@@ -192,11 +192,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UsageError(f"train.device = {self.device!r} is none of auto, cpu, cuda, mps")
-        if self.schedule == "cosine" and self.decay_share != TrainConfig.decay_share:
-            raise UsageError(
-                f"train.decay_share = {self.decay_share} is of the schedule wsd, and train.schedule is "
-                "cosine: give --train.schedule wsd, or leave it out"
-            )
 
     @property
     def micro_batches(self) -> int:

@@ -441,7 +441,7 @@ ERRORS = [
         "is not a multiple of train.local_batch_size = 7 rows of a forward",
     ),
     ("train_dual_tower.py", ["--train.rows", "7"], 2, "did you mean '--train.local_batch_size'?"),
-    ("train_dual_tower.py", ["--data.filters.duplicates"], 2, "(removed: leave out near-duplicate images"),
+    ("train_dual_tower.py", ["--data.filters.duplicates"], 2, "(removed: python -m tools.duplicates marks"),
     (
         "generate.py",
         ["--checkpoint", "x", "--prompt", "x", "--draft_width", "4"],

@@ -192,7 +192,7 @@ def test_training_by_names_alone(repos, tmp_path):
     train += ["--data.validation_images", "2", "--train.local_batch_size", "2", "--data.window", "8"]
     train += ["--train.global_batch_size", "2", "--train.log_every", "1"]
     # While it warms up, no rate depends on the number of steps.
-    train += ["--train.schedule", "cosine", "--train.decay_share", "0.2"]
+    train += ["--train.schedule", "cosine"]
     with hub(repos | {"datasets/laion/tars": tmp_path / "tars"}) as address:
         there = partial(at_hub, str(address), str(tmp_path / "hf"))
         done = run_program([*train, "--output_dir", "run", "--max_steps", "2"], tmp_path, there)

@@ -75,6 +75,7 @@ class Batches:
     def load_state(self, states): pass
     def sources(self): return []
     def dropped(self): return Counter()
+    def examples(self): return {}
     def samples(self): return []
     def close(self): pass
 

@@ -1044,7 +1044,7 @@ def test_parts_warm_up_for_their_own_number_of_steps(tokenizer, batches):
     [
         {"warmup_left": -2},
         {"decay_share": 0.0},
-        {"decay_share": 0.5},
+        {"decay_share": 0.5, "schedule": "cosine"},
         {"decay_share": 1.5},
         {"final_lr": -0.1},
         {"schedule": "linear"},
