@@ -105,6 +105,10 @@ class HuggingFaceSet:
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
+        if config and not is_hub_id(path) and not _has_configurations(path):  # then it is a folder
+            if not (Path(path) / config).is_dir():
+                raise UserError(f"{path} has neither a configuration nor a folder '{config}'")
+            path = str(Path(path) / config)
         self.path = path
         self.splits: dict[str, list[Rows]] = {}
         if _is_saved(path):

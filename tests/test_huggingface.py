@@ -263,6 +263,7 @@ def test_messages_whose_contents_are_texts_and_lists(tmp_path):
         ("hf={0}/lmms-lab/VQAv2", "no split to train on .it has: test, validation.: choose one, :split=NAME"),
         ("hf={0}/nlphuji/flickr30k:caption=texts", "has no column 'texts' .known: caption, filename, image"),
         ("hf={0}/nowhere/here", "neither a local file or folder nor a Hub id"),
+        ("hf/flickr3={0}/nlphuji", "nlphuji has neither a configuration nor a folder 'flickr3'"),
         ("hf/ai3={0}/HuggingFaceM4/the_cauldron", "cannot be opened by `datasets`: .*ai3"),
         ("hf={0}/notes.txt", "notes.txt is no table that is read: .parquet, .arrow, .csv"),
         ("hf={0}/notes.csv:images=text", "notes.csv has the columns text: map them with images, messages, "),
