@@ -5,8 +5,8 @@
   python -m benchmarks.kill --times 20 --sources hf=FOLDER
 
 A tiny dual tower trains on easy-VQA, or on `--sources`, and saves a checkpoint after every step. All its
-processes get SIGKILL at random moments, while loading or in their first steps; then `--resume auto` continues.
-The exit code is 1 if anything differs.
+processes get SIGKILL at random moments, while loading or in their first steps; then `--resume auto`
+continues. The exit code is 1 if anything differs.
 
 Compared are all numbers of metrics.jsonl that are no times or memory (losses, gradient norms, learning rates,
 supervised tokens of each step, validation), and the bytes of the exported weights. Equal losses at every step
