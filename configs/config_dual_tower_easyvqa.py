@@ -19,7 +19,7 @@ DECODER = DecoderConfig(
 )
 
 CONFIG = Config(
-    max_steps=1400,
+    max_steps=1150,
     model=ModelConfig(
         vision=VisionConfig(
             name="tf_efficientnet_lite0",
