@@ -1,7 +1,8 @@
 """CLIP scores and duplicate marks of training records, from `tools.score` and `tools.duplicates`.
 
 A file is Parquet with one row per marked record: its "source", its number there ("record"), and its
-"clip_score" or the record that it is a "duplicate_of"."""
+"clip_score" or the record that it is a "duplicate_of".
+"""
 
 import hashlib
 import json

@@ -225,9 +225,11 @@ def _check_disk(path: str, files: list[str], builder: Any) -> None:
         from huggingface_hub import HfApi
 
         repo, _, revision = path.partition("@")
-        info = HfApi().dataset_info(repo, revision=revision or None, files_metadata=True)
+        info = _reading(
+            path, lambda: HfApi().dataset_info(repo, revision=revision or None, files_metadata=True)
+        )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        size = 2 * sum(n for file, n in sizes.items() if any(name.endswith("/" + file) for name in files))
+        size = 2 * sum(sizes.get(re.sub("^hf://datasets/[^/]+/[^/]+/", "", name), 0) for name in files)
     else:  # images of a folder are not copied, only their paths
         tables = [Path(file) for file in files if _ending(file) in KINDS and Path(file).exists()]
         size = sum(file.stat().st_size * (10 if file.suffix == ".gz" else 1) for file in tables)

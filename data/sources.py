@@ -179,21 +179,16 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     ]
     memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
     short = Counter(_name(spec, subset) for spec, subset in specs)
-    for number, (spec, subset) in enumerate(specs):
-        if any(
-            (other.name, _same(other.path), other.options, part)
-            == (spec.name, _same(spec.path), spec.options, subset)
-            for other, part in specs[:number]
-        ):
-            raise UsageError(f"data.sources: {spec.name}/{subset} is listed twice")
+    for spec, subset in specs:
         name = _name(spec, subset)
         if short[name] > 1:  # two sets have sub-sets of that name, or one reader has two files
             name = f"{spec.name}/{subset}={spec.path}" if subset else f"{spec.name}={spec.path}"
             name += "".join(f":{key}={value}" for key, value in spec.options.items())
         records, held_out, note, split = _open(spec, subset, name, memory, config.download)
-        opened.append((spec.name, _same(spec.path), subset, split))
-        if split and opened.count(opened[-1]) > 1:  # each would hold out other rows than the other
-            raise UsageError(f"data.sources: {split} of {spec.path} is listed twice")
+        this = spec.name, os.path.normpath(spec.path), subset, split
+        if this in opened:  # each would hold out other rows than the other
+            raise UsageError(f"data.sources: {spec.name}{'/' + subset if subset else ''} is listed twice")
+        opened.append(this)
         subset_count = sum(other == spec for other, _ in specs)
         start = -(-config.validation_images // subset_count) if held_out is None else 0
         if len(records) <= start:
@@ -208,11 +203,6 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
         else:
             validation.append(Source(name, held_out, 0, min(config.validation_images, len(held_out))))
     return training, validation
-
-
-def _same(path: str) -> str:
-    """One form of a path, however it is written."""
-    return os.path.normpath(path)
 
 
 def _name(spec: Spec, subset: str) -> str:

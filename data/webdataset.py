@@ -2,7 +2,8 @@
 
 Files with the same name before the first dot form one sample: `000017.jpg`, `000017.txt`, `000017.json`.
 Its columns are `images`, the endings of its texts, and the keys of its JSON. Nothing is unpacked: an index
-says where a shard's files are."""
+says where a shard's files are.
+"""
 
 import json
 import os
@@ -31,6 +32,7 @@ FIRST = 32  # samples whose columns are looked at
 TEXT_FILES = ("txt", "text", "caption")
 OTHERS = (*TEXT_FILES, "json", "cls", "npy", "npz", "pth", "pkl", "csv", "html", "mp3", "wav", "mp4", "url")
 Entry = tuple[int, int]  # where a file begins in its tar, and its size
+Index = list[dict[str, Entry]]  # of each sample: ending → entry
 
 
 class TarRecords(Sequence[Record]):
@@ -39,14 +41,13 @@ class TarRecords(Sequence[Record]):
     def __init__(self, name: str, path: str, shards: list[str], given: dict[str, str]) -> None:
         """`path`: a folder or a data set on the Hub; `shards`: tars in it; `given`: as in `columns_of`."""
         self.name, self.path, self.shards = name, path, shards
-        self.indices: dict[int, Future[list[dict[str, Entry]]]] = {}  # of the shards that were used last
+        # Local file and index of the shards that were used last.
+        self.indices: dict[int, Future[tuple[Path, Index]]] = {}
         self.lock = threading.Lock()
-        self.noted: dict[int, int] = {}
-        noted = self._noted()
-        self.noted = {shard: count for shard, count in enumerate(noted) if count is not None}
-        if is_hub_id(path) and None in noted and os.environ.get("RANK", "0") == "0":
-            print(f"{path}: {noted.count(None):,} shards without *_stats.json are fetched to be counted")
-        counts = [len(self._index(n)) if count is None else count for n, count in enumerate(noted)]
+        self.noted = self._noted()
+        if is_hub_id(path) and None in self.noted and os.environ.get("RANK", "0") == "0":
+            print(f"{path}: {self.noted.count(None):,} shards without *_stats.json are fetched to be counted")
+        counts = [len(self._index(n)[1]) if count is None else count for n, count in enumerate(self.noted)]
         self.ends = list(accumulate(counts))
         first = next((n for n, count in enumerate(counts) if count), None)
         if first is None:
@@ -77,7 +78,7 @@ class TarRecords(Sequence[Record]):
     def _keys(self, shard: int) -> list[str]:
         """The columns of the first samples that can be read. Errors: `UserError` if none can."""
         keys: dict[str, None] = {}
-        for number in range(min(FIRST, len(self._index(shard)))):
+        for number in range(min(FIRST, len(self._index(shard)[1]))):
             with suppress(UnreadableBlock):
                 keys |= dict.fromkeys(self._row(shard, number))
         if not keys:
@@ -86,11 +87,11 @@ class TarRecords(Sequence[Record]):
 
     def _row(self, shard: int, number: int) -> dict[str, Any]:
         """Read the files of a sample."""
-        index = self._index(shard)
+        path, index = self._index(shard)
         if number >= len(index):
             raise UnreadableBlock(f"{self.shards[shard]} has {len(index)} samples, not {number + 1}")
         try:
-            with open(self._file(shard), "rb") as file:
+            with open(path, "rb") as file:
                 files = {ending: _content(file, *entry) for ending, entry in sorted(index[number].items())}
             row = json.loads(files.pop("json", b"{}"))
             row["images"] = [data for name, data in files.items() if name.split(".")[-1] not in OTHERS]
@@ -98,10 +99,6 @@ class TarRecords(Sequence[Record]):
             return {**row, **texts}
         except (OSError, ValueError, TypeError) as error:
             raise UnreadableBlock(f"sample {number} of {self.shards[shard]}: {reason_of(error)}") from None
-
-    def _file(self, shard: int) -> Path:
-        name = self.shards[shard]
-        return self._fetched(name) / name
 
     def _fetched(self, pattern: str) -> Path:
         """The folder with the files of that pattern."""
@@ -114,12 +111,13 @@ class TarRecords(Sequence[Record]):
         folder = self._fetched("*_stats.json")
         notes = [folder / f"{shard.removesuffix('.tar')}_stats.json" for shard in self.shards]
         read = [read_json(file) if file.is_file() else None for file in notes]
-        return [note.get("successes") if isinstance(note, dict) else None for note in read]
+        counts = [note.get("successes") if isinstance(note, dict) else None for note in read]
+        return [count if isinstance(count, int) else None for count in counts]
 
-    def _index(self, shard: int) -> list[dict[str, Entry]]:
+    def _index(self, shard: int) -> tuple[Path, Index]:
         return self._future(shard).result()
 
-    def _future(self, shard: int) -> Future[list[dict[str, Entry]]]:
+    def _future(self, shard: int) -> Future[tuple[Path, Index]]:
         """Index a shard once, whichever thread needs it first."""
         with self.lock:
             future, is_new = self.indices.get(shard), shard not in self.indices
@@ -129,13 +127,14 @@ class TarRecords(Sequence[Record]):
                     del self.indices[next(iter(self.indices))]
         if is_new:
             try:
-                index = index_of(self._file(shard), shard in self.noted)
-                if len(index) > self.noted.get(shard, len(index)):
+                name, noted = self.shards[shard], self.noted[shard]
+                path = self._fetched(name) / name
+                index = index_of(path, noted is not None)
+                if noted is not None and len(index) > noted:
                     raise UserError(
-                        f"{self.shards[shard]} has {len(index)} samples, its _stats.json says "
-                        f"{self.noted[shard]}: delete that file"
+                        f"{name} has {len(index)} samples, its _stats.json says {noted}: delete that file"
                     )
-                future.set_result(index)
+                future.set_result((path, index))
             except BaseException as error:  # raised by the future's `result()`
                 future.set_exception(error)
         return future
@@ -146,7 +145,7 @@ def _content(file: Any, start: int, size: int) -> bytes:
     return bytes(file.read(size))
 
 
-def index_of(path: Path, may_be_truncated: bool = False) -> list[dict[str, Entry]]:
+def index_of(path: Path, may_be_truncated: bool = False) -> Index:
     """Find the samples of a tar file: ending → where it is. Errors: `UserError`.
 
     The last sample of a truncated file is left out, if it `may_be_truncated`.

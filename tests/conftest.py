@@ -35,6 +35,16 @@ TINY = DecoderConfig(
     rope_theta=10000.0,
     max_positions=256,
 )
+TINY_CLIP = {  # a configuration of open_clip, with a timm encoder
+    "embed_dim": 16,
+    "vision_cfg": {
+        "timm_model_name": "test_vit",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 160,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 TINY_MODEL = ModelConfig(
     vision=VisionConfig("test_efficientnet", "random", level=3, image_size=64, grid=4),
     projector=ProjectorConfig(pixel_shuffle=2, norm=True),

@@ -16,7 +16,7 @@ from data.curation import Marks, write_marks
 from data.datasets import SampleDataset
 from data.mixture import InMemoryRecords, Source
 from data.sources import open_sources
-from tests.conftest import TINY_MODEL, lively_model
+from tests.conftest import TINY_CLIP, TINY_MODEL, lively_model
 from tools import duplicates, recaption, score
 from utils.errors import UsageError, UserError
 
@@ -58,27 +58,15 @@ def clip(tmp_path) -> Path:
     """A tiny CLIP model with open_clip's own files."""
     import open_clip
 
-    model_config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "timm_model_name": "test_vit",
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": 160,
-        },
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
     folder = tmp_path / "clip"
     folder.mkdir()
     torch.manual_seed(0)
     factory = importlib.import_module("open_clip.factory")
-    factory._MODEL_CONFIGS["tiny_clip"] = model_config
+    factory._MODEL_CONFIGS["tiny_clip"] = TINY_CLIP
     model = open_clip.create_model("tiny_clip")
     del factory._MODEL_CONFIGS["tiny_clip"]
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": model_config, "preprocess_cfg": {}})
-    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": {}}))
     return folder
 
 

@@ -270,7 +270,7 @@ def test_messages_whose_contents_are_texts_and_lists(tmp_path):
         ("hf={0}/nlphuji/flickr30k:captions=text", ":captions= is no option .did you mean 'caption'"),
         ("hf={0}/nlphuji/flickr30k:caption=a:caption=b", ":caption= is given twice"),
         ("hf={0}/nlphuji/flickr30k:validation=train", "train would both train and validate"),
-        ("hf={0}/nlphuji/flickr30k,hf={0}/nlphuji/flickr30k/", "hf/ is listed twice"),
+        ("hf={0}/nlphuji/flickr30k,hf={0}/nlphuji/flickr30k/", "hf is listed twice"),
         (
             "tables={0}/nlphuji/flickr30k:split=train[:5]",
             "a part of a split can be read of converted sets alone",

@@ -17,7 +17,7 @@ from models.dual_tower.dual_tower import DualTowerVLM
 from models.vision_encoder import VisionEncoder, resolve_vision
 from models.weights.tensors import load_tensors
 from models.weights.vision import load_vision_weights
-from tests.conftest import TINY_MODEL, lively_model, random_tiles, to_format_3
+from tests.conftest import TINY_CLIP, TINY_MODEL, lively_model, random_tiles, to_format_3
 from tests.naive_dual_tower import Naive
 from utils.errors import UsageError, UserError
 
@@ -403,17 +403,7 @@ def test_an_encoder_that_open_clip_trained(tmp_path, restored_clip_configs):
     """A timm trunk in a CLIP model, trained for some steps, in a checkpoint as open_clip writes it."""
     import open_clip
 
-    clip_config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "timm_model_name": "test_vit",
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": 160,
-        },
-        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "tiny_clip.json").write_text(json.dumps(clip_config))
+    (tmp_path / "tiny_clip.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path)
     torch.manual_seed(0)
     clip = open_clip.create_model("tiny_clip").train()

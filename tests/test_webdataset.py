@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from configs.train import DataConfig
+from data import webdataset
 from data.datasets import SampleDataset, SampleStream
 from data.images import open_image
 from data.loader import Loader
@@ -129,8 +130,14 @@ def stream_of(training, renderer) -> SampleStream:
     return SampleStream(dataset, Mixture([training], 0))
 
 
-def test_from_the_hub_shard_by_shard_and_resumed(laion, renderer, go_to):
-    """A shard is fetched when it is due; a stream that is resumed goes on with the same samples."""
+def test_from_the_hub_shard_by_shard_and_resumed(laion, renderer, go_to, monkeypatch):
+    """A shard is fetched when it is due, once; a stream that is resumed goes on with the same samples."""
+    fetched: Counter = Counter()
+    fetch = webdataset.fetch
+    counted = lambda path, patterns, *more, **given: (  # noqa: E731
+        fetched.update(patterns) or fetch(path, patterns, *more, **given)
+    )
+    monkeypatch.setattr(webdataset, "fetch", counted)
     with hub({"datasets/org/laion": laion}) as address:
         go_to(str(address))
         training, _ = opened("org/laion")
@@ -139,7 +146,7 @@ def test_from_the_hub_shard_by_shard_and_resumed(laion, renderer, go_to):
         stream = stream_of(training, renderer)
         stream.dataset.sources[0].records.prefetch = lambda index: None
         keys = [sample.key for sample in islice(stream, 8)]
-        assert len(tars()) < 6
+        assert len(tars()) < 6 and set(fetched.values()) == {1}
         again = stream_of(opened("org/laion")[0], renderer)
         again.load_state(json.loads(json.dumps(stream.state())))
         rest, same = ([sample.key for sample in islice(s, 40)] for s in (stream, again))
