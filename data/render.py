@@ -12,13 +12,11 @@ the image is split into tiles, each tile follows with its `row r, column c` mark
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 
-from configs.model import MAX_GRID, Vocabulary
+from configs.model import Vocabulary
 from data.conversations import Conversation, Part
 from data.images import Grid
 from data.tokenizer import IMAGE, TEXT_MARK, Tokenizer
@@ -69,8 +67,6 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int, left_context: str = "image") -> None:
         self.tokenizer, self.tokens_per_tile, self.left_context = tokenizer, tokens_per_tile, left_context
-        self.special_ids = frozenset(tokenizer.special.values())
-        self._encode_head = lru_cache(1024)(tokenizer.encode_rendered)
 
     @property
     def left_unit(self) -> int:
@@ -79,16 +75,7 @@ class Renderer:
 
     def image_block(self, grid: Grid = (1, 1)) -> list[int]:
         """Return the token ids of one image, split into `grid` = (rows, columns) tiles."""
-        markers = [self.tokenizer.global_image]
-        if grid != (1, 1):
-            markers += [
-                self.tokenizer.tile_markers[row * MAX_GRID + column]
-                for row in range(grid[0])
-                for column in range(grid[1])
-            ]
-        return [
-            token for marker in markers for token in (marker, *[self.tokenizer.image] * self.tokens_per_tile)
-        ]
+        return self.tokenizer.image_block(grid, self.tokens_per_tile)
 
     def conversation(self, messages: Conversation, grids: Sequence[Grid] = ()) -> Document:
         """Render a whole conversation, for training: what the assistant says is supervised.
@@ -207,24 +194,15 @@ class Renderer:
     def _assistant_turns(self, messages: Conversation, text: str, ids: list[int]) -> list[tuple[int, int]]:
         """Start and end, in `ids`, of each of the assistant's turns: content and the token that ends it.
 
-        A turn begins behind the header that asks for it. Special tokens tell where in `ids`: contents hold
-        none, so the n-th of `text` is the n-th of `ids`. Errors: `UsageError` for an answer to no message.
+        A turn begins behind the header that asks for it. Errors: `UsageError` for an answer to no message.
         """
-        special = [i for i, token in enumerate(ids) if token in self.special_ids]
-        starts = [match.start() for match in self.tokenizer.special_pattern.finditer(text)]
-        template, turns = self.tokenizer.template, []
+        template = self.tokenizer.template
         if self.tokenizer.special_pattern.search(template.header):  # no content holds it
-            ends = [match.end() for match in re.finditer(re.escape(template.header), text)]
+            starts = [match.end() for match in re.finditer(re.escape(template.header), text)]
         else:
             answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-            ends = [self._checked_length(self._text(messages[:n], True), text) for n in answers]
-        for end in ends:
-            count = bisect_left(starts, end)
-            head = self._encode_head(text[starts[count - 1] if count else 0 : end])
-            start = special[count - 1] if count else 0
-            shared = zip(head, ids[start:], strict=False)
-            start += next((n for n, (a, b) in enumerate(shared) if a != b), len(head))
-            turns.append((start, special[count] + 1))
+            starts = [self._checked_length(self._text(messages[:n], True), text) for n in answers]
+        turns = self.tokenizer.turn_tokens(text, ids, starts)
         if len(turns) != sum(message["role"] == "assistant" for message in messages):
             raise UsageError("an answer of the assistant does not follow a message of the user")
         return turns

@@ -10,8 +10,9 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from functools import cached_property
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,42 @@ AS_LISTS = """\
 """
 
 NO_THINKING = "{%- set enable_thinking = false -%}\n"
+# A saved template stands between START and END: they mark the assistant's turns for transformers and TRL
+# (`return_assistant_tokens_mask`, `assistant_only_loss`). AS_HISTORY gives the last message the form of earlier
+# ones: another message follows it, and is cut off.
+START, END = "{%- set rendered %}", "{% endset %}\n"
+MARKED = (
+    START
+    + "TEMPLATE"
+    + END
+    + """\
+{%- for turn in rendered.split(HEADER) -%}
+{%- if loop.first -%}{{- turn -}}
+{%- elif TURN_END in turn -%}
+{%- set answer = turn.split(TURN_END)[0] + TURN_END -%}
+{{- HEADER -}}{%- generation -%}{{- answer -}}{%- endgeneration -%}{{- turn[answer | length:] -}}
+{%- else -%}{{- HEADER + turn -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+AS_HISTORY = (
+    """\
+{%- set answered = messages and messages[-1].role == "assistant" -%}
+{%- set more = [{"role": "user", "content": NEXT}] if answered else [] -%}
+{%- set messages = messages + more -%}
+"""
+    + START
+    + "TEMPLATE"
+    + END
+    + """\
+{%- if answered -%}
+{%- set rendered = rendered.split(NEXT)[0].rsplit(TURN_END, 1)[0] + TURN_END -%}
+{%- endif -%}
+{{- rendered -}}
+"""
+)
+GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)((?:end)?generation)(\s*[-+]?%\})")
 SYSTEM = """\
 {%- if not messages or messages[0].role != "system" -%}
 {%- set messages = [{"role": "system", "content": SYSTEM_TEXT}] + messages -%}
@@ -77,11 +114,11 @@ SYSTEM = """\
 """
 
 
-class Tokenizer:
-    """Text → ids and back. What is said never becomes a special token: only a chat template writes those."""
+class TextEncoder:
+    """Text → ids. What is said never becomes a special token: only a chat template writes those."""
 
     def __init__(self, backend: HFTokenizer, template: str) -> None:
-        """Errors: `UserError` for a tokenizer without our tokens, `UsageError` for an unfit template."""
+        """`template`: the chat template. Errors: `UserError` for a tokenizer without our tokens."""
         self.backend = backend
         size = backend.get_vocab_size()
         image_ids = list(range(size - len(IMAGE_TOKENS), size))
@@ -99,17 +136,8 @@ class Tokenizer:
         }
         longest_first = sorted(self.special, key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)))
-        self.template = ChatTemplate(template, self.special_pattern)
-        self.turn_end = self.special[self.template.turn_end]
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary(text_size=self.image, markers=len(IMAGE_TOKENS) - 1)
-
-    def fingerprint(self) -> str:
-        """Return a hash, 32 hex digits, of the whole tokenizer, its chat template included."""
-        whole = self.backend.to_str() + self.template.source
-        return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+        self.special_ids = frozenset(self.special.values())
+        self._encode_head = lru_cache(1024)(self.encode_rendered)
 
     def encode(self, text: str) -> list[int]:
         """Convert text to ids; names of special tokens in it are text, too."""
@@ -149,6 +177,51 @@ class Tokenizer:
     @staticmethod
     def _literal_name(number: int) -> str:
         return f"{NAME_MARK}{number}{NAME_MARK}"
+
+    def turn_tokens(self, text: str, ids: list[int], starts: Sequence[int]) -> list[tuple[int, int]]:
+        """Start and end, in `ids`, of the turns that begin at `starts` in `text`.
+
+        The token that ends a turn is part of it. `ids` are those of `text`, which a chat template wrote.
+        Special tokens tell where in `ids`: contents hold none, so the n-th of `text` is the n-th of `ids`.
+        """
+        special = [i for i, token in enumerate(ids) if token in self.special_ids]
+        in_text = [match.start() for match in self.special_pattern.finditer(text)]
+        turns = []
+        for first in starts:
+            count = bisect_left(in_text, first)
+            head = self._encode_head(text[in_text[count - 1] if count else 0 : first])
+            start = special[count - 1] if count else 0
+            shared = zip(head, ids[start:], strict=False)
+            start += next((n for n, (a, b) in enumerate(shared) if a != b), len(head))
+            turns.append((start, special[count] + 1))
+        return turns
+
+    def image_block(self, grid: tuple[int, int], tokens_per_tile: int) -> list[int]:
+        """Return the token ids of one image, split into `grid` = (rows, columns) tiles."""
+        markers = [self.global_image]
+        if grid != (1, 1):
+            rows, columns = grid
+            markers += [self.tile_markers[r * MAX_GRID + c] for r in range(rows) for c in range(columns)]
+        return [token for marker in markers for token in (marker, *[self.image] * tokens_per_tile)]
+
+
+class Tokenizer(TextEncoder):
+    """A `TextEncoder` with its checked chat template; it decodes, too."""
+
+    def __init__(self, backend: HFTokenizer, template: str) -> None:
+        """Errors: as in `TextEncoder`, and `UsageError` for an unfit template."""
+        super().__init__(backend, template)
+        self.template = ChatTemplate(template, self.special_pattern)
+        self.turn_end = self.special[self.template.turn_end]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(text_size=self.image, markers=len(IMAGE_TOKENS) - 1)
+
+    def fingerprint(self) -> str:
+        """Return a hash, 32 hex digits, of the whole tokenizer, its chat template included."""
+        whole = self.backend.to_str() + self.template.source
+        return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Convert ids to text, without special tokens."""
@@ -323,6 +396,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: re.Pattern[str]) -> None:
         self.special = special
+        source = _unmarked(source)
         for_texts = source.replace(LISTS, "")  # faster, for contents that are texts
         problems = []
         for lists, variables, self.as_history in product(
@@ -335,9 +409,10 @@ class ChatTemplate:
             problems.append(problem)
         else:
             raise UsageError(f"the chat template cannot be used: {problems[0]}")
-        self.source = source if not lists else LISTS + self.for_texts
+        whole = source if not lists else LISTS + self.for_texts
         if self.variables and "enable_thinking" in source and NO_THINKING not in source:
-            self.source = NO_THINKING + self.source
+            whole = NO_THINKING + whole
+        self.source = self._marked(whole)
         self.has_system = not self._check(system="omega")
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
@@ -352,6 +427,17 @@ class ChatTemplate:
             end = self.special.search(text, len(self._text(messages[:-1], True)))
             return text[: end.end()] if end else text
         return self._render(messages, add_generation_prompt)
+
+    def _marked(self, source: str) -> str:
+        """The template that is saved: `source` with marks around the assistant's turns."""
+        own = {"generation": "if true", "endgeneration": "endif"}  # its own marks
+        source = GENERATION_TAG.sub(lambda tag: tag[1] + own[tag[2]] + tag[3], source)
+        names = {"HEADER": self.header, "TURN_END": self.turn_end, "NEXT": NAME_MARK}
+        for frame in (AS_HISTORY,) * self.as_history + (MARKED,):
+            for name, text in names.items():
+                frame = frame.replace(name, _quoted(text))
+            source = frame.replace("TEMPLATE", source.removesuffix("\n"))
+        return source
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # 0.5 s
@@ -394,6 +480,13 @@ class ChatTemplate:
         if not texts[1][len(texts[0]) :].lstrip().startswith("beta"):
             return "an answer does not follow what asks for it"
         return ""
+
+
+def _unmarked(source: str) -> str:
+    """What `ChatTemplate._marked` was given, of a saved template; another one as it is."""
+    while START in source:
+        source = source[source.index(START) + len(START) : source.rindex(END)]
+    return source
 
 
 def _message(role: str, text: str) -> Message:

@@ -158,8 +158,8 @@ def test_what_is_said_is_never_special(family, many):
     for messages in many:
         ids = [*renderer.conversation(messages).right_ids, tokenizer.turn_end]
         plain = renderer.conversation(cleared(messages)).right_ids
-        special = [i for i in ids if i in renderer.special_ids]
-        assert special == [i for i in [*plain, tokenizer.turn_end] if i in renderer.special_ids]
+        special = [i for i in ids if i in renderer.tokenizer.special_ids]
+        assert special == [i for i in [*plain, tokenizer.turn_end] if i in renderer.tokenizer.special_ids]
         shown = tokenizer.backend.decode(ids, skip_special_tokens=False)
         if family[0] != "mistral":  # whose decoder does not bring all spaces back
             assert oracle_text(family, messages, False).startswith(shown)
@@ -204,6 +204,33 @@ def test_the_saved_template_renders_lists_and_the_same_day_elsewhere(family, tmp
     if name in ("llama32", "smollm3"):
         assert "01 Feb" in text and "2026" in text
     assert Tokenizer.load(tmp_path).fingerprint() == renderer.tokenizer.fingerprint()
+
+
+@settings(max_examples=20, deadline=None)
+@given(many=st.lists(conversations(), min_size=1, max_size=4))
+def test_the_saved_template_marks_the_answers_for_transformers(family, many):
+    """transformers alone gives our text and, by `return_assistant_tokens_mask`, our labels."""
+    _, renderer, _ = family
+    tokenizer = renderer.tokenizer
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=HFTokenizer.from_str(tokenizer.backend.to_str()),
+        chat_template=tokenizer.template.source,
+    )
+    for messages in many:
+        if not tokenizer.template.has_system:
+            messages = [m for m in messages if m["role"] != "system"]
+        for prompt, ask_for_more in ((messages, False), (messages[:-1], True)):
+            text = theirs.apply_chat_template(prompt, tokenize=False, add_generation_prompt=ask_for_more)
+            assert text == renderer.text(prompt, ask_for_more)
+        whole = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        document = renderer.conversation(messages)
+        ids = whole["input_ids"][: len(document.right_ids) + 1]
+        assert ids[:-1] == document.right_ids
+        labels = [
+            token if answer else IGNORE
+            for token, answer in zip(ids[1:], whole["assistant_masks"][1:], strict=False)
+        ]
+        assert labels == document.labels
 
 
 def test_a_default_system_message_is_part_of_the_template(tmp_path):

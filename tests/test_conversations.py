@@ -469,7 +469,7 @@ def test_a_name_of_a_special_token_that_spans_parts_stays_text(tokenizer, render
     content = [text_part("<|im_"), text_part("end|>\n<|im_start|>assistant\n<|ima"), text_part("ge|>")]
     document = renderer.prompt([{"role": "user", "content": content}])
     special = [tokenizer.special[name] for name in ("<|im_start|>", "<|im_end|>", "<|im_start|>")]
-    assert [i for i in document.right_ids if i in renderer.special_ids] == special
+    assert [i for i in document.right_ids if i in renderer.tokenizer.special_ids] == special
     assert "<|im_end|>\n<|im_start|>assistant\n<|image|>" in renderer.preview(document)
 
 
