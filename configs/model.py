@@ -242,34 +242,35 @@ class ModelConfig:
     def has_shallower_left(self) -> bool:
         return "left" in self.towers and self.left.layers < self.right.layers
 
-    def source_layers(self, source: DecoderConfig) -> list[int]:
-        """The layer of the pretrained decoder `source` that each left layer starts from.
-
-        Of a decoder as deep as the right tower, these are the layers that are the first to read another left
-        layer: 0, 3, 6 … where three right layers read each. A decoder as deep as the left tower gives all.
-        `UsageError` for another depth, and where a layer would gain or lose its rotary embedding.
-        """
-        left, right = self.left.layers, self.right.layers
-        if source.layers == left:
-            return list(range(left))
-        if source.layers != right:
-            raise UsageError(
-                f"model.left.layers = {left}: its pretrained decoder has {source.layers} layers, and the "
-                f"left tower can start from one of {right}, as the right tower has, or of {left}"
-            )
-        taken = sorted(self.left_layer_of.index(layer) for layer in range(left))
-        for layer, number in enumerate(taken):
-            if self.left.has_rope(layer) != source.has_rope(number):
-                raise UsageError(
-                    f"left layer {layer} would start from layer {number} of its pretrained decoder, and only "
-                    "one of them has rotary embedding: choose another model.layer_map"
-                )
-        return taken
-
     @property
     def tokens_per_tile(self) -> int:
         """P, the image tokens per tile."""
         return (self.vision.grid // self.projector.pixel_shuffle) ** 2
+
+
+def source_layers(config: ModelConfig, source: DecoderConfig) -> list[int]:
+    """The layer of the pretrained decoder `source` that each left layer starts from.
+
+    Of a decoder as deep as the right tower, these are the layers that are the first to read another left
+    layer: 0, 3, 6 … where three right layers read each. A decoder as deep as the left tower gives all.
+    `UsageError` for another depth, and where a layer would gain or lose its rotary embedding.
+    """
+    left, right = config.left.layers, config.right.layers
+    if source.layers == left:
+        return list(range(left))
+    if source.layers != right:
+        raise UsageError(
+            f"model.left.layers = {left}: its pretrained decoder has {source.layers} layers, and the "
+            f"left tower can start from one of {right}, as the right tower has, or of {left}"
+        )
+    taken = sorted(config.left_layer_of.index(layer) for layer in range(left))
+    for layer, number in enumerate(taken):
+        if config.left.has_rope(layer) != source.has_rope(number):
+            raise UsageError(
+                f"left layer {layer} would start from layer {number} of its pretrained decoder, and only "
+                "one of them has rotary embedding: choose another model.layer_map"
+            )
+    return taken
 
 
 @dataclass(frozen=True)

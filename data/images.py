@@ -73,7 +73,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         if isinstance(source, Image.Image):
             if not source.width or not source.height:
                 raise ImageError("empty", f"{context} has no pixels")
-            return _to_rgb(source, _orientation(source))
+            return to_rgb(source, orientation_of(source))
         if isinstance(source, str | Path) and not Path(source).is_file():
             kind = "is a folder, not an image" if Path(source).is_dir() else "does not exist"
             raise ImageError("missing", f"{context} {kind}")
@@ -83,13 +83,13 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
             data = draw(data, context)
         try:
-            return _decode(data, context)
+            return decode(data, context)
         except (UserError, MemoryError, Image.DecompressionBombError):
             raise
         except Exception:
             if not data.startswith(PNG):
                 raise
-            return _decode(_without_metadata(data), context)  # a damaged or huge chunk of text, say
+            return decode(_without_metadata(data), context)  # a damaged or huge chunk of text, say
     except UnidentifiedImageError:
         if data.startswith(POINTER):
             raise ImageError(
@@ -115,7 +115,7 @@ def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
         ) from None
 
 
-def _decode(data: bytes, context: str) -> Image.Image:
+def decode(data: bytes, context: str) -> Image.Image:
     if plugin := _plugin(data):
         with suppress(ImportError):
             _register(plugin[2])
@@ -124,9 +124,9 @@ def _decode(data: bytes, context: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     width, height = image.size
     _check_size(width, height, context)
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     image.load()
-    return _to_rgb(image, orientation)
+    return to_rgb(image, orientation)
 
 
 def _plugin(data: bytes) -> tuple[str, str, str] | None:
@@ -179,7 +179,7 @@ def _check_size(width: int, height: int, context: str) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of an image that is not decoded yet; 1 if its EXIF is damaged.
 
     An orientation that a PNG stores after its pixels is ignored: reading it would decode the whole image,
@@ -197,7 +197,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(2, 9) else 1
 
 
-def _to_rgb(image: Image.Image, orientation: int) -> Image.Image:
+def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
     if orientation != 1:
         image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith(("I", "F")):
@@ -250,7 +250,7 @@ def _header(source: Any) -> tuple[int, int, int] | None:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         with image:
             width, height = image.size
-            orientation = _orientation(image)
+            orientation = orientation_of(image)
         _check_size(width, height, _name(source))
         return width, height, orientation
     except (UserError, MemoryError):

@@ -1,92 +1,114 @@
-"""Both models for `transformers.AutoModelForImageTextToText`, with this project's own `generate`.
+"""Both models as models of transformers: `AutoModel` and `AutoModelForImageTextToText`.
 
-Their tensors have the names of `model.safetensors`.
+The base model's tensors have the names of `model.safetensors`; the other's begin with `model.`, as elsewhere.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig as TransformersGenerationConfig
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from configs.model import GenerationConfig, ModelConfig, Vocabulary
+from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
-from data.render import IGNORE, Document, route, segments_of
-from hf.configuration import DualTowerConfig, VanillaConfig
+from hf.configuration import DualTowerConfig, InputError, TowerConfig, VanillaConfig
+from hf.generation import TowerGeneration
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.generation import generate
-from models.image_store import ImageStore, encode_rows, image_blocks_of
-from models.language_model import Output
+from models.language_model import DecoderBlock
 from models.vision_language_model import VisionLanguageModel
-from utils.errors import UsageError, nearest
+from utils.errors import nearest
 
-# Arguments of `generate` → this project's settings; transformers lacks the last three.
-SETTINGS = {"do_sample": "sampling"} | {
-    name: name
-    for name in (
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "speculative",
-        "draft_tokens",
-    )
-}
-# Arguments with only one supported value.
-FIXED = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-}
-OTHERS = ("eos_token_id", "pad_token_id", "stop_strings")
-# Defaults that some versions of transformers write into every generation_config: they are ignored.
-DEFAULTS = {
-    "max_length": 20,
-    "min_length": 0,
-    "early_stopping": False,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "remove_invalid_values": False,
-    "output_scores": False,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
-    "assistant_lookbehind": 10,
-    "target_lookbehind": 10,
-    "diversity_penalty": 0.0,
-    "num_beam_groups": 1,
-}
+IGNORE = -100
+# Logit of image tokens, which the right tower never predicts: it changes no sum of float32 over a vocabulary.
+NEVER = -16.0
 
 
-class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A model of this project, `vlm`, as a model of transformers.
+@dataclass
+class Streams:
+    """`input_ids` (B, T) routed to the two streams, as the batch of data/collators.py has them."""
 
-    The parts of `vlm` are registered directly, so that tensors have the names of the file.
-    """
+    batch: dict[str, Tensor]  # left stream (B, L) and right stream (B, R), without labels
+    right: Tensor  # (B, T) bool, True at tokens of the right stream
+    columns: Tensor  # (B, R), where in (B, T) the right stream's tokens stand
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, vocabulary: Vocabulary, left_context: str) -> "Streams":
+        """Route `ids` (B, T), which count where `mask` (B, T) is True. A row is one document."""
+        in_image = mask & (ids >= vocabulary.image_token_id)
+        positions = mask.cumsum(1) - 1
+        images = (mask & (ids == vocabulary.first_marker_id)).cumsum(1) - 1  # a block begins with this marker
+        images = images.masked_fill(~in_image, -1)
+        left = {
+            "none": torch.zeros_like(in_image),
+            "image": in_image,
+            "prefix": mask & in_image.flip(1).cummax(1).values.flip(1),  # up to the last image token
+        }[left_context]
+        right = mask & ~left
+        columns, valid = _columns(left, 0)
+        batch = {
+            "left_ids": ids.gather(1, columns).masked_fill(~valid, vocabulary.first_marker_id),
+            "left_positions": positions.gather(1, columns).masked_fill(~valid, 0),
+            "left_groups": valid.long() - 1,
+            "left_images": images.gather(1, columns).masked_fill(~valid, -1),
+        }
+        columns, valid = _columns(right, 1)
+        batch |= {
+            "right_ids": ids.gather(1, columns).masked_fill(~valid, 0),
+            "right_positions": positions.gather(1, columns).masked_fill(~valid, 0),
+            "right_documents": valid.long() - 1,
+            "right_groups": valid.long() - 1,
+        }
+        return cls(batch, right, columns)
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, R), False at padding."""
+        return self.batch["right_documents"] >= 0
+
+    def labels(self, labels: Tensor, in_text: Tensor) -> Tensor:
+        """Labels (B, T) of the tokens themselves → of the next token (B, R), −100 where nobody predicts it.
+
+        `in_text` (B, T): tokens that the right tower can predict.
+        """
+        following = F.pad(labels.masked_fill(~in_text, IGNORE)[:, 1:], (0, 1), value=IGNORE)
+        return following.gather(1, self.columns).masked_fill(~self.valid, IGNORE)
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """The right stream's states (B, R, D) → (B, T, D), zero at tokens that are not in it."""
+        out = hidden.new_zeros(*self.right.shape, hidden.shape[-1])
+        return out.masked_scatter(self.right[..., None], hidden[self.valid])
+
+
+def _columns(chosen: Tensor, min_length: int) -> tuple[Tensor, Tensor]:
+    """The columns of each row's `chosen` (B, T) tokens in order, and which of them are not padding."""
+    counts = chosen.sum(1, keepdim=True)
+    length = max(min_length, int(counts.max()))
+    columns = chosen.logical_not().int().argsort(1, stable=True)[:, :length]
+    return columns, torch.arange(length, device=chosen.device) < counts
+
+
+class TowerModel(PreTrainedModel):
+    """The model without its output layer. `vlm` is this project's own model, with the same children."""
 
     model_class: type[nn.Module]
+    config: TowerConfig
+    base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ("Block", "KeyValueLayer", "VisionEncoder")  # device_map keeps each on one device
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("DecoderBlock", "KeyValueLayer", "VisionEncoder")  # device_map: each on one device
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
         vlm = self.model_class(
             from_dict(ModelConfig, config.model, "config.json: model"),
             from_dict(Vocabulary, config.vocabulary, "config.json: vocabulary"),
         )
-        for name, part in vlm.named_children():
-            self.add_module(name, part)
-        self.__dict__["vlm"] = vlm  # not a child: its parts are
+        self.__dict__["vlm"] = vlm  # not a child: its children are, under their own names
+        self._modules = vlm._modules
         self.post_init()
 
     @torch.no_grad()
@@ -98,225 +120,254 @@ class TowerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.right.embed_tokens
 
-    def forward(self, **batch: Tensor) -> Output:
-        """Train on a batch of data/collators.py (docs/architecture.md) → losses and hidden states.
-
-        A processor's output is for `generate` and raises `UsageError`.
-        """
-        if "input_ids" in batch:
-            raise UsageError(
-                "forward takes a training batch (docs/architecture.md), not a processor's output: "
-                "that is for generate"
-            )
-        return self.vlm(**batch)
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        generation_config: TransformersGenerationConfig | None = None,
-        streamer: Any = None,
-        tokenizer: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Continue the prompts `input_ids` (B, T) → prompts and answers (B, T + new), int64.
-
-        Prompts are padded on either side, where `attention_mask` (B, T) is 0. `pixel_values` (N, 3, h, w)
-        uint8 holds the tiles of all images, in the order of their blocks in `input_ids`. An image of several
-        rows is encoded once. `streamer` receives one row's tokens as they come; `stop_strings` needs
-        `tokenizer`. Arguments other than `SETTINGS`, `FIXED` and `OTHERS` raise `UsageError`. Sampling
-        follows torch's random state.
-        """
-        settings, stop, padding, strings = _settings(self._arguments(generation_config, kwargs))
-        mask = _prompt_mask(input_ids, attention_mask)
-        if strings and tokenizer is None:
-            raise UsageError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
-        prompts = [row[valid].tolist() for row, valid in zip(input_ids, mask, strict=True)]
-        self._check_vocabulary(prompts)
-        vocabulary, left_context = self.vlm.vocabulary, self.vlm.config.left_context
-        documents = [
-            route(ids, [IGNORE] * len(ids), segments_of(ids, vocabulary), left_context) for ids in prompts
-        ]
-        images = self._tiles(prompts, pixel_values)
-        ids = pad_sequence([torch.tensor(d.right_ids) for d in documents], batch_first=True)
-        positions = pad_sequence(
-            [torch.tensor(d.right_positions) for d in documents], batch_first=True, padding_value=-1
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        raise InputError(
+            "resize_token_embeddings is not supported: the image tokens stand at the end of the vocabulary"
         )
-        tiles = None  # of a vanilla model, which reads them together with the prompts
-        if left_context == "none" and pixel_values is not None and len(pixel_values):
-            tiles = pixel_values.to(self.device)
-        on_tokens = _TokenCallback(streamer, tokenizer, strings)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        result = generate(
-            self.vlm,
-            ids=ids.to(self.device),
-            positions=positions.to(self.device),
-            images=encode_rows(self.vlm, self._blocks(documents, images), ImageStore())[0],
-            turn_end=stop,
-            settings=settings,
-            on_tokens=on_tokens if streamer is not None or strings else None,
-            tiles=tiles,
-        )
-        if streamer is not None:
-            streamer.end()
-        answers = []
-        for row, tokens in enumerate(result.tokens):
-            ended = len(tokens) < settings.max_new_tokens and row not in on_tokens.stopped
-            answers.append(torch.tensor(tokens + [stop] * ended, dtype=torch.int64))
-        new = pad_sequence(answers, batch_first=True, padding_value=padding)
-        return torch.cat((input_ids, new.to(input_ids.device)), 1)
 
-    def _arguments(
-        self, generation_config: TransformersGenerationConfig | None, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Merge arguments: those of the folder, of `generation_config`, `kwargs`; a later one wins."""
-        if not isinstance(generation_config, TransformersGenerationConfig | None):
-            raise UsageError(
-                f"generate: generation_config is a {type(generation_config).__name__}, "
-                "expected transformers' GenerationConfig"
-            )
-        own = _changed_values(self.generation_config)
-        other = _changed_values(generation_config) if generation_config is not None else {}
-        return own | other | kwargs
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None
+    ) -> None:
+        for block in self.modules():
+            if isinstance(block, DecoderBlock):
+                block.recompute = enable
 
-    def _check_vocabulary(self, prompts: list[list[int]]) -> None:
-        size = self.vlm.vocabulary.size
-        if wrong := [token for ids in prompts for token in ids if not 0 <= token < size]:
-            raise UsageError(
-                f"generate: input_ids hold {wrong[0]}, this model's vocabulary has {size:,} tokens: "
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(isinstance(block, DecoderBlock) and block.recompute for block in self.modules())
+
+    is_activation_checkpointing = is_gradient_checkpointing
+
+    def streams(self, input_ids: Any, attention_mask: Any, pixel_values: Any) -> Streams:
+        """Check the arguments of `forward` and route the tokens. Errors: `InputError`."""
+        mask = checked_mask(input_ids, attention_mask)
+        self._check_ids(input_ids, mask, pixel_values)
+        return Streams.of(input_ids, mask, self.vlm.vocabulary, self.vlm.config.left_context)
+
+    def _check_ids(self, ids: Tensor, mask: Tensor, pixel_values: Tensor | None) -> None:
+        vocabulary, config = self.vlm.vocabulary, self.vlm.config
+        seen = ids[mask]
+        if len(wrong := seen[(seen < 0) | (seen >= vocabulary.size)]):
+            raise InputError(
+                f"input_ids hold {int(wrong[0])}, this model's vocabulary has {vocabulary.size:,} tokens: "
                 "they come from another tokenizer"
             )
-
-    def _tiles(self, prompts: list[list[int]], pixel_values: Tensor | None) -> list[list[Tensor]]:
-        """Split `pixel_values` by prompt and image. An image has as many tiles as its block has markers."""
-        vocabulary = self.vlm.vocabulary
-        counts = [
-            [
-                sum(token > vocabulary.image_token_id for token in ids[a:b])
-                for a, b, image in segments_of(ids, vocabulary)
-                if image >= 0
-            ]
-            for ids in prompts
-        ]
-        per_tile = self.vlm.config.tokens_per_tile
-        for ids, row in zip(prompts, counts, strict=True):
-            if (image_tokens := ids.count(vocabulary.image_token_id)) != per_tile * sum(row):
-                raise UsageError(
-                    f"generate: a row of input_ids has {image_tokens} image tokens for {sum(row)} image "
-                    f"tiles of {per_tile}: an image's block is truncated, or its mask has holes"
-                )
-        needed, given = sum(map(sum, counts)), 0 if pixel_values is None else len(pixel_values)
-        if needed != given:
-            raise UsageError(
-                f"generate: input_ids have room for {needed} image tiles, pixel_values holds {given}: "
-                "give both as one call of the processor makes them"
+        markers = (seen > vocabulary.image_token_id).sum()
+        image_tokens = int((seen == vocabulary.image_token_id).sum())
+        tiles = 0 if pixel_values is None else len(pixel_values)
+        if image_tokens != markers * config.tokens_per_tile or markers != tiles:
+            raise InputError(
+                f"Image features and image tokens do not match: input_ids have {markers} image tiles with "
+                f"{image_tokens} image tokens, {config.tokens_per_tile} for each, and pixel_values holds "
+                f"{tiles} tiles: give both as one call of the processor makes them; max_length may have "
+                "truncated an image"
             )
+        side = config.vision.image_size
+        if tiles and (pixel_values.dtype != torch.uint8 or pixel_values.shape[1:] != (3, side, side)):
+            raise InputError(
+                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}, expected torch.uint8 "
+                f"(N, 3, {side}, {side}), as the processor makes them"
+            )
+
+    def hidden(self, streams: Streams, pixel_values: Tensor | None) -> Tensor:
+        """States of the right stream, (B, R, D)."""
         side = self.vlm.config.vision.image_size
-        if pixel_values is not None and (
-            pixel_values.dtype != torch.uint8 or pixel_values.shape[1:] != (3, side, side)
-        ):
-            raise UsageError(
-                f"generate: pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}, "
-                f"expected torch.uint8 (N, 3, {side}, {side}), as the processor makes them"
-            )
-        tiles = iter(pixel_values.cpu().split([n for row in counts for n in row])) if needed else iter(())
-        return [[next(tiles) for _ in row] for row in counts]
+        ids = streams.batch["right_ids"]
+        tiles = ids.new_empty(0, 3, side, side, dtype=torch.uint8) if pixel_values is None else pixel_values
+        return self.vlm(tiles=tiles.to(ids.device), **streams.batch).hidden
 
-    def _blocks(self, documents: list[Document], images: list[list[Tensor]]) -> list[list[Any]]:
-        isolated = self.vlm.config.image_isolation
-        return [
-            image_blocks_of(d.left_ids, d.left_positions, d.left_images, d.blocks(isolated), tiles)
-            for d, tiles in zip(documents, images, strict=True)
+    def all_states(self, streams: Streams, pixel_values: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`hidden`, and the states (B, T, D) before and behind every block, the last one normed."""
+        states: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda _, inputs, output: states.append(streams.spread(inputs[0])))
+            for block in self.vlm.right.layers
         ]
+        try:
+            hidden = self.hidden(streams, pixel_values)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden, (*states, streams.spread(hidden))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput | tuple:
+        """Token ids (B, T) with their images → `last_hidden_state` (B, T, D).
+
+        Arguments as the processor makes them: rows are padded on either side, where `attention_mask` (B, T)
+        is 0; `pixel_values` (N, 3, h, w) uint8 holds the tiles of all images, in the order of their blocks.
+
+        States are zero where no text token is predicted: at padding, at tokens of the left tower, and before
+        an image. So they have no gradient there, whatever the labels. Errors: `InputError`, also for
+        arguments that are not supported.
+        """
+        refuse(kwargs, type(self).__name__)
+        streams = self.streams(input_ids, attention_mask, pixel_values)
+        if output_hidden_states:
+            hidden, states = self.all_states(streams, pixel_values)
+        else:
+            hidden, states = self.hidden(streams, pixel_values), None
+        before_image = F.pad(input_ids[:, 1:] >= self.config.image_token_id, (0, 1))
+        last = streams.spread(hidden).masked_fill(before_image[..., None], 0)
+        output = BaseModelOutput(last_hidden_state=last, hidden_states=states)
+        return output if return_dict is not False else output.to_tuple()
 
 
-class _TokenCallback:
-    """Passes new tokens to a streamer, and stops a row at a stop string; `stopped` holds these rows."""
+class OutputEmbeddings(nn.Module):
+    """The output layer over the whole vocabulary. It has no parameters of its own.
 
-    def __init__(self, streamer: Any, tokenizer: Any, strings: list[str]) -> None:
-        self.streamer, self.tokenizer, self.strings = streamer, tokenizer, strings
-        self.stopped: set[int] = set()
+    A right tower that never reads image tokens has no rows for them: their logit is `NEVER`.
+    """
 
-    def __call__(self, row: int, tokens: list[int]) -> bool:
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens[-1:]))
-        if any(string in self.tokenizer.decode(tokens) for string in self.strings):
-            self.stopped.add(row)
-        return row in self.stopped
+    def __init__(self, vlm: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["vlm"] = vlm
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, D)"""
+        weight = self.vlm.right.unembedding
+        return F.pad(weight, (0, 0, 0, self.vlm.vocabulary.size - len(weight)))
+
+    @property
+    def bias(self) -> Tensor:
+        """(V,)"""
+        weight = self.vlm.right.unembedding
+        bias = weight.new_zeros(len(weight))
+        return F.pad(bias, (0, self.vlm.vocabulary.size - len(weight)), value=NEVER)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, D) → (…, V)"""
+        return F.linear(hidden, self.weight, self.bias)
 
 
-def _changed_values(config: TransformersGenerationConfig) -> dict[str, Any]:
-    """Return the values of a generation_config that differ from transformers' defaults and `DEFAULTS`."""
-    return {
-        name: value
-        for name, value in config.to_diff_dict().items()
-        if name not in DEFAULTS or value != DEFAULTS[name]
-    }
+class TowerForConditionalGeneration(PreTrainedModel, TowerGeneration):
+    """The model with logits, loss and this project's own `generate`. Its base model is `model`."""
+
+    base_class: type[TowerModel]
+    config: TowerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = TowerModel._no_split_modules
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        self.model = self.base_class(config)
+        self.lm_head = OutputEmbeddings(self.model.vlm)
+        self.post_init()
+
+    _init_weights = TowerModel._init_weights
+    _set_gradient_checkpointing = TowerModel._set_gradient_checkpointing
+    is_gradient_checkpointing = TowerModel.is_gradient_checkpointing
+    is_activation_checkpointing = TowerModel.is_activation_checkpointing
+    resize_token_embeddings = TowerModel.resize_token_embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Token ids (B, T) with their images → `logits` (B, T, V), and with `labels` the `loss`.
+
+        Arguments as in the base model. `labels` (B, T): the tokens themselves where they are supervised, else
+        −100; image tokens, and text that goes through the left tower, are never supervised. The loss is the
+        mean over supervised tokens, or their sum ÷ `num_items_in_batch`. Multi-token heads are not trained.
+        `logits_to_keep`: logits of this many last positions (0: all), or of these positions.
+        """
+        refuse(kwargs, type(self).__name__)
+        model = self.model
+        streams = model.streams(input_ids, attention_mask, pixel_values)
+        if output_hidden_states:
+            hidden, states = model.all_states(streams, pixel_values)
+        else:
+            hidden, states = model.hidden(streams, pixel_values), None
+        loss = None
+        if labels is not None:
+            next_labels = streams.labels(labels, input_ids < self.config.image_token_id)
+            count = (next_labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+            loss_sum = model.vlm.right.loss(hidden, next_labels).sum()
+            loss = loss_sum / torch.as_tensor(count, device=loss_sum.device).clamp(min=1)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(streams.spread(hidden)[:, kept])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states)
+        return output if return_dict is not False else output.to_tuple()
 
 
-def _prompt_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def checked_mask(input_ids: Any, attention_mask: Any) -> Tensor:
     """Check prompts and their mask → the mask (B, T), bool."""
     if (
         not isinstance(input_ids, Tensor)
         or input_ids.is_floating_point()
         or not isinstance(attention_mask, Tensor | None)
     ):
-        raise UsageError(
-            "generate: input_ids and attention_mask must be tensors of integers, as the processor makes them "
-            "with return_tensors='pt'"
+        raise InputError(
+            "input_ids and attention_mask must be tensors of integers, as the processor makes them with "
+            "return_tensors='pt'"
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool()
     if input_ids.ndim != 2 or mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
-        raise UsageError(
-            f"generate: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} "
-            "must be (B, T), with at least one token a row"
+        raise InputError(
+            f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} must be (B, T), "
+            "with at least one token a row"
         )
     return mask
 
 
-def _settings(given: dict[str, Any]) -> tuple[GenerationConfig, int, int, list[str]]:
-    """Convert transformers' arguments → settings, end token, padding token, stop strings."""
-    given = {
-        name: value
-        for name, value in given.items()
-        if value is not None and not name.startswith("_") and name != "transformers_version"
-    }
-    for name, value in given.items():
-        if name in FIXED and value != FIXED[name]:
-            raise UsageError(f"generate: {name} = {value!r} is not supported, only {FIXED[name]!r}")
-        if name not in {*SETTINGS, *FIXED, *OTHERS}:
-            raise UsageError(
-                f"generate: the argument {name} is not supported{nearest(name, [*SETTINGS, *OTHERS])}"
-            )
-    values = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
-    settings = from_dict(GenerationConfig, values, "generate")
-    if settings.sampling:
-        values = vars(settings) | {"seed": int(torch.randint(2**62, ()))}
-        settings = from_dict(GenerationConfig, values, "generate")
-    stop = given.get("eos_token_id")
-    if isinstance(stop, list | tuple) and len(stop) == 1:
-        stop = stop[0]
-    if type(stop) is not int:
-        raise UsageError(f"generate: eos_token_id = {stop!r} is not supported, only one token")
-    padding, strings = given.get("pad_token_id", stop), given.get("stop_strings", [])
-    strings = [strings] if isinstance(strings, str) else strings
-    if not isinstance(padding, int):
-        raise UsageError(f"generate: pad_token_id = {padding!r} is not a token")
-    if not isinstance(strings, list | tuple) or not all(
-        isinstance(string, str) and string for string in strings
-    ):
-        raise UsageError(f"generate: stop_strings = {strings!r} are not strings with something in them")
-    return settings, stop, padding, list(strings)
+def refuse(kwargs: dict[str, Any], name: str) -> None:
+    """Raise `InputError` for arguments that ask for something that is not supported."""
+    known = [
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "labels",
+        "logits_to_keep",
+        "output_hidden_states",
+    ]
+    for argument, value in kwargs.items():
+        if value is not None and value is not False:
+            raise InputError(f"{name}: the argument {argument} is not supported{nearest(argument, known)}")
 
 
-class DualTowerForConditionalGeneration(TowerForConditionalGeneration):
+class DualTowerModel(TowerModel):
     config_class = DualTowerConfig
     model_class = DualTowerVLM
 
 
-class VanillaForConditionalGeneration(TowerForConditionalGeneration):
+class VanillaModel(TowerModel):
     config_class = VanillaConfig
     model_class = VisionLanguageModel
+
+
+class DualTowerForConditionalGeneration(TowerForConditionalGeneration):
+    config_class = DualTowerConfig
+    base_class = DualTowerModel
+
+
+class VanillaForConditionalGeneration(TowerForConditionalGeneration):
+    config_class = VanillaConfig
+    base_class = VanillaModel

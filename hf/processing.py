@@ -1,225 +1,257 @@
-"""The processor for `transformers.AutoProcessor`: conversations with images → inputs of `generate`."""
+"""The processor for `transformers.AutoProcessor`: text or conversations with images → the model's inputs."""
 
-import http.client
-import re
-import urllib.request
-from functools import cached_property
+from itertools import groupby
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from configs.model import VisionConfig
-from configs.serialization import from_dict
-from data.conversations import (
-    Conversation,
-    ask,
-    checked,
-    image_of,
-    images_of,
-    kind_of,
-    split_at_images,
+from data.conversations import Conversation, Message, checked, image_of, images_of, kind_of, text_part
+from data.images import Tiles
+from data.tokenizer import IMAGE, TextEncoder
+from hf.configuration import InputError
+from utils.errors import nearest
+
+# Arguments of `__call__` besides text and images.
+OPTIONS = (
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "add_special_tokens",
 )
-from data.images import Tiles, open_pixels, to_tiles
-from data.render import Document, Renderer
-from data.tokenizer import IMAGE, Tokenizer
-from utils.errors import ImageError, UsageError
-
-TIMEOUT_S = 30
-Row = tuple[Document, list[Tiles]]
 
 
 class DualTowerProcessor(ProcessorMixin):
-    """The processor of both models.
-
-    `vision` is a `VisionConfig` as a dictionary; `tokens_per_tile` as in the model's configuration.
-    """
+    """The processor of both models. `tokens_per_tile` as in the model's configuration."""
 
     def __init__(
-        self, tokenizer: Any, vision: dict[str, Any], tokens_per_tile: int, chat_template: str | None = None
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        tokens_per_tile: int = 0,
+        chat_template: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
-        self.vision, self.tokens_per_tile = vision, tokens_per_tile
-        from_dict(VisionConfig, vision, "processor_config.json: vision")  # raises UsageError for a wrong one
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """The renderer, with all tokens in one sequence: the model routes them."""
-        backend = HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        return Renderer(Tokenizer(backend, self.chat_template), self.tokens_per_tile, "none")
-
-    @property
-    def image_processor(self) -> "DualTowerProcessor":
-        """The processor itself: pipelines need the attribute to put images into a batch."""
-        return self
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.tokens_per_tile = tokens_per_tile
+        self._encoders: dict[tuple[str, int], TextEncoder] = {}
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        padding: bool | str = True,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        **unknown: Any,
+        self, images: Any = None, text: str | list[str] | None = None, videos: Any = None, **options: Any
     ) -> BatchFeature:
         """Text with its images → `input_ids`, `attention_mask` (B, T) and `pixel_values` (N, 3, h, w) uint8.
 
-        `text` is what `apply_chat_template(tokenize=False)` wrote, with a placeholder per image; special
-        tokens in it are special, so it must be trusted. Or it is a question, without special tokens. `images`
-        (paths, URLs, Pillow images, bytes): those of a single text, one for each text, or a list for each.
-        Counts that differ raise `UsageError`.
+        `text` is what a chat template wrote, with `<|image|>` for each image. Special tokens in it are
+        special, so it must be trusted, and none is added. `images` (paths, URLs, base64, bytes, Pillow
+        images): one list for all texts, in the order of the placeholders, or a list for each text.
+
+        Options, as in transformers' tokenizers: `padding` (False, True or "longest", "max_length"; the default
+        pads where tensors are asked for), `padding_side`, `pad_to_multiple_of`, `truncation`, `max_length`,
+        `return_tensors`. Errors: `InputError`; `ImageError`.
         """
-        _refuse(unknown)
-        if text is None:
-            raise UsageError(
-                "the processor needs text: a question, or a chat that apply_chat_template has written"
-            )
+        if videos is not None:
+            raise InputError("processor: videos are not supported")
         texts = [text] if isinstance(text, str) else text
-        if (
-            not isinstance(texts, list | tuple)
-            or not texts
-            or not all(isinstance(text, str) for text in texts)
-        ):
-            raise UsageError(f"the processor needs text, or a list of texts, found {kind_of(texts)}")
-        rows = [self._row_of_text(t, own) for t, own in zip(texts, _by_text(images, len(texts)), strict=True)]
-        return self._batch(rows, padding, padding_side, return_tensors)
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+            raise InputError(f"the processor needs text, or a list of texts, found {kind_of(text)}")
+        encoder = self._encoder(self.chat_template)
+        ids = [encoder.encode_rendered(text) for text in texts]
+        tiles = [
+            self.image_processor.tiles(image) for image in _in_order(images, [t.count(IMAGE) for t in texts])
+        ]
+        return self._batch(encoder, ids, tiles, options)
 
     def apply_chat_template(
         self,
         conversation: list[Any],
+        chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
-        return_dict: bool = False,
         return_tensors: str | None = None,
+        return_dict: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         **kwargs: Any,
     ) -> Any:
         """One conversation, or a list of them → text.
 
-        With `tokenize` → `input_ids`; with `return_dict` too → all inputs of `generate`. Messages are those
-        of `data/conversations.py`; special tokens in their contents are text. With `tokenize` each image part
-        carries its image: `{"type": "image", "image" or "url" or "path" or "base64": …}`. Any other form
-        raises `UsageError`.
+        With `tokenize` → `input_ids`; with `return_dict` too → all inputs of the model, with
+        `return_assistant_tokens_mask` also `assistant_masks`, 1 at what training supervises. Messages are
+        those of `data/conversations.py`. With `tokenize`, special tokens in their contents are text, always,
+        and each image part carries its image: `{"type": "image", "image" or "url" or "path" or "base64": …}`.
+        Further arguments are options of `__call__`, or variables of the template. Errors: `InputError`,
+        `ConversationError`.
         """
+        if tools or documents:
+            raise InputError("processor: tools and documents are not supported")
         if not isinstance(conversation, list | tuple) or not conversation:
-            raise UsageError(f"a conversation is a list of messages, found {kind_of(conversation)}")
-        conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-        chats = [checked(messages) for messages in conversations]
+            raise InputError(f"a conversation is a list of messages, found {kind_of(conversation)}")
+        is_batch = isinstance(conversation[0], list | tuple)
+        chats = [checked(messages) for messages in (conversation if is_batch else [conversation])]
         if continue_final_message and (
-            add_generation_prompt or any(c[-1]["role"] != "assistant" for c in chats)
+            add_generation_prompt or any(chat[-1]["role"] != "assistant" for chat in chats)
         ):
-            raise UsageError(
+            raise InputError(
                 "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
             )
-        options = (
-            {"padding": True, "padding_side": None, "return_tensors": return_tensors}
-            | (processor_kwargs or {})
-            | kwargs
-        )
-        _refuse(
-            {
-                name: value
-                for name, value in options.items()
-                if name not in ("padding", "padding_side", "return_tensors")
-            }
+        template = chat_template or self.chat_template
+        options = {"return_tensors": return_tensors} | (processor_kwargs or {})
+        options |= {name: value for name, value in kwargs.items() if name in OPTIONS}
+        variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+        for name in variables:
+            if name not in template:
+                raise InputError(
+                    f"processor: the argument {name} is not supported{nearest(name, list(OPTIONS))}; those of "
+                    "generate go into a pipeline as generate_kwargs={…}"
+                )
+        encoder = self._encoder(template)
+        texts, turns = render_jinja_template(
+            [_as_text(chat, encoder) for chat in chats] if tokenize else chats,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **variables},
         )
         if not tokenize:
-            if continue_final_message:
-                return self.tokenizer.apply_chat_template(
-                    conversation, tokenize=False, continue_final_message=True
-                )
-            texts = [self.renderer.text(messages, add_generation_prompt) for messages in chats]
-            return texts if isinstance(conversation[0], list | tuple) else texts[0]
-        go_on = add_generation_prompt or continue_final_message
-        batch = self._batch([self._row_of_chat(messages, go_on) for messages in chats], **options)
+            return texts if is_batch else texts[0]
+        ids = [encoder.encode_rendered(text) for text in texts]
+        masks = None
+        if return_assistant_tokens_mask:
+            masks = [
+                _mask(len(row), encoder.turn_tokens(text, row, [start for start, _ in own]))
+                for text, row, own in zip(texts, ids, turns, strict=True)
+            ]
+        tiles = [self._tiles_of(part) for chat in chats for part in images_of(chat)]
+        batch = self._batch(encoder, ids, tiles, options, masks)
         return batch if return_dict else batch["input_ids"]
 
-    def _row_of_chat(self, messages: Conversation, add_generation_prompt: bool) -> Row:
-        tiles = []
-        for part in images_of(messages):
-            if (image := image_of(part)) is None:
-                raise UsageError("an image of the chat has no source: give it image, url, path or base64")
-            tiles.append(self._tiles(image))
-        grids = [image.grid for image in tiles]
-        return self.renderer.prompt(messages, grids, add_generation_prompt), tiles
+    def _encoder(self, template: str) -> TextEncoder:
+        key = template, len(self.tokenizer)
+        if key not in self._encoders:
+            backend = HFTokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+            self._encoders[key] = TextEncoder(backend, template)
+        return self._encoders[key]
 
-    def _row_of_text(self, text: str, images: list[Any]) -> Row:
-        count = text.count(IMAGE)
-        tokenizer = self.renderer.tokenizer
-        is_question = not any(token != IMAGE and token in text for token in tokenizer.special)
-        if count != len(images) and (count or not is_question):
-            raise UsageError(
-                f"the text has {count} image placeholders ({IMAGE}), but {len(images)} images are given"
-            )
-        tiles = [self._tiles(image) for image in images]
-        grids = [image.grid for image in tiles]
-        if not is_question:
-            return self.renderer.trusted(text, grids), tiles
-        messages = ask(text, len(images))
-        if count:
-            messages = [{"role": "user", "content": split_at_images(text, re.compile(re.escape(IMAGE)))}]
-        return self.renderer.prompt(messages, grids), tiles
-
-    def _tiles(self, image: Any) -> Tiles:
-        config = from_dict(VisionConfig, self.vision, "processor_config.json: vision")
-        return to_tiles(open_pixels(_source(image)), config)
+    def _tiles_of(self, part: dict[str, Any]) -> Tiles:
+        if (image := image_of(part)) is None:
+            raise InputError("an image of the chat has no source: give it image, url, path or base64")
+        return self.image_processor.tiles(image)
 
     def _batch(
-        self, rows: list[Row], padding: bool | str, padding_side: str | None, return_tensors: str | None
+        self,
+        encoder: TextEncoder,
+        rows: list[list[int]],
+        tiles: list[Tiles],
+        options: dict[str, Any],
+        masks: list[list[int]] | None = None,
     ) -> BatchFeature:
-        if padding not in (True, False, "longest"):
-            raise UsageError(
-                f"processor: padding = {padding!r} is not supported, only True ('longest') and False"
+        """Put image blocks at the placeholders, truncate, pad."""
+        tensors, padding, side, multiple, limit = _checked_options(options)
+        images = iter(tiles)
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
+        if masks is not None:
+            columns["assistant_masks"] = []
+        for number, row in enumerate(rows):
+            blocks = [
+                encoder.image_block(next(images).grid, self.tokens_per_tile)
+                if token == encoder.image
+                else [token]
+                for token in row
+            ]
+            ids = [token for block in blocks for token in block]
+            if limit is not None and any(token >= encoder.image for token in ids[limit:]):
+                raise InputError(
+                    f"Image features and image tokens do not match: max_length = {limit} truncates an image of "
+                    f"a text of {len(ids)} tokens: raise it, or set it to None"
+                )
+            columns["input_ids"].append(ids[:limit])
+            columns["attention_mask"].append([1] * len(ids[:limit]))
+            if masks is not None:
+                mask = [m for m, block in zip(masks[number], blocks, strict=True) for _ in block]
+                columns["assistant_masks"].append(mask[:limit])
+        longest = max(map(len, columns["input_ids"])) if padding else 0
+        longest = limit if padding == "max_length" and limit is not None else longest
+        longest = -(-longest // multiple) * multiple
+        for name, column in columns.items():
+            filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            for row in column:
+                empty = [filler] * max(0, longest - len(row))
+                row[:] = empty + row if (side or self.tokenizer.padding_side) == "left" else row + empty
+        return BatchFeature(
+            columns | {"pixel_values": self.image_processor.stack(tiles)}, tensor_type=tensors
+        )
+
+
+def _checked_options(options: dict[str, Any]) -> tuple[str | None, bool | str, str | None, int, int | None]:
+    """Options of `__call__` → return_tensors, padding, padding_side, pad_to_multiple_of, max_length if used."""
+    for name, value in options.items():
+        if name not in OPTIONS and value is not None and value is not False:
+            raise InputError(
+                f"processor: the argument {name} is not supported{nearest(name, list(OPTIONS))}; those of "
+                "generate go into a pipeline as generate_kwargs={…}"
             )
-        side = self.vision["image_size"]
-        tiles = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
-        tiles += [image.pixels for _, images in rows for image in images]
-        longest = max(len(document.right_ids) for document, _ in rows) if padding else 0
-        left = (padding_side or self.tokenizer.padding_side) == "left"
-        batch: dict[str, Any] = {"input_ids": [], "attention_mask": []}
-        for document, _ in rows:
-            ids = document.right_ids
-            empty = max(0, longest - len(ids))
-            for name, own, filler in (
-                ("input_ids", ids, self.tokenizer.pad_token_id),
-                ("attention_mask", [1] * len(ids), 0),
-            ):
-                batch[name].append([filler] * empty + own if left else own + [filler] * empty)
-        return BatchFeature(batch | {"pixel_values": torch.cat(tiles)}, tensor_type=return_tensors)
+    tensors = options.get("return_tensors")
+    padding = options.get("padding")
+    padding = tensors is not None if padding is None else padding
+    truncation, limit = options.get("truncation") or False, options.get("max_length")
+    for name, value, allowed in (
+        ("padding", padding, (True, False, "longest", "max_length", "do_not_pad")),
+        ("padding_side", options.get("padding_side"), (None, "left", "right")),
+        ("truncation", truncation, (True, False, "longest_first", "do_not_truncate")),
+        ("add_special_tokens", options.get("add_special_tokens"), (None, False)),
+    ):
+        if value not in allowed:
+            raise InputError(f"processor: {name} = {value!r} is not supported, only {allowed}")
+    if (truncation in (True, "longest_first") or padding == "max_length") and not isinstance(limit, int):
+        raise InputError("processor: truncation and padding='max_length' need max_length")
+    if truncation in (False, "do_not_truncate") and padding != "max_length":
+        limit = None
+    padding = False if padding == "do_not_pad" else padding
+    return tensors, padding, options.get("padding_side"), options.get("pad_to_multiple_of") or 1, limit
 
 
-def _refuse(unknown: dict[str, Any]) -> None:
-    if unknown:
-        raise UsageError(
-            f"processor: the argument {next(iter(unknown))} is not supported; those of generate go into a "
-            "pipeline as generate_kwargs={…}"
+def _as_text(chat: Conversation, encoder: TextEncoder) -> Conversation:
+    """Mark the names of special tokens in contents as text. A name may span parts."""
+
+    def marked(message: Message) -> Message:
+        if isinstance(message["content"], str):
+            return {**message, "content": encoder.as_text(message["content"])}
+        parts = []
+        for is_image, run in groupby(message["content"], lambda part: part["type"] == "image"):
+            run = list(run)
+            parts += run if is_image else [text_part(encoder.as_text("".join(p["text"] for p in run)))]
+        return {**message, "content": parts}
+
+    return [marked(message) for message in chat]
+
+
+def _mask(length: int, turns: list[tuple[int, int]]) -> list[int]:
+    """(length,), 1 within `turns`."""
+    mask = [0] * length
+    for start, end in turns:
+        mask[start:end] = [1] * (end - start)
+    return mask
+
+
+def _in_order(images: Any, counts: list[int]) -> list[Any]:
+    """`images` of `__call__` as one list. `counts`: the placeholders of each text."""
+    images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    nested = bool(images) and all(isinstance(own, list | tuple | None) for own in images)
+    given = [len(own or ()) for own in images] if nested else [len(images)]
+    expected = counts if nested else [sum(counts)]
+    if given != expected:
+        raise InputError(
+            f"the texts have {', '.join(map(str, expected))} image placeholders ({IMAGE}), and "
+            f"{', '.join(map(str, given))} images are given; apply_chat_template writes placeholders"
         )
-
-
-def _by_text(images: Any, texts: int) -> list[list[Any]]:
-    """Convert `images` of `__call__` → a list for each text."""
-    if images is None:
-        return [[] for _ in range(texts)]
-    images = images if isinstance(images, list | tuple) else [images]
-    if images and all(isinstance(part, list | tuple) for part in images):
-        nested = [list(part) for part in images]
-    else:
-        nested = [list(images)] if texts == 1 else [[image] for image in images]
-    if len(nested) != texts:
-        raise UsageError(
-            f"{len(nested)} images or lists of images for {texts} texts: give a list of images for each text"
-        )
-    return nested
-
-
-def _source(image: Any) -> Any:
-    """Convert an image for `open_pixels`: fetch a URL, keep anything else."""
-    if not isinstance(image, str) or not image.startswith(("http://", "https://")):
-        return image
-    try:
-        with urllib.request.urlopen(image, timeout=TIMEOUT_S) as answer:
-            return answer.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ImageError("missing", f"{image} cannot be fetched: {error}") from None
+    return [image for own in images for image in own or ()] if nested else images

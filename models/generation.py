@@ -8,7 +8,7 @@ Without drafts (K = 0) this is plain decoding.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
@@ -39,6 +39,7 @@ class Generation:
     """The answers to a batch of prompts."""
 
     tokens: list[list[int]]  # of each row, without the end-of-turn token
+    ends: list[int | None]  # each row's end-of-turn token; None where something else ended it
     logprobs: list[list[float]]  # of each token, by the unmodified logits; empty unless asked for
     first_token_s: float  # seconds from the call to the first token of every row
     seconds: float  # of the whole call
@@ -54,6 +55,7 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     decode_steps: int = 0
     done: bool = False
+    end: int | None = None  # the end-of-turn token that ended it
 
 
 @torch.inference_mode()
@@ -62,15 +64,17 @@ def generate(
     ids: Tensor,
     positions: Tensor,
     images: list[list[tuple[ImageKV, int]]],
-    turn_end: int,
+    turn_end: int | Collection[int],
     settings: GenerationConfig,
     on_tokens: OnTokens | None = None,
     tiles: Tensor | None = None,
     cache: DecodingCache | None = None,
     seen: Sequence[int] = (),
+    suppressed: Sequence[int] = (),
 ) -> Generation:
-    """Answer a ragged batch of prompts; arguments as in `prefill`. `turn_end`: the end-of-turn token's id.
+    """Answer a ragged batch of prompts; arguments as in `prefill`.
 
+    `turn_end`: the end-of-turn token, or several. `suppressed`: tokens that are never chosen.
     `on_tokens` is called after each new token; True ends the row. A given `cache`, of one row, may hold
     earlier turns; afterwards it also holds prompt and answer, but for the answer's last token. `seen`: tokens
     of earlier turns, for the repetition penalty. `UsageError` where prompt and answer exceed `max_positions`.
@@ -86,7 +90,10 @@ def generate(
     cache, states = prefill(model, ids, positions, images, slots, tiles, cache)
     prompt_lengths = cache.lengths
     rows = [Row(b) for b in range(len(ids))]
-    batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_end, on_tokens)
+    turn_ends = frozenset((turn_end,) if isinstance(turn_end, int) else turn_end)
+    batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_ends, on_tokens)
+    if suppressed:
+        batch.suppressed = torch.tensor(suppressed, device=ids.device)
     if settings.repetition_penalty != 1.0:
         batch.seen = _seen_tokens(model, ids, positions, seen)
     prompt_ends = (positions >= 0).sum(1) - 1
@@ -105,6 +112,7 @@ def generate(
         cache.truncate([n + max(0, len(row.tokens) - 1) for n, row in zip(prompt_lengths, rows, strict=True)])
     return Generation(
         [row.tokens for row in rows],
+        [row.end for row in rows],
         [row.logprobs for row in rows],
         first_token_s,
         time.perf_counter() - started,
@@ -121,9 +129,10 @@ class DecodingBatch:
     rows: list[Row]
     positions: Tensor  # (B,), of the last tokens
     settings: GenerationConfig
-    turn_end: int
+    turn_ends: frozenset[int]
     on_tokens: OnTokens | None
     seen: Tensor | None = None  # (B, V), tokens that the repetition penalty counts
+    suppressed: Tensor | None = None  # tokens that are never chosen
     tokens: Tensor = field(init=False)  # (B,), the last ones
     hidden: Tensor = field(init=False)  # (B, D), the states that they were chosen from
 
@@ -165,6 +174,8 @@ class DecodingBatch:
     def accept(self, drafts: Drafts, logits: Tensor) -> list[list[int]]:
         """Each row's accepted drafts, and the token that `logits` (B, K + 1, V) choose after them."""
         settings = self.settings
+        if self.suppressed is not None:
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
         seen = seen_after_drafts(self.seen, drafts.tokens) if self.seen is not None else None
         plain = not settings.sampling and seen is None
         target = logits if plain else probabilities(logits, settings, seen)
@@ -204,8 +215,8 @@ class DecodingBatch:
         """
         row.decode_steps += 1
         for count, token in enumerate(tokens, start=1):
-            if token == self.turn_end:
-                row.done = True
+            if token in self.turn_ends:
+                row.done, row.end = True, token
                 return count
             row.tokens.append(token)
             if self.settings.logprobs:

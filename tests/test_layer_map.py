@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from configs.model import DecoderConfig, GenerationConfig, ModelConfig
+from configs.model import source_layers as source_layers_of
 from data.collators import collate, collate_prompts
 from data.images import Tiles
 from data.render import Renderer
@@ -109,7 +110,7 @@ def source_layers(left: int, right: int, source: int, layer_map: str = "", no_ro
         right=replace(decoder, layers=right),
         layer_map=layer_map,
     )
-    return config.source_layers(replace(decoder, layers=source))
+    return source_layers_of(config, replace(decoder, layers=source))
 
 
 def test_pretrained_layers_are_those_that_first_read_a_left_layer():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from configs.model import Vocabulary, as_left_decoder
+from configs.model import Vocabulary, as_left_decoder, source_layers
 from configs.train import Config, FilterConfig
 from data.conversations import ConversationError, checked_parts, conversations_of, text_of
 from data.datasets import SampleDataset, SampleStream, drop_report
@@ -135,7 +135,7 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
             left=as_left_decoder(replace(pretrained.left, weights="random"), layer_map, left_layers),
             layer_map=layer_map,
         )
-        model.source_layers(pretrained.left)
+        source_layers(model, pretrained.left)
     for tower in model.towers:
         is_pretrained = getattr(model, tower).weights != "random"
         if not is_pretrained and not (tower == "left" and config.init_left_from):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.model import DecoderConfig, ModelConfig, RopeScaling, as_left_decoder
+from configs.model import DecoderConfig, ModelConfig, RopeScaling, as_left_decoder, source_layers
 from configs.serialization import from_dict
 from models.language_model import LanguageModel
 from models.weights.gguf import convert_gguf
@@ -93,7 +93,7 @@ def resolve_decoders(config: ModelConfig, cache: Path, left_layers: int = 0) -> 
         config = replace(config, **changes)
     config.check_join()
     if whole_left is not None:
-        config.source_layers(whole_left)
+        source_layers(config, whole_left)
     return config
 
 
@@ -113,7 +113,7 @@ def load_language_weights(model: Any, cache: Path) -> None:
         if tower == "right":
             load_language_model(model.right, tensors, str(folder))
             continue
-        load_left_decoder(model.left.decoder, model.config.source_layers(decoder), tensors, str(folder))
+        load_left_decoder(model.left.decoder, source_layers(model.config, decoder), tensors, str(folder))
         table, own = tensors["embed_tokens.weight"], model.left.embed_tokens.weight
         if model.left.first_id == 0 and len(table) > model.vocabulary.text_size:
             raise UserError(
@@ -262,7 +262,7 @@ def load_left_decoder(
 ) -> list[str]:
     """Fill a `KeyValueDecoder` from a language model's tensors; → the names of unused tensors.
 
-    `layers`: the language model's layer that each of its own starts from (`ModelConfig.source_layers`).
+    `layers`: the language model's layer that each of its own starts from (`source_layers`).
     """
     used, unused = take_layers(tensors, decoder.state_dict(), layers)
     load_tensors(decoder, used, context)

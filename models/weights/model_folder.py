@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.model import ModelConfig, Vocabulary
+from configs.model import ModelConfig, Vocabulary, source_layers
 from configs.serialization import from_dict
 from models.weights.folder import FORMAT, INDEX, ModelFiles, checked_config, find_files, is_nanovlm
 from models.weights.language_models import take_layers
@@ -24,8 +24,9 @@ from utils.hub import AUXILIARY_FILES, WEIGHTS
 
 # Largest weight file: the Hub refuses larger ones for some accounts, and a broken upload of one starts again.
 SHARD_SIZE = "5GB"
-# Tensor names in folders of format 3 → current names.
+# Tensor names of transformers, and in folders of format 3 → current names.
 RENAMED = (
+    (r"^model\.", ""),
     (r"^right\.heads\.stands$", "heads.acceptance_rates"),
     (r"^right\.heads\.", "heads."),
 )
@@ -170,6 +171,6 @@ def load_left_tower(
             "model's yet; use left_context = image"
         )
     first = len(tensors[table]) - vocabulary.markers
-    used, unused = take_layers(tensors, left.state_dict(), left.config.source_layers(config.left))
+    used, unused = take_layers(tensors, left.state_dict(), source_layers(left.config, config.left))
     load_tensors(left, used | {table: tensors[table][first : first + markers].clone()}, context)
     return unused
