@@ -72,8 +72,8 @@ AS_LISTS = """\
 
 NO_THINKING = "{%- set enable_thinking = false -%}\n"
 # A saved template stands between START and END: they mark the assistant's turns for transformers and TRL
-# (`return_assistant_tokens_mask`, `assistant_only_loss`). AS_HISTORY gives the last message the form of earlier
-# ones: another message follows it, and is cut off.
+# (`return_assistant_tokens_mask`, `assistant_only_loss`). AS_HISTORY gives the last message the form of
+# earlier ones: another message follows it, and is cut off.
 START, END = "{%- set rendered %}", "{% endset %}\n"
 MARKED = (
     START

@@ -16,7 +16,14 @@ from data.render import IGNORE, Document, Renderer
 from data.tokenizer import Tokenizer
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import Generation, generate, prefill
-from models.image_store import ImageBlock, ImageStore, encode_blocks, encode_rows, image_blocks_of
+from models.image_store import (
+    ImageBlock,
+    ImageStore,
+    encode_blocks,
+    encode_rows,
+    image_blocks_of,
+    image_kv_fingerprint,
+)
 from models.kernels.packed_block import pack_blocks
 from models.kv_cache import ImageKV
 from models.vision_language_model import VisionLanguageModel
@@ -91,7 +98,7 @@ class Predictor:
         pack_blocks(model.right)
         image_store = None
         if store is not None and isinstance(model, DualTowerVLM):
-            fingerprint = model.fingerprint()
+            fingerprint = image_kv_fingerprint(model)
             image_store = ImageStore(folder=store, fingerprint=fingerprint)
             image_store.serve(model, fingerprint)
         renderer = Renderer(tokenizer, model.config.tokens_per_tile, model.config.left_context)

@@ -39,7 +39,7 @@ def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
     code = code_files()
     for pattern in CODE:
         for old in folder.glob(pattern):
-            if old.name not in code and " of DualTowerVLM, " in old.read_text(encoding="utf-8")[:200]:
+            if old.name not in code and " of DualTowerVLM" in old.read_text(encoding="utf-8")[:200]:
                 old.unlink()  # a module that an earlier version added
     for name, text in code.items():
         (folder / name).write_text(text, encoding="utf-8")  # not used before config.json, the last, names it

@@ -1,7 +1,7 @@
 """The project's modules as flat files with relative imports: the form in which transformers loads code.
 
-models/layers.py becomes models_layers.py. A copy holds the definitions that `ROOTS` reach and the imports that
-these use. Outside of hf/, docstrings are cut to their first line.
+models/layers.py becomes models_layers.py. A copy holds the definitions that `ROOTS` reach and the imports
+that these use. Outside of hf/, docstrings are cut to their first line.
 """
 
 import ast
@@ -15,6 +15,7 @@ from pathlib import Path
 HOME = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "hf", "models", "utils")
 ROOTS = ("hf.configuration", "hf.modeling", "hf.image_processing", "hf.processing")
+IMPORT = r"^from \.(\w+) import"
 REPLACED = {  # module → its copy: what transformers itself does, and what is only faster
     "models.weights.hub_model": "from torch.nn import Module as HubModel  # transformers loads and saves\n",
     "models.kernels": '''from typing import Any
@@ -49,13 +50,15 @@ def code_files() -> dict[str, str]:
     # transformers loads a file that is equal in two folders only once, with all that it imports.
     version = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
     whole = {
-        f"{flat(name)}.py": f"# {path_of(name)} of DualTowerVLM, code {version}\n{texts[flat(name)]}"
+        f"{flat(name)}.py": f"# {path_of(name)} of DualTowerVLM\n{texts[flat(name)]}"
         for name in sorted(needed)
     }
     for root in map(flat, ROOTS):
-        lines = [f"    from .{name} import *\n" for name in sorted(imports_of(texts, root))]
+        whole[f"{root}.py"] = whole[f"{root}.py"].replace("\n", f", code {version}\n", 1)
+        indirect = imports_of(texts, root) - set(re.findall(IMPORT, texts[root], re.MULTILINE))
+        lines = [f"    from .{name} import *\n" for name in sorted(indirect)]
         reason = "transformers 5.0 to 5.8, at least, look for files only in this one's own imports"
-        whole[f"{root}.py"] += f"\n\nif False:  # {reason}\n{''.join(lines)}"
+        whole[f"{root}.py"] += f"\n\nif False:  # {reason}\n{''.join(lines)}" if lines else ""
     return whole
 
 
@@ -63,7 +66,7 @@ def imports_of(texts: dict[str, str], file: str) -> set[str]:
     """The files that `file` imports, directly or not."""
     reached, waiting = set(), [file]
     while waiting:
-        direct = set(re.findall(r"^from \.(\w+) import", texts[waiting.pop()], re.MULTILINE))
+        direct = set(re.findall(IMPORT, texts[waiting.pop()], re.MULTILINE))
         waiting += direct - reached
         reached |= direct
     return reached
@@ -98,9 +101,11 @@ class Module:
         lines = self.source.splitlines(keepends=True)
         indices = sorted({self.definitions[name] for name in needed})
         used = {name for index in indices for name in names_in(self.statements[index])}
-        cut = {} if self.name.startswith("hf.") else long_docstrings(ast.parse(self.source))
+        shortened = {} if self.name.startswith("hf.") else long_docstrings(ast.parse(self.source))
         docstring = (self.statements[0].lineno - 1, self.statements[0].end_lineno or 0)
-        parts = [cut.get(number, line) for number, line in enumerate(lines[slice(*docstring)], 1)] + ["\n"]
+        parts = [shortened.get(number, line) for number, line in enumerate(lines[slice(*docstring)], 1)] + [
+            "\n"
+        ]
         for statement in self.statements:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 names = [
@@ -112,7 +117,7 @@ class Module:
                     parts.append(relative(ast.unparse(statement)) + "\n")
         for index in indices:
             start, end = self.statements[index - 1].end_lineno or 0, self.statements[index].end_lineno or 0
-            parts += [cut.get(number, line) for number, line in enumerate(lines[start:end], start + 1)]
+            parts += [shortened.get(number, line) for number, line in enumerate(lines[start:end], start + 1)]
         return "".join(relative(line) for part in parts for line in part.splitlines(keepends=True))
 
 
@@ -147,22 +152,22 @@ def read_module(name: str) -> Module:
 
 def long_docstrings(tree: ast.Module) -> dict[int, str]:
     """Line number → what stands there when docstrings are cut to their first line."""
-    cut: dict[int, str] = {}
+    shortened: dict[int, str] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) or not ast.get_docstring(node):
             continue
         docstring = node.body[0]
-        cut |= dict.fromkeys(range(docstring.lineno, docstring.end_lineno + 1), "")
+        shortened |= dict.fromkeys(range(docstring.lineno, docstring.end_lineno + 1), "")
         first = ast.get_docstring(node).partition("\n")[0]
-        cut[docstring.lineno] = f'{" " * docstring.col_offset}"""{first}"""\n'
-    return cut
+        shortened[docstring.lineno] = f'{" " * docstring.col_offset}"""{first}"""\n'
+    return shortened
 
 
 def names_in(node: ast.AST) -> set[str]:
     """The names that a statement uses, those in quoted annotations too."""
-    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     quoted = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return found | {text for text in quoted if text.isidentifier()}
+    return names | {text for text in quoted if text.isidentifier()}
 
 
 def relative(line: str) -> str:

@@ -57,7 +57,7 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-class TowerGeneration(GenerationMixin):
+class TowerGenerationMixin(GenerationMixin):
     """`generate` of a model whose `model` is a `TowerModel`."""
 
     model: Any
@@ -171,7 +171,8 @@ def _arguments(
     """
     if not isinstance(other, TransformersGenerationConfig | None):
         raise InputError(
-            f"generate: generation_config is a {type(other).__name__}, expected transformers' GenerationConfig"
+            f"generate: generation_config is a {type(other).__name__}, "
+            "expected transformers' GenerationConfig"
         )
     configs = [config.to_diff_dict() for config in (own, other) if config is not None]
     merged = {name: value for values in (*configs, kwargs) for name, value in values.items()}

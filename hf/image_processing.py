@@ -29,7 +29,7 @@ class DualTowerImageProcessor(BaseImageProcessor):
         from_dict(VisionConfig, self.vision, "image processor: vision")  # raises UsageError for a wrong one
 
     def __call__(self, images: Any, return_tensors: str | None = None, **options: Any) -> BatchFeature:
-        """Images, or lists of them → `pixel_values` (N, 3, h, w) uint8 and each image's `num_patches` (tiles).
+        """Images, or lists of them → `pixel_values` (N, 3, h, w) uint8, and the tiles of each, `num_patches`.
 
         An image is a path, a URL, bytes, base64 or a Pillow image. Errors: `ImageError`; `InputError` for
         options: tiles follow from the model (`crop_to_patches=True` asks for what is done anyway).
@@ -62,6 +62,8 @@ def _opened(image: Any) -> Image.Image:
     name = image if isinstance(image, str) and len(image) <= 300 else "image"
     try:
         if isinstance(image, Image.Image):
+            if not image.width or not image.height:
+                raise ImageError("empty", f"{name} has no pixels")
             return to_rgb(image, orientation_of(image))
         image = data_url(image)
         if isinstance(image, str) and image.startswith(("http://", "https://")):

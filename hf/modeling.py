@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from configs.model import ModelConfig, Vocabulary
 from configs.serialization import from_dict
 from hf.configuration import DualTowerConfig, InputError, TowerConfig, VanillaConfig
-from hf.generation import TowerGeneration
+from hf.generation import TowerGenerationMixin
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.language_model import DecoderBlock
 from models.vision_language_model import VisionLanguageModel
@@ -86,14 +86,13 @@ def _columns(chosen: Tensor, min_length: int) -> tuple[Tensor, Tensor]:
     """The columns of each row's `chosen` (B, T) tokens in order, and which of them are not padding."""
     counts = chosen.sum(1, keepdim=True)
     length = max(min_length, int(counts.max()))
-    columns = chosen.logical_not().int().argsort(1, stable=True)[:, :length]
+    columns = chosen.logical_not().int().argsort(dim=1, stable=True)[:, :length]
     return columns, torch.arange(length, device=chosen.device) < counts
 
 
-class TowerModel(PreTrainedModel):
-    """The model without its output layer. `vlm` is this project's own model, with the same children."""
+class TowerPreTrainedModel(PreTrainedModel):
+    """What both models below have in common."""
 
-    model_class: type[nn.Module]
     config: TowerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -101,24 +100,11 @@ class TowerModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ("DecoderBlock", "KeyValueLayer", "VisionEncoder")  # device_map: each on one device
 
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__(config)
-        vlm = self.model_class(
-            from_dict(ModelConfig, config.model, "config.json: model"),
-            from_dict(Vocabulary, config.vocabulary, "config.json: vocabulary"),
-        )
-        self.__dict__["vlm"] = vlm  # not a child: its children are, under their own names
-        self._modules = vlm._modules
-        self.post_init()
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Compute the buffers that no file holds: transformers fills in only the tensors of the file."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vlm.right.embed_tokens
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         raise InputError(
@@ -137,6 +123,25 @@ class TowerModel(PreTrainedModel):
         return any(isinstance(block, DecoderBlock) and block.recompute for block in self.modules())
 
     is_activation_checkpointing = is_gradient_checkpointing
+
+
+class TowerModel(TowerPreTrainedModel):
+    """The model without its output layer. `vlm` is this project's own model, with the same children."""
+
+    model_class: type[nn.Module]
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        vlm = self.model_class(
+            from_dict(ModelConfig, config.model, "config.json: model"),
+            from_dict(Vocabulary, config.vocabulary, "config.json: vocabulary"),
+        )
+        self.__dict__["vlm"] = vlm  # not a child: its children are, under their own names
+        self._modules = vlm._modules
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.right.embed_tokens
 
     def streams(self, input_ids: Any, attention_mask: Any, pixel_values: Any) -> Streams:
         """Check the arguments of `forward` and route the tokens. Errors: `InputError`."""
@@ -159,8 +164,7 @@ class TowerModel(PreTrainedModel):
             raise InputError(
                 f"Image features and image tokens do not match: input_ids have {markers} image tiles with "
                 f"{image_tokens} image tokens, {config.tokens_per_tile} for each, and pixel_values holds "
-                f"{tiles} tiles: give both as one call of the processor makes them; max_length may have "
-                "truncated an image"
+                f"{tiles} tiles: give both as the processor makes them"
             )
         side = config.vision.image_size
         if tiles and (pixel_values.dtype != torch.uint8 or pixel_values.shape[1:] != (3, side, side)):
@@ -249,28 +253,16 @@ class OutputEmbeddings(nn.Module):
         return F.linear(hidden, self.weight, self.bias)
 
 
-class TowerForConditionalGeneration(PreTrainedModel, TowerGeneration):
+class TowerForConditionalGeneration(TowerPreTrainedModel, TowerGenerationMixin):
     """The model with logits, loss and this project's own `generate`. Its base model is `model`."""
 
     base_class: type[TowerModel]
-    config: TowerConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = TowerModel._no_split_modules
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
         self.model = self.base_class(config)
         self.lm_head = OutputEmbeddings(self.model.vlm)
         self.post_init()
-
-    _init_weights = TowerModel._init_weights
-    _set_gradient_checkpointing = TowerModel._set_gradient_checkpointing
-    is_gradient_checkpointing = TowerModel.is_gradient_checkpointing
-    is_activation_checkpointing = TowerModel.is_activation_checkpointing
-    resize_token_embeddings = TowerModel.resize_token_embeddings
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -311,8 +303,8 @@ class TowerForConditionalGeneration(PreTrainedModel, TowerGeneration):
             count = (next_labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
             loss_sum = model.vlm.right.loss(hidden, next_labels).sum()
             loss = loss_sum / torch.as_tensor(count, device=loss_sum.device).clamp(min=1)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(streams.spread(hidden)[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(streams.spread(hidden)[:, positions])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states)
         return output if return_dict is not False else output.to_tuple()
 

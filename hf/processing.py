@@ -13,16 +13,14 @@ from data.tokenizer import IMAGE, TextEncoder
 from hf.configuration import InputError
 from utils.errors import nearest
 
-# Arguments of `__call__` besides text and images.
-OPTIONS = (
-    "padding",
-    "padding_side",
-    "pad_to_multiple_of",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "add_special_tokens",
-)
+# Arguments of `__call__` besides text and images, and what those with few values may be.
+VALUES = {
+    "padding": (True, False, "longest", "max_length"),
+    "padding_side": ("left", "right"),
+    "truncation": (True, False),
+    "add_special_tokens": (False,),
+}
+OPTIONS = (*VALUES, "pad_to_multiple_of", "max_length", "return_tensors")
 
 
 class DualTowerProcessor(ProcessorMixin):
@@ -48,9 +46,8 @@ class DualTowerProcessor(ProcessorMixin):
         special, so it must be trusted, and none is added. `images` (paths, URLs, base64, bytes, Pillow
         images): one list for all texts, in the order of the placeholders, or a list for each text.
 
-        Options, as in transformers' tokenizers: `padding` (False, True or "longest", "max_length"; the default
-        pads where tensors are asked for), `padding_side`, `pad_to_multiple_of`, `truncation`, `max_length`,
-        `return_tensors`. Errors: `InputError`; `ImageError`.
+        Options as in transformers' tokenizers: `OPTIONS`. Tensors are padded by default.
+        Errors: `InputError`, `ImageError`.
         """
         if videos is not None:
             raise InputError("processor: videos are not supported")
@@ -103,14 +100,11 @@ class DualTowerProcessor(ProcessorMixin):
             )
         template = chat_template or self.chat_template
         options = {"return_tensors": return_tensors} | (processor_kwargs or {})
-        options |= {name: value for name, value in kwargs.items() if name in OPTIONS}
-        variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
-        for name in variables:
-            if name not in template:
-                raise InputError(
-                    f"processor: the argument {name} is not supported{nearest(name, list(OPTIONS))}; those of "
-                    "generate go into a pipeline as generate_kwargs={…}"
-                )
+        variables = {
+            name: value for name, value in kwargs.items() if name not in OPTIONS and name in template
+        }
+        options |= {name: value for name, value in kwargs.items() if name not in variables}
+        _check_options(options)
         encoder = self._encoder(template)
         texts, turns = render_jinja_template(
             [_as_text(chat, encoder) for chat in chats] if tokenize else chats,
@@ -156,7 +150,10 @@ class DualTowerProcessor(ProcessorMixin):
         masks: list[list[int]] | None = None,
     ) -> BatchFeature:
         """Put image blocks at the placeholders, truncate, pad."""
-        tensors, padding, side, multiple, limit = _checked_options(options)
+        _check_options(options)
+        tensors, padding = options.get("return_tensors"), options.get("padding")
+        padding = tensors is not None if padding is None else padding
+        limit = options.get("max_length") if options.get("truncation") else None
         images = iter(tiles)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
         if masks is not None:
@@ -171,8 +168,8 @@ class DualTowerProcessor(ProcessorMixin):
             ids = [token for block in blocks for token in block]
             if limit is not None and any(token >= encoder.image for token in ids[limit:]):
                 raise InputError(
-                    f"Image features and image tokens do not match: max_length = {limit} truncates an image of "
-                    f"a text of {len(ids)} tokens: raise it, or set it to None"
+                    f"Image features and image tokens do not match: max_length = {limit} truncates an image "
+                    f"of a text of {len(ids)} tokens: raise it, or set it to None"
                 )
             columns["input_ids"].append(ids[:limit])
             columns["attention_mask"].append([1] * len(ids[:limit]))
@@ -180,44 +177,34 @@ class DualTowerProcessor(ProcessorMixin):
                 mask = [m for m, block in zip(masks[number], blocks, strict=True) for _ in block]
                 columns["assistant_masks"].append(mask[:limit])
         longest = max(map(len, columns["input_ids"])) if padding else 0
-        longest = limit if padding == "max_length" and limit is not None else longest
+        longest = max(longest, options["max_length"]) if padding == "max_length" else longest
+        multiple = options.get("pad_to_multiple_of") or 1
         longest = -(-longest // multiple) * multiple
+        left = (options.get("padding_side") or self.tokenizer.padding_side) == "left"
         for name, column in columns.items():
             filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
             for row in column:
                 empty = [filler] * max(0, longest - len(row))
-                row[:] = empty + row if (side or self.tokenizer.padding_side) == "left" else row + empty
+                row[:] = empty + row if left else row + empty
         return BatchFeature(
             columns | {"pixel_values": self.image_processor.stack(tiles)}, tensor_type=tensors
         )
 
 
-def _checked_options(options: dict[str, Any]) -> tuple[str | None, bool | str, str | None, int, int | None]:
-    """Options of `__call__` → return_tensors, padding, padding_side, pad_to_multiple_of, max_length if used."""
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise `InputError` for options or values that `__call__` does not support."""
     for name, value in options.items():
         if name not in OPTIONS and value is not None and value is not False:
             raise InputError(
                 f"processor: the argument {name} is not supported{nearest(name, list(OPTIONS))}; those of "
                 "generate go into a pipeline as generate_kwargs={…}"
             )
-    tensors = options.get("return_tensors")
-    padding = options.get("padding")
-    padding = tensors is not None if padding is None else padding
-    truncation, limit = options.get("truncation") or False, options.get("max_length")
-    for name, value, allowed in (
-        ("padding", padding, (True, False, "longest", "max_length", "do_not_pad")),
-        ("padding_side", options.get("padding_side"), (None, "left", "right")),
-        ("truncation", truncation, (True, False, "longest_first", "do_not_truncate")),
-        ("add_special_tokens", options.get("add_special_tokens"), (None, False)),
-    ):
-        if value not in allowed:
-            raise InputError(f"processor: {name} = {value!r} is not supported, only {allowed}")
-    if (truncation in (True, "longest_first") or padding == "max_length") and not isinstance(limit, int):
+    for name, allowed in VALUES.items():
+        if options.get(name) not in (None, *allowed):
+            raise InputError(f"processor: {name} = {options[name]!r} is not supported, only {allowed}")
+    needs_limit = options.get("truncation") or options.get("padding") == "max_length"
+    if needs_limit and not isinstance(options.get("max_length"), int):
         raise InputError("processor: truncation and padding='max_length' need max_length")
-    if truncation in (False, "do_not_truncate") and padding != "max_length":
-        limit = None
-    padding = False if padding == "do_not_pad" else padding
-    return tensors, padding, options.get("padding_side"), options.get("pad_to_multiple_of") or 1, limit
 
 
 def _as_text(chat: Conversation, encoder: TextEncoder) -> Conversation:

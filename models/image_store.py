@@ -21,10 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.kv_cache import ImageKV
+from models.weights.tensors import module_fingerprint
 from utils.errors import UserError
 from utils.files import replacing
 
 FORMAT = 3  # of an image KV's file
+# Version of the code that turns an image into its image KV, data/images.py included. Raise it when the result
+# changes, so that stored image KVs are not reused.
+IMAGE_KV_VERSION = 1
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 HEADER = 1024  # bytes of a file besides its tensor, at most
 STALE_S = 3600  # age from which a temporary file counts as left by a killed run
@@ -34,10 +38,29 @@ FILE = re.compile(rf"{KEY.pattern}\.safetensors")
 TEMPORARY = re.compile(rf"\.{FILE.pattern}\.\d+|\.tmp\w{{6}}")  # utils/files.py's, and safetensors' own
 
 
+def image_kv_fingerprint(model: Any) -> str:
+    """Hash of what an image KV depends on besides its image: a dual tower's left weights and settings.
+
+    Computed anew at each call.
+    """
+    c = model.config
+    settings = (
+        IMAGE_KV_VERSION,
+        c.vision,
+        c.projector,
+        c.left,
+        c.left_context,
+        c.image_isolation,
+        c.left_attention,
+        model.vocabulary,
+    )
+    return module_fingerprint(model.left, repr(settings))
+
+
 def save_image_kv(kv: ImageKV, path: str | Path, fingerprint: str, key: str = "") -> None:
     """Write a safetensors file, atomically. `UserError` where it cannot be written.
 
-    `fingerprint`: the model's (`DualTowerVLM.fingerprint`). `key`: a name of the image.
+    `fingerprint`: the model's (`image_kv_fingerprint`). `key`: a name of the image.
     """
     data = kv.data.detach().cpu().contiguous()
     metadata = {
@@ -117,7 +140,7 @@ class ImageStore:
     file is deleted and counts as a miss, and after an `OSError` the disk is no longer used. `say` takes one
     line about each.
 
-    `fingerprint`: of the model (`DualTowerVLM.fingerprint`), whose weights must not change any more. A store
+    `fingerprint`: of the model (`image_kv_fingerprint`), whose weights must not change any more. A store
     without one belongs to the model that asks first.
     """
 
@@ -157,7 +180,7 @@ class ImageStore:
         if self.model is not None and self.model() is model:
             return
         if (self.model is not None and not self.fingerprint) or (
-            self.fingerprint and self.fingerprint != (fingerprint or model.fingerprint())
+            self.fingerprint and self.fingerprint != (fingerprint or image_kv_fingerprint(model))
         ):
             raise ValueError(
                 "this image store holds image KVs of another model: "

@@ -26,7 +26,7 @@ import torch  # noqa: F401
 import transformers.dynamic_module_utils
 
 import training.script  # noqa: F401
-from hf.export import code_files
+from hf.flat_code import code_files
 
 with suppress(ImportError):  # lmms-eval is optional
     import eval.tasks  # noqa: F401

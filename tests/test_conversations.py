@@ -34,6 +34,7 @@ from data.mixture import InMemoryRecords, Source
 from data.render import IGNORE, Renderer
 from eval.lmms_eval_wrapper import user_message
 from eval.predictor import Predictor
+from hf.image_processing import DualTowerImageProcessor
 from hf.processing import DualTowerProcessor
 from models.kernels import use_kernels
 from tests.conftest import TINY_MODEL, lively_model, random_tiles, tiny_model
@@ -330,7 +331,7 @@ def test_every_program_renders_a_conversation_alike(tokenizer, renderer, images,
     tokenizer.save(tmp_path)
     vision = to_dict(TINY_MODEL.vision)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    processor = DualTowerProcessor(loaded, vision, TINY_MODEL.tokens_per_tile)
+    processor = DualTowerProcessor(DualTowerImageProcessor(vision), loaded, TINY_MODEL.tokens_per_tile)
     names = iter(("red", "blue", "green"))
     carrying = json.loads(json.dumps(CHAT[:-1]))
     for message in carrying:

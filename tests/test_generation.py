@@ -17,7 +17,7 @@ from data.conversations import ask
 from data.images import Tiles
 from eval.predictor import Predictor
 from models.generation import generate
-from models.image_store import ImageStore
+from models.image_store import ImageStore, image_kv_fingerprint
 from models.kv_cache import DecodingCache
 from models.sampling import choose, probabilities
 from tests.conftest import lively_model, random_tiles
@@ -288,7 +288,7 @@ def test_an_image_store_in_memory_is_of_one_model(tokenizer, renderer):
     with pytest.raises(ValueError, match="image KVs of another model"):
         other.answer(asked, settings)
     for model, image_kv in ((one.model, "computed"), (one.model, "reused"), (other.model, "")):
-        store = store if image_kv == "reused" else ImageStore(fingerprint=one.model.fingerprint())
+        store = store if image_kv == "reused" else ImageStore(fingerprint=image_kv_fingerprint(one.model))
         predictor = Predictor(model, renderer, store)
         if image_kv:
             assert predictor.answer(asked, settings)[0].image_kv == image_kv

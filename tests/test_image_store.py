@@ -25,7 +25,7 @@ from data.render import Renderer
 from eval.predictor import ImageBlock, Predictor
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.generation import generate
-from models.image_store import ImageStore, load_image_kv, save_image_kv
+from models.image_store import ImageStore, image_kv_fingerprint, load_image_kv, save_image_kv
 from models.kv_cache import ImageKV
 from tests.conftest import TINY_MODEL, random_tiles, tiny_model
 from utils.errors import UserError
@@ -223,21 +223,21 @@ class TestFile:
 
 class TestOrigin:
     def test_every_tensor_of_the_left_tower_changes_it_and_none_of_the_right(self, model):
-        before = model.fingerprint()
+        before = image_kv_fingerprint(model)
         assert len(bytes.fromhex(before)) == 16
         seen = {before}
         for tensor in (*model.left.parameters(), *model.left.buffers()):
             with torch.no_grad():
                 old = tensor.flatten()[-1].item()
                 tensor.view(-1)[-1] += 1
-                seen.add(model.fingerprint())
+                seen.add(image_kv_fingerprint(model))
                 tensor.view(-1)[-1] = old
         assert len(seen) == 1 + len([*model.left.parameters(), *model.left.buffers()])
-        assert model.fingerprint() == before
+        assert image_kv_fingerprint(model) == before
         with torch.no_grad():
             for parameter in model.right.parameters():
                 parameter.add_(1)
-        assert model.fingerprint() == before
+        assert image_kv_fingerprint(model) == before
 
     def test_settings_and_types_of_number_change_it(self, tokenizer, model):
         c = TINY_MODEL
@@ -248,26 +248,25 @@ class TestOrigin:
             replace(c, vision=replace(c.vision, max_side=128)),
             replace(c, left=replace(c.left, rope_theta=500.0)),
         ]
-        origins = {tiny_model(tokenizer, config).fingerprint() for config in configs}
+        origins = {image_kv_fingerprint(tiny_model(tokenizer, config)) for config in configs}
         assert (
             len(
                 origins
                 | {
-                    model.fingerprint(),
-                    tiny_model(tokenizer, seed=1).fingerprint(),
-                    tiny_model(tokenizer).bfloat16().fingerprint(),
+                    image_kv_fingerprint(model),
+                    image_kv_fingerprint(tiny_model(tokenizer, seed=1)),
+                    image_kv_fingerprint(tiny_model(tokenizer).bfloat16()),
                 }
             )
             == len(configs) + 3
         )
-        assert (
-            tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0))).fingerprint()
-            == model.fingerprint()
-        )
+        assert image_kv_fingerprint(
+            tiny_model(tokenizer, replace(c, right=replace(c.right, rope_theta=500.0)))
+        ) == image_kv_fingerprint(model)
 
     def test_a_saved_model_keeps_it(self, model, tmp_path):
         model.save_pretrained(tmp_path)
-        assert DualTowerVLM.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
+        assert image_kv_fingerprint(DualTowerVLM.from_pretrained(tmp_path)) == image_kv_fingerprint(model)
 
 
 class TestMemory:
@@ -607,7 +606,10 @@ class TestPredictor:
     def test_an_image_kv_from_the_disk_answers_as_a_cold_one(self, model, renderer, tmp_path):
         for store in (
             None,
-            *(ImageStore(memory_bytes=0, folder=tmp_path, fingerprint=model.fingerprint()) for _ in range(2)),
+            *(
+                ImageStore(memory_bytes=0, folder=tmp_path, fingerprint=image_kv_fingerprint(model))
+                for _ in range(2)
+            ),
         ):
             answers = Predictor(model, renderer, store).answer(self.asked(), self.settings)
             if store is None:
@@ -622,14 +624,14 @@ class TestPredictor:
 
     def test_changed_weights_do_not_find_the_old_ones(self, model, renderer, tmp_path):
         asked = self.asked()[:1]
-        Predictor(model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())).answer(
-            asked, self.settings
-        )
+        Predictor(
+            model, renderer, ImageStore(folder=tmp_path, fingerprint=image_kv_fingerprint(model))
+        ).answer(asked, self.settings)
         with torch.no_grad():
             model.left.modality_projector.proj.weight.mul_(-1)
         expected = Predictor(model, renderer).answer(asked, self.settings)
         answers = Predictor(
-            model, renderer, ImageStore(folder=tmp_path, fingerprint=model.fingerprint())
+            model, renderer, ImageStore(folder=tmp_path, fingerprint=image_kv_fingerprint(model))
         ).answer(asked, self.settings)
         assert (
             [a.image_kv for a in answers] == ["computed"]
@@ -640,11 +642,13 @@ class TestPredictor:
     def test_a_damaged_file_costs_an_encode_and_nothing_else(self, model, renderer, tmp_path):
         messages = []
         for _ in range(2):
-            store = ImageStore(folder=tmp_path, fingerprint=model.fingerprint(), say=messages.append)
+            store = ImageStore(folder=tmp_path, fingerprint=image_kv_fingerprint(model), say=messages.append)
             kinds = [
                 a.image_kv for a in Predictor(model, renderer, store).answer(self.asked()[:2], self.settings)
             ]
-            path = sorted((tmp_path / model.fingerprint()).iterdir(), key=lambda p: p.stat().st_mtime_ns)[0]
+            path = sorted(
+                (tmp_path / image_kv_fingerprint(model)).iterdir(), key=lambda p: p.stat().st_mtime_ns
+            )[0]
             path.write_bytes(path.read_bytes()[:-5])
         assert (
             kinds == ["computed", "reused"]

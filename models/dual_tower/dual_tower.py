@@ -12,11 +12,6 @@ from models.modality_projector import ModalityProjector, blank, put_image_tokens
 from models.multi_token import make_heads
 from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
-from models.weights.tensors import module_fingerprint
-
-# Version of the code that turns an image into its image KV, data/images.py included. Raise it when the result
-# changes, so that stored image KVs are not reused.
-IMAGE_KV_VERSION = 1
 
 
 class LeftTower(nn.Module):
@@ -184,21 +179,3 @@ class DualTowerVLM(HubModel):
     def encode_image(self, tiles: Tensor, block: Tensor) -> ImageKV:
         """Image KV of one image: its tiles (n, 3, h, w) uint8 and its block's token ids (T,)."""
         return self.encode_images(tiles, [block])[0]
-
-    def fingerprint(self) -> str:
-        """Hash of what an image KV depends on besides its image: the left tower's weights and settings.
-
-        Computed anew at each call.
-        """
-        c = self.config
-        settings = (
-            IMAGE_KV_VERSION,
-            c.vision,
-            c.projector,
-            c.left,
-            c.left_context,
-            c.image_isolation,
-            c.left_attention,
-            self.vocabulary,
-        )
-        return module_fingerprint(self.left, repr(settings))
