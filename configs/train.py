@@ -266,6 +266,11 @@ class Config:
         "", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder", path=True
     )
     dry_run: bool = setting(False, "print parameters, FLOPs and memory, then stop")
+    init_from: str = setting(
+        "",
+        "train on from a model folder or Hub id: all weights, sizes, tokenizer and chat template are its own",
+        path=True,
+    )
     init_left_from: str = setting(
         "",
         "initialise the left tower from a nanoVLM checkpoint or vanilla model: a folder or Hub id",

@@ -54,7 +54,9 @@ def add_hf_code(folder: Path, tokenizer: Tokenizer) -> None:
     )
     _write(
         folder / "config.json",
-        raw_config | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map},
+        raw_config
+        | {"architectures": [f"{kind}ForConditionalGeneration"], "auto_map": auto_map}
+        | {"eos_token_id": tokenizer.turn_end, "pad_token_id": tokenizer.turn_end},
     )
 
 

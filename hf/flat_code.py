@@ -6,7 +6,6 @@ that these use. Outside of hf/, docstrings are cut to their first line.
 
 import ast
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +14,6 @@ from pathlib import Path
 HOME = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "hf", "models", "utils")
 ROOTS = ("hf.configuration", "hf.modeling", "hf.image_processing", "hf.processing")
-IMPORT = r"^from \.(\w+) import"
 REPLACED = {  # module → its copy: what transformers itself does, and what is only faster
     "models.weights.hub_model": "from torch.nn import Module as HubModel  # transformers loads and saves\n",
     "models.kernels": '''from typing import Any
@@ -46,30 +44,13 @@ def code_files() -> dict[str, str]:
             if used not in needed.setdefault(other, set()):
                 needed[other].add(used)
                 waiting += [] if other in REPLACED else [(other, used)]
-    texts = {flat(name): REPLACED.get(name) or read_module(name).text(used) for name, used in needed.items()}
+    texts = {name: REPLACED.get(name) or read_module(name).text(used) for name, used in needed.items()}
     # transformers loads a file that is equal in two folders only once, with all that it imports.
     version = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
-    whole = {
-        f"{flat(name)}.py": f"# {path_of(name)} of DualTowerVLM\n{texts[flat(name)]}"
-        for name in sorted(needed)
+    heads = {
+        name: f"# {path_of(name)} of DualTowerVLM" + f", code {version}" * (name in ROOTS) for name in needed
     }
-    for root in map(flat, ROOTS):
-        whole[f"{root}.py"] = whole[f"{root}.py"].replace("\n", f", code {version}\n", 1)
-        indirect = imports_of(texts, root) - set(re.findall(IMPORT, texts[root], re.MULTILINE))
-        lines = [f"    from .{name} import *\n" for name in sorted(indirect)]
-        reason = "transformers 5.0 to 5.8, at least, look for files only in this one's own imports"
-        whole[f"{root}.py"] += f"\n\nif False:  # {reason}\n{''.join(lines)}" if lines else ""
-    return whole
-
-
-def imports_of(texts: dict[str, str], file: str) -> set[str]:
-    """The files that `file` imports, directly or not."""
-    reached, waiting = set(), [file]
-    while waiting:
-        direct = set(re.findall(IMPORT, texts[waiting.pop()], re.MULTILINE))
-        waiting += direct - reached
-        reached |= direct
-    return reached
+    return {f"{flat(name)}.py": f"{heads[name]}\n{texts[name]}" for name in sorted(needed)}
 
 
 def path_of(module: str) -> str:

@@ -104,7 +104,7 @@ class TowerGenerationMixin(GenerationMixin):
             settings=settings,
             on_tokens=on_tokens if streamer is not None or strings else None,
             tiles=pixel_values.to(vlm.device) if with_prompt else None,
-            suppressed=[token for token in suppressed if token < len(vlm.right.unembedding)],
+            suppressed=[token for token in suppressed if token < vlm.vocabulary.text_size],
         )
         if streamer is not None:
             streamer.end()

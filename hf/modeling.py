@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
@@ -112,11 +113,15 @@ class TowerPreTrainedModel(PreTrainedModel):
         )
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
-        for block in self.modules():
-            if isinstance(block, DecoderBlock):
-                block.recompute = enable
+        function = getattr(gradient_checkpointing_func, "func", checkpoint)
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if function is not checkpoint or options.get("use_reentrant"):
+            raise InputError("gradient checkpointing is not supported with offload or use_reentrant=True")
+        blocks = [block for block in self.modules() if isinstance(block, DecoderBlock)]
+        for index, block in enumerate(blocks):
+            block.recompute = enable and index % every_n_layers == 0
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -92,6 +92,8 @@ def generate(
     rows = [Row(b) for b in range(len(ids))]
     turn_ends = frozenset((turn_end,) if isinstance(turn_end, int) else turn_end)
     batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_ends, on_tokens)
+    # A right tower that reads image tokens could choose them, too.
+    suppressed = [*suppressed, *range(model.vocabulary.text_size, len(model.right.unembedding))]
     if suppressed:
         batch.suppressed = torch.tensor(suppressed, device=ids.device)
     if settings.repetition_penalty != 1.0:

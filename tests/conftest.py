@@ -78,6 +78,18 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory):
+    """Where transformers keeps the code that it loads: one folder a process."""
+    import transformers.dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
 def language_models(tmp_path_factory) -> Path:
     """A cache in which SmolLM2 was converted, once for all of xdist's workers."""
     folder = tmp_path_factory.getbasetemp()

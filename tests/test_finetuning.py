@@ -1,28 +1,35 @@
-"""Exported folders in the trainers of others: transformers' Trainer, TRL and peft, against our own training."""
+"""Exported folders in the trainers of others, transformers', TRL's and peft's, against our own training."""
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from data.collators import collate
 from data.conversations import images_of
 from data.datasets import Sample
+from eval.predictor import Predictor
 from models.losses import cross_entropy
-from tests.test_transformers import Exported, exported, images, modules_cache  # noqa: F401  # fixtures
+from tests.programs import run_program
+from tests.test_transformers import ROOT, Exported, exported, images  # noqa: F401  # fixtures
 
 
-def chats(images: dict[str, str]) -> list[list[dict]]:
+def chats(paths: dict[str, str]) -> list[list[dict]]:
     """A system turn and images in two turns; text alone; one image, two questions."""
 
     def user(*parts: str) -> dict:
         shown = [
-            {"type": "image", "path": images[part]} if part in images else {"type": "text", "text": part}
+            {"type": "image", "path": paths[part]} if part in paths else {"type": "text", "text": part}
             for part in parts
         ]
         return {"role": "user", "content": shown}
@@ -137,3 +144,214 @@ def test_the_base_model(exported):  # noqa: F811
         grads.append([p.grad.clone() for p in base.parameters() if p.grad is not None])
     for first, second in zip(*grads, strict=True):
         torch.testing.assert_close(first, second)
+
+
+def loaded(e: Exported, folder: Path | None = None) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder or e.folder, trust_remote_code=True)
+
+
+def rows_of(e: Exported) -> list[dict]:
+    """The chats with images as TRL takes them: images apart, in the order of their parts."""
+    rows = []
+    for messages in chats(e.images):
+        paths = [part["path"] for part in images_of(messages)]
+        bare = json.loads(json.dumps(messages))
+        for message in bare:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        for part in images_of(bare):
+            del part["path"]
+        rows.append({"images": [Image.open(path) for path in paths], "messages": bare})
+    return [row for row in rows if row["images"]]
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    """What a test must set; everything else is the trainer's default."""
+    small = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    quiet = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return small | quiet | more
+
+
+def losses(trainer: Any) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def same_as_ours(e: Exported, folder: Path, model: Any) -> None:
+    """A folder that another trainer saved from `model`: this project computes what transformers does."""
+    own, batch = Predictor.from_pretrained(folder).model, own_batch(e, chats(e.images))[0]
+    again, inputs = loaded(e, folder), inputs_of(e.processor, chats(e.images))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    with torch.no_grad():
+        torch.testing.assert_close(own(**batch).losses.mean(), again(**inputs).loss, atol=1e-4, rtol=1e-4)
+
+
+def test_sft_with_the_defaults_of_trl(exported, tmp_path):  # noqa: F811
+    """On messages; what it saves is one of our folders: it answers and trains on."""
+    model = loaded(exported)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(**options(tmp_path / "run", learning_rate=1e-3, max_steps=3)),
+        train_dataset=Dataset.from_list(rows_of(exported)),
+        processing_class=exported.processor,
+    )
+    trainer.train()
+    unused = ("heads.", "embed_tokens" if exported.own.model.config.left_context == "none" else "heads.")
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]) or any(part in name for part in unused), name
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    same_as_ours(exported, tmp_path / "saved", model)
+    if exported.own.model.config.left_context != "image":
+        return
+    done = run_program(
+        [
+            str(ROOT / "generate.py"),
+            *("--checkpoint", str(tmp_path / "saved"), "--image", exported.images["a"]),
+            *("--prompt", "what is it?", "--max_new_tokens", "3"),
+        ],
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    done = run_program(
+        [
+            str(ROOT / "train_dual_tower.py"),
+            *(
+                "--init_from",
+                str(tmp_path / "saved"),
+                "--max_steps",
+                "1",
+                "--output_dir",
+                str(tmp_path / "on"),
+            ),
+            *("--train.global_batch_size", "2", "--train.local_batch_size", "2", "--train.lr_right", "0"),
+        ],
+        tmp_path,
+    )
+    assert done.returncode == 0 and f"all weights from {tmp_path / 'saved'}" in done.stdout, done.stderr
+    ours, theirs = Predictor.from_pretrained(tmp_path / "on/model").model.right, model.model.right
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name  # frozen there
+
+
+def test_assistant_only_loss_is_ours(exported, tmp_path):  # noqa: F811
+    """Tiles, images in two turns, LoRA without effect yet: the first loss is the loss of our training."""
+    rows, many = rows_of(exported), [chat for chat in chats(exported.images) if images_of(chat)]
+    if exported.own.model.config.left_context == "prefix":  # TRL counts answers before an image, we do not
+        rows, many = rows[1:], many[1:]
+    trainer = SFTTrainer(
+        loaded(exported),
+        args=SFTConfig(**options(tmp_path, assistant_only_loss=True, bf16=False)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=exported.processor,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    expected = exported.own.model(**own_batch(exported, many)[0]).losses.mean().item()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-3)  # it logs four digits
+    assert losses(trainer)[1] < losses(trainer)[0]
+
+
+def test_lora_of_peft(exported, tmp_path):  # noqa: F811
+    """Trains, is saved, loaded and merged; the merged folder is one of ours."""
+    model = get_peft_model(
+        loaded(exported),
+        LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=["modality_projector"]
+        ),
+    )
+    inputs = inputs_of(exported.processor, chats(exported.images))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first = None
+    for _ in range(3):
+        loss = model(**inputs).loss
+        first = first or loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(**inputs).loss.item() < first
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(loaded(exported), tmp_path / "adapter")
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    logits = model(**prompt).logits
+    assert torch.equal(again(**prompt).logits, logits)
+    assert torch.equal(
+        again.generate(**prompt, max_new_tokens=4), model.eval().generate(**prompt, max_new_tokens=4)
+    )
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(**prompt).logits, logits, atol=1e-3, rtol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    exported.processor.save_pretrained(tmp_path / "merged")
+    same_as_ours(exported, tmp_path / "merged", merged)
+
+
+@pytest.mark.parametrize("trainer_class", [DPOTrainer, GRPOTrainer])
+def test_preferences_and_rewards(exported, trainer_class, tmp_path):  # noqa: F811
+    """DPO and GRPO run with their defaults, on images of one and of several tiles."""
+    rows = [
+        {
+            "images": [Image.open(exported.images[name])],
+            "prompt": [{"role": "user", "content": "what is it?"}],
+            "chosen": [{"role": "assistant", "content": "a rectangle"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for name in "abab"
+    ]
+    if trainer_class is DPOTrainer:
+        arguments = {"args": DPOConfig(**options(tmp_path, learning_rate=1e-4, trust_remote_code=True))}
+    else:
+        rows = [{name: row[name] for name in ("images", "prompt")} for row in rows]
+        arguments = {
+            "args": GRPOConfig(**options(tmp_path, num_generations=2, max_completion_length=6)),
+            "reward_funcs": lambda completions, **_: [float(len(c[0]["content"])) for c in completions],
+        }
+    trainer = trainer_class(
+        model=loaded(exported),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=exported.processor,
+        **arguments,
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
+
+
+def test_the_trainer_of_transformers_resumes(exported, tmp_path):  # noqa: F811
+    """Four steps, and two with two more from their checkpoint: the same weights."""
+    many = chats(exported.images)
+
+    def trained(folder: Path, steps: int, resume: bool = False) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        arguments = options(folder, max_steps=steps, save_strategy="steps", save_steps=2, learning_rate=1e-3)
+        trainer = Trainer(
+            loaded(exported),
+            TrainingArguments(**arguments, remove_unused_columns=False, lr_scheduler_type="constant"),
+            train_dataset=many,
+            data_collator=lambda rows: inputs_of(exported.processor, rows),
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    whole = trained(tmp_path / "whole", 4)
+    trained(tmp_path / "parts", 2)
+    resumed = trained(tmp_path / "parts", 4, resume=True)
+    for name, parameter in whole.items():
+        assert torch.equal(parameter, resumed[name]), name
+
+
+def test_gradient_checkpointing_changes_nothing(exported):  # noqa: F811
+    inputs = inputs_of(exported.processor, chats(exported.images))
+    gradients = []
+    for checkpointing in (False, True):
+        model = loaded(exported).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model(**inputs).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -104,16 +103,6 @@ def images(tmp_path_factory) -> dict[str, str]:
     Image.fromarray(pixels[:, :, :3]).save(folder / "a.png")
     Image.fromarray(pixels[:60, :50]).save(folder / "b.png")
     return {name: str(folder / f"{name}.png") for name in "ab"}
-
-
-@pytest.fixture(scope="session")
-def modules_cache(tmp_path_factory):
-    """Where transformers keeps the code that it loads: one folder a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-        )
-        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -758,6 +747,8 @@ def test_a_folder_of_an_earlier_version(tokenizer, model, tmp_path, capsys):
     assert {name: after[name] for name in before} == before and after.keys() - before.keys() == {
         "architectures",
         "auto_map",
+        "eos_token_id",
+        "pad_token_id",
     }
     assert (
         Predictor.from_pretrained(tmp_path).model.config == model.config

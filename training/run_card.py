@@ -47,7 +47,11 @@ def write_card(
     facts = RunFacts(
         name=config.hub.repo.rpartition("/")[2] or run.resolve().name,
         licence=config.hub.licence,
-        base_models=(config.init_left_from.partition("@")[0],) if is_hub_id(config.init_left_from) else (),
+        base_models=tuple(
+            source.partition("@")[0]
+            for source in (config.init_from, config.init_left_from)
+            if is_hub_id(source)
+        ),
         datasets=tuple(dict.fromkeys(spec.path.partition("@")[0] for spec in specs if is_hub_id(spec.path))),
         data=(
             ("sources", ", ".join(spec.full_name for spec in specs)),

@@ -24,6 +24,7 @@ from data.sources import open_sources, parse_sources
 from data.tokenizer import CHAT_TOKENS, IMAGE_TOKENS, Tokenizer
 from eval.validation import Validation
 from models.vision_encoder import resolve_vision
+from models.weights.folder import find_model
 from models.weights.language_models import (
     find_language_model,
     load_language_weights,
@@ -31,8 +32,8 @@ from models.weights.language_models import (
     table_rows,
 )
 from models.weights.lora import add_adapters
-from models.weights.model_folder import left_tower_of, load_left_tower
-from models.weights.tensors import allocate, module_fingerprint
+from models.weights.model_folder import left_tower_of, load_left_tower, read_model
+from models.weights.tensors import allocate, load_tensors, module_fingerprint
 from models.weights.vision import load_vision_weights
 from training.checkpoint import load_weights_of, read_state
 from training.feature_cache import FeatureCache
@@ -64,8 +65,9 @@ def build_data(
 ) -> Data:
     """Open the sources, load or make the tokenizer, and build the training batches and the validation set.
 
-    The tokenizer is stored in `tokenizer_folder`. If it is not there yet, it comes from `language_model`
-    (its folder, rows of its embedding table), or is trained on the training text.
+    The tokenizer is stored in `tokenizer_folder`. If it is not there yet, it comes from the model that the
+    run starts from, from `language_model` (its folder, rows of its embedding table), or is trained on the
+    training text.
     Batches are those of rank `rank` of `ranks`. With fewer ranks than streams a rank reads several streams;
     with more, ranks share a stream.
     """
@@ -74,7 +76,9 @@ def build_data(
     if (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
-        if language_model is not None:
+        if config.init_from:
+            tokenizer = Tokenizer.load(find_model(config.init_from))
+        elif language_model is not None:
             tokenizer = Tokenizer.of_language_model(*language_model, d.chat_template, d.system)
         else:
             tokenizer = Tokenizer.train(training_text(training), d.vocab_size, d.chat_template, d.system)
@@ -120,6 +124,8 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
     """
     model, left_layers = config.model, flags.get("model.left.layers", 0)
     parse_sources(config.data.sources)
+    if config.init_from:
+        return _resolve_init(config, flags)
     if config.init_left_from:
         if model.left_context == "none":
             raise UsageError("--init_left_from: a vanilla model has no left tower")
@@ -154,6 +160,22 @@ def resolve_config(config: Config, flags: dict[str, Any]) -> Config:
     return config
 
 
+def _resolve_init(config: Config, flags: dict[str, Any]) -> Config:
+    """The configuration of a run that starts from a whole model."""
+    own = ("data.vocab_size", "data.chat_template", "data.system", "init_left_from")
+    for name in flags:
+        if name.startswith("model.") or name in own:
+            raise UsageError(f"--{name} follows from --init_from: leave one of them out")
+    kind, model, vocabulary, _ = read_model(config.init_from)
+    if (kind == "vanilla") != (config.model.left_context == "none"):
+        script = {"vanilla": "train_vanilla.py", "dual_tower": "train_dual_tower.py"}[kind]
+        raise UsageError(f"--init_from {config.init_from}: it is a model of {script}")
+    if Tokenizer.load(find_model(config.init_from)).vocabulary != vocabulary:
+        raise UserError(f"--init_from {config.init_from}: its tokenizer does not belong to its weights")
+    towers = {name: replace(getattr(model, name), weights="random") for name in ("left", "right")}
+    return replace(config, model=replace(model, vision=replace(model.vision, weights="random"), **towers))
+
+
 def language_model(config: Config) -> tuple[Path, int] | None:
     """Folder of the right tower's pretrained model and rows of its embedding table; None if random."""
     if config.model.right.weights == "random":
@@ -164,6 +186,8 @@ def language_model(config: Config) -> tuple[Path, int] | None:
 
 def vocabulary_of(config: Config) -> Vocabulary:
     """The vocabulary that the run will have; one that is trained on the data may become smaller."""
+    if config.init_from:
+        return read_model(config.init_from)[2]
     source = language_model(config)
     if source is None:
         return Vocabulary(config.data.vocab_size + len(CHAT_TOKENS), len(IMAGE_TOKENS) - 1)
@@ -183,6 +207,10 @@ def check_compiler(config: Config) -> None:
 
 def load_pretrained(model: Any, config: Config, log: RunLog) -> None:
     """Load the pretrained weights that the configuration names into a new model; other parts stay random."""
+    if config.init_from:
+        load_tensors(model, read_model(config.init_from)[3], config.init_from)
+        log.say(f"all weights from {config.init_from}")
+        return
     load_language_weights(model, Path(config.cache_dir))
     if not (source := config.init_left_from):
         load_vision_weights(model.parts()["vision"])

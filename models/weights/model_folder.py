@@ -24,6 +24,8 @@ from utils.hub import AUXILIARY_FILES, WEIGHTS
 
 # Largest weight file: the Hub refuses larger ones for some accounts, and a broken upload of one starts again.
 SHARD_SIZE = "5GB"
+# Keys of config.json by which transformers finds code and tokens.
+OF_TRANSFORMERS = ("architectures", "auto_map", "eos_token_id", "pad_token_id")
 # Tensor names of transformers, and in folders of format 3 → current names.
 RENAMED = (
     (r"^model\.", ""),
@@ -92,7 +94,7 @@ def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: 
             name for name in tensors if name.startswith("left.decoder.") and name not in own
         ]
     else:
-        model.code = {key: raw_config[key] for key in ("architectures", "auto_map") if key in raw_config}
+        model.code = {key: raw_config[key] for key in OF_TRANSFORMERS if key in raw_config}
     used = {name: tensor for name, tensor in tensors.items() if name not in model.dropped_tensors}
     load_tensors(model, used, _name(files))
     return model.eval()
@@ -138,12 +140,17 @@ def nanovlm_tokenizer(config: Path) -> tuple[str, int] | None:
     return str(raw_config.get("lm_tokenizer")), int(raw_config["lm_base_vocab_size"])
 
 
+def read_model(source: str) -> tuple[str, ModelConfig, Vocabulary, dict[str, Tensor]]:
+    """Read a model folder or Hub id → model type, configuration, vocabulary, tensors."""
+    return _read_model(find_files(source))[1:]
+
+
 def left_tower_of(source: str) -> tuple[ModelConfig, Vocabulary, dict[str, Tensor]]:
     """Read the initial weights of a left tower: a dual tower's left one, or all parts of a vanilla model.
 
     → the configuration, whose `left` is that decoder's; the vocabulary; tensors under the left tower's names.
     """
-    _, kind, config, vocabulary, tensors = _read_model(find_files(source))
+    kind, config, vocabulary, tensors = read_model(source)
     if kind == "dual_tower":
         left = {name.removeprefix("left."): t for name, t in tensors.items() if name.startswith("left.")}
         return config, vocabulary, left
