@@ -3,7 +3,9 @@
 They are pushed and loaded again, in one file and in several. Failures lose nothing.
 """
 
+import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -385,6 +387,47 @@ def test_half_a_file_is_not_pushed(folder, served, uploads, tmp_path):
     with pytest.raises(UserError, match="model.safetensors cannot be read as safetensors: [^;]*$"):
         program.main(["push", str(folder), "tiny"])
     assert "me/tiny" not in uploads.repos
+
+
+def test_weights_that_are_not_finite_are_not_pushed(model, tokenizer, folder, served, uploads):
+    """By none of the three ways: the model's own, the program, and a run's."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.right.norm.weight[0] = math.nan
+    broken.save_pretrained(folder)
+    pushes = (
+        lambda: broken.push_to_hub("tiny"),
+        lambda: program.main(["push", str(folder), "tiny"]),
+        lambda: Pusher(HubConfig(repo="tiny"), "dual_tower", folder, print, print)._push(folder, "last"),
+    )
+    for push in pushes:
+        with pytest.raises(UserError, match=r"right.norm.weight holds values that are not finite"):
+            push()
+    assert not uploads.repos.get("me/tiny") or "config.json" not in uploads.repos["me/tiny"].files
+
+
+def test_only_what_belongs_to_a_model_is_pushed(folder, served, uploads):
+    for name in ("notes.txt", "optimizer.pt", ".env", "training_args.bin"):
+        (folder / name).write_text("mine")
+    (folder / "training.png").write_bytes(b"picture")
+    program.main(["push", str(folder), "tiny"])
+    names = {path.name for path in folder.iterdir()} - {
+        "notes.txt",
+        "optimizer.pt",
+        ".env",
+        "training_args.bin",
+    }
+    assert set(uploads.repos["me/tiny"].files) == names | {".gitattributes"}
+
+
+def test_where_downloads_are_stored(model, served, uploads, tmp_path):
+    model.push_to_hub("me/tiny")
+    assert same(model, DualTowerVLM.from_pretrained("me/tiny", cache_dir=tmp_path / "mine"))
+    assert list((tmp_path / "mine").glob("models--me--tiny/snapshots/*/model.safetensors"))
+    for forced in (False, True):
+        served.served.clear()
+        DualTowerVLM.from_pretrained("me/tiny", cache_dir=tmp_path / "mine", force_download=forced)
+        assert any(path.endswith("model.safetensors") for path in served.served) == forced
 
 
 def test_a_token_is_never_printed(model, served, capsys):

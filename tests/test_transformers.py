@@ -36,6 +36,7 @@ from configs.train import Config
 from data.collators import collate_prompts
 from data.tokenizer import Tokenizer
 from eval.predictor import Predictor
+from hf import flat_code
 from hf.flat_code import code_files
 from models.generation import generate
 from tests.conftest import TINY_MODEL, lively_model, to_format_3
@@ -402,6 +403,81 @@ def test_the_pipeline(exported):
     assert whole["generated_text"] == [*chats[1], {"role": "assistant", "content": texts[1]}]
 
 
+def conversation(images: dict[str, str]) -> list[dict]:
+    """A system turn, and images in two turns, between words."""
+    return [
+        {"role": "system", "content": "is it large?"},
+        *asked(images, [(["b", "a"], "what is it?")])[0],
+        {"role": "assistant", "content": "a rectangle"},
+        _say(
+            {"type": "text", "text": "is "},
+            {"type": "image", "path": images["b"]},
+            {"type": "text", "text": " blue?"},
+        )[0],
+    ]
+
+
+def test_the_pipeline_on_a_conversation(exported, capsys):
+    """A system turn and images in two turns: this project's tokens, streamed and batched too."""
+    own, messages = exported.own, conversation(exported.images)
+    tiles = [own.tiles(exported.images[name]) for name in "bab"]
+    prompt = own.renderer.prompt(messages, [image.grid for image in tiles])
+    (tokens,) = generate(
+        own.model,
+        images=own.images_of([prompt], [tiles])[0],
+        turn_end=own.renderer.tokenizer.turn_end,
+        settings=GenerationConfig(max_new_tokens=8),
+        tiles=own.tiles_of([tiles]),
+        **collate_prompts([prompt]),
+    ).tokens
+    text = own.renderer.tokenizer.decode(tokens)
+    placed = AutoModelForImageTextToText.from_pretrained(
+        exported.folder, trust_remote_code=True, device_map="auto"
+    )
+    pipe = pipeline("image-text-to-text", model=placed, processor=exported.processor)
+    many = [messages, *asked(exported.images, QUESTIONS)]
+    for size in (1, 5):
+        answers = pipe(text=many, batch_size=size, max_new_tokens=8, return_full_text=False)
+        assert answers[0][0]["generated_text"] == text
+    inputs = inputs_of(exported, [messages])
+    assert inputs["input_ids"][0].tolist() == sorted_ids(prompt)
+    capsys.readouterr()
+    streamer = TextStreamer(exported.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    placed.generate(**inputs, max_new_tokens=8, streamer=streamer)
+    assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
+
+
+def sorted_ids(document: Any) -> list[int]:
+    """A document's tokens in the order of their positions."""
+    pairs = [
+        *zip(document.left_positions, document.left_ids, strict=True),
+        *zip(document.right_positions, document.right_ids, strict=True),
+    ]
+    return [token for _, token in sorted(pairs)]
+
+
+def test_each_folder_runs_its_own_code(tokenizer, modules_cache, monkeypatch, tmp_path):
+    """Two folders of one name, of versions that differ in one file, in one process."""
+    model, loaded = lively_model(tokenizer), []
+    for version in (1, 2):
+        monkeypatch.setitem(
+            flat_code.REPLACED,
+            "models.kernels",
+            f"VERSION = {version}\n\n\ndef find_kernel(operation, x):\n    return None\n",
+        )
+        code_files.cache_clear()
+        folder = tmp_path / str(version) / "model"
+        export(model, folder, tokenizer, Config(model=model.config), tmp_path)
+        loaded.append(AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True))
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    code_files.cache_clear()
+    for version, other in enumerate(loaded, 1):
+        package = type(other).__module__.rpartition(".")[0]
+        assert version == sys.modules[f"{package}.models_kernels"].VERSION
+        assert sys.modules[f"{package}.hf_modeling"].DualTowerForConditionalGeneration is type(other)
+        other.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+
+
 def test_settings_of_generate(exported):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:2]))
     width = inputs["input_ids"].shape[1]
@@ -424,6 +500,18 @@ def test_settings_of_generate(exported):
         == answer_ids(max_new_tokens=9, eos_token_id=[plain[3]])
         == plain[: plain.index(plain[3]) + 1]
     )
+    greedy = {"do_sample": False, "temperature": 0.0, "top_p": 0.9}
+    nothing = {"length_penalty": 1.0, "early_stopping": False, "synced_gpus": False, "logits_processor": []}
+    assert answer_ids(max_new_tokens=9, **greedy, **nothing) == plain
+    given = exported.model.generate(
+        inputs["input_ids"], pixel_values=inputs["pixel_values"], max_new_tokens=9
+    )
+    assert given[0, width:].tolist() == plain
+    assert (
+        answer_ids(max_new_tokens=9, eos_token_id=[plain[5], plain[3]]) == plain[: plain.index(plain[3]) + 1]
+    )
+    other = answer_ids(max_new_tokens=9, suppress_tokens=[plain[0], exported.model.config.image_token_id])
+    assert other[0] != plain[0] and plain[0] not in other
     drawn = []
     for seed in (0, 0, 1, 2):
         set_seed(seed)

@@ -18,6 +18,7 @@ from configs.cli import FlagParser
 from configs.serialization import load_json
 from configs.train import Config
 from models.weights.folder import MODEL_TYPES, damaged, find_model, read_model_config, weight_files
+from models.weights.tensors import check_weights
 from utils.errors import UsageError, UserError, run_script
 from utils.files import read_json, replacing_folder
 from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
@@ -26,7 +27,7 @@ from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
 def push_folder(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     kind = str(kind_of(read_model_config(folder)))  # raises before a repository is created
-    numbers(folder)
+    check_weights(folder)
     if not (folder / "tokenizer.json").is_file() and kind in MODEL_TYPES:
         raise UserError(f"{folder} holds no tokenizer.json: not a complete model folder")
     repo = open_repo(args.repo, kind, args.private or None, branch=args.branch)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from configs.train import HubConfig
+from models.weights.tensors import check_weights
 from training.callbacks import Callback
 from training.checkpoint import step_of
 from utils.errors import UserError
@@ -56,6 +57,7 @@ class Pusher(Callback):
             self.say(f"warning: hub: {problem}; training goes on, and the next checkpoint is tried again")
 
     def _push(self, folder: Path, message: str) -> str:
+        check_weights(folder)
         self.repo = self._open_repo()
         return push(folder, self.repo, message)
 

@@ -32,6 +32,7 @@ TOKENIZER = [
 # As hf/export.py names them; remote_*.py is of older folders.
 CODE = ["configs_*.py", "data_*.py", "hf_*.py", "models_*.py", "utils_*.py", "remote_*.py"]
 AUXILIARY_FILES = [*SETTINGS, *TOKENIZER, *CODE]  # of a model folder, besides its config and weights
+CARD = ["README.md", "LICENSE*", "training.png"]  # of a model folder, too
 NANOVLM = "nanovlm"  # kind of a nanoVLM checkpoint
 # Files that a repository may hold before its first model.
 ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
@@ -63,11 +64,12 @@ def kind_of(config: Any) -> str | None:
     return NANOVLM if "vit_hidden_dim" in config and "lm_hidden_dim" in config else config.get("model_type")
 
 
-def fetch(source: str, patterns: list[str], what: str, kind: str = "model", token: str | None = None) -> Path:
+def fetch(source: str, patterns: list[str], what: str, kind: str = "model", **download: Any) -> Path:
     """Download the files of `source` that match `patterns`; return their local folder.
 
     what: a noun phrase for the files, for errors.
     kind: "model" or "dataset".
+    download: `token`, `cache_dir` and `force_download` of huggingface_hub.
     """
     from huggingface_hub import snapshot_download
 
@@ -77,7 +79,7 @@ def fetch(source: str, patterns: list[str], what: str, kind: str = "model", toke
         what,
         lambda: Path(
             snapshot_download(
-                name, revision=revision or None, allow_patterns=patterns, repo_type=kind, token=token
+                name, revision=revision or None, allow_patterns=patterns, repo_type=kind, **download
             )
         ),
     )
@@ -309,8 +311,8 @@ def _check_contents(repo: str, info: Any, model_type: str, token: str | None) ->
 def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
     """Upload a folder's files to `repo` as one commit → the commit's URL. Errors: `UserError`.
 
-    Sub-folders and files whose names begin with a dot are left out. Weights, settings and code of an earlier
-    model are deleted unless this one replaces them.
+    Files that do not belong to a model are left out. Weights, settings and code of an earlier model are
+    deleted unless this one replaces them.
     """
     from huggingface_hub import HfApi
 
@@ -318,7 +320,8 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
         options: dict[str, Any] = {
             "commit_message": message,
             "revision": branch,
-            "ignore_patterns": [".*", "*/*"],
+            "allow_patterns": ["config.json", *WEIGHTS, *AUXILIARY_FILES, *CARD],
+            "ignore_patterns": ["*/*"],
             "delete_patterns": [*WEIGHTS, *AUXILIARY_FILES],
         }
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)

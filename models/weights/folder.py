@@ -82,23 +82,24 @@ def checked_config(path: Path, source: str = "") -> dict[str, Any]:
     return dict(config)
 
 
-def find_model(source: str | Path, token: str | None = None) -> Path:
-    """Return a local model folder; a Hub id is fetched.
+def find_model(source: str | Path, **download: Any) -> Path:
+    """Return a local model folder; a Hub id is fetched, with options of `fetch`.
 
     Its `config.json` is fetched first; the rest only if that describes a known type and format.
     """
     if not is_hub_id(str(source)):
         return Path(source)
-    folder = fetch(str(source), ["config.json"], "config.json", token=token)
+    folder = fetch(str(source), ["config.json"], "config.json", **download)
     _check_file(folder, "config.json", str(source))
     checked_config(folder / "config.json", str(source))
-    return fetch(str(source), ["config.json", *WEIGHTS, *AUXILIARY_FILES], "the model", token=token)
+    return fetch(str(source), ["config.json", *WEIGHTS, *AUXILIARY_FILES], "the model", **download)
 
 
-def find_files(source: str | Path, config: Path | None = None, token: str | None = None) -> ModelFiles:
+def find_files(source: str | Path, config: Path | None = None, **download: Any) -> ModelFiles:
     """Find the files of a model folder, a Hub id, or a weights file (`model.safetensors`) and its `config`.
 
     `config` defaults to the `config.json` in the weights file's folder; folders and Hub ids take none.
+    `download`: options of `fetch`.
     """
     if (weights := Path(source)).is_file():
         config = config if config is not None else weights.parent / "config.json"
@@ -110,7 +111,7 @@ def find_files(source: str | Path, config: Path | None = None, token: str | None
     if config is not None:
         problem = "has a config.json of its own" if weights.is_dir() else "is no file"
         raise UsageError(f"--config is for a weights file, and {source} {problem}")
-    folder = find_model(source, token)
+    folder = find_model(source, **download)
     read_model_config(folder)
     return ModelFiles(folder / "config.json", weight_files(folder), folder)
 

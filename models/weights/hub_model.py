@@ -8,9 +8,11 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from configs.model import ModelConfig
+from models.weights.folder import find_files
 from models.weights.language_models import load_language_weights
 from models.weights.model_card import RunFacts, card_of
 from models.weights.model_folder import load_model, save_model
+from models.weights.tensors import check_finite
 from models.weights.vision import load_vision_weights
 from utils.errors import UsageError, UserError, nearest
 from utils.files import CACHE, replacing
@@ -47,9 +49,12 @@ class HubModel(
         load_backbone: bool = False,
         revision: str | None = None,
         token: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
     ) -> Self:
         """Load a model folder or a Hub id (`org/name`, `org/name@revision`), of this project or of nanoVLM.
 
+        `cache_dir`: of downloads, huggingface_hub's own by default; `force_download`: also of what is there.
         Missing, foreign or damaged files raise `UserError`. With `load_backbone` the vision encoder and the
         decoders get the pretrained weights that their `weights` settings name. Projector and multi-token
         heads, which no backbone has, are the folder's in any case.
@@ -62,9 +67,9 @@ class HubModel(
                 f"this disk: {source} is something else"
             )
         token = token.strip() if isinstance(token, str) else token  # as read from a file
-        model = load_model(
-            {cls.model_type: cls}, f"{source}@{revision}" if revision is not None else source, token
-        )
+        named = f"{source}@{revision}" if revision is not None else source
+        files = find_files(named, token=token, cache_dir=cache_dir, force_download=force_download)
+        model = load_model({cls.model_type: cls}, files)
         if load_backbone:
             towers = [getattr(model.config, tower) for tower in model.config.towers]
             if all(part.weights == "random" for part in (model.config.vision, *towers)):
@@ -89,8 +94,8 @@ class HubModel(
         """Push the files of `save_pretrained` as one commit; → its address.
 
         A missing repository is created. `options` are huggingface_hub's: `branch` (created if missing),
-        `commit_message` … A missing or wrong token, no right to write, a repository with another type of
-        model, and a Hub out of reach raise `UserError`.
+        `commit_message` … Weights that are not finite, a missing or wrong token, no right to write, a
+        repository with another type of model, and a Hub out of reach raise `UserError`.
         """
         known = [
             name for name in inspect.signature(PyTorchModelHubMixin.push_to_hub).parameters if name != "self"
@@ -99,6 +104,7 @@ class HubModel(
             if name not in known:
                 raise UsageError(f"push_to_hub has no option {name}{nearest(name, known)}")
         token = token.strip() if isinstance(token, str) else token
+        check_finite(self.state_dict(), "the model")
         repo = open_repo(repo_id, self.model_type, private, token, options.get("branch"))
         # Delete an earlier model's files that this one does not replace, unless the caller selects the files.
         if not {"allow_patterns", "ignore_patterns", "delete_patterns"} & options.keys():

@@ -64,7 +64,7 @@ def save_model(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: str | None = None) -> Any:
+def load_model(classes: dict[str, Any], source: str | Path | ModelFiles) -> Any:
     """Load a model of this project or of nanoVLM as one of `classes` (model type → class).
 
     `source`: a model folder, a Hub id, or what `find_files` found.
@@ -72,7 +72,7 @@ def load_model(classes: dict[str, Any], source: str | Path | ModelFiles, token: 
     `extra_files` of the model holds the small files next to the weights, tokenizer and settings: saving
     writes them again. `dropped_tensors` lists the tensors of a nanoVLM left tower that no output depends on.
     """
-    files = source if isinstance(source, ModelFiles) else find_files(source, token=token)
+    files = source if isinstance(source, ModelFiles) else find_files(source)
     raw_config, kind, config, vocabulary, tensors = _read_model(files)
     if kind not in classes:
         raise UserError(f"{files.config} describes a model of type {kind!r}, not '{next(iter(classes))}'")

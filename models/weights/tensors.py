@@ -1,7 +1,7 @@
 """Tensors of a file → a module. Strict: every tensor is accounted for."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.weights.folder import damaged
+from models.weights.folder import damaged, weight_files
 from utils.errors import UserError
 from utils.files import refuse_pointer
 
@@ -113,12 +113,23 @@ def check_tensors(module: nn.Module, tensors: dict[str, Tensor], context: str) -
             raise UserError(
                 f"{context} {problem} {', '.join(names[:3])}{more}: these weights belong to another model"
             )
+    check_finite(tensors, context)
+
+
+def check_finite(tensors: Mapping[str, Tensor], context: str) -> None:
+    """Raise `UserError` where a tensor holds a value that is not finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise UserError(
                 f"{context}: {name} holds values that are not finite: the file is damaged, "
                 "or its training diverged"
             )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise `UserError` where the weights of a model folder cannot be read, or are not finite."""
+    for path in weight_files(folder):
+        check_finite(read_safetensors(path), str(path))
 
 
 def _is_finite(tensor: Tensor) -> bool:
