@@ -31,7 +31,7 @@ from utils.plotting import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = 8  # sampled to each question
-QUESTIONS = 8  # of each step
+QUESTIONS = 16  # of each step
 
 
 def questions(part: str, count: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """train.sh picks the script; set-up is replaced by nothing, Python by an echo of its arguments."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +8,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            ["vanilla_easyvqa"],
+            "-m torch.distributed.run --standalone --nproc-per-node 4 "
+            "train_vanilla.py --config vanilla_easyvqa",
+        ),
+        (["--dry_run"], "train_dual_tower.py --dry_run"),
+        (["--help"], "train_dual_tower.py --help"),
+    ],
+)
+def test_train_sh_starts_a_process_for_each_gpu(tmp_path: Path, given: list[str], expected: str) -> None:
+    shutil.copy(ROOT / "train.sh", tmp_path)
+    for name, text in {
+        "scripts/setup.sh": "true\n",
+        ".venv/bin/python": '#!/bin/sh\nif [ "$1" = -c ]; then echo 4; else echo "$@"; fi\n',
+        "bin/nvidia-smi": "#!/bin/sh\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "train.sh"), *given],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+    )
+    first, *rest = done.stdout.splitlines()
+    assert [first, *rest][-1] == expected
+    assert (first == "train.sh: 4 GPUs, one process for each") == bool(rest)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from configs.train import Config
 from data.datasets import drop_report
 from eval.validation import TrainingTasks, save_samples
-from models.kernels import use_kernels
+from models.kernels import kernels_in_training, use_kernels
 from models.modality_projector import check_kind
 from models.weights.lora import check_lora
 from training.callbacks import Watchdog
@@ -33,7 +33,7 @@ from training.setup import check_compiler, data_identity, prepare, resolve_confi
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
 from training.trainer import Trainer
-from utils.device import pick_device
+from utils.device import compute_dtype, describe_device, pick_device
 from utils.errors import UsageError
 from utils.ranks import DistributedContext, torchrun_context
 
@@ -146,6 +146,11 @@ def train_and_export(run: OpenRun, model_class: Any, world: DistributedContext) 
     with world.rank0_first():
         tasks = TrainingTasks(config.eval)
         log = RunLog(folder, silent=not world.is_rank0)
+        device, dtype = pick_device(config.train.device), config.train.dtype
+        log.say(
+            f"{describe_device(device)}, {str(compute_dtype(dtype, device)).removeprefix('torch.')}, "
+            f"kernels: {', '.join(kernels_in_training(device)) or 'plain'}"
+        )
         model, data, validation = prepare(config, log, run.tokenizer, checkpoint, model_class, world)
         if run.note:
             log.say(run.note)

@@ -26,6 +26,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def describe_device(device: torch.device) -> str:
+    """The device for people: `cpu (AVX512, 2 threads)`, `cuda:0 (NVIDIA L4, 22 GiB)`."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    if device.type == "cpu":
+        return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    return str(device)
+
+
 def autocast(name: str, device: torch.device) -> AbstractContextManager[None]:
     """torch's autocast to the dtype called `name`; off for fp32."""
     dtype = compute_dtype(name, device)

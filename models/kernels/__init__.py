@@ -7,6 +7,7 @@ for which tensors it is used. `use_kernels("plain")` turns all of them off.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.kernels.flex_attention import FlexLayout
@@ -32,6 +33,13 @@ def use_kernels(mode: str | Sequence[Any]) -> None:
 def in_use(kernel: Any, x: Tensor) -> bool:
     """Whether `kernel` was chosen, and applies to tensors like `x`."""
     return (_chosen == ["auto"] or kernel in _chosen) and bool(kernel.applies(x))
+
+
+def kernels_in_training(device: torch.device) -> list[str]:
+    """The names of the kernels that training on `device` uses."""
+    with torch.enable_grad():
+        kernels = [find_kernel(operation, torch.empty(1, device=device)) for operation in KERNELS]
+    return [kernel.__module__.rpartition(".")[2] for kernel in kernels if kernel is not None]
 
 
 def find_kernel(operation: str, x: Tensor) -> Any | None:
