@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
     [
         (
             ["vanilla_easyvqa"],
-            "-m torch.distributed.run --standalone --nproc-per-node 4 "
+            "-m torch.distributed.run --standalone --nproc-per-node 4 -- "
             "train_vanilla.py --config vanilla_easyvqa",
         ),
         (["--dry_run"], "train_dual_tower.py --dry_run"),
