@@ -13,6 +13,7 @@ if command -v nvidia-smi > /dev/null && [[ " $* " != *\ --help\ * && " $* " != *
 fi
 if [ "$gpus" -gt 1 ]; then
     echo "train.sh: $gpus GPUs, one process for each"
-    exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$gpus" -- "$script" "$@"
+    exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
+        --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600 -- "$script" "$@"
 fi
 exec .venv/bin/python "$script" "$@"

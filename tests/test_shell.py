@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
     [
         (
             ["vanilla_easyvqa"],
-            "-m torch.distributed.run --standalone --nproc-per-node 4 -- "
+            "-m torch.distributed.run --standalone --nproc-per-node 4 "
+            "--signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600 -- "
             "train_vanilla.py --config vanilla_easyvqa",
         ),
         (["--dry_run"], "train_dual_tower.py --dry_run"),
