@@ -16,6 +16,18 @@ from configs.train import DEFAULT_PRESET, Config
 from utils.errors import UsageError, nearest
 
 T = TypeVar("T")
+EARLIER_NAMES = {  # of flags in the first edition → their names now
+    "rows": "local_batch_size",
+    "accumulation": "global_batch_size",
+    "detail_every": "diagnostics_every",
+    "floor": "random_baseline",
+    "generation_config": "sampling_defaults",
+}
+
+REMOVED = {  # flags of the first edition without a successor → what to do instead
+    "duplicates": "python -m tools.duplicates marks near duplicates, and --data.curation reads that",
+    "draft_width": "drafts are a chain; --draft_tokens sets its length",
+}
 
 
 def preset(name: str) -> Config:
@@ -50,13 +62,19 @@ class FlagParser(argparse.ArgumentParser):
         args, unknown = self.parse_known(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = (
-                nearest(flag.replace("-", "_").replace("__", "--", 1), self._flags())
-                if flag.startswith("--")
-                else ""
-            )
-            raise UsageError(f"unknown argument {flag!r}{hint}; see --help")
+            raise UsageError(f"unknown argument {flag!r}{self._hint(flag)}; see --help")
         return args
+
+    def _hint(self, flag: str) -> str:
+        """`nearest` of an unknown flag: its name now, what to do instead, or a near one."""
+        if not flag.startswith("--"):
+            return ""
+        flag = flag.replace("-", "_").replace("__", "--", 1)
+        leaf = re.split("[-.]", flag)[-1]
+        if leaf in REMOVED:
+            return f" (removed: {REMOVED[leaf]})"
+        renamed = [known for known in self._flags() if known.endswith(EARLIER_NAMES.get(leaf, "\n"))]
+        return nearest(renamed[0] if renamed else flag, self._flags())
 
     def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return self.parse_known_args([self._as_known(a) for a in argv])

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from models.multi_token import head_predictions
 from utils.plotting import agreement, curves, stacked
 from utils.ranks import DistributedContext
 
@@ -75,8 +76,8 @@ class Agreement:
         columns = [predicted[:, None]]
         if self.heads:
             right = model.right
-            drafted, targets = model.heads.predictions(  # (S, K) both
-                hidden, labels, documents, right.embed_tokens, right.unembedding
+            drafted, targets = head_predictions(  # (S, K) both
+                model.heads, hidden, labels, documents, right.embed_tokens, right.unembedding
             )
             self.by_head += torch.stack(((drafted == targets) & (targets >= 0), targets >= 0)).sum(1).cpu()
             columns.append(drafted)

@@ -32,26 +32,16 @@ SETTINGS = {"do_sample": "sampling"} | {
 }
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "stop_strings")
-# Values that ask for nothing. Some versions of transformers write them into every generation_config.
+OBJECTS = ("synced_gpus", "logits_processor", "stopping_criteria")
+# Values that ask for nothing.
 NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
-    "num_beam_groups": 1,
     "max_length": 20,
     "min_length": 0,
     "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
-    "diversity_penalty": 0.0,
     "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
-    "assistant_lookbehind": 10,
-    "target_lookbehind": 10,
     "disable_compile": True,  # nothing is compiled here
     "use_cache": True,
 }
@@ -87,7 +77,11 @@ class TowerGenerationMixin(GenerationMixin):
         if strings and tokenizer is None:
             raise InputError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
         vlm = self.model.vlm
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            raise InputError("generate: device_map must place the whole model on one device")
         streams = self.model.streams(ids, attention_mask, pixel_values)
+        if not streams.right.gather(1, _last_columns(ids, attention_mask)).all():
+            raise InputError("generate: a prompt ends with an image, which only later text can see: add text")
         on_tokens = _TokenCallback(streamer, tokenizer, strings)
         if streamer is not None:
             streamer.put(ids.cpu())
@@ -114,6 +108,12 @@ class TowerGenerationMixin(GenerationMixin):
         ]
         new = pad_sequence(answers, batch_first=True, padding_value=padding)
         return torch.cat((ids, new.to(ids.device)), 1)
+
+
+def _last_columns(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The column of each row's last token, (B, 1)."""
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.bool().long()
+    return (mask * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
 
 
 def _encode_images(
@@ -174,14 +174,19 @@ def _arguments(
             f"generate: generation_config is a {type(other).__name__}, "
             "expected transformers' GenerationConfig"
         )
+    if kwargs.get("max_length") is not None:
+        raise InputError("generate: max_length is not supported: use max_new_tokens")
+    theirs = {
+        *OBJECTS,
+        *TransformersGenerationConfig().to_dict(),
+    }  # False or nothing in them asks for nothing
     configs = [config.to_diff_dict() for config in (own, other) if config is not None]
     merged = {name: value for values in (*configs, kwargs) for name, value in values.items()}
     return {
         name: value
         for name, value in merged.items()
         if value is not None
-        and not (isinstance(value, list) and not value)
-        and (value is not False or name == "do_sample")
+        and not (name in theirs and (value is False or value == []) and name != "do_sample")
         and (name not in NEUTRAL or value != NEUTRAL[name])
         and not name.startswith("_")
         and name != "transformers_version"

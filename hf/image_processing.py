@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from configs.model import VisionConfig
 from configs.serialization import from_dict
+from data.conversations import plain_image
 from data.images import Tiles, data_url, decode, orientation_of, pixels_of, to_rgb, to_tiles
 from hf.configuration import InputError
 from utils.errors import ImageError
@@ -31,8 +32,8 @@ class DualTowerImageProcessor(BaseImageProcessor):
     def __call__(self, images: Any, return_tensors: str | None = None, **options: Any) -> BatchFeature:
         """Images, or lists of them → `pixel_values` (N, 3, h, w) uint8, and the tiles of each, `num_patches`.
 
-        An image is a path, a URL, bytes, base64 or a Pillow image. Errors: `ImageError`; `InputError` for
-        options: tiles follow from the model (`crop_to_patches=True` asks for what is done anyway).
+        An image is a path, a URL (`data:` too), bytes or a Pillow image. Errors: `ImageError`; `InputError`
+        for options: tiles follow from the model (`crop_to_patches=True` asks for what is done anyway).
         """
         if unknown := [name for name, value in options.items() if (name, value) != ("crop_to_patches", True)]:
             raise InputError(f"image processor: the argument {unknown[0]} is not supported")
@@ -58,7 +59,8 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _opened(image: Any) -> Image.Image:
-    """A path, URL, base64, bytes or Pillow image → an upright RGB image. Errors: `ImageError`."""
+    """A path, URL, bytes or Pillow image → an upright RGB image. Errors: `ImageError`."""
+    image = plain_image(image)
     name = image if isinstance(image, str) and len(image) <= 300 else "image"
     try:
         if isinstance(image, Image.Image):
@@ -73,4 +75,6 @@ def _opened(image: Any) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise many types, and so does the network
-        raise ImageError("damaged", f"{name} cannot be read: {error}") from None
+        raise ImageError(
+            "damaged", f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None

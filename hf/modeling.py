@@ -23,7 +23,8 @@ from models.vision_language_model import VisionLanguageModel
 from utils.errors import nearest
 
 IGNORE = -100
-# Logit of image tokens, which the right tower never predicts: it changes no sum of float32 over a vocabulary.
+# Logit of image tokens, which the right tower never predicts; finite, because TRL may have them as labels.
+# Where a text logit is 0 or more, all of them add less than 1e-5 to its exponential.
 NEVER = -16.0
 
 
@@ -99,7 +100,7 @@ class TowerPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("DecoderBlock", "KeyValueLayer", "VisionEncoder")  # device_map: each on one device
+    _no_split_modules = ("DualTowerModel", "VanillaModel")  # device_map places each on one device
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -117,8 +118,8 @@ class TowerPreTrainedModel(PreTrainedModel):
     ) -> None:
         function = getattr(gradient_checkpointing_func, "func", checkpoint)
         options = getattr(gradient_checkpointing_func, "keywords", {})
-        if function is not checkpoint or options.get("use_reentrant"):
-            raise InputError("gradient checkpointing is not supported with offload or use_reentrant=True")
+        if function is not checkpoint or options not in ({}, {"use_reentrant": False}):
+            raise InputError(f"gradient checkpointing is not supported with offload or {options}")
         blocks = [block for block in self.modules() if isinstance(block, DecoderBlock)]
         for index, block in enumerate(blocks):
             block.recompute = enable and index % every_n_layers == 0
@@ -148,6 +149,9 @@ class TowerModel(TowerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.right.embed_tokens
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        raise InputError("set_input_embeddings is not supported: embeddings are shared with the output layer")
+
     def streams(self, input_ids: Any, attention_mask: Any, pixel_values: Any) -> Streams:
         """Check the arguments of `forward` and route the tokens. Errors: `InputError`."""
         mask = checked_mask(input_ids, attention_mask)
@@ -162,6 +166,8 @@ class TowerModel(TowerPreTrainedModel):
                 f"input_ids hold {int(wrong[0])}, this model's vocabulary has {vocabulary.size:,} tokens: "
                 "they come from another tokenizer"
             )
+        if (length := int(mask.sum(1).max())) > (limit := config.right.max_positions):
+            raise InputError(f"a row has {length} tokens, this model takes {limit}")
         markers = (seen > vocabulary.image_token_id).sum()
         image_tokens = int((seen == vocabulary.image_token_id).sum())
         tiles = 0 if pixel_values is None else len(pixel_values)
@@ -180,6 +186,12 @@ class TowerModel(TowerPreTrainedModel):
 
     def hidden(self, streams: Streams, pixel_values: Tensor | None) -> Tensor:
         """States of the right stream, (B, R, D)."""
+        right = self.vlm.right
+        if right.config.tied_embeddings and hasattr(right.embed_tokens, "lora_embedding_A"):
+            raise InputError(
+                "LoRA on embed_tokens is not supported: the output layer shares its weight; "
+                "use modules_to_save=['embed_tokens']"
+            )
         side = self.vlm.config.vision.image_size
         ids = streams.batch["right_ids"]
         tiles = ids.new_empty(0, 3, side, side, dtype=torch.uint8) if pixel_values is None else pixel_values
@@ -257,6 +269,11 @@ class OutputEmbeddings(nn.Module):
         """(…, D) → (…, V)"""
         return F.linear(hidden, self.weight, self.bias)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputEmbeddings":
+        if id(self.vlm) not in memo:
+            raise InputError("lm_head has no weights of its own: leave it out of modules_to_save")
+        return OutputEmbeddings(memo[id(self.vlm)])
+
 
 class TowerForConditionalGeneration(TowerPreTrainedModel, TowerGenerationMixin):
     """The model with logits, loss and this project's own `generate`. Its base model is `model`."""
@@ -272,8 +289,14 @@ class TowerForConditionalGeneration(TowerPreTrainedModel, TowerGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        raise InputError("set_output_embeddings is not supported: lm_head has no weights of its own")
 
     def forward(
         self,
@@ -345,8 +368,9 @@ def refuse(kwargs: dict[str, Any], name: str) -> None:
         "logits_to_keep",
         "output_hidden_states",
     ]
+    neutral = ("output_attentions", "output_router_logits")
     for argument, value in kwargs.items():
-        if value is not None and value is not False:
+        if value is not None and (value is not False or argument not in neutral):
             raise InputError(f"{name}: the argument {argument} is not supported{nearest(argument, known)}")
 
 

@@ -1,5 +1,6 @@
 """The processor for `transformers.AutoProcessor`: text or conversations with images → the model's inputs."""
 
+import re
 from itertools import groupby
 from typing import Any
 
@@ -43,8 +44,8 @@ class DualTowerProcessor(ProcessorMixin):
         """Text with its images → `input_ids`, `attention_mask` (B, T) and `pixel_values` (N, 3, h, w) uint8.
 
         `text` is what a chat template wrote, with `<|image|>` for each image. Special tokens in it are
-        special, so it must be trusted, and none is added. `images` (paths, URLs, base64, bytes, Pillow
-        images): one list for all texts, in the order of the placeholders, or a list for each text.
+        special, so it must be trusted, and none is added. `images` (paths, URLs, bytes, Pillow images): one
+        list for all texts, in the order of the placeholders, or a list for each text.
 
         Options as in transformers' tokenizers: `OPTIONS`. Tensors are padded by default.
         Errors: `InputError`, `ImageError`.
@@ -80,7 +81,7 @@ class DualTowerProcessor(ProcessorMixin):
         """One conversation, or a list of them → text.
 
         With `tokenize` → `input_ids`; with `return_dict` too → all inputs of the model, with
-        `return_assistant_tokens_mask` also `assistant_masks`, 1 at what training supervises. Messages are
+        `return_assistant_tokens_mask` also `assistant_masks`, 1 at what the assistant says. Messages are
         those of `data/conversations.py`. With `tokenize`, special tokens in their contents are text, always,
         and each image part carries its image: `{"type": "image", "image" or "url" or "path" or "base64": …}`.
         Further arguments are options of `__call__`, or variables of the template. Errors: `InputError`,
@@ -98,10 +99,14 @@ class DualTowerProcessor(ProcessorMixin):
             raise InputError(
                 "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
             )
+        if continue_final_message and return_assistant_tokens_mask:
+            raise InputError("continue_final_message and return_assistant_tokens_mask exclude one another")
         template = chat_template or self.chat_template
         options = {"return_tensors": return_tensors} | (processor_kwargs or {})
         variables = {
-            name: value for name, value in kwargs.items() if name not in OPTIONS and name in template
+            name: value
+            for name, value in kwargs.items()
+            if name not in OPTIONS and re.search(rf"\b{name}\b", template)
         }
         options |= {name: value for name, value in kwargs.items() if name not in variables}
         _check_options(options)
@@ -154,6 +159,8 @@ class DualTowerProcessor(ProcessorMixin):
         tensors, padding = options.get("return_tensors"), options.get("padding")
         padding = tensors is not None if padding is None else padding
         limit = options.get("max_length") if options.get("truncation") else None
+        if (placeholders := sum(row.count(encoder.image) for row in rows)) != len(tiles):
+            raise InputError(f"the chat template writes {placeholders} placeholders for {len(tiles)} images")
         images = iter(tiles)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
         if masks is not None:
@@ -186,15 +193,16 @@ class DualTowerProcessor(ProcessorMixin):
             for row in column:
                 empty = [filler] * max(0, longest - len(row))
                 row[:] = empty + row if left else row + empty
-        return BatchFeature(
-            columns | {"pixel_values": self.image_processor.stack(tiles)}, tensor_type=tensors
-        )
+        data: dict[str, Any] = dict(columns)
+        if tiles or tensors is not None:  # rows of a batch have equal keys; TRL has lists, of texts alone too
+            data["pixel_values"] = self.image_processor.stack(tiles)
+        return BatchFeature(data, tensor_type=tensors)
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """Raise `InputError` for options or values that `__call__` does not support."""
     for name, value in options.items():
-        if name not in OPTIONS and value is not None and value is not False:
+        if name not in OPTIONS and value is not None:
             raise InputError(
                 f"processor: the argument {name} is not supported{nearest(name, list(OPTIONS))}; those of "
                 "generate go into a pipeline as generate_kwargs={…}"
@@ -202,8 +210,11 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, allowed in VALUES.items():
         if options.get(name) not in (None, *allowed):
             raise InputError(f"processor: {name} = {options[name]!r} is not supported, only {allowed}")
+    for name in ("max_length", "pad_to_multiple_of"):
+        if options.get(name) is not None and (type(options[name]) is not int or options[name] < 1):
+            raise InputError(f"processor: {name} = {options[name]!r} is not a number of tokens")
     needs_limit = options.get("truncation") or options.get("padding") == "max_length"
-    if needs_limit and not isinstance(options.get("max_length"), int):
+    if needs_limit and options.get("max_length") is None:
         raise InputError("processor: truncation and padding='max_length' need max_length")
 
 

@@ -94,6 +94,8 @@ def generate(
     batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_ends, on_tokens)
     # A right tower that reads image tokens could choose them, too.
     suppressed = [*suppressed, *range(model.vocabulary.text_size, len(model.right.unembedding))]
+    if len(set(suppressed)) == len(model.right.unembedding):
+        raise UsageError("every token is suppressed: none is left to choose")
     if suppressed:
         batch.suppressed = torch.tensor(suppressed, device=ids.device)
     if settings.repetition_penalty != 1.0:

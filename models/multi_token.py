@@ -84,24 +84,6 @@ class MultiTokenHeads(nn.Module):
             sums.append(cross_entropy(self.norm(state), draftable, draft_index[targets[:, k]]).sum())
         return torch.stack(sums)
 
-    def predictions(
-        self, hidden: Tensor, labels: Tensor, documents: Tensor, embedding: nn.Embedding, unembedding: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Each head's likeliest token at each supervised position, and its target: (S, K) both.
-
-        The tokens in between are the true ones. −1 where there is no target. Arguments as in `losses`.
-        """
-        all_targets = targets = chains(labels, documents, self.count)  # (S, K + 1)
-        predicted = torch.full_like(all_targets[:, 1:], -1)
-        at = torch.arange(len(all_targets), device=labels.device)
-        state, draftable = hidden[labels != -100], self.draftable(unembedding)
-        for k in range(1, self.count + 1):
-            has_target = targets[:, k] >= 0
-            state, targets, at = state[has_target], targets[has_target], at[has_target]
-            state = self.step(state, embedding(targets[:, k - 1]))
-            predicted[at, k - 1] = self.draft_ids[F.linear(self.norm(state), draftable).argmax(-1)]
-        return predicted, all_targets[:, 1:]
-
     def draftable(self, unembedding: Tensor) -> Tensor:
         """The rows of the unembedding (V, D) for `draft_ids`, (V′, D): a copy, unless they are all."""
         return unembedding[self.draft_ids] if len(self.draft_ids) < len(unembedding) else unembedding
@@ -130,6 +112,30 @@ class MultiTokenHeads(nn.Module):
             if proposed is not None and distribution is not None:
                 proposed[:, k, self.draft_ids] = distribution
         return Drafts(drafts, proposed)
+
+
+def head_predictions(
+    heads: MultiTokenHeads,
+    hidden: Tensor,
+    labels: Tensor,
+    documents: Tensor,
+    embedding: nn.Embedding,
+    unembedding: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each head's likeliest token at each supervised position, and its target: (S, K) both.
+
+    The tokens in between are the true ones. −1 where there is no target. Arguments as in `losses`.
+    """
+    all_targets = targets = chains(labels, documents, heads.count)  # (S, K + 1)
+    predicted = torch.full_like(all_targets[:, 1:], -1)
+    at = torch.arange(len(all_targets), device=labels.device)
+    state, draftable = hidden[labels != -100], heads.draftable(unembedding)
+    for k in range(1, heads.count + 1):
+        has_target = targets[:, k] >= 0
+        state, targets, at = state[has_target], targets[has_target], at[has_target]
+        state = heads.step(state, embedding(targets[:, k - 1]))
+        predicted[at, k - 1] = heads.draft_ids[F.linear(heads.norm(state), draftable).argmax(-1)]
+    return predicted, all_targets[:, 1:]
 
 
 def make_heads(config: ModelConfig, vocab_size: int) -> MultiTokenHeads | None:

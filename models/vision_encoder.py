@@ -17,17 +17,9 @@ from utils.errors import UsageError
 def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module:
     """timm's model, with random weights or the Hub's.
 
-    Transformers with a fixed input size are built for `config.image_size`. `UsageError` for an unknown name
-    or settings that timm refuses.
+    Transformers with a fixed input size are built for `config.image_size`. `UsageError` for settings that
+    timm refuses.
     """
-    if not timm.is_model(config.name):
-        if name := timm_name(config.name):
-            raise UsageError(f"model.vision.name: timm's name of {config.name} is {name}: give that one")
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
-        raise UsageError(
-            f"model.vision.name: timm has no model '{config.name}'"
-            + (f" (some it has: {', '.join(near)})" if near else "")
-        )
     try:
         options: dict[str, Any] = json.loads(config.options or "{}")
         if config.image_size and _takes_one_size(config.name):
@@ -48,6 +40,19 @@ def create_backbone(config: VisionConfig, pretrained: bool = False) -> nn.Module
             f"model.vision: timm cannot make {config.name} of {config.image_size} pixels "
             f"with options {config.options or '{}'}: {type(error).__name__}: {error}"
         ) from None
+
+
+def check_name(name: str) -> None:
+    """Raise `UsageError` unless timm has a model of this name."""
+    if timm.is_model(name):
+        return
+    if known := timm_name(name):
+        raise UsageError(f"model.vision.name: timm's name of {name} is {known}: give that one")
+    near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+    raise UsageError(
+        f"model.vision.name: timm has no model '{name}'"
+        + (f" (some it has: {', '.join(near)})" if near else "")
+    )
 
 
 def timm_name(name: str) -> str:
@@ -73,6 +78,7 @@ def resolve_vision(config: VisionConfig) -> VisionConfig:
 
     `UsageError` where the encoder cannot take the image size.
     """
+    check_name(config.name)
     config = replace(config, grid=0)
     with torch.device("meta"):
         probe = VisionEncoder(config)

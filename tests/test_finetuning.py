@@ -22,6 +22,7 @@ from eval.predictor import Predictor
 from models.losses import cross_entropy
 from tests.programs import run_program
 from tests.test_transformers import ROOT, Exported, exported, images  # noqa: F401  # fixtures
+from utils.errors import UserError
 
 
 def chats(paths: dict[str, str]) -> list[list[dict]]:
@@ -197,14 +198,14 @@ def test_sft_with_the_defaults_of_trl(exported, tmp_path):  # noqa: F811
         processing_class=exported.processor,
     )
     trainer.train()
-    unused = ("heads.", "embed_tokens" if exported.own.model.config.left_context == "none" else "heads.")
     for name, p in model.named_parameters():
-        assert not torch.equal(p, before[name]) or any(part in name for part in unused), name
+        assert torch.equal(p, before[name]) == (".heads." in name), name
     assert losses(trainer)[-1] < losses(trainer)[0]
     trainer.save_model(str(tmp_path / "saved"))
     same_as_ours(exported, tmp_path / "saved", model)
-    if exported.own.model.config.left_context != "image":
+    if exported.own.model.config.left_context == "prefix":
         return
+    vanilla = exported.own.model.config.left_context == "none"
     done = run_program(
         [
             str(ROOT / "generate.py"),
@@ -216,7 +217,8 @@ def test_sft_with_the_defaults_of_trl(exported, tmp_path):  # noqa: F811
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     done = run_program(
         [
-            str(ROOT / "train_dual_tower.py"),
+            str(ROOT / ("train_vanilla.py" if vanilla else "train_dual_tower.py")),
+            *(("--config", "vanilla_easyvqa") if vanilla else ()),
             *(
                 "--init_from",
                 str(tmp_path / "saved"),
@@ -306,14 +308,42 @@ def test_preferences_and_rewards(exported, trainer_class, tmp_path):  # noqa: F8
             "args": GRPOConfig(**options(tmp_path, num_generations=2, max_completion_length=6)),
             "reward_funcs": lambda completions, **_: [float(len(c[0]["content"])) for c in completions],
         }
+    model = loaded(exported)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = trainer_class(
-        model=loaded(exported),
+        model=model,
         train_dataset=Dataset.from_list(rows),
         processing_class=exported.processor,
         **arguments,
     )
     trainer.train()
     assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
+    assert sum(not torch.equal(p, before[name]) for name, p in model.named_parameters()) > 50
+
+
+def test_rows_of_text_alone(exported, tmp_path):  # noqa: F811
+    turns = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "it is small"}]
+    rows = [{"messages": turns}] * 2
+    trainer = SFTTrainer(
+        loaded(exported),
+        args=SFTConfig(**options(tmp_path)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=exported.processor,
+    )
+    trainer.train()
+    assert losses(trainer)[1] < losses(trainer)[0]
+
+
+def test_adapters_that_cannot_work_say_so(exported, tmp_path):  # noqa: F811
+    """On the output layer, which has no weights, and on embeddings that it shares; an adapter is no model."""
+    with pytest.raises(ValueError, match="leave it out of modules_to_save"):
+        get_peft_model(loaded(exported), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = get_peft_model(loaded(exported), LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="LoRA on embed_tokens is not supported"):
+        model(**inputs_of(exported.processor, chats(exported.images)))
+    get_peft_model(loaded(exported), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="it holds an adapter: save the merged model"):
+        Predictor.from_pretrained(tmp_path)
 
 
 def test_the_trainer_of_transformers_resumes(exported, tmp_path):  # noqa: F811
@@ -353,5 +383,5 @@ def test_gradient_checkpointing_changes_nothing(exported):  # noqa: F811
         torch.testing.assert_close(plain, recomputed)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
-    with pytest.raises(ValueError, match="use_reentrant=True"):
+    with pytest.raises(ValueError, match="'use_reentrant': True"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

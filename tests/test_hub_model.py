@@ -407,16 +407,12 @@ def test_weights_that_are_not_finite_are_not_pushed(model, tokenizer, folder, se
 
 
 def test_only_what_belongs_to_a_model_is_pushed(folder, served, uploads):
-    for name in ("notes.txt", "optimizer.pt", ".env", "training_args.bin"):
+    others = {"notes.txt", ".env", "training_args.bin", "data_mine.py", "model-00001-of-00002.safetensors"}
+    for name in others:
         (folder / name).write_text("mine")
     (folder / "training.png").write_bytes(b"picture")
     program.main(["push", str(folder), "tiny"])
-    names = {path.name for path in folder.iterdir()} - {
-        "notes.txt",
-        "optimizer.pt",
-        ".env",
-        "training_args.bin",
-    }
+    names = {path.name for path in folder.iterdir()} - others
     assert set(uploads.repos["me/tiny"].files) == names | {".gitattributes"}
 
 

@@ -232,7 +232,7 @@ def test_features_are_those_of_the_whole_timm_model():
 )
 def test_vision_weights_that_cannot_be_had(change, message):
     with pytest.raises(UserError, match=message):
-        load_vision_weights(VisionEncoder(replace(LITE0, **change)))
+        load_vision_weights(VisionEncoder(resolve_vision(replace(LITE0, **change))))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_file_without_tensors_by_name_is_one_line(tmp_path, content):
 )
 def test_names_that_users_type_give_timms(name, timms):
     with pytest.raises(UsageError, match=f"timm's name of {name} is {timms}: give that one"):
-        VisionEncoder(VisionConfig(name))
+        resolve_vision(VisionConfig(name))
 
 
 def test_a_trained_encoder_drops_paths_and_keeps_its_batch_statistics():

@@ -478,6 +478,36 @@ def test_each_folder_runs_its_own_code(tokenizer, modules_cache, monkeypatch, tm
         other.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
 
 
+def test_an_image_at_the_end_of_a_prompt(exported):
+    """In a dual tower no text token would read it."""
+    inputs = exported.processor(
+        text=["what? <|image|>", "what?"], images=exported.images["b"], return_tensors="pt"
+    )
+    if exported.own.model.config.left_context == "none":
+        assert exported.model.generate(**inputs, max_new_tokens=2).shape[0] == 2
+    else:
+        with pytest.raises(ValueError, match="a prompt ends with an image"):
+            exported.model.generate(**inputs, max_new_tokens=2)
+
+
+def test_one_device(exported, tmp_path):
+    """`device_map` places the model as a whole; a map that offloads parts is refused."""
+    whole = AutoModelForImageTextToText.from_pretrained(
+        exported.folder, trust_remote_code=True, device_map={"": "cpu"}
+    )
+    prompt = torch.ones(1, 3, dtype=torch.long)
+    assert torch.equal(
+        whole.generate(prompt, max_new_tokens=3), exported.model.generate(prompt, max_new_tokens=3)
+    )
+    names = [f"model.{name}" for name, _ in exported.model.model.named_children()]
+    places = dict.fromkeys([*names, "lm_head"], "cpu") | {names[0]: "disk"}
+    parted = AutoModelForImageTextToText.from_pretrained(
+        exported.folder, trust_remote_code=True, device_map=places, offload_folder=tmp_path
+    )
+    with pytest.raises(ValueError, match="whole model on one device"):
+        parted.generate(prompt, max_new_tokens=3)
+
+
 def test_settings_of_generate(exported):
     inputs = inputs_of(exported, asked(exported.images, QUESTIONS[1:2]))
     width = inputs["input_ids"].shape[1]
@@ -552,7 +582,7 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
         ),
         (
             lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), max_length=30),
-            "max_length = 30 is not supported, only 20",
+            "max_length is not supported: use max_new_tokens",
         ),
         (
             lambda e: e.model.generate(
@@ -583,6 +613,39 @@ def _say(*parts: dict, role: str = "user") -> list[dict]:
             "suppress_tokens = 'ab' is not a token, or a list of tokens",
         ),
         (lambda e: e.model.generate(), "the prompts as input_ids, or as inputs"),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), suppress_tokens=list(range(500))),
+            "every token is suppressed",
+        ),
+        (
+            lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), do_smaple=False),
+            "did you mean 'do_sample",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(
+                [*_say({"type": "text", "text": "a"}), {"role": "assistant", "content": "b"}],
+                continue_final_message=True,
+                return_assistant_tokens_mask=True,
+            ),
+            "exclude one another",
+        ),
+        (
+            lambda e: e.processor.apply_chat_template(
+                asked(e.images, QUESTIONS[1:2])[0], chat_template="<|image|><|image|>", tokenize=True
+            ),
+            "the chat template writes 2 placeholders for 1 images",
+        ),
+        (
+            lambda e: e.processor(text="what?", truncation=True, max_length=0),
+            "max_length = 0 is not a number",
+        ),
+        (lambda e: e.processor(text="what?", do_resize=False), "do_resize is not supported"),
+        (
+            lambda e: e.model(torch.ones(1, 257, dtype=torch.long)),
+            "a row has 257 tokens, this model takes 256",
+        ),
+        (lambda e: e.model.set_output_embeddings(None), "set_output_embeddings is not supported"),
+        (lambda e: e.model.set_input_embeddings(None), "set_input_embeddings is not supported"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), eos_token_id=True), "eos_token_id"),
         (lambda e: e.model.generate(torch.ones(1, 3, dtype=torch.long), draft_tokens=-1), "draft_tokens"),
         (

@@ -2,24 +2,10 @@
 
 import io
 import os
-import re
 import select
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-
-EARLIER_NAMES = {  # of flags and keys in the first edition → their names now
-    "rows": "local_batch_size",
-    "accumulation": "global_batch_size",
-    "detail_every": "diagnostics_every",
-    "floor": "random_baseline",
-    "generation_config": "sampling_defaults",
-}
-
-REMOVED = {  # flags and keys of the first edition without a successor → what to do instead
-    "duplicates": "python -m tools.duplicates marks near duplicates, and --data.curation reads that",
-    "draft_width": "drafts are a chain; --draft_tokens sets its length",
-}
 
 
 class UserError(Exception):
@@ -45,15 +31,9 @@ class ImageError(UserError):
 def nearest(name: str, known: list[str], count: int = 1) -> str:
     """A hint for an error: `" (did you mean 'lr_right'?)"`, with the `count` known words nearest to `name`.
 
-    An earlier name gives the one it has now; a removed one, what to do instead. Without a near word: all
-    known words if there are at most 12, else an empty string.
+    Without a near word: all known words if there are at most 12, else an empty string.
     """
-    leaf = re.split("[-.]", name)[-1]
-    if leaf in REMOVED:
-        return f" (removed: {REMOVED[leaf]})"
-    renamed = EARLIER_NAMES.get(leaf)
-    words = [word for word in known if renamed and word.endswith(renamed)]
-    words = words or get_close_matches(name, known, n=count)
+    words = get_close_matches(name, known, n=count)
     *others, last = [f"'{word}'" for word in words] or [""]
     if last:
         return f" (did you mean {', '.join(others)}{' or ' * bool(others)}{last}?)"

@@ -32,7 +32,7 @@ TOKENIZER = [
 # As hf/export.py names them; remote_*.py is of older folders.
 CODE = ["configs_*.py", "data_*.py", "hf_*.py", "models_*.py", "utils_*.py", "remote_*.py"]
 AUXILIARY_FILES = [*SETTINGS, *TOKENIZER, *CODE]  # of a model folder, besides its config and weights
-CARD = ["README.md", "LICENSE*", "training.png"]  # of a model folder, too
+CARD = ["README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "training.png"]  # of a model folder, too
 NANOVLM = "nanovlm"  # kind of a nanoVLM checkpoint
 # Files that a repository may hold before its first model.
 ABOUT = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
@@ -308,6 +308,20 @@ def _check_contents(repo: str, info: Any, model_type: str, token: str | None) ->
         )
 
 
+def files_of_model(folder: Path) -> list[str]:
+    """The names of a folder's files that belong to its model; other code and stale weights do not."""
+    names = {"config.json", *SETTINGS, *TOKENIZER, *CARD}
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        names.add("model.safetensors")
+    else:
+        names |= {index.name, *read_json(index)["weight_map"].values()}
+    for path in (path for pattern in CODE for path in folder.glob(pattern)):
+        if " of DualTowerVLM" in path.read_text(encoding="utf-8", errors="replace")[:200]:
+            names.add(path.name)
+    return sorted(name for name in names if (folder / name).is_file())
+
+
 def push(folder: Path, repo: str, message: str, branch: str | None = None) -> str:
     """Upload a folder's files to `repo` as one commit → the commit's URL. Errors: `UserError`.
 
@@ -320,8 +334,7 @@ def push(folder: Path, repo: str, message: str, branch: str | None = None) -> st
         options: dict[str, Any] = {
             "commit_message": message,
             "revision": branch,
-            "allow_patterns": ["config.json", *WEIGHTS, *AUXILIARY_FILES, *CARD],
-            "ignore_patterns": ["*/*"],
+            "allow_patterns": files_of_model(folder),
             "delete_patterns": [*WEIGHTS, *AUXILIARY_FILES],
         }
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, **options).commit_url)

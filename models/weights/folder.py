@@ -44,6 +44,8 @@ def _check_file(folder: Path, name: str, context: str = "") -> None:
     if not (folder / name).is_file():
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: save the merged model (merge_and_unload, docs/transformers.md)"
         raise UserError(f"{context or folder} holds no {name}: not a complete model folder{hint}")
 
 
