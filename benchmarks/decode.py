@@ -44,10 +44,11 @@ from benchmarks.decode_drafts import add_draft_rows, drafts, questions_of, same,
 from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
-from models.generation import decode_step, prefill
+from models.generation import VLM, decode_step, prefill
 from tools.train_heads import HeadsConfig
 from utils.errors import UsageError, UserError, run_script
 
+PROMPT = 32  # tokens of `plain`'s prompt
 WRONG = 6  # questions of `wrong`
 PARTS = "plain", "decode_steps", "drafts", "wrong", "sampled", "same", "image"
 DRAFTED = {"drafts", "wrong", "sampled", "same"}  # parts that need multi-token heads
@@ -67,9 +68,8 @@ def median_s(function: Callable[[], Any], repeats: int) -> float:
 
 
 @torch.inference_mode()
-def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
+def plain(model: VLM, tokens: int, repeats: int) -> dict[str, float]:
     """Decode steps and the matmul roofline of the same weights, in turn."""
-    model = predictor.model
     right, device = model.right, model.device
     weights = [m.weight for m in right.layers.modules() if isinstance(m, torch.nn.Linear)] + [
         right.unembedding
@@ -77,11 +77,8 @@ def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
     vectors = {
         n: torch.randn(1, n, device=device).to(right.unembedding.dtype) for n in {w.shape[1] for w in weights}
     }
-    prompt = predictor.renderer.prompt([], [{"user": "Tell me a long story."}])
-    ids, positions = (
-        torch.tensor([prompt.right_ids], device=device),
-        torch.tensor([prompt.right_positions], device=device),
-    )
+    ids = torch.randint(0, min(1000, model.vocabulary.text_size), (1, PROMPT), device=device)
+    positions = torch.arange(PROMPT, device=device)[None]
     roofline, step = [], []
     for _ in range(repeats):
         roofline.append(median_s(lambda: [F.linear(vectors[w.shape[1]], w) for w in weights], 5))
@@ -107,29 +104,31 @@ def plain(predictor: Predictor, tokens: int, repeats: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def decode_steps(predictor: Predictor, max_drafts: int, repeats: int) -> dict[str, float]:
+def decode_steps(
+    model: VLM, max_drafts: int, repeats: int, batch_sizes: tuple[int, ...] = (1, 8)
+) -> dict[str, float]:
     """Costs ÷ that of a decode step over 1 token per row, logits included, after 200 tokens.
 
     `verify_K`: a decode step over K + 1 tokens; `draft_K`: drafting K tokens; `…_rows_8`: of eight rows.
     """
     out: dict[str, list[float]] = {}
-    for rows, suffix in ((1, ""), (8, "_rows_8")):
-        verify, draft = _step_parts(predictor, rows, max_drafts)
+    for rows in batch_sizes:
+        suffix = f"_rows_{rows}" if rows > 1 else ""
+        verify, draft = _step_parts(model, rows, max_drafts)
         for _ in range(repeats):
             one = median_s(lambda verify=verify: verify(0), 8)
             for k in range(1, max_drafts + 1):
                 seconds = median_s(lambda k=k, verify=verify: verify(k), 8)
                 out.setdefault(f"verify_{k}{suffix}", []).append(seconds / one)
-            for k in range(1, max_drafts + 1) if predictor.model.heads is not None else ():
+            for k in range(1, max_drafts + 1) if model.heads is not None else ():
                 seconds = median_s(lambda k=k, draft=draft: draft(k), 8)
                 out.setdefault(f"draft_{k}{suffix}", []).append(seconds / one)
     return {name: statistics.median(values) for name, values in out.items()}
 
 
-def _step_parts(predictor: Predictor, rows: int, max_drafts: int) -> tuple[Callable[[int], None], ...]:
+def _step_parts(model: VLM, rows: int, max_drafts: int) -> tuple[Callable[[int], None], ...]:
     """Functions that verify and that draft so many tokens per row."""
-    model, device = predictor.model, predictor.model.device
-    right, heads = model.right, model.heads
+    right, heads, device = model.right, model.heads, model.device
     ids = torch.randint(0, min(1000, model.vocabulary.text_size), (rows, 200), device=device)
     positions = torch.arange(200 + max_drafts + 1, device=device).expand(rows, -1)
     cache, states = prefill(model, ids, positions[:, :200], [[]] * rows, max_drafts + 1)
@@ -234,9 +233,11 @@ def measure(args: argparse.Namespace, checkpoint: str) -> None:
             )
         r: dict[str, Any] = {}
         if "plain" in parts:
-            r["plain"] = plain(predictor, args.tokens, args.repeats)
+            r["plain"] = plain(predictor.model, args.tokens, args.repeats)
         if "decode_steps" in parts:
-            r["decode_steps"] = decode_steps(predictor, heads.count if heads is not None else 4, args.repeats)
+            r["decode_steps"] = decode_steps(
+                predictor.model, heads.count if heads is not None else 4, args.repeats
+            )
         if DRAFTED & set(parts):
             questions = questions_of(predictor, HeadsConfig(sources=args.sources, seed=12345), args.prompts)
         if "drafts" in parts:

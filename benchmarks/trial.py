@@ -95,7 +95,15 @@ ATTENTION = dict.fromkeys(KERNELS, _forward_flops) | {
 }
 
 
-def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1) -> Config:
+def make_config(
+    kind: str,
+    size: Size,
+    dtype: str,
+    heads: int = 0,
+    rows: int = 1,
+    local_rows: int = 1,
+    compiled: bool = False,
+) -> Config:
     model = ModelConfig(
         vision=size.vision,
         projector=ProjectorConfig(pixel_shuffle=size.shuffle),
@@ -108,7 +116,14 @@ def make_config(kind: str, size: Size, dtype: str, heads: int = 0, rows: int = 1
     return Config(
         model=model,
         data=DataConfig(left_length=1024, right_length=1024),
-        train=TrainConfig(local_batch_size=1, global_batch_size=rows, dtype=dtype, warmup_steps=0, **rates),
+        train=TrainConfig(
+            local_batch_size=local_rows,
+            global_batch_size=rows * local_rows,
+            dtype=dtype,
+            compile=compiled,
+            warmup_steps=0,
+            **rates,
+        ),
     )
 
 
@@ -137,18 +152,29 @@ def standard_row(model: ModelConfig, vocabulary: Vocabulary) -> Batch:
 
 
 class Trial:
-    """A model with its optimizers. A step has `rows` micro-batches, each the standard row."""
+    """A model with its optimizers. A step has `rows` micro-batches: `local_rows` times the standard row."""
 
     def __init__(
-        self, kind: str, size: str, dtype: str, device: torch.device, heads: int = 0, rows: int = 1
+        self,
+        kind: str,
+        size: str,
+        dtype: str,
+        device: torch.device,
+        heads: int = 0,
+        rows: int = 1,
+        local_rows: int = 1,
+        compiled: bool = False,
     ) -> None:
-        config = make_config(kind, SIZES[size], dtype, heads, rows)
+        config = make_config(kind, SIZES[size], dtype, heads, rows, local_rows, compiled)
         self.config = replace(config, train=replace(config.train, device=str(device)))
         self.device = device
         vocabulary = Vocabulary(SIZES[size].text, MARKERS)
         torch.manual_seed(0)
         self.model = MODELS[kind](self.config.model, vocabulary)
-        self.row = standard_row(self.config.model, vocabulary)
+        row = standard_row(self.config.model, vocabulary)
+        self.row = {
+            name: column.repeat(local_rows, *[1] * (column.dim() - 1)) for name, column in row.items()
+        }
         self.trainer = Trainer(self.config, self.model, RepeatedBatch(self.row))
         self.tokens = rows * (self.row["left_ids"].numel() + self.row["right_ids"].numel())
         self.marks: dict[str, list[Any]] = {}
