@@ -105,13 +105,13 @@ def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     owned = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     sizes: dict[int, tuple[StorageWeakRef, int]] = {}  # storage → its reference, bytes
 
-    def record(tensor: Tensor) -> None:
+    def record(tensor: Tensor) -> Any:
         """Count a storage once and let it go: a forward that keeps nothing fits where a step would not."""
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:  # a weak reference keeps the number from being used again
             sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda _: None):  # nothing runs backward
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda kept: kept):  # no backward
         forward()
     return sum(size for _, size in sizes.values())
 
