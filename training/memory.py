@@ -111,7 +111,7 @@ def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         if storage._cdata not in owned:  # a weak reference keeps the number from being used again
             sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda kept: kept):  # no backward
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda none: none):  # no backward
         forward()
     return sum(size for _, size in sizes.values())
 

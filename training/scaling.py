@@ -1,4 +1,4 @@
-"""What a run needs on other machines' GPUs: `--dry_run --gpus 8xH100`. Estimates; docs/scaling.md explains them.
+"""What a run needs on given GPUs: `--dry_run --gpus 8xH100`. Estimates; docs/scaling.md explains them.
 
 FLOPs are counted, memory is that of `step_memory`, the loader's speed was measured. MFU is assumed.
 """
