@@ -266,6 +266,11 @@ class Config:
         "", "'auto' (the newest checkpoint of output_dir), a run folder or a checkpoint folder", path=True
     )
     dry_run: bool = setting(False, "print parameters, FLOPs and memory, then stop")
+    gpus: str = setting(
+        "",
+        "with dry_run: also print what these GPUs need, 8xH100 or 1xH100,8xH100: hours, cost, loader cores, "
+        "network and memory (docs/scaling.md)",
+    )
     init_from: str = setting(
         "",
         "train on from a model folder or Hub id: all weights, sizes, tokenizer and chat template are its own",
@@ -311,6 +316,7 @@ class Config:
                 f"nothing learns: {', '.join(rates)} are all 0, which freezes every part of this model"
             )
         no_effect = [
+            ("gpus", self.gpus and not self.dry_run, "dry_run is off"),
             ("eval.tasks_every", self.eval.tasks_every and not self.eval.tasks, "eval.tasks names no task"),
             ("eval.limit", self.eval.limit and not self.eval.tasks, "eval.tasks names no task"),
             ("hub.private", self.hub.private and not self.hub.repo, "hub.repo names no repository"),

@@ -11,12 +11,13 @@ from configs.model import Vocabulary
 from configs.train import Config
 from training.flops import count_flops, trained_shares
 from training.memory import OVERHEAD, full_batch, step_memory, trial_model
+from training.scaling import scaling_table
 from training.trainer import batch_counts
 from utils.device import pick_device
 
 
 def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
-    """Print parameters by part, FLOPs and memory."""
+    """Print parameters by part, FLOPs and memory, and with `gpus` what these need."""
     console = Console(highlight=False, soft_wrap=True)
 
     def show(columns: Iterable[str], rows: Iterable[tuple[str, ...]], title: str | None = None) -> None:
@@ -54,6 +55,9 @@ def dry_run(config: Config, model_class: Any, vocabulary: Vocabulary) -> None:
     rows += [(name, f"{value / 1e9:,.0f}") for name, value in batches.items()]
     show(("forward FLOPs of", "GFLOP"), rows)
 
+    if config.gpus:
+        show(*scaling_table(config, model_class, vocabulary, model, flops))
+        return
     # A GPU's need can be estimated without one.
     device = torch.device(name) if (name := config.train.device) != "auto" else pick_device(name)
     parts = step_memory(config, model_class, vocabulary, B, device, save=device.type == "cpu")

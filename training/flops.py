@@ -1,5 +1,6 @@
 """FLOPs of a model: the matrix products of its forward and backward, two per multiply-add."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ class Flops:
         supervised = int((batch["labels"] != -100).sum())
         return len(batch["tiles"]) * self.tile + B * (left + right) + supervised * self.supervised_token
 
-    def training(self, counts: dict[str, int], trained: dict[str, float]) -> float:
+    def training(self, counts: Mapping[str, float], trained: dict[str, float]) -> float:
         """FLOPs of forward and backward as they are computed: the logits twice."""
         return self.model_flops(counts, trained) + counts["supervised"] * self.supervised_token
 
-    def model_flops(self, counts: dict[str, int], trained: dict[str, float]) -> float:
+    def model_flops(self, counts: Mapping[str, float], trained: dict[str, float]) -> float:
         """FLOPs of forward and backward without recomputation; attention over what each query sees.
 
         `counts`: those of `trainer.batch_counts`. `trained`: part → trained share of its matrices. The

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -101,19 +102,18 @@ class SkipMatmuls(TorchDispatchMode):
 
 def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that `forward` saves for the backward of its result, without the model's weights and buffers."""
-    owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}  # address → bytes
+    owned = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    sizes: dict[int, tuple[StorageWeakRef, int]] = {}  # storage → its reference, bytes
 
-    def record(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Any:
+        """Count a storage once and let it go: a forward that keeps nothing fits where a step would not."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if storage._cdata not in owned:  # a weak reference keeps the number from being used again
+            sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
-        loss = forward()
-    del loss  # until now its graph kept all saved tensors alive, so no address was reused
-    return sum(sizes.values())
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda none: none):  # no backward
+        forward()
+    return sum(size for _, size in sizes.values())
 
 
 @cache

@@ -29,6 +29,7 @@ from training.hub_push import Pusher
 from training.logging import RunLog
 from training.memory import fit_batch_size
 from training.run_dir import NEW_TOKENIZER, check_free, find_run, lock_new_folder, locked, resume_run
+from training.scaling import parse_gpus
 from training.setup import check_compiler, data_identity, prepare, resolve_config, vocabulary_of
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
@@ -81,6 +82,8 @@ def run_training(config: Config, flags: dict[str, Any], model_class: Any) -> Non
 def check_before_start(config: Config, flags: dict[str, Any], model_class: Any) -> None:
     """Raise for settings that cannot work, before anything is loaded or written."""
     check_script(config, model_class)
+    if config.gpus:
+        parse_gpus(config.gpus)
     if config.fit_memory and "train.local_batch_size" in flags:
         raise UsageError(
             "--train.local_batch_size is what --fit-memory chooses: give one of them; "
@@ -109,7 +112,7 @@ def check_script(config: Config, model_class: Any) -> None:
 
 
 def print_estimate(config: Config, flags: dict[str, Any], model_class: Any) -> None:
-    """`--dry_run`: print parameters, FLOPs and memory."""
+    """`--dry_run`: print parameters, FLOPs and memory; with `--gpus` also what these need."""
     config = resolve_config(config, flags)
     if config.fit_memory:
         config, reason = fit_batch_size(config, model_class, vocabulary_of(config))
