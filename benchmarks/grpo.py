@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=150, help="steps of GRPO [150]")
     parser.add_argument("--every", type=int, default=25, help="steps between measurements [25]")
     parser.add_argument("--test", type=int, default=1000, help="test questions of a measurement [1000]")
-    parser.add_argument("--learning_rate", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the results there")
     parser.add_argument("--picture", help="draw the curve there")
@@ -117,6 +117,7 @@ def main(argv: list[str]) -> None:
             subprocess.run(command, check=True)
         model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model.model.left.vision_encoder.requires_grad_(False)  # as in the preset
         rows = [
             {
                 "images": [row["image"]],
@@ -140,7 +141,6 @@ def main(argv: list[str]) -> None:
                 num_generations=ANSWERS,
                 max_completion_length=8,
                 learning_rate=args.learning_rate,
-                optim="sgd",
                 seed=args.seed,
                 bf16=False,
                 gradient_checkpointing=False,
