@@ -3,7 +3,8 @@
   python -m benchmarks.grpo --json benchmarks/results/grpo.json --picture docs/grpo.png
 
 Trains the default preset for `--pretraining` steps, then samples eight answers to each question and rewards
-those that are right. Accuracy is that of greedy answers to test questions, whose images training never sees.
+those that are right. Accuracy is that of answers to test questions, whose images training never sees: of
+sampled answers, which GRPO rewards, and of greedy ones.
 Needs the optional group `finetune`.
 """
 
@@ -48,8 +49,8 @@ def questions(part: str, count: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
-    """The share of right greedy answers."""
+def accuracy(model: Any, processor: Any, asked: list[dict[str, Any]], sampled: bool) -> float:
+    """The share of right answers."""
     was_training, right = model.training, 0
     model.eval()
     for start in range(0, len(asked), 64):
@@ -69,7 +70,7 @@ def accuracy(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=sampled)[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(new, skip_special_tokens=True)
         right += sum(text.strip() == row["answer"] for text, row in zip(texts, part, strict=True))
     model.train(was_training)
@@ -87,12 +88,16 @@ class Measure(TrainerCallback):
 
     def __init__(self, every: int, processor: Any, asked: list[dict[str, Any]]) -> None:
         self.every, self.processor, self.asked = every, processor, asked
-        self.points: list[tuple[int, float]] = []
+        self.points: list[tuple[int, float, float]] = []  # step, accuracy of sampled and of greedy answers
+
+    def measure(self, step: int, model: Any) -> None:
+        sampled, greedy = (accuracy(model, self.processor, self.asked, mode) for mode in (True, False))
+        self.points.append((step, sampled, greedy))
+        print(f"step {step}: sampled {sampled:.1%}, greedy {greedy:.1%}", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.every == 0:
-            self.points.append((state.global_step, accuracy(model, self.processor, self.asked)))
-            print(f"step {state.global_step}: {self.points[-1][1]:.1%}", flush=True)
+            self.measure(state.global_step, model)
 
 
 def main(argv: list[str]) -> None:
@@ -129,8 +134,7 @@ def main(argv: list[str]) -> None:
         role = {"role": Value("string"), "content": Value("string")}
         features = Features(images=[ImageFeature()], prompt=[role], answer=Value("string"))
         measure = Measure(args.every, processor, questions("test", args.test))
-        measure.points.append((0, accuracy(model, processor, measure.asked)))
-        print(f"step 0: {measure.points[0][1]:.1%}", flush=True)
+        measure.measure(0, model)
         trainer = GRPOTrainer(
             model,
             reward_funcs=exact_match,
@@ -158,15 +162,16 @@ def main(argv: list[str]) -> None:
         trainer.train()
         seconds = time.perf_counter() - started
     rewards = [(line["step"], line["reward"]) for line in trainer.state.log_history if "reward" in line]
-    table = Table("step", "test accuracy")
-    for step, value in measure.points:
-        table.add_row(str(step), f"{value:.1%}")
+    table = Table("step", "sampled answers", "greedy answers")
+    for step, sampled, greedy in measure.points:
+        table.add_row(str(step), f"{sampled:.1%}", f"{greedy:.1%}")
     Console().print(table)
     if args.picture:
-        lines = {"accuracy on test questions": measure.points, "reward in training": rewards}
+        steps, sampled_line, greedy_line = zip(*measure.points, strict=True)
+        lines = {"test, sampled": (steps, sampled_line), "test, greedy": (steps, greedy_line)}
         curves(
             "GRPO on easy-VQA: share of right answers",
-            {name: tuple(zip(*points, strict=True)) for name, points in lines.items()},
+            lines,
         ).save(args.picture)
     if args.json:
         result = about() | {
