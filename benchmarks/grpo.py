@@ -104,10 +104,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pretraining", type=int, default=300, help="steps of supervised training [300]")
+    parser.add_argument("--pretraining", type=int, default=60, help="steps of supervised training [60]")
     parser.add_argument("--checkpoint", help="a model folder, instead of training one")
-    parser.add_argument("--steps", type=int, default=150, help="steps of GRPO [150]")
-    parser.add_argument("--every", type=int, default=25, help="steps between measurements [25]")
+    parser.add_argument("--steps", type=int, default=120, help="steps of GRPO [120]")
+    parser.add_argument("--every", type=int, default=30, help="steps between measurements [30]")
     parser.add_argument("--test", type=int, default=1000, help="test questions of a measurement [1000]")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

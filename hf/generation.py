@@ -77,6 +77,10 @@ class TowerGenerationMixin(GenerationMixin):
         if strings and tokenizer is None:
             raise InputError("generate: stop_strings needs the tokenizer too (tokenizer=processor.tokenizer)")
         vlm = self.model.vlm
+        if (
+            self.config.image_token_id in suppressed
+        ):  # and then its markers: TRL asks for no image in an answer
+            suppressed = [*suppressed, *range(self.config.image_token_id, self.config.vocab_size)]
         if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
             raise InputError("generate: device_map must place the whole model on one device")
         streams = self.model.streams(ids, attention_mask, pixel_values)
@@ -98,7 +102,7 @@ class TowerGenerationMixin(GenerationMixin):
             settings=settings,
             on_tokens=on_tokens if streamer is not None or strings else None,
             tiles=pixel_values.to(vlm.device) if with_prompt else None,
-            suppressed=[token for token in suppressed if token < vlm.vocabulary.text_size],
+            suppressed=[token for token in suppressed if token < len(vlm.right.unembedding)],
         )
         if streamer is not None:
             streamer.end()

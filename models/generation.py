@@ -92,8 +92,6 @@ def generate(
     rows = [Row(b) for b in range(len(ids))]
     turn_ends = frozenset((turn_end,) if isinstance(turn_end, int) else turn_end)
     batch = DecodingBatch(model, cache, rows, positions.amax(1), settings, turn_ends, on_tokens)
-    # A right tower that reads image tokens could choose them, too.
-    suppressed = [*suppressed, *range(model.vocabulary.text_size, len(model.right.unembedding))]
     if len(set(suppressed)) == len(model.right.unembedding):
         raise UsageError("every token is suppressed: none is left to choose")
     if suppressed:

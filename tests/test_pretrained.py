@@ -169,7 +169,7 @@ def _truncated(name, share):
         ),
         (
             lambda f: edit(f / "config.json", lambda c: c["model"]["vision"].update(name="resnet_18")),
-            "config.json: model.vision.name",
+            "config.json: model.vision: timm cannot make",
         ),
         (lambda f: edit(f / "config.json", lambda c: c.pop("model")), "config.json: model"),
     ],

@@ -18,13 +18,14 @@ from configs.cli import FlagParser
 from configs.serialization import load_json
 from configs.train import Config
 from models.weights.folder import MODEL_TYPES, damaged, find_model, read_model_config, weight_files
-from models.weights.tensors import check_weights
 from utils.errors import UsageError, UserError, run_script
 from utils.files import read_json, replacing_folder
 from utils.hub import fetch, is_hub_id, kind_of, open_repo, push, repo_info
 
 
 def push_folder(args: argparse.Namespace) -> None:
+    from models.weights.tensors import check_weights  # imports PyTorch
+
     folder = Path(args.folder)
     kind = str(kind_of(read_model_config(folder)))  # raises before a repository is created
     check_weights(folder)
