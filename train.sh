@@ -8,7 +8,7 @@ if [ $# -gt 0 ] && [[ "$1" != -* ]]; then set -- --config "$@"; fi
 script=train_dual_tower.py
 if [[ " $*" =~ \ --config[\ =](config[_-])?vanilla ]]; then script=train_vanilla.py; fi
 gpus=0
-if command -v nvidia-smi > /dev/null && [[ " $* " != *\ --help\ * && " $* " != *\ --dry_run* ]]; then
+if command -v nvidia-smi > /dev/null && [[ ! " $* " =~ \ (-h|--help|--dry[_-]run) ]]; then
     gpus=$(.venv/bin/python -c "import torch; print(torch.cuda.device_count())")
 fi
 if [ "$gpus" -gt 1 ]; then

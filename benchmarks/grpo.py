@@ -100,6 +100,49 @@ class Measure(TrainerCallback):
             self.measure(state.global_step, model)
 
 
+def make_trainer(folder: str, work: str, args: argparse.Namespace) -> tuple[GRPOTrainer, Measure]:
+    """TRL's trainer of the model in `folder`, and what measures it."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model.model.left.vision_encoder.requires_grad_(False)  # as in the preset
+    rows = [
+        {
+            "images": [row["image"]],
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "answer": row["answer"],
+        }
+        for row in questions("train", 4 * QUESTIONS * args.steps)
+    ]
+    role = {"role": Value("string"), "content": Value("string")}
+    features = Features(images=[ImageFeature()], prompt=[role], answer=Value("string"))
+    measure = Measure(args.every, processor, questions("test", args.test))
+    config = GRPOConfig(
+        output_dir=f"{work}/grpo",
+        max_steps=args.steps,
+        per_device_train_batch_size=ANSWERS * QUESTIONS,
+        num_generations=ANSWERS,
+        max_completion_length=8,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=5,
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=exact_match,
+        args=config,
+        train_dataset=Dataset.from_list(rows, features=features),
+        processing_class=processor,
+        callbacks=[measure],
+    )
+    return trainer, measure
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,44 +163,8 @@ def main(argv: list[str]) -> None:
             command = [sys.executable, str(ROOT / "train_dual_tower.py"), "--output_dir", f"{work}/run"]
             command += ["--max_steps", str(args.pretraining), "--seed", str(args.seed)]
             subprocess.run(command, check=True)
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        model.model.left.vision_encoder.requires_grad_(False)  # as in the preset
-        rows = [
-            {
-                "images": [row["image"]],
-                "prompt": [{"role": "user", "content": row["question"]}],
-                "answer": row["answer"],
-            }
-            for row in questions("train", 4 * QUESTIONS * args.steps)
-        ]
-        role = {"role": Value("string"), "content": Value("string")}
-        features = Features(images=[ImageFeature()], prompt=[role], answer=Value("string"))
-        measure = Measure(args.every, processor, questions("test", args.test))
-        measure.measure(0, model)
-        trainer = GRPOTrainer(
-            model,
-            reward_funcs=exact_match,
-            args=GRPOConfig(
-                output_dir=f"{work}/grpo",
-                max_steps=args.steps,
-                per_device_train_batch_size=ANSWERS * QUESTIONS,
-                num_generations=ANSWERS,
-                max_completion_length=8,
-                learning_rate=args.learning_rate,
-                seed=args.seed,
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=not torch.cuda.is_available(),
-                report_to=[],
-                save_strategy="no",
-                logging_steps=5,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(rows, features=features),
-            processing_class=processor,
-            callbacks=[measure],
-        )
+        trainer, measure = make_trainer(folder, work, args)
+        measure.measure(0, trainer.model)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started

@@ -81,8 +81,7 @@ class TowerGenerationMixin(GenerationMixin):
             self.config.image_token_id in suppressed
         ):  # and then its markers: TRL asks for no image in an answer
             suppressed = [*suppressed, *range(self.config.image_token_id, self.config.vocab_size)]
-        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
-            raise InputError("generate: device_map must place the whole model on one device")
+        self.check_device_map()
         streams = self.model.streams(ids, attention_mask, pixel_values)
         if not streams.right.gather(1, _last_columns(ids, attention_mask)).all():
             raise InputError("generate: a prompt ends with an image, which only later text can see: add text")
@@ -180,10 +179,8 @@ def _arguments(
         )
     if kwargs.get("max_length") is not None:
         raise InputError("generate: max_length is not supported: use max_new_tokens")
-    theirs = {
-        *OBJECTS,
-        *TransformersGenerationConfig().to_dict(),
-    }  # False or nothing in them asks for nothing
+    # Arguments of transformers: False and an empty list ask for nothing.
+    theirs = {*OBJECTS, *TransformersGenerationConfig().to_dict()}
     configs = [config.to_diff_dict() for config in (own, other) if config is not None]
     merged = {name: value for values in (*configs, kwargs) for name, value in values.items()}
     return {

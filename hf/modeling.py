@@ -124,6 +124,11 @@ class TowerPreTrainedModel(PreTrainedModel):
         for index, block in enumerate(blocks):
             block.recompute = enable and index % every_n_layers == 0
 
+    def check_device_map(self) -> None:
+        """Raise `InputError` where `device_map` spreads the model: its towers read one another's tensors."""
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            raise InputError("device_map must place the whole model on one device")
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         return any(isinstance(block, DecoderBlock) and block.recompute for block in self.modules())
@@ -184,32 +189,33 @@ class TowerModel(TowerPreTrainedModel):
                 f"(N, 3, {side}, {side}), as the processor makes them"
             )
 
-    def hidden(self, streams: Streams, pixel_values: Tensor | None) -> Tensor:
-        """States of the right stream, (B, R, D)."""
+    def run(
+        self, streams: Streams, pixel_values: Tensor | None, all_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """States of the right stream (B, R, D), normed; with `all_states` also of every layer (B, T, D).
+
+        Those are the states before each block, and the normed ones.
+        """
         right = self.vlm.right
         if right.config.tied_embeddings and hasattr(right.embed_tokens, "lora_embedding_A"):
             raise InputError(
                 "LoRA on embed_tokens is not supported: the output layer shares its weight; "
                 "use modules_to_save=['embed_tokens']"
             )
-        side = self.vlm.config.vision.image_size
-        ids = streams.batch["right_ids"]
+        side, ids = self.vlm.config.vision.image_size, streams.batch["right_ids"]
         tiles = ids.new_empty(0, 3, side, side, dtype=torch.uint8) if pixel_values is None else pixel_values
-        return self.vlm(tiles=tiles.to(ids.device), **streams.batch).hidden
-
-    def all_states(self, streams: Streams, pixel_values: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`hidden`, and the states (B, T, D) before and behind every block, the last one normed."""
         states: list[Tensor] = []
         hooks = [
             block.register_forward_hook(lambda _, inputs, output: states.append(streams.spread(inputs[0])))
-            for block in self.vlm.right.layers
+            for block in right.layers
+            if all_states
         ]
         try:
-            hidden = self.hidden(streams, pixel_values)
+            hidden = self.vlm(tiles=tiles.to(ids.device), **streams.batch).hidden
         finally:
             for hook in hooks:
                 hook.remove()
-        return hidden, (*states, streams.spread(hidden))
+        return hidden, (*states, streams.spread(hidden)) if all_states else None
 
     def forward(
         self,
@@ -231,11 +237,9 @@ class TowerModel(TowerPreTrainedModel):
         arguments that are not supported.
         """
         refuse(kwargs, type(self).__name__)
+        self.check_device_map()
         streams = self.streams(input_ids, attention_mask, pixel_values)
-        if output_hidden_states:
-            hidden, states = self.all_states(streams, pixel_values)
-        else:
-            hidden, states = self.hidden(streams, pixel_values), None
+        hidden, states = self.run(streams, pixel_values, bool(output_hidden_states))
         before_image = F.pad(input_ids[:, 1:] >= self.config.image_token_id, (0, 1))
         last = streams.spread(hidden).masked_fill(before_image[..., None], 0)
         output = BaseModelOutput(last_hidden_state=last, hidden_states=states)
@@ -319,12 +323,10 @@ class TowerForConditionalGeneration(TowerPreTrainedModel, TowerGenerationMixin):
         `logits_to_keep`: logits of this many last positions (0: all), or of these positions.
         """
         refuse(kwargs, type(self).__name__)
+        self.check_device_map()
         model = self.model
         streams = model.streams(input_ids, attention_mask, pixel_values)
-        if output_hidden_states:
-            hidden, states = model.all_states(streams, pixel_values)
-        else:
-            hidden, states = model.hidden(streams, pixel_values), None
+        hidden, states = model.run(streams, pixel_values, bool(output_hidden_states))
         loss = None
         if labels is not None:
             next_labels = streams.labels(labels, input_ids < self.config.image_token_id)

@@ -52,6 +52,7 @@ class DualTowerProcessor(ProcessorMixin):
         """
         if videos is not None:
             raise InputError("processor: videos are not supported")
+        _check_options(options)
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise InputError(f"the processor needs text, or a list of texts, found {kind_of(text)}")
@@ -154,8 +155,7 @@ class DualTowerProcessor(ProcessorMixin):
         options: dict[str, Any],
         masks: list[list[int]] | None = None,
     ) -> BatchFeature:
-        """Put image blocks at the placeholders, truncate, pad."""
-        _check_options(options)
+        """Put image blocks at the placeholders, truncate, pad. `options` have been checked."""
         tensors, padding = options.get("return_tensors"), options.get("padding")
         padding = tensors is not None if padding is None else padding
         limit = options.get("max_length") if options.get("truncation") else None

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
             "train_vanilla.py --config vanilla_easyvqa",
         ),
         (["--dry_run"], "train_dual_tower.py --dry_run"),
+        (["--dry-run"], "train_dual_tower.py --dry-run"),
+        (["-h"], "train_dual_tower.py -h"),
         (["--help"], "train_dual_tower.py --help"),
     ],
 )

@@ -504,8 +504,9 @@ def test_one_device(exported, tmp_path):
     parted = AutoModelForImageTextToText.from_pretrained(
         exported.folder, trust_remote_code=True, device_map=places, offload_folder=tmp_path
     )
-    with pytest.raises(ValueError, match="whole model on one device"):
-        parted.generate(prompt, max_new_tokens=3)
+    for call in (lambda: parted.generate(prompt, max_new_tokens=3), lambda: parted(prompt)):
+        with pytest.raises(ValueError, match="whole model on one device"):
+            call()
 
 
 def test_settings_of_generate(exported):
