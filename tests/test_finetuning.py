@@ -117,6 +117,16 @@ def test_forward_is_that_of_training(exported, side):  # noqa: F811
     torch.testing.assert_close(some, output.logits[:, [1, 4]])
 
 
+def test_image_tokens_are_never_supervised(exported):  # noqa: F811
+    """With every token as its own label, as with those of text alone."""
+    inputs = inputs_of(exported.processor, chats(exported.images))
+    every = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    text = every.masked_fill(every >= exported.model.config.image_token_id, -100)
+    assert not torch.equal(every, text)
+    losses = [exported.model(**{**inputs, "labels": labels}).loss for labels in (every, text)]
+    assert torch.equal(*losses) and losses[0].isfinite()
+
+
 def test_the_base_model(exported):  # noqa: F811
     """`AutoModel` gives the states that the output layer reads; none where no text token is predicted."""
     base = AutoModel.from_pretrained(exported.folder, trust_remote_code=True)
