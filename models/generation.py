@@ -1,4 +1,4 @@
-"""Generation, the same for every model: prefill, then draft → verify → accept → commit until all have ended.
+"""Generation, the same for every model: prefill, then draft → verify → commit until all have ended.
 
     prompt → prefill → token → heads draft K tokens → a decode step verifies them → accept some, and one more
                          ↑                                                                     │
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.model import GenerationConfig, ModelConfig
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.kv_cache import DecodingCache, ImageKV, compact_rows
+from models.kv_cache import DecodingCache, ImageKV, compact_rows, to_device
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
 from models.multi_token import Drafts, MultiTokenHeads
@@ -99,16 +99,15 @@ def generate(
     if settings.repetition_penalty != 1.0:
         batch.seen = _seen_tokens(model, ids, positions, seen)
     prompt_ends = (positions >= 0).sum(1) - 1
-    states = states[torch.arange(len(ids)), prompt_ends, None]  # (B, 1, D)
+    states = states.take_along_dim(prompt_ends[:, None, None], 1)  # (B, 1, D)
     logits = model.right.logits(states)
-    _check_finite(logits)
-    batch.commit(batch.accept(batch.draft(0), logits), states, logits)  # no drafts: the first token
+    if not torch.isfinite(logits).all():
+        raise _not_finite()
+    batch.commit(batch.draft(0), states, logits)  # no drafts: the first token
     first_token_s = time.perf_counter() - started
     while not batch.done:
         drafts = batch.draft(guard.next_length())
-        states, logits = batch.verify(drafts)
-        tokens = batch.accept(drafts, logits)
-        counts = batch.commit(tokens, states, logits)
+        counts = batch.commit(drafts, *batch.verify(drafts))
         guard.record(drafts.tokens.shape[1], counts)
     if continued:
         cache.truncate([n + max(0, len(row.tokens) - 1) for n, row in zip(prompt_lengths, rows, strict=True)])
@@ -170,59 +169,59 @@ class DecodingBatch:
         tokens = torch.cat((self.tokens[:, None], drafts.tokens), 1)  # (B, K + 1)
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         states = decode_step(self.model, self.cache, tokens, self.positions[:, None] + offsets)
-        _check_finite(states)
         return states, self.model.right.logits(states)
 
-    def accept(self, drafts: Drafts, logits: Tensor) -> list[list[int]]:
-        """Each row's accepted drafts, and the token that `logits` (B, K + 1, V) choose after them."""
+    def accept(self, drafts: Drafts, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that `logits` (B, K + 1, V) accept: (B, K + 1), and how many of each row's count (B,)."""
         settings = self.settings
         if self.suppressed is not None:
             logits = logits.index_fill(-1, self.suppressed, -torch.inf)
         seen = seen_after_drafts(self.seen, drafts.tokens) if self.seen is not None else None
         plain = not settings.sampling and seen is None
-        target = logits if plain else probabilities(logits, settings, seen)
+        # What is not finite is reported by `commit`; torch must not draw from it.
+        target = logits if plain else probabilities(logits.nan_to_num(), settings, seen)
         if drafts.proposed is None:
-            counts, chosen = accept_greedy(drafts.tokens, target)
-        else:
-            counts, chosen = accept_sampled(drafts.tokens, drafts.proposed, target, self.generator)
-        return [
-            [*row[:count], last]
-            for row, count, last in zip(drafts.tokens.tolist(), counts, chosen.tolist(), strict=True)
-        ]
+            return accept_greedy(drafts.tokens, target)
+        return accept_sampled(drafts.tokens, drafts.proposed, target, self.generator)
 
-    def commit(self, tokens: list[list[int]], states: Tensor, logits: Tensor) -> list[int]:
-        """Add each row's accepted `tokens` to cache and answers → how many of them each answer took.
+    def commit(self, drafts: Drafts, states: Tensor, logits: Tensor) -> list[int]:
+        """Add the tokens that are accepted to cache and answers → how many of them each answer took.
 
-        `states` (B, T, D) and `logits` (B, T, V) are of the forward that accepted them. Rows that are done
-        leave the batch, and then cost nothing.
+        `states` (B, K + 1, D) and `logits` (B, K + 1, V) are of the forward that verified the drafts. Rows that
+        are done leave the batch, and then cost nothing.
         """
-        counts, T = [len(new) for new in tokens], logits.shape[1]
-        self.cache.truncate([n - T + count for n, count in zip(self.cache.lengths, counts, strict=True)])
-        index = torch.tensor(counts, device=states.device)  # (B,)
-        self.tokens = torch.tensor([new[-1] for new in tokens], device=states.device)
-        self.positions = self.positions + index
-        self.hidden = states[torch.arange(len(counts)), index - 1]
-        taken = [self._extend(*args) for args in zip(self.rows, tokens, logits, strict=True)]
-        if self.seen is not None:
-            for i, new in enumerate(tokens):
-                self.seen[i, new] = True
+        tokens, counts = self.accept(drafts, logits)
+        finite = torch.isfinite(states).all().expand(len(counts), 1)
+        report = torch.cat(
+            (finite, counts[:, None], tokens), 1
+        ).tolist()  # here the host waits for the device
+        if not report[0][0]:
+            raise _not_finite()
+        accepted = [new[:count] for _, count, *new in report]
+        T, last = logits.shape[1], counts[:, None] - 1
+        self.cache.truncate([n - T + len(new) for n, new in zip(self.cache.lengths, accepted, strict=True)])
+        self.tokens, self.positions = tokens.gather(1, last)[:, 0], self.positions + counts
+        self.hidden = states.take_along_dim(last[..., None], 1)[:, 0]
+        if self.seen is not None:  # the columns after a row's last token repeat its first one
+            new = torch.where(torch.arange(T, device=tokens.device) <= last, tokens, tokens[:, :1])
+            self.seen.scatter_(1, new, True)
+        logprobs: list[list[float]] = [[]] * len(accepted)
+        if self.settings.logprobs:
+            logprobs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
+        taken = [self._extend(*args) for args in zip(self.rows, accepted, logprobs, strict=True)]
         if any(row.done for row in self.rows) and not self.done:
             self._select(compact_rows([row.done for row in self.rows]))
         return taken
 
-    def _extend(self, row: Row, tokens: list[int], logits: Tensor) -> int:
-        """Append `tokens` to an answer up to its end; return how many, the end-of-turn token included.
-
-        Token i was chosen from `logits[i]`, (T, V) in all.
-        """
+    def _extend(self, row: Row, tokens: list[int], logprobs: list[float]) -> int:
+        """Append `tokens` to an answer up to its end; return how many, the end-of-turn token included."""
         row.decode_steps += 1
         for count, token in enumerate(tokens, start=1):
             if token in self.turn_ends:
                 row.done, row.end = True, token
                 return count
             row.tokens.append(token)
-            if self.settings.logprobs:
-                row.logprobs.append(logits[count - 1].float().log_softmax(-1)[token].item())
+            row.logprobs += logprobs[count - 1 : count]
             ended = self.on_tokens is not None and self.on_tokens(row.index, row.tokens)
             if ended or len(row.tokens) == self.settings.max_new_tokens:
                 row.done = True
@@ -230,7 +229,7 @@ class DecodingBatch:
         return len(tokens)
 
     def _select(self, rows: list[int]) -> None:
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = to_device(rows, self.tokens.device)
         self.cache.select_rows(rows)
         self.rows = [self.rows[i] for i in rows]
         self.tokens, self.positions = self.tokens[index], self.positions[index]
@@ -347,7 +346,7 @@ def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]],
     B, L = len(images), max(sum(kv.tokens for kv, _ in row) for row in images)
     if not L:
         return
-    dtype, device = cache.keys.dtype, cache.keys.device
+    dtype, device = cache.keys[0].dtype, cache.positions.device
     layers, _, G, E = expected
     data = torch.zeros(layers, 2, B, G, L, E, dtype=dtype, device=device)
     positions = torch.full((B, L), NEVER, device=device)
@@ -398,8 +397,7 @@ def check_heads(model: VLM, settings: GenerationConfig) -> None:
         )
 
 
-def _check_finite(values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise UserError(
-            "the model's states or logits are not finite: its weights are damaged, or its training diverged"
-        )
+def _not_finite() -> UserError:
+    return UserError(
+        "the model's states or logits are not finite: its weights are damaged, or its training diverged"
+    )

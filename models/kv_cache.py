@@ -57,10 +57,11 @@ class ImageContext:
 
 
 class DecodingCache:
-    """Static cache: rotated keys and values (layers, B, G, S, E), and the position of each slot (B, S).
+    """Static cache: each layer's rotated keys and values (B, G, S, E), and the position of each slot (B, S).
 
     Every row has its own length. Slots that hold padding, a rejected draft, or nothing have a position later
-    than every query's. All of them but padding are overwritten.
+    than every query's. All of them but padding are overwritten. With `fixed` shapes, for a compiled decode
+    step, attention reads the empty slots too.
     """
 
     def __init__(
@@ -72,30 +73,34 @@ class DecodingCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        fixed: bool = False,
     ) -> None:
-        self.keys = torch.zeros(layers, rows, kv_heads, slots, head_size, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        def empty() -> Tensor:
+            return torch.zeros(rows, kv_heads, slots, head_size, dtype=dtype, device=device)
+
+        self.keys, self.values = ([empty() for _ in range(layers)] for _ in range(2))
         self.positions = torch.full((rows, slots), NEVER, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
         self.used = 0  # slots that attention reads
         self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where `update` writes
+        self.fixed = fixed
 
     def reserve(self, positions: Tensor) -> None:
         """Reserve each row's next slots for tokens at `positions` (B, T), NEVER at padding.
 
         Every layer's `update` then fills them.
         """
-        T = positions.shape[1]
-        self.used = max(self.lengths) + T
-        if self.used > self.positions.shape[1]:
-            raise ValueError(f"the cache has {self.positions.shape[1]} slots, {self.used} are needed")
-        if min(self.lengths) == max(self.lengths):
-            self.slots = slice(self.lengths[0], self.used)
+        T, S, longest = positions.shape[1], self.positions.shape[1], max(self.lengths)
+        if longest + T > S:
+            raise ValueError(f"the cache has {S} slots, {longest + T} are needed")
+        self.used = S if self.fixed else longest + T
+        if min(self.lengths) == longest and not self.fixed:
+            self.slots = slice(longest, longest + T)
             self.positions[:, self.slots] = positions
         else:
             rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
             offsets = torch.arange(T, device=positions.device)
-            slots = torch.tensor(self.lengths, device=positions.device)[:, None] + offsets  # (B, T)
+            slots = to_device(self.lengths, positions.device)[:, None] + offsets  # (B, T)
             self.slots = (rows, slice(None), slots)
             self.positions[rows, slots] = positions
         self.lengths = [length + T for length in self.lengths]
@@ -109,22 +114,25 @@ class DecodingCache:
             else:
                 # Indices with a slice between them select (B, T, G, E).
                 cached[self.slots] = new.transpose(1, 2)
-        return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     @torch.inference_mode()  # a chat calls it between answers, when the tensors are inference tensors
     def truncate(self, lengths: list[int]) -> None:
         """Keep each row's first slots, `lengths` of them; the others become free."""
-        for row, (length, end) in enumerate(zip(lengths, self.lengths, strict=True)):
-            if length < end:
-                self.positions[row, length:end] = NEVER
-        self.lengths = lengths
+        if lengths != self.lengths:
+            slots, device = (
+                torch.arange(self.positions.shape[1], device=self.positions.device),
+                self.positions.device,
+            )
+            self.positions.masked_fill_(slots >= to_device(lengths, device)[:, None], NEVER)
+            self.lengths = lengths
 
     def resize(self, slots: int) -> None:
         """Grow, where needed, so that every row has `slots` free ones."""
         missing = max(self.lengths) + slots - self.positions.shape[1]
         if missing > 0:
-            self.keys = F.pad(self.keys, (0, 0, 0, missing))
-            self.values = F.pad(self.values, (0, 0, 0, missing))
+            for layers in (self.keys, self.values):
+                layers[:] = [F.pad(cached, (0, 0, 0, missing)) for cached in layers]
             empty = self.positions.new_full((len(self.positions), missing), NEVER)
             self.positions = torch.cat((self.positions, empty), 1)
 
@@ -132,12 +140,18 @@ class DecodingCache:
         """Select `rows`, in this order, as `compact_rows` gives them: no row moves to a later index."""
         for new, old in enumerate(rows):
             if new != old:
-                for cached in (self.keys, self.values):
-                    cached[:, new, :, : self.lengths[old]] = cached[:, old, :, : self.lengths[old]]
+                for cached in (*self.keys, *self.values):
+                    cached[new, :, : self.lengths[old]] = cached[old, :, : self.lengths[old]]
                 self.positions[new] = self.positions[old]
-        B = len(rows)
-        self.keys, self.values, self.positions = self.keys[:, :B], self.values[:, :B], self.positions[:B]
+        for layers in (self.keys, self.values):
+            layers[:] = [cached[: len(rows)] for cached in layers]
+        self.positions = self.positions[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+def to_device(values: list[int], device: torch.device) -> Tensor:
+    """A tensor of `values` on `device`; the host does not wait for the copy."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def compact_rows(done: list[bool]) -> list[int]:

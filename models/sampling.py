@@ -40,7 +40,8 @@ def _top_p(logits: Tensor, top_p: float) -> Tensor:
     distribution = logits.softmax(-1)
     # A full sort takes many times as long as this top-k.
     ranked, ids = distribution.topk(min(NUCLEUS, distribution.shape[-1]))
-    if (ranked.sum(-1) < top_p).any():
+    # A GPU sorts sooner than it answers.
+    if ranked.device.type != "cpu" or (ranked.sum(-1) < top_p).any():
         ranked, ids = distribution.sort(dim=-1, descending=True)
     before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
     inside = (before < top_p) | (before <= 0)
@@ -70,21 +71,20 @@ def draw_draft(
     return choose(distribution, settings, generator), distribution
 
 
-def accept_greedy(drafts: Tensor, target: Tensor) -> tuple[list[int], Tensor]:
+def accept_greedy(drafts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Accept drafts while they equal the model's own choice.
 
     `drafts` (B, K); `target` (B, K + 1, V), where the largest value is the choice: logits or a distribution.
-    Returns each row's number of accepted drafts, and the model's own choice after them (B,).
+    Returns tokens (B, K + 1) and how many of each row's count (B,): the accepted drafts, and one more.
     """
     choices = target.max(-1).indices  # (B, K + 1)
-    counts = (drafts == choices[:, :-1]).long().cumprod(1).sum(1)  # (B,)
-    return counts.tolist(), choices.gather(1, counts[:, None])[:, 0]
+    return choices, 1 + (drafts == choices[:, :-1]).long().cumprod(1).sum(1)
 
 
 def accept_sampled(
     drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator | None
-) -> tuple[list[int], Tensor]:
-    """Accept sampled drafts: each row's number of accepted drafts, and the token after them (B,).
+) -> tuple[Tensor, Tensor]:
+    """Accept sampled drafts; returns as `accept_greedy`.
 
     `drafts` (B, K) were drawn from `proposed` (B, K, V). `target` (B, K + 1, V) is the model's own
     distribution at each draft and after the last. A draft x is accepted with probability
@@ -95,14 +95,14 @@ def accept_sampled(
     ids = drafts[..., None]
     ratio = target[:, :K].gather(-1, ids)[..., 0] / proposed.gather(-1, ids)[..., 0]  # (B, K)
     uniform = torch.rand(B, K, generator=generator, device=drafts.device)
-    counts = (uniform < ratio).long().cumprod(1).sum(1)  # (B,)
+    accepted = (uniform < ratio).long().cumprod(1).sum(1, keepdim=True)  # (B, 1)
     padded = F.pad(proposed, (0, 0, 0, 1))  # nothing is proposed after the last draft
-    rows = torch.arange(B)
-    residual = (target - padded).clamp(min=0)[rows, counts]  # (B, V)
+    own = target.take_along_dim(accepted[..., None], 1)[:, 0]  # (B, V)
+    residual = (own - padded.take_along_dim(accepted[..., None], 1)[:, 0]).clamp(min=0)
     # Without a residual the two are equal: a rejection has probability 0, but for rounding.
-    empty = residual.sum(-1, keepdim=True) <= 0
-    residual = torch.where(empty, target[rows, counts], residual)
-    return counts.tolist(), torch.multinomial(residual, 1, generator=generator)[:, 0]
+    residual = torch.where(residual.sum(-1, keepdim=True) <= 0, own, residual)
+    drawn = torch.multinomial(residual, 1, generator=generator)  # (B, 1)
+    return F.pad(drafts, (0, 1)).scatter(1, accepted, drawn), accepted[:, 0] + 1
 
 
 def seen_after_drafts(seen: Tensor, drafts: Tensor) -> Tensor:

@@ -247,10 +247,16 @@ def test_a_rejected_draft_rejects_those_after_it():
     """Greedy: drafts as long as each equals the model's choice, then that choice."""
     target = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 2]), 6).float().expand(4, 4, 6)
     drafts = torch.tensor([[3, 1, 4], [3, 0, 4], [0, 1, 4], [0, 0, 0]])
-    counts, chosen = accept_greedy(drafts, target)
-    assert counts == [3, 1, 0, 0] and chosen.tolist() == [2, 1, 3, 3]
-    counts, chosen = accept_greedy(drafts[:, :0], target[:, :1])  # without drafts
-    assert counts == [0] * 4 and chosen.tolist() == [3] * 4
+    tokens, counts = accept_greedy(drafts, target)
+    assert counts.tolist() == [4, 2, 1, 1]
+    assert [row[:n] for row, n in zip(tokens.tolist(), counts, strict=True)] == [
+        [3, 1, 4, 2],
+        [3, 1],
+        [3],
+        [3],
+    ]
+    tokens, counts = accept_greedy(drafts[:, :0], target[:, :1])  # without drafts
+    assert counts.tolist() == [1] * 4 and tokens.tolist() == [[3]] * 4
 
 
 def test_the_cache_forgets_rejected_drafts():
@@ -266,7 +272,7 @@ def test_the_cache_forgets_rejected_drafts():
     assert cache.lengths == [6, 5, 5]
     for row, (at, count) in enumerate(zip(start, counts, strict=True)):
         for cached, new in ((cache.keys, keys), (cache.values, values)):
-            assert torch.equal(cached[:, row, :, at : at + count], new[:, row, :, :count])
+            assert torch.equal(torch.stack(cached)[:, row, :, at : at + count], new[:, row, :, :count])
         expected = [NEVER] * at + [10, 11, 12, 13][:count]
         assert cache.positions[row].tolist() == expected + [NEVER] * (12 - len(expected))
 
@@ -286,12 +292,13 @@ def test_a_draft_is_accepted_as_often_as_it_may(seed):
     target = torch.stack(
         [first.expand(N, V), second[a], second[b]], 1
     )  # behind two drafts: the chain goes on
-    counts, last = accept_sampled(
+    tokens, counts = accept_sampled(
         torch.stack([a, b], 1), torch.stack([proposed[0].expand(N, V), proposed[1][a]], 1), target, g
     )
-    counts = torch.tensor(counts)
-    x = torch.where(counts > 0, a, last)
-    y = torch.where(counts > 1, b, torch.where(counts == 1, last, -1))
+    assert torch.equal(tokens[counts > 1, 0], a[counts > 1]) and torch.equal(
+        tokens[counts > 2, 1], b[counts > 2]
+    )
+    x, y = tokens[:, 0], torch.where(counts > 1, tokens[:, 1], -1)
     y = torch.where(
         y < 0, torch.multinomial(second[x], 1, generator=g)[:, 0], y
     )  # rows that stopped after one: what comes next is plain
@@ -514,8 +521,12 @@ def test_drafts_after_an_answers_end_do_not_count(tokenizer, renderer, monkeypat
     ) -> list[list[int]]:
         """Answers without their first tokens, where each decode step accepts the next of `accepted`."""
 
-        def scripted(batch: DecodingBatch, drafts: Drafts, logits: torch.Tensor) -> list[list[int]]:
-            return accepted.pop(0) if batch.rows[0].tokens else accept(batch, drafts, logits)
+        def scripted(batch: DecodingBatch, drafts: Drafts, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if not batch.rows[0].tokens:
+                return accept(batch, drafts, logits)
+            new, width = accepted.pop(0), logits.shape[1]
+            counts = torch.tensor([len(tokens) for tokens in new])
+            return torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new]), counts
 
         monkeypatch.setattr(DecodingBatch, "accept", scripted)
         output = generate(
@@ -548,12 +559,12 @@ def test_rows_that_are_done_leave_the_cache():
     ):
         cache = DecodingCache(2, 5, 1, 8, 4, torch.float32, torch.device("cpu"))
         cache.lengths = [3, 5, 1, 8, 2]
-        cache.keys, cache.values = torch.randn(2, *cache.keys.shape)
+        cache.keys, cache.values = (list(x) for x in torch.randn(2, 2, *cache.keys[0].shape))
         cache.positions = torch.stack(
             [torch.where(torch.arange(8) < n, torch.arange(8), NEVER) for n in cache.lengths]
         )
         before, order = (
-            (cache.lengths, cache.keys.clone(), cache.values.clone(), cache.positions.clone()),
+            (cache.lengths, torch.stack(cache.keys), torch.stack(cache.values), cache.positions.clone()),
             compact_rows(done),
         )
         assert sorted(order) == [i for i in range(5) if not done[i]] and sum(
@@ -563,7 +574,7 @@ def test_rows_that_are_done_leave_the_cache():
         assert cache.lengths == [before[0][i] for i in order] and torch.equal(
             cache.positions, before[3][order]
         )
-        for now, was in ((cache.keys, before[1]), (cache.values, before[2])):
+        for now, was in ((torch.stack(cache.keys), before[1]), (torch.stack(cache.values), before[2])):
             assert now.shape[1] == len(order) and all(
                 torch.equal(now[:, new, :, :n], was[:, old, :, :n])
                 for new, (old, n) in enumerate(zip(order, cache.lengths, strict=True))
