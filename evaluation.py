@@ -12,7 +12,7 @@ DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DI
 import argparse
 from pathlib import Path
 
-from configs.cli import FlagParser, add_model_flags, expand_home
+from configs.cli import FlagParser, add_device_flags, add_model_flags, expand_home
 from utils.errors import UsageError, UserError, run_script
 
 
@@ -21,6 +21,7 @@ def make_parser() -> FlagParser:
         description=str(__doc__), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)
+    add_device_flags(parser)
     parser.add_argument("--tasks", type=expand_home, default="mmstar", help="comma-separated [mmstar]")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered together [32]")
     parser.add_argument(
@@ -68,13 +69,6 @@ def make_parser() -> FlagParser:
         action="store_true",
         help="also score the same model with random weights: a trained one must exceed it",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of the weights; auto: bf16 where the device computes in it, else fp32 [auto]",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument(
         "--output", metavar="DIR", help="folder for results.json, the samples and their images"
     )

@@ -142,6 +142,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where a program computes, and in which dtype."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the weights; auto: bf16 where the device computes in it, else fp32 [auto]",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu [auto]"
+    )
+
+
 def override(config: T, flags: dict[str, Any], prefix: str = "") -> T:
     """Replace fields of `config` by dotted flags such as `{"train.lr_left": 1e-3}`."""
     changes: dict[str, Any] = {}

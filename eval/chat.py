@@ -13,8 +13,8 @@ from data.conversations import Conversation, ask, images_of, text_of
 from data.images import Tiles
 from data.render import Document
 from eval.predictor import Answer, Predictor
-from models.generation import Generation, check_heads, generate
-from models.kv_cache import DecodingCache, ImageKV
+from models.generation import Generation, check_heads, generate, new_cache
+from models.kv_cache import ImageKV
 from utils.errors import UsageError, UserError
 
 
@@ -39,19 +39,11 @@ class Chat:
             )
         if system and not predictor.renderer.tokenizer.template.has_system:
             raise UsageError("--system: this model's chat template has no system role: leave it out")
-        config, model = predictor.model.right.config, predictor.model
+        model = predictor.model
         check_heads(model, settings)
         self.predictor, self.settings = predictor, settings
         self.stops = [stop for stop in stops if stop]
-        self.cache = DecodingCache(
-            config.layers,
-            1,
-            config.kv_heads,
-            0,
-            config.head_size,
-            model.right.embed_tokens.weight.dtype,
-            model.device,
-        )
+        self.cache = new_cache(model, 1, 0)
         self.position = 0  # of the next token that is not in the cache
         self.last: list[int] = []  # tokens of the last answer that are not in the cache
         self.seen: set[int] = set()  # tokens of all turns

@@ -78,12 +78,13 @@ class Predictor:
         device: str = "auto",
         store: Path | None = None,
         config: Path | None = None,
+        compiled: bool = False,
     ) -> "Predictor":
         """Load model and tokenizer; raises the errors of both.
 
         `checkpoint`: a model folder, a Hub id, or a weights file with its `config` (by default the
         `config.json` in its folder). `dtype`: "fp32" or "bf16", also by torch's names, or "auto", bf16 where
-        the device computes in it. `store`: folder of image KVs.
+        the device computes in it. `store`: folder of image KVs. `compiled`: torch.compile the decode step.
         """
         dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(dtype, dtype)
         if dtype not in ("auto", "fp32", "bf16"):
@@ -95,7 +96,12 @@ class Predictor:
         tokenizer = _tokenizer(files)
         if dtype == "bf16" or (dtype == "auto" and computes_bf16(model.device)):
             model.to(torch.bfloat16)
-        pack_blocks(model.right)
+        if compiled:
+            from models.kernels.compiled_decode import compile_decoding
+
+            compile_decoding(model)
+        else:
+            pack_blocks(model.right)
         image_store = None
         if store is not None and isinstance(model, DualTowerVLM):
             fingerprint = image_kv_fingerprint(model)

@@ -10,8 +10,6 @@ Without drafts (K = 0) this is plain decoding.
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -19,16 +17,15 @@ from torch import Tensor
 from configs.model import GenerationConfig, ModelConfig
 from models.dual_tower.dual_tower import DualTowerVLM
 from models.kv_cache import DecodingCache, ImageKV, compact_rows, to_device
+from models.language_model import LanguageModel
 from models.layers import Rotary
 from models.masks import NEVER, cache_mask
-from models.multi_token import Drafts, MultiTokenHeads
-from models.sampling import accept_greedy, accept_sampled, probabilities, seen_after_drafts
+from models.multi_token import Drafts
+from models.sampling import DraftGuard, accept_greedy, accept_sampled, probabilities, seen_after_drafts
 from models.vision_language_model import VisionLanguageModel
 from utils.errors import UsageError, UserError
 
-# Cost of drafting and verifying one token, as a share of a decode step of one row without drafts
-# (docs/benchmarks.md). Sampled drafts need two distributions over the vocabulary each.
-DRAFT_COST, SAMPLED_DRAFT_COST = 0.1, 0.2
+SLOTS = 256  # a cache of fixed shapes has a multiple of these, so that the decode step is compiled for few
 VLM = DualTowerVLM | VisionLanguageModel
 # (row in the caller's batch, all its tokens so far) → True ends the row.
 OnTokens = Callable[[int, list[int]], bool | None]
@@ -139,6 +136,7 @@ class DecodingBatch:
 
     def __post_init__(self) -> None:
         settings, device, heads = self.settings, self.positions.device, self.model.heads
+        self.active = torch.ones_like(self.positions)  # (B,), 0: done, and yet in the batch
         self.generator = torch.Generator(device).manual_seed(settings.seed) if settings.sampling else None
         self.draftable = heads.draftable(self.model.right.unembedding) if heads is not None else None
 
@@ -154,7 +152,8 @@ class DecodingBatch:
             B, V = len(self.rows), right.unembedding.shape[0]
             proposed = self.positions.new_empty(B, 0, V, dtype=torch.float32)
             return Drafts(self.positions.new_empty(B, 0), proposed if self.settings.sampling else None)
-        return heads.draft(
+        compiled = heads.compiled_draft if not self.settings.sampling else None
+        return (compiled or heads.draft)(
             right.embed_tokens,
             self.draftable,
             self.hidden,
@@ -172,7 +171,7 @@ class DecodingBatch:
         return states, self.model.right.logits(states)
 
     def accept(self, drafts: Drafts, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that `logits` (B, K + 1, V) accept: (B, K + 1), and how many of each row's count (B,)."""
+        """The tokens (B, K + 1) that `logits` (B, K + 1, V) accept, and how many of each row's count (B,)."""
         settings = self.settings
         if self.suppressed is not None:
             logits = logits.index_fill(-1, self.suppressed, -torch.inf)
@@ -185,12 +184,13 @@ class DecodingBatch:
         return accept_sampled(drafts.tokens, drafts.proposed, target, self.generator)
 
     def commit(self, drafts: Drafts, states: Tensor, logits: Tensor) -> list[int]:
-        """Add the tokens that are accepted to cache and answers → how many of them each answer took.
+        """Add the tokens that are accepted to cache and answers → how many each unfinished answer took.
 
-        `states` (B, K + 1, D) and `logits` (B, K + 1, V) are of the forward that verified the drafts. Rows that
-        are done leave the batch, and then cost nothing.
+        `states` (B, K + 1, D) and `logits` (B, K + 1, V) are of the forward that verified the drafts. Rows
+        that are done leave the batch, and then cost nothing.
         """
         tokens, counts = self.accept(drafts, logits)
+        counts = counts * self.active if self.cache.fixed else counts
         finite = torch.isfinite(states).all().expand(len(counts), 1)
         report = torch.cat(
             (finite, counts[:, None], tokens), 1
@@ -198,7 +198,7 @@ class DecodingBatch:
         if not report[0][0]:
             raise _not_finite()
         accepted = [new[:count] for _, count, *new in report]
-        T, last = logits.shape[1], counts[:, None] - 1
+        T, last = logits.shape[1], counts[:, None].clamp(min=1) - 1
         self.cache.truncate([n - T + len(new) for n, new in zip(self.cache.lengths, accepted, strict=True)])
         self.tokens, self.positions = tokens.gather(1, last)[:, 0], self.positions + counts
         self.hidden = states.take_along_dim(last[..., None], 1)[:, 0]
@@ -208,9 +208,10 @@ class DecodingBatch:
         logprobs: list[list[float]] = [[]] * len(accepted)
         if self.settings.logprobs:
             logprobs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
-        taken = [self._extend(*args) for args in zip(self.rows, accepted, logprobs, strict=True)]
+        rows = zip(self.rows, accepted, logprobs, strict=True)
+        taken = [self._extend(row, *new) for row, *new in rows if not row.done]
         if any(row.done for row in self.rows) and not self.done:
-            self._select(compact_rows([row.done for row in self.rows]))
+            self._leave([row.done for row in self.rows])
         return taken
 
     def _extend(self, row: Row, tokens: list[int], logprobs: list[float]) -> int:
@@ -228,74 +229,18 @@ class DecodingBatch:
                 return count
         return len(tokens)
 
-    def _select(self, rows: list[int]) -> None:
+    def _leave(self, done: list[bool]) -> None:
+        """Remove rows that are done from the batch; from one of fixed shapes they only take nothing more."""
+        if self.cache.fixed:
+            self.active = to_device([not row_done for row_done in done], self.tokens.device)
+            return
+        rows = compact_rows(done)
         index = to_device(rows, self.tokens.device)
         self.cache.select_rows(rows)
         self.rows = [self.rows[i] for i in rows]
         self.tokens, self.positions = self.tokens[index], self.positions[index]
         self.hidden = self.hidden[index]
         self.seen = self.seen[index] if self.seen is not None else None
-
-
-def best_draft_length(acceptance_rates: Sequence[float], cost: float) -> int:
-    """The number of drafts with the most tokens per second; 0 where drafts do not pay.
-
-    `acceptance_rates` as in `MultiTokenHeads`; `cost`: of drafting and verifying a token, in decode steps.
-    """
-    tokens = list(accumulate(accumulate(acceptance_rates, mul), initial=1.0))  # of a step with k drafts
-    return max(range(len(tokens)), key=lambda k: tokens[k] / (1 + cost * k))
-
-
-class DraftGuard:
-    """Turns drafts off while too few are accepted, and tries again later.
-
-    It counts tokens and has no clock, so that a sampled answer depends on its batch and seed alone. `balance`
-    is what drafts have won, in decode steps: accepted drafts minus `cost` for every draft, at most `LIMIT`.
-    """
-
-    LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
-    PAUSE = 64  # decode steps without drafts before a trial
-
-    def __init__(self, draft_length: int, cost: float, always: bool = False, growth: float = 0.0) -> None:
-        """`growth`: how much of `cost` each further row of the batch adds."""
-        self.draft_length, self.cost, self.always, self.growth = draft_length, cost, always, growth
-        self.balance, self.pause = 0.0, 0
-
-    @classmethod
-    def of(
-        cls, heads: MultiTokenHeads | None, settings: GenerationConfig, rows: int, device: torch.device
-    ) -> "DraftGuard":
-        """A guard for one call of `rows`. Without heads or with `speculative = off` it never drafts."""
-        if heads is None or settings.speculative == "off":
-            return cls(0, 0.0)
-        cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
-        # A CPU's time grows with the tokens of a step; a GPU waits for the weights, and a few more are free.
-        growth = 0.5 if device.type == "cpu" else 0.0
-        guard = cls(0, cost, settings.speculative == "on", growth)
-        if guard.cost_in(rows) < 1 or guard.always:  # else even accepted drafts would not pay
-            rates = heads.acceptance_rates.tolist()
-            length = settings.draft_tokens or best_draft_length(rates, guard.cost_in(rows))
-            # At least one: this text may be easier than what `acceptance_rates` were measured on.
-            guard.draft_length = min(max(length, 1), heads.count)
-        return guard
-
-    def cost_in(self, rows: int) -> float:
-        """Cost of one draft for each of `rows`, in decode steps of all of them."""
-        return self.cost * (1 + self.growth * (rows - 1))
-
-    def next_length(self) -> int:
-        """Drafts of the next decode step."""
-        return 0 if self.pause else self.draft_length
-
-    def record(self, drafts: int, tokens: Sequence[int]) -> None:
-        """Record a decode step of `drafts` per row, and how many `tokens` each row's answer got."""
-        if not drafts or self.always:
-            self.pause = max(0, self.pause - 1)
-            return
-        gain = sum(tokens) / len(tokens) - 1 - self.cost_in(len(tokens)) * drafts
-        self.balance = min(self.balance + gain, self.LIMIT)
-        if self.balance <= -self.LIMIT:
-            self.pause, self.balance = self.PAUSE, -self.LIMIT / 2
 
 
 def prefill(
@@ -313,20 +258,14 @@ def prefill(
     start positions. `slots`: free slots to leave for answers. `tiles`: of a vanilla model, whose image tokens
     are among `ids`. With `cache`, the prompts continue what it holds.
     """
-    config, B = model.right.config, len(ids)
-    tokens = max(sum(kv.tokens for kv, _ in row) for row in images) + ids.shape[1]
-    dtype = model.right.embed_tokens.weight.dtype
+    slots += max(sum(kv.tokens for kv, _ in row) for row in images) + ids.shape[1]
     if cache is None:
-        cache = DecodingCache(
-            config.layers, B, config.kv_heads, tokens + slots, config.head_size, dtype, ids.device
-        )
+        cache = new_cache(model, len(ids), slots)
     else:
-        cache.resize(tokens + slots)
+        cache.resize(slots)
     _write_images(cache, images, model.config)
     cache.reserve(positions.masked_fill(positions < 0, NEVER))
-    positions = positions.clamp(min=0)
-    mask = cache_mask(positions, cache.positions[:, : cache.used])
-    return cache, model.right(model.embed(ids, tiles), positions, mask, cache)
+    return cache, forward_cached(model.right, model.embed(ids, tiles), positions.clamp(min=0), cache)
 
 
 def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]], config: ModelConfig) -> None:
@@ -365,8 +304,24 @@ def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]],
 def decode_step(model: VLM, cache: DecodingCache, tokens: Tensor, positions: Tensor) -> Tensor:
     """One forward of the right tower: `tokens` (B, T) at `positions` (B, T) → hidden states (B, T, D)."""
     cache.reserve(positions)
-    mask = cache_mask(positions, cache.positions[:, : cache.used])
-    return model.right(model.right.embed_tokens(tokens), positions, mask, cache)
+    run = model.right.compiled_step if cache.fixed else None
+    return (run or forward_cached)(model.right, model.right.embed_tokens(tokens), positions, cache)
+
+
+def forward_cached(right: LanguageModel, x: Tensor, positions: Tensor, cache: DecodingCache) -> Tensor:
+    """Embeddings `x` (B, T, D) at `positions`, for which `cache` has slots → hidden states (B, T, D)."""
+    return right(x, positions, cache_mask(positions, cache.positions[:, : cache.used]), cache)
+
+
+def new_cache(model: VLM, rows: int, slots: int) -> DecodingCache:
+    """An empty cache for a model; of fixed shapes where its decode step is compiled."""
+    c, weight, fixed = (
+        model.right.config,
+        model.right.embed_tokens.weight,
+        model.right.compiled_step is not None,
+    )
+    slots = -(-slots // SLOTS) * SLOTS if fixed else slots
+    return DecodingCache(c.layers, rows, c.kv_heads, slots, c.head_size, weight.dtype, weight.device, fixed)
 
 
 def _seen_tokens(model: VLM, ids: Tensor, positions: Tensor, earlier: Sequence[int]) -> Tensor:

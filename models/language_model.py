@@ -1,7 +1,7 @@
 """The decoder of both towers: a Llama-style transformer with one forward for training, prefill and decode."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ def prepare_mask(mask: Mask, x: Tensor, config: DecoderConfig) -> Tensor | Atten
 class LanguageModel(nn.Module):
     """Decoder-only transformer: embeddings → hidden states, hidden states → logits or losses."""
 
+    compiled_step: Callable[..., Tensor] | None = None  # `forward_cached` by torch.compile
+
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -114,12 +116,18 @@ class LanguageModel(nn.Module):
         supervised = labels != -100
         return cross_entropy(hidden[supervised], self.unembedding, labels[supervised])
 
-    def output(self, hidden: Tensor, labels: Tensor | None, head_loss_sums: Tensor | None = None) -> Output:
-        """Hidden states (B, T, D), with their losses where `labels` (B, T) are given."""
+    def output(self, hidden: Tensor, labels: Tensor | None, documents: Tensor, heads: Any = None) -> Output:
+        """Hidden states (B, T, D), with their losses where `labels` (B, T) are given.
+
+        `heads`: `MultiTokenHeads`, or None; `documents` (B, T) as in the batch.
+        """
         if labels is None:
             return Output(None, hidden)
+        head_sums = None
+        if heads is not None:
+            head_sums = heads.losses(hidden, labels, documents, self.embed_tokens, self.unembedding)
         losses = self.loss(hidden, labels)
-        return Output(losses.sum(), hidden, head_loss_sums, losses.detach())
+        return Output(losses.sum(), hidden, head_sums, losses.detach())
 
 
 class KeyValueLayer(nn.Module):

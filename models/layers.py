@@ -146,11 +146,10 @@ class Attention(KeyValue):
         """`x` (B, T, D) → (B, T, D); `mask` (B, 1, T, S)."""
         rope = rotary if self.has_rope else None
         queries = rotate(rope, self._heads(self.q_proj(x), self.q_norm))  # (B, H, T, E)
-        out = self._attend(queries, *self.key_values(x), rope, mask, kv_source)  # (B, H, T, E)
+        attend = self._attend_uncompiled if torch.is_grad_enabled() else self._attend
+        out = attend(queries, *self.key_values(x), rope, mask, kv_source)  # (B, H, T, E)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H · E) → (B, T, D)
 
-    # Differs between layers and rows: a compiled block would be compiled again for each.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _attend(
         self,
         queries: Tensor,
@@ -165,6 +164,9 @@ class Attention(KeyValue):
         else:
             keys, values = kv_source.update(self.layer, keys, values, rope)  # (B, G, S, E)
         return attention(queries, keys, values, mask)
+
+    # In training it differs between layers and rows: a compiled block would be compiled again for each.
+    _attend_uncompiled = torch.compiler.disable(_attend)
 
 
 class MLP(nn.Module):

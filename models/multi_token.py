@@ -9,6 +9,7 @@ like DeepSeek-V3's (arXiv 2412.19437 §2.2), but has no attention and so no cach
 the alternatives.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class MultiTokenHeads(nn.Module):
 
     draft_ids: Tensor  # (V′,)
     acceptance_rates: Tensor  # (K,)
+    compiled_draft: Callable[..., Drafts] | None = None  # `draft` by torch.compile, without sampling
 
     def __init__(self, config: MultiTokenConfig, decoder: DecoderConfig, vocab_size: int) -> None:
         super().__init__()

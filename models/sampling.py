@@ -1,4 +1,9 @@
-"""Logits → tokens: the distribution, the choice of a token, and the acceptance of drafts."""
+"""Logits → tokens: the distribution, the choice of a token, the acceptance of drafts, and their number."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +12,10 @@ from torch import Tensor
 from configs.model import GenerationConfig
 
 NUCLEUS = 512  # top-p sorts this many of the likeliest tokens first, and all only where they are too few
+
+# Cost of drafting and verifying one token, as a share of a decode step of one row without drafts
+# (docs/benchmarks.md). Sampled drafts need two distributions over the vocabulary each.
+DRAFT_COST, SAMPLED_DRAFT_COST = 0.1, 0.2
 
 
 def probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
@@ -109,3 +118,62 @@ def seen_after_drafts(seen: Tensor, drafts: Tensor) -> Tensor:
     """Tokens `seen` (B, V) before the drafts (B, K), and after each of them: (B, K + 1, V)."""
     added = F.one_hot(drafts, seen.shape[1]).cumsum(1) > 0  # (B, K, V)
     return seen[:, None] | F.pad(added, (0, 0, 1, 0))
+
+
+def best_draft_length(acceptance_rates: Sequence[float], cost: float) -> int:
+    """The number of drafts with the most tokens per second; 0 where drafts do not pay.
+
+    `acceptance_rates` as in `MultiTokenHeads`; `cost`: of drafting and verifying a token, in decode steps.
+    """
+    tokens = list(accumulate(accumulate(acceptance_rates, mul), initial=1.0))  # of a step with k drafts
+    return max(range(len(tokens)), key=lambda k: tokens[k] / (1 + cost * k))
+
+
+class DraftGuard:
+    """Turns drafts off while too few are accepted, and tries again later.
+
+    It counts tokens and has no clock, so that a sampled answer depends on its batch and seed alone. `balance`
+    is what drafts have won, in decode steps: accepted drafts minus `cost` for every draft, at most `LIMIT`.
+    """
+
+    LIMIT = 2.0  # decode steps that drafts may lose before they are turned off, half of it in a later trial
+    PAUSE = 64  # decode steps without drafts before a trial
+
+    def __init__(self, draft_length: int, cost: float, always: bool = False, growth: float = 0.0) -> None:
+        """`growth`: how much of `cost` each further row of the batch adds."""
+        self.draft_length, self.cost, self.always, self.growth = draft_length, cost, always, growth
+        self.balance, self.pause = 0.0, 0
+
+    @classmethod
+    def of(cls, heads: Any, settings: GenerationConfig, rows: int, device: torch.device) -> "DraftGuard":
+        """A guard for one call of `rows`. Without `heads`, or with `speculative = off`, it is idle."""
+        if heads is None or settings.speculative == "off":
+            return cls(0, 0.0)
+        cost = SAMPLED_DRAFT_COST if settings.sampling else DRAFT_COST
+        # A CPU's time grows with the tokens of a step; a GPU waits for the weights, and a few more are free.
+        growth = 0.5 if device.type == "cpu" else 0.0
+        guard = cls(0, cost, settings.speculative == "on", growth)
+        if guard.cost_in(rows) < 1 or guard.always:  # else even accepted drafts would not pay
+            rates = heads.acceptance_rates.tolist()
+            length = settings.draft_tokens or best_draft_length(rates, guard.cost_in(rows))
+            # At least one: this text may be easier than what `acceptance_rates` were measured on.
+            guard.draft_length = min(max(length, 1), heads.count)
+        return guard
+
+    def cost_in(self, rows: int) -> float:
+        """Cost of one draft for each of `rows`, in decode steps of all of them."""
+        return self.cost * (1 + self.growth * (rows - 1))
+
+    def next_length(self) -> int:
+        """Drafts of the next decode step."""
+        return 0 if self.pause else self.draft_length
+
+    def record(self, drafts: int, tokens: Sequence[int]) -> None:
+        """Record a decode step of `drafts` per row, and how many `tokens` each row's answer got."""
+        if not drafts or self.always:
+            self.pause = max(0, self.pause - 1)
+            return
+        gain = sum(tokens) / len(tokens) - 1 - self.cost_in(len(tokens)) * drafts
+        self.balance = min(self.balance + gain, self.LIMIT)
+        if self.balance <= -self.LIMIT:
+            self.pause, self.balance = self.PAUSE, -self.LIMIT / 2

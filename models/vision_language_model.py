@@ -59,13 +59,7 @@ class VisionLanguageModel(HubModel):
             )
         mask = right_mask(right_positions, right_documents, right_groups, left_positions, left_groups)
         hidden = self.right(self.embed(right_ids, tiles), right_positions, mask)
-        heads, right = self.heads, self.right
-        head_loss_sums = (
-            heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding)
-            if heads is not None and labels is not None
-            else None
-        )
-        return right.output(hidden, labels, head_loss_sums)
+        return self.right.output(hidden, labels, right_documents, self.heads)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """Token ids (B, T) → embeddings (B, T, D), image tokens of `tiles` (N, 3, h, w) at placeholders."""

@@ -23,12 +23,19 @@ from data.collators import collate, collate_prompts
 from data.conversations import ask, text_of
 from data.datasets import Sample
 from eval.predictor import Predictor
-from models.generation import DecodingBatch, DraftGuard, best_draft_length, generate
+from models.generation import DecodingBatch, generate
 from models.kernels.packed_block import PackedBlock
 from models.kv_cache import DecodingCache, compact_rows
 from models.masks import NEVER
 from models.multi_token import Drafts, chains
-from models.sampling import accept_greedy, accept_sampled, probabilities, seen_after_drafts
+from models.sampling import (
+    DraftGuard,
+    accept_greedy,
+    accept_sampled,
+    best_draft_length,
+    probabilities,
+    seen_after_drafts,
+)
 from tests.conftest import TINY, TINY_MODEL, TURNS, lively_model, random_tiles, tiny_model
 from tests.naive_dual_tower import Naive
 from tests.programs import run_program
@@ -142,6 +149,8 @@ class TestLosses:
 
 class Oracle:
     """Heads that know plain decoding's answers, and are wrong at every `wrong`-th draft."""
+
+    compiled_draft = None
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: int) -> None:
         self.count, self.wrong, self.drafted, self.answers = 3, wrong, 0, answers

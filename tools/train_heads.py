@@ -43,9 +43,10 @@ from data.sources import open_sources
 from eval.predictor import Predictor
 from eval.validation import images_of_record
 from hf.export import add_hf_code
-from models.generation import DraftGuard, generate, prefill
+from models.generation import generate, prefill
 from models.kernels import use_kernels
 from models.multi_token import MultiTokenHeads, chains
+from models.sampling import DraftGuard
 from utils.device import computes_bf16
 from utils.errors import UsageError, UserError, run_script
 from utils.files import replacing_folder

@@ -137,13 +137,7 @@ class DualTowerVLM(HubModel):
         hidden = self.right.forward_packed(
             read_kv, left_positions, left_groups, right_ids, right_positions, right_documents, right_groups
         )
-        heads, right = self.heads, self.right
-        head_loss_sums = (
-            heads.losses(hidden, labels, right_documents, right.embed_tokens, right.unembedding)
-            if heads is not None and labels is not None
-            else None
-        )
-        return right.output(hidden, labels, head_loss_sums)
+        return self.right.output(hidden, labels, right_documents, self.heads)
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
         """Token ids (B, T) → embeddings of the right tower (B, T, D). `tiles` are for vanilla models only."""
