@@ -48,7 +48,6 @@ CONFIG = Config(
         warmup_steps=1200,  # 3 %: the projector adapts before the towers change much
         final_lr=0.1,  # the last steps still train
         weight_decay=0.01,  # low, to keep pretrained weights
-        feature_cache_gb=0.0,  # the encoder trains: its features change
         log_every=10,
         eval_every=1000,
         checkpoint_every=1000,

@@ -165,9 +165,12 @@ class TrainConfig:
         "auto", "autocast type; auto: bf16 if the hardware supports it, else fp32; fp16: with loss scaling"
     )
     device: str = setting("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
-    feature_cache_gb: Amount = setting(
-        2.0, "GB of memory, and of disk, for cached features of a frozen vision encoder (0: no cache)"
+    feature_cache: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "cache the features of a frozen vision encoder; auto: if a look-up is faster than encoding, "
+        "measured when the run starts",
     )
+    feature_cache_gb: Amount = setting(2.0, "GB of memory, and of disk, for cached features (0: no cache)")
     log_every: PositiveInt = setting(1, "steps between lines of metrics.jsonl")
     diagnostics_every: Count = setting(
         100, "steps between measurements of updates ÷ weights by part, and histograms for --log (0: none)"

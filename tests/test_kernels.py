@@ -19,7 +19,7 @@ from models.kernels.swiglu import RecomputedSwiGLU
 from models.kv_cache import DecodingCache
 from models.language_model import LanguageModel
 from models.layers import RMSNorm, attention, swiglu
-from models.masks import Mask, cache_mask, left_mask, right_mask
+from models.masks import NEVER, Mask, cache_mask, left_mask, right_mask
 
 
 def as_mask(dense: torch.Tensor) -> Mask:
@@ -232,11 +232,49 @@ def test_flex_gives_what_the_whole_mask_gives(plain_flex, left, right):
             )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_prefills_rows_of_different_lengths(plain_flex):
+    """Prompts padded on the right, behind image KVs of different lengths, with free slots between them."""
+    torch.manual_seed(0)
+    prompts, images, T, slots = [300, 130, 1], [40, 0, 170], 300, 33
+    positions = torch.zeros(3, T, dtype=torch.int64)
+    keys_at = torch.full((3, 170 + T + slots), NEVER)
+    for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        positions[row, :prompt] = image + torch.arange(prompt)
+        keys_at[row, :image] = torch.arange(image)
+        keys_at[row, 170 : 170 + prompt] = positions[row, :prompt]
+    mask, S = cache_mask(positions, keys_at), keys_at.shape[1]
+    queries, keys, values = torch.randn(3, 6, T, 16), torch.randn(3, 2, S, 16), torch.randn(3, 2, S, 16)
+    with torch.no_grad():
+        expected = attention(queries, keys, values, mask.dense())
+        actual = attention(queries, keys, values, FlexLayout(mask, 2))
+    assert actual.isfinite().all()  # padding, too, although nobody reads it
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(actual[row, :, :prompt], expected[row, :, :prompt], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_gives_no_nan_to_a_query_that_sees_nothing(plain_flex):
+    positions, keys_at = torch.tensor([[0, 7]]), torch.tensor([[5, NEVER, 6]])
+    layout = FlexLayout(cache_mask(positions, keys_at), 1)
+    queries, keys = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 3, 16)
+    with torch.no_grad():
+        out = attention(queries, keys, keys, layout)
+    assert out[0, 0, 0].eq(0).all() and out[0, 0, 1].isfinite().all()
+
+
 def test_the_seam_chooses(monkeypatch, restored_kernels):
-    """Segments in training on a CPU, FlexAttention on CUDA with its compiler, else the plain form."""
-    x, on_gpu = torch.empty(0), SimpleNamespace(device=torch.device("cuda"))
+    """Segments in training on a CPU, FlexAttention on CUDA with its compiler, else the plain form.
+
+    Without gradients FlexAttention is for validation and large prefills: many tokens, in long rows.
+    """
+    x, on_gpu = torch.empty(0), SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 64))
     monkeypatch.setattr(flex_attention, "find_spec", lambda name: name == "triton")
     assert find_kernel("attention", on_gpu) is FlexLayout
+    with torch.no_grad():
+        for B, T, kernel in ((16, 128, FlexLayout), (1, 4096, FlexLayout), (1, 900, None), (1024, 5, None)):
+            on_gpu.shape = (B, T, 64)
+            assert find_kernel("attention", on_gpu) is kernel
     monkeypatch.setattr(flex_attention, "find_spec", lambda name: None)
     assert find_kernel("attention", on_gpu) is None
     monkeypatch.undo()

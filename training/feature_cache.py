@@ -1,9 +1,12 @@
 """Cache of a frozen vision encoder's features: in memory and on disk, keyed by the content of each tile."""
 
 import hashlib
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +18,7 @@ from utils.errors import UserError
 from utils.files import replacing
 
 CHUNK = 16  # tiles per encoder call; on two AVX-512 cores faster than 1 and than 64
+REPEATS, MAX_SECONDS = 5, 2.0  # of a measurement: a slow encoder is timed less often
 
 
 class FeatureCache(Callback):
@@ -96,7 +100,7 @@ class FeatureCache(Callback):
             print(
                 f"warning: feature cache {self.folder} could not be written: {' '.join(str(error).split())}; "
                 "training goes on without (--cache_dir DIR puts it elsewhere, "
-                "--train.feature_cache_gb 0 does without)",
+                "--train.feature_cache off does without)",
                 file=sys.stderr,
             )
 
@@ -111,3 +115,25 @@ class FeatureCache(Callback):
                     temp_path,
                     metadata={"keys": ",".join(keys)},
                 )
+
+
+def cache_seconds(encode: Callable[[Tensor], Tensor], tiles: Tensor, limit_bytes: int) -> tuple[float, float]:
+    """Median seconds of encoding `tiles` (N, 3, h, w), and of looking up their features in a cache."""
+    with TemporaryDirectory() as folder, torch.no_grad():
+        cache = FeatureCache(Path(folder), limit_bytes)
+        return _median_seconds(lambda: encode(tiles)), _median_seconds(lambda: cache(tiles, encode))
+
+
+def _median_seconds(run: Callable[[], Tensor]) -> float:
+    """Median seconds of `run` after a warm-up, which also fills a cache."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run().flatten()[-1].item()  # waits for the device
+        return time.perf_counter() - started
+
+    once()
+    seconds = [once()]
+    while len(seconds) < REPEATS and sum(seconds) < MAX_SECONDS:
+        seconds.append(once())
+    return statistics.median(seconds)

@@ -44,6 +44,7 @@ CHANGEABLE = (
     "train.recompute",
     "train.compile",
     "train.keep_checkpoints",
+    "train.feature_cache",
     "train.feature_cache_gb",
     "train.device",
     *(f"eval.{field.name}" for field in fields(EvalConfig)),
@@ -99,6 +100,8 @@ def resume_run(flags: dict[str, Any], folder: Path, checkpoint: Path | None) -> 
     """
     saved = load_json(Config, folder / "config.json")
     resumed = override(saved, {k: v for k, v in flags.items() if k not in ("output_dir", "resume")})
+    if resumed.train.feature_cache == "auto":  # the run has decided
+        resumed = replace(resumed, train=replace(resumed.train, feature_cache=saved.train.feature_cache))
     changed = [
         f"{k} (was {a}, now {b})"
         for k, a, b in _differences(to_dict(saved), to_dict(resumed))

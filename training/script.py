@@ -30,7 +30,14 @@ from training.logging import RunLog
 from training.memory import fit_batch_size
 from training.run_dir import NEW_TOKENIZER, check_free, find_run, lock_new_folder, locked, resume_run
 from training.scaling import parse_gpus
-from training.setup import check_compiler, data_identity, prepare, resolve_config, vocabulary_of
+from training.setup import (
+    check_compiler,
+    data_identity,
+    prepare,
+    resolve_config,
+    resolve_feature_cache,
+    vocabulary_of,
+)
 from training.signals import Stopped, exit_on_signals
 from training.trackers import Trackers
 from training.trainer import Trainer
@@ -162,6 +169,8 @@ def train_and_export(run: OpenRun, model_class: Any, world: DistributedContext) 
             settings = {"model_class": model_class, "tokenizer": data.tokenizer, "config": config}
             export_to = partial(export_checkpoint, run=folder, **settings)
             pusher = Pusher(config.hub, model_class.model_type, folder, export_to, log.say)
+    if run.is_new:
+        config = resolve_feature_cache(config, model, data.tokenizer.vocabulary, log, world)
     evaluation, cache = Evaluation(config, folder, validation, tasks), model.parts()["vision"].cache
     optional = (callback for callback in (cache, pusher) if callback is not None)
     callbacks = [Watchdog(config.train.stall_minutes), Diagnostics(), evaluation, *optional]

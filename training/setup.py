@@ -36,9 +36,10 @@ from models.weights.model_folder import left_tower_of, load_left_tower, read_mod
 from models.weights.tensors import allocate, load_tensors, module_fingerprint
 from models.weights.vision import load_vision_weights
 from training.checkpoint import load_weights_of, read_state
-from training.feature_cache import FeatureCache
+from training.feature_cache import FeatureCache, cache_seconds
 from training.logging import RunLog
-from utils.device import pick_device
+from training.memory import full_batch
+from utils.device import autocast, pick_device
 from utils.errors import UsageError, UserError
 from utils.ranks import DistributedContext
 
@@ -244,7 +245,8 @@ def prepare(
     add_adapters(model, config.lora)
     if checkpoint is not None:
         load_weights_of(checkpoint, model)  # before the cache, which depends on the weights
-    if cache_bytes := int(config.train.feature_cache_gb * 2**30 / world.size):
+    train, cache_bytes = config.train, int(config.train.feature_cache_gb * 2**30 / world.size)
+    if train.feature_cache != "off" and train.lr_vision == 0 and cache_bytes:
         encoder = model.parts()["vision"]
         encoder_id = module_fingerprint(encoder, repr(config.model.vision))
         encoder.cache = FeatureCache(Path(config.cache_dir) / "features" / encoder_id, cache_bytes)
@@ -266,6 +268,35 @@ def prepare(
     if world.rank:  # ranks have equal weights, but each its own dropout
         torch.manual_seed((config.seed + world.rank * 0x9E3779B97F4A7C15) % 2**63)
     return model, data, validation
+
+
+def resolve_feature_cache(
+    config: Config, model: Any, vocabulary: Vocabulary, log: RunLog, world: DistributedContext
+) -> Config:
+    """Decide a new run's `train.feature_cache = auto` on its device, with tiles of a full batch.
+
+    The run keeps the decision: the last bits of a feature depend on the tiles that it is encoded with.
+    """
+    train, encoder = config.train, model.parts()["vision"]
+    if train.feature_cache != "auto" or encoder.cache is None:
+        return config
+
+    def measure() -> tuple[float, float]:
+        device = pick_device(train.device)
+        with autocast(train.dtype, device):
+            return cache_seconds(encoder.to(device).encode, tiles.to(device), encoder.cache.limit_bytes)
+
+    shape = full_batch(config, vocabulary, train.local_batch_size)["tiles"].shape
+    tiles = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoding, look_up = world.run_on_rank0(measure)
+    faster = look_up < encoding
+    if not faster:
+        encoder.cache = None
+    log.say(
+        f"vision features are {'cached' if faster else 'not cached'}: encoding a batch of {len(tiles)} tiles "
+        f"takes {encoding * 1000:.3g} ms, a look-up {look_up * 1000:.3g} ms"
+    )
+    return replace(config, train=replace(train, feature_cache="on" if faster else "off"))
 
 
 def data_identity(data: Data) -> dict[str, Any]:
