@@ -276,7 +276,7 @@ def compare(rng: Random) -> Draft:
         questions.append(Question("Which image has more shapes?", answer))
     if change == "colour":
         answer = "first" if scenes[0] is other else "second"
-        questions.append(Question(f"Which image has a {colours[3]} shape?", answer))
+        questions.append(Question(f"Which image has something {colours[3]}?", answer))
     questions.append(Question("How many shapes are in the second image?", str(len(scenes[1]))))
     return Draft([*map(sorted, scenes)], _drawn(rng, *scenes), questions)
 
