@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up, then evaluates:  CHECKPOINT=runs/NAME/model TASKS=easy_vqa BATCH_SIZE=32 bash evaluate.sh [--flag value …]
-# Without TASKS it is MMStar, whose data come from the Hub, or from a copy: --data-root DIR. easy_vqa and openmoji_captions need no network.
+# Without TASKS it is MMStar, whose data come from the Hub, or from a copy: --data-root DIR. easy_vqa, synthetic and openmoji_captions need no network.
 # Without CHECKPOINT it takes the model that was exported last. Results: evaluation/ beside the model folder, or under runs/ for a Hub id.
 set -euo pipefail
 [ -z "${CHECKPOINT:-}" ] || [ ! -e "$CHECKPOINT" ] || CHECKPOINT=$(realpath "$CHECKPOINT")

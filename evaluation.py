@@ -4,8 +4,8 @@
   python evaluation.py --model DIR --tasks mmstar,captions:coco=captions_val2014.json --output results
   torchrun --nproc-per-node 2 evaluation.py --model DIR --tasks mmstar
 
---tasks: any lmms-eval task by name; easy_vqa and openmoji_captions, which need no network; captions:SOURCE
-and questions:SOURCE, with SOURCE as in --data.sources. With --output DIR: DIR/results.json,
+--tasks: any lmms-eval task by name; easy_vqa, synthetic and openmoji_captions, which need no network;
+captions:SOURCE and questions:SOURCE, with SOURCE as in --data.sources. With --output DIR: DIR/results.json,
 DIR/samples_<task>.jsonl and their images; `python -m tools.evaluation_report DIR` renders them as a page.
 """
 

@@ -4,6 +4,7 @@ import base64
 import importlib
 import io
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from data.svg import draw
 from utils.errors import ImageError, UserError
 from utils.files import POINTER
 
+# A path, encoded bytes, a Pillow image, or a function that draws one.
+ImageSource = str | Path | bytes | Image.Image | Callable[[], Image.Image] | None
 Grid = tuple[int, int]  # rows and columns of tiles; (1, 1): one square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_SIDE = 20_000
@@ -55,14 +58,14 @@ class Tiles(NamedTuple):
     pixels: Tensor  # (N, 3, h, w) uint8: the whole image in a square, then its parts row by row
 
 
-def open_image(source: str | Path | bytes | Image.Image | None) -> Image.Image:
-    """Open a path, encoded bytes or a Pillow image as an upright RGB image.
+def open_image(source: ImageSource) -> Image.Image:
+    """Open an image as an upright RGB image.
 
     Of an animation, the first frame. Transparency is composited on white. Grey of more than 8 bits is scaled
     to 8. Metadata that is damaged is ignored. Errors: `ImageError`.
     """
     context = _name(source)
-    source = data_url(source)
+    source = source() if callable(source) else data_url(source)
     if isinstance(source, str) and source.startswith(("https:", "http:", "ftp:", "s3:", "gs:")):
         raise ImageError("remote", f"{context} is on the web: fetch it first, with img2dataset for example")
     if not isinstance(source, str | Path | bytes | Image.Image):
@@ -233,7 +236,7 @@ def data_url(source: Any) -> Any:
         raise ImageError("damaged", f"an image is not base64: {error}") from None
 
 
-def image_size(source: str | Path | bytes | Image.Image | None) -> tuple[int, int]:
+def image_size(source: ImageSource) -> tuple[int, int]:
     """Return width and height of the upright image, from its header if possible. Errors: `ImageError`."""
     source = data_url(source)
     width, height, orientation = _header(source) or (*open_image(source).size, 1)
@@ -282,7 +285,7 @@ def tile_count(grid: Grid) -> int:
     return 1 + (grid[0] * grid[1] if grid != (1, 1) else 0)
 
 
-def open_pixels(source: str | Path | bytes | Image.Image | None) -> Tensor:
+def open_pixels(source: ImageSource) -> Tensor:
     """Decode an image to (3, H, W) uint8. Errors: `ImageError`."""
     return pixels_of(open_image(source))
 

@@ -16,9 +16,9 @@ MAX_DENOMINATOR = 10**6  # of the fractional number of records that an epoch dra
 
 
 class InMemoryRecords(Sequence[Record]):
-    """Records that are all in memory."""
+    """Records of a list, or of another sequence that gives each at once."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
 
     def __len__(self) -> int:

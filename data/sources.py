@@ -20,6 +20,7 @@ from data.mixture import InMemoryRecords, Source
 from data.openmoji import openmoji
 from data.parquet import TableRecords, table_files
 from data.splits import choose_splits, is_hidden, split_names, split_of
+from data.synthetic import RECORDS, SKILLS, SyntheticRecords
 from data.webdataset import TarRecords, shards_of
 from utils.errors import UsageError, UserError, nearest
 from utils.hub import dataset_files, is_hub_id
@@ -41,7 +42,7 @@ FINEVISION = "HuggingFaceM4/FineVision"
 # Sets of Parquet files with a folder for each sub-set, and their default path: read row group by row group.
 TABLES = {"the_cauldron": THE_CAULDRON, "finevision": FINEVISION, "tables": ""}
 SETS = {**TABLES, "hf": ""}  # they have sub-sets, splits and columns
-
+SUBSETS = {"the_cauldron": CAULDRON_SUBSETS, "synthetic": list(SKILLS)}  # the names of them all
 
 # Sets from a package or a program: training and validation records (None: some of the former are held out).
 # Add yours here.
@@ -108,12 +109,13 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
     if match is None:
         raise UsageError(f"{setting}: '{text}' is not of the form NAME[*WEIGHT][:CAP][=PATH]{hint}")
     name, _, subset = match["name"].partition("/")
-    if name not in {**SOURCES, **FILES, **SETS} or (subset and name not in SETS):
+    embedded = [*SOURCES, "synthetic"]
+    if name not in (*embedded, *FILES, *SETS) or (subset and name not in (*SUBSETS, *SETS)):
         if match["path"]:
             readers = [*FILES, *SETS]
             known = f"{nearest(name, readers)}: in NAME=PATH, NAME says how PATH is read"
         else:
-            known = nearest(name, [*SOURCES, *FILES, *SETS])
+            known = nearest(name, [*embedded, *FILES, *SETS])
         raise UsageError(f"{setting}: no source '{match['name']}'{known}{hint}")
     try:
         weight = float(match["weight"] or 1)
@@ -131,14 +133,12 @@ def _parse_spec(text: str, hint: str, setting: str) -> Spec:
                     "is given twice" if word in OPTIONS else f"is no option{nearest(word, list(OPTIONS))}"
                 )
                 raise UsageError(f"{setting}: '{text}': :{word}= {problem}")
-    if path and name in SOURCES:
+    if path and name in embedded:
         raise UsageError(f"{setting}: {name} takes no path")
-    if not path and name not in SOURCES:
+    if not path and name not in embedded:
         raise UsageError(f"{setting}: '{text}' needs a path: {name}=PATH")
-    if name == "the_cauldron" and subset not in ("", "all", *CAULDRON_SUBSETS):
-        raise UsageError(
-            f"{setting}: no sub-set '{subset}' in the_cauldron{nearest(subset, CAULDRON_SUBSETS, 3)}"
-        )
+    if name in SUBSETS and subset not in ("", "all", *SUBSETS[name]):
+        raise UsageError(f"{setting}: no sub-set '{subset}' in {name}{nearest(subset, SUBSETS[name], 3)}")
     return Spec(name, subset, weight, int(match["cap"] or 0), path, options)
 
 
@@ -146,8 +146,8 @@ def _subsets(spec: Spec) -> list[str]:
     """List the sub-sets of a spec, folders or configurations of `datasets`: the given one, or all."""
     if spec.subset not in ("", "all"):
         return [spec.subset]
-    if spec.name == "the_cauldron" and is_hub_id(spec.path):
-        return CAULDRON_SUBSETS
+    if spec.name == "synthetic" or (spec.name == "the_cauldron" and is_hub_id(spec.path)):
+        return SUBSETS[spec.name]
     if spec.name == "hf":
         return [""] if shards_of(spec.path, "") else configurations(spec.path)
     if is_hub_id(spec.path):
@@ -167,7 +167,8 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """Open training and validation sources, with disjoint records.
 
     A set with a validation split is validated on it; else the first `validation_images` of its records are
-    held out, and the sub-sets of one set share this number. Neither depends on `limit` or on the run's seed.
+    held out, and the sub-sets of one set share this number, as those of synthetic do. Neither depends on
+    `limit` or on the run's seed.
     """
     training: list[Source] = []
     validation: list[Source] = []
@@ -175,7 +176,7 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     specs = [
         (spec, subset)
         for spec in parse_sources(config.sources)
-        for subset in (_subsets(spec) if spec.name in SETS else [""])
+        for subset in (_subsets(spec) if spec.name in (*SUBSETS, *SETS) else [""])
     ]
     memory = int(config.read_gb * 2**30) // max(1, sum(spec.name in TABLES for spec, _ in specs))
     short = Counter(_name(spec, subset) for spec, subset in specs)
@@ -190,7 +191,8 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
             raise UsageError(f"data.sources: {spec.name}{'/' + subset if subset else ''} is listed twice")
         opened.append(this)
         subset_count = sum(other == spec for other, _ in specs)
-        start = -(-config.validation_images // subset_count) if held_out is None else 0
+        share = -(-config.validation_images // subset_count)
+        start = share if held_out is None else 0
         if len(records) <= start:
             raise UserError(
                 f"data.validation_images = {config.validation_images} leaves none of the "
@@ -201,7 +203,8 @@ def open_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
         if held_out is None:
             validation.append(Source(name, records, 0, start))
         else:
-            validation.append(Source(name, held_out, 0, min(config.validation_images, len(held_out))))
+            count = share if spec.name == "synthetic" else config.validation_images
+            validation.append(Source(name, held_out, 0, min(count, len(held_out))))
     return training, validation
 
 
@@ -216,6 +219,10 @@ def _open(spec: Spec, subset: str, name: str, memory: int, download: bool) -> tu
 
     Returns its training and validation records (None: some of the former), a note, and the split to train on.
     """
+    if spec.name == "synthetic":
+        skill = [subset]
+        training, validation = (SyntheticRecords(split, RECORDS, skill) for split in ("train", "validation"))
+        return InMemoryRecords(training), InMemoryRecords(validation), "", ""
     if spec.name not in SETS:
         listed, own_split = (
             SOURCES[spec.name]() if spec.name in SOURCES else FILES[spec.name](Path(spec.path))

@@ -32,6 +32,7 @@ from data.collators import collate
 from data.conversations import ask, text_of
 from data.datasets import Sample
 from data.render import Renderer
+from data.synthetic import SKILLS
 from eval.predictor import Predictor
 from models.image_store import ImageStore
 from tests.conftest import TINY_MODEL, chat, lively_model, random_tiles
@@ -41,7 +42,8 @@ from utils.errors import UsageError, UserError, run_script
 
 pytest.importorskip("lmms_eval", reason="the group eval is not installed")
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
 from lmms_eval.tasks import TaskManager
 
 from eval.captions import caption_scores
@@ -553,6 +555,30 @@ def test_mmstar_of_known_answers(predictor, tmp_path, monkeypatch):
             shares += [sum(right) / len(right)] if right else []
         assert metrics[f"{name},none"] == pytest.approx(sum(shares) / len(shares)), name
     assert 0 < metrics["average,none"] < 1
+
+
+def test_synthetic_has_an_accuracy_of_each_skill():
+    """Of a model that knows all answers but those about tables."""
+    pytest.importorskip("matplotlib", reason="the group synthetic is not installed")
+
+    class Oracle(lmms):
+        is_simple = True
+
+        def generate_until(self, requests):
+            rows = [self.task_dict["synthetic"]["test"][r.args[3]] for r in requests]
+            skills = [list(SKILLS)[row["record"] % len(SKILLS)] for row in rows]
+            self.known = [skill != "table" for skill in skills]
+            answers = [
+                row["references"][0] if known else "none" for row, known in zip(rows, self.known, strict=True)
+            ]
+            return [GenerationResult(answer, TokenCounts(1)) for answer in answers]
+
+        loglikelihood = generate_until_multi_round = None
+
+    oracle = Oracle()
+    scores = run_tasks(oracle, Tasks(), ["synthetic"], limit=90)["results"]["synthetic"]
+    assert {skill: scores[f"{skill},none"] for skill in SKILLS} == {s: float(s != "table") for s in SKILLS}
+    assert scores["accuracy,none"] == pytest.approx(sum(oracle.known) / 90)
 
 
 def test_random_states_and_the_model_stay_as_they_are(predictor, data_root):
