@@ -263,12 +263,12 @@ def prefill(
         cache = new_cache(model, len(ids), slots)
     else:
         cache.resize(slots)
-    _write_images(cache, images, model.config)
+    write_images(cache, images, model.config)
     cache.reserve(positions.masked_fill(positions < 0, NEVER))
     return cache, forward_cached(model.right, model.embed(ids, tiles), positions.clamp(min=0), cache)
 
 
-def _write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]], config: ModelConfig) -> None:
+def write_images(cache: DecodingCache, images: list[list[tuple[ImageKV, int]]], config: ModelConfig) -> None:
     """Write each row's image KVs into the cache, keys rotated by their positions.
 
     Every right layer gets those of the left layer that it reads. `UserError` where an image KV has another

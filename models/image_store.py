@@ -350,7 +350,7 @@ def encode_blocks(
 ) -> tuple[list[ImageKV], list[bool]]:
     """A dual tower's image KVs of `blocks`, by way of `store`, and which of them were computed."""
     store.serve(model)
-    c, keys = model.config.left, [_key(model, block) for block in blocks]
+    c, keys = model.config.left, [block_key(model, block) for block in blocks]
     unique = dict(zip(keys, blocks, strict=True))
     shapes = {key: (c.layers, 2, c.kv_heads, len(block.ids), c.head_size) for key, block in unique.items()}
     # Not read from the store again at the end: it may be too small for all of them.
@@ -381,7 +381,7 @@ def encode_rows(
     return images, row_computed
 
 
-def _key(model: Any, block: ImageBlock) -> str:
+def block_key(model: Any, block: ImageBlock) -> str:
     """Hash of all that a block's image KV depends on besides the model: tokens, tiles, autocast's dtype."""
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,134 @@
+"""The server's engine: rows join and leave at any time, and every answer is `generate.py`'s."""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from configs.model import GenerationConfig, MultiTokenConfig
+from data.conversations import ask
+from data.images import Tiles
+from data.render import Renderer
+from eval.predictor import Predictor
+from models.image_store import ImageStore, block_key
+from serving import engine as engine_module
+from serving.engine import Delta, Done, Engine, Event, Refused, Request, StoredImage, left_blocks
+from serving.metrics import Metrics
+from tests.conftest import TINY_MODEL, lively_model, random_tiles
+
+WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))
+PREFIX = {"left_context": "prefix", "image_isolation": False}
+QUESTIONS = (
+    "what is it?",
+    "what color is the shape, and why is it not another one?",
+    "is it?",
+    "describe the image " * 6,
+    "a shape or an image of a shape?",
+)
+
+
+class Client:
+    """Collects a request's events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.over = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if not isinstance(event, Delta):
+            self.over.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Delta))
+
+    @property
+    def end(self) -> Done | Refused:
+        assert self.over.wait(60), "no answer"
+        return self.events[-1]
+
+
+def request_of(predictor: Predictor, images: list, question: str, settings: GenerationConfig, **options: Any):
+    client = Client()
+    prompt = predictor.prompt(images, question)
+    blocks = left_blocks(predictor, prompt, images)
+    tiles = predictor.tiles_of([images])
+    return Request(prompt, blocks, settings, client, tiles=tiles, **options), client
+
+
+def run(engine: Engine, turns: int = 10_000) -> None:
+    """Take turns in this thread until there is nothing to do."""
+    while engine.waiting or engine.ready or engine.prefill or engine.batch.rows:
+        engine.turn()
+        turns -= 1
+        assert turns, "the engine does not end"
+
+
+@pytest.fixture(scope="module", params=["image", "none", "prefix", "drafts"])
+def predictor(request, tokenizer) -> Predictor:
+    contexts = {"image": {}, "none": {"left_context": "none"}, "prefix": PREFIX, "drafts": {}}
+    config = replace(WITH_HEADS if request.param == "drafts" else TINY_MODEL, **contexts[request.param])
+    model = lively_model(tokenizer, config)
+    if model.heads is not None:
+        torch.nn.init.normal_(model.heads.down.weight, std=0.3)
+    return Predictor(model, Renderer(tokenizer, config.tokens_per_tile, config.left_context))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_answers_equal_those_alone_whatever_runs_beside_them(predictor, monkeypatch, seed):
+    """Requests come at random turns, some are cancelled; pieces are short, and so is the cache."""
+    monkeypatch.setattr(engine_module, "PIECE", 16)
+    draw = random.Random(seed)
+    engine = Engine(predictor, Metrics(), drafts="on", max_rows=5, cache_bytes=5 * 384 * 4096)
+    images = [Tiles((1, 1), random_tiles(1, seed=n)) for n in range(3)]
+    asked = []
+    for n in range(24):
+        settings = GenerationConfig(
+            max_new_tokens=draw.choice([1, 3, 12, 30]), repetition_penalty=draw.choice([1.0, 1.0, 1.3])
+        )
+        shown, question = draw.sample(images, draw.choice([0, 1, 1, 2])), draw.choice(QUESTIONS)
+        request, client = request_of(predictor, shown, question, settings, stops=draw.choice([(), ("e",)]))
+        asked.append((shown, question, settings, request, client))
+    for n, (*_, request, _) in enumerate(asked):
+        engine.submit(request)
+        for _ in range(draw.choice([0, 0, 1, 4])):
+            engine.turn()
+        if n % 6 == 5:
+            engine.cancel(asked[n - 2][3])
+    run(engine)
+    plain = "off" if predictor.model.heads is None else "on"
+    for shown, question, settings, request, client in asked:
+        if request.cancelled and not client.over.is_set():
+            continue
+        expected = predictor.answer(
+            [(shown, question)], replace(settings, speculative=plain), stops=request.stops
+        )[0]
+        assert isinstance(client.end, Done), client.end
+        assert client.text == expected.text and (client.end.reason == "length") == expected.truncated
+    assert not engine.answers and not engine.joining and not engine.batch.rows
+    assert sum(not client.over.is_set() for *_, client in asked) <= 4
+
+
+def test_a_sampled_answer_depends_on_its_seed_alone(predictor):
+    """The same tokens as alone without drafts, beside greedy and sampled rows."""
+    settings = GenerationConfig(
+        max_new_tokens=12, sampling=True, temperature=0.8, top_p=0.9, speculative="off"
+    )
+    engine = Engine(predictor, Metrics(), drafts="off")
+    image = Tiles((1, 1), random_tiles(1))
+    asked = [
+        request_of(predictor, [image], QUESTIONS[n % 3], replace(settings, seed=n // 2, sampling=n != 5))
+        for n in range(6)
+    ]
+    for request, _ in asked:
+        engine.submit(request)
+    run(engine)
+    for n, (request, client) in enumerate(asked):
+        expected = predictor.answer([([image], QUESTIONS[n % 3])], request.settings)[0].text
+        assert client.text == expected
+    assert asked[0][1].text != asked[2][1].text or asked[1][1].text != asked[3][1].text
