@@ -45,7 +45,7 @@ class Row:
 
     settings: GenerationConfig
     capacity: int  # slots of the cache that it needs in all
-    on_step: Callable[[Step], bool]  # called after each decode step; True: the answer is over
+    on_step: Callable[["Row", Step], bool]  # called after each decode step; True: the answer is over
     top_logprobs: int | None = None  # how many of the likeliest tokens to report; None: no logprobs at all
     # Masks logits (V,) in place to the tokens that may follow all tokens before; None: any.
     constraint: Callable[[list[int], Tensor], None] | None = None
@@ -250,7 +250,7 @@ class Batch:
             row.tokens += new
             if row.seen is not None:
                 row.seen[0, new] = True
-            row.done = row.on_step(Step(new, ids[T:], logprobs, bool(row_finite))) or row.done
+            row.done = row.on_step(row, Step(new, ids[T:], logprobs, bool(row_finite))) or row.done
             taken.append(count)
         return taken
 

@@ -1,7 +1,7 @@
 """Continuous batching: a thread that encodes images, prefills prompts and decodes all answers together.
 
-    submit → waiting → image KVs, one image a turn → ready → prefill, in pieces → batch → decode steps → events
-                          (store: memory, disk)
+    submit → waiting → image KVs → ready → prefill, in pieces → batch → decode steps → events
+                 (from the store, or encoded)
 
 A turn of the engine does at most one of each, so that running answers never wait for a whole prompt.
 """
@@ -57,6 +57,7 @@ class Done:
     cached_tokens: int  # image tokens of the prompt whose KV was in the store
     image_kv: str  # "computed", "reused", or "none"
     decode_steps: int
+    kvs: Sequence[tuple[ImageKV, int]] = ()  # of an encoding: image KVs with their first positions
 
 
 Event = Delta | Done | Refused
@@ -83,7 +84,7 @@ class Request:
     stops: Sequence[str] = ()
     top_logprobs: int | None = None
     constraint: Callable[[list[int], Tensor], None] | None = None
-    encode_only: bool = False
+    encode_only: bool = False  # collect the image KVs, and answer nothing
     cancelled: bool = False
     over: bool = False
     submitted: float = field(default_factory=time.perf_counter)
@@ -184,6 +185,15 @@ class Pending:
         return "none" if not self.kvs else "computed" if self.computed else "reused"
 
 
+@dataclass(eq=False)
+class Answer:
+    """What a row of the batch has so far."""
+
+    pending: Pending
+    text: Text
+    steps: int = 0
+
+
 class Engine:
     """Answers requests of any number of threads, in the order in which they come."""
 
@@ -205,7 +215,7 @@ class Engine:
         self.ready: deque[Pending] = deque()
         self.joining: list[Pending] = []  # those that are prefilled now
         self.prefill: Prefill | None = None
-        self.answers: dict[Row, tuple[Request, Pending, Text]] = {}
+        self.answers: dict[Row, Answer] = {}
         self.closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -279,8 +289,8 @@ class Engine:
         with self.changed:
             self.waiting = deque(r for r in self.waiting if not r.cancelled)
         self.ready = deque(p for p in self.ready if not p.request.cancelled)
-        for row, (request, _, _) in list(self.answers.items()):
-            if request.cancelled and row in self.batch.rows:
+        for row, answer in list(self.answers.items()):
+            if answer.pending.request.cancelled:
                 row.done = True
                 del self.answers[row]
         self.batch.leave()
@@ -301,7 +311,7 @@ class Engine:
                 request.emit(self._failure(error))
                 continue
             if request.encode_only:
-                request.emit(Done("encoded", 0, pending.cached_tokens, pending.image_kv, 0))
+                request.emit(Done("encoded", 0, pending.cached_tokens, pending.image_kv, 0, pending.kvs))
             else:
                 self.ready.append(pending)
 
@@ -352,7 +362,7 @@ class Engine:
     def _next_prefill(self) -> Prefill | None:
         """The first ready request, and those after it whose prompts fit into the same piece."""
         group: list[Pending] = []
-        tokens, capacities = 0, []
+        tokens, capacities = 0, list[int]()
         while self.ready:
             request = self.ready[0].request
             capacity, length = self.capacity(request), len(request.prompt.right_ids)
@@ -384,13 +394,12 @@ class Engine:
             row = Row(
                 request.settings,
                 self.capacity(request),
-                on_step=lambda step, row=None: True,
-                top_logprobs=request.top_logprobs,
-                constraint=request.constraint,
-                seen=self._seen(request),
+                self._on_step,
+                request.top_logprobs,
+                request.constraint,
+                self._seen(request),
             )
-            row.on_step = self._answerer(row)
-            self.answers[row] = request, pending, Text(self.predictor, request.stops)
+            self.answers[row] = Answer(pending, Text(self.predictor, request.stops))
             end = len(request.prompt.right_ids) - 1
             self.batch.join(
                 row, p.cache, b, states[b : b + 1, end : end + 1], request.prompt.right_positions[end]
@@ -406,51 +415,45 @@ class Engine:
         seen[0, text] = True
         return seen
 
-    def _answerer(self, row: Row) -> Callable[[Step], bool]:
-        """The row's `on_step`: it turns new tokens into events, and says when the answer is over."""
-        steps = 0
-
-        def on_step(step: Step) -> bool:
-            nonlocal steps
-            steps += 1
-            request, pending, text = self.answers[row]
-            self.metrics.drafted.inc(len(step.drafts))
-            self.metrics.accepted.inc(len(step.tokens) - 1)
-            if not step.finite:
-                del self.answers[row]
-                request.emit(Refused(500, "not_finite", "the model's states are not finite"))
-                return True
-            reason = ""
-            for token in step.tokens:
-                if token == self.turn_end:
-                    reason = "stop"
-                else:
-                    text.add(token)
-                    self.metrics.tokens.inc()
-                    if text.stopped:
-                        reason = "stop"
-                    elif len(text.tokens) == request.settings.max_new_tokens:
-                        reason = "length"
-                if reason:
-                    break
-            request.emit(Delta(text.new(over=bool(reason)), step))
-            if reason:
-                del self.answers[row]
-                done = Done(reason, len(text.tokens), pending.cached_tokens, pending.image_kv, steps)
-                request.emit(done)
-            return bool(reason)
-
-        return on_step
+    def _on_step(self, row: Row, step: Step) -> bool:
+        """Turn a row's new tokens into events → whether its answer is over."""
+        answer = self.answers[row]
+        request, text, reason = answer.pending.request, answer.text, ""
+        answer.steps += 1
+        self.metrics.drafted.inc(len(step.drafts))
+        self.metrics.accepted.inc(len(step.tokens) - 1)
+        if not step.finite:
+            del self.answers[row]
+            request.emit(Refused(500, "not_finite", "the model's states are not finite"))
+            return True
+        for token in step.tokens:
+            if token == self.turn_end:
+                reason = "stop"
+                break
+            text.add(token)
+            reason = "length" if len(text.tokens) == request.settings.max_new_tokens else ""
+            if text.stopped or reason:
+                reason = "stop" if text.stopped else reason
+                break
+        request.emit(Delta(text.new(over=bool(reason)), step))
+        if reason:
+            del self.answers[row]
+            self.metrics.tokens.inc(len(text.tokens))
+            pending = answer.pending
+            request.emit(
+                Done(reason, len(text.tokens), pending.cached_tokens, pending.image_kv, answer.steps)
+            )
+        return bool(reason)
 
     def _fail_all(self, error: Exception) -> None:
         """Tell every client whose answer may be affected, and begin with an empty batch."""
         failure = self._failure(error)
-        pending = [request for request, _, _ in self.answers.values()]
-        pending += [p.request for p in (*self.joining, *self.ready)]
+        answered = [answer.pending for answer in self.answers.values()]
+        affected = [p.request for p in (*answered, *self.joining, *self.ready)]
         self.answers, self.joining, self.prefill = {}, [], None
         self.ready.clear()
         self.batch.clear()
-        for request in pending:
+        for request in affected:
             request.emit(failure)
 
     def _failure(self, error: Exception) -> Refused:

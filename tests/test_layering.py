@@ -1,6 +1,6 @@
 """The layers, read from the imports; the files have no import cycle.
 
-utils ← configs ← {data, models} ← {eval, hf} ← training ← {tools, scripts}
+utils ← configs ← {data, models} ← {eval, hf} ← {training, serving} ← {tools, scripts}
 """
 
 import ast
@@ -15,6 +15,7 @@ ALLOWED = {
     "hf": {"utils", "configs", "data", "models", "hf"},
     "eval": {"utils", "configs", "data", "models", "eval"},
     "training": {"utils", "configs", "data", "models", "hf", "eval", "training"},
+    "serving": {"utils", "configs", "data", "models", "eval", "serving"},
     "tools": {"utils", "configs", "data", "models", "hf", "eval", "training", "tools"},
 }
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")}

@@ -1,0 +1,624 @@
+"""The HTTP interface: OpenAI's endpoints, image handles, metrics, and the page.
+
+request → limits, key → prepare (in a thread: images, prompt) → engine → events → one answer, or a stream
+"""
+
+import asyncio
+import functools
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from configs.model import GenerationConfig
+from data.conversations import HALF_CHARACTER, IMAGE_PART, checked, text_of
+from data.images import Tiles
+from data.render import Document
+from models.image_store import ImageBlock, block_key
+from serving.attention import attention_maps
+from serving.constraints import Grammars
+from serving.engine import Delta, Done, Engine, Event, Refused, StoredImage, has_handles, left_blocks
+from serving.engine import Request as EngineRequest
+from serving.media import Limits, handle_of, image_bytes, load_image, tiles_of
+from serving.protocol import AttentionRequest, ChatRequest, CompletionRequest, ModelCard, Sampling
+from utils.errors import UserError
+
+PAGE = Path(__file__).with_name("page.html")
+PREPARING = 2  # requests whose images are decoded at a time
+SECURITY = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "frame-ancestors 'none'",
+}
+
+
+class Settings(NamedTuple):
+    """How a server is run."""
+
+    name: str  # of the model
+    api_keys: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    body_bytes: int = 64 << 20
+    max_tokens: int = 512  # of an answer whose request sets no limit
+
+
+class Prompt(NamedTuple):
+    """A request's prompt, rendered, with its images."""
+
+    document: Document
+    blocks: list[ImageBlock | StoredImage]
+    tiles: Any  # of a vanilla model
+
+
+class BodyTooLarge(Exception):
+    pass
+
+
+class Server:
+    """The endpoints of one engine."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings, self.predictor = engine, settings, engine.predictor
+        self.grammars = Grammars(self.predictor.renderer.tokenizer)
+        self.preparing = asyncio.Semaphore(PREPARING)
+        self.created = int(time.time())
+
+    # Requests.
+
+    def key_of(self, request: Request) -> str:
+        """The request's API key; "" where none is needed. `Refused` for a missing or a wrong one."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if not self.settings.api_keys:
+            return ""
+        valid = [hmac.compare_digest(key.strip().encode(), own.encode()) for own in self.settings.api_keys]
+        if scheme.lower() != "bearer" or not any(valid):
+            raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
+        return key.strip()
+
+    async def prepare(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run blocking work in a thread. Errors of the user become `Refused`."""
+        async with self.preparing:
+            try:
+                return await run_in_threadpool(work, *args)
+            except UserError as error:
+                raise Refused(400, "invalid_request", str(error)) from None
+
+    def chat_prompt(self, raw: list[dict[str, Any]], api_key: str) -> Prompt:
+        """Render a conversation up to the assistant's next message."""
+        raw = [m | {"role": "system"} if m.get("role") == "developer" else m for m in raw]
+        messages, images = [], []
+        for message in checked(raw, "messages"):
+            content = message["content"]
+            if HALF_CHARACTER.search(text_of(message)):
+                raise Refused(400, "invalid_request", "a message holds half a UTF-16 character")
+            if not isinstance(content, str):
+                images += [part for part in content if part["type"] == "image"]
+                content = [part if part["type"] == "text" else IMAGE_PART for part in content]
+            messages.append({"role": message["role"], "content": content})
+        limits, predictor = self.settings.limits, self.predictor
+        if len(images) > limits.images:
+            raise Refused(
+                400,
+                "too_many_images",
+                f"there are {len(images)} images, at most {limits.images} are accepted",
+            )
+        has_system = predictor.renderer.tokenizer.template.has_system
+        if messages[0]["role"] == "system" and not has_system:
+            raise Refused(400, "unsupported", "this model's chat template has no system role")
+        loaded = [load_image(predictor, part, limits, api_key) for part in images]
+        if messages[-1]["role"] == "user":
+            document = predictor.prompt(loaded, messages)  # type: ignore[arg-type]  # it reads their grids
+        else:
+            document = predictor.renderer.prompt(messages, [image.grid for image in loaded])
+        tiles = predictor.tiles_of([[image for image in loaded if isinstance(image, Tiles)]])
+        return Prompt(document, left_blocks(predictor, document, loaded), tiles)
+
+    def text_prompt(self, text: str) -> Prompt:
+        renderer = self.predictor.renderer
+        ids = renderer.tokenizer.encode(text)
+        if not ids:
+            raise Refused(400, "invalid_request", "'prompt' is empty")
+        return Prompt(Document([], [], [], ids, list(range(len(ids))), []), [], None)
+
+    def answer_tokens(self, prompt: Prompt, requested: int | None) -> int:
+        """How many tokens an answer may have."""
+        left = self.predictor.model.right.config.max_positions - prompt.document.length
+        if (requested or 1) > left:
+            raise Refused(
+                400,
+                "context_length_exceeded",
+                f"the prompt has {prompt.document.length} tokens (images included): at most {max(left, 0)} are left",
+            )
+        if requested == 0:
+            raise Refused(400, "invalid_request", "'max_tokens' must be at least 1")
+        return requested or min(left, self.settings.max_tokens)
+
+    def need_handles(self) -> None:
+        if not has_handles(self.predictor):
+            raise Refused(
+                400, "no_handles", "this model does not encode an image on its own: send it with each request"
+            )
+
+    async def encode(self, http: Request, prompt: Prompt) -> Done:
+        """Have a prompt's images encoded, or found in the store."""
+        answers = Answers()
+        nothing = GenerationConfig(max_new_tokens=1)
+        request = EngineRequest(
+            prompt.document, prompt.blocks, nothing, functools.partial(answers.receive, 0), encode_only=True
+        )
+        answers.requests.append(request)
+        self.engine.submit(request)
+        _, event = await self.first(http, answers)
+        assert isinstance(event, Done)
+        return event
+
+    # Answers.
+
+    def submit(self, prompt: Prompt, body: Sampling, tokens: int, top_logprobs: int | None) -> "Answers":
+        """Queue the `n` answers of a request."""
+        answers = Answers()
+        try:
+            for index, settings in enumerate(body.settings(tokens)):
+                request = EngineRequest(
+                    prompt.document,
+                    prompt.blocks,
+                    settings,
+                    functools.partial(answers.receive, index),
+                    tiles=prompt.tiles,
+                    stops=body.stops,
+                    top_logprobs=top_logprobs,
+                    constraint=self.grammars.constraint(body.response_format),
+                )
+                answers.requests.append(request)
+                self.engine.submit(request)
+        except Refused:
+            self.cancel(answers)
+            raise
+        return answers
+
+    def cancel(self, answers: "Answers") -> None:
+        for request in answers.requests:
+            self.engine.cancel(request)
+
+    async def reply(
+        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top: int | None, shape: "Shape"
+    ) -> Response:
+        """Answer in one piece or as a stream, in a `shape`: chat or plain completion."""
+        answers = self.submit(prompt, body, tokens, top)
+        shape.prompt_tokens = prompt.document.length
+        first = await answers.next(http)
+        if first is None or isinstance(first[1], Refused):
+            self.cancel(answers)
+            raise (
+                first[1] if first is not None and isinstance(first[1], Refused) else Refused(499, "gone", "")
+            )
+        events = self.events(http, answers, first)
+        if body.stream:
+            usage = bool((body.stream_options or {}).get("include_usage"))
+            return StreamingResponse(shape.stream(events, usage), media_type="text/event-stream")
+        return JSONResponse(await shape.whole(events))
+
+    async def first(self, http: Request, answers: "Answers") -> tuple[int, Event]:
+        """The first event of a request's answers. `Refused` if it is one, or the client has gone."""
+        event = None
+        try:
+            event = await answers.next(http)
+        finally:
+            if event is None or isinstance(event[1], Refused):
+                self.cancel(answers)
+        if event is None:
+            raise Refused(499, "gone", "the client has gone")
+        if isinstance(event[1], Refused):
+            raise event[1]
+        return event
+
+    async def events(
+        self, http: Request, answers: "Answers", event: tuple[int, Event] | None
+    ) -> AsyncIterator[tuple[int, Event]]:
+        """All events of a request's answers. A client that goes away, or stops reading, frees their rows."""
+        open_answers = len(answers.requests)
+        try:
+            while event is not None:
+                yield event
+                open_answers -= not isinstance(event[1], Delta)
+                if not open_answers:
+                    return
+                event = await answers.next(http)
+        finally:
+            self.cancel(answers)
+
+
+class Answers:
+    """The events of a request's answers, from the engine's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        self.requests: list[EngineRequest] = []
+        self.gone: asyncio.Task[None] | None = None
+
+    def receive(self, index: int, event: Event) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+
+    async def next(self, http: Request) -> tuple[int, Event] | None:
+        """The next event, or None once the client has gone."""
+        if self.gone is None:
+            self.gone = asyncio.ensure_future(_disconnected(http))
+        event = asyncio.ensure_future(self.queue.get())
+        await asyncio.wait((event, self.gone), return_when=asyncio.FIRST_COMPLETED)
+        if event.done():
+            return event.result()
+        event.cancel()
+        return None
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Shape:
+    """How answers look in JSON: OpenAI's chat completions, and plain ones."""
+
+    def __init__(self, server: Server, chat: bool, choices: int, logprobs: bool) -> None:
+        self.chat, self.choices, self.logprobs = chat, choices, logprobs
+        self.tokenizer = server.predictor.renderer.tokenizer
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": server.settings.name,
+        }
+        self.started, self.ttft_ms = time.perf_counter(), 0.0
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = self.decode_steps = 0
+        self.image_kv = "none"
+
+    def record(self, event: Event) -> None:
+        """Count what the last line reports."""
+        if not self.ttft_ms:
+            self.ttft_ms = round(1e3 * (time.perf_counter() - self.started), 2)
+        if isinstance(event, Done):
+            self.completion_tokens += event.tokens
+            self.decode_steps += event.decode_steps
+            self.cached_tokens, self.image_kv = event.cached_tokens, event.image_kv
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    @property
+    def extension(self) -> dict[str, Any]:
+        return {"image_kv": self.image_kv, "decode_steps": self.decode_steps, "ttft_ms": self.ttft_ms}
+
+    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> dict[str, Any]:
+        texts, reasons = [""] * self.choices, [""] * self.choices
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in range(self.choices)]
+        async for index, event in events:
+            if isinstance(event, Refused):
+                raise event
+            self.record(event)
+            if isinstance(event, Delta):
+                texts[index] += event.text
+                logprobs[index] += self.token_logprobs(event)
+            else:
+                reasons[index] = event.reason
+        if not all(reasons):
+            raise Refused(499, "gone", "the client has gone")
+        choices = [
+            self.choice(i, texts[i], reasons[i], logprobs[i] if self.logprobs else None)
+            for i in range(self.choices)
+        ]
+        return {**self.head, "choices": choices, "usage": self.usage, "dualtower": self.extension}
+
+    def choice(
+        self, index: int, text: str, reason: str, logprobs: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text}}
+            shown: Any = {"content": logprobs} if logprobs is not None else None
+        else:
+            content, shown = {"text": text}, self.plain_logprobs(logprobs)  # type: ignore[dict-item]
+        return {"index": index, **content, "logprobs": shown, "finish_reason": reason}
+
+    async def stream(self, events: AsyncIterator[tuple[int, Event]], with_usage: bool) -> AsyncIterator[str]:
+        if self.chat:
+            for index in range(self.choices):
+                yield self.line(index, {"role": "assistant", "content": ""}, None)
+        async for index, event in events:
+            self.record(event)
+            if isinstance(event, Refused):
+                yield f"data: {json.dumps(error_body(event))}\n\n"
+                return
+            if isinstance(event, Delta):
+                logprobs = self.token_logprobs(event) if self.logprobs else None
+                yield self.line(index, {"content": event.text}, None, logprobs, dualtower=self.drafts(event))
+            else:
+                yield self.line(index, {}, event.reason)
+        if with_usage:
+            head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
+            last: dict[str, Any] = {**head, "choices": [], "usage": self.usage, "dualtower": self.extension}
+            yield f"data: {json.dumps(last)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def line(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None,
+        logprobs: list[dict[str, Any]] | None = None,
+        **more: Any,
+    ) -> str:
+        if self.chat:
+            content: dict[str, Any] = {"delta": delta}
+            shown: Any = {"content": logprobs} if logprobs is not None else None
+        else:
+            content, shown = {"text": delta.get("content", "")}, self.plain_logprobs(logprobs)
+        head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
+        choice = {"index": index, **content, "logprobs": shown, "finish_reason": reason}
+        return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
+
+    def drafts(self, event: Delta) -> dict[str, Any]:
+        """The tokens of a decode step; all but the last were drafts, and one more may have been rejected."""
+        tokens, drafts = event.step.tokens, event.step.drafts
+        rejected = drafts[len(tokens) - 1 : len(tokens)]
+        return {
+            "tokens": [self.tokenizer.decode([t]) for t in tokens if t != self.tokenizer.turn_end],
+            "rejected": self.tokenizer.decode(rejected) if rejected else None,
+        }
+
+    def token_logprobs(self, event: Delta) -> list[dict[str, Any]]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token])
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+        out = []
+        for token, likeliest in zip(event.step.tokens, event.step.logprobs, strict=False):
+            if token == self.tokenizer.turn_end:
+                break
+            ranked = list(likeliest.items())
+            top = [entry(*pair) for pair in sorted(ranked, key=lambda pair: -pair[1])]
+            out.append({**entry(token, likeliest[token]), "top_logprobs": top if len(ranked) > 1 else []})
+        return out
+
+    def plain_logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """The form of plain completions."""
+        if entries is None:
+            return None
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [
+                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
+            ],
+        }
+
+
+# The application.
+
+
+def error_body(error: Refused) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
+
+
+def refusal(error: Refused) -> JSONResponse:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The ASGI application; it starts and stops `engine`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="DualTowerVLM", docs_url=None, redoc_url=None, lifespan=lifespan)
+    server = Server(engine, settings)
+    app.state.server = server
+    _add_errors(app)
+    _add_answers(app, server)
+    _add_images(app, server)
+    _add_status(app, server)
+    app.add_middleware(
+        Guard,
+        body_bytes=settings.body_bytes,
+        max_requests=2 * (engine.max_waiting + engine.batch.max_rows),
+        metrics=engine.metrics,
+    )
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
+        where = f"'{field}': {first['msg']}" if field else "the body must be a JSON object (application/json)"
+        return refusal(Refused(400, "invalid_request", where))
+
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return refusal(Refused(error.status_code, code, str(error.detail)))
+
+    @app.exception_handler(BodyTooLarge)
+    async def too_large(_: Request, error: BodyTooLarge) -> Response:
+        return refusal(Refused(413, "too_large", "the request is too large"))
+
+
+def _add_answers(app: FastAPI, server: Server) -> None:
+    def check(body: Sampling) -> None:
+        body.refuse_unsupported()
+        if body.model not in (None, "", server.settings.name):
+            raise Refused(404, "model_not_found", f"this server has the model '{server.settings.name}' only")
+
+    @app.post("/v1/chat/completions")
+    async def chat(http: Request, body: ChatRequest, key: str = Depends(server.key_of)) -> Response:
+        check(body)
+        prompt = await server.prepare(server.chat_prompt, body.messages, key)
+        tokens = server.answer_tokens(prompt, body.answer_limit)
+        shape = Shape(server, True, body.n or 1, bool(body.logprobs))
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        return await server.reply(http, prompt, body, tokens, top, shape)
+
+    @app.post("/v1/completions")
+    async def complete(http: Request, body: CompletionRequest, key: str = Depends(server.key_of)) -> Response:
+        check(body)
+        prompt = await server.prepare(server.text_prompt, body.prompt)
+        tokens = server.answer_tokens(prompt, body.answer_limit)
+        shape = Shape(server, False, body.n or 1, body.logprobs is not None)
+        return await server.reply(http, prompt, body, tokens, body.logprobs, shape)
+
+
+def _add_images(app: FastAPI, server: Server) -> None:
+    predictor = server.predictor
+
+    def upload_prompt(data: bytes, is_json: bool, key: str) -> tuple[Prompt, dict[str, Any]]:
+        """The prompt of one image alone, and what is known about the image."""
+        limits = server.settings.limits
+        if is_json:
+            try:
+                data = image_bytes(json.loads(data), limits)
+            except (ValueError, RecursionError):
+                raise Refused(
+                    400, "invalid_request", "the body is neither an image nor JSON with a 'url'"
+                ) from None
+        tiles, (width, height) = tiles_of(predictor, data, limits)
+        document = predictor.renderer.prompt([{"role": "user", "content": [IMAGE_PART]}], [tiles.grid])
+        (block,) = left_blocks(predictor, document, [tiles])
+        assert isinstance(block, ImageBlock)
+        handle = handle_of(StoredImage(block_key(predictor.model, block), tiles.grid), key)
+        card = {"id": handle, "object": "image", "width": width, "height": height, "tokens": len(block.ids)}
+        return Prompt(document, [block], None), card
+
+    @app.post("/v1/images")
+    async def upload(http: Request, key: str = Depends(server.key_of)) -> Response:
+        server.need_handles()
+        is_json = http.headers.get("content-type", "").startswith("application/json")
+        prompt, card = await server.prepare(upload_prompt, await http.body(), is_json, key)
+        done = await server.encode(http, prompt)
+        return JSONResponse({**card, "image_kv": done.image_kv})
+
+    def attention_prompt(body: AttentionRequest, key: str) -> tuple[Prompt, list[int]]:
+        """The conversation, and the answer's tokens up to the one that is asked about."""
+        prompt, ids = server.chat_prompt(body.messages, key), predictor.renderer.tokenizer.encode(body.answer)
+        if body.token >= len(ids):
+            raise Refused(
+                400, "invalid_request", f"'token' is {body.token}: the answer has {len(ids)} tokens"
+            )
+        server.answer_tokens(prompt, body.token + 1)
+        return prompt, ids[: body.token + 1]
+
+    @app.post("/v1/attention")
+    async def attention(http: Request, body: AttentionRequest, key: str = Depends(server.key_of)) -> Response:
+        server.need_handles()
+        prompt, ids = await server.prepare(attention_prompt, body, key)
+        kvs = (await server.encode(http, prompt)).kvs
+        maps = await server.prepare(attention_maps, predictor, prompt.document, kvs, ids)
+        images = [{"rows": len(m), "columns": len(m[0]), "weights": m.tolist()} for m in maps]
+        return JSONResponse({"images": images, "token": predictor.renderer.tokenizer.decode(ids[-1:])})
+
+
+def _add_status(app: FastAPI, server: Server) -> None:
+    model = server.predictor.model
+
+    @app.get("/v1/models")
+    async def models(_: str = Depends(server.key_of)) -> dict[str, Any]:
+        card = ModelCard(
+            id=server.settings.name,
+            created=server.created,
+            max_model_len=model.right.config.max_positions,
+            architecture=model.model_type,
+            system=server.predictor.renderer.tokenizer.template.has_system,
+            handles=has_handles(server.predictor),
+            heads=model.heads.count if model.heads is not None else 0,
+        )
+        return {"object": "list", "data": [card.model_dump()]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not server.engine.thread.is_alive():
+            return refusal(Refused(503, "stopped", "the engine has stopped"))
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(server.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+class Guard:
+    """ASGI middleware: bounds bodies and requests, adds security headers, counts by route and status."""
+
+    def __init__(self, app: Any, body_bytes: int, max_requests: int, metrics: Any) -> None:
+        self.app, self.body_bytes, self.max_requests, self.metrics = app, body_bytes, max_requests, metrics
+        self.running = 0  # requests
+
+    async def __call__(
+        self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        received, status = 0, 500
+
+        async def bounded() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.body_bytes:
+                raise BodyTooLarge
+            return message
+
+        async def counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                secure = [(k.lower().encode(), v.encode()) for k, v in SECURITY.items()]
+                message = {**message, "headers": [*message["headers"], *secure]}
+            await send(message)
+
+        self.running += 1
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if length.isdigit() and int(length) > self.body_bytes:
+                await refusal(Refused(413, "too_large", "the request is too large"))(scope, receive, counted)
+            elif self.running > self.max_requests and scope["method"] == "POST":
+                full = Refused(429, "too_many_requests", "the server is busy: try again later")
+                await refusal(full)(scope, receive, counted)
+            else:
+                await self.app(scope, bounded, counted)
+        finally:
+            self.running -= 1
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self.metrics.requests.labels(path, str(status)).inc()

@@ -1,0 +1,69 @@
+"""From flags to a running server."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+import uvicorn
+
+from eval.predictor import Predictor
+from models.kernels import use_kernels
+from serving.api import Settings, create_app
+from serving.engine import Engine
+from serving.media import Limits
+from serving.metrics import Metrics
+from utils.device import describe_device
+from utils.errors import UserError
+
+
+def make_engine(args: argparse.Namespace, config: Path | None) -> Engine:
+    """The engine for `serve.py`'s flags."""
+    use_kernels(args.kernels)
+    store = Path(args.store) if args.store else None
+    predictor = Predictor.from_pretrained(args.checkpoint, args.dtype, args.device, store, config)
+    predictor.store.memory_bytes = int(args.store_gb * 1e9)
+    return Engine(
+        predictor,
+        Metrics(report),
+        drafts=args.speculative,
+        max_rows=args.max_rows,
+        cache_bytes=int(args.cache_gb * 1e9),
+        max_waiting=args.max_waiting,
+    )
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """The server's settings for `serve.py`'s flags."""
+    path = Path(args.checkpoint)
+    name = args.name or (path.parent.name if path.name == "model" else args.checkpoint)
+    domains = tuple(d.strip().lower() for d in args.allowed_media_domains.split(",") if d.strip())
+    limits = Limits(domains, int(args.max_image_mb * 2**20), args.max_pixels, args.max_images)
+    body_bytes = int(4 / 3 * limits.image_bytes * limits.images) + (1 << 20)
+    return Settings(name, tuple(args.api_key), limits, body_bytes, args.max_tokens)
+
+
+def report(error: Exception) -> None:
+    """Write an error of the engine to stderr, for the operator."""
+    traceback.print_exception(error, file=sys.stderr)
+
+
+def serve(args: argparse.Namespace, config: Path | None) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers that run are finished first. `UserError` if it cannot start."""
+    engine, settings = make_engine(args, config), make_settings(args)
+    heads = engine.model.heads.count if engine.model.heads is not None else 0
+    dtype = str(engine.model.right.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(
+        f"{settings.name}: {describe_device(engine.model.device)}, {dtype}, {heads} multi-token heads",
+        flush=True,
+    )
+    app = create_app(engine, settings)
+    server = uvicorn.Server(
+        uvicorn.Config(app, args.host, args.port, log_level="warning", server_header=False)
+    )
+    try:
+        sock = server.config.bind_socket()
+    except SystemExit:
+        raise UserError(f"--port {args.port} at {args.host} cannot be used: take another port") from None
+    print(f"open http://{args.host}:{args.port} · endpoints under /v1 · Ctrl-C stops", flush=True)
+    server.run(sockets=[sock])
