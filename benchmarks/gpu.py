@@ -17,9 +17,10 @@ resume                     training from a checkpoint against an uninterrupted r
 distributed                NCCL (CPU: gloo) and FSDP2 with one rank
 train_222m, train_450m     training steps of both models; …_compiled with --train.compile
 fit_memory                 --fit-memory 12 for the 222M pair: its choice, and what steps then take
-decoding                   one row; share_of_bandwidth: of a copy in the device's memory
+decoding                   one row; share_of_bandwidth: of a copy in the device's memory; …_compiled with --compile
 draft_speed                at batch 1, 8, 64, where every draft is accepted: the upper bound
 second_question            first token of a first and of a second question on an image, whose KV is stored
+server                     its engine with 64 clients: tokens/s, time to first token (no HTTP)
 nanovlm                    the checkout's training step and decoding, of the same sizes
 """
 
@@ -67,11 +68,13 @@ PARTS = {  # in the order of importance
     "train_222m": Part(partial(gpu_speed.train, "222m", False), 90),
     "resume": Part(gpu_checks.resume, 60),
     "distributed": Part(gpu_checks.distributed, 60),
-    "decoding": Part(gpu_speed.decoding, 60),
+    "decoding": Part(partial(gpu_speed.decoding, False), 60),
+    "decoding_compiled": Part(partial(gpu_speed.decoding, True), 120, "compiler"),
     "train_222m_compiled": Part(partial(gpu_speed.train, "222m", True), 150, "compiler"),
     "fit_memory": Part(gpu_speed.fit_memory, 90),
     "draft_speed": Part(gpu_speed.drafts, 60),
     "second_question": Part(gpu_speed.second_question, 40),
+    "server": Part(gpu_speed.serving, 60),
     "train_450m": Part(partial(gpu_speed.train, "450m", False), 90),
     "nanovlm": Part(gpu_speed.nanovlm, 90, "nanovlm"),
     "train_450m_compiled": Part(partial(gpu_speed.train, "450m", True), 150, "compiler"),

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.models import WordLevel
 
 from benchmarks.decode import decode_steps, plain
 from benchmarks.gpu_checks import Figures, size_of, vocabulary_of
@@ -26,11 +29,14 @@ from benchmarks.memory import sized
 from benchmarks.trial import DOCUMENTS, MODELS, SIZES, Trial, make_config, synchronize
 from configs.cli import preset
 from configs.model import GenerationConfig
+from data.render import Document
 from models.dual_tower.dual_tower import DualTowerVLM
-from models.generation import generate
+from models.generation import forward_cached, generate
 from models.image_store import ImageBlock, ImageStore, encode_rows
 from models.kernels import KERNELS, in_use
+from models.kernels.compiled_decode import compile_decoding
 from models.kernels.flex_attention import FlexLayout
+from serving.engine import Delta, Engine, Request
 from training.memory import OVERHEAD, RepeatedBatch, fit_batch_size, full_batch
 from training.trainer import Trainer, batch_counts, memory
 from utils.device import compute_dtype, pick_device
@@ -165,10 +171,16 @@ def copy_gb_per_s(device: torch.device, quick: bool) -> float:
     return 2 * source.numel() / 1e9 / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
 
 
-def decoding(device: torch.device, quick: bool) -> Figures:
+def decoding(compiled: bool, device: torch.device, quick: bool) -> Figures:
     """Plain decoding of one row; its share of the memory bandwidth is that of reading the weights."""
-    copied = copy_gb_per_s(device, quick)
-    figures = plain(decoder(device, quick), 8 if quick else 128, 1 if quick else 3)
+    copied, model = copy_gb_per_s(device, quick), decoder(device, quick)
+    if compiled and quick and device.type == "cpu":  # Inductor would take longer than all parts together
+        model.right.compiled_step = torch.compile(forward_cached, backend="eager", fullgraph=True)
+    elif compiled:
+        compile_decoding(model)
+    if compiled:
+        plain(model, 4, 1)  # compiles
+    figures = plain(model, 8 if quick else 128, 1 if quick else 3)
     read = figures["weights_gb"] * figures["tokens_per_s"]
     return figures | {"copy_gb_per_s": copied, "share_of_bandwidth": read / copied}
 
@@ -226,6 +238,73 @@ def second_question(device: torch.device, quick: bool) -> Figures:
         assert answers[0] == answers[1], "the stored image KV changes the answer"
     a, b = statistics.median(first[1:]), statistics.median(second[1:])
     return {"first_ms": 1e3 * a, "second_ms": 1e3 * b, "ratio": a / b, "tiles": tiles}
+
+
+# The server.
+
+
+class Silent:
+    """Metrics that are not kept: the package that keeps them may be missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *values: Any) -> Any:
+        return self
+
+
+def serving(device: torch.device, quick: bool) -> Figures:
+    """The server's engine without HTTP: clients that ask again as soon as they are answered.
+
+    Each of them asks about one of eight images, which is encoded once.
+    """
+    model, clients, answers, tokens = decoder(device, quick), 8 if quick else 64, 2, 8 if quick else 64
+    size = model.right.unembedding.shape[0]
+    words = {f"w{i}": i for i in range(size)}
+    tokenizer = SimpleNamespace(backend=HFTokenizer(WordLevel(words, "w0")), turn_end=-1)
+    tokenizer.decode = tokenizer.backend.decode
+    renderer = SimpleNamespace(tokenizer=tokenizer)
+    predictor = SimpleNamespace(model=model, renderer=renderer, store=ImageStore())
+    engine = Engine(predictor, Silent(), max_rows=clients, cache_bytes=8 << 30)  # type: ignore[arg-type]
+    config, vocabulary, side = model.config, model.vocabulary, model.config.vision.image_size
+    block = [vocabulary.first_marker_id] + [vocabulary.image_token_id] * config.tokens_per_tile
+    pixels = torch.randint(0, 256, (8, 1, 3, side, side), dtype=torch.uint8)
+    first_token: list[float] = []
+    ended: list[int] = []
+
+    def ask(client: int, left: int) -> None:
+        n, text = len(block), 32
+        numbers = list(range(n)), [0] * n, list(range(1, 1 + text)), list(range(n, n + text))
+        document = Document(block, *numbers, [])
+        image = ImageBlock(pixels[client % len(pixels)], block, [0] * n, 0)
+        started = time.perf_counter()
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, Delta) and len(first_token) < clients * answers and not seen:
+                seen.append(event)
+                first_token.append(time.perf_counter() - started)
+            elif not isinstance(event, Delta):
+                ended.append(event.tokens)
+                if left > 1:
+                    ask(client, left - 1)
+
+        seen: list[Any] = []
+        settings = GenerationConfig(max_new_tokens=tokens)
+        engine.submit(Request(document, [image], settings, on_event))
+
+    started = time.perf_counter()
+    for client in range(clients):
+        ask(client, answers)
+    while len(ended) < clients * answers:
+        engine.turn()
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    return {
+        "clients": clients,
+        "tokens_per_s": sum(ended) / seconds,
+        "first_token_ms": 1e3 * statistics.median(first_token),
+        "first_token_last_ms": 1e3 * max(first_token),
+    }
 
 
 # nanoVLM.

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -27,7 +28,6 @@ from models.image_store import ImageBlock, encode_blocks, image_blocks_of
 from models.kv_cache import DecodingCache, ImageKV
 from models.masks import NEVER
 from serving.batch import Batch, Row, Step
-from serving.metrics import Metrics
 
 PIECE = 256  # text tokens that a turn prefills
 
@@ -200,13 +200,14 @@ class Engine:
     def __init__(
         self,
         predictor: Predictor,
-        metrics: Metrics,
+        metrics: Any,
         *,
         drafts: str = "auto",
         max_rows: int = 64,
         cache_bytes: int = 1 << 30,
         max_waiting: int = 256,
     ) -> None:
+        """`metrics`: a `serving.metrics.Metrics`. Cache, rows and queue take at most the given sizes."""
         self.predictor, self.model, self.metrics = predictor, predictor.model, metrics
         self.batch = Batch(self.model, drafts, max_rows, cache_bytes)
         self.max_waiting = max_waiting
