@@ -42,7 +42,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of an answer, and the decode step that it is of."""
+    """New text of an answer, and the decode step that it is of, without what does not belong to the answer."""
 
     text: str
     step: Step
@@ -427,15 +427,17 @@ class Engine:
             del self.answers[row]
             request.emit(Refused(500, "not_finite", "the model's states are not finite"))
             return True
+        used = 0  # tokens of the step that belong to the answer
         for token in step.tokens:
             if token == self.turn_end:
                 reason = "stop"
                 break
             text.add(token)
-            reason = "length" if len(text.tokens) == request.settings.max_new_tokens else ""
-            if text.stopped or reason:
-                reason = "stop" if text.stopped else reason
+            used += 1
+            if text.stopped or len(text.tokens) == request.settings.max_new_tokens:
+                reason = "stop" if text.stopped else "length"
                 break
+        step = step._replace(tokens=step.tokens[:used])
         request.emit(Delta(text.new(over=bool(reason)), step))
         if reason:
             del self.answers[row]

@@ -2,7 +2,6 @@
 
 import random
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 
 from configs.model import GenerationConfig, MultiTokenConfig
-from data.conversations import ask
 from data.images import Tiles
 from data.render import Renderer
 from eval.predictor import Predictor
-from models.image_store import ImageStore, block_key
+from models.image_store import block_key
 from serving import engine as engine_module
+from serving.batch import Row
 from serving.engine import Delta, Done, Engine, Event, Refused, Request, StoredImage, left_blocks
 from serving.metrics import Metrics
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
@@ -57,7 +56,7 @@ def request_of(predictor: Predictor, images: list, question: str, settings: Gene
     client = Client()
     prompt = predictor.prompt(images, question)
     blocks = left_blocks(predictor, prompt, images)
-    tiles = predictor.tiles_of([images])
+    tiles = predictor.tiles_of([[image for image in images if isinstance(image, Tiles)]])
     return Request(prompt, blocks, settings, client, tiles=tiles, **options), client
 
 
@@ -87,7 +86,7 @@ def test_answers_equal_those_alone_whatever_runs_beside_them(predictor, monkeypa
     engine = Engine(predictor, Metrics(), drafts="on", max_rows=5, cache_bytes=5 * 384 * 4096)
     images = [Tiles((1, 1), random_tiles(1, seed=n)) for n in range(3)]
     asked = []
-    for n in range(24):
+    for _ in range(24):
         settings = GenerationConfig(
             max_new_tokens=draw.choice([1, 3, 12, 30]), repetition_penalty=draw.choice([1.0, 1.0, 1.3])
         )
@@ -132,3 +131,95 @@ def test_a_sampled_answer_depends_on_its_seed_alone(predictor):
         expected = predictor.answer([([image], QUESTIONS[n % 3])], request.settings)[0].text
         assert client.text == expected
     assert asked[0][1].text != asked[2][1].text or asked[1][1].text != asked[3][1].text
+
+
+def test_sampled_drafts_keep_the_distribution():
+    """The first token after one draft: drawn as without the draft, however likely the draft was."""
+    g = torch.Generator().manual_seed(0)
+    logits, N = 2 * torch.randn(1, 2, 6, generator=g), 2500
+    settings = GenerationConfig(sampling=True, temperature=0.7, seed=3)
+    expected = (logits[0, 0] / 0.7).softmax(-1)
+    for draft in (int(expected.argmax()), int(expected.argmin())):
+        row = Row(settings, 8, on_step=lambda row, step: False)
+        first = [int(row.accept(torch.tensor([[draft]]), logits)[0][0, 0]) for _ in range(N)]
+        share = torch.bincount(torch.tensor(first), minlength=6) / N
+        assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / N).sqrt()).all(), draft
+
+
+def test_prompts_in_pieces_do_not_stop_running_answers(predictor, monkeypatch):
+    """While a long prompt is prefilled in pieces, every turn gives a running answer a token or more."""
+    monkeypatch.setattr(engine_module, "PIECE", 8)
+    engine = Engine(predictor, Metrics(), drafts="off")
+    settings = GenerationConfig(max_new_tokens=40)
+    running, first = request_of(predictor, [], "what is it?", replace(settings, repetition_penalty=1.2))
+    engine.submit(running)
+    while not first.events:
+        engine.turn()
+    long, second = request_of(predictor, [], "a long question, " * 5, settings)
+    engine.submit(long)
+    pieces = 0
+    while not second.events and not first.over.is_set():
+        before = len(first.events)
+        engine.turn()
+        pieces += 1
+        assert len(first.events) > before
+    assert pieces >= len(long.prompt.right_ids) // 8
+    run(engine)
+    assert isinstance(second.end, Done)
+
+
+def test_a_stored_image_needs_no_tiles_and_a_lost_one_is_refused(tokenizer):
+    predictor = Predictor(lively_model(tokenizer), Renderer(tokenizer, TINY_MODEL.tokens_per_tile))
+    engine, image = Engine(predictor, Metrics()), Tiles((1, 1), random_tiles(1))
+    settings = GenerationConfig(max_new_tokens=5)
+    request, first = request_of(predictor, [image], "what is it?", settings)
+    key = block_key(predictor.model, request.blocks[0])
+    stored = StoredImage(key, (1, 1))
+    lost, missing = request_of(predictor, [stored], "what is it?", settings)
+    engine.submit(lost)
+    run(engine)
+    assert isinstance(missing.end, Refused) and missing.end.status == 404
+    again, second = request_of(predictor, [stored], "what is it?", settings)
+    engine.submit(request)
+    engine.submit(again)
+    run(engine)
+    assert second.text == first.text and isinstance(second.end, Done)
+    assert (first.end.image_kv, second.end.image_kv) == ("computed", "reused")
+    assert (first.end.cached_tokens, second.end.cached_tokens) == (0, len(request.prompt.left_ids))
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(tokenizer, monkeypatch):
+    """A failed turn ends the answers of its batch with an error; the next request is answered."""
+    predictor, errors = (
+        Predictor(lively_model(tokenizer), Renderer(tokenizer, TINY_MODEL.tokens_per_tile)),
+        [],
+    )
+    engine, settings = Engine(predictor, Metrics(errors.append)), GenerationConfig(max_new_tokens=5)
+    engine.start()
+    step = engine.batch.step
+    monkeypatch.setattr(engine.batch, "step", lambda: 1 / 0)
+    request, client = request_of(predictor, [], "what is it?", settings)
+    engine.submit(request)
+    assert isinstance(client.end, Refused) and client.end.status == 500
+    assert isinstance(errors[0], ZeroDivisionError)
+    monkeypatch.setattr(engine.batch, "step", step)
+    request, client = request_of(predictor, [], "what is it?", settings)
+    engine.submit(request)
+    assert isinstance(client.end, Done)
+    assert engine.close(10)
+    with pytest.raises(Refused, match="stopping"):
+        engine.submit(request)
+
+
+def test_a_full_queue_and_a_prompt_that_never_fits_are_refused(predictor):
+    engine = Engine(predictor, Metrics(), max_waiting=2, cache_bytes=1 << 16)
+    small, _ = request_of(predictor, [], "what is it?", GenerationConfig(max_new_tokens=2))
+    large, _ = request_of(predictor, [], "what is it?", GenerationConfig(max_new_tokens=100_000))
+    with pytest.raises(Refused, match="larger than the server's cache"):
+        engine.submit(large)
+    if engine.batch.could_fit(engine.capacity(small)):
+        engine.submit(small)
+        engine.submit(small)
+        with pytest.raises(Refused, match="queue is full") as refusal:
+            engine.submit(small)
+        assert refusal.value.status == 429
