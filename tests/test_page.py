@@ -30,6 +30,7 @@ Page = playwright.Page
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
+
 def png(seed: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(random_tiles(1, seed)[0].permute(1, 2, 0).numpy()).save(file, "PNG")
@@ -280,6 +281,10 @@ def test_server_that_is_not_there_or_asks_for_a_key(page, served, monkeypatch):
     page.reload()
     expect(notice).to_contain_text("The server does not answer.")
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": []}))
+    notice.get_by_role("button", name="Try again").click()
+    expect(notice).to_contain_text("The server has no model yet.")
     page.unroute("**/v1/models")
     server = served.app.state.server
     monkeypatch.setattr(server, "settings", server.settings._replace(api_keys=("secret",)))
