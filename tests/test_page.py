@@ -302,17 +302,23 @@ def test_server_that_is_not_there_or_asks_for_a_key(page, served, monkeypatch):
     answers(page)
 
 
+def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
+    for _ in range(30):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} is not reached")
+
+
 def test_keyboard_alone(page):
     add_images(page, IMAGE)
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name="New conversation")).to_be_focused()
-    while page.evaluate("document.activeElement.id") != "question":
-        page.keyboard.press("Tab")
+    tab_to(page, "#question")
     page.keyboard.type(QUESTION)
     page.keyboard.press("Enter")
     answers(page)
-    while not page.evaluate("document.activeElement.matches('.answer')"):
-        page.keyboard.press("Shift+Tab")
+    tab_to(page, ".answer", "Shift+Tab")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".answer span").nth(1)).to_have_class("current")
     assert page.evaluate("getComputedStyle(document.querySelector('.current')).outlineStyle") == "solid"
