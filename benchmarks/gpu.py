@@ -17,7 +17,8 @@ resume                     training from a checkpoint against an uninterrupted r
 distributed                NCCL (CPU: gloo) and FSDP2 with one rank
 train_222m, train_450m     training steps of both models; …_compiled with --train.compile
 fit_memory                 --fit-memory 12 for the 222M pair: its choice, and what steps then take
-decoding                   one row; share_of_bandwidth: of a copy in the device's memory; …_compiled with --compile
+decoding                   one row; share_of_bandwidth: of a copy in the device's memory
+decoding_compiled          the same with --compile
 draft_speed                at batch 1, 8, 64, where every draft is accepted: the upper bound
 second_question            first token of a first and of a second question on an image, whose KV is stored
 server                     its engine with 64 clients: tokens/s, time to first token (no HTTP)
