@@ -144,9 +144,8 @@ def test_the_python_blocks(address, folder, tmp_path):
 
 def answer(address: str, content: list) -> str:
     body = {"messages": [{"role": "user", "content": content}]}
-    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()["choices"][0][
-        "message"
-    ]["content"]
+    chat = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    return chat["choices"][0]["message"]["content"]
 
 
 def test_a_handle_is_valid_after_a_restart_and_on_every_replica(folder):
@@ -182,9 +181,9 @@ def test_nginx_sends_an_image_to_one_replica(folder, tmp_path):
         ):
             config = config.replace(in_page, real.removeprefix("http://"))
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        own = "access_log off;" + "".join(f"{kind}_temp_path {kind};" for kind in kinds)
-        main = f"daemon off; master_process off; pid nginx.pid; error_log stderr; events {{}} http {{ {own} {config} }}"
-        (tmp_path / "nginx.conf").write_text(main)
+        main = "daemon off; master_process off; pid nginx.pid; error_log stderr; events {}"
+        http = "access_log off;" + "".join(f"{kind}_temp_path {kind};" for kind in kinds) + config
+        (tmp_path / "nginx.conf").write_text(f"{main} http {{ {http} }}")
         nginx = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", "nginx.conf"])
         try:
             wait_for(f"http://{address}", lambda: nginx.poll() is None, 20)
