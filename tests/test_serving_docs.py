@@ -240,7 +240,9 @@ def test_ray_serve_sends_an_image_to_one_of_two_replicas(folder, tmp_path):
                 stderr=log,
             )
         try:
-            wait_for(f"http://{address}", lambda: ray.poll() is None, 300)
+            while "is ready at" not in (tmp_path / "log").read_text():  # both replicas, not only the first
+                assert ray.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
             check_image_affinity(f"http://{address}")
         finally:
             ray.terminate()
