@@ -3,7 +3,7 @@
 So are the README's Python blocks, and the set-up script.
 
 Elsewhere: the Python of docs/transformers.md in test_transformers.py, docs/extending.md in test_extending.py,
-docs/hub.md in test_hub_model.py.
+docs/hub.md in test_hub_model.py, docs/serving.md in test_serving_docs.py.
 """
 
 import importlib
