@@ -190,8 +190,8 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
         data = response.read(limits.image_bytes + 1)
         if len(data) > limits.image_bytes:
             raise refuse(f"an image has more than {limits.image_bytes:,} bytes", status=413)
-        if not end.is_alive():
-            raise OSError("timed out")
+        if response.length or not end.is_alive():
+            raise OSError("cut off")
         return 200, "", data
     finally:
         end.cancel()
