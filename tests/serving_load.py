@@ -70,9 +70,20 @@ def user(text: str, *images: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
+class Served(NamedTuple):
+    address: str
+    server: uvicorn.Server
+
+    def tasks(self) -> list[str]:
+        """What the server's event loop has to do for requests."""
+        coroutines = [task.get_coro() for task in asyncio.all_tasks(self.server.servers[0].get_loop())]
+        names = [coroutine.__qualname__ for coroutine in coroutines]
+        return [name for name in names if name not in ("Server.serve", "LifespanOn.main")]
+
+
 @contextmanager
-def serving(engine: Engine, settings: Settings) -> Iterator[str]:
-    """Serve in a thread → the address."""
+def serving(engine: Engine, settings: Settings) -> Iterator[Served]:
+    """Serve in a thread."""
     app = create_app(engine, settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     sock = socket.create_server(("127.0.0.1", 0))
@@ -82,7 +93,7 @@ def serving(engine: Engine, settings: Settings) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", server)
     finally:
         server.should_exit = True
         thread.join()
@@ -272,14 +283,14 @@ def main() -> None:
     predictor = lively_predictor(Tokenizer.train(text * 3, 300))
     predictor.store.memory_bytes = 16 * 4 * 3 * 2 * 5 * 32 * 4  # of some images: others are encoded again
     engine = Engine(predictor, Metrics(), drafts="on", max_rows=16, max_waiting=48)
-    with serving(engine, Settings("tiny")) as address:
-        load = Load(address, predictor)
+    with serving(engine, Settings("tiny")) as served:
+        load = Load(served.address, predictor)
         started = time.monotonic()
         while (left := started + args.seconds - time.monotonic()) > 0:
             asyncio.run(load.run(min(30, left), args.clients))
             seconds, total = time.monotonic() - started, load.outcomes.total()
             print(f"{seconds:6.0f} s {total:8d} requests {memory_mb():8.1f} MB", flush=True)
-        print("idle afterwards:", until(lambda: is_idle(engine)))
+        print("idle afterwards:", until(lambda: is_idle(engine) and not served.tasks()))
     for outcome, count in load.outcomes.most_common():
         print(f"{count:8d} {outcome}")
     print(f"{len(load.wrong)} wrong", *load.wrong[:20], sep="\n")

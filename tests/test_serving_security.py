@@ -35,8 +35,8 @@ def client(tokenizer):
     engine = Engine(lively_predictor(tokenizer), Metrics(), max_rows=8)
     options = Settings("tiny", ("key", "other"), LIMITS, body_bytes=1 << 20, max_tokens=2)
     with (
-        serving(engine, options) as address,
-        httpx.Client(base_url=address, headers=KEY, timeout=30) as http,
+        serving(engine, options) as served,
+        httpx.Client(base_url=served.address, headers=KEY, timeout=30) as http,
     ):
         yield http
 
