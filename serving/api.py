@@ -7,6 +7,7 @@ import asyncio
 import functools
 import hmac
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -20,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from configs.model import GenerationConfig
 from data.conversations import HALF_CHARACTER, IMAGE_PART, checked, text_of
@@ -30,13 +32,13 @@ from serving.attention import attention_maps
 from serving.constraints import Constraint, Grammars
 from serving.engine import Delta, Done, Engine, Event, Refused, StoredImage, has_handles, left_blocks
 from serving.engine import Request as EngineRequest
-from serving.media import Limits, handle_of, image_bytes, load_image, tiles_of
+from serving.media import Limits, handle_of, image_bytes, stored_image, tiles_of
 from serving.metrics import Metrics
 from serving.protocol import AttentionRequest, ChatRequest, CompletionRequest, ModelCard, Sampling
 from utils.errors import UserError
 
 PAGE = Path(__file__).with_name("page.html")
-PREPARING = 2  # requests whose images are decoded at a time
+COMPUTING = 2  # threads that decode images, compile schemas or draw maps at a time
 BODY_SECONDS = 60  # in which a body must arrive
 BODIES = 8  # largest bodies that are held at a time
 SECURITY = {
@@ -73,7 +75,7 @@ class Server:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings, self.predictor = engine, settings, engine.predictor
         self.grammars = Grammars(self.predictor.renderer.tokenizer)
-        self.preparing = asyncio.Semaphore(PREPARING)
+        self.computing = threading.Semaphore(COMPUTING)
         self.created = int(time.time())
         self.longest_token = max(map(len, self.predictor.renderer.tokenizer.backend.get_vocab()))
 
@@ -91,11 +93,18 @@ class Server:
 
     async def prepare(self, work: Callable[..., T], *args: Any) -> T:
         """Run blocking work in a thread. Errors of the user become `Refused`."""
-        async with self.preparing:
-            try:
-                return await run_in_threadpool(work, *args)
-            except UserError as error:
-                raise Refused(400, "invalid_request", str(error)) from None
+        try:
+            return await run_in_threadpool(work, *args)
+        except UserError as error:
+            raise Refused(400, "invalid_request", str(error)) from None
+
+    def load_image(self, part: dict[str, Any], api_key: str) -> Tiles | StoredImage:
+        """The image of a content part."""
+        if "id" in part:
+            return stored_image(part["id"], api_key)
+        data = image_bytes(part, self.settings.limits)  # it may come from the web
+        with self.computing:
+            return tiles_of(self.predictor, data, self.settings.limits)[0]
 
     def chat_prompt(self, raw: list[dict[str, Any]], api_key: str) -> Prompt:
         """Render a conversation up to the assistant's next message."""
@@ -120,7 +129,7 @@ class Server:
         has_system = predictor.renderer.tokenizer.template.has_system
         if messages[0]["role"] == "system" and not has_system:
             raise Refused(400, "unsupported", "this model's chat template has no system role")
-        loaded = [load_image(predictor, part, limits, api_key) for part in images]
+        loaded = [self.load_image(part, api_key) for part in images]
         if messages[-1]["role"] == "user":
             document = predictor.prompt(loaded, messages)  # type: ignore[arg-type]  # it reads their grids
         else:
@@ -181,7 +190,8 @@ class Server:
 
     def constraints(self, body: Sampling) -> list[Constraint | None]:
         """Those of the `n` answers."""
-        return [self.grammars.constraint(body.response_format) for _ in range(body.n or 1)]
+        with self.computing:
+            return [self.grammars.constraint(body.response_format) for _ in range(body.n or 1)]
 
     async def submit(
         self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top_logprobs: int | None
@@ -439,7 +449,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         yield
         await run_in_threadpool(engine.close)
 
-    app = FastAPI(title="DualTowerVLM", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="DualTowerVLM", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     server = Server(engine, settings)
     app.state.server = server
     _add_errors(app)
@@ -516,7 +528,8 @@ def _add_images(app: FastAPI, server: Server) -> None:
                 raise Refused(
                     400, "invalid_request", "the body is neither an image nor JSON with a 'url'"
                 ) from None
-        tiles, (width, height) = tiles_of(predictor, data, limits)
+        with server.computing:
+            tiles, (width, height) = tiles_of(predictor, data, limits)
         document = predictor.renderer.prompt([{"role": "user", "content": [IMAGE_PART]}], [tiles.grid])
         (block,) = left_blocks(predictor, document, [tiles])
         assert isinstance(block, ImageBlock)
@@ -543,12 +556,16 @@ def _add_images(app: FastAPI, server: Server) -> None:
         server.answer_tokens(prompt, body.token + 1)
         return prompt, ids[: body.token + 1]
 
+    def maps_of(*args: Any) -> list[Tensor]:
+        with server.computing:
+            return attention_maps(predictor, *args)
+
     @app.post("/v1/attention")
     async def attention(http: Request, body: AttentionRequest, key: str = Depends(server.key_of)) -> Response:
         server.need_handles()
         prompt, ids = await server.prepare(attention_prompt, body, key)
         kvs = (await server.encode(http, prompt)).kvs
-        maps = await server.prepare(attention_maps, predictor, prompt.document, kvs, ids)
+        maps = await server.prepare(maps_of, prompt.document, kvs, ids)
         images = [{"rows": len(m), "columns": len(m[0]), "weights": m.tolist()} for m in maps]
         return JSONResponse({"images": images, "token": predictor.renderer.tokenizer.decode(ids[-1:])})
 
@@ -605,7 +622,7 @@ class Guard:
 
     def check(self, request: Request) -> None:
         """`Refused` for a request whose body need not be read."""
-        if request.url.path.startswith("/v1/"):
+        if request.scope["path"].startswith("/v1/"):  # `request.url` is made of the Host header, too
             self.key_of(request)
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.body_bytes:

@@ -133,7 +133,11 @@ class Text:
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        piece = self.stream.step(self.tokenizer.backend, token) or ""
+        try:
+            piece = self.stream.step(self.tokenizer.backend, token) or ""
+        except Exception:  # bytes that are no text, of a tokenizer with byte fallback
+            self.stream, piece = DecodeStream(skip_special_tokens=True), "\ufffd"
+            piece += self.stream.step(self.tokenizer.backend, token) or ""
         start = max(0, len(self.text) - max(map(len, self.stops), default=0))
         self.text += piece
         self._cut(start)

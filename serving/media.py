@@ -25,6 +25,7 @@ from utils.errors import UserError
 
 HANDLE = re.compile(r"img-([0-9a-f]{32})-([0-9]{1,3})x([0-9]{1,3})-([0-9a-f]{32})", re.ASCII)
 FORMATS = SIGNATURES[:4]  # others may run programs (EPS), name files (SVG), or hide their size (TIFF)
+SCANS = 50  # of a JPEG: each takes the time of a whole image, however short it is
 UNICAST = ipaddress.ip_network("2000::/3")  # all public addresses of IPv6
 TUNNELS = [ipaddress.ip_network(n) for n in ("2002::/16", "2001::/32")]  # of IPv4 in it: 6to4, Teredo
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -72,20 +73,14 @@ def _seal(name: str, api_key: str) -> str:
 # Images.
 
 
-def load_image(
-    predictor: Predictor, part: dict[str, Any], limits: Limits, api_key: str
-) -> Tiles | StoredImage:
-    """The image of a content part. `Refused` says what is wrong with it; a file's path is never opened."""
-    if "id" in part:
-        return stored_image(part["id"], api_key)
-    if isinstance(part.get("base64"), str):
-        part = {"url": f"data:;base64,{part['base64']}"}
-    return tiles_of(predictor, image_bytes(part, limits), limits)[0]
-
-
 def image_bytes(part: Any, limits: Limits) -> bytes:
-    """The bytes at a part's "url": a data URL, or an address on the web. Errors: `Refused`."""
+    """The bytes at a part's "url", a data URL or an address on the web, or in its "base64".
+
+    `Refused` says what is wrong with it; a file's path is never opened.
+    """
     url = part.get("url") if isinstance(part, dict) else None
+    if url is None and isinstance(part, dict) and isinstance(part.get("base64"), str):
+        url = f"data:;base64,{part['base64']}"
     if not isinstance(url, str):
         raise refuse("an image needs an 'image_url' (a data URL or an address), or the 'id' of a stored one")
     if not url.startswith("data:"):
@@ -105,6 +100,8 @@ def tiles_of(predictor: Predictor, data: bytes, limits: Limits) -> tuple[Tiles, 
         raise refuse(f"an image has more than {limits.image_bytes:,} bytes", status=413)
     if not data.startswith(FORMATS):
         raise refuse("an image is not a PNG, JPEG, WebP or GIF")
+    if data.startswith(FORMATS[0]) and data.count(b"\xff\xda") > SCANS:
+        raise refuse(f"a JPEG has more than {SCANS} scans")
     try:
         width, height = image_size(data)
         if width * height > limits.pixels:

@@ -8,11 +8,14 @@ import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
 import openai
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
 from configs.model import GenerationConfig
 from data.conversations import ask
@@ -20,7 +23,7 @@ from eval.predictor import Predictor
 from models.weights.model_folder import save_model
 from serving.api import Settings
 from serving.batch import Batch
-from serving.engine import Engine
+from serving.engine import Engine, Text
 from serving.metrics import Metrics
 from tests.programs import ROOT, Program, run_program
 from tests.serving_load import Load, Served, image_part, is_idle, lively_predictor, png, serving, until, user
@@ -348,6 +351,20 @@ def test_attention_maps(service):
 # Limits and faults.
 
 
+def test_bytes_that_are_no_text_end_no_answer():
+    """With byte fallback they make tokenizers' stream fail."""
+    vocabulary = {"<unk>": 0, "a": 1} | {f"<0x{i:02X}>": 2 + i for i in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    predictor: Any = SimpleNamespace(
+        renderer=SimpleNamespace(tokenizer=SimpleNamespace(backend=backend, decode=backend.decode))
+    )
+    text = Text(predictor, ())
+    for token in [2 + 0x41, 2 + 0xFF, 1, 1]:
+        text.add(token)
+    assert text.new(over=True).endswith("aa")
+
+
 def test_a_full_queue(small, slow):
     with httpx.Client(base_url=small.address, timeout=60) as http, ExitStack() as stack:
         body = {"messages": user("is it?"), "max_tokens": 200, "stream": True, "stop": "\0"}
@@ -478,7 +495,7 @@ def serve(folder: Path, port: int, *flags: str) -> tuple[Program, str]:
         except httpx.ConnectError:
             return False
 
-    assert until(answers, 60)
+    assert until(answers, 120)
     return program, address
 
 

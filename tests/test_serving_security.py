@@ -291,10 +291,16 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def of_format(name: str) -> bytes:
+def of_format(name: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, name)
+    Image.new("RGB", (8, 8)).save(file, name, **options)
     return file.getvalue()
+
+
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG that repeats its last scan."""
+    data = of_format("JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
 
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="/etc/passwd" width="9" height="9"/></svg>'
@@ -317,6 +323,7 @@ BROKEN = {
     "RIFF": b"RIFF\x10\0\0\0WAVEfmt ",
     "GIF": b"GIF89a\xff\xff\xff\xff",
     "JPEG": of_format("JPEG")[:100],
+    "many scans": many_scans(60),
     "text": b"/etc/passwd",
     "empty": b"",
 }
@@ -330,6 +337,10 @@ def test_broken_images(client, name):
 
 def test_a_bomb_in_the_text_of_a_png_is_harmless(client):
     assert client.post(IMAGES, content=TEXT_BOMB).status_code == 200
+
+
+def test_a_progressive_jpeg_is_accepted(client):
+    assert client.post(IMAGES, content=many_scans(5)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -437,6 +448,16 @@ def test_slow_bodies(client, monkeypatch):
 def test_requests_that_are_not_http(client, head):
     with raw(client, head + "\r\nHost: x\r\n\r\n") as sock:
         assert b" 400 " in sock.recv(100).splitlines()[0] + b" "
+
+
+@pytest.mark.parametrize("host", ["[", "a/?b=", "evil.example", "a@b", "x:99999", "\x80"])
+@pytest.mark.parametrize("path", ["/v1/models", "/health/", "//evil.example/health/", "/v1/models/"])
+def test_the_host_is_not_trusted(client, host, path):
+    """It neither hides a path from the key's check, nor becomes the target of a redirect."""
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    with raw(client, request.encode("latin-1")) as sock:
+        status = int(sock.recv(100).split()[1])
+    assert status in ((401, 400) if path.startswith("/v1/") else (404, 400))
 
 
 def deep(depth: int) -> str:
