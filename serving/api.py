@@ -47,6 +47,13 @@ SECURITY = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "frame-ancestors 'none'",
 }
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "too_large",
+    429: "too_many_requests",
+}
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
 T = TypeVar("T")
 
@@ -189,7 +196,7 @@ class Server:
     # Answers.
 
     def constraints(self, body: Sampling) -> list[Constraint | None]:
-        """Those of the `n` answers."""
+        """Compile the constraint of each of the `n` answers."""
         with self.computing:
             return [self.grammars.constraint(body.response_format) for _ in range(body.n or 1)]
 
@@ -197,7 +204,9 @@ class Server:
         self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top_logprobs: int | None
     ) -> "Answers":
         """Queue the `n` answers of a request."""
-        constraints = await self.prepare(self.constraints, body)
+        constraints: list[Constraint | None] = [None] * (body.n or 1)
+        if body.response_format:
+            constraints = await self.prepare(self.constraints, body)
         answers = Answers(self.engine, http)
         try:
             for index, settings in enumerate(body.settings(tokens)):
@@ -219,10 +228,10 @@ class Server:
         return answers
 
     async def reply(
-        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top: int | None, shape: "Shape"
+        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, shape: "Shape"
     ) -> Response:
         """Answer in one piece or as a stream, in a `shape`: chat or plain completion."""
-        answers = await self.submit(http, prompt, body, tokens, top)
+        answers = await self.submit(http, prompt, body, tokens, shape.top_logprobs)
         shape.prompt_tokens = prompt.document.length
         events = answers.events(await answers.first())
         if body.stream:
@@ -286,8 +295,10 @@ class Answers:
 class Shape:
     """How answers look in JSON: OpenAI's chat completions, and plain ones."""
 
-    def __init__(self, server: Server, chat: bool, choices: int, logprobs: bool) -> None:
-        self.chat, self.choices, self.logprobs = chat, choices, logprobs
+    def __init__(self, server: Server, chat: bool, choices: int, top_logprobs: int | None) -> None:
+        """`top_logprobs`: how many of the likeliest tokens to report; None: no logprobs at all."""
+        self.chat, self.choices, self.top_logprobs = chat, choices, top_logprobs
+        self.logprobs = top_logprobs is not None
         self.tokenizer = server.predictor.renderer.tokenizer
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -407,9 +418,9 @@ class Shape:
         for token, likeliest in zip(event.step.tokens, event.step.logprobs, strict=False):
             if token == self.tokenizer.turn_end:
                 break
-            ranked = list(likeliest.items())
-            top = [entry(*pair) for pair in sorted(ranked, key=lambda pair: -pair[1])]
-            out.append({**entry(token, likeliest[token]), "top_logprobs": top if len(ranked) > 1 else []})
+            ranked = sorted(likeliest.items(), key=lambda pair: -pair[1])[: self.top_logprobs]
+            top = [entry(*pair) for pair in ranked]
+            out.append({**entry(token, likeliest[token]), "top_logprobs": top})
         return out
 
     def plain_logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
@@ -482,8 +493,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
-        codes = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
-        code = codes.get(error.status_code, "invalid_request")
+        code = CODES.get(error.status_code, "invalid_request")
         return refusal(Refused(error.status_code, code, str(error.detail)))
 
     @app.exception_handler(Exception)
@@ -502,17 +512,16 @@ def _add_answers(app: FastAPI, server: Server) -> None:
         check(body)
         prompt = await server.prepare(server.chat_prompt, body.messages, key)
         tokens = server.answer_tokens(prompt, body.answer_limit)
-        shape = Shape(server, True, body.n or 1, bool(body.logprobs))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await server.reply(http, prompt, body, tokens, top, shape)
+        return await server.reply(http, prompt, body, tokens, Shape(server, True, body.n or 1, top))
 
     @app.post("/v1/completions")
     async def complete(http: Request, body: CompletionRequest, key: str = Depends(server.key_of)) -> Response:
         check(body)
         prompt = await server.prepare(server.text_prompt, body.prompt)
         tokens = server.answer_tokens(prompt, body.answer_limit)
-        shape = Shape(server, False, body.n or 1, body.logprobs is not None)
-        return await server.reply(http, prompt, body, tokens, body.logprobs, shape)
+        shape = Shape(server, False, body.n or 1, body.logprobs)
+        return await server.reply(http, prompt, body, tokens, shape)
 
 
 def _add_images(app: FastAPI, server: Server) -> None:

@@ -19,6 +19,10 @@ from serving.metrics import Metrics
 from utils.device import describe_device
 from utils.errors import UserError
 
+# Longer than clients and proxies keep a connection (5 and 60 s): one that the server closes first may just
+# have got a request.
+KEEP_ALIVE_SECONDS = 75
+
 
 def make_engine(args: argparse.Namespace, config: Path | None) -> Engine:
     """The engine for `serve.py`'s flags."""
@@ -62,7 +66,7 @@ def serve(args: argparse.Namespace, config: Path | None) -> None:
     )
     app = create_app(engine, settings)
     server = uvicorn.Server(
-        uvicorn.Config(app, args.host, args.port, log_level="warning", server_header=False)
+        uvicorn.Config(app, log_level="warning", server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS)
     )
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:

@@ -32,6 +32,7 @@ from eval.predictor import Predictor
 from serving.api import Settings, create_app
 from serving.engine import Engine
 from serving.metrics import Metrics
+from serving.run import KEEP_ALIVE_SECONDS
 from tests.conftest import TINY_MODEL, TURNS, lively_model, random_tiles
 
 WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))
@@ -85,7 +86,8 @@ class Served(NamedTuple):
 def serving(engine: Engine, settings: Settings) -> Iterator[Served]:
     """Serve in a thread."""
     app = create_app(engine, settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE_SECONDS)
+    server = uvicorn.Server(config)
     sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
@@ -159,7 +161,7 @@ class Load:
                     try:
                         outcome = await getattr(self, kind)(http)
                     except (httpx.HTTPError, ValueError, KeyError) as error:
-                        outcome = f"{kind}: {type(error).__name__}: {error}"
+                        outcome = f"{kind}: {type(error).__name__}: {error} {error.__cause__!r}"
                         self.wrong.append(outcome)
                     self.outcomes[outcome] += 1
 

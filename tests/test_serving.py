@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,13 +19,15 @@ import tokenizers
 from tokenizers import decoders, models
 
 from configs.model import GenerationConfig
-from data.conversations import ask
+from data.conversations import ask, checked, with_images
+from data.render import Renderer
 from eval.predictor import Predictor
 from models.weights.model_folder import save_model
 from serving.api import Settings
 from serving.batch import Batch
 from serving.engine import Engine, Text
 from serving.metrics import Metrics
+from tests.conftest import TINY_MODEL, lively_model
 from tests.programs import ROOT, Program, run_program
 from tests.serving_load import Load, Served, image_part, is_idle, lively_predictor, png, serving, until, user
 
@@ -166,6 +169,10 @@ def test_openai_logprobs_n_and_stop(service, client):
         assert b"".join(bytes(e.bytes) for e in entries).decode(errors="replace") and entries[0].logprob <= 0
         assert all(e.top_logprobs[0].logprob >= e.top_logprobs[2].logprob for e in entries)
         assert all(e.logprob == e.top_logprobs[0].logprob for e in entries)  # greedy
+    one = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=2, logprobs=True, top_logprobs=1, temperature=3, seed=5
+    )
+    assert [len(e.top_logprobs) for e in one.choices[0].logprobs.content] == [1, 1]
     sampled = [
         client.chat.completions.create(
             model=MODEL, messages=messages, max_tokens=12, temperature=1.2, top_p=0.95, seed=seed, n=2
@@ -178,6 +185,46 @@ def test_openai_logprobs_n_and_stop(service, client):
     stopped = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=9, stop=[stop])
     assert stopped.choices[0].message.content == expected.text[: expected.text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_conversations(service):
+    """A system message, several turns and images, and an answer that is to be continued."""
+    images = [png(80), png(81)]
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": "answer in one word"},
+        *user("what is it?", image_part(images[0])),
+        {"role": "assistant", "content": "a rectangle"},
+        *user("and this?", image_part(images[1])),
+    ]
+    tiles = [service.alone.tiles(image) for image in images]
+    settings = GenerationConfig(max_new_tokens=20, speculative="off")
+    for more in ([], [{"role": "assistant", "content": "it is"}]):
+        conversation = with_images(checked([{**messages[0], "role": "system"}, *messages[1:], *more]), 2)
+        expected = service.alone.answer([(tiles, conversation)], settings)[0].text
+        answer = service.chat(messages=messages + more, max_tokens=20).json()
+        assert answer["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize("context", ["none", "prefix"])
+def test_models_without_handles(tokenizer, context):
+    """They answer about images, too; an image cannot be named."""
+    config = replace(TINY_MODEL, left_context=context, image_isolation=context == "none")
+    predictor = Predictor(
+        lively_model(tokenizer, config), Renderer(tokenizer, config.tokens_per_tile, context)
+    )
+    engine, image = Engine(predictor, Metrics()), png(82)
+    alone = Predictor(predictor.model, predictor.renderer)
+    with serving(engine, Settings(MODEL)) as served:
+        service = Service(served.address, served, engine, alone)
+        for text in ("is it?", "what is it?"):
+            answer = service.chat(messages=user(text, image_part(image))).json()["choices"][0]
+            assert answer["message"]["content"] == service.expected(text, image).text
+        for path, body in (
+            ("images", {"url": "x"}),
+            ("attention", {"messages": user("x"), "answer": "x", "token": 0}),
+        ):
+            response = httpx.post(f"{served.address}/v1/{path}", json=body)
+            assert response.status_code == 400 and response.json()["error"]["code"] == "no_handles"
 
 
 def test_openai_several_answers_of_a_new_image(client):

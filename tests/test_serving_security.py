@@ -435,6 +435,12 @@ def test_huge_bodies(client):
         assert refused(client.post(path, content=parts(), headers=headers), 413)["code"] == "too_large"
 
 
+def test_too_many_bodies_at_a_time(client, monkeypatch):
+    monkeypatch.setattr("serving.api.BODIES", 0)
+    response = client.post(CHAT, json={"messages": user("x?")})
+    assert refused(response, 429)["code"] == "too_many_requests" and response.headers["retry-after"]
+
+
 def test_slow_bodies(client, monkeypatch):
     monkeypatch.setattr("serving.api.BODY_SECONDS", 0.2)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Length: 99\r\n\r\n"
