@@ -49,6 +49,7 @@ def make_parser() -> FlagParser:
     add("--cache_gb", type=float, default=2.0, help="memory of the decoding cache [2]")
     add("--store_gb", type=float, default=1.0, help="memory of image KVs [1]")
     add("--max_tokens", type=int, default=512, help="length of an answer whose request sets none [512]")
+    add("--max_body_mb", type=float, default=64.0, help="size of a request [64]")
     add("--max_images", type=int, default=16, help="images of a request [16]")
     add("--max_image_mb", type=float, default=20.0, help="size of an image's file [20]")
     add("--max_pixels", type=int, default=40_000_000, help="pixels of an image [40 million]")
@@ -64,15 +65,19 @@ def main(argv: list[str]) -> None:
         "cache_gb",
         "store_gb",
         "max_tokens",
+        "max_body_mb",
         "max_images",
         "max_image_mb",
+        "max_pixels",
     ):
-        if getattr(args, name) <= 0:
-            raise UsageError(f"--{name} must be above 0")
+        if not 0 < getattr(args, name) < 1e12:  # nor NaN
+            raise UsageError(f"--{name} must be a number above 0")
     if not 0 < args.port < 65536:
         raise UsageError(f"--port = {args.port} must be from 1 to 65535")
-    if "" in args.api_key or args.store == "":
-        raise UsageError("--api_key and --store must not be empty")
+    if "" in (args.host, args.store):
+        raise UsageError("--host and --store must not be empty")
+    if not all(key.isascii() and key.isprintable() and key == key.strip() != "" for key in args.api_key):
+        raise UsageError("--api_key must be of printable ASCII characters, without spaces around it")
     try:
         from serving.run import serve
     except ModuleNotFoundError as error:

@@ -101,7 +101,7 @@ def checked(messages: Any, context: str = "the conversation") -> Conversation:
 def _checked_message(message: Any, context: str) -> Message:
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         role = message["from"]
-        message = {"role": LLAVA_ROLES.get(role, role), "content": message["value"]}
+        message = {"role": LLAVA_ROLES.get(str(role), role), "content": message["value"]}
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         keys = list(message) if isinstance(message, dict) else kind_of(message)
         raise ConversationError(f"{context} must have 'role' and 'content', found {keys}")

@@ -7,12 +7,13 @@ import asyncio
 import functools
 import hmac
 import json
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from configs.model import GenerationConfig
 from data.conversations import HALF_CHARACTER, IMAGE_PART, checked, text_of
@@ -27,21 +29,33 @@ from data.images import Tiles
 from data.render import Document
 from models.image_store import ImageBlock, block_key
 from serving.attention import attention_maps
-from serving.constraints import Grammars
+from serving.constraints import Constraint, Grammars
 from serving.engine import Delta, Done, Engine, Event, Refused, StoredImage, has_handles, left_blocks
 from serving.engine import Request as EngineRequest
-from serving.media import Limits, handle_of, image_bytes, load_image, tiles_of
+from serving.media import Limits, handle_of, image_bytes, stored_image, tiles_of
+from serving.metrics import Metrics
 from serving.protocol import AttentionRequest, ChatRequest, CompletionRequest, ModelCard, Sampling
 from utils.errors import UserError
 
 PAGE = Path(__file__).with_name("page.html")
-PREPARING = 2  # requests whose images are decoded at a time
+COMPUTING = 2  # threads that decode images, compile schemas or draw maps at a time
+BODY_SECONDS = 60  # in which a body must arrive
+BODIES = 8  # largest bodies that are held at a time
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "frame-ancestors 'none'",
 }
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "too_large",
+    429: "too_many_requests",
+}
+STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
+T = TypeVar("T")
 
 
 class Settings(NamedTuple):
@@ -62,18 +76,15 @@ class Prompt(NamedTuple):
     tiles: Any  # of a vanilla model
 
 
-class BodyTooLarge(Exception):
-    pass
-
-
 class Server:
     """The endpoints of one engine."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings, self.predictor = engine, settings, engine.predictor
         self.grammars = Grammars(self.predictor.renderer.tokenizer)
-        self.preparing = asyncio.Semaphore(PREPARING)
+        self.computing = threading.Semaphore(COMPUTING)
         self.created = int(time.time())
+        self.longest_token = max(map(len, self.predictor.renderer.tokenizer.backend.get_vocab()))
 
     # Requests.
 
@@ -87,19 +98,27 @@ class Server:
             raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
         return key.strip()
 
-    async def prepare(self, work: Callable[..., Any], *args: Any) -> Any:
+    async def prepare(self, work: Callable[..., T], *args: Any) -> T:
         """Run blocking work in a thread. Errors of the user become `Refused`."""
-        async with self.preparing:
-            try:
-                return await run_in_threadpool(work, *args)
-            except UserError as error:
-                raise Refused(400, "invalid_request", str(error)) from None
+        try:
+            return await run_in_threadpool(work, *args)
+        except UserError as error:
+            raise Refused(400, "invalid_request", str(error)) from None
+
+    def load_image(self, part: dict[str, Any], api_key: str) -> Tiles | StoredImage:
+        """The image of a content part."""
+        if "id" in part:
+            return stored_image(part["id"], api_key)
+        data = image_bytes(part, self.settings.limits)  # it may come from the web
+        with self.computing:
+            return tiles_of(self.predictor, data, self.settings.limits)[0]
 
     def chat_prompt(self, raw: list[dict[str, Any]], api_key: str) -> Prompt:
         """Render a conversation up to the assistant's next message."""
         raw = [m | {"role": "system"} if m.get("role") == "developer" else m for m in raw]
-        messages, images = [], []
-        for message in checked(raw, "messages"):
+        messages, images, checked_messages = [], [], checked(raw, "messages")
+        self.check_characters(sum(len(text_of(message)) for message in checked_messages))
+        for message in checked_messages:
             content = message["content"]
             if HALF_CHARACTER.search(text_of(message)):
                 raise Refused(400, "invalid_request", "a message holds half a UTF-16 character")
@@ -117,7 +136,7 @@ class Server:
         has_system = predictor.renderer.tokenizer.template.has_system
         if messages[0]["role"] == "system" and not has_system:
             raise Refused(400, "unsupported", "this model's chat template has no system role")
-        loaded = [load_image(predictor, part, limits, api_key) for part in images]
+        loaded = [self.load_image(part, api_key) for part in images]
         if messages[-1]["role"] == "user":
             document = predictor.prompt(loaded, messages)  # type: ignore[arg-type]  # it reads their grids
         else:
@@ -126,11 +145,21 @@ class Server:
         return Prompt(document, left_blocks(predictor, document, loaded), tiles)
 
     def text_prompt(self, text: str) -> Prompt:
-        renderer = self.predictor.renderer
-        ids = renderer.tokenizer.encode(text)
+        self.check_characters(len(text))
+        ids = self.predictor.renderer.tokenizer.encode(text)
         if not ids:
             raise Refused(400, "invalid_request", "'prompt' is empty")
         return Prompt(Document([], [], [], ids, list(range(len(ids))), []), [], None)
+
+    def check_characters(self, count: int) -> None:
+        """Refuse a text that is too long whatever its tokens are, before it is rendered and tokenized."""
+        limit = self.predictor.model.right.config.max_positions * self.longest_token
+        if count > limit:
+            raise Refused(
+                400,
+                "context_length_exceeded",
+                f"the text has {count:,} characters: no prompt of more than {limit:,} fits",
+            )
 
     def answer_tokens(self, prompt: Prompt, requested: int | None) -> int:
         """How many tokens an answer may have."""
@@ -153,22 +182,32 @@ class Server:
 
     async def encode(self, http: Request, prompt: Prompt) -> Done:
         """Have a prompt's images encoded, or found in the store."""
-        answers = Answers()
+        answers = Answers(self.engine, http)
         nothing = GenerationConfig(max_new_tokens=1)
         request = EngineRequest(
             prompt.document, prompt.blocks, nothing, functools.partial(answers.receive, 0), encode_only=True
         )
         answers.requests.append(request)
         self.engine.submit(request)
-        _, event = await self.first(http, answers)
+        _, event = await answers.first()
         assert isinstance(event, Done)
         return event
 
     # Answers.
 
-    def submit(self, prompt: Prompt, body: Sampling, tokens: int, top_logprobs: int | None) -> "Answers":
+    def constraints(self, body: Sampling) -> list[Constraint | None]:
+        """Compile the constraint of each of the `n` answers."""
+        with self.computing:
+            return [self.grammars.constraint(body.response_format) for _ in range(body.n or 1)]
+
+    async def submit(
+        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top_logprobs: int | None
+    ) -> "Answers":
         """Queue the `n` answers of a request."""
-        answers = Answers()
+        constraints: list[Constraint | None] = [None] * (body.n or 1)
+        if body.response_format:
+            constraints = await self.prepare(self.constraints, body)
+        answers = Answers(self.engine, http)
         try:
             for index, settings in enumerate(body.settings(tokens)):
                 request = EngineRequest(
@@ -179,101 +218,87 @@ class Server:
                     tiles=prompt.tiles,
                     stops=body.stops,
                     top_logprobs=top_logprobs,
-                    constraint=self.grammars.constraint(body.response_format),
+                    constraint=constraints[index],
                 )
                 answers.requests.append(request)
                 self.engine.submit(request)
         except Refused:
-            self.cancel(answers)
+            answers.cancel()
             raise
         return answers
 
-    def cancel(self, answers: "Answers") -> None:
-        for request in answers.requests:
-            self.engine.cancel(request)
-
     async def reply(
-        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, top: int | None, shape: "Shape"
+        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, shape: "Shape"
     ) -> Response:
         """Answer in one piece or as a stream, in a `shape`: chat or plain completion."""
-        answers = self.submit(prompt, body, tokens, top)
+        answers = await self.submit(http, prompt, body, tokens, shape.top_logprobs)
         shape.prompt_tokens = prompt.document.length
-        first = await answers.next(http)
-        if first is None or isinstance(first[1], Refused):
-            self.cancel(answers)
-            raise (
-                first[1] if first is not None and isinstance(first[1], Refused) else Refused(499, "gone", "")
-            )
-        events = self.events(http, answers, first)
+        events = answers.events(await answers.first())
         if body.stream:
             usage = bool((body.stream_options or {}).get("include_usage"))
-            return StreamingResponse(shape.stream(events, usage), media_type="text/event-stream")
-        return JSONResponse(await shape.whole(events))
+            return StreamingResponse(shape.stream(events, usage), 200, STREAM, "text/event-stream")
+        async with aclosing(events):
+            return JSONResponse(await shape.whole(events))
 
-    async def first(self, http: Request, answers: "Answers") -> tuple[int, Event]:
-        """The first event of a request's answers. `Refused` if it is one, or the client has gone."""
-        event = None
-        try:
-            event = await answers.next(http)
-        finally:
-            if event is None or isinstance(event[1], Refused):
-                self.cancel(answers)
+
+class Answers:
+    """The answers of a request: their events come from the engine's thread to the event loop.
+
+    A client that goes away frees their rows.
+    """
+
+    def __init__(self, engine: Engine, http: Request) -> None:
+        self.engine, self.loop = engine, asyncio.get_running_loop()
+        self.queue = asyncio.Queue[tuple[int, Event] | None]()  # None: the client has gone
+        self.requests: list[EngineRequest] = []
+        self.watch = self.loop.create_task(self._watch(http))
+
+    def receive(self, index: int, event: Event) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+
+    def cancel(self) -> None:
+        for request in self.requests:
+            self.engine.cancel(request)
+
+    async def _watch(self, http: Request) -> None:
+        """Wait until the client has gone; it also counts as such once it has its response."""
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+        self.queue.put_nowait(None)
+
+    async def first(self) -> tuple[int, Event]:
+        """The first event. `Refused` if it is one, or the client has gone."""
+        event = await self.queue.get()
         if event is None:
             raise Refused(499, "gone", "the client has gone")
         if isinstance(event[1], Refused):
+            self.cancel()
             raise event[1]
         return event
 
-    async def events(
-        self, http: Request, answers: "Answers", event: tuple[int, Event] | None
-    ) -> AsyncIterator[tuple[int, Event]]:
-        """All events of a request's answers. A client that goes away, or stops reading, frees their rows."""
-        open_answers = len(answers.requests)
+    async def events(self, event: tuple[int, Event] | None) -> AsyncGenerator[tuple[int, Event]]:
+        """All events, from the first, `event`."""
+        open_answers = len(self.requests)
         try:
             while event is not None:
                 yield event
                 open_answers -= not isinstance(event[1], Delta)
                 if not open_answers:
                     return
-                event = await answers.next(http)
+                event = await self.queue.get()
         finally:
-            self.cancel(answers)
-
-
-class Answers:
-    """The events of a request's answers, from the engine's thread to the event loop."""
-
-    def __init__(self) -> None:
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        self.requests: list[EngineRequest] = []
-        self.gone: asyncio.Task[None] | None = None
-
-    def receive(self, index: int, event: Event) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
-
-    async def next(self, http: Request) -> tuple[int, Event] | None:
-        """The next event, or None once the client has gone."""
-        if self.gone is None:
-            self.gone = asyncio.ensure_future(_disconnected(http))
-        event = asyncio.ensure_future(self.queue.get())
-        await asyncio.wait((event, self.gone), return_when=asyncio.FIRST_COMPLETED)
-        if event.done():
-            return event.result()
-        event.cancel()
-        return None
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+            self.cancel()
 
 
 class Shape:
     """How answers look in JSON: OpenAI's chat completions, and plain ones."""
 
-    def __init__(self, server: Server, chat: bool, choices: int, logprobs: bool) -> None:
-        self.chat, self.choices, self.logprobs = chat, choices, logprobs
+    def __init__(self, server: Server, chat: bool, choices: int, top_logprobs: int | None) -> None:
+        """`top_logprobs`: how many of the likeliest tokens to report; None: no logprobs at all."""
+        self.chat, self.choices, self.top_logprobs = chat, choices, top_logprobs
+        self.logprobs = top_logprobs is not None
         self.tokenizer = server.predictor.renderer.tokenizer
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -285,14 +310,15 @@ class Shape:
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = self.decode_steps = 0
         self.image_kv = "none"
 
-    def record(self, event: Event) -> None:
-        """Count what the last line reports."""
+    def record(self, index: int, event: Event) -> None:
+        """Count what the last line reports. Of several answers, the first alone may have encoded the images."""
         if not self.ttft_ms:
             self.ttft_ms = round(1e3 * (time.perf_counter() - self.started), 2)
         if isinstance(event, Done):
             self.completion_tokens += event.tokens
             self.decode_steps += event.decode_steps
-            self.cached_tokens, self.image_kv = event.cached_tokens, event.image_kv
+            if index == 0:
+                self.cached_tokens, self.image_kv = event.cached_tokens, event.image_kv
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -313,7 +339,7 @@ class Shape:
         async for index, event in events:
             if isinstance(event, Refused):
                 raise event
-            self.record(event)
+            self.record(index, event)
             if isinstance(event, Delta):
                 texts[index] += event.text
                 logprobs[index] += self.token_logprobs(event)
@@ -342,7 +368,7 @@ class Shape:
             for index in range(self.choices):
                 yield self.line(index, {"role": "assistant", "content": ""}, None)
         async for index, event in events:
-            self.record(event)
+            self.record(index, event)
             if isinstance(event, Refused):
                 yield f"data: {json.dumps(error_body(event))}\n\n"
                 return
@@ -392,9 +418,9 @@ class Shape:
         for token, likeliest in zip(event.step.tokens, event.step.logprobs, strict=False):
             if token == self.tokenizer.turn_end:
                 break
-            ranked = list(likeliest.items())
-            top = [entry(*pair) for pair in sorted(ranked, key=lambda pair: -pair[1])]
-            out.append({**entry(token, likeliest[token]), "top_logprobs": top if len(ranked) > 1 else []})
+            ranked = sorted(likeliest.items(), key=lambda pair: -pair[1])[: self.top_logprobs]
+            top = [entry(*pair) for pair in ranked]
+            out.append({**entry(token, likeliest[token]), "top_logprobs": top})
         return out
 
     def plain_logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
@@ -434,7 +460,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         yield
         await run_in_threadpool(engine.close)
 
-    app = FastAPI(title="DualTowerVLM", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="DualTowerVLM", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     server = Server(engine, settings)
     app.state.server = server
     _add_errors(app)
@@ -443,6 +471,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     _add_status(app, server)
     app.add_middleware(
         Guard,
+        key_of=server.key_of,
         body_bytes=settings.body_bytes,
         max_requests=2 * (engine.max_waiting + engine.batch.max_rows),
         metrics=engine.metrics,
@@ -464,12 +493,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        code = CODES.get(error.status_code, "invalid_request")
         return refusal(Refused(error.status_code, code, str(error.detail)))
 
-    @app.exception_handler(BodyTooLarge)
-    async def too_large(_: Request, error: BodyTooLarge) -> Response:
-        return refusal(Refused(413, "too_large", "the request is too large"))
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return refusal(Refused(500, "internal_error", "the server failed: its log has the error"))
 
 
 def _add_answers(app: FastAPI, server: Server) -> None:
@@ -483,17 +512,16 @@ def _add_answers(app: FastAPI, server: Server) -> None:
         check(body)
         prompt = await server.prepare(server.chat_prompt, body.messages, key)
         tokens = server.answer_tokens(prompt, body.answer_limit)
-        shape = Shape(server, True, body.n or 1, bool(body.logprobs))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await server.reply(http, prompt, body, tokens, top, shape)
+        return await server.reply(http, prompt, body, tokens, Shape(server, True, body.n or 1, top))
 
     @app.post("/v1/completions")
     async def complete(http: Request, body: CompletionRequest, key: str = Depends(server.key_of)) -> Response:
         check(body)
         prompt = await server.prepare(server.text_prompt, body.prompt)
         tokens = server.answer_tokens(prompt, body.answer_limit)
-        shape = Shape(server, False, body.n or 1, body.logprobs is not None)
-        return await server.reply(http, prompt, body, tokens, body.logprobs, shape)
+        shape = Shape(server, False, body.n or 1, body.logprobs)
+        return await server.reply(http, prompt, body, tokens, shape)
 
 
 def _add_images(app: FastAPI, server: Server) -> None:
@@ -509,7 +537,8 @@ def _add_images(app: FastAPI, server: Server) -> None:
                 raise Refused(
                     400, "invalid_request", "the body is neither an image nor JSON with a 'url'"
                 ) from None
-        tiles, (width, height) = tiles_of(predictor, data, limits)
+        with server.computing:
+            tiles, (width, height) = tiles_of(predictor, data, limits)
         document = predictor.renderer.prompt([{"role": "user", "content": [IMAGE_PART]}], [tiles.grid])
         (block,) = left_blocks(predictor, document, [tiles])
         assert isinstance(block, ImageBlock)
@@ -527,6 +556,7 @@ def _add_images(app: FastAPI, server: Server) -> None:
 
     def attention_prompt(body: AttentionRequest, key: str) -> tuple[Prompt, list[int]]:
         """The conversation, and the answer's tokens up to the one that is asked about."""
+        server.check_characters(len(body.answer))
         prompt, ids = server.chat_prompt(body.messages, key), predictor.renderer.tokenizer.encode(body.answer)
         if body.token >= len(ids):
             raise Refused(
@@ -535,12 +565,16 @@ def _add_images(app: FastAPI, server: Server) -> None:
         server.answer_tokens(prompt, body.token + 1)
         return prompt, ids[: body.token + 1]
 
+    def maps_of(*args: Any) -> list[Tensor]:
+        with server.computing:
+            return attention_maps(predictor, *args)
+
     @app.post("/v1/attention")
     async def attention(http: Request, body: AttentionRequest, key: str = Depends(server.key_of)) -> Response:
         server.need_handles()
         prompt, ids = await server.prepare(attention_prompt, body, key)
         kvs = (await server.encode(http, prompt)).kvs
-        maps = await server.prepare(attention_maps, predictor, prompt.document, kvs, ids)
+        maps = await server.prepare(maps_of, prompt.document, kvs, ids)
         images = [{"rows": len(m), "columns": len(m[0]), "weights": m.tolist()} for m in maps]
         return JSONResponse({"images": images, "token": predictor.renderer.tokenizer.decode(ids[-1:])})
 
@@ -577,11 +611,33 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
 
 class Guard:
-    """ASGI middleware: bounds bodies and requests, adds security headers, counts by route and status."""
+    """ASGI middleware: bounds requests and bodies, adds security headers, counts by route and status.
 
-    def __init__(self, app: Any, body_bytes: int, max_requests: int, metrics: Any) -> None:
-        self.app, self.body_bytes, self.max_requests, self.metrics = app, body_bytes, max_requests, metrics
+    A request without a valid key is refused before its body is read.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        key_of: Callable[[Request], str],
+        body_bytes: int,
+        max_requests: int,
+        metrics: Metrics,
+    ) -> None:
+        self.app, self.key_of, self.metrics = app, key_of, metrics
+        self.body_bytes, self.max_requests = body_bytes, max_requests
         self.running = 0  # requests
+        self.held = 0  # bytes of their bodies
+
+    def check(self, request: Request) -> None:
+        """`Refused` for a request whose body need not be read."""
+        if request.scope["path"].startswith("/v1/"):  # `request.url` is made of the Host header, too
+            self.key_of(request)
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self.body_bytes:
+            raise Refused(413, "too_large", "the request is too large")
+        if self.running > self.max_requests and request.method == "POST":
+            raise Refused(429, "too_many_requests", "the server is busy: try again later")
 
     async def __call__(
         self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Awaitable[None]]
@@ -589,14 +645,23 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received, status = 0, 500
+        received, reading, status = 0, True, 500
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def bounded() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, reading
+            try:
+                async with asyncio.timeout_at(deadline if reading else None):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request took too long to arrive") from None
+            size = len(message.get("body", b""))
+            received, self.held = received + size, self.held + size
+            reading = message.get("more_body", False)
             if received > self.body_bytes:
-                raise BodyTooLarge
+                raise HTTPException(413, "the request is too large")
+            if self.held > BODIES * self.body_bytes:
+                raise HTTPException(429, "the server is busy: try again later")
             return message
 
         async def counted(message: Any) -> None:
@@ -608,17 +673,14 @@ class Guard:
             await send(message)
 
         self.running += 1
-        length = dict(scope["headers"]).get(b"content-length", b"0")
         try:
-            if length.isdigit() and int(length) > self.body_bytes:
-                await refusal(Refused(413, "too_large", "the request is too large"))(scope, receive, counted)
-            elif self.running > self.max_requests and scope["method"] == "POST":
-                full = Refused(429, "too_many_requests", "the server is busy: try again later")
-                await refusal(full)(scope, receive, counted)
-            else:
-                await self.app(scope, bounded, counted)
+            self.check(Request(scope))
+            await self.app(scope, bounded, counted)
+        except Refused as error:
+            await refusal(error)(scope, receive, counted)
         finally:
             self.running -= 1
+            self.held -= received
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()

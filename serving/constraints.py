@@ -58,7 +58,11 @@ class Grammars:
         from llguidance import LLMatcher
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 
-        matcher = LLMatcher(guide, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, "invalid_schema", f"the JSON schema is not accepted: {error}") from None
+        matcher = LLMatcher(guide, grammar)
         if matcher.is_error():
             raise Refused(400, "invalid_schema", f"the JSON schema is not accepted: {matcher.get_error()}")
         bitmask, consumed = allocate_token_bitmask(1, guide.vocab_size), 0

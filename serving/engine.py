@@ -133,7 +133,11 @@ class Text:
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        piece = self.stream.step(self.tokenizer.backend, token) or ""
+        try:
+            piece = self.stream.step(self.tokenizer.backend, token) or ""
+        except Exception:  # bytes that are no text, of a tokenizer with byte fallback
+            self.stream, piece = DecodeStream(skip_special_tokens=True), "\ufffd"
+            piece += self.stream.step(self.tokenizer.backend, token) or ""
         start = max(0, len(self.text) - max(map(len, self.stops), default=0))
         self.text += piece
         self._cut(start)
@@ -330,6 +334,7 @@ class Engine:
                 if kvs[i] is None:
                     raise Refused(404, "image_not_found", "the image is no longer stored: send it again")
                 pending.cached_tokens += tokens
+                self.metrics.images.labels("reused").inc()
         blocks = {i: b for i, b in enumerate(request.blocks) if isinstance(b, ImageBlock)}
         if blocks:
             new, computed = encode_blocks(self.model, list(blocks.values()), store)
@@ -337,7 +342,7 @@ class Engine:
                 kvs[i] = kv
                 pending.computed |= was_computed
                 pending.cached_tokens += 0 if was_computed else len(block.ids)
-        self.metrics.images.labels("computed" if pending.computed else "reused").inc(len(kvs))
+                self.metrics.images.labels("computed" if was_computed else "reused").inc()
         starts = self._block_starts(request.prompt)
         pending.kvs = [(kv, start) for kv, start in zip(kvs, starts, strict=True) if kv is not None]
         return pending.computed
@@ -427,7 +432,7 @@ class Engine:
             del self.answers[row]
             request.emit(Refused(500, "not_finite", "the model's states are not finite"))
             return True
-        used = 0  # tokens of the step that belong to the answer
+        before = len(text.tokens)
         for token in step.tokens:
             if token == self.turn_end:
                 reason = "stop"
@@ -437,7 +442,9 @@ class Engine:
             if text.stopped or len(text.tokens) == request.settings.max_new_tokens:
                 reason = "stop" if text.stopped else "length"
                 break
-        step = step._replace(tokens=step.tokens[:used])
+        if reason:  # tokens after the end are no part of the answer
+            used = len(text.tokens) - before + (reason == "stop" and not text.stopped)
+            step = step._replace(tokens=step.tokens[:used], drafts=step.drafts[: used - 1])
         request.emit(Delta(text.new(over=bool(reason)), step))
         if reason:
             del self.answers[row]
@@ -462,4 +469,6 @@ class Engine:
     def _failure(self, error: Exception) -> Refused:
         self.metrics.failures.inc()
         self.metrics.report(error)
-        return Refused(500, "engine_error", f"the engine failed: {type(error).__name__}: {error}")
+        return Refused(
+            500, "engine_error", f"the engine failed ({type(error).__name__}): see the server's log"
+        )

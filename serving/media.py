@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -23,8 +24,10 @@ from serving.engine import Refused, StoredImage
 from utils.errors import UserError
 
 HANDLE = re.compile(r"img-([0-9a-f]{32})-([0-9]{1,3})x([0-9]{1,3})-([0-9a-f]{32})", re.ASCII)
-# IPv6 addresses that stand for IPv4 ones: mapped, NAT64, 6to4, Teredo.
-TUNNELS = [ipaddress.ip_network(n) for n in ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16", "2001::/32")]
+FORMATS = SIGNATURES[:4]  # others may run programs (EPS), name files (SVG), or hide their size (TIFF)
+SCANS = 50  # of a JPEG: each takes the time of a whole image, however short it is
+UNICAST = ipaddress.ip_network("2000::/3")  # all public addresses of IPv6
+TUNNELS = [ipaddress.ip_network(n) for n in ("2002::/16", "2001::/32")]  # of IPv4 in it: 6to4, Teredo
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -70,20 +73,14 @@ def _seal(name: str, api_key: str) -> str:
 # Images.
 
 
-def load_image(
-    predictor: Predictor, part: dict[str, Any], limits: Limits, api_key: str
-) -> Tiles | StoredImage:
-    """The image of a content part. `Refused` says what is wrong with it; a file's path is never opened."""
-    if "id" in part:
-        return stored_image(part["id"], api_key)
-    if isinstance(part.get("base64"), str):
-        part = {"url": f"data:;base64,{part['base64']}"}
-    return tiles_of(predictor, image_bytes(part, limits), limits)[0]
-
-
 def image_bytes(part: Any, limits: Limits) -> bytes:
-    """The bytes at a part's "url": a data URL, or an address on the web. Errors: `Refused`."""
+    """The bytes at a part's "url", a data URL or an address on the web, or in its "base64".
+
+    `Refused` says what is wrong with it; a file's path is never opened.
+    """
     url = part.get("url") if isinstance(part, dict) else None
+    if url is None and isinstance(part, dict) and isinstance(part.get("base64"), str):
+        url = f"data:;base64,{part['base64']}"
     if not isinstance(url, str):
         raise refuse("an image needs an 'image_url' (a data URL or an address), or the 'id' of a stored one")
     if not url.startswith("data:"):
@@ -101,8 +98,10 @@ def tiles_of(predictor: Predictor, data: bytes, limits: Limits) -> tuple[Tiles, 
     """Decode an image's bytes; also its width and height. Errors: `Refused`."""
     if len(data) > limits.image_bytes:
         raise refuse(f"an image has more than {limits.image_bytes:,} bytes", status=413)
-    if b"<svg" in data[:2000] and not data.startswith(SIGNATURES):
-        raise refuse("SVG is not accepted: send a PNG, JPEG, WebP or GIF")  # it may name files of the server
+    if not data.startswith(FORMATS):
+        raise refuse("an image is not a PNG, JPEG, WebP or GIF")
+    if data.startswith(FORMATS[0]) and data.count(b"\xff\xda") > SCANS:
+        raise refuse(f"a JPEG has more than {SCANS} scans")
     try:
         width, height = image_size(data)
         if width * height > limits.pixels:
@@ -128,7 +127,10 @@ def fetch(url: str, limits: Limits) -> bytes:
             return data
         if status not in REDIRECTS or not location:
             raise refuse("the image's address gives no image")
-        url = urljoin(url, location)
+        try:
+            url = urljoin(url, location)
+        except ValueError:
+            raise refuse("the image's address redirects to a malformed one") from None
     raise refuse("the image's address redirects too often")
 
 
@@ -155,8 +157,8 @@ def _public_address(host: str, port: int) -> str:
     addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     for address in addresses:
         ip = ipaddress.ip_address(address.partition("%")[0])
-        tunnel = ip.version == 6 and any(ip in network for network in TUNNELS)
-        if not ip.is_global or ip.is_multicast or tunnel:
+        odd = ip.version == 6 and (ip not in UNICAST or any(ip in network for network in TUNNELS))
+        if not ip.is_global or ip.is_multicast or odd:
             raise refuse("images of this host are not fetched: send a data URL", "host_not_allowed")
     return min(addresses)
 
@@ -168,11 +170,13 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
     remaining = max(0.1, deadline - time.monotonic())
     sock = socket.create_connection((_public_address(host, port), port), timeout=remaining)
     # A server that sends a byte now and then would never time out.
-    end = threading.Timer(remaining, lambda: sock.shutdown(socket.SHUT_RDWR))
+    end = threading.Timer(remaining, lambda: _shut(sock))
     end.start()
     try:
         if secure:
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock.do_handshake()
         connection = http.client.HTTPConnection(host, port)
         connection.sock = sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -183,9 +187,14 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
         data = response.read(limits.image_bytes + 1)
         if len(data) > limits.image_bytes:
             raise refuse(f"an image has more than {limits.image_bytes:,} bytes", status=413)
-        if not end.is_alive():
-            raise OSError("timed out")
+        if response.length or not end.is_alive():
+            raise OSError("cut off")
         return 200, "", data
     finally:
         end.cancel()
         sock.close()
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)

@@ -29,6 +29,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
 }
 
+# Each token is compared with all beginnings of a stop string.
+Stop = Annotated[str, Field(max_length=256)]
+
 
 class Sampling(BaseModel):
     """What chat and plain completions have in common."""
@@ -38,20 +41,20 @@ class Sampling(BaseModel):
     model: str | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
-    max_tokens: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None  # −1: as many as fit
+    max_tokens: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None  # −1: no limit
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = None  # −1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
     response_format: dict[str, Any] | None = None
 
     @property
     def answer_limit(self) -> int | None:
-        """Tokens of the answer; None: as many as fit."""
+        """Tokens of the answer; None: the server's default."""
         return None if self.max_tokens in (None, -1) else self.max_tokens
 
     @property

@@ -1,8 +1,11 @@
 """From flags to a running server."""
 
 import argparse
+import signal
+import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -15,6 +18,10 @@ from serving.media import Limits
 from serving.metrics import Metrics
 from utils.device import describe_device
 from utils.errors import UserError
+
+# Longer than clients and proxies keep a connection (5 and 60 s): one that the server closes first may just
+# have got a request.
+KEEP_ALIVE_SECONDS = 75
 
 
 def make_engine(args: argparse.Namespace, config: Path | None) -> Engine:
@@ -39,13 +46,13 @@ def make_settings(args: argparse.Namespace) -> Settings:
     name = args.name or (path.parent.name if path.name == "model" else args.checkpoint)
     domains = tuple(d.strip().lower() for d in args.allowed_media_domains.split(",") if d.strip())
     limits = Limits(domains, int(args.max_image_mb * 2**20), args.max_pixels, args.max_images)
-    body_bytes = int(4 / 3 * limits.image_bytes * limits.images) + (1 << 20)
-    return Settings(name, tuple(args.api_key), limits, body_bytes, args.max_tokens)
+    return Settings(name, tuple(args.api_key), limits, int(args.max_body_mb * 2**20), args.max_tokens)
 
 
 def report(error: Exception) -> None:
     """Write an error of the engine to stderr, for the operator."""
-    traceback.print_exception(error, file=sys.stderr)
+    with suppress(OSError):  # stderr may be closed
+        traceback.print_exception(error, file=sys.stderr)
 
 
 def serve(args: argparse.Namespace, config: Path | None) -> None:
@@ -59,11 +66,14 @@ def serve(args: argparse.Namespace, config: Path | None) -> None:
     )
     app = create_app(engine, settings)
     server = uvicorn.Server(
-        uvicorn.Config(app, args.host, args.port, log_level="warning", server_header=False)
+        uvicorn.Config(app, log_level="warning", server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS)
     )
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
-        sock = server.config.bind_socket()
-    except SystemExit:
-        raise UserError(f"--port {args.port} at {args.host} cannot be used: take another port") from None
-    print(f"open http://{args.host}:{args.port} · endpoints under /v1 · Ctrl-C stops", flush=True)
+        sock = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise UserError(f"--port {args.port} at {args.host} cannot be used: {error.strerror}") from None
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"open http://{host}:{args.port} · endpoints under /v1 · Ctrl-C stops", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again at its end
     server.run(sockets=[sock])
