@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.about import about
-from configs.cli import resolve
+from configs.cli import FlagParser, resolve
 from configs.serialization import to_dict
 from configs.train import Config
 from utils.errors import UsageError, UserError, nearest, run_script
@@ -39,6 +39,7 @@ UNITS = {"tokens": "same tokens", "flops": "same FLOPs"}
 FORMATS = {  # of figures that are no shares
     "parameters, M": ".2f",
     "loss": ".3f",
+    "cider": ".3f",
     "tokens, M": ".2f",
     "TFLOPs": ".1f",
     "tokens/s": ",.0f",
@@ -144,16 +145,18 @@ def result_of(run: StudyRun) -> Result:
             raise UserError(f"{run.json} is of other flags: choose another --output, or delete it")
         return result
     config, _ = resolve(run.flags, "")
-    script = "train_vanilla.py" if config.model.left_context == "none" else "train_dual_tower.py"
     cache = run.folder.with_suffix(".cache")  # its own: features of an earlier run would cost no FLOPs
-    paths = ["--output_dir", str(run.folder), "--cache_dir", str(cache), "--resume", "auto"]
-    print(f"{run.title}: {script} {shlex.join(run.flags)}", file=sys.stderr, flush=True)
-    ended = subprocess.run([sys.executable, str(ROOT / script), *run.flags, *paths], stdout=sys.stderr)
-    if ended.returncode or not (run.folder / "model").is_dir():  # a stopped run has only checkpoints
+    model = run.folder / "model"  # a stopped run has only checkpoints
+    if not model.is_dir():
+        script = "train_vanilla.py" if config.model.left_context == "none" else "train_dual_tower.py"
+        paths = ["--output_dir", str(run.folder), "--cache_dir", str(cache), "--resume", "auto"]
+        print(f"{run.title}: {script} {shlex.join(run.flags)}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, str(ROOT / script), *run.flags, *paths], stdout=sys.stderr)
+    if not model.is_dir():
         raise UserError(f"{run.title}: the run did not end; the same command goes on with it")
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     result = about() | {"config": run.config, "seed": run.seed, "flags": run.flags}
-    result |= measure(lines) | answers(run.folder / "model", config) | {"settings": to_dict(config)}
+    result |= measure(lines) | answers(model, config) | {"settings": to_dict(config)}
     write_text(run.json, json.dumps(result, indent=1) + "\n")
     for path in (cache, run.folder / "checkpoints"):
         shutil.rmtree(path, ignore_errors=True)
@@ -171,17 +174,12 @@ def measure(lines: list[dict[str, Any]]) -> Result:
             spent["flops"] += line["tflops_per_s"] * 1e12 * seconds
             curve.append([line["step"], line["loss"]])
         elif "validation_loss" in line:
-            by_source = {
-                name.removeprefix("validation_accuracy_"): value
+            scores = {
+                name.removeprefix("validation_"): value
                 for name, value in line.items()
-                if name.startswith("validation_accuracy_")
+                if name.startswith(("validation_loss", "validation_accuracy", "validation_cider"))
             }
-            validations.append(
-                {"step": line["step"]}
-                | spent
-                | {"loss": line["validation_loss"], "accuracy": line["validation_accuracy"]}
-                | {"by_source": by_source}
-            )
+            validations.append({"step": line["step"]} | spent | scores)
     steps = [line for line in lines if "supervised_tokens" in line]
     return spent | {
         "tokens_per_s": median(line["tokens_per_s"] for line in steps),
@@ -228,12 +226,12 @@ def summarize(results: list[Result]) -> dict[str, dict[str, list[float]]]:
     summary: dict[str, dict[str, list[float]]] = {}
     for result in results:
         last = result["validations"][-1]
-        figures = {"parameters, M": result["parameters"] / 1e6, "loss": last["loss"]}
-        figures |= {"accuracy": last["accuracy"]}
+        figures = {"parameters, M": result["parameters"] / 1e6}
+        figures |= {name: last[name] for name in ("loss", "accuracy", "cider") if name in last}
         figures |= {title: accuracy_at(result, unit, budgets[unit]) for unit, title in UNITS.items()}
         figures |= {"tokens, M": result["tokens"] / 1e6, "TFLOPs": result["flops"] / 1e12}
         figures |= {"tokens/s": result["tokens_per_s"], "memory, GB": result["memory_gb"]}
-        figures |= last["by_source"]
+        figures |= {name: last[name] for name in last if name.startswith("accuracy_")}
         for name, value in figures.items():
             summary.setdefault(result["config"], {}).setdefault(name, []).append(value)
     return summary
@@ -277,15 +275,15 @@ def draw(results: list[Result], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("--seeds", type=int, nargs="+", help="[0 1 2; with --smallest 0 1]")
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations [all]")
     parser.add_argument("--smallest", action="store_true", help="few steps, for two CPU cores")
     parser.add_argument("--output", type=Path, help="folder [runs/studies/NAME, or NAME_smallest]")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.study not in STUDIES:
         raise UsageError(f"no study '{args.study}'{nearest(args.study, list(STUDIES))}")
     study = STUDIES[args.study]

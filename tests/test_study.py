@@ -56,7 +56,7 @@ def test_a_run_is_measured_from_its_log():
     assert measured["curve"] == [[1, 1.0], [2, 0.5], [4, 0.25]]  # a skipped step has no loss
     first, last = measured["validations"]
     assert (first["step"], first["tokens"], first["flops"]) == (2, pytest.approx(160), pytest.approx(3e9))
-    assert last["accuracy"] == 0.75 and last["by_source"] == {"easy_vqa": 1.0, "count": 0.375}
+    assert last["accuracy"] == 0.75 and last["accuracy_easy_vqa"] == 1.0 and last["accuracy_count"] == 0.375
 
 
 def test_runs_are_compared_where_they_have_spent_the_same():
@@ -76,7 +76,7 @@ def test_the_table_has_mean_and_spread():
     assert "| accuracy | 70.0 % (60.0 to 80.0) | 70.0 % (50.0 to 90.0) |" in lines
     assert "| same tokens | 70.0 % (60.0 to 80.0) | 25.0 % (20.0 to 30.0) |" in lines
     assert "| same FLOPs | 70.0 % (60.0 to 80.0) | 40.0 % (30.0 to 50.0) |" in lines
-    assert "| count | 35.0 % (30.0 to 40.0) | 35.0 % (25.0 to 45.0) |" in lines
+    assert "| accuracy_count | 35.0 % (30.0 to 40.0) | 35.0 % (25.0 to 45.0) |" in lines
     assert "| loss | 2.000 | 2.000 |" in lines and "| parameters, M | 2.00 | 2.00 |" in lines
     assert lines[-3].startswith("| memory, GB | 0.30 |")
 
