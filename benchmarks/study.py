@@ -8,9 +8,9 @@ Runs are processes of the training scripts, one after another. The same command 
 study: a run that ended is read from its JSON, and one that did not is resumed.
 
 The learning rate stays constant and a moving average of the weights is validated. So a validation in mid-run
-does not depend on the length of the run, and runs are compared where they have spent the same: columns
-"same tokens" and "same FLOPs" have the accuracy where a run had spent what the cheapest run spent in all,
-interpolated between two validations.
+does not depend on the length of the run, and runs are compared where they have spent the same: "same tokens",
+"same supervised tokens" and "same TFLOPs" are the accuracy where a run had spent what the cheapest run spent
+in all, interpolated between two validations.
 """
 
 import argparse
@@ -35,12 +35,17 @@ from utils.errors import UsageError, UserError, nearest, run_script
 from utils.files import read_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = {"tokens": "same tokens", "flops": "same FLOPs"}
+UNITS = {  # what a run spends → its figure in the table, and by what it is divided there
+    "tokens": ("tokens, M", 1e6),
+    "supervised": ("supervised tokens, M", 1e6),
+    "flops": ("TFLOPs", 1e12),
+}
 FORMATS = {  # of figures that are no shares
     "parameters, M": ".2f",
     "loss": ".3f",
     "cider": ".3f",
     "tokens, M": ".2f",
+    "supervised tokens, M": ".3f",
     "TFLOPs": ".1f",
     "tokens/s": ",.0f",
     "memory, GB": ".2f",
@@ -171,6 +176,7 @@ def measure(lines: list[dict[str, Any]]) -> Result:
         if "supervised_tokens" in line:
             seconds = line["supervised_tokens"] / line["supervised_tokens_per_s"]  # of the step
             spent["tokens"] += line["tokens_per_s"] * seconds
+            spent["supervised"] += line["supervised_tokens"]
             spent["flops"] += line["tflops_per_s"] * 1e12 * seconds
             curve.append([line["step"], line["loss"]])
         elif "validation_loss" in line:
@@ -228,8 +234,9 @@ def summarize(results: list[Result]) -> dict[str, dict[str, list[float]]]:
         last = result["validations"][-1]
         figures = {"parameters, M": result["parameters"] / 1e6}
         figures |= {name: last[name] for name in ("loss", "accuracy", "cider") if name in last}
-        figures |= {title: accuracy_at(result, unit, budgets[unit]) for unit, title in UNITS.items()}
-        figures |= {"tokens, M": result["tokens"] / 1e6, "TFLOPs": result["flops"] / 1e12}
+        for unit, (title, _) in UNITS.items():
+            figures[f"same {title.split(',')[0]}"] = accuracy_at(result, unit, budgets[unit])
+        figures |= {title: result[unit] / scale for unit, (title, scale) in UNITS.items()}
         figures |= {"tokens/s": result["tokens_per_s"], "memory, GB": result["memory_gb"]}
         figures |= {name: last[name] for name in last if name.startswith("accuracy_")}
         for name, value in figures.items():
@@ -259,18 +266,21 @@ def draw(results: list[Result], path: Path) -> None:
     """Validation accuracy by tokens and by FLOPs: mean, minimum and maximum of the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
     panels = figure.subplots(1, len(UNITS), sharey=True)
-    for axes, (unit, title) in zip(panels, UNITS.items(), strict=True):
+    for axes, (unit, (title, scale)) in zip(panels, UNITS.items(), strict=True):
         for name in dict.fromkeys(result["config"] for result in results):
             runs = [result for result in results if result["config"] == name]
             first = max(run["validations"][0][unit] for run in runs)
             x = np.linspace(first, min(run[unit] for run in runs), 100)
             curves = np.array([[accuracy_at(run, unit, budget) for budget in x] for run in runs])
-            (line,) = axes.plot(x, curves.mean(0), label=name)
-            axes.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, lw=0)
-        axes.set(xlabel=f"training {title.removeprefix('same ')}", ylabel="validation accuracy")
-        axes.legend()
+            (line,) = axes.plot(x / scale, curves.mean(0), label=name)
+            axes.fill_between(
+                x / scale, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, lw=0
+            )
+        axes.set(xlabel=title)
+    panels[0].set(ylabel="validation accuracy")
+    panels[0].legend()
     figure.savefig(path, dpi=110)
 
 

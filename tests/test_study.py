@@ -63,10 +63,11 @@ def test_runs_are_compared_where_they_have_spent_the_same():
     """The cheapest run spends 300 tokens and 6 GFLOPs: `large` has done 1.5 and 2 of its 3 steps then."""
     summary = summarize(RESULTS)
     assert summary["small"]["accuracy"] == summary["small"]["same tokens"] == [0.6, 0.8]
-    assert summary["small"]["same FLOPs"] == pytest.approx([0.6, 0.8])
+    assert summary["small"]["same TFLOPs"] == pytest.approx([0.6, 0.8])
     assert summary["large"]["accuracy"] == [0.9, 0.5]
     assert summary["large"]["same tokens"] == pytest.approx([0.3, 0.2])
-    assert summary["large"]["same FLOPs"] == pytest.approx([0.5, 0.3])
+    assert summary["large"]["same TFLOPs"] == pytest.approx([0.5, 0.3])
+    assert summary["large"]["same supervised tokens"] == summary["large"]["accuracy"]  # as many a step
     assert accuracy_at(RESULTS[2], "tokens", 500) == pytest.approx(0.7)
 
 
@@ -75,7 +76,7 @@ def test_the_table_has_mean_and_spread():
     assert lines[0] == "| | small, 2 seeds | large, 2 seeds |"
     assert "| accuracy | 70.0 % (60.0 to 80.0) | 70.0 % (50.0 to 90.0) |" in lines
     assert "| same tokens | 70.0 % (60.0 to 80.0) | 25.0 % (20.0 to 30.0) |" in lines
-    assert "| same FLOPs | 70.0 % (60.0 to 80.0) | 40.0 % (30.0 to 50.0) |" in lines
+    assert "| same TFLOPs | 70.0 % (60.0 to 80.0) | 40.0 % (30.0 to 50.0) |" in lines
     assert "| accuracy_count | 35.0 % (30.0 to 40.0) | 35.0 % (25.0 to 45.0) |" in lines
     assert "| loss | 2.000 | 2.000 |" in lines and "| parameters, M | 2.00 | 2.00 |" in lines
     assert lines[-3].startswith("| memory, GB | 0.30 |")
