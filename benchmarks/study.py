@@ -62,13 +62,13 @@ class Study:
 
 
 # The cache of features is on, not auto: FLOPs must not depend on a measurement of time.
-FROM_NOTHING = """--max_steps 4000 --train.eval_every 200 --train.final_lr 1 --train.ema 0.99
+COMMON = """--max_steps 4000 --train.eval_every 200 --train.final_lr 1 --train.ema 0.99
     --train.feature_cache on --train.checkpoint_every 500"""
-SMOLLM2 = f"--config dual_tower_smollm2 {FROM_NOTHING} --max_steps 400 --train.eval_every 50"
+SMOLLM2 = f"--config dual_tower_smollm2 {COMMON} --max_steps 400 --train.eval_every 50"
 STUDIES = {
     "towers": Study(
         "Does a dual tower of about 2 M parameters learn as well as a vanilla model of the same size?",
-        f"{FROM_NOTHING} --data.sources easy_vqa,synthetic:350",
+        f"{COMMON} --data.sources easy_vqa,synthetic:350",
         {
             "dual tower": "--config dual_tower_easyvqa",
             "vanilla": "--config vanilla_easyvqa --model.right.layers 5",
@@ -78,12 +78,12 @@ STUDIES = {
     ),
     "bridge": Study(
         "Do learned factors on the image KV help?",
-        f"{FROM_NOTHING} --data.sources easy_vqa,synthetic:350",
+        f"{COMMON} --data.sources easy_vqa,synthetic:350",
         {"none": "", "gate": "--model.bridge gate"},
     ),
     "depth": Study(
         "How many layers does the left tower need?",
-        f"{FROM_NOTHING} --data.sources easy_vqa,synthetic:350 --model.right.layers 4",
+        f"{COMMON} --data.sources easy_vqa,synthetic:350 --model.right.layers 4",
         {
             "100 %": "--model.left.layers 4",
             "50 %": "--model.left.layers 2",
@@ -92,7 +92,7 @@ STUDIES = {
     ),
     "isolation": Study(
         "Must images see one another, in questions that compare two of them?",
-        f"{FROM_NOTHING} --data.sources synthetic/compare",
+        f"{COMMON} --data.sources synthetic/compare",
         {"isolated": "", "together": "--model.image_isolation false"},
     ),
     "frozen": Study(
@@ -103,7 +103,7 @@ STUDIES = {
     ),
     "questions": Study(
         "What does it save that an image's questions share it in a row?",
-        FROM_NOTHING,
+        COMMON,
         {
             "many": "",
             # A row of one question, of 14 to 19 tokens, and as many questions in a step.
