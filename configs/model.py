@@ -167,6 +167,9 @@ class ModelConfig:
         "the left layer that each right layer reads, comma-separated, from 0: 0,0,1,1 for two left and four "
         "right layers (empty: the layer of its own number, or spread evenly if model.left.layers is smaller)",
     )
+    bridge: Literal["none", "gate"] = setting(
+        "none", "change of the image KV that the right tower reads: none, or learned factors (gate)"
+    )
     multi_token: MultiTokenConfig = MultiTokenConfig()
 
     @property

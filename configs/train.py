@@ -322,6 +322,11 @@ class Config:
             ("gpus", self.gpus and not self.dry_run, "dry_run is off"),
             ("eval.tasks_every", self.eval.tasks_every and not self.eval.tasks, "eval.tasks names no task"),
             ("eval.limit", self.eval.limit and not self.eval.tasks, "eval.tasks names no task"),
+            (
+                "model.bridge",
+                self.model.bridge != "none" and self.model.left_context == "none",
+                "a vanilla model has no left tower",
+            ),
             ("hub.private", self.hub.private and not self.hub.repo, "hub.repo names no repository"),
             (
                 "train.warmup_vision",

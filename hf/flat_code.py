@@ -1,7 +1,7 @@
 """The project's modules as flat files with relative imports: the form in which transformers loads code.
 
 models/layers.py becomes models_layers.py. A copy holds the definitions that `ROOTS` reach and the imports
-that these use. Outside of hf/, docstrings are cut to their first line, and lines of comment are left out.
+that these use. Lines of comment are left out, and outside of hf/ docstrings are cut to their first line.
 """
 
 import ast
@@ -82,7 +82,7 @@ class Module:
         lines = self.source.splitlines(keepends=True)
         indices = sorted({self.definitions[name] for name in needed})
         used = {name for index in indices for name in names_in(self.statements[index])}
-        shortened = {} if self.name.startswith("hf.") else without_comments(self.source)
+        shortened = without_comments(self.source, docstrings=self.name.startswith("hf."))
         docstring = (self.statements[0].lineno - 1, self.statements[0].end_lineno or 0)
         parts = [shortened.get(number, line) for number, line in enumerate(lines[slice(*docstring)], 1)] + [
             "\n"
@@ -131,10 +131,12 @@ def read_module(name: str) -> Module:
     return Module(source, name, tree.body, definitions, imported)
 
 
-def without_comments(source: str) -> dict[int, str]:
-    """Line number → what stands there when docstrings are cut to their first line and comments left out."""
+def without_comments(source: str, docstrings: bool) -> dict[int, str]:
+    """Line number → what stands there without lines of comment; docstrings are whole, or their first line."""
     lines = enumerate(source.splitlines(), 1)
     shortened = {number: "" for number, line in lines if line.lstrip().startswith("#")}
+    if docstrings:
+        return shortened
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) or not ast.get_docstring(node):
             continue

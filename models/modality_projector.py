@@ -33,6 +33,8 @@ def check_kind(config: ProjectorConfig) -> str:
 class ModalityProjector(nn.Module):
     """Pixel shuffle (arXiv 1609.05158, inverted: space to depth), an optional norm, one of `PROJECTORS`."""
 
+    blank_tile = False  # batches without images go through encoder and projector, too (`blank`)
+
     def __init__(self, config: ProjectorConfig, features: int, hidden_size: int) -> None:
         super().__init__()
         self.shuffle = config.pixel_shuffle

@@ -16,7 +16,6 @@ class VisionLanguageModel(HubModel):
     """Takes the dual tower's batches: the left stream is empty, image blocks are in the right one."""
 
     model_type = "vanilla"
-    blank_tile = False  # run the encoder for batches without images, too (`modality_projector.blank`)
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class VisionLanguageModel(HubModel):
         """Token ids (B, T) → embeddings (B, T, D), image tokens of `tiles` (N, 3, h, w) at placeholders."""
         x = self.right.embed_tokens(ids)
         placeholders = ids == self.vocabulary.image_token_id
-        if tiles is not None and not len(tiles) and self.blank_tile:
+        if tiles is not None and not len(tiles) and self.modality_projector.blank_tile:
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         if tiles is None or not len(tiles):
             if not placeholders.any():

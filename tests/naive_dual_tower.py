@@ -129,6 +129,11 @@ class Naive:
             own = self.tower(
                 "left.decoder.", self.config.left, left_x[goes_left], mask[goes_left][:, goes_left]
             )[1]
+            if (gates := self.w.get("left.bridge.gates")) is not None:
+                own = [
+                    [part * (1 + gates[layer, i, :, 0]) for i, part in enumerate(kv)]
+                    for layer, kv in enumerate(own)
+                ]
             left_kvs = [[scattered(part, goes_left) for part in kv] for kv in own]
             layer_map = self.config.layer_map.split(",") if self.config.layer_map else range(len(left_kvs))
             replaced = goes_left, [left_kvs[int(layer)] for layer in layer_map]

@@ -104,7 +104,7 @@ def wrap_model(
     """
     # Rows without an image run the encoder too, or other ranks would wait for it. A single process does so as
     # well: the optimizer sees the same gradients.
-    model.blank_tile = True
+    model.parts()["projector"].blank_tile = True
     if world.size == 1:
         return model
     if kind == "ddp":

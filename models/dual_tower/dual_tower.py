@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from configs.model import ModelConfig, Vocabulary
+from configs.model import DecoderConfig, ModelConfig, Vocabulary
 from models.dual_tower.dual_language_model import DualLanguageModel
 from models.kv_cache import ImageKV
 from models.language_model import KeyValueDecoder, Output
@@ -14,10 +14,23 @@ from models.vision_encoder import VisionEncoder
 from models.weights.hub_model import HubModel
 
 
+class Bridge(nn.Module):
+    """Factors 1 + g on image keys and values, per channel as in (IA)³ (arXiv 2205.05638); g starts at 0.
+
+    Only the right tower reads the result: the left tower's own attention is as without a bridge.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gates = nn.Parameter(torch.zeros(config.layers, 2, config.kv_heads, 1, config.head_size))
+
+    def forward(self, image_kv: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        factors = (1 + self.gates).to(image_kv[0][0].dtype)
+        return [(k * f[0], v * f[1]) for (k, v), f in zip(image_kv, factors, strict=True)]
+
+
 class LeftTower(nn.Module):
     """Vision encoder → modality projector → language decoder. Its only product is keys and values."""
-
-    blank_tile = False  # run the encoder for batches without images, too (`modality_projector.blank`)
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -31,6 +44,7 @@ class LeftTower(nn.Module):
         self.embed_tokens = nn.Embedding(vocabulary.size - self.first_id, config.left.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.decoder = KeyValueDecoder(config.left)
+        self.bridge = Bridge(config.left) if config.bridge == "gate" else None
 
     def forward(
         self,
@@ -53,10 +67,11 @@ class LeftTower(nn.Module):
         mask = left_mask(
             left_positions, left_groups, left_images, self.config.image_isolation, self.config.left_attention
         )
-        if self.blank_tile and not len(tiles):
+        if self.modality_projector.blank_tile and not len(tiles):
             x = x + blank(tiles, self.vision_encoder, self.modality_projector)
         positions = block_positions(left_groups, left_images, self.config.image_isolation)
-        return self.decoder(x, positions, mask)
+        image_kv = self.decoder(x, positions, mask)
+        return image_kv if self.bridge is None else self.bridge(image_kv)
 
 
 def block_positions(groups: Tensor, images: Tensor, isolation: bool) -> Tensor:
@@ -83,14 +98,6 @@ class DualTowerVLM(HubModel):
 
     model_type = "dual_tower"
 
-    @property
-    def blank_tile(self) -> bool:
-        return self.left.blank_tile
-
-    @blank_tile.setter
-    def blank_tile(self, on: bool) -> None:
-        self.left.blank_tile = on
-
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         config.check_join()
@@ -107,11 +114,11 @@ class DualTowerVLM(HubModel):
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts with their own learning rates; together they hold every parameter once."""
-        left_decoder = nn.ModuleList((self.left.embed_tokens, self.left.decoder))
+        left = nn.ModuleList(filter(None, (self.left.embed_tokens, self.left.decoder, self.left.bridge)))
         return {
             "vision": self.left.vision_encoder,
             "projector": self.left.modality_projector,
-            "left": left_decoder,
+            "left": left,
             "right": self.right,
         } | ({"heads": self.heads} if self.heads is not None else {})
 

@@ -178,6 +178,9 @@ def load_left_tower(
             "model's yet; use left_context = image"
         )
     first = len(tensors[table]) - vocabulary.markers
-    used, unused = take_layers(tensors, left.state_dict(), source_layers(left.config, config.left))
+    layers, own, gates = source_layers(left.config, config.left), left.state_dict(), "bridge.gates"
+    used, unused = take_layers(tensors, own, layers)
+    if gates in own:  # a source without a bridge leaves the identity
+        used[gates] = tensors[gates][layers] if gates in tensors else own[gates]
     load_tensors(left, used | {table: tensors[table][first : first + markers].clone()}, context)
     return unused
