@@ -63,7 +63,8 @@ class Study:
 
 # The cache of features is on, not auto: FLOPs must not depend on a measurement of time.
 COMMON = """--max_steps 4000 --train.eval_every 200 --train.final_lr 1 --train.ema 0.99
-    --train.feature_cache on --train.checkpoint_every 500"""
+    --train.feature_cache on --train.checkpoint_every 0
+    --train.checkpoint_minutes 5"""
 SMOLLM2 = f"--config dual_tower_smollm2 {COMMON} --max_steps 400 --train.eval_every 50"
 STUDIES = {
     "towers": Study(
