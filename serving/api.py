@@ -405,7 +405,7 @@ class Shape:
         tokens, drafts = event.step.tokens, event.step.drafts
         rejected = drafts[len(tokens) - 1 : len(tokens)]
         return {
-            "tokens": [self.tokenizer.decode([t]) for t in tokens if t != self.tokenizer.turn_end],
+            "tokens": [self.tokenizer.decode([token]) for token in tokens],  # "" for the end of the turn
             "rejected": self.tokenizer.decode(rejected) if rejected else None,
         }
 

@@ -438,7 +438,6 @@ class Engine:
                 reason = "stop"
                 break
             text.add(token)
-            used += 1
             if text.stopped or len(text.tokens) == request.settings.max_new_tokens:
                 reason = "stop" if text.stopped else "length"
                 break
