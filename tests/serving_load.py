@@ -1,4 +1,4 @@
-"""Load on a server: clients that ask, leave, and send nonsense. Whole answers are compared with `Predictor`'s.
+"""Load on a server: clients that ask, leave, and send nonsense. Whole answers are compared with known ones.
 
 python -m tests.serving_load --seconds 1800
 """
@@ -149,14 +149,14 @@ class Load:
         body = {"messages": user(text, *shown), "max_tokens": tokens, "stop": stop}
         return Question(image, body, answer.text, answer.truncated)
 
-    async def run(self, seconds: float, clients: int = 64, requests: int | None = None) -> None:
+    async def run(self, seconds: float, clients: int = 64, requests: int = 1 << 60) -> None:
         """Ask until `seconds` are over, or so many `requests` were made."""
         end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=2 * clients)
         async with httpx.AsyncClient(base_url=self.address, timeout=60, limits=limits) as http:
 
             async def client() -> None:
-                while time.monotonic() < end and self.outcomes.total() < (requests or 1 << 60):
+                while time.monotonic() < end and self.outcomes.total() < requests:
                     kind = self.draw.choices(list(KINDS), weights=list(KINDS.values()))[0]
                     try:
                         outcome = await getattr(self, kind)(http)
@@ -280,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=1 << 60, help="end after so many")
     args = parser.parse_args()
     text = [t for turn in TURNS for t in ("user\n", turn["user"], "assistant\n", turn["assistant"])]
     predictor = lively_predictor(Tokenizer.train(text * 3, 300))
@@ -288,8 +289,9 @@ def main() -> None:
     with serving(engine, Settings("tiny")) as served:
         load = Load(served.address, predictor)
         started = time.monotonic()
-        while (left := started + args.seconds - time.monotonic()) > 0:
-            asyncio.run(load.run(min(30, left), args.clients))
+        total = 0
+        while total < args.requests and (left := started + args.seconds - time.monotonic()) > 0:
+            asyncio.run(load.run(min(30, left), args.clients, args.requests))
             seconds, total = time.monotonic() - started, load.outcomes.total()
             print(f"{seconds:6.0f} s {total:8d} requests {memory_mb():8.1f} MB", flush=True)
         print("idle afterwards:", until(lambda: is_idle(engine) and not served.tasks()))

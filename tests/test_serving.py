@@ -117,6 +117,7 @@ def test_openai(service, client, text):
 def test_openai_stream(service, client):
     image, text = png(50), "what is it?"
     expected = service.expected(text, image, 40)
+    assert expected.truncated  # so that no end of turn is among the tokens
     stream = client.chat.completions.create(
         model=MODEL,
         messages=user(text, image_part(image)),

@@ -448,9 +448,7 @@ def test_slow_bodies(client, monkeypatch):
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
 
-@pytest.mark.parametrize(
-    "head", ["GARBAGE", "GET / HTTP/9.9", "POST /v1/images HTTP/1.1\r\nContent-Length: -5"]
-)
+@pytest.mark.parametrize("head", ["GARBAGE", "POST /v1/images HTTP/1.1\r\nContent-Length: -5"])
 def test_requests_that_are_not_http(client, head):
     with raw(client, head + "\r\nHost: x\r\n\r\n") as sock:
         assert b" 400 " in sock.recv(100).splitlines()[0] + b" "
