@@ -36,7 +36,8 @@ from models.image_store import ImageBlock, ImageStore, encode_rows
 from models.kernels import KERNELS, in_use
 from models.kernels.compiled_decode import compile_decoding
 from models.kernels.flex_attention import FlexLayout
-from serving.engine import Delta, Engine, Request
+from serving.engine import Engine
+from serving.requests import Delta, Request
 from training.memory import OVERHEAD, RepeatedBatch, fit_batch_size, full_batch
 from training.trainer import Trainer, batch_counts, memory
 from utils.device import compute_dtype, pick_device

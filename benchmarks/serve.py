@@ -42,8 +42,9 @@ from benchmarks.first_answer import saved_model
 from configs.model import GenerationConfig
 from eval.predictor import Predictor
 from models.generation import decode_step
-from serving.engine import Engine, Request
+from serving.engine import Engine
 from serving.metrics import Metrics
+from serving.requests import Request
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,7 @@ import hmac
 import json
 import threading
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,23 +29,17 @@ from data.render import Document
 from models.image_store import ImageBlock, block_key
 from serving.attention import attention_maps
 from serving.constraints import Constraint, Grammars
-from serving.engine import Delta, Done, Engine, Event, Refused, StoredImage, has_handles, left_blocks
-from serving.engine import Request as EngineRequest
+from serving.engine import Engine
+from serving.guard import Guard
 from serving.media import Limits, handle_of, image_bytes, stored_image, tiles_of
-from serving.metrics import Metrics
 from serving.protocol import AttentionRequest, ChatRequest, CompletionRequest, ModelCard, Sampling
+from serving.replies import Shape, refusal
+from serving.requests import Delta, Done, Event, Refused, StoredImage, has_handles, left_blocks
+from serving.requests import Request as EngineRequest
 from utils.errors import UserError
 
 PAGE = Path(__file__).with_name("page.html")
 COMPUTING = 2  # threads that decode images, compile schemas or draw maps at a time
-BODY_SECONDS = 60  # in which a body must arrive
-BODIES = 8  # largest bodies that are held at a time
-SECURITY = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "frame-ancestors 'none'",
-}
 CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -168,7 +161,7 @@ class Server:
             raise Refused(
                 400,
                 "context_length_exceeded",
-                f"the prompt has {prompt.document.length} tokens (images included): at most {max(left, 0)} are left",
+                f"the prompt has {prompt.document.length} tokens (images included): {max(left, 0)} are left",
             )
         if requested == 0:
             raise Refused(400, "invalid_request", "'max_tokens' must be at least 1")
@@ -228,7 +221,7 @@ class Server:
         return answers
 
     async def reply(
-        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, shape: "Shape"
+        self, http: Request, prompt: Prompt, body: Sampling, tokens: int, shape: Shape
     ) -> Response:
         """Answer in one piece or as a stream, in a `shape`: chat or plain completion."""
         answers = await self.submit(http, prompt, body, tokens, shape.top_logprobs)
@@ -292,163 +285,7 @@ class Answers:
             self.cancel()
 
 
-class Shape:
-    """How answers look in JSON: OpenAI's chat completions, and plain ones."""
-
-    def __init__(self, server: Server, chat: bool, choices: int, top_logprobs: int | None) -> None:
-        """`top_logprobs`: how many of the likeliest tokens to report; None: no logprobs at all."""
-        self.chat, self.choices, self.top_logprobs = chat, choices, top_logprobs
-        self.logprobs = top_logprobs is not None
-        self.tokenizer = server.predictor.renderer.tokenizer
-        self.head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": server.settings.name,
-        }
-        self.started, self.ttft_ms = time.perf_counter(), 0.0
-        self.prompt_tokens = self.completion_tokens = self.cached_tokens = self.decode_steps = 0
-        self.image_kv = "none"
-
-    def record(self, index: int, event: Event) -> None:
-        """Count what the last line reports. Of several answers, the first alone may have encoded the images."""
-        if not self.ttft_ms:
-            self.ttft_ms = round(1e3 * (time.perf_counter() - self.started), 2)
-        if isinstance(event, Done):
-            self.completion_tokens += event.tokens
-            self.decode_steps += event.decode_steps
-            if index == 0:
-                self.cached_tokens, self.image_kv = event.cached_tokens, event.image_kv
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-    @property
-    def extension(self) -> dict[str, Any]:
-        return {"image_kv": self.image_kv, "decode_steps": self.decode_steps, "ttft_ms": self.ttft_ms}
-
-    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> dict[str, Any]:
-        texts, reasons = [""] * self.choices, [""] * self.choices
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in range(self.choices)]
-        async for index, event in events:
-            if isinstance(event, Refused):
-                raise event
-            self.record(index, event)
-            if isinstance(event, Delta):
-                texts[index] += event.text
-                logprobs[index] += self.token_logprobs(event)
-            else:
-                reasons[index] = event.reason
-        if not all(reasons):
-            raise Refused(499, "gone", "the client has gone")
-        choices = [
-            self.choice(i, texts[i], reasons[i], logprobs[i] if self.logprobs else None)
-            for i in range(self.choices)
-        ]
-        return {**self.head, "choices": choices, "usage": self.usage, "dualtower": self.extension}
-
-    def choice(
-        self, index: int, text: str, reason: str, logprobs: list[dict[str, Any]] | None
-    ) -> dict[str, Any]:
-        if self.chat:
-            content = {"message": {"role": "assistant", "content": text}}
-            shown: Any = {"content": logprobs} if logprobs is not None else None
-        else:
-            content, shown = {"text": text}, self.plain_logprobs(logprobs)  # type: ignore[dict-item]
-        return {"index": index, **content, "logprobs": shown, "finish_reason": reason}
-
-    async def stream(self, events: AsyncIterator[tuple[int, Event]], with_usage: bool) -> AsyncIterator[str]:
-        if self.chat:
-            for index in range(self.choices):
-                yield self.line(index, {"role": "assistant", "content": ""}, None)
-        async for index, event in events:
-            self.record(index, event)
-            if isinstance(event, Refused):
-                yield f"data: {json.dumps(error_body(event))}\n\n"
-                return
-            if isinstance(event, Delta):
-                logprobs = self.token_logprobs(event) if self.logprobs else None
-                yield self.line(index, {"content": event.text}, None, logprobs, dualtower=self.drafts(event))
-            else:
-                yield self.line(index, {}, event.reason)
-        if with_usage:
-            head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
-            last: dict[str, Any] = {**head, "choices": [], "usage": self.usage, "dualtower": self.extension}
-            yield f"data: {json.dumps(last)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    def line(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        reason: str | None,
-        logprobs: list[dict[str, Any]] | None = None,
-        **more: Any,
-    ) -> str:
-        if self.chat:
-            content: dict[str, Any] = {"delta": delta}
-            shown: Any = {"content": logprobs} if logprobs is not None else None
-        else:
-            content, shown = {"text": delta.get("content", "")}, self.plain_logprobs(logprobs)
-        head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
-        choice = {"index": index, **content, "logprobs": shown, "finish_reason": reason}
-        return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
-
-    def drafts(self, event: Delta) -> dict[str, Any]:
-        """The tokens of a decode step; all but the last were drafts, and one more may have been rejected."""
-        tokens, drafts = event.step.tokens, event.step.drafts
-        rejected = drafts[len(tokens) - 1 : len(tokens)]
-        return {
-            "tokens": [self.tokenizer.decode([token]) for token in tokens],  # "" for the end of the turn
-            "rejected": self.tokenizer.decode(rejected) if rejected else None,
-        }
-
-    def token_logprobs(self, event: Delta) -> list[dict[str, Any]]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token])
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-        out = []
-        for token, likeliest in zip(event.step.tokens, event.step.logprobs, strict=False):
-            if token == self.tokenizer.turn_end:
-                break
-            ranked = sorted(likeliest.items(), key=lambda pair: -pair[1])[: self.top_logprobs]
-            top = [entry(*pair) for pair in ranked]
-            out.append({**entry(token, likeliest[token]), "top_logprobs": top})
-        return out
-
-    def plain_logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        """The form of plain completions."""
-        if entries is None:
-            return None
-        return {
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [
-                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
-            ],
-        }
-
-
 # The application.
-
-
-def error_body(error: Refused) -> dict[str, Any]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
-
-
-def refusal(error: Refused) -> JSONResponse:
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), error.status, headers)
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -488,8 +325,10 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
-        where = f"'{field}': {first['msg']}" if field else "the body must be a JSON object (application/json)"
-        return refusal(Refused(400, "invalid_request", where))
+        message = (
+            f"'{field}': {first['msg']}" if field else "the body must be a JSON object (application/json)"
+        )
+        return refusal(Refused(400, "invalid_request", message))
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
@@ -502,6 +341,8 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_answers(app: FastAPI, server: Server) -> None:
+    tokenizer, name = server.predictor.renderer.tokenizer, server.settings.name
+
     def check(body: Sampling) -> None:
         body.refuse_unsupported()
         if body.model not in (None, "", server.settings.name):
@@ -513,14 +354,16 @@ def _add_answers(app: FastAPI, server: Server) -> None:
         prompt = await server.prepare(server.chat_prompt, body.messages, key)
         tokens = server.answer_tokens(prompt, body.answer_limit)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await server.reply(http, prompt, body, tokens, Shape(server, True, body.n or 1, top))
+        return await server.reply(http, prompt, body, tokens, Shape(tokenizer, name, True, body.n or 1, top))
 
     @app.post("/v1/completions")
-    async def complete(http: Request, body: CompletionRequest, key: str = Depends(server.key_of)) -> Response:
+    async def completion(
+        http: Request, body: CompletionRequest, key: str = Depends(server.key_of)
+    ) -> Response:
         check(body)
         prompt = await server.prepare(server.text_prompt, body.prompt)
         tokens = server.answer_tokens(prompt, body.answer_limit)
-        shape = Shape(server, False, body.n or 1, body.logprobs)
+        shape = Shape(tokenizer, name, False, body.n or 1, body.logprobs)
         return await server.reply(http, prompt, body, tokens, shape)
 
 
@@ -608,79 +451,3 @@ def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
-
-
-class Guard:
-    """ASGI middleware: bounds requests and bodies, adds security headers, counts by route and status.
-
-    A request without a valid key is refused before its body is read.
-    """
-
-    def __init__(
-        self,
-        app: Any,
-        key_of: Callable[[Request], str],
-        body_bytes: int,
-        max_requests: int,
-        metrics: Metrics,
-    ) -> None:
-        self.app, self.key_of, self.metrics = app, key_of, metrics
-        self.body_bytes, self.max_requests = body_bytes, max_requests
-        self.running = 0  # requests
-        self.held = 0  # bytes of their bodies
-
-    def check(self, request: Request) -> None:
-        """`Refused` for a request whose body need not be read."""
-        if request.scope["path"].startswith("/v1/"):  # `request.url` is made of the Host header, too
-            self.key_of(request)
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self.body_bytes:
-            raise Refused(413, "too_large", "the request is too large")
-        if self.running > self.max_requests and request.method == "POST":
-            raise Refused(429, "too_many_requests", "the server is busy: try again later")
-
-    async def __call__(
-        self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        received, reading, status = 0, True, 500
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
-
-        async def bounded() -> Any:
-            nonlocal received, reading
-            try:
-                async with asyncio.timeout_at(deadline if reading else None):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the request took too long to arrive") from None
-            size = len(message.get("body", b""))
-            received, self.held = received + size, self.held + size
-            reading = message.get("more_body", False)
-            if received > self.body_bytes:
-                raise HTTPException(413, "the request is too large")
-            if self.held > BODIES * self.body_bytes:
-                raise HTTPException(429, "the server is busy: try again later")
-            return message
-
-        async def counted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                secure = [(k.lower().encode(), v.encode()) for k, v in SECURITY.items()]
-                message = {**message, "headers": [*message["headers"], *secure]}
-            await send(message)
-
-        self.running += 1
-        try:
-            self.check(Request(scope))
-            await self.app(scope, bounded, counted)
-        except Refused as error:
-            await refusal(error)(scope, receive, counted)
-        finally:
-            self.running -= 1
-            self.held -= received
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            self.metrics.requests.labels(path, str(status)).inc()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from serving.engine import Refused
+from serving.requests import Refused
 
 # Spaces and line ends that a schema allows anywhere tempt a small model to write nothing else.
 COMPACT: Any = {"whitespace_flexible": False}

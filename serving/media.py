@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from data.images import SIGNATURES, Tiles, data_url, image_size, open_pixels, to_tiles
 from eval.predictor import Predictor
-from serving.engine import Refused, StoredImage
+from serving.requests import Refused, StoredImage
 from utils.errors import UserError
 
 HANDLE = re.compile(r"img-([0-9a-f]{32})-([0-9]{1,3})x([0-9]{1,3})-([0-9a-f]{32})", re.ASCII)

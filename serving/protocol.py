@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from configs.model import GenerationConfig
-from serving.engine import Refused
+from serving.requests import Refused
 
 # Field → values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -68,7 +68,7 @@ class Sampling(BaseModel):
                 raise Refused(400, "unsupported", f"'{name}' is not supported by this server")
 
     def settings(self, tokens: int) -> list[GenerationConfig]:
-        """One for each of the `n` answers of at most `tokens` tokens. Greedy unless a temperature is given."""
+        """One for each of the `n` answers of at most `tokens` tokens. Greedy without a temperature."""
         seed = (secrets.randbits(62) if self.seed is None else self.seed) % 2**62
         sampling = bool(self.temperature)
         return [

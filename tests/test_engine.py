@@ -15,8 +15,9 @@ from eval.predictor import Predictor
 from models.image_store import block_key
 from serving import engine as engine_module
 from serving.batch import Row
-from serving.engine import Delta, Done, Engine, Event, Refused, Request, StoredImage, left_blocks
+from serving.engine import Engine
 from serving.metrics import Metrics
+from serving.requests import Delta, Done, Event, Refused, Request, StoredImage, left_blocks
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 
 WITH_HEADS = replace(TINY_MODEL, multi_token=MultiTokenConfig(heads=3, mlp_size=32))

@@ -25,8 +25,9 @@ from eval.predictor import Predictor
 from models.weights.model_folder import save_model
 from serving.api import Settings
 from serving.batch import Batch
-from serving.engine import Engine, Text
+from serving.engine import Engine
 from serving.metrics import Metrics
+from serving.requests import Text
 from tests.conftest import TINY_MODEL, lively_model
 from tests.programs import ROOT, Program, run_program
 from tests.serving_load import Load, Served, image_part, is_idle, lively_predictor, png, serving, until, user
@@ -451,7 +452,7 @@ def test_when_the_engine_fails_all_learn_of_it_and_it_goes_on(service, monkeypat
         "prefill": "serving.engine.forward_cached",
         "encode": "serving.engine.encode_blocks",
         "join": "serving.batch.SharedCache.join",
-        "text": "serving.engine.Text.add",
+        "text": "serving.requests.Text.add",
     }
     failures = []
 

@@ -19,9 +19,10 @@ from PIL import Image
 
 from serving import media
 from serving.api import Settings
-from serving.engine import Engine, Refused
+from serving.engine import Engine
 from serving.media import Limits, fetch
 from serving.metrics import Metrics
+from serving.requests import Refused
 from tests.serving_load import image_part, lively_predictor, png, serving, user
 
 KEY = {"Authorization": "Bearer key"}
@@ -436,13 +437,13 @@ def test_huge_bodies(client):
 
 
 def test_too_many_bodies_at_a_time(client, monkeypatch):
-    monkeypatch.setattr("serving.api.BODIES", 0)
+    monkeypatch.setattr("serving.guard.BODIES", 0)
     response = client.post(CHAT, json={"messages": user("x?")})
     assert refused(response, 429)["code"] == "too_many_requests" and response.headers["retry-after"]
 
 
 def test_slow_bodies(client, monkeypatch):
-    monkeypatch.setattr("serving.api.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("serving.guard.BODY_SECONDS", 0.2)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Length: 99\r\n\r\n"
     with raw(client, head + "{") as sock:
         assert sock.recv(100).startswith(b"HTTP/1.1 408")

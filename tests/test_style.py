@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("utils", "configs", "data", "models", "hf", "eval", "training", "tools", "benchmarks")
+PACKAGES = ("utils", "configs", "data", "models", "hf", "eval", "training", "serving", "tools", "benchmarks")
 SOURCES = [*sorted(ROOT.glob("*.py")), *(p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py")))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
