@@ -14,6 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -93,8 +94,13 @@ class Server:
 
     async def prepare(self, work: Callable[..., T], *args: Any) -> T:
         """Run blocking work in a thread. Errors of the user become `Refused`."""
+
+        def on_one_core() -> T:
+            torch.set_num_threads(1)  # of this thread
+            return work(*args)
+
         try:
-            return await run_in_threadpool(work, *args)
+            return await run_in_threadpool(on_one_core)
         except UserError as error:
             raise Refused(400, "invalid_request", str(error)) from None
 

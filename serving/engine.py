@@ -76,11 +76,15 @@ class Engine:
         max_rows: int = 64,
         cache_bytes: int = 1 << 30,
         max_waiting: int = 256,
+        threads: int = 0,
     ) -> None:
-        """`metrics`: a `serving.metrics.Metrics`. Cache, rows and queue take at most the given sizes."""
+        """`metrics`: a `serving.metrics.Metrics`. Cache, rows and queue take at most the given sizes.
+
+        `threads`: of torch, in the engine's thread; 0: torch's default.
+        """
         self.predictor, self.model, self.metrics = predictor, predictor.model, metrics
         self.batch = Batch(self.model, drafts, max_rows, cache_bytes)
-        self.max_waiting = max_waiting
+        self.max_waiting, self.threads = max_waiting, threads
         self.turn_end = predictor.renderer.tokenizer.turn_end
         self.waiting: deque[Request] = deque()
         self.ready: deque[Pending] = deque()
@@ -131,6 +135,8 @@ class Engine:
     # The engine's thread.
 
     def _run(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
         while True:
             with self.changed:
                 while not (self.waiting or self.ready or self.prefill or self.batch.rows):

@@ -219,7 +219,7 @@ def test_kubernetes_and_limits_name_real_flags():
     rows = re.findall(r"^\| `(--\w+) (\d+)` \|", PAGE, re.M)
     defaults = make_parser().parse(["--checkpoint", "x"])
     assert (
-        len(rows) == 8 and [flag for flag, value in rows if getattr(defaults, flag[2:]) != float(value)] == []
+        len(rows) == 9 and [flag for flag, value in rows if getattr(defaults, flag[2:]) != float(value)] == []
     )
 
 
