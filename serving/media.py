@@ -170,7 +170,8 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
     remaining = max(0.1, deadline - time.monotonic())
     sock = socket.create_connection((_public_address(host, port), port), timeout=remaining)
     # A server that sends a byte now and then would never time out.
-    end = threading.Timer(remaining, lambda: _shut(sock))
+    expired = threading.Event()
+    end = threading.Timer(remaining, lambda: _shut(sock, expired))
     end.start()
     try:
         if secure:
@@ -187,7 +188,7 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
         data = response.read(limits.image_bytes + 1)
         if len(data) > limits.image_bytes:
             raise refuse(f"an image has more than {limits.image_bytes:,} bytes", status=413)
-        if response.length or not end.is_alive():
+        if response.length or expired.is_set():
             raise OSError("cut off")
         return 200, "", data
     finally:
@@ -195,6 +196,7 @@ def _get(parts: SplitResult, limits: Limits, deadline: float) -> tuple[int, str,
         sock.close()
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: socket.socket, expired: threading.Event) -> None:
+    expired.set()
     with suppress(OSError):  # it is closed already
         sock.shutdown(socket.SHUT_RDWR)
