@@ -55,7 +55,7 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the decode step: half a minute at the first answer, then faster on a GPU",
+        help="torch.compile the decode step, for GPUs: half a minute longer to the first answer",
     )
     parser.add_argument(
         "--sampling_defaults", metavar="FILE", help="JSON file with defaults for the flags under 'generation'"

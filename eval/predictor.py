@@ -305,7 +305,7 @@ class Predictor:
             whole = self.renderer.tokenizer.decode(tokens).rstrip("\ufffd")
             text = _until(stops, whole)
             if on_text is not None and rows == 1:
-                pending = max((_overlap(stop, text) for stop in stops), default=0) if text == whole else 0
+                pending = max((overlap(stop, text) for stop in stops), default=0) if text == whole else 0
                 split = len(text) - pending
                 on_text(text[:split], text[split:])
             return text != whole
@@ -318,7 +318,7 @@ def _until(stops: Sequence[str], text: str) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def _overlap(stop: str, text: str) -> int:
+def overlap(stop: str, text: str) -> int:
     """Count the characters at the end of `text` with which `stop` may begin."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 

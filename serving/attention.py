@@ -26,9 +26,8 @@ def attention_maps(
     right, config = predictor.model.right, predictor.model.config
     ids = torch.tensor([prompt.right_ids + answer], device=predictor.model.device)
     start = prompt.right_positions[-1] + 1
-    positions = torch.tensor([prompt.right_positions + list(range(start, start + len(answer)))]).to(
-        ids.device
-    )
+    own_positions = list(range(start, start + len(answer)))
+    positions = torch.tensor([prompt.right_positions + own_positions], device=ids.device)
     cache = new_cache(predictor.model, 1, ids.shape[1] + sum(kv.tokens for kv, _ in kvs))
     write_images(cache, [list(kvs)], config)
     cache.reserve(positions)

@@ -52,9 +52,7 @@ class Row:
     seen: Tensor | None = None  # (1, V), tokens that the repetition penalty counts
     tokens: list[int] = field(default_factory=list)
     done: bool = False
-
-    def __post_init__(self) -> None:
-        self.generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # of a sampled answer
 
     @property
     def plain(self) -> bool:
@@ -127,9 +125,8 @@ class Batch:
         self.draftable = model.heads.draftable(model.right.unembedding) if model.heads is not None else None
         D, device = model.config.right.hidden_size, model.device
         self.tokens = self.positions = torch.empty(0, dtype=torch.int64, device=device)  # (B,), the last ones
-        self.hidden = torch.empty(
-            0, D, dtype=weight.dtype, device=device
-        )  # (B, D), what they were chosen from
+        # (B, D), the states that they were chosen from
+        self.hidden = torch.empty(0, D, dtype=weight.dtype, device=device)
 
     @property
     def spare(self) -> int:

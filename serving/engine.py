@@ -240,15 +240,14 @@ class Engine:
     def _next_prefill(self) -> Prefill | None:
         """The first ready request, and those after it whose prompts fit into the same piece."""
         group: list[Pending] = []
-        tokens, capacities = 0, list[int]()
+        longest, capacities = 0, list[int]()
         while self.ready:
             request = self.ready[0].request
-            capacity, length = self.capacity(request), len(request.prompt.right_ids)
-            longest = max(tokens // max(1, len(group)), length) * (len(group) + 1)  # padded
-            if not self.batch.fits(*capacities, capacity) or (group and longest > PIECE):
+            capacity, longest = self.capacity(request), max(longest, len(request.prompt.right_ids))
+            padded = longest * (len(group) + 1)
+            if not self.batch.fits(*capacities, capacity) or (group and padded > PIECE):
                 break
             group.append(self.ready.popleft())
-            tokens = longest
             capacities.append(capacity)
         if not group:
             return None

@@ -90,12 +90,9 @@ class Shape:
     def choice(
         self, index: int, text: str, reason: str, logprobs: list[dict[str, Any]] | None
     ) -> dict[str, Any]:
-        if self.chat:
-            content = {"message": {"role": "assistant", "content": text}}
-            reported: Any = {"content": logprobs} if logprobs is not None else None
-        else:
-            content, reported = {"text": text}, self.plain_logprobs(logprobs)  # type: ignore[dict-item]
-        return {"index": index, **content, "logprobs": reported, "finish_reason": reason}
+        message = {"role": "assistant", "content": text}
+        content: dict[str, Any] = {"message": message} if self.chat else {"text": text}
+        return {"index": index, **content, "logprobs": self.shaped(logprobs), "finish_reason": reason}
 
     async def stream(self, events: AsyncIterator[tuple[int, Event]], with_usage: bool) -> AsyncIterator[str]:
         if self.chat:
@@ -112,9 +109,7 @@ class Shape:
             else:
                 yield self.line(index, {}, event.reason)
         if with_usage:
-            head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
-            last: dict[str, Any] = {**head, "choices": [], "usage": self.usage, "dualtower": self.extension}
-            yield f"data: {json.dumps(last)}\n\n"
+            yield self.chunk(choices=[], usage=self.usage, dualtower=self.extension)
         yield "data: [DONE]\n\n"
 
     def line(
@@ -125,14 +120,13 @@ class Shape:
         logprobs: list[dict[str, Any]] | None = None,
         **more: Any,
     ) -> str:
-        if self.chat:
-            content: dict[str, Any] = {"delta": delta}
-            reported: Any = {"content": logprobs} if logprobs is not None else None
-        else:
-            content, reported = {"text": delta.get("content", "")}, self.plain_logprobs(logprobs)
-        head = self.head | {"object": f"{self.head['object']}{'.chunk' * self.chat}"}
-        choice = {"index": index, **content, "logprobs": reported, "finish_reason": reason}
-        return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
+        content: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **content, "logprobs": self.shaped(logprobs), "finish_reason": reason}
+        return self.chunk(choices=[choice], **more)
+
+    def chunk(self, **fields: Any) -> str:
+        kind = f"{self.head['object']}{'.chunk' * self.chat}"
+        return f"data: {json.dumps({**self.head, 'object': kind, **fields})}\n\n"
 
     def drafts(self, event: Delta) -> dict[str, Any]:
         """The tokens of a decode step; all but the last were drafts, and one more may have been rejected."""
@@ -157,10 +151,12 @@ class Shape:
             out.append({**entry(token, likeliest[token]), "top_logprobs": top})
         return out
 
-    def plain_logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        """The form of plain completions."""
+    def shaped(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """Log-probabilities in the form of chat or plain completions."""
         if entries is None:
             return None
+        if self.chat:
+            return {"content": entries}
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.model import GenerationConfig
 from data.images import Grid, Tiles
 from data.render import Document
-from eval.predictor import Predictor
+from eval.predictor import Predictor, overlap
 from models.image_store import ImageBlock, image_blocks_of
 from models.kv_cache import ImageKV
 from serving.batch import Step
@@ -137,12 +137,7 @@ class Text:
         if over and not self.stopped:  # characters whose bytes are incomplete
             self.text = self.text + self.tokenizer.decode(self.tokens)[len(self.text) :]
             self._stop(self.sent)
-        held = 0 if over else max((_overlap(stop, self.text) for stop in self.stops), default=0)
+        held = 0 if over else max((overlap(stop, self.text) for stop in self.stops), default=0)
         end = max(self.sent, len(self.text) - held)
         new, self.sent = self.text[self.sent : end], end
         return new
-
-
-def _overlap(stop: str, text: str) -> int:
-    """Count the characters at the end of `text` with which `stop` may begin."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
