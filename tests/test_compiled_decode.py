@@ -11,8 +11,10 @@ import models.generation
 import models.kv_cache
 from configs.model import GenerationConfig, MultiTokenConfig
 from data.collators import collate_prompts
-from models.generation import DecodingBatch, Generation, Row, generate, new_cache
+from models.generation import DecodingBatch, Generation, Row, forward_cached, generate, new_cache
 from models.kernels.compiled_decode import compile_decoding
+from models.kv_cache import DecodingCache
+from models.multi_token import Drafts
 from tests.conftest import TINY_MODEL, lively_model, random_tiles
 from tests.test_dual_tower import block_starts
 from tests.test_generation import prompt_ids
@@ -110,6 +112,36 @@ def test_fixed_shapes_answer_as_growing_ones(tokenizer, renderer, monkeypatch, d
     assert actual.tokens == expected.tokens and actual.decode_steps == expected.decode_steps
     for row, logprobs in zip(expected.logprobs, actual.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(row), torch.tensor(logprobs), atol=1e-4, rtol=0)
+
+
+def test_a_row_that_is_done_takes_no_slots(tokenizer, renderer, monkeypatch):
+    """Its drafts are all accepted, while another row takes a token at a time: it must not fill its slots."""
+    monkeypatch.setattr(models.generation, "SLOTS", 1)
+    model, accept = lively_model(tokenizer, WITH_HEADS), DecodingBatch.accept
+    model.right.compiled_step = forward_cached
+
+    def uneven(
+        batch: DecodingBatch, drafts: Drafts, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return accept(batch, drafts, logits)[0], torch.tensor([logits.shape[1], 1])
+
+    monkeypatch.setattr(DecodingBatch, "accept", uneven)
+    result = generate(
+        model,
+        images=[[], []],
+        turn_end=-1,
+        settings=GenerationConfig(max_new_tokens=24, speculative="on", draft_tokens=3),
+        on_tokens=lambda row, tokens: row == 0 and len(tokens) == 2,
+        **collate_prompts([prompt_ids(renderer, 0, text)[0] for text in ("what?", "is it?")]),
+    )
+    assert [len(tokens) for tokens in result.tokens] == [2, 24]
+
+
+def test_attention_reads_all_slots_of_a_fixed_cache(model):
+    cache = DecodingCache(1, 2, 1, 20, 4, torch.float32, torch.device("cpu"), fixed=True)
+    cache.reserve(torch.zeros(2, 3, dtype=torch.int64))
+    keys, values = cache.update(0, *torch.randn(2, 2, 1, 3, 4), None)
+    assert keys.shape == values.shape == (2, 1, 20, 4)
 
 
 def test_compiling_needs_a_compiler(model, monkeypatch):

@@ -12,9 +12,11 @@ from configs.model import GenerationConfig, MultiTokenConfig
 from data.images import Tiles
 from data.render import Renderer
 from eval.predictor import Predictor
+from models.generation import new_cache
 from models.image_store import block_key
+from models.masks import NEVER
 from serving import engine as engine_module
-from serving.batch import Row
+from serving.batch import Row, SharedCache
 from serving.engine import Engine
 from serving.metrics import Metrics
 from serving.requests import Delta, Done, Event, Refused, Request, StoredImage, left_blocks
@@ -224,3 +226,41 @@ def test_a_full_queue_and_a_prompt_that_never_fits_are_refused(predictor):
         with pytest.raises(Refused, match="queue is full") as refusal:
             engine.submit(small)
         assert refusal.value.status == 429
+
+
+def test_a_constraint_holds_with_drafts_beside_it(predictor):
+    """Every token is an allowed one, whatever the heads draft; the row beside it is not touched."""
+    allowed = torch.arange(20, 40)
+
+    def mask(tokens: list[int], logits: torch.Tensor) -> None:
+        kept = logits[allowed].clone()
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+
+    engine, settings = Engine(predictor, Metrics(), drafts="on"), GenerationConfig(max_new_tokens=12)
+    bound, first = request_of(predictor, [], "what is it?", settings, constraint=mask)
+    free, second = request_of(predictor, [], "what is it?", settings)
+    for request in (bound, free):
+        engine.submit(request)
+    run(engine)
+    tokens = [t for event in first.events if isinstance(event, Delta) for t in event.step.tokens]
+    assert len(tokens) == 12 and set(tokens) <= set(allowed.tolist())
+    expected = predictor.answer([([], "what is it?")], replace(settings, speculative="off"))[0]
+    assert second.text == expected.text
+
+
+def test_a_row_that_joins_sees_nothing_of_the_one_before(predictor):
+    """It takes the slots of a row that has left, whose last ones are empty again."""
+    right = predictor.model.right
+    cache, one = SharedCache(predictor.model), new_cache(predictor.model, 1, 8)
+    cache.store_anew(1, 8)
+    for length in (6, 2):
+        one.reserve(torch.arange(length)[None])
+        for layer in range(right.config.layers):
+            one.update(layer, *torch.randn(2, 1, right.config.kv_heads, length, right.config.head_size), None)
+        cache.join(one, 0)
+        assert cache.lengths == [length]
+        assert cache.positions.tolist() == [[*range(length), *[NEVER] * (8 - length)]]
+        assert torch.equal(cache.keys[0][0, :, :length], one.keys[0][0, :, :length])
+        cache.select_rows([])
+        one.truncate([0])
