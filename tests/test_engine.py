@@ -249,6 +249,22 @@ def test_a_constraint_holds_with_drafts_beside_it(predictor):
     assert second.text == expected.text
 
 
+def test_a_constrained_row_takes_one_token():
+    """Also where a draft after it would be accepted; the logits that others read stay as they are."""
+    row = Row(
+        GenerationConfig(),
+        8,
+        lambda row, step: False,
+        constraint=lambda _, logits: logits[:3].fill_(-torch.inf),
+    )
+    logits = (
+        torch.eye(6)[None, [2, 5, 4]] + torch.eye(6)[3] / 2
+    )  # position 0: token 2, and 3 where 2 is masked
+    before = logits.clone()
+    tokens, counts = row.accept(torch.tensor([[3, 5]]), logits)
+    assert tokens.tolist() == [[3]] and counts.tolist() == [1] and torch.equal(logits, before)
+
+
 def test_a_row_that_joins_sees_nothing_of_the_one_before(predictor):
     """It takes the slots of a row that has left, whose last ones are empty again."""
     right = predictor.model.right
